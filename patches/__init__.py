@@ -1,0 +1,40 @@
+"""Reversible run-time changes to other people's code: the only place in this project that makes any.
+
+>>> import patches
+>>> patches.apply("fused_lm_head")      # idempotent; imports the target itself, so the order of imports does not matter
+>>> patches.status()["fused_lm_head"].live
+True
+>>> patches.revert("fused_lm_head")
+
+`apply`, `revert`, `applied` (a context manager) and `status` work on names listed in `patches.NAMES`. Unknown names,
+untested versions and changed upstream signatures are errors. Nothing is imported or changed by `import patches`.
+"""
+
+from .registry import (
+    NAMES,
+    PatchError,
+    PatchStatus,
+    SignatureChangedError,
+    UnknownPatchError,
+    applied,
+    apply,
+    get,
+    revert,
+    status,
+    verify,
+)
+
+
+__all__ = [
+    "NAMES",
+    "PatchError",
+    "PatchStatus",
+    "SignatureChangedError",
+    "UnknownPatchError",
+    "applied",
+    "apply",
+    "get",
+    "revert",
+    "status",
+    "verify",
+]

@@ -1,0 +1,106 @@
+"""TRL's fused LM head on a machine without a GPU: a chunked torch twin of its Triton kernel.
+
+TRL 1.15 scores every token through `trl.kernels.ChunkedLogProbFunction`, whose kernels are Triton and need a GPU
+(without Triton the name is None and every loss ends in "'NoneType' object has no attribute 'apply'"). The twin keeps
+the call and the maths; CUDA tensors still go to the original. To be removed once TRL has a fallback of its own.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .registry import Patch, Site
+
+
+TOKENS_PER_CHUNK = 2048
+
+
+def _sites(*owners: Any) -> list[Site]:
+    import trl.trainer.utils as trl_utils
+
+    if trl_utils._ChunkedLogProbFunction is None:  # no Triton: give the registry an original with the signature
+        trl_utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=_without_triton, forward=_forward_signature)
+    holder = trl_utils._ChunkedLogProbFunction
+    return [(holder, "apply")]
+
+
+def _without_triton(*_):
+    raise RuntimeError("TRL's fused LM head needs Triton on this device")
+
+
+def _forward_signature(
+    ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+): ...
+
+
+def _chunk(hidden, weight, bias, targets, temperature, softcap, logit_scale, outputs):
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+    bias = None if bias is None else bias.to(dtype)
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias).float() * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    all_log_probs = logits.log_softmax(-1)
+    log_probs = all_log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1) if "entropy" in outputs else None
+    with torch.no_grad():  # these three carry no gradient upstream either
+        log_sum_sq = (2 * all_log_probs).logsumexp(-1) if "log_sum_sq_probs" in outputs else None
+        mean_logits = logits.mean(-1) if "mean_logits" in outputs else None
+        is_top1 = logits.argmax(-1) == targets if "is_top1" in outputs else None
+    return log_probs, entropy, log_sum_sq, mean_logits, is_top1
+
+
+def _wrap(original: Any) -> Any:
+    def apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ):
+        """Log-probs (N,) and the optional statistics of TRL's kernel; hidden (N, d), weight (V, d), targets (N,)."""
+        if hidden.device.type != "cpu":
+            return original(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+            )
+        args = (weight, bias)
+        rest = (temperature, final_logit_softcapping, logit_scale, outputs)
+        if len(hidden) <= TOKENS_PER_CHUNK:
+            return _chunk(hidden, *args, targets, *rest)
+        # Recompute each chunk's logits in the backward: never more than one chunk's (tokens, V) is alive
+        chunks = [
+            checkpoint(_chunk, h, *args, t, *rest, use_reentrant=False)
+            for h, t in zip(hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True)
+        ]
+        return tuple(None if c[0] is None else torch.cat(c) for c in zip(*chunks, strict=True))
+
+    return staticmethod(apply)
+
+
+PATCH = Patch(
+    name="fused_lm_head",
+    package="trl",
+    target="trl.trainer.utils._ChunkedLogProbFunction.apply",
+    parameters=(
+        "ctx",
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        "temperature",
+        "chunk_size",
+        "final_logit_softcapping",
+        "logit_scale",
+        "outputs",
+    ),
+    signed=lambda owner, _: owner.forward,
+    sites=_sites,
+    wrap=_wrap,
+    reason="a CPU: TRL's loss kernel is Triton",
+)

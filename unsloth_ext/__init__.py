@@ -1,0 +1,33 @@
+"""Model side: thinking modules on causal language models, loaders, hybrid decoding. Names import lazily."""
+
+import importlib
+
+
+_WHERE = {
+    "DelimiterMatcher": "delimiter",
+    "FastThinkingModel": "fast_model",
+    "HybridSession": "decoding",
+    "ThinkingConfig": "residual",
+    "ThinkingTrace": "decoding",
+    "attach_thinking": "residual",
+    "backbone_of": "residual",
+    "drop_thinking": "residual",
+    "has_thinking": "residual",
+    "hybrid_decode": "decoding",
+    "hybrid_generate": "decoding",
+    "project": "states",
+    "soft_embedding": "states",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value  # also over a submodule of the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

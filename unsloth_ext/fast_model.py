@@ -1,0 +1,228 @@
+"""`FastThinkingModel`: load, wrap, save, merge. Unsloth where it can run, transformers + PEFT otherwise."""
+
+import importlib.util
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftModel
+from peft import get_peft_model as peft_get_peft_model
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+import patches
+
+from .backend import unsloth_can_run
+from .residual import THINKING_MODULES, ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
+
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class ThinkingLoraConfig(LoraConfig):
+    """A LoRA config that remembers how the model thinks; plain PEFT reads it as a LoRA config."""
+
+    thinking: dict | None = field(default=None, metadata={"help": "Fields of ThinkingConfig."})
+
+
+class FastThinkingModel:
+    """Loader with the arguments of Unsloth's `FastLanguageModel`; ours are keyword-only."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "Qwen/Qwen2.5-1.5B-Instruct",
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | None = None,
+        load_in_4bit: bool | None = None,
+        *,
+        full_finetuning: bool = False,
+        device_map: Any = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+        thinking: ThinkingConfig | None = None,
+        use_unsloth: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[PreTrainedModel | PeftModel, Any]:
+        """Load a base model, a full thinking model, or an adapter folder with its base, thinking modules attached.
+
+        Args:
+            model_name: hub id, or a folder with a model or an adapter.
+            dtype: None takes bf16 on a GPU that has it, fp32 on a CPU.
+            load_in_4bit: None means 4-bit on a GPU with bitsandbytes, else not.
+            thinking: how to think. None takes what was saved with the model, or the defaults on a model that never
+                thought.
+            use_unsloth: None decides by `unsloth_ext.backend.unsloth_can_run`.
+
+        Returns:
+            (model, tokenizer); the model is a `PeftModel` when `model_name` is an adapter.
+
+        Raises:
+            ValueError: the adapter has no thinking modules and `thinking` was not given, or names a tensor wrongly.
+        """
+        adapter = _read_json(model_name, "adapter_config.json", token)
+        saved = (adapter or {}).get("thinking")
+        if adapter is not None:
+            missing = set(THINKING_MODULES) - set(adapter.get("modules_to_save") or ())
+            if missing and thinking is None:
+                raise ValueError(
+                    f"the adapter {model_name} has no thinking modules ({', '.join(sorted(missing))}); pass "
+                    "thinking=ThinkingConfig() to start from its LoRA weights with new ones"
+                )
+        base_name = adapter["base_model_name_or_path"] if adapter else model_name
+        use_unsloth = unsloth_can_run()[0] if use_unsloth is None else use_unsloth
+        if load_in_4bit is None:
+            load_in_4bit = (
+                not full_finetuning and torch.cuda.is_available() and bool(importlib.util.find_spec("bitsandbytes"))
+            )
+        load = _load_unsloth if use_unsloth else _load_transformers
+        model, tokenizer = load(
+            base_name,
+            max_seq_length=max_seq_length,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            full_finetuning=full_finetuning,
+            device_map=device_map,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+        saved = saved or getattr(model.config, "thinking", None)
+        attach_thinking(model, thinking or (ThinkingConfig(**saved) if saved else None))
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, model_name, is_trainable=True, token=token)
+            _remember(model)
+        elif saved and os.path.isdir(model_name):
+            _load_thinking_tensors(model, Path(model_name))
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: Any = LINEAR_LAYERS,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = False,
+        random_state: int = 3407,
+        modules_to_save: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """LoRA on a thinking model; the thinking modules train in full beside it and are saved with the adapter."""
+        if not has_thinking(model):
+            attach_thinking(model)
+        modules_to_save = [*(modules_to_save or []), *THINKING_MODULES]
+        if target_modules == "all-linear":
+            kwargs["exclude_modules"] = [*kwargs.get("exclude_modules", []), *THINKING_MODULES]
+        elif not isinstance(target_modules, str):
+            target_modules = list(target_modules)
+        settings = {
+            "r": r,
+            "target_modules": target_modules,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "bias": bias,
+            "modules_to_save": modules_to_save,
+            **kwargs,
+        }
+        if _is_unsloth(model):
+            from unsloth import FastLanguageModel
+
+            patches.apply("peft_module_check")
+            model = FastLanguageModel.get_peft_model(
+                model,
+                use_gradient_checkpointing=use_gradient_checkpointing,
+                random_state=random_state,
+                **settings,
+            )
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(random_state)
+                model = peft_get_peft_model(model, ThinkingLoraConfig(task_type="CAUSAL_LM", **settings))
+            if use_gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.enable_input_require_grads()
+        _remember(model)
+        return model
+
+    @staticmethod
+    def merge(model: PeftModel, *, keep_thinking: bool = True) -> PreTrainedModel:
+        """The base model with the adapter merged in; its thinking modules stay (`save_pretrained` then writes them and
+        `from_pretrained` finds them) or are dropped."""
+        merged = model.merge_and_unload()
+        return merged if keep_thinking else drop_thinking(merged)
+
+
+def _is_unsloth(model: PreTrainedModel) -> bool:
+    return hasattr(model, "max_seq_length") and hasattr(model, "for_training")
+
+
+def _load_transformers(
+    name: str, *, max_seq_length, dtype, load_in_4bit, full_finetuning, device_map, token, trust_remote_code, **kwargs
+):
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if load_in_4bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+    common = {"token": token, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **common)
+    if max_seq_length > getattr(config, "max_position_embeddings", max_seq_length):
+        raise ValueError(
+            f"max_seq_length={max_seq_length} is more than {name} was made for "
+            f"(max_position_embeddings={config.max_position_embeddings})"
+        )
+    if device_map is None and torch.cuda.is_available():
+        device_map = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **common, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **common)
+    return model, tokenizer
+
+
+def _load_unsloth(name: str, **kwargs):
+    from unsloth import FastLanguageModel
+
+    patches.apply("llama_fast_forward")
+    return FastLanguageModel.from_pretrained(name, **kwargs)
+
+
+def _remember(model: PeftModel) -> None:
+    """Write the thinking config into the PEFT config, which is saved with the adapter."""
+    old = model.peft_config["default"]
+    settings = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
+    config = ThinkingLoraConfig(**{**settings, "thinking": asdict(backbone_of(model).thinking_config)})
+    model.peft_config["default"] = config
+
+
+def _read_json(folder: str, filename: str, token: str | None) -> dict | None:
+    """A JSON file of a local folder or a hub repository; None where there is none."""
+    path = Path(folder, filename)
+    if not os.path.isdir(folder):
+        try:
+            path = Path(hf_hub_download(folder, filename, token=token))
+        except (EntryNotFoundError, OSError, ValueError):
+            return None
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _load_thinking_tensors(model: PreTrainedModel, folder: Path) -> None:
+    backbone = backbone_of(model)
+    wanted = {k: v for k, v in backbone.state_dict().items() if k.split(".")[0] in THINKING_MODULES}
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                short = key.removeprefix(f"{model.base_model_prefix}.")
+                if short in wanted:
+                    found[short] = tensors.get_tensor(key)
+    missing = wanted.keys() - found.keys()
+    if missing:
+        raise ValueError(f"{folder} says that its model thinks, but lacks {', '.join(sorted(missing))}")
+    backbone.load_state_dict(found, strict=False)
