@@ -15,16 +15,12 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Sto
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
-    MinPLogitsWarper,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from .delimiter import DelimiterMatcher
 from .residual import backbone_of, has_thinking
-from .states import project, soft_embedding
+from .states import Warper, project, soft_embedding
 from .unsloth_decoding import returning_hidden_states
 
 
@@ -104,8 +100,8 @@ class HybridSession:
         if self.source == "projection":
             self._pending = (self._last_hidden, None)
             return
-        probs = self.warp(self._scores).softmax(-1)
-        count = (probs > 0).sum(-1).max().to("cpu", non_blocking=True) if self.truncated else None
+        probs = (self.warper(self._scores) if self.warp else self._scores).softmax(-1)
+        count = (probs > 0).sum(-1).max().to("cpu", non_blocking=True) if self.warper.truncates else None
         self._pending = (probs, count)  # `count` is read after the loop's own stopping check has synchronised
 
     def fuse(self, _: nn.Module, args: tuple, embeds: torch.Tensor) -> torch.Tensor | None:
@@ -140,21 +136,9 @@ class HybridSession:
 
     def prepare(self, config: GenerationConfig) -> None:
         """Read what the session needs from the generation config."""
-        eos = getattr(config, "_eos_token_tensor", None)
-        self.eos = eos
-        top_k, top_p, min_p = config.top_k or 0, config.top_p or 1.0, config.min_p or 0.0
-        self.truncated = top_k > 0 or top_p < 1.0 or min_p > 0.0
-        warpers = LogitsProcessorList()
-        if not config.do_sample:  # sampling warps in the loop; greedy keeps the state of the same distribution
-            if config.temperature not in (None, 0, 1.0):
-                warpers.append(TemperatureLogitsWarper(config.temperature))
-            if top_k > 0:
-                warpers.append(TopKLogitsWarper(top_k))
-            if top_p < 1.0:
-                warpers.append(TopPLogitsWarper(top_p))
-            if min_p > 0.0:
-                warpers.append(MinPLogitsWarper(min_p))
-        self.warp = lambda scores: warpers(None, scores) if warpers else scores
+        self.eos = getattr(config, "_eos_token_tensor", None)
+        self.warper = Warper.of(config)
+        self.warp = not config.do_sample  # sampling warps in the loop; greedy keeps the state of that distribution
 
     def trace(self) -> ThinkingTrace:
         """The record so far; outside inference mode, so that training may use it."""

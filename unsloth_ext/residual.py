@@ -13,6 +13,8 @@ import types
 from dataclasses import asdict, dataclass, field
 
 import torch
+from peft import PeftModel
+from peft.utils.other import _set_trainable
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -149,7 +151,7 @@ def has_thinking(model: nn.Module) -> bool:
 def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None) -> PreTrainedModel:
     """Give a causal LM its thinking modules, in place, and teach its forward our keywords.
 
-    Any causal LM whose decoder takes `inputs_embeds` will do. Call it before PEFT wraps the model. The gates and the
+    Any causal LM whose decoder takes `inputs_embeds` will do, wrapped by PEFT or not. The gates and the
     projection take the embedding's dtype (fp32 under quantisation), Lambda is fp32. Draws from the global RNG.
 
     Raises:
@@ -177,8 +179,19 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     backbone.thinking_config = config
     backbone.fuse_thinking = types.MethodType(fuse_thinking, backbone)
     model.config.thinking = asdict(config)
+    if isinstance(model, PeftModel):
+        _join_adapter(model)
     patches.apply("base_model_forward", type(backbone))  # a no-op where Unsloth's forward is patched already
     return model
+
+
+def _join_adapter(model: PeftModel) -> None:
+    """Make the modules part of an adapter that exists already: trained in full, saved and switched off with it."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))
+    model.modules_to_save = {*(model.modules_to_save or ()), *THINKING_MODULES}
+    _set_trainable(model, name, inference_mode=config.inference_mode, module_names=THINKING_MODULES)
 
 
 def drop_thinking(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,6 +10,14 @@
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 SOURCES = ("projection", "soft_embedding")
@@ -60,3 +68,44 @@ def _scale(embedding: nn.Module) -> torch.Tensor | float:
 
 def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+class Warper:
+    """Temperature, top-k, top-p and min-p on scores (..., V), as `generate` applies them when it samples.
+
+    One warper gives states, rollout and training the same distribution; greedy decoding keeps its states too.
+
+    Attributes:
+        truncates: whether some probabilities may become exactly zero.
+    """
+
+    def __init__(self, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None):
+        self.truncates = bool(top_k) or (top_p or 1.0) < 1.0 or bool(min_p)
+        self.warpers = LogitsProcessorList()
+        if temperature not in (None, 0, 1.0):
+            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if (top_p or 1.0) < 1.0:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        if min_p:
+            self.warpers.append(MinPLogitsWarper(min_p))
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> "Warper":
+        return cls(config.temperature, config.top_k, config.top_p, config.min_p)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.warpers(None, scores) if self.warpers else scores
+
+
+def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) of final-norm hidden states (..., d), with the scaling and soft-capping of the model's own head."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if getattr(config, "logit_scale", None) is not None:  # cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:  # granite
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)  # gemma2
+    return logits if cap is None else cap * torch.tanh(logits / cap)

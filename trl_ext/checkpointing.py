@@ -1,0 +1,251 @@
+"""Checkpoints without pickle that resume exactly: a mixin for any `transformers.Trainer`.
+
+Beside the model, a checkpoint holds `optimizer.safetensors` (state by parameter *name*) with `optimizer.json`,
+`scheduler.json`, `rng_state_<rank>.safetensors` with its JSON, and `trainer_state.json`, which is written last: a folder
+without a whole one was being written when the process died. transformers' own files (optimizer.pt, scheduler.pt,
+rng_state.pth, scaler.pt, training_args.bin) are pickles and are neither written nor, unless asked for by name, read.
+
+On resume the command line's learning rates win: only the scheduler's position is restored, parameters that are new get
+fresh optimizer state, and those that are gone are forgotten.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "trainer_state.json"
+PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is broken, incomplete, of another model, or holds pickles nobody asked for."""
+
+
+def broken_file(checkpoint: Path) -> str | None:
+    """Why `checkpoint` cannot be resumed from: one sentence that names the file; None when it is whole."""
+    state = checkpoint / STATE_FILE
+    if not state.is_file():
+        return f"{state} is missing: the checkpoint was never finished"
+    try:
+        json.loads(state.read_text())
+    except ValueError as error:
+        return f"{state} is not whole JSON ({error}): the checkpoint was never finished"
+    for file in sorted(checkpoint.glob("**/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file} is truncated or damaged ({error})"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest `checkpoint-<step>` folder that is whole; unfinished ones are passed over with a warning."""
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        problem = broken_file(path)
+        if problem is None:
+            return path
+        logger.warning(f"Passing over {path}: {problem}")
+    return None
+
+
+class SafeCheckpointMixin:
+    """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it."""
+
+    # -- which checkpoint -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+            resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            self._check_checkpoint(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"resume_from_checkpoint={checkpoint}: there is no such folder")
+        problem = broken_file(checkpoint)
+        if problem:
+            raise CheckpointError(problem)
+        pickles = [name for name in PICKLES[:-1] if (checkpoint / name).exists()]
+        if pickles and not self._pickle_allowed():
+            raise CheckpointError(
+                f"{checkpoint} holds pickled state ({', '.join(pickles)}), which can run code when it is loaded; set "
+                "allow_pickle_checkpoint=True if you trust where it comes from"
+            )
+        if self._own_format():
+            self._check_same_model(checkpoint)
+
+    def _check_same_model(self, checkpoint: Path) -> None:
+        if isinstance(self.model, PeftModel):
+            wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self.model).items()}
+            files = [checkpoint / "adapter_model.safetensors"]
+        else:
+            wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+            files = sorted(checkpoint.glob("model*.safetensors"))
+        saved: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            if not file.exists():
+                raise CheckpointError(f"{file} is missing: the checkpoint is not one of this kind of model")
+            with safe_open(file, framework="pt") as tensors:
+                saved |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        for name, shape in saved.items():
+            if wanted.get(name) != shape:
+                raise CheckpointError(
+                    f"{checkpoint} is of another model: it has {name} {shape}, this one has "
+                    f"{wanted.get(name, 'no such tensor')}"
+                )
+        missing = [name for name in wanted if "thinking" in name and name not in saved]
+        if missing:
+            raise CheckpointError(f"{checkpoint} has no {missing[0]}: it was saved by a model without thinking modules")
+
+    def _pickle_allowed(self) -> bool:
+        return getattr(self.args, "allow_pickle_checkpoint", False)
+
+    def _own_format(self) -> bool:
+        """DeepSpeed and FSDP shard the state and bring their own formats."""
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # an earlier run's folder must not look whole while it is overwritten
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._own_format():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.args.should_save:
+            return
+        tensors, plain = {}, {}
+        for name, state in self._named_state().items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{name}|{key}"] = value.detach().contiguous()
+                else:
+                    plain[f"{name}|{key}"] = value
+        save_file(tensors, Path(output_dir, "optimizer.safetensors"))
+        _write_json(Path(output_dir, "optimizer.json"), plain)
+        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        _write_json(Path(output_dir, "scheduler.json"), scheduler)
+
+    def _named_state(self) -> dict[str, dict[str, Any]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {names[parameter]: state for parameter, state in self._torch_optimizer().state.items() if state}
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # under accelerate's wrapper
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        version, internal, gauss = random.getstate()
+        kind, keys, pos, has_gauss, cached = np.random.get_state()
+        plain = {
+            "python": [version, list(internal), gauss],
+            "numpy": [kind, keys.tolist(), pos, has_gauss, cached],
+        }
+        tensors = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        rank = self.args.process_index
+        save_file(tensors, Path(output_dir, f"rng_state_{rank}.safetensors"))
+        _write_json(Path(output_dir, f"rng_state_{rank}.json"), plain)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None and self.args.should_save:
+            _write_json(Path(output_dir, "scaler.json"), self.accelerator.scaler.state_dict())
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._own_format() or not Path(checkpoint, "optimizer.safetensors").exists():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = load_file(Path(checkpoint, "optimizer.safetensors"))
+        saved |= json.loads(Path(checkpoint, "optimizer.json").read_text())
+        by_name: dict[str, dict[str, Any]] = {}
+        for key, value in saved.items():
+            name, _, entry = key.rpartition("|")
+            by_name.setdefault(name, {})[entry] = value
+        optimizer = self._torch_optimizer()
+        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        names = {name: parameter for name, parameter in self.model.named_parameters() if parameter in trained}
+        for name, state in by_name.items():
+            if name in names:
+                optimizer.state[names[name]] = {
+                    entry: value.to(names[name].device) if isinstance(value, torch.Tensor) and value.dim() else value
+                    for entry, value in state.items()
+                }
+        for kind, left in (("fresh", names.keys() - by_name.keys()), ("dropped", by_name.keys() - names.keys())):
+            if left:
+                logger.warning(f"Resuming with {kind} optimizer state for {len(left)} parameters: {sorted(left)[0]} ...")
+        self._load_scheduler(json.loads(Path(checkpoint, "scheduler.json").read_text()))
+
+    def _load_scheduler(self, state: dict[str, Any]) -> None:
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR):  # adaptive ones carry more than a position
+            scheduler.load_state_dict(state)
+            return
+        scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
+        rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = self.args.process_index
+        file = Path(checkpoint or "", f"rng_state_{rank}.safetensors")
+        if checkpoint is None or not file.exists():
+            super()._load_rng_state(checkpoint)
+            return
+        plain = json.loads(file.with_suffix(".json").read_text())
+        version, internal, gauss = plain["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, pos, has_gauss, cached = plain["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), pos, has_gauss, cached))
+        tensors = load_file(file)
+        torch.set_rng_state(tensors.pop("cpu"))
+        if torch.cuda.is_available() and tensors:
+            torch.cuda.set_rng_state_all([tensors[f"cuda.{i}"] for i in range(len(tensors))])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        file = Path(checkpoint or "", "scaler.json")
+        if checkpoint is None or not file.exists():
+            super()._load_scaler(checkpoint)
+        else:
+            self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))

@@ -1,0 +1,88 @@
+"""What HRPO adds to GRPO's configuration."""
+
+from dataclasses import dataclass, field
+
+from unsloth_ext.recompute import RECOMPUTE_MODES
+from unsloth_ext.residual import ThinkingConfig
+
+
+@dataclass
+class HRPOArguments:
+    """Fields that `HRPOConfig` has beside those of TRL's `GRPOConfig`.
+
+    Example:
+
+    >>> from trl_ext import HRPOConfig
+    >>> args = HRPOConfig(output_dir="out", recompute="rollout", lr_thinking_projection=5e-5)
+    """
+
+    thinking: bool = field(
+        default=True, metadata={"help": "Hybrid thinking states. Off, the trainer is TRL's GRPOTrainer, bit for bit."}
+    )
+    answer_delimiter: str = field(
+        default="####", metadata={"help": "Text that ends the thinking; tokens after it are ordinary."}
+    )
+    thinking_source: str = field(
+        default="projection",
+        metadata={
+            "help": "Where a thinking state comes from: 'projection' (of the previous hidden state) or "
+            "'soft_embedding' (the paper's probability-weighted embedding). A model that has thinking modules keeps "
+            "what it was made with."
+        },
+    )
+    thinking_norm: str = field(
+        default="unit", metadata={"help": "Norm of a projected state: 'unit', 'embedding_rms' or 'none'."}
+    )
+    residual_r_min: float = field(default=0.99, metadata={"help": "Smallest initial weight of the token embedding."})
+    residual_r_max: float = field(default=0.999, metadata={"help": "Largest initial weight of the token embedding."})
+    recompute: str = field(
+        default="rollout",
+        metadata={
+            "help": "How the training forward obtains the states: 'frozen', 'rollout', 'two_pass', 'soft_bptt' "
+            "(soft_embedding only) or 'jacobi'. See docs/hrpo.md."
+        },
+    )
+    jacobi_iterations: int = field(
+        default=1, metadata={"help": "No-gradient refinement passes of recompute='jacobi' (K)."}
+    )
+    lr_residual_gate: float = field(default=1e-4, metadata={"help": "Learning rate of the two residual gates."})
+    lr_residual_lambda: float = field(default=1e-3, metadata={"help": "Learning rate of Lambda."})
+    lr_thinking_projection: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the thinking projection; 0 freezes it."}
+    )
+    clip_grad_per_group: bool = field(
+        default=True,
+        metadata={
+            "help": "Apply max_grad_norm to each parameter group by itself. The projection's gradient is about a "
+            "thousand times the others' at the start and would eat a global bound alone."
+        },
+    )
+    allow_pickle_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint that holds pickled optimizer state (TRL's or transformers' own)."},
+    )
+
+    def __post_init__(self) -> None:
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+        if not self.answer_delimiter:
+            raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
+        self.thinking_config()  # checks thinking_source, thinking_norm, residual_r_min, residual_r_max
+        if self.recompute not in RECOMPUTE_MODES:
+            raise ValueError(f"recompute={self.recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
+        if self.recompute == "soft_bptt" and self.thinking_source != "soft_embedding":
+            raise ValueError(
+                f"recompute='soft_bptt' needs thinking_source='soft_embedding', got {self.thinking_source!r}; the "
+                "projection gets its gradient from 'rollout', 'two_pass' or 'jacobi'"
+            )
+        if self.jacobi_iterations < 1:
+            raise ValueError(f"jacobi_iterations={self.jacobi_iterations}: at least 1; for none take 'rollout'")
+        for name in ("lr_residual_gate", "lr_residual_lambda", "lr_thinking_projection"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a learning rate is 0 (frozen) or more")
+
+    def thinking_config(self) -> ThinkingConfig:
+        """The model's part of these fields."""
+        return ThinkingConfig(
+            self.thinking_source, self.thinking_norm, self.residual_r_min, self.residual_r_max
+        )

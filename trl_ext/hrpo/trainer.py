@@ -1,0 +1,335 @@
+"""HRPO on top of whichever GRPOTrainer is live. What differs from GRPO, and where:
+
+- rollouts: `_generate_single_turn` lets the parent generate, with hybrid decoding in `generate`'s place, and keeps what
+  the training forward will need (`unsloth_ext.recompute.saved_fields`);
+- the batch: `_generate_and_score_completions` adds those tensors, so the parent's shuffling and splitting carry them;
+- log-probs: `_get_per_token_logps_and_entropies` hands the model the states. One path serves the old policy and the
+  loss, so the importance ratio is 1 at the first inner step. The KL reference does not think;
+- optimizer: `create_optimizer` splits the parent's groups by learning rate, `_clip_grad_norm` bounds each by itself.
+
+The loss, rewards, advantages, logging and the loop are the parent's.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import GenerationConfig, ProcessorMixin
+from transformers.utils import logging
+
+import patches
+from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
+from unsloth_ext.delimiter import DelimiterMatcher
+from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
+from unsloth_ext.residual import THINKING_MODULES, attach_thinking, backbone_of, has_thinking
+from unsloth_ext.states import Warper
+
+from ..checkpointing import SafeCheckpointMixin
+from .config import HRPOArguments
+from .monitors import GateMonitor, ratio_deviation
+
+
+logger = logging.get_logger(__name__)
+
+class HRPOMixin(SafeCheckpointMixin):
+    """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
+
+    Same constructor, callbacks, logging and files as the parent, plus the fields of `HRPOConfig`. Any causal LM will do;
+    one without thinking modules is given them. With `thinking=False`, and where thinking cannot work (tools,
+    environments, rollout functions, images), it is the parent.
+
+    Raises:
+        ValueError: at construction, for vLLM, continuous batching, beams, or a delimiter the tokenizer cannot produce.
+    """
+
+    _tag_names = ["trl", "grpo", "hrpo"]
+    _name = "HRPO"
+    _paper = {
+        "title": "Hybrid Latent Reasoning via Reinforcement Learning",
+        "id": "2505.18454",
+        "citation": (
+            "@article{yue2025hybrid,\n  title = {Hybrid Latent Reasoning via Reinforcement Learning},\n  author = "
+            "{Zhenrui Yue and Bowen Jin and Huimin Zeng and Honglei Zhuang and Zhen Qin and Jinsung Yoon and Lanyu "
+            "Shang and Jiawei Han and Dong Wang},\n  year = 2025,\n  eprint = {arXiv:2505.18454},\n}"
+        ),
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *positional: Any, **keywords: Any):
+        bound = inspect.signature(super().__init__).bind(model, reward_funcs, args, *positional, **keywords)
+        given = bound.arguments
+        self.hrpo = args if isinstance(args, HRPOArguments) else HRPOArguments()
+        self._saved: SavedThinking | None = None
+        self._trace: ThinkingTrace | None = None
+        self._new_logps: torch.Tensor | None = None
+        self.thinking = self.hrpo.thinking and not self._cannot_think(given)
+        patches.apply("fused_lm_head")
+        if not self.thinking:
+            super().__init__(*bound.args, **bound.kwargs)
+            return
+        _refuse(args)
+        if given.get("peft_config") is not None:
+            given["peft_config"] = _with_thinking_modules(given["peft_config"])
+        with self._attaching():
+            if not isinstance(model, str) and not has_thinking(model):
+                attach_thinking(model, self.hrpo.thinking_config())
+            super().__init__(*bound.args, **bound.kwargs)
+        backbone = backbone_of(self.model)
+        for name in THINKING_MODULES:
+            getattr(backbone, name).requires_grad_(True)
+        if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
+            backbone.thinking_projection.requires_grad_(False)
+        self.matcher = DelimiterMatcher(
+            self._tokenizer, self.hrpo.answer_delimiter, self.model.config.get_text_config().vocab_size
+        )
+        self.warper = Warper.of(GenerationConfig(**self.generation_kwargs))
+        self.fields = saved_fields(self.hrpo.recompute, backbone.thinking_config.thinking_source)
+        self.monitor = GateMonitor(backbone)
+
+    # -- construction -----------------------------------------------------------------------------------------------
+
+    def _cannot_think(self, given: dict[str, Any]) -> bool:
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if given.get(name):
+                logger.warning(f"HRPO: no thinking states with {name}; training is plain GRPO")
+                return True
+        if isinstance(given.get("processing_class"), ProcessorMixin) or _has_images(given.get("train_dataset")):
+            logger.warning("HRPO: no thinking states with images; training is plain GRPO")
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _attaching(self) -> Iterator[None]:
+        """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
+        names = inspect.unwrap(super().__init__).__globals__
+        create = names["create_model_from_path"]
+
+        @functools.wraps(create)
+        def create_with_thinking(*args: Any, **kwargs: Any) -> nn.Module:
+            return attach_thinking(create(*args, **kwargs), self.hrpo.thinking_config())
+
+        names["create_model_from_path"] = create_with_thinking
+        try:
+            yield
+        finally:
+            names["create_model_from_path"] = create
+
+    # -- rollout ----------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.thinking:
+            return super()._generate_single_turn(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        generate = model.generate
+
+        def hybrid(*args: Any, **kwargs: Any) -> Any:
+            session = HybridSession(model, self.matcher, keep=self._kept())
+            out = generate(*args, custom_generate=hybrid_decode, hybrid=session, **kwargs)
+            self._trace = session.trace()
+            return out
+
+        # The parent's own generation code runs; only the decoding loop inside `generate` is ours
+        model.generate = hybrid
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            del model.generate
+
+    def _kept(self) -> tuple[str, ...]:
+        return (*({"states": "thinking_states", "hidden": "hidden_states"}[field] for field in self.fields), "log_probs")
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if not self.thinking:
+            return super()._generate_and_score_completions(inputs)
+        try:
+            out = super()._generate_and_score_completions(inputs)
+            length = out["completion_ids"].shape[1]
+            saved = self._saved_from_trace(length)
+            out["thinking_mask"] = saved.mask
+            if saved.states is not None:
+                out["thinking_states"] = saved.states
+            if saved.hidden is not None:
+                out["thinking_hidden"] = saved.hidden
+            out["rollout_logps"] = _fit(self._trace.log_probs, length)
+            mode = "train" if self.model.training else "eval"
+            shares = self.accelerator.gather(torch.stack([saved.mask.sum(), out["completion_mask"].sum()]))
+            thinking, total = shares.view(-1, 2).sum(0).tolist()
+            self._metrics[mode]["thinking/fraction"].append(thinking / max(total, 1))
+            return out
+        finally:
+            self._trace = None
+
+    def _saved_from_trace(self, length: int) -> SavedThinking:
+        trace = self._trace
+        return SavedThinking(
+            _fit(trace.thinking_mask, length), _fit(trace.thinking_states, length), _fit(trace.hidden_states, length)
+        )
+
+    # -- log-probs and loss -----------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        saved = self._saved
+        if saved is None and self._trace is not None:  # the old policy, scored inside the rollout
+            saved = self._saved_from_trace(logits_to_keep)
+        if saved is None or self._is_reference(model):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+            )
+        parts = []
+        size = batch_size or len(input_ids)
+        for start in range(0, len(input_ids), size):
+            rows = slice(start, start + size)
+            inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+            if self._takes_position_ids:
+                # As in decoding. Rotary models do not care; GPT-2's left-padded rows would be shifted
+                inputs["position_ids"] = (attention_mask[rows].cumsum(-1) - 1).clamp(min=0)
+            part = SavedThinking(*(None if x is None else x[rows] for x in (saved.mask, saved.states, saved.hidden)))
+            with self.accelerator.autocast():
+                extra = thinking_keywords(
+                    model, self.hrpo.recompute, part, self.warper, self.hrpo.jacobi_iterations, **inputs
+                )
+            if self._takes_position_ids:
+                extra["position_ids"] = inputs["position_ids"]
+            parts.append(
+                super()._get_per_token_logps_and_entropies(
+                    functools.partial(model, **extra), input_ids[rows], attention_mask[rows], logits_to_keep, **kwargs
+                )
+            )
+        logps, entropies, aux = zip(*parts, strict=True)
+        self._new_logps = torch.cat(logps)
+        return (
+            self._new_logps,
+            None if entropies[0] is None else torch.cat(entropies),
+            None if aux[0] is None else torch.stack(aux).mean(),
+        )
+
+    @functools.cached_property
+    def _takes_position_ids(self) -> bool:
+        return "position_ids" in inspect.signature(inspect.unwrap(type(backbone_of(self.model)).forward)).parameters
+
+    def _is_reference(self, model: nn.Module) -> bool:
+        """Whether these log-probs are the KL reference's: the separate model, or ours with its adapter off or at "ref"."""
+        if self.ref_model is not None and model is self.ref_model:
+            return True
+        if not is_peft_model(self.accelerator.unwrap_model(self.model)):
+            return False
+        wrapper = backbone_of(self.model).thinking_residual_Lambda
+        return wrapper.disable_adapters or "ref" in wrapper.active_adapters
+
+    def _compute_loss(self, model, inputs):
+        if not self.thinking:
+            return super()._compute_loss(model, inputs)
+        self._saved = SavedThinking(
+            inputs["thinking_mask"], inputs.get("thinking_states"), inputs.get("thinking_hidden")
+        )
+        try:
+            with self.monitor.watching():
+                loss = super()._compute_loss(model, inputs)
+        finally:
+            self._saved = None
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        scored = inputs["completion_mask"]
+        for name, value in self.monitor.means(inputs["thinking_mask"]).items():
+            metrics[name].append(self.accelerator.gather(value).nanmean().item())
+        deviation = ratio_deviation(self._new_logps.detach(), inputs["rollout_logps"], scored)
+        metrics["thinking/ratio_deviation"].append(self.accelerator.gather(deviation).max().item())
+        self._new_logps = None
+        return loss
+
+    # -- optimizer --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        super().create_optimizer(model) if model is not None else super().create_optimizer()
+        if made and self.thinking:
+            self._split_groups(self.model if model is None else model)
+        return self.optimizer
+
+    def _split_groups(self, model: nn.Module) -> None:
+        rates = {
+            "thinking_residual_gate": self.hrpo.lr_residual_gate,
+            "thinking_residual_Lambda": self.hrpo.lr_residual_lambda,
+            "thinking_projection": self.hrpo.lr_thinking_projection,
+        }
+        role_of = {
+            parameter: role for name, parameter in model.named_parameters() for role in rates if f".{role}" in name
+        }
+        groups = []
+        for group in self.optimizer.param_groups:
+            for role in (None, *rates):
+                params = [p for p in group["params"] if role_of.get(p) == role]
+                if params or role is None:
+                    rate = group["lr"] if role is None else rates[role]
+                    groups.append({**group, "params": params, "lr": rate, "role": role or "policy"})
+        self.optimizer.param_groups[:] = [group for group in groups if group["params"]]
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if not self.thinking or not self.hrpo.clip_grad_per_group or not self._own_format():
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        by_role: dict[str, list[torch.Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            by_role.setdefault(group["role"], []).extend(group["params"])
+        norms = {
+            role: torch.nn.utils.clip_grad_norm_(params, self.args.max_grad_norm) for role, params in by_role.items()
+        }
+        for role, norm in norms.items():
+            name = {"thinking_projection": "thinking/projection_grad_norm"}.get(role, f"grad_norm/{role}")
+            self._metrics["train"][name].append(norm.item())
+        return torch.stack(list(norms.values())).norm()
+
+    # -- logging ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.thinking and self.model.training:
+            self._metrics["train"]["thinking/projection_change"].append(self.monitor.projection_change())
+        super().log(logs, *args, **kwargs)
+
+
+def _refuse(args: Any) -> None:
+    """Settings with which thinking states cannot be decoded."""
+    if getattr(args, "use_vllm", False):
+        raise ValueError("use_vllm=True: vLLM cannot decode thinking states; set use_vllm=False, or thinking=False")
+    if getattr(args, "use_transformers_continuous_batching", False):
+        raise ValueError(
+            "use_transformers_continuous_batching=True: continuous batching cannot decode thinking states; set it to "
+            "False, or thinking=False"
+        )
+    generation = getattr(args, "generation_kwargs", None) or {}
+    if generation.get("num_beams", 1) > 1:
+        raise ValueError(
+            f"generation_kwargs={{'num_beams': {generation['num_beams']}}}: a beam cannot carry thinking states; "
+            "sample, or set thinking=False"
+        )
+
+
+def _has_images(dataset: Any) -> bool:
+    columns = getattr(dataset, "column_names", None) or ()
+    return bool({"image", "images"} & set(columns))
+
+
+def _with_thinking_modules(config: Any) -> Any:
+    """A copy of a PEFT config that trains and saves the thinking modules in full."""
+    if not hasattr(config, "modules_to_save"):
+        raise ValueError(f"{type(config).__name__} cannot train the thinking modules: it has no modules_to_save")
+    config = copy.deepcopy(config)
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))
+    if config.target_modules == "all-linear":
+        config.exclude_modules = [*(config.exclude_modules or []), *THINKING_MODULES]
+    return config
+
+
+def _fit(tensor: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """(B, C, ...) cut or zero-padded on the right to (B, length, ...), as the parent pads completions."""
+    if tensor is None or tensor.shape[1] == length:
+        return tensor
+    if tensor.shape[1] > length:
+        return tensor[:, :length].contiguous()
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), length - tensor.shape[1], *tensor.shape[2:])], dim=1)
