@@ -57,10 +57,6 @@ def swiglu(e, g):
     return torch.nn.functional.silu(e) * g
 
 
-def _on_cpu(method):
-    return lambda self, index=None: method(self, 0 if index is None else index)
-
-
 def _prepare() -> None:
     twins = {
         llama.fast_rms_layernorm: rms_layernorm,
@@ -79,15 +75,13 @@ def _prepare() -> None:
         if name.startswith("unsloth.models.") and hasattr(module, "get_current_device"):
             module.get_current_device = lambda: torch.device("cpu", 0)
     rope = llama._PerDeviceRopeCache
-    build, ensure, cached = rope._build_rope_cache, rope._ensure_rope_cache, rope.get_cached
+    ensure, cached = rope._ensure_rope_cache, rope.get_cached
 
-    def build_on_cpu(self, device_index):
-        set_cache = self._set_cos_sin_cache
-        self._set_cos_sin_cache = lambda seq_len, device, dtype: set_cache(
-            seq_len=seq_len, device=torch.device("cpu", 0), dtype=dtype
-        )
-        build(self, device_index)
-        del self._set_cos_sin_cache
+    def build_on_cpu(self, index):
+        size = self.current_rope_size
+        with self._rope_build_mode():
+            self._set_cos_sin_cache(self._rope_cache_rows(), torch.device("cpu", 0), self._rope_cache_dtype)
+        self.current_rope_size, self._rope_cache_versions[index] = size, self._rope_cache_version
 
     rope._build_rope_cache = build_on_cpu
     rope._ensure_rope_cache = lambda self, index=None: ensure(self, 0 if index is None else index)

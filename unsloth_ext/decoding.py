@@ -21,7 +21,7 @@ from transformers.generation import (
 from .delimiter import DelimiterMatcher
 from .residual import backbone_of, has_thinking
 from .states import Warper, project, soft_embedding
-from .unsloth_decoding import returning_hidden_states
+from .unsloth_decoding import returning_hidden_states, without_decode_graphs
 
 
 ABLATIONS = ("zero", "shuffle", "noise", "off")
@@ -199,17 +199,20 @@ def hybrid_decode(
     generation_config.disable_compile = True  # the hooks are Python
     hybrid.prepare(generation_config)
     from_logits = returning_hidden_states(model) if hybrid.needs_hidden else None
+    if from_logits is not None and generation_config.output_logits:
+        raise ValueError("output_logits=True: under Unsloth the raw logits are hidden states here; use output_scores")
     processors = LogitsProcessorList([*logits_processor, _SeeScores(hybrid)])
     criteria = StoppingCriteriaList([*stopping_criteria, _SeeToken(hybrid)])
     handles = [hybrid.embedding.register_forward_hook(hybrid.fuse)]
     if hybrid.needs_hidden and from_logits is None:
         handles.append(hybrid.lm_head.register_forward_pre_hook(hybrid.see_hidden))
     try:
-        if from_logits is None:
-            return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
-        with from_logits:  # Unsloth never calls its LM head: it hands us the hidden states instead of the logits
-            processors.insert(0, from_logits.processor(hybrid))
-            return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
+        with without_decode_graphs():
+            if from_logits is None:
+                return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
+            with from_logits:  # Unsloth never calls its LM head: it hands us the hidden states instead of the logits
+                processors.insert(0, from_logits.processor(hybrid))
+                return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -189,6 +189,8 @@ def _load_transformers(
 def _load_unsloth(name: str, **kwargs):
     from unsloth import FastLanguageModel
 
+    # Unsloth's classes keep the stock forward for models it did not load: that one must know our keywords as well
+    patches.apply("base_model_forward")
     patches.apply("llama_fast_forward")
     return FastLanguageModel.from_pretrained(name, **kwargs)
 

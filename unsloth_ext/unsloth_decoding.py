@@ -1,10 +1,84 @@
-"""Unsloth's fast decode path, as far as hybrid decoding must know it."""
+"""Unsloth's fast decode path, as far as hybrid decoding must know it.
 
+Unsloth multiplies by the LM head's weight without calling the module, so no hook sees the last hidden state. Under its
+switch `UNSLOTH_RETURN_HIDDEN_STATES=1` its forwards return that state in the place of the logits; the first logits
+processor then does what the head would have done. Decoding from captured CUDA graphs would skip our embedding hook: it
+is off meanwhile.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import LogitsProcessor
 
 
-def returning_hidden_states(model: nn.Module) -> Any | None:
+SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+
+
+def on_unsloth(model: nn.Module) -> bool:
+    """Whether Unsloth's fast forwards run this causal LM (and not FastModel's or transformers' own)."""
+    return "unsloth" in sys.modules and getattr(model, "_unsloth_fast_path", False)
+
+
+@contextlib.contextmanager
+def without_decode_graphs() -> Iterator[None]:
+    """No CUDA-graph decoding inside, where Unsloth is loaded."""
+    graphs = sys.modules.get("unsloth.models._decode_graphs")
+    if graphs is None:
+        yield
+        return
+    before, graphs.ENABLED = graphs.ENABLED, False
+    try:
+        yield
+    finally:
+        graphs.ENABLED = before
+
+
+def returning_hidden_states(model: nn.Module) -> "_HiddenStates | None":
     """A context in which Unsloth's forwards return hidden states for logits; None on a stock model."""
-    return None
+    return _HiddenStates(model) if on_unsloth(model) else None
+
+
+class _HiddenStates(contextlib.ExitStack):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def __enter__(self):
+        super().__enter__()
+        before = os.environ.get(SWITCH)
+        os.environ[SWITCH] = "1"
+        self.callback(_restore, before)
+        return self
+
+    def processor(self, session: Any) -> LogitsProcessor:
+        """The first processor of the loop: hidden states (B, d), shown to `session.see_hidden`, to logits (B, V)."""
+        return _Head(self.model, session.see_hidden)
+
+
+def _restore(before: str | None) -> None:
+    os.environ.pop(SWITCH, None)
+    if before is not None:
+        os.environ[SWITCH] = before
+
+
+class _Head(LogitsProcessor):
+    def __init__(self, model: nn.Module, see_hidden: Callable):
+        from unsloth.models.llama import apply_logit_transforms, resolve_logit_scaling
+
+        self.head, self.see_hidden = model.get_output_embeddings(), see_hidden
+        self.finish = lambda logits: apply_logit_transforms(logits, *resolve_logit_scaling(model.config))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        weight = self.head.weight
+        if scores.shape[-1] != weight.shape[1]:
+            raise RuntimeError(f"Unsloth returned scores {tuple(scores.shape)}, not hidden states (B, {weight.shape[1]})")
+        # `_sample` has made them fp32; back to the model's dtype, in which Unsloth multiplies
+        hidden = scores.to(weight.dtype)
+        self.see_hidden(self.head, (hidden[:, None],))
+        return self.finish(self.head(hidden)).float()

@@ -80,8 +80,6 @@ class HRPOMixin(SafeCheckpointMixin):
                 attach_thinking(model, self.hrpo.thinking_config())
             super().__init__(*bound.args, **bound.kwargs)
         backbone = backbone_of(self.model)
-        for name in THINKING_MODULES:
-            getattr(backbone, name).requires_grad_(True)
         if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
             backbone.thinking_projection.requires_grad_(False)
         self.matcher = DelimiterMatcher(

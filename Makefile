@@ -1,0 +1,68 @@
+# Every target sets up what it needs in .venv and is silent about it when nothing changed.
+PYTHON ?= python3
+VENV   ?= .venv
+# More arguments for installing torch, such as the index of a particular CUDA or CPU build
+TORCH_ARGS ?=
+ARGS   ?=
+
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install -q --disable-pip-version-check
+READY  := $(VENV)/.ready
+GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
+CORES  := $(shell nproc 2>/dev/null || echo 2)
+RUN    := OMP_NUM_THREADS=$(CORES) TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 $(PY)
+MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo bench-hrpo bench-learning gpu-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create .venv with the tested versions (every other target does this by itself)
+	@:
+
+$(READY): requirements/core.txt requirements/dev.txt requirements/unsloth-cpu.txt pyproject.toml setup.py
+	@echo "Setting up $(VENV) ($(if $(GPU),CUDA,CPU)); this takes a few minutes the first time"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0 $(TORCH_ARGS)
+	@$(PIP) -r requirements/core.txt -r requirements/dev.txt
+	@$(if $(GPU),$(PIP) unsloth==2026.10.9 unsloth_zoo==2026.10.9,$(PIP) -r requirements/unsloth-cpu.txt && $(PIP) --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9)
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+doctor: $(READY)  ## versions found and tested, the backend and why, which patches apply
+	@$(RUN) -m unsloth_ext.doctor $(ARGS)
+
+test: $(READY)  ## the test suite (under 10 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(ARGS)
+
+test-slow: $(READY)  ## the long tests: kill -9 and resume, whole recipes, TRL's own tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m slow --timeout 3000 $(ARGS)
+
+lint: $(READY)  ## ruff, as CI runs it
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+format: $(READY)  ## ruff, in place
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+train-hrpo: $(READY)  ## HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; MODEL=smollm2, ARGS="--flag value"
+	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) $(ARGS)
+
+train-hrpo-two-stage: $(READY)  ## stage 1 with the projection frozen, stage 2 resumed with it at 5e-5
+	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) --two_stage true $(ARGS)
+
+eval-hrpo: $(READY)  ## accuracy of a checkpoint: ARGS="--checkpoint runs/hrpo_gsm8k/final --thinking zero"
+	@$(RUN) recipes/eval_gsm8k.py $(ARGS)
+
+bench-hrpo: $(READY)  ## step time, decode rate and memory against stock TRL and transformers
+	@$(RUN) benchmarks/bench_hrpo.py $(ARGS)
+
+bench-learning: $(READY)  ## held-out accuracy over seeds: warm start, GRPO, HRPO in each mode
+	@$(RUN) benchmarks/bench_learning.py $(ARGS)
+
+gpu-check: $(READY)  ## the GPU suite: the real Unsloth path, kernels, timings
+	@$(RUN) benchmarks/gpu_check.py $(ARGS)
+
+clean:  ## remove .venv and the runs
+	rm -rf $(VENV) runs build *.egg-info

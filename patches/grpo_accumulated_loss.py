@@ -1,0 +1,196 @@
+"""Unsloth's GRPO loss (`grpo_accumulated_loss`): its model forwards see thinking states.
+
+Upstream drops the padding, reorders the batch (left-packed rows in chunks, or all rows in one packed sequence) and
+forwards token ids only. The replacement takes the keywords of the patched decoder forward in the layout of the
+*batch* - `thinking_mask` (B, C) and states (B, C, d) over the last C columns of `input_ids` (B, P + C) - and brings
+each forward's share of them into that forward's layout: a pre-hook on the decoder finds the rows by their tokens.
+Tokens that are not a sequence of whole rows of the batch are an error, and so is a row that no forward asked for.
+Pad tokens never think; upstream tells them by their id, wherever they stand. Shared-prompt deduplication
+(PrefixGrouper) is off meanwhile. Without thinking tensors, the original runs untouched.
+
+A trainer uses two contexts:
+
+    with thinking_batch(thinking_mask=..., thinking_embeds=...):             # the loss, with gradients
+        loss = super().compute_loss(model, inputs, ...)                      # cannot pass keywords on: they wait here
+    with thinking_forwards(model, input_ids, pad, thinking_mask=..., ...):   # old log-probs; the reference has none
+        out = super()._get_per_token_logps_and_entropies(model, input_ids, ...)
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ._thinking import KEYWORDS, take_thinking
+from .registry import Patch, PatchError, Site
+
+
+NAME = "grpo_accumulated_loss"
+STATES = ("thinking_embeds", "thinking_hidden_states_cache")
+_batch: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("thinking_batch", default=None)
+
+
+@contextlib.contextmanager
+def thinking_batch(**thinking: Any) -> Iterator[None]:
+    """Give the one `grpo_accumulated_loss` call inside the keywords `thinking` (those of `thinking_forwards`).
+
+    Raises:
+        PatchError: nothing inside took them, so the loss did not think.
+    """
+    unknown = thinking.keys() - set(KEYWORDS)
+    if unknown:
+        raise TypeError(f"thinking_batch() takes {', '.join(KEYWORDS)}; not {', '.join(sorted(unknown))}")
+    given = dict(thinking)
+    token = _batch.set(given)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+    if given:
+        raise PatchError(f"the loss was computed without its thinking states: {NAME} is not patched, or was not called")
+
+
+@contextlib.contextmanager
+def thinking_forwards(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    pad_token_id: int,
+    *,
+    thinking_mask: torch.Tensor,
+    thinking_embeds: torch.Tensor | None = None,
+    recompute_thinking_projection: bool = False,
+    thinking_hidden_states_cache: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Fuse thinking states into every forward of `model` inside, in whatever layout it is called.
+
+    Args:
+        model: a causal LM with thinking modules, under any wrapper.
+        input_ids (B, P + C) long: the batch; its tokens other than `pad_token_id` are what the forwards are given.
+        thinking_mask (B, C) bool: which of the last C tokens think.
+        thinking_embeds (B, C, d): the state of each of them; or
+        thinking_hidden_states_cache (B, C, d): what to make it from, with `recompute_thinking_projection=True`.
+
+    Raises:
+        ValueError: wrong shapes, no thinking modules, or a forward whose tokens are not rows of the batch.
+        PatchError: some rows were never forwarded.
+    """
+    states = thinking_hidden_states_cache if recompute_thinking_projection else thinking_embeds
+    if states is None or states.shape[:2] != thinking_mask.shape or len(thinking_mask) != len(input_ids):
+        raise ValueError(
+            f"thinking_mask {tuple(thinking_mask.shape)} and states {None if states is None else tuple(states.shape)} "
+            f"do not cover the end of input_ids {tuple(input_ids.shape)}"
+        )
+    decoders = [module for module in model.modules() if "fuse_thinking" in vars(module)]
+    if len(decoders) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(decoders)} decoders with thinking modules; need one")
+    rows = _Rows(input_ids, pad_token_id, thinking_mask, states, STATES[recompute_thinking_projection])
+    handle = decoders[0].register_forward_pre_hook(rows.hand_over, with_kwargs=True)
+    grouper = sys.modules.get("unsloth.utils.prefix_grouper")
+    grouping = grouper is not None and grouper._ENABLED
+    try:
+        if grouping:
+            grouper._ENABLED = False
+        yield
+    finally:
+        handle.remove()
+        if grouping:
+            grouper._ENABLED = True
+    if rows.unseen:
+        raise PatchError(f"rows {sorted(rows.unseen)} of the batch were never forwarded with their thinking states")
+
+
+class _Rows:
+    """The batch without padding, row after row: tokens (N,), mask (N,), states (N, d)."""
+
+    def __init__(self, input_ids, pad_token_id, thinking_mask, states, keyword):
+        keep = input_ids != pad_token_id
+        before = input_ids.shape[1] - thinking_mask.shape[1]
+        self.pad, self.keyword = pad_token_id, keyword
+        self.ids = input_ids[keep]
+        self.mask = torch.nn.functional.pad(thinking_mask.bool(), (before, 0))[keep]
+        self.states = torch.nn.functional.pad(states, (0, 0, before, 0))[keep]
+        self.edges = [0, *keep.sum(dim=1).cumsum(dim=0).tolist()]
+        self.row, self.unseen = 0, {row for row, n in enumerate(keep.sum(dim=1).tolist()) if n}
+
+    def hand_over(self, decoder, args, kwargs):
+        """Forward pre-hook: add the keywords for this call's tokens, input_ids (b, T)."""
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("a forward with inputs_embeds inside thinking_forwards: its tokens cannot be known")
+        at = (input_ids != self.pad).nonzero(as_tuple=True)
+        span = self._find(input_ids[at])
+        mask = torch.zeros_like(input_ids, dtype=torch.bool).index_put(at, self.mask[span])
+        states = self.states.new_zeros(*input_ids.shape, self.states.shape[-1]).index_put(at, self.states[span])
+        recompute = self.keyword == STATES[1]
+        kwargs |= {"thinking_mask": mask, self.keyword: states, "recompute_thinking_projection": recompute}
+        return args, kwargs
+
+    def _find(self, ids: torch.Tensor) -> slice:
+        """Where in the batch these tokens (n,) are: whole rows, looked for from the row after the last call's."""
+        count = len(self.edges) - 1
+        for first in (*range(self.row, count), *range(self.row)):
+            start, end = self.edges[first], self.edges[first] + len(ids)
+            if end in self.edges[first + 1 :] and torch.equal(self.ids[start:end], ids):
+                last = self.edges.index(end, first + 1)
+                self.row = last % count
+                self.unseen -= set(range(first, last))
+                return slice(start, end)
+        raise ValueError(f"a forward over {len(ids)} tokens that are not rows of the batch with thinking states")
+
+
+def _sites(*owners: Any) -> list[Site]:
+    """The generated trainer's own copy: patching `unsloth_zoo` after import would change nothing."""
+    import trl
+    import unsloth  # noqa: F401 - it replaces trl.GRPOTrainer
+
+    sites = []
+    for trainer in owners or (trl.GRPOTrainer,):
+        for cls in inspect.getmro(trainer):
+            module = sys.modules.get(getattr(vars(cls).get("compute_loss"), "__module__", None))
+            if hasattr(module, NAME) and (module, NAME) not in sites:
+                sites.append((module, NAME))
+    return sites
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def grpo_accumulated_loss(trainer, input_ids, *args, **kwargs):
+        handed_over = _batch.get()
+        thinking = take_thinking(kwargs) or dict(handed_over or {})
+        if handed_over is not None:
+            handed_over.clear()
+        if thinking.get("thinking_mask") is None:
+            return original(trainer, input_ids, *args, **kwargs)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with thinking_forwards(model, input_ids, trainer.processing_class.pad_token_id, **thinking):
+            return original(trainer, input_ids, *args, **kwargs)
+
+    return grpo_accumulated_loss
+
+
+PATCH = Patch(
+    name="grpo_accumulated_loss",
+    package="unsloth_zoo",
+    target="UnslothGRPOTrainer.grpo_accumulated_loss",
+    parameters=(
+        "trainer",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "completion_mask",
+        "advantages",
+        "old_logps",
+        "ref_logps",
+        "n_chunks",
+        "tool_mask",
+        "kwargs",
+    ),
+    sites=_sites,
+    wrap=_wrap,
+    reason="Unsloth backend: the GRPO loss sees thinking states",
+)

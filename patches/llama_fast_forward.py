@@ -1,0 +1,98 @@
+"""Unsloth's decoder forward (`LlamaModel_fast_forward`): accept thinking states as keywords.
+
+One function serves Unsloth's llama, mistral, gemma, gemma2, qwen2, qwen3 and others, but each family's module imports
+its own name for it, and loading a model puts it on the transformers class (behind a gate that sends models that
+Unsloth did not load to the stock forward). All of these are rebound. Apply it before a model is loaded, or after.
+
+After `revert`, transformers classes of models loaded in between still reach the original through the replacement; it
+changes nothing for calls without our keywords.
+"""
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+from ._thinking import fused_embeddings, take_thinking
+from .registry import _MARK as MARK
+from .registry import Patch, Site
+
+
+NAME = "LlamaModel_fast_forward"
+
+
+def _sites(*owners: Any) -> list[Site]:
+    import unsloth  # noqa: F401 - before transformers' classes are looked at: importing it changes them
+    from unsloth.models import llama
+
+    original = inspect.unwrap(getattr(llama, NAME))
+    if owners:
+        return [(owner, "forward" if isinstance(owner, type) else NAME) for owner in owners]
+    modules = {name: module for name, module in sys.modules.items() if module is not None}
+    sites = [
+        (module, NAME)
+        for name, module in modules.items()
+        if name.startswith("unsloth.models.") and inspect.unwrap(vars(module).get(NAME)) is original
+    ]
+    for name, module in modules.items():
+        if not name.startswith("transformers.models.") or ".modeling_" not in name:
+            continue
+        for cls in [value for value in vars(module).values() if isinstance(value, type)]:
+            forward = vars(cls).get("forward")
+            # A gate around our own replacement needs no second one
+            if cls.__module__ == name and forward is not None and _innermost(forward) is original:
+                sites.append((cls, "forward"))
+    return sites
+
+
+def _innermost(function: Any) -> Any:
+    """What lies under all `functools.wraps` of a function; None where a replacement of ours is among them."""
+    while hasattr(function, "__wrapped__"):
+        if vars(function).get(MARK) == PATCH.name:
+            return None
+        function = function.__wrapped__
+    return function
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def fast_forward(
+        self,
+        input_ids=None,
+        causal_mask=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        *args,
+        **kwargs,
+    ):
+        thinking = take_thinking(kwargs)
+        if thinking.get("thinking_mask") is not None:
+            # Before Unsloth scales (gemma) and masks (DPO) them; it refuses both inputs at once
+            inputs_embeds = fused_embeddings(self, input_ids, inputs_embeds, thinking)
+            input_ids = None
+        return original(
+            self, input_ids, causal_mask, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs
+        )
+
+    return fast_forward
+
+
+PATCH = Patch(
+    name="llama_fast_forward",
+    package="unsloth",
+    target=f"unsloth.models.llama.{NAME}",
+    parameters=(
+        "self",
+        "input_ids",
+        "causal_mask",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "inputs_embeds",
+    ),
+    sites=_sites,
+    wrap=_wrap,
+    reason="Unsloth backend: the decoder's forward takes thinking states",
+)

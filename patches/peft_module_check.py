@@ -1,0 +1,39 @@
+"""Unsloth's `get_peft_model` takes embeddings, the LM head and norms in `modules_to_save` and refuses all else: let our
+thinking modules pass. (It asks `_norm_modules_to_save` whether an entry names modules it may train in full.)"""
+
+import functools
+from typing import Any
+
+from .registry import Patch, Site
+
+
+PREFIX = "thinking_"
+
+
+def _sites(*owners: Any) -> list[Site]:
+    import unsloth  # noqa: F401
+    from unsloth.models import llama
+
+    return [(owner, "_norm_modules_to_save") for owner in owners or (llama,)]
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def norm_modules_to_save(model, name):
+        ours = isinstance(name, str) and name.startswith(PREFIX)
+        if ours and any(key.split(".")[-1] == name for key, _ in model.named_modules()):
+            return True
+        return original(model, name)
+
+    return norm_modules_to_save
+
+
+PATCH = Patch(
+    name="peft_module_check",
+    package="unsloth",
+    target="unsloth.models.llama._norm_modules_to_save",
+    parameters=("model", "name"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="Unsloth backend: thinking modules may be saved with an adapter",
+)

@@ -1,0 +1,6 @@
+"""Build script; the metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+
+setup()

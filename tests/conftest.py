@@ -1,0 +1,13 @@
+import os
+
+import pytest
+import torch
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
+torch.set_num_threads(1)  # tiny tensors: threads only cost, and sums keep one order
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
