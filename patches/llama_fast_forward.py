@@ -56,25 +56,13 @@ def _innermost(function: Any) -> Any:
 
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
-    def fast_forward(
-        self,
-        input_ids=None,
-        causal_mask=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        *args,
-        **kwargs,
-    ):
+    def fast_forward(self, input_ids=None, *args, **kwargs):
         thinking = take_thinking(kwargs)
         if thinking.get("thinking_mask") is not None:
             # Before Unsloth scales (gemma) and masks (DPO) them; it refuses both inputs at once
-            inputs_embeds = fused_embeddings(self, input_ids, inputs_embeds, thinking)
+            kwargs["inputs_embeds"] = fused_embeddings(self, input_ids, kwargs.get("inputs_embeds"), thinking)
             input_ids = None
-        return original(
-            self, input_ids, causal_mask, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs
-        )
+        return original(self, input_ids, *args, **kwargs)
 
     return fast_forward
 

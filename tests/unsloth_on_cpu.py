@@ -21,13 +21,12 @@ os.environ.update(
     ACCELERATE_MIXED_PRECISION="no",
     OMP_NUM_THREADS="1",  # tiny models: a thousand times faster than with many threads
 )
-import torch  # noqa: E402
+import torch
 
 
 torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(
     name="cpu", total_memory=2**33, major=8, minor=0, multi_processor_count=1
 )
-import unsloth  # noqa: E402
 from unsloth import FastLanguageModel, PatchFastRL  # noqa: E402
 from unsloth.models import llama  # noqa: E402
 

@@ -209,7 +209,9 @@ class SafeCheckpointMixin:
                 }
         for kind, left in (("fresh", names.keys() - by_name.keys()), ("dropped", by_name.keys() - names.keys())):
             if left:
-                logger.warning(f"Resuming with {kind} optimizer state for {len(left)} parameters: {sorted(left)[0]} ...")
+                logger.warning(
+                    f"Resuming with {kind} optimizer state for {len(left)} parameters: {sorted(left)[0]} ..."
+                )
         self._load_scheduler(json.loads(Path(checkpoint, "scheduler.json").read_text()))
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:

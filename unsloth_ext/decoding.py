@@ -195,7 +195,9 @@ def hybrid_decode(
         raise ValueError("custom_generate=hybrid_decode needs hybrid=HybridSession(...); or call hybrid_generate")
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-        raise ValueError(f"hybrid decoding samples or takes the greedy token; {mode.value} cannot carry thinking states")
+        raise ValueError(
+            f"hybrid decoding samples or takes the greedy token; {mode.value} cannot carry thinking states"
+        )
     generation_config.disable_compile = True  # the hooks are Python
     hybrid.prepare(generation_config)
     from_logits = returning_hidden_states(model) if hybrid.needs_hidden else None

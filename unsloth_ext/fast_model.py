@@ -3,32 +3,25 @@
 import importlib.util
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft import get_peft_model as peft_get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 import patches
 
+from .adapter import THINKING_MODULES, ThinkingLoraConfig, remember_thinking
 from .backend import unsloth_can_run
-from .residual import THINKING_MODULES, ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
+from .residual import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
 
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass
-class ThinkingLoraConfig(LoraConfig):
-    """A LoRA config that remembers how the model thinks; plain PEFT reads it as a LoRA config."""
-
-    thinking: dict | None = field(default=None, metadata={"help": "Fields of ThinkingConfig."})
 
 
 class FastThinkingModel:
@@ -96,7 +89,7 @@ class FastThinkingModel:
         attach_thinking(model, thinking or (ThinkingConfig(**saved) if saved else None))
         if adapter is not None:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, token=token)
-            _remember(model)
+            remember_thinking(model, backbone_of(model).thinking_config)
         elif saved and os.path.isdir(model_name):
             _load_thinking_tensors(model, Path(model_name))
         return model, tokenizer
@@ -148,7 +141,7 @@ class FastThinkingModel:
             if use_gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 model.enable_input_require_grads()
-        _remember(model)
+        remember_thinking(model, backbone_of(model).thinking_config)
         return model
 
     @staticmethod
@@ -193,14 +186,6 @@ def _load_unsloth(name: str, **kwargs):
     patches.apply("base_model_forward")
     patches.apply("llama_fast_forward")
     return FastLanguageModel.from_pretrained(name, **kwargs)
-
-
-def _remember(model: PeftModel) -> None:
-    """Write the thinking config into the PEFT config, which is saved with the adapter."""
-    old = model.peft_config["default"]
-    settings = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
-    config = ThinkingLoraConfig(**{**settings, "thinking": asdict(backbone_of(model).thinking_config)})
-    model.peft_config["default"] = config
 
 
 def _read_json(folder: str, filename: str, token: str | None) -> dict | None:

@@ -125,4 +125,3 @@ def soft_states(model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor, warp
     else:
         states = torch.cat([chunk(rows) for rows in chunks])
     return torch.zeros_like(hidden).masked_scatter(mask[..., None], states.to(hidden.dtype))
-

@@ -14,22 +14,16 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from peft import PeftModel
-from peft.utils.other import _set_trainable
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import patches
 
+from .adapter import THINKING_MODULES, join_adapter, remember_thinking
 from .states import NORMS, SOURCES, project
 
 
-THINKING_MODULES = (
-    "thinking_residual_gate_r",
-    "thinking_residual_gate_i",
-    "thinking_residual_Lambda",
-    "thinking_projection",
-)
 GATE_SCALE = 8.0  # c
 EPS = 1e-8
 PROJECTION_INIT_STD = 0.001
@@ -127,7 +121,10 @@ def fuse_thinking(
             f"thinking_mask {tuple(thinking_mask.shape)} and states {tuple(thinking_embeds.shape)} do not cover the "
             f"end of inputs_embeds {tuple(inputs_embeds.shape)}"
         )
-    before, embeds = inputs_embeds[:, : inputs_embeds.shape[1] - span], inputs_embeds[:, inputs_embeds.shape[1] - span :]
+    before, embeds = (
+        inputs_embeds[:, : inputs_embeds.shape[1] - span],
+        inputs_embeds[:, inputs_embeds.shape[1] - span :],
+    )
     a, b, i = gate(backbone, embeds)
     fused = (a * embeds + b * (i * thinking_embeds.to(embeds.dtype))).to(embeds.dtype)
     fused = torch.where(thinking_mask[..., None].bool(), fused, embeds)
@@ -180,18 +177,10 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     backbone.fuse_thinking = types.MethodType(fuse_thinking, backbone)
     model.config.thinking = asdict(config)
     if isinstance(model, PeftModel):
-        _join_adapter(model)
+        join_adapter(model)
+        remember_thinking(model, config)
     patches.apply("base_model_forward", type(backbone))  # a no-op where Unsloth's forward is patched already
     return model
-
-
-def _join_adapter(model: PeftModel) -> None:
-    """Make the modules part of an adapter that exists already: trained in full, saved and switched off with it."""
-    name = model.active_adapter
-    config = model.peft_config[name]
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))
-    model.modules_to_save = {*(model.modules_to_save or ()), *THINKING_MODULES}
-    _set_trainable(model, name, inference_mode=config.inference_mode, module_names=THINKING_MODULES)
 
 
 def drop_thinking(model: PreTrainedModel) -> PreTrainedModel:

@@ -77,7 +77,9 @@ class _Head(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         weight = self.head.weight
         if scores.shape[-1] != weight.shape[1]:
-            raise RuntimeError(f"Unsloth returned scores {tuple(scores.shape)}, not hidden states (B, {weight.shape[1]})")
+            raise RuntimeError(
+                f"Unsloth returned scores {tuple(scores.shape)}, not hidden states (B, {weight.shape[1]})"
+            )
         # `_sample` has made them fp32; back to the model's dtype, in which Unsloth multiplies
         hidden = scores.to(weight.dtype)
         self.see_hidden(self.head, (hidden[:, None],))

@@ -5,7 +5,7 @@ import torch
 
 from tests import tiny
 from unsloth_ext import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
-from unsloth_ext.residual import THINKING_MODULES
+from unsloth_ext.adapter import THINKING_MODULES
 
 
 def reference(backbone, e, s):

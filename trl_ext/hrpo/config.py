@@ -83,6 +83,4 @@ class HRPOArguments:
 
     def thinking_config(self) -> ThinkingConfig:
         """The model's part of these fields."""
-        return ThinkingConfig(
-            self.thinking_source, self.thinking_norm, self.residual_r_min, self.residual_r_max
-        )
+        return ThinkingConfig(self.thinking_source, self.thinking_norm, self.residual_r_min, self.residual_r_max)

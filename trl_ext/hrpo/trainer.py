@@ -24,10 +24,11 @@ from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils import logging
 
 import patches
+from unsloth_ext.adapter import remember_thinking, with_thinking_modules
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
 from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
-from unsloth_ext.residual import THINKING_MODULES, attach_thinking, backbone_of, has_thinking
+from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking
 from unsloth_ext.states import Warper
 
 from ..checkpointing import SafeCheckpointMixin
@@ -36,6 +37,7 @@ from .monitors import GateMonitor, ratio_deviation
 
 
 logger = logging.get_logger(__name__)
+
 
 class HRPOMixin(SafeCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
@@ -74,12 +76,15 @@ class HRPOMixin(SafeCheckpointMixin):
             return
         _refuse(args)
         if given.get("peft_config") is not None:
-            given["peft_config"] = _with_thinking_modules(given["peft_config"])
+            given["peft_config"] = copy.deepcopy(given["peft_config"])
+            vars(given["peft_config"]).update(with_thinking_modules(given["peft_config"]))
         with self._attaching():
             if not isinstance(model, str) and not has_thinking(model):
                 attach_thinking(model, self.hrpo.thinking_config())
             super().__init__(*bound.args, **bound.kwargs)
         backbone = backbone_of(self.model)
+        if is_peft_model(self.model):
+            remember_thinking(self.model, backbone.thinking_config)
         if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
             backbone.thinking_projection.requires_grad_(False)
         self.matcher = DelimiterMatcher(
@@ -139,7 +144,10 @@ class HRPOMixin(SafeCheckpointMixin):
             del model.generate
 
     def _kept(self) -> tuple[str, ...]:
-        return (*({"states": "thinking_states", "hidden": "hidden_states"}[field] for field in self.fields), "log_probs")
+        return (
+            *({"states": "thinking_states", "hidden": "hidden_states"}[field] for field in self.fields),
+            "log_probs",
+        )
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.thinking:
@@ -311,17 +319,6 @@ def _refuse(args: Any) -> None:
 def _has_images(dataset: Any) -> bool:
     columns = getattr(dataset, "column_names", None) or ()
     return bool({"image", "images"} & set(columns))
-
-
-def _with_thinking_modules(config: Any) -> Any:
-    """A copy of a PEFT config that trains and saves the thinking modules in full."""
-    if not hasattr(config, "modules_to_save"):
-        raise ValueError(f"{type(config).__name__} cannot train the thinking modules: it has no modules_to_save")
-    config = copy.deepcopy(config)
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))
-    if config.target_modules == "all-linear":
-        config.exclude_modules = [*(config.exclude_modules or []), *THINKING_MODULES]
-    return config
 
 
 def _fit(tensor: torch.Tensor | None, length: int) -> torch.Tensor | None:

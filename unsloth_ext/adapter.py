@@ -1,0 +1,54 @@
+"""Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.other import _set_trainable
+
+
+THINKING_MODULES = (
+    "thinking_residual_gate_r",
+    "thinking_residual_gate_i",
+    "thinking_residual_Lambda",
+    "thinking_projection",
+)
+
+
+@dataclass
+class ThinkingLoraConfig(LoraConfig):
+    """A LoRA config that remembers how the model thinks; plain PEFT reads it as a LoRA config."""
+
+    thinking: dict | None = field(default=None, metadata={"help": "Fields of ThinkingConfig."})
+
+
+def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config that make it train and save the thinking modules, and LoRA leave them alone.
+
+    Raises:
+        ValueError: the PEFT method has no `modules_to_save`.
+    """
+    if not hasattr(config, "modules_to_save"):
+        raise ValueError(f"{type(config).__name__} cannot train the thinking modules: it has no modules_to_save")
+    changes = {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))}
+    if getattr(config, "target_modules", None) == "all-linear":
+        changes["exclude_modules"] = [*(config.exclude_modules or []), *THINKING_MODULES]
+    return changes
+
+
+def join_adapter(model: PeftModel) -> None:
+    """Make freshly attached modules part of the active adapter, which exists already."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    config.modules_to_save = with_thinking_modules(config)["modules_to_save"]
+    _set_trainable(model, name, inference_mode=config.inference_mode, module_names=THINKING_MODULES)
+
+
+def remember_thinking(model: PeftModel, thinking: Any) -> None:
+    """Write a `ThinkingConfig` into the active adapter's config, which is saved beside its weights."""
+    name = model.active_adapter
+    old = model.peft_config[name]
+    if not isinstance(old, LoraConfig):
+        return
+    settings = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
+    model.peft_config[name] = ThinkingLoraConfig(**{**settings, "thinking": asdict(thinking)})
