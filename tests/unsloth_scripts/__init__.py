@@ -1,5 +1,6 @@
 """Scripts that run in a process of their own, because importing Unsloth changes it; each prints one line of JSON."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 
+@functools.cache
 def run(name: str, *args: str, timeout: float = 300) -> dict:
     """What `tests/unsloth_scripts/NAME.py` reports."""
     root = Path(__file__).parents[2]

@@ -14,11 +14,14 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils import logging
@@ -290,6 +293,34 @@ class HRPOMixin(SafeCheckpointMixin):
             name = {"thinking_projection": "thinking/projection_grad_norm"}.get(role, f"grad_norm/{role}")
             self._metrics["train"][name].append(norm.item())
         return torch.stack(list(norms.values())).norm()
+
+    # -- resuming ---------------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        # GRPO counts micro-steps from 0 and has no rollouts after a resume: inside a generation cycle it would sample anew
+        rank = self.args.process_index
+        tensors, plain = {}, {"step": self._step, "batches": 0}
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            plain["batches"] = len(self._buffered_inputs)
+            for i, batch in enumerate(self._buffered_inputs):
+                for key, value in batch.items():
+                    (tensors if isinstance(value, torch.Tensor) else plain)[f"{i}.{key}"] = value
+        # Batches share some scalars, and safetensors stores no tensor twice
+        save_file({k: v.clone() for k, v in tensors.items()}, Path(output_dir, f"rollout_{rank}.safetensors"))
+        Path(output_dir, f"rollout_{rank}.json").write_text(json.dumps(plain))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint or "", f"rollout_{self.args.process_index}.json")
+        if checkpoint is None or not file.exists():
+            return
+        plain = json.loads(file.read_text())
+        self._step, batches = plain.pop("step"), [{} for _ in range(plain.pop("batches"))]
+        for name, value in {**plain, **load_file(file.with_suffix(".safetensors"))}.items():
+            index, _, key = name.partition(".")
+            batches[int(index)][key] = value.to(self.args.device) if isinstance(value, torch.Tensor) else value
+        self._buffered_inputs = batches or None
 
     # -- logging ----------------------------------------------------------------------------------------------------
 
