@@ -74,9 +74,12 @@ def test_batch_equals_single_and_cached_equals_uncached(source):
     """fp64, greedy, so that a wrong state shows as another token and rounding does not."""
     net, matcher = make(source=source, dtype=torch.float64)
     ids, attention = prompts()
-    decode = lambda rows, **kw: hybrid_generate(
-        net, ids[rows], matcher, attention_mask=attention[rows], max_new_tokens=20, do_sample=False, **COMMON, **kw
-    )[:, 7:]
+
+    def decode(rows, **kw):
+        return hybrid_generate(
+            net, ids[rows], matcher, attention_mask=attention[rows], max_new_tokens=20, do_sample=False, **COMMON, **kw
+        )[:, 7:]
+
     batch = decode(slice(None))
     assert torch.equal(batch, decode(slice(None), use_cache=False))
     for row in range(4):

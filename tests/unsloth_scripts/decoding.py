@@ -1,5 +1,6 @@
 """Hybrid decoding under Unsloth: the log-probs of the rollout against those of the training forward."""
 
+# isort: split - Unsloth must be imported by the line above
 import os
 
 import torch
@@ -7,7 +8,7 @@ from unsloth.models import _decode_graphs
 
 from tests import (
     tiny,
-    unsloth_on_cpu,  # noqa: F401 - first
+    unsloth_on_cpu,  # noqa: F401
 )
 from unsloth_ext import DelimiterMatcher, backbone_of, hybrid_generate
 

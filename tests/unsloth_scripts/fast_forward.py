@@ -1,5 +1,6 @@
 """Stock and Unsloth decoders with the same weights and thinking states: outputs and gradients; then undo."""
 
+# isort: split - Unsloth must be imported by the line above
 import sys
 import tempfile
 
@@ -10,7 +11,7 @@ from unsloth.models import llama
 import patches
 from tests import (
     tiny,
-    unsloth_on_cpu,  # noqa: F401 - first
+    unsloth_on_cpu,  # noqa: F401
 )
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of
 from unsloth_ext.residual import THINKING_MODULES

@@ -1,0 +1,73 @@
+"""How a run ends: a table on the screen, `summary.json`, and a picture of its curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def before_after_table(before: Any, after: Any, console: Console) -> None:
+    """Two `Evaluation`s side by side."""
+    table = Table(title=f"Held-out problems: {after.n}", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    interval = lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"  # noqa: E731
+    table.add_row("accuracy (95% interval)", interval(before), interval(after))
+    table.add_row("format rate", f"{before.format_rate:.1%}", f"{after.format_rate:.1%}")
+    table.add_row("mean length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}")
+    table.add_row("thinking share", f"{before.thinking_share:.1%}", f"{after.thinking_share:.1%}")
+    console.print(table)
+
+
+def write_summary(folder: Path, **values: Any) -> None:
+    """`summary.json`, whole or not at all."""
+    target = folder / "summary.json"
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=2) + "\n")
+    part.replace(target)
+
+
+CURVES = (
+    ("reward", "sampled reward"),
+    ("accuracy", "held-out accuracy"),
+    ("thinking/fraction", "thinking share of tokens"),
+    ("thinking/embeds_ratio", "gate: mean a (token embedding)"),
+    ("thinking/hidden_ratio", "gate: mean sqrt(1 - a^2) (thinking state)"),
+    ("completions/mean_length", "completion length, tokens"),
+)
+
+
+def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str) -> None:
+    """Small multiples over training steps; one that was never logged stays out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in CURVES}
+    series["accuracy"] = accuracy
+    shown = [(name, label) for name, label in CURVES if len(series[name]) > 1]
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, (name, label) in zip(axes.flat, shown, strict=False):
+        steps, values = zip(*series[name], strict=True)
+        many = len(steps) > 30
+        axis.plot(steps, values, color="#9db8d9" if many else "#2b5d9b", marker=None if many else "o", linewidth=1.2)
+        if many:
+            axis.plot(steps, _smooth(values), color="#2b5d9b", linewidth=2, label="running mean")
+            axis.legend(frameon=False)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _smooth(values: tuple[float, ...], window: int = 10) -> list[float]:
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

@@ -1,0 +1,106 @@
+"""Training and held-out rows from a hub dataset, a local file, or a reasoning-gym generator."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SYSTEM_PROMPT = (
+    "Solve the problem step by step. Write your reasoning first; then, on a line of its own, write {delimiter} "
+    "followed by the final number and nothing else."
+)
+
+
+class DataError(ValueError):
+    """A dataset cannot be used; the message names the file, the column or the row."""
+
+
+def load_rows(
+    name: str, *, split: str, size: int | None, seed: int, config: str | None = None, **options: Any
+) -> list[dict]:
+    """Rows with `question` and `answer` (the bare number as a string, whatever stood before `####` as `solution`).
+
+    Args:
+        name: a local `.jsonl`, `.json` or `.parquet` file with GSM8K's columns, the name of a reasoning-gym generator
+            (`chain_sum`, `gsm_symbolic`, ...), or a hub id.
+        split: of a hub dataset; files and generators have none.
+        size: how many rows at most; for a generator, how many to make.
+        options: of the generator.
+
+    Raises:
+        DataError: no such file, no such column, no rows, or an answer without a number.
+    """
+    path = Path(name)
+    if path.suffix in FORMATS:
+        if not path.is_file():
+            raise DataError(f"dataset {name}: there is no such file")
+        try:
+            table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:
+            raise DataError(f"dataset {name} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
+    elif is_generator(name):
+        return _generated(name, size or 1000, seed, options)
+    else:
+        table = load_dataset(name, config, split=split)
+    for column in ("question", "answer"):
+        if column not in table.column_names:
+            raise DataError(f"dataset {name} has no column {column!r}; it has {', '.join(table.column_names)}")
+    if size is not None:
+        table = table.select(range(min(size, len(table))))
+    return [_gsm8k_row(name, i, row) for i, row in enumerate(table)]
+
+
+def is_generator(name: str) -> bool:
+    """Whether reasoning-gym has a generator of this name."""
+    if "/" in name or importlib.util.find_spec("reasoning_gym") is None:
+        return False
+    from reasoning_gym.factory import DATASETS
+
+    return name in DATASETS
+
+
+def _generated(name: str, size: int, seed: int, options: dict[str, Any]) -> list[dict]:
+    import reasoning_gym
+
+    made = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+    return [
+        {"question": row["question"], "answer": str(row["answer"]), "expression": row["metadata"].get("expression", "")}
+        for row in made
+    ]
+
+
+def _gsm8k_row(name: str, index: int, row: dict) -> dict:
+    question, answer = row["question"], row["answer"]
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"dataset {name}, row {index}: the question is empty")
+    solution, _, number = str(answer).rpartition("####")
+    number = number.strip().replace(",", "")
+    try:
+        float(number)
+    except ValueError:
+        raise DataError(f"dataset {name}, row {index}: no number behind '####' in the answer {answer!r:.120}") from None
+    return {"question": question, "answer": number, "solution": solution.strip()}
+
+
+def check_rows(name: str, rows: list[dict], group_size: int) -> None:
+    """Refuse data that cannot be trained on, before anything is loaded.
+
+    Raises:
+        DataError: fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise DataError(f"dataset {name} has {len(rows)} row(s): group-relative advantages need at least two prompts")
+
+
+def chat_dataset(rows: list[dict], delimiter: str) -> Dataset:
+    """Conversational prompts: the system prompt that asks for the delimiter, then the question."""
+    system = {"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}
+    return Dataset.from_list(
+        [
+            {"prompt": [system, {"role": "user", "content": row["question"]}], "answer": row["answer"]}
+            for row in rows
+        ]
+    )

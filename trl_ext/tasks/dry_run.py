@@ -1,0 +1,81 @@
+"""A look at data, reward and rollouts before training starts: what can be earned, and by what."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import Dataset
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .data import DataError
+from .evaluation import Evaluation
+
+
+@dataclass
+class DryRun:
+    """What the look found.
+
+    Attributes:
+        parse_rate: share of sampled completions with exactly one delimiter and an answer behind it.
+        rewards: histogram of the sampled rewards.
+        gold_reward: mean reward of the right answers themselves.
+    """
+
+    parse_rate: float
+    rewards: dict[float, int]
+    gold_reward: float
+
+
+def check_rewards(name: str, rewards: list) -> list[float]:
+    """`rewards` again, if every one is a finite number.
+
+    Raises:
+        DataError: a reward is None or NaN; names the function and the row.
+    """
+    for row, reward in enumerate(rewards):
+        if reward is None or not math.isfinite(reward):
+            raise DataError(f"reward function {name} gave {reward} for row {row}; return a finite number for each row")
+    return [float(reward) for reward in rewards]
+
+
+def dry_run(
+    rows: Dataset, sampled: Evaluation, reward: Callable[..., list[float]], delimiter: str, console: Console
+) -> DryRun:
+    """Score the gold answers and the sampled completions of `rows` (columns `prompt`, `answer`), and show one.
+
+    Raises:
+        DataError: no right answer earns anything (the reward and the data do not fit), or a reward is no number.
+    """
+    n = len(sampled.completions)
+    answers = rows["answer"][:n]
+    name = reward.__name__
+    gold = check_rewards(name, reward([f"{delimiter} {answer}" for answer in answers], answer=answers))
+    if not any(gold):
+        raise DataError(
+            f"no reward can ever be earned: {name} gives 0 even for {delimiter + ' ' + answers[0]!r}, the right answer "
+            "of the first row. Check the delimiter and the answers of the dataset"
+        )
+    rewards = check_rewards(name, reward(sampled.completions, answer=answers))
+    result = DryRun(sampled.format_rate, dict(sorted(Counter(rewards).items())), sum(gold) / n)
+    table = Table(title=f"Dry run on {n} sampled completions", title_justify="left")
+    for heading in ("parse rate", "rewards (value: count)", "reward of the gold answers"):
+        table.add_column(heading)
+    histogram = ", ".join(f"{value:g}: {count}" for value, count in result.rewards.items())
+    table.add_row(f"{result.parse_rate:.1%}", histogram, f"{result.gold_reward:.2f}")
+    console.print(table)
+    sample = Text(f"{_shown(rows[0]['prompt'])}\n").append(sampled.completions[0], style="bold")
+    console.print(Panel(sample, title=f"sample (answer {answers[0]}, reward {rewards[0]:g})", title_align="left"))
+    if len(result.rewards) == 1:
+        console.print(
+            f"[yellow]Every sampled reward is {rewards[0]:g}: groups without variance teach nothing. Expect no progress "
+            "until that changes (an easier task, a better start, more samples)."
+        )
+    return result
+
+
+def _shown(prompt: str | list[dict]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"[{m['role']}] {m['content']}" for m in prompt)

@@ -1,0 +1,155 @@
+"""Held-out accuracy by hybrid or plain decoding."""
+
+import contextlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.progress import track
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
+from trl.data_utils import apply_chat_template, is_conversational
+
+from unsloth_ext.decoding import hybrid_generate
+from unsloth_ext.delimiter import DelimiterMatcher
+from unsloth_ext.residual import has_thinking
+
+from .reward import final_answer, make_reward
+
+
+@dataclass
+class Evaluation:
+    """Results over n problems.
+
+    Attributes:
+        accuracy, low, high: share of right answers, with its 95% Wilson interval.
+        format_rate: share of completions with exactly one delimiter and something behind it.
+        mean_length: tokens, EOS included.
+        thinking_share: thinking tokens over all tokens (0 for plain decoding).
+        completions: the texts, in the order of the rows.
+    """
+
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    format_rate: float
+    mean_length: float
+    thinking_share: float
+    completions: list[str]
+
+    def numbers(self) -> dict[str, float]:
+        """Everything but the texts."""
+        return {key: value for key, value in asdict(self).items() if key != "completions"}
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion."""
+    p, square = successes / n, z * z
+    centre = (p + square / (2 * n)) / (1 + square / n)
+    half = z * math.sqrt(p * (1 - p) / n + square / (4 * n * n)) / (1 + square / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    delimiter: str = "####",
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+    do_sample: bool = False,
+    thinking: str = "on",
+    matcher: DelimiterMatcher | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Decode every row (columns `prompt`, `answer`) and score it.
+
+    Args:
+        temperature: of sampling, and of the thinking states even when decoding is greedy (as in training).
+        thinking: `"on"`, an ablation of `hybrid_generate` (`"zero"`, `"shuffle"`, `"noise"`), or `"off"`, which is also
+            what a model without thinking modules gets.
+    """
+    hybrid = thinking != "off" and has_thinking(model)
+    if hybrid and matcher is None:
+        matcher = DelimiterMatcher(tokenizer, delimiter, model.config.get_text_config().vocab_size)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+    )
+    texts, tokens, thought = [], 0, 0
+    with _evaluating(model):
+        batches = range(0, len(rows), batch_size)
+        for start in track(batches, "Evaluating", transient=True) if progress else batches:
+            inputs = _tokenize(tokenizer, rows[start : start + batch_size]["prompt"]).to(model.device)
+            if hybrid:
+                out, trace = hybrid_generate(
+                    model,
+                    matcher=matcher,
+                    ablation=None if thinking == "on" else thinking,
+                    return_trace=True,
+                    generation_config=config,
+                    **inputs,
+                )
+                thought += int(trace.thinking_mask.sum())
+            else:
+                out = model.generate(generation_config=config, **inputs)
+            completion = out[:, inputs["input_ids"].shape[1] :]
+            ends = torch.isin(completion, torch.tensor(config.eos_token_id, device=completion.device))
+            tokens += int(((ends.cumsum(1) - ends.int()) == 0).sum())
+            texts += tokenizer.batch_decode(completion, skip_special_tokens=True)
+    right = int(sum(make_reward(delimiter)(texts, answer=rows["answer"])))
+    n = len(rows)
+    low, high = wilson_interval(right, n)
+    return Evaluation(
+        n=n,
+        accuracy=right / n,
+        low=low,
+        high=high,
+        format_rate=sum(final_answer(text, delimiter) is not None for text in texts) / n,
+        mean_length=tokens / n,
+        thinking_share=thought / max(tokens, 1),
+        completions=texts,
+    )
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
+    chat = is_conversational({"prompt": prompts[0]})
+    if chat:  # the template brings its own special tokens
+        prompts = [apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
+    return tokenizer(list(prompts), add_special_tokens=not chat, **options)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module):
+    """Evaluation mode for the block."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+class AccuracyCallback(TrainerCallback):
+    """Logs `accuracy` on held-out rows every `every` steps; leaves the training's random state alone."""
+
+    def __init__(self, every: int, tokenizer: PreTrainedTokenizerBase, rows: Dataset, **options: Any):
+        self.every, self.tokenizer, self.rows, self.options = every, tokenizer, rows, options
+        self.curve: list[tuple[int, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.every and state.global_step % self.every == 0:
+            with torch.random.fork_rng():
+                result = evaluate(model, self.tokenizer, self.rows, **self.options)
+            self.curve.append((state.global_step, result.accuracy))
