@@ -1,15 +1,15 @@
 """Hybrid decoding under Unsloth: the log-probs of the rollout against those of the training forward."""
 
-# isort: split - Unsloth must be imported by the line above
+from tests import unsloth_on_cpu  # noqa: F401 - before all else
+
+
+# isort: split
 import os
 
 import torch
 from unsloth.models import _decode_graphs
 
-from tests import (
-    tiny,
-    unsloth_on_cpu,  # noqa: F401
-)
+from tests import tiny
 from unsloth_ext import DelimiterMatcher, backbone_of, hybrid_generate
 
 

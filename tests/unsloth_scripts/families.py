@@ -1,12 +1,14 @@
 """Every family: forwards and decoding under Unsloth against the stock model with the same weights."""
 
-# isort: split - Unsloth must be imported by the line above
+from tests import unsloth_on_cpu  # noqa: F401 - before all else
+
+
+# isort: split
 import json
 
 import torch
 from unsloth.models import llama
 
-from tests import unsloth_on_cpu  # noqa: F401
 from tests.unsloth_scripts import decoding, fast_forward
 
 

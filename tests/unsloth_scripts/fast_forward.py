@@ -1,6 +1,9 @@
 """Stock and Unsloth decoders with the same weights and thinking states: outputs and gradients; then undo."""
 
-# isort: split - Unsloth must be imported by the line above
+from tests import unsloth_on_cpu  # noqa: F401 - before all else
+
+
+# isort: split
 import sys
 import tempfile
 
@@ -9,10 +12,7 @@ from unsloth import FastLanguageModel
 from unsloth.models import llama
 
 import patches
-from tests import (
-    tiny,
-    unsloth_on_cpu,  # noqa: F401
-)
+from tests import tiny
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of
 from unsloth_ext.residual import THINKING_MODULES
 
