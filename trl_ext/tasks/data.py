@@ -99,8 +99,5 @@ def chat_dataset(rows: list[dict], delimiter: str) -> Dataset:
     """Conversational prompts: the system prompt that asks for the delimiter, then the question."""
     system = {"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}
     return Dataset.from_list(
-        [
-            {"prompt": [system, {"role": "user", "content": row["question"]}], "answer": row["answer"]}
-            for row in rows
-        ]
+        [{"prompt": [system, {"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in rows]
     )

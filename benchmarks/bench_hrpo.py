@@ -1,0 +1,198 @@
+"""HRPO against the peers a user would pick: step time and memory against TRL's GRPOTrainer, decoding against `generate`
+and against the published algorithm taken literally. Every figure is a ratio of interleaved repeats in one process.
+
+    python benchmarks/bench_hrpo.py [--repeats 5] [--quick]
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+
+import setups
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from public_algorithm import literal_decode
+
+import patches
+from trl_ext import HRPOConfig, HRPOTrainer
+from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, hybrid_generate
+
+
+DELIMITER = "####"
+MODES = {
+    "grpo": None,
+    "hrpo frozen projection": ("frozen", "projection"),
+    "hrpo rollout projection": ("rollout", "projection"),
+    "hrpo two_pass projection": ("two_pass", "projection"),
+    "hrpo jacobi K=2 projection": ("jacobi", "projection"),
+    "hrpo frozen soft_embedding": ("frozen", "soft_embedding"),
+    "hrpo two_pass soft_embedding": ("two_pass", "soft_embedding"),
+    "hrpo soft_bptt soft_embedding": ("soft_bptt", "soft_embedding"),
+}
+
+
+def trainer(mode: tuple[str, str] | None, size: str, rows: int, length: int):
+    """A trainer whose completions all have `length` tokens: EOS is held back, so the token counts are equal."""
+    tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
+    data = Dataset.from_list([{"prompt": "What is 12 plus 7 minus 3? " * (1 + i % 3)} for i in range(64)])
+    extra = {} if mode is None else {"recompute": mode[0], "thinking_source": mode[1], "jacobi_iterations": 2}
+    config = (trl.GRPOConfig if mode is None else HRPOConfig)(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=rows,
+        num_generations=8,
+        max_completion_length=length,
+        generation_kwargs={"min_new_tokens": length},
+        report_to="none",
+        use_cpu=not setups.CUDA,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **extra,
+    )
+    lora = LoraConfig(
+        r=32,
+        lora_alpha=64,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
+    cls = trl.GRPOTrainer if mode is None else HRPOTrainer
+    made = cls(
+        setups.qwen2(size),
+        lambda completions, **_: [float(len(text) % 7) for text in completions],
+        config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    made.create_optimizer()
+    made.current_gradient_accumulation_steps = 1
+    made.accelerator.gradient_state._set_sync_gradients(True)
+    return made
+
+
+def one_step(made) -> None:
+    """Rollout, rewards, loss, backward, clip, update."""
+    made.model.train()
+    made._step = 0
+    batch = [row for row in made.train_dataset.select(range(made.args.generation_batch_size // 8)) for _ in range(8)]
+    inputs = made._prepare_inputs(batch)
+    assert bool((inputs["completion_mask"] == 1).all()), "token counts must be equal"
+    made.compute_loss(made.model, inputs).backward()
+    made._clip_grad_norm(made.model)
+    made.optimizer.step()
+    made.optimizer.zero_grad()
+
+
+def bench_steps(size: str, rows: int, length: int, repeats: int) -> dict:
+    made = {name: trainer(mode, size, rows, length) for name, mode in MODES.items()}
+    times = setups.interleaved({name: lambda t=t: one_step(t) for name, t in made.items()}, repeats)
+    return setups.ratios(times, "grpo")
+
+
+def bench_memory(size: str, rows: int, length: int) -> dict:
+    """Peak memory of two steps over GRPO's: the GPU's allocator, or a process of its own for each on a CPU."""
+    peaks = {}
+    for name, mode in MODES.items():
+        if setups.CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            made = trainer(mode, size, rows, length)
+            one_step(made)
+            one_step(made)
+            peaks[name] = torch.cuda.max_memory_allocated()
+            del made
+        else:
+            call = [sys.executable, __file__, "--peak", name, "--rows", str(rows), "--length", str(length)]
+            peaks[name] = int(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return {name: {"ratio": round(peak / peaks["grpo"], 4), "MiB": peak >> 20} for name, peak in peaks.items()}
+
+
+def bench_decode(size: str, batches: tuple[int, ...], lengths: tuple[int, ...], repeats: int) -> dict:
+    """tokens/s ratios: time of `generate` over time of hybrid decoding, for the same number of tokens."""
+    out = {}
+    tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
+    prompt = tokenizer(["What is 12 plus 7 minus 3?"], return_tensors="pt")["input_ids"]
+    for batch in batches:
+        ids = prompt.repeat(batch, 1).to("cuda" if setups.CUDA else "cpu")
+        mask = torch.ones_like(ids)
+        for length in lengths:
+            works, models = {}, {}
+            for source in ("projection", "soft_embedding"):
+                models[source] = attach_thinking(setups.qwen2(size), ThinkingConfig(thinking_source=source)).eval()
+            matcher = DelimiterMatcher(tokenizer, DELIMITER, models["projection"].config.vocab_size)
+            common = {
+                "attention_mask": mask,
+                "max_new_tokens": length,
+                "min_new_tokens": length,
+                "do_sample": True,
+                "pad_token_id": 0,
+            }
+            for top_k in (0, 20):
+                works[f"generate top_k={top_k}"] = lambda k=top_k: models["projection"].generate(
+                    input_ids=ids, top_k=k, **common
+                )
+                for source, model in models.items():
+                    works[f"hybrid {source} top_k={top_k}"] = lambda m=model, k=top_k: hybrid_generate(
+                        m, ids, matcher, top_k=k, **common
+                    )
+            works["literal soft_embedding top_k=0"] = lambda: literal_decode(
+                models["soft_embedding"], tokenizer, ids, mask, length, DELIMITER
+            )
+            times = setups.interleaved(works, repeats)
+            rates = {}
+            for name, values in times.items():
+                base = times[f"generate {name.split()[-1]}"]
+                pairs = sorted(b / v for v, b in zip(values, base, strict=True))
+                rates[name] = {
+                    "rate_over_generate": round(pairs[len(pairs) // 2], 4),
+                    "range": [round(pairs[0], 4), round(pairs[-1], 4)],
+                    "tokens_per_second": round(batch * length / sorted(values)[len(values) // 2], 1),
+                }
+            ours, literal = times["hybrid soft_embedding top_k=0"], times["literal soft_embedding top_k=0"]
+            pairs = sorted(b / a for a, b in zip(ours, literal, strict=True))
+            rates["hybrid over literal, soft_embedding"] = {"speed_up": round(pairs[len(pairs) // 2], 3)}
+            out[f"batch {batch}, {length} tokens"] = rates
+            print(f"batch {batch}, {length} tokens", rates, flush=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64 if not setups.CUDA else 256)
+    parser.add_argument("--quick", action="store_true", help="short completions only")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    patches.apply("fused_lm_head")
+    size = "1.5b" if setups.CUDA else "cpu"
+    if options.peak:
+        made = trainer(MODES[options.peak], size, options.rows, options.length)
+        one_step(made)
+        one_step(made)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    lengths = (64,) if options.quick else (256, 1024)
+    steps = bench_steps(size, options.rows, options.length, options.repeats)
+    print("step time over GRPO", steps, flush=True)
+    memory = bench_memory(size, options.rows, options.length)
+    print("peak memory over GRPO", memory, flush=True)
+    decode = bench_decode(size, (8, 32), lengths, max(1, options.repeats if options.quick else options.repeats - 2))
+    results = {
+        "command": "make bench-hrpo",
+        "model": f"Qwen2 shape, {sum(p.numel() for p in setups.qwen2(size).parameters()) / 1e6:.0f}M parameters",
+        "completions_per_step": options.rows,
+        "completion_tokens": options.length,
+        "repeats": options.repeats,
+        "step_time_over_grpo": steps,
+        "peak_memory_over_grpo": memory,
+        "decode": decode,
+    }
+    print(setups.write("bench_hrpo" if options.quick else "hrpo", results))
+
+
+if __name__ == "__main__":
+    main()

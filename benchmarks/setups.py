@@ -1,0 +1,110 @@
+"""Models, prompts and clocks that the benchmarks share. Random weights: speed does not depend on what they say."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+
+RESULTS = Path(__file__).parent / "results"
+CUDA = torch.cuda.is_available()
+
+
+def qwen2(size: str) -> torch.nn.Module:
+    """`cpu`: 15M parameters, so that arithmetic and not Python dominates on two cores; `1.5b`: Qwen2.5-1.5B's shape."""
+    shapes = {
+        "cpu": (384, 1024, 6, 6, 2, 8192),
+        "1.5b": (1536, 8960, 28, 12, 2, 151936),
+    }
+    hidden, inner, layers, heads, kv, vocab = shapes[size]
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to("cuda" if CUDA else "cpu")
+
+
+def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level vocabulary filled up with made-up tokens; its `#` is one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate(["<pad>", "<eos>", *alphabet])}
+    for i in range(vocab_size - len(vocab)):
+        vocab[f"w{i}"] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call, the device waited for."""
+    if CUDA:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Times of each work, A B C A B C ..., after one uncounted round: a drifting machine hits all alike."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return times
+
+
+def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Of each work's time over the base's, pair by pair: median, lowest, highest; and the median seconds."""
+    out = {}
+    for name, values in times.items():
+        pairs = [a / b for a, b in zip(values, times[base], strict=True)]
+        out[name] = {
+            "ratio_median": round(statistics.median(pairs), 4),
+            "ratio_min": round(min(pairs), 4),
+            "ratio_max": round(max(pairs), 4),
+            "seconds_median": round(statistics.median(values), 4),
+        }
+    return out
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name().replace(" ", "-").lower() if CUDA else "cpu"
+
+
+def write(name: str, results: dict) -> Path:
+    """`results/<name>_<device>.json`, with what the figures were measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    import transformers
+    import trl
+
+    header = {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+    }
+    path = RESULTS / f"{name}_{device_name()}.json"
+    path.write_text(json.dumps({**header, **results}, indent=2) + "\n")
+    return path

@@ -1,0 +1,272 @@
+"""UnslothGRPOTrainer with thinking states: its loss against a plain one, its old log-probs, and a short training."""
+
+from tests import unsloth_on_cpu  # noqa: F401 - before all else
+
+
+# isort: split
+import json
+import os
+import tempfile
+
+import torch
+import trl
+from datasets import Dataset
+
+import patches
+from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forwards
+from tests import tiny
+from tests.unsloth_scripts.fast_forward import difference, load, saved
+from unsloth_ext import DelimiterMatcher, FastThinkingModel, attach_thinking, backbone_of
+from unsloth_ext.decoding import HybridSession, hybrid_decode
+from unsloth_ext.residual import THINKING_MODULES
+
+
+BETA = 0.1
+
+
+class ThinkingTrainer(trl.GRPOTrainer):
+    """The least a subclass must do."""
+
+    trace = None
+
+    def _generate_single_turn(self, *args, **kwargs):
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        generate, matcher = model.generate, DelimiterMatcher(self.processing_class, "##", 64)
+
+        def hybrid(*args, **kwargs):
+            session = HybridSession(model, matcher, keep=("thinking_states", "hidden_states", "log_probs"))
+            out = generate(*args, custom_generate=hybrid_decode, hybrid=session, **kwargs)
+            self.trace = session.trace()
+            return out
+
+        # Unsloth keeps its own `generate` on the instance: put that one back, do not delete it
+        model.generate = hybrid
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            model.generate = generate
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        out["thinking_mask"], out["thinking_states"] = self.trace.thinking_mask, self.trace.hidden_states
+        out["rollout_logps"] = self.trace.log_probs
+        self.trace = None
+        return out
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
+        wrapper = backbone_of(model).thinking_residual_Lambda
+        if self.trace is None or wrapper.disable_adapters:  # the reference, or no forward at all
+            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+        pad = self.processing_class.pad_token_id
+        with thinking_forwards(model, input_ids, pad, **keywords(self.trace.thinking_mask, self.trace.hidden_states)):
+            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append({key: inputs.get(key) for key in ("old_per_token_logps", "rollout_logps", "completion_mask")})
+        with thinking_batch(**keywords(inputs["thinking_mask"], inputs["thinking_states"])):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def keywords(mask, hidden) -> dict:
+    return {"thinking_mask": mask, "recompute_thinking_projection": True, "thinking_hidden_states_cache": hidden}
+
+
+def trainer_of(cls=trl.GRPOTrainer, mini_batch: int | None = None):
+    folder = saved("qwen3")
+    torch.manual_seed(0)
+    model = FastThinkingModel.get_peft_model(load(folder), r=4)
+    tiny.loud_gates(backbone_of(model))
+    args = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        num_iterations=2,
+        max_completion_length=12,
+        max_steps=4,
+        beta=BETA,
+        learning_rate=1e-3,
+        optim="adamw_torch",
+        loss_type="grpo",
+        fp16=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        temperature=1.0,
+        generation_kwargs={"suppress_tokens": [0]},
+        unsloth_grpo_mini_batch=mini_batch,
+    )
+    rows = Dataset.from_dict({"prompt": ["1+2=", "12-3+4=", "7*8=", "9=", "1+1=", "2+2="]})
+    reward = lambda completions, **_: [float(len(set(c))) for c in completions]  # noqa: E731
+    return cls(model=model, reward_funcs=reward, args=args, train_dataset=rows, processing_class=tiny.tokenizer())
+
+
+def batch() -> dict:
+    torch.manual_seed(3)
+    prompts, completions = torch.randint(3, 40, (4, 7)), torch.randint(3, 40, (4, 9))
+    prompt_mask, completion_mask = torch.ones_like(prompts), torch.ones_like(completions)
+    prompt_mask[0, :3] = prompt_mask[2, :5] = 0
+    completion_mask[1, 6:] = completion_mask[3, 2:] = 0
+    return {
+        "prompt_ids": prompts.masked_fill(prompt_mask == 0, 0),
+        "prompt_mask": prompt_mask,
+        "completion_ids": completions.masked_fill(completion_mask == 0, 0),
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([1.0, -0.5, 0.3, -0.8]),
+        "num_items_in_batch": completion_mask.sum(),
+    }
+
+
+def log_probs(model, inputs, **thinking):
+    """(B, C) by one plain left-padded forward."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=attention, **thinking).logits
+    start = inputs["prompt_ids"].shape[1]
+    return logits[:, start - 1 : -1].log_softmax(-1).gather(-1, ids[:, start:, None]).squeeze(-1)
+
+
+def plain_loss(model, inputs, reference, thinking):
+    new, mask = log_probs(model, inputs, **thinking), inputs["completion_mask"]
+    kl = (reference - new).exp() - (reference - new) - 1
+    per_token = -(new - new.detach()).exp() * inputs["advantages"][:, None] + BETA * kl
+    return ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+def thinking_gradients(model) -> dict:
+    """Of the thinking modules and of LoRA's effect on them there is one name in either kind of model."""
+    out = {}
+    for name, parameter in backbone_of(model).named_parameters():
+        if name.split(".")[0] in THINKING_MODULES and parameter.grad is not None:
+            out[name.replace("modules_to_save.default.", "")] = parameter.grad.clone()
+    return out
+
+
+def loss_checks(report: dict, mini_batch: int | None, packing: str) -> None:
+    os.environ["UNSLOTH_GRPO_SEQ_PACKING"] = packing
+    trainer, inputs = trainer_of(mini_batch=mini_batch), batch()
+    model = trainer.model.train()
+    torch.manual_seed(5)
+    mask, hidden = inputs["completion_mask"].bool() & (torch.rand(4, 9) < 0.8), torch.randn(4, 9, 32)
+    thinking = keywords(mask, hidden)
+    stock = attach_thinking(tiny.model("qwen3"))  # LoRA's B is zero: the adapter changes nothing yet
+    weights = {k: v for k, v in backbone_of(model).state_dict().items() if "modules_to_save" in k}
+    weights = {k.replace("modules_to_save.default.", ""): v for k, v in weights.items()}
+    assert not backbone_of(stock).load_state_dict(weights, strict=False).unexpected_keys
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+
+    def scored(**how):
+        with torch.no_grad():
+            return trainer._get_per_token_logps_and_entropies(model, ids, attention, 9, **how)[0]
+
+    inputs["ref_per_token_logps"] = scored().clone()
+    with torch.no_grad():
+        reference = log_probs(stock, inputs)
+    patches.revert(NAME)
+    live = trl.GRPOTrainer.compute_loss.__globals__
+    original = live[NAME]
+    before = _loss_and_gradients(trainer, inputs)
+    patches.apply(NAME)
+    after = _loss_and_gradients(trainer, inputs)
+    key = f"packing={packing} mini_batch={mini_batch}"
+    found = report[key] = {"untouched": before[0].equal(after[0])}
+    found["untouched"] &= all(before[1][k].equal(after[1][k]) for k in before[1]) and bool(before[1])
+
+    with thinking_batch(**thinking):
+        loss, _ = _loss_and_gradients(trainer, inputs)
+    ours = thinking_gradients(model)
+    expected = plain_loss(stock, inputs, reference, thinking)
+    expected.backward()
+    theirs = thinking_gradients(stock)
+    assert ours.keys() == theirs.keys() and len(theirs) == 6
+    found["loss"], found["loss_difference"] = loss.item(), abs(loss.item() - expected.item())
+    found["gradient_difference"] = max(difference(ours[k], theirs[k]) / theirs[k].abs().max().item() for k in ours)
+    found["thinking_matters"] = abs(loss.item() - before[0].item())
+
+    with thinking_forwards(model, ids, 0, **thinking):
+        old = scored()
+    with torch.no_grad():
+        new = log_probs(stock, inputs, **thinking)
+    at = inputs["completion_mask"].bool()
+    left_pads = (inputs["prompt_mask"] == 0).sum(1)
+    widest = left_pads.max()
+    columns = torch.arange(9)[None] + (widest - left_pads)[:, None]  # Unsloth's layout: left-packed, last C + widest
+    found["old_log_probs"] = difference(old.gather(1, columns)[at], new[at])
+    patches.revert(NAME)
+    found["restored"] = live[NAME] is original
+    patches.apply(NAME)
+    report.update(errors(trainer, inputs, thinking, ids))
+
+
+def _loss_and_gradients(trainer, inputs):
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def errors(trainer, inputs, thinking, ids) -> dict:
+    """What must not pass in silence."""
+    said = {}
+
+    def expect(name, action):
+        try:
+            action()
+        except (ValueError, patches.PatchError) as error:
+            said[name] = str(error)
+
+    def other_rows():
+        with thinking_forwards(trainer.model, ids, 0, **thinking):
+            trainer.model(input_ids=ids + 1)
+
+    def nothing():
+        with thinking_forwards(trainer.model, ids, 0, **thinking):
+            pass
+
+    def unpatched():
+        with patches.applied(NAME):
+            patches.revert(NAME)
+            with thinking_batch(**thinking):
+                trainer.compute_loss(trainer.model, dict(inputs))
+
+    expect("other_rows", other_rows)
+    expect("nothing", nothing)
+    expect("unpatched", unpatched)
+    patches.apply(NAME)
+    return {"errors": said}
+
+
+def training() -> dict:
+    trainer = trainer_of(ThinkingTrainer)
+    trainer.seen = []
+    backbone = backbone_of(trainer.model)
+    start = {n: p.detach().clone() for n, p in backbone.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {n: difference(p.detach(), start[n]) for n, p in backbone.named_parameters() if n in start}
+    thinking = {name: max(v for n, v in moved.items() if n.startswith(name)) for name in THINKING_MODULES}
+    return {
+        "steps": trainer.state.global_step,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "moved": thinking | {"lora": max(v for n, v in moved.items() if "lora" in n)},
+        "old_equals_rollout": old_equals_rollout(trainer.seen[0]),
+    }
+
+
+def old_equals_rollout(seen: dict) -> float:
+    """|old log-probs of Unsloth's scoring - log-probs of the rollout|: the importance ratio is 1 at the first step."""
+    old, rollout, mask = seen["old_per_token_logps"], seen["rollout_logps"], seen["completion_mask"].bool()
+    rows = [old[i][old[i] != 0][-int(n) :] for i, n in enumerate(mask.sum(1))]
+    return max(difference(rows[i], rollout[i][mask[i]]) for i in range(len(rows)))
+
+
+if __name__ == "__main__":
+    report = {}
+    patches.apply(NAME)
+    loss_checks(report, None, "1")
+    loss_checks(report, 2, "0")
+    os.environ["UNSLOTH_GRPO_SEQ_PACKING"] = "1"
+    report["training"] = training()
+    print(json.dumps(report))

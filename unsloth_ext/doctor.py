@@ -1,0 +1,59 @@
+"""`make doctor`: versions found and tested, the backend and why, the patches that would apply. Exit status 1 on the
+first version that nobody tested (unless the override is set)."""
+
+import importlib.util
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+import patches
+from patches import versions
+
+from .backend import unsloth_can_run
+
+
+def main() -> int:
+    console = Console(soft_wrap=True)
+    problems = {package: problem for package in versions.TESTED if (problem := versions.version_problem(package))}
+    _versions_table(console, problems)
+    use_unsloth, why = unsloth_can_run()
+    console.print(f"backend: [bold]{'unsloth' if use_unsloth else 'transformers + peft'}[/] ({why})")
+    _patches_table(console, use_unsloth)
+    if not problems:
+        console.print("[green]all versions are tested together")
+        return 0
+    console.print(f"[red]{next(iter(problems.values()))}")
+    if versions.untested_allowed():
+        console.print(f"{versions.ALLOW_UNTESTED}=1: going on untested")
+        return 0
+    console.print(f"Set {versions.ALLOW_UNTESTED}=1 to go on untested.")
+    return 1
+
+
+def _versions_table(console: Console, problems: dict[str, str]) -> None:
+    table = Table(title="versions", title_justify="left")
+    for heading in ("package", "found", "tested", ""):
+        table.add_column(heading)
+    for package, wanted in versions.TESTED.items():
+        found = versions.installed_version(package)
+        state = "[red]untested" if package in problems else "ok" if found else "not installed (optional)"
+        table.add_row(package, str(found or "-"), str(wanted), state)
+    console.print(table)
+
+
+def _patches_table(console: Console, use_unsloth: bool) -> None:
+    table = Table(title="patches", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    for heading in ("replaces", "applies here", "needed for"):
+        table.add_column(heading, overflow="fold")
+    for name in patches.NAMES:
+        patch = patches.get(name)
+        applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
+        present = importlib.util.find_spec(patch.package) is not None
+        table.add_row(name, patch.target, "yes" if applies and present else "no", patch.reason)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
