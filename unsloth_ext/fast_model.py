@@ -89,6 +89,10 @@ class FastThinkingModel:
         attach_thinking(model, thinking or (ThinkingConfig(**saved) if saved else None))
         if adapter is not None:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, token=token)
+            if use_unsloth:
+                from unsloth import FastLanguageModel
+
+                model = FastLanguageModel.patch_peft_model(model, kwargs.get("use_gradient_checkpointing", "unsloth"))
             remember_thinking(model, backbone_of(model).thinking_config)
         elif saved and os.path.isdir(model_name):
             _load_thinking_tensors(model, Path(model_name))
@@ -182,6 +186,8 @@ def _load_transformers(
 def _load_unsloth(name: str, **kwargs):
     from unsloth import FastLanguageModel
 
+    if kwargs["device_map"] is None:  # its own default is not None
+        del kwargs["device_map"]
     # Unsloth's classes keep the stock forward for models it did not load: that one must know our keywords as well
     patches.apply("base_model_forward")
     patches.apply("llama_fast_forward")

@@ -18,6 +18,7 @@ from transformers import LogitsProcessor
 
 
 SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
+NO_FALLBACK = "_unsloth_grpo_hidden_states_unsafe"  # Unsloth's GRPO trainer wraps forwards; the wrapper decodes twice
 
 
 def on_unsloth(model: nn.Module) -> bool:
@@ -54,6 +55,8 @@ class _HiddenStates(contextlib.ExitStack):
         before = os.environ.get(SWITCH)
         os.environ[SWITCH] = "1"
         self.callback(_restore, before)
+        self.callback(setattr, self.model, NO_FALLBACK, getattr(self.model, NO_FALLBACK, False))
+        setattr(self.model, NO_FALLBACK, True)
         return self
 
     def processor(self, session: Any) -> LogitsProcessor:

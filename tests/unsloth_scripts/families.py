@@ -9,6 +9,7 @@ import json
 import torch
 from unsloth.models import llama
 
+from tests import tiny
 from tests.unsloth_scripts import decoding, fast_forward
 
 
@@ -16,7 +17,7 @@ if __name__ == "__main__":
     calls = fast_forward.count_calls()
     report = {"forward": {}, "decoding": {}}
     for family in fast_forward.FAMILIES:
-        model = fast_forward.load(fast_forward.saved(family))
+        model = fast_forward.load(fast_forward.saved(tiny.model(family)))
         stock = fast_forward.twin(model, family)
         calls.clear()
         report["forward"][family] = fast_forward.compare(family, model, stock) | {"fast_calls": len(calls)}

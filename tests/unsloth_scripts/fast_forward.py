@@ -20,9 +20,10 @@ from unsloth_ext.residual import THINKING_MODULES
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
-def saved(family: str) -> str:
+def saved(model) -> str:
+    """A folder with `model` and a tokenizer."""
     folder = tempfile.mkdtemp()
-    tiny.model(family).save_pretrained(folder)
+    model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
@@ -105,7 +106,7 @@ def compare(family: str, model, stock) -> dict:
 
 def checkpointing() -> float:
     """Largest difference of any gradient with Unsloth's gradient checkpointing and without, under LoRA."""
-    found, folder = [], saved("qwen3")
+    found, folder = [], saved(tiny.model("qwen3"))
     ids, _, mask, hidden = batch()
     for mode in (False, "unsloth"):
         torch.manual_seed(0)
@@ -154,7 +155,7 @@ def undo() -> dict:
 def loaded_first() -> float:
     """A model that Unsloth loaded before the patch was applied thinks as well."""
     assert not patches.get("llama_fast_forward").originals
-    folder = saved("qwen2")
+    folder = saved(tiny.model("qwen2"))
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=128, dtype=torch.float32, load_in_4bit=False, device_map="cpu"
     )

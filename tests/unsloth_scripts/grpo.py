@@ -11,6 +11,7 @@ import tempfile
 import torch
 import trl
 from datasets import Dataset
+from safetensors.torch import save_file
 
 import patches
 from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forwards
@@ -22,6 +23,7 @@ from unsloth_ext.residual import THINKING_MODULES
 
 
 BETA = 0.1
+KEPT = ("old_per_token_logps", "rollout_logps", "completion_mask", "prompt_mask", "completion_ids")
 
 
 class ThinkingTrainer(trl.GRPOTrainer):
@@ -62,7 +64,7 @@ class ThinkingTrainer(trl.GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.seen.append({key: inputs.get(key) for key in ("old_per_token_logps", "rollout_logps", "completion_mask")})
+        self.seen.append({key: inputs.get(key) for key in KEPT})
         with thinking_batch(**keywords(inputs["thinking_mask"], inputs["thinking_states"])):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -72,7 +74,7 @@ def keywords(mask, hidden) -> dict:
 
 
 def trainer_of(cls=trl.GRPOTrainer, mini_batch: int | None = None):
-    folder = saved("qwen3")
+    folder = saved(pad_is_rare(tiny.model("qwen3")))
     torch.manual_seed(0)
     model = FastThinkingModel.get_peft_model(load(folder), r=4)
     tiny.loud_gates(backbone_of(model))
@@ -94,12 +96,17 @@ def trainer_of(cls=trl.GRPOTrainer, mini_batch: int | None = None):
         save_strategy="no",
         logging_steps=1,
         temperature=1.0,
-        generation_kwargs={"suppress_tokens": [0]},
         unsloth_grpo_mini_batch=mini_batch,
     )
     rows = Dataset.from_dict({"prompt": ["1+2=", "12-3+4=", "7*8=", "9=", "1+1=", "2+2="]})
     reward = lambda completions, **_: [float(len(set(c))) for c in completions]  # noqa: E731
     return cls(model=model, reward_funcs=reward, args=args, train_dataset=rows, processing_class=tiny.tokenizer())
+
+
+def pad_is_rare(model):
+    """Unsloth takes a sampled pad token for padding."""
+    model.get_input_embeddings().weight.data[0] = 0
+    return model
 
 
 def batch() -> dict:
@@ -129,8 +136,9 @@ def log_probs(model, inputs, **thinking):
 
 def plain_loss(model, inputs, reference, thinking):
     new, mask = log_probs(model, inputs, **thinking), inputs["completion_mask"]
-    kl = (reference - new).exp() - (reference - new) - 1
-    per_token = -(new - new.detach()).exp() * inputs["advantages"][:, None] + BETA * kl
+    ratio = (new - new.detach()).exp()
+    kl = ((reference - new).exp() - (reference - new) - 1) * ratio  # TRL's use_bias_correction_kl
+    per_token = -ratio * inputs["advantages"][:, None] + BETA * kl.clamp(max=10)  # Unsloth's clamp
     return ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
 
 
@@ -150,7 +158,7 @@ def loss_checks(report: dict, mini_batch: int | None, packing: str) -> None:
     torch.manual_seed(5)
     mask, hidden = inputs["completion_mask"].bool() & (torch.rand(4, 9) < 0.8), torch.randn(4, 9, 32)
     thinking = keywords(mask, hidden)
-    stock = attach_thinking(tiny.model("qwen3"))  # LoRA's B is zero: the adapter changes nothing yet
+    stock = attach_thinking(pad_is_rare(tiny.model("qwen3")))  # LoRA's B is zero: the adapter changes nothing yet
     weights = {k: v for k, v in backbone_of(model).state_dict().items() if "modules_to_save" in k}
     weights = {k.replace("modules_to_save.default.", ""): v for k, v in weights.items()}
     assert not backbone_of(stock).load_state_dict(weights, strict=False).unexpected_keys
@@ -176,8 +184,10 @@ def loss_checks(report: dict, mini_batch: int | None, packing: str) -> None:
 
     with thinking_batch(**thinking):
         loss, _ = _loss_and_gradients(trainer, inputs)
+    unwrapped = trainer.accelerator.unwrap_model(model)
+    found["packed"] = getattr(unwrapped, "_unsloth_seq_packing_grad_ok", None)
     ours = thinking_gradients(model)
-    expected = plain_loss(stock, inputs, reference, thinking)
+    expected = plain_loss(stock, inputs, reference, thinking) / trainer.current_gradient_accumulation_steps
     expected.backward()
     theirs = thinking_gradients(stock)
     assert ours.keys() == theirs.keys() and len(theirs) == 6
@@ -189,11 +199,7 @@ def loss_checks(report: dict, mini_batch: int | None, packing: str) -> None:
         old = scored()
     with torch.no_grad():
         new = log_probs(stock, inputs, **thinking)
-    at = inputs["completion_mask"].bool()
-    left_pads = (inputs["prompt_mask"] == 0).sum(1)
-    widest = left_pads.max()
-    columns = torch.arange(9)[None] + (widest - left_pads)[:, None]  # Unsloth's layout: left-packed, last C + widest
-    found["old_log_probs"] = difference(old.gather(1, columns)[at], new[at])
+    found["old_log_probs"] = unpacked_difference(old, new, inputs)
     patches.revert(NAME)
     found["restored"] = live[NAME] is original
     patches.apply(NAME)
@@ -239,27 +245,44 @@ def errors(trainer, inputs, thinking, ids) -> dict:
     return {"errors": said}
 
 
-def training() -> dict:
-    trainer = trainer_of(ThinkingTrainer)
+def training(trainer) -> dict:
     trainer.seen = []
     backbone = backbone_of(trainer.model)
     start = {n: p.detach().clone() for n, p in backbone.named_parameters() if p.requires_grad}
     trainer.train()
     moved = {n: difference(p.detach(), start[n]) for n, p in backbone.named_parameters() if n in start}
+    first = trainer.seen[0]
     thinking = {name: max(v for n, v in moved.items() if n.startswith(name)) for name in THINKING_MODULES}
     return {
         "steps": trainer.state.global_step,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "moved": thinking | {"lora": max(v for n, v in moved.items() if "lora" in n)},
-        "old_equals_rollout": old_equals_rollout(trainer.seen[0]),
+        "no_pad_was_sampled": not any(
+            (x["completion_ids"] == 0)[x["completion_mask"].bool()].any() for x in trainer.seen
+        ),
+        # The importance ratio is 1 at the first inner step
+        "old_minus_rollout": unpacked_difference(first["old_per_token_logps"], first["rollout_logps"], first),
     }
 
 
-def old_equals_rollout(seen: dict) -> float:
-    """|old log-probs of Unsloth's scoring - log-probs of the rollout|: the importance ratio is 1 at the first step."""
-    old, rollout, mask = seen["old_per_token_logps"], seen["rollout_logps"], seen["completion_mask"].bool()
-    rows = [old[i][old[i] != 0][-int(n) :] for i, n in enumerate(mask.sum(1))]
-    return max(difference(rows[i], rollout[i][mask[i]]) for i in range(len(rows)))
+def unpacked_difference(packed, expected, inputs) -> float:
+    """Between Unsloth's layout (left-packed, the last C + most left pads columns) and (B, C), where the mask is."""
+    mask, left_pads = inputs["completion_mask"].bool(), (inputs["prompt_mask"] == 0).sum(1)
+    columns = torch.arange(mask.shape[1])[None] + (left_pads.max() - left_pads)[:, None]
+    return difference(packed.gather(1, columns)[mask], expected[mask])
+
+
+def save(model) -> str:
+    """A folder with `adapter`, `merged` and what the model says."""
+    folder = tempfile.mkdtemp()
+    ids, mask, hidden = torch.arange(3, 23)[None], torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, **keywords(mask, hidden)).logits
+    model.save_pretrained(f"{folder}/adapter")
+    FastThinkingModel.merge(model).save_pretrained(f"{folder}/merged")
+    tiny.tokenizer().save_pretrained(f"{folder}/merged")
+    save_file({"ids": ids, "mask": mask, "hidden": hidden, "logits": logits}, f"{folder}/said.safetensors")
+    return folder
 
 
 if __name__ == "__main__":
@@ -268,5 +291,7 @@ if __name__ == "__main__":
     loss_checks(report, None, "1")
     loss_checks(report, 2, "0")
     os.environ["UNSLOTH_GRPO_SEQ_PACKING"] = "1"
-    report["training"] = training()
+    trainer = trainer_of(ThinkingTrainer)
+    report["training"] = training(trainer)
+    report["saved"] = save(trainer.model)
     print(json.dumps(report))
