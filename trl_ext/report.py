@@ -6,6 +6,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import ProgressCallback
+
+
+class CompactProgress(ProgressCallback):
+    """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log."""
+
+    SHOWN = {"reward": "reward", "thinking/fraction": "thinking", "completions/mean_length": "length", "loss": "loss"}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {short: f"{logs[name]:.3f}" for name, short in self.SHOWN.items() if logs.get(name) is not None}
+            if shown:
+                self.training_bar.set_postfix(shown)
 
 
 def before_after_table(before: Any, after: Any, console: Console) -> None:

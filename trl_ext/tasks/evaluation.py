@@ -142,14 +142,29 @@ def _evaluating(model: torch.nn.Module):
 
 
 class AccuracyCallback(TrainerCallback):
-    """Logs `accuracy` on held-out rows every `every` steps; leaves the training's random state alone."""
+    """Held-out evaluation when training starts (a resumed checkpoint is loaded by then) and every `every` steps.
+
+    Leaves the training's random state alone.
+
+    Attributes:
+        before: the `Evaluation` at the start.
+        curve: (step, accuracy) pairs.
+    """
 
     def __init__(self, every: int, tokenizer: PreTrainedTokenizerBase, rows: Dataset, **options: Any):
         self.every, self.tokenizer, self.rows, self.options = every, tokenizer, rows, options
+        self.before: Evaluation | None = None
         self.curve: list[tuple[int, float]] = []
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.before = self._evaluate(state, model)
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self.every and state.global_step % self.every == 0:
-            with torch.random.fork_rng():
-                result = evaluate(model, self.tokenizer, self.rows, **self.options)
-            self.curve.append((state.global_step, result.accuracy))
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self._evaluate(state, model)
+
+    def _evaluate(self, state: Any, model: Any) -> Evaluation:
+        with torch.random.fork_rng():
+            result = evaluate(model, self.tokenizer, self.rows, **self.options)
+        self.curve.append((state.global_step, result.accuracy))
+        return result

