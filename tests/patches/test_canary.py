@@ -1,0 +1,163 @@
+"""Every private upstream name that this project touches, with the parameters it had: what to read after an upgrade.
+
+Unsloth is read as source, not imported: importing it takes long and changes the process.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+
+import patches
+from patches.base_model_forward import FAMILIES
+
+
+COMPUTE_LOSS = "self, model, inputs, return_outputs, num_items_in_batch"
+UNSLOTH = {
+    # file, function: first parameters
+    ("unsloth/models/llama.py", "LlamaModel_fast_forward"): (
+        "self, input_ids, causal_mask, attention_mask, position_ids, past_key_values, inputs_embeds"
+    ),
+    ("unsloth/models/llama.py", "_norm_modules_to_save"): "model, name",
+    ("unsloth/models/llama.py", "apply_logit_transforms"): "logits, logit_softcapping, logit_scaling",
+    ("unsloth/models/llama.py", "resolve_logit_scaling"): "config",
+    ("unsloth/models/llama.py", "mark_unsloth_fast_path"): "model",
+    ("unsloth/models/llama.py", "_gated_method"): "cls, name, fast, original",
+    ("unsloth/models/llama.py", "unsloth_fast_generate"): "self",
+    ("unsloth/models/llama.py", "patch_peft_model"): "model, use_gradient_checkpointing",
+    ("unsloth/models/llama.py", "_build_rope_cache"): "self, device_index",
+    ("unsloth/models/llama.py", "_ensure_rope_cache"): "self, device_index",
+    ("unsloth/models/llama.py", "_set_cos_sin_cache"): "self, seq_len, device, dtype",
+    ("unsloth/kernels/rms_layernorm.py", "fast_rms_layernorm"): "layernorm, X, gemma, save_output, reuse_grad",
+    ("unsloth/kernels/rope_embedding.py", "fast_rope_embedding"): "Q, K, cos, sin, rope_embedding_indices",
+    ("unsloth/models/rl.py", "PatchFastRL"): "algorithm, FastLanguageModel",
+    ("unsloth/utils/prefix_grouper.py", "prefix_grouper_enabled"): "",
+    ("unsloth/models/rl_replacements.py", "compute_loss"): COMPUTE_LOSS,
+    ("unsloth/models/rl_replacements.py", "_get_per_token_logps_and_entropies"): (
+        "self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_efficient"
+    ),
+    ("unsloth_zoo/rl_replacements.py", "grpo_accumulated_loss"): ", ".join(
+        patches.get("grpo_accumulated_loss").parameters[:-1]
+    ),
+    ("unsloth_zoo/rl_replacements.py", "left_pack_padding"): "tensor, pad_id",
+}
+UNSLOTH_TEXT = [
+    # file, text, why we rely on it
+    ("unsloth/models/llama.py", '"UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1"', "hidden states in the logits' place"),
+    ("unsloth/models/llama.py", 'getattr(self, "_unsloth_fast_path", False)', "the gate in transformers' classes"),
+    ("unsloth/models/_decode_graphs.py", "ENABLED = None", "the switch of CUDA-graph decoding"),
+    ("unsloth/models/_decode_graphs.py", "if ENABLED is not None:", "that it comes before the environment"),
+    ("unsloth/models/rl.py", '"_unsloth_grpo_hidden_states_unsafe"', "the GRPO wrapper steps aside"),
+    ("unsloth/models/rl.py", 'os.environ.get("UNSLOTH_ALLOW_CPU", "0") == "1"', "the CPU fixture"),
+    ("unsloth/utils/prefix_grouper.py", "return _ENABLED", "shared-prompt deduplication can be turned off"),
+    ("unsloth_zoo/rl_replacements.py", "_pack_flat_ids = input_ids[_pack_keep].unsqueeze(0)", "packed row by row"),
+    ("unsloth_zoo/rl_replacements.py", "input_ids = left_pack_padding(input_ids,", "left-packed in the batch's order"),
+    (
+        "unsloth/models/rl_replacements.py",
+        ") = grpo_accumulated_loss(",
+        "the loss is looked up in the trainer's module",
+    ),
+]
+TRAINER = "trl.trainer.grpo_trainer:GRPOTrainer."
+HF = "transformers.trainer:Trainer."
+IMPORTED = {
+    # module:qualified name: first parameters
+    TRAINER + "_generate_single_turn": "self, prompt_ids",
+    TRAINER + "_generate_and_score_completions": "self, inputs",
+    TRAINER
+    + "_get_per_token_logps_and_entropies": "self, model, input_ids, attention_mask, logits_to_keep, batch_size",
+    TRAINER + "_compute_loss": "self, model, inputs",
+    TRAINER + "compute_loss": COMPUTE_LOSS,
+    TRAINER + "log": "self, logs, start_time",
+    HF + "create_optimizer": "self, model",
+    HF + "_clip_grad_norm": "self, model",
+    HF + "_save": "self, output_dir, state_dict",
+    HF + "_save_checkpoint": "self, model, trial",
+    HF + "_save_optimizer_and_scheduler": "self, output_dir",
+    HF + "_load_optimizer_and_scheduler": "self, checkpoint",
+    HF + "_load_rng_state": "self, checkpoint",
+    HF + "_load_scaler": "self, checkpoint",
+    HF + "_get_output_dir": "self, trial",
+    "trl.trainer.grpo_trainer:create_model_from_path": "model_id",
+    "trl.trainer.utils:_ChunkedLogProbFunction": None,
+    "transformers.generation.utils:GenerationMixin._sample": (
+        "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer"
+    ),
+    "transformers.generation.utils:GenerationMixin.generate": "self, inputs, generation_config",
+    "transformers.generation.utils:_get_torch_distributed_world_size": "",
+    "transformers.integrations.fsdp:is_fsdp_managed_module": "module",
+    "transformers.integrations.deepspeed:is_deepspeed_zero3_enabled": "",
+    "peft.utils.other:_set_trainable": "model, adapter_name, module_names, inference_mode",
+    "peft.utils.other:AuxiliaryTrainingWrapper": None,
+}
+TEXT = [
+    ("trl.trainer.grpo_trainer", "self._buffered_inputs", "rollouts inside a generation cycle are saved"),
+    ("trl.trainer.grpo_trainer", "self._step", "so is the place in it"),
+    ("trl.trainer.grpo_trainer", "self._metrics", "our numbers are logged with the parent's"),
+    ("trl.trainer.grpo_trainer", "self._tokenizer", "the delimiter is compiled for it"),
+    ("transformers.generation.utils", "_eos_token_tensor", "rows that have ended do not think"),
+    ("transformers.generation.utils", "custom_generate", "hybrid decoding rides on generate"),
+    ("peft.utils.other", "disable_adapters", "the KL reference does not think"),
+]
+
+
+def _positional(node: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+
+
+@functools.cache
+def _source(file: str) -> str:
+    package, _, rest = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(spec.submodule_search_locations[0], rest).read_text()
+
+
+@functools.cache
+def _functions(file: str) -> dict[str, list[list[str]]]:
+    found: dict[str, list[list[str]]] = {}
+    for node in ast.walk(ast.parse(_source(file))):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, []).append(_positional(node))
+    return found
+
+
+@pytest.mark.parametrize(("file", "name"), UNSLOTH)
+def test_unsloth_function(file, name):
+    wanted = [part for part in UNSLOTH[file, name].split(", ") if part]
+    found = _functions(file).get(name)
+    assert found, f"{file} has no function {name} any more"
+    assert any(parameters[: len(wanted)] == wanted for parameters in found), f"{name} now takes {found}"
+
+
+@pytest.mark.parametrize(("file", "text", "why"), UNSLOTH_TEXT)
+def test_unsloth_text(file, text, why):
+    assert text in _source(file), f"{file} lacks {text!r}: {why}"
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_function(name):
+    module, _, path = name.partition(":")
+    target = importlib.import_module(module)
+    for part in path.split("."):
+        target = getattr(target, part)
+    if IMPORTED[name] is not None:
+        wanted = [part for part in IMPORTED[name].split(", ") if part]
+        assert list(inspect.signature(inspect.unwrap(target)).parameters)[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize(("module", "text", "why"), TEXT)
+def test_text(module, text, why):
+    assert text in inspect.getsource(importlib.import_module(module)), f"{module} lacks {text!r}: {why}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_forward(family):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    parameters = inspect.signature(inspect.unwrap(getattr(module, FAMILIES[family]).forward)).parameters
+    assert list(parameters)[:2] == ["self", "input_ids"] and "inputs_embeds" in parameters
