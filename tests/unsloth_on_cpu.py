@@ -51,11 +51,6 @@ def rope_embedding(q, k, cos, sin, rope_embedding_indices=None):
     return tuple((x * cos + turn(x) * sin).to(x.dtype) for x in (q, k))
 
 
-def swiglu(e, g):
-    """Twin of `swiglu_fg_kernel`."""
-    return torch.nn.functional.silu(e) * g
-
-
 def _prepare() -> None:
     twins = {
         llama.fast_rms_layernorm: rms_layernorm,

@@ -42,6 +42,20 @@ def write_summary(folder: Path, **values: Any) -> None:
     part.replace(target)
 
 
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page.
+
+    Raises:
+        ValueError: the page has no such pair of marks.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    page = path.read_text()
+    if start not in page or end not in page:
+        raise ValueError(f"{path} has no marks {start} and {end}")
+    head, _, rest = page.partition(start)
+    path.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 CURVES = (
     ("reward", "sampled reward"),
     ("accuracy", "held-out accuracy"),
