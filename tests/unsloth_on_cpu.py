@@ -5,17 +5,21 @@
 Not covered: CUDA graphs, flash attention and xformers, 4-bit weights, `torch.compile`.
 """
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import types
 
 
+_cache = tempfile.mkdtemp(prefix="unsloth_compiled_cache")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.update(
     UNSLOTH_ALLOW_CPU="1",
     UNSLOTH_COMPILE_DISABLE="1",
     UNSLOTH_DISABLE_STATISTICS="1",
-    UNSLOTH_COMPILE_LOCATION=tempfile.mkdtemp(prefix="unsloth_compiled_cache"),
+    UNSLOTH_COMPILE_LOCATION=_cache,
     TORCHDYNAMO_DISABLE="1",
     HF_HUB_OFFLINE="1",
     ACCELERATE_MIXED_PRECISION="no",
