@@ -25,7 +25,7 @@ os.environ.update(
     ACCELERATE_MIXED_PRECISION="no",
     OMP_NUM_THREADS="1",  # tiny models: a thousand times faster than with many threads
 )
-import torch
+import torch  # noqa: E402
 
 
 torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(
