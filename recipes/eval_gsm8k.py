@@ -1,0 +1,110 @@
+"""Accuracy of a checkpoint by hybrid or plain decoding, and what the thinking states contribute.
+
+    python recipes/eval_gsm8k.py --checkpoint runs/hrpo_tiny/final                       # the embedded task
+    python recipes/eval_gsm8k.py --checkpoint runs/hrpo_gsm8k/final --dataset openai/gsm8k --dataset_config main
+    python recipes/eval_gsm8k.py --checkpoint runs/hrpo_tiny/final --thinking zero shuffle noise off
+
+Each way of thinking is a row: accuracy with its 95% interval, format rate, mean length, thinking share. `on` is the model
+as it was trained, `zero`, `shuffle` (another row's states) and `noise` (same norm) replace its states, `off` is plain
+decoding of the same weights.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unsloth_ext.backend import unsloth_can_run
+
+
+if unsloth_can_run()[0]:
+    import unsloth  # noqa: F401 - before transformers, or its models stay stock
+
+from rich.console import Console
+from rich.table import Table
+from trl import TrlParser
+
+from trl_ext.tasks import arithmetic
+from trl_ext.tasks.data import chat_dataset, check_rows, load_rows
+from trl_ext.tasks.evaluation import evaluate
+from unsloth_ext import FastThinkingModel, has_thinking
+from unsloth_ext.decoding import ABLATIONS
+
+
+@dataclass
+class EvalArguments:
+    """What to evaluate, and how."""
+
+    checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
+    dataset: str = field(default="tiny", metadata={"help": "'tiny', a hub id, a file, or a reasoning-gym name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
+    split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many problems."})
+    thinking: list[str] = field(
+        default_factory=lambda: ["on"], metadata={"help": "Any of: on, zero, shuffle, noise, off."}
+    )
+    answer_delimiter: str = field(default="####", metadata={"help": "Text that ends the thinking."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest completion."})
+    batch_size: int = field(default=64, metadata={"help": "Rows decoded at once."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling and of soft embeddings: as in training."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits."})
+    seed: int = field(default=0, metadata={"help": "Of generated problems; the tiny task's is its warm start's."})
+    held_out: int = field(default=400, metadata={"help": "The tiny task's number of held-out problems."})
+    output: str | None = field(default=None, metadata={"help": "JSON file; default CHECKPOINT/eval.json."})
+
+
+def rows_of(args: EvalArguments):
+    """Rows with `prompt` and `answer`."""
+    if args.dataset == "tiny":
+        data = arithmetic.as_dataset(arithmetic.split_problems(args.held_out, args.seed)[1])
+        return data.select(range(min(args.limit or len(data), len(data))))
+    rows = load_rows(args.dataset, split=args.split, size=args.limit, seed=args.seed + 1, config=args.dataset_config)
+    check_rows(args.dataset, rows)
+    return chat_dataset(rows, args.answer_delimiter)
+
+
+def main() -> None:
+    (args,) = TrlParser((EvalArguments,)).parse_args_and_config()
+    unknown = set(args.thinking) - {"on", *ABLATIONS}
+    if unknown:
+        sys.exit(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}")
+    rows = rows_of(args)
+    model, tokenizer = FastThinkingModel.from_pretrained(
+        args.checkpoint, max_seq_length=128 if args.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit
+    )
+    if not has_thinking(model):
+        sys.exit(f"{args.checkpoint} has no thinking modules")
+    results = {}
+    for thinking in args.thinking:
+        results[thinking] = evaluate(
+            model,
+            tokenizer,
+            rows,
+            delimiter=args.answer_delimiter,
+            max_new_tokens=args.max_new_tokens if args.dataset != "tiny" else 36,
+            batch_size=args.batch_size,
+            temperature=args.temperature,
+            do_sample=args.do_sample,
+            thinking=thinking,
+            progress=True,
+        )
+    table = Table(title=f"{args.checkpoint}: {len(rows)} problems", title_justify="left")
+    for heading in ("thinking", "accuracy (95% interval)", "format rate", "mean length", "thinking share"):
+        table.add_column(heading, justify="left" if heading == "thinking" else "right")
+    for thinking, r in results.items():
+        accuracy = f"{r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})"
+        table.add_row(thinking, accuracy, f"{r.format_rate:.1%}", f"{r.mean_length:.1f}", f"{r.thinking_share:.1%}")
+    Console().print(table)
+    folder = Path(args.checkpoint)
+    output = Path(args.output) if args.output else (folder if folder.is_dir() else Path()) / "eval.json"
+    output.write_text(json.dumps({name: result.numbers() for name, result in results.items()}, indent=2) + "\n")
+    print(f"Written: {output}")
+
+
+if __name__ == "__main__":
+    main()

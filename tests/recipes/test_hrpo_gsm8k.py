@@ -1,0 +1,103 @@
+"""The recipe as a person runs it: small, whole, and with everything one can get wrong."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+SMALL = [
+    "--sft_steps", "30", "--max_steps", "2", "--eval_size", "20", "--eval_every", "1", "--dry_run_rows", "8",
+    "--per_device_train_batch_size", "16", "--save_steps", "1", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+def recipe(monkeypatch, script, *argv):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+    runpy.run_path(str(RECIPES / script), run_name="__main__")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *argv: recipe(
+        monkeypatch, "hrpo_gsm8k.py", *SMALL, "--output_dir", "out", "--cache_dir", tmp_path / "cache", *argv
+    )
+
+
+def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys):
+    run("--lr_thinking_projection", "0")
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "n_eval", "steps", "seconds"} <= summary.keys()
+    assert summary["n_eval"] == 20 and summary["steps"] == 2
+    assert Path("out/curves.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "Dry run" in out and "accuracy (95% interval)" in out
+    assert {f.suffix for f in Path("out/final").iterdir()} <= {".safetensors", ".json", ".md", ".jinja"}
+
+    (folder,) = (tmp_path / "cache").iterdir()
+    made = folder.stat().st_mtime_ns
+    run("--lr_thinking_projection", "5e-5", "--max_steps", "4", "--resume_from_checkpoint", "latest")
+    assert folder.stat().st_mtime_ns == made, "the warm start is trained once"
+    again = json.loads(Path("out/summary.json").read_text())
+    assert again["steps"] == 4 and again["accuracy_before"] == summary["accuracy_after"]
+
+    recipe(
+        monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--thinking", "on", "zero", "off"
+    )
+    found = json.loads(Path("out/final/eval.json").read_text())
+    assert found["on"]["accuracy"] == again["accuracy_after"] and found["off"]["thinking_share"] == 0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--group_size", "7"], "num_generations"),
+        (["--recompute", "sometimes"], "recompute='sometimes'"),
+        (["--answer_delimiter", "§"], "cannot produce"),
+        (["--model_name", "smollm2", "--dataset", "none.jsonl"], "no such file"),
+        (["--resume_from_checkpoint", "nowhere"], "no such folder"),
+        (["--resume_from_checkpoint", "latest"], "no complete checkpoint"),
+    ],
+)
+def test_what_is_wrong_is_said_before_training(run, capsys, argv, message):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        run(*argv)
+    assert message in str(error.value) + capsys.readouterr().err
+    assert not list(Path().glob("out/checkpoint-*"))
+
+
+def test_group_size_is_another_name_for_num_generations(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--group_size", "4"])
+    names = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")
+    script, args = names["parse"]()
+    assert args.num_generations == 4 and script.model_name == "tiny"
+
+
+@pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_names_its_command(config, monkeypatch):
+    assert config.read_text().startswith(("# python recipes/", "# make "))
+    extra = ["--bf16", "false", "--use_cpu", "true"]  # this machine may have no GPU
+    monkeypatch.setattr(sys, "argv", ["x", "--config", str(config), *extra])
+    names = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")
+    names["parse"]()
+
+
+def test_the_papers_defaults(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--model_name", "Qwen/Qwen2.5-1.5B-Instruct", "--bf16", "false", "--use_cpu", "true"]
+    )
+    script, args = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")["parse"]()
+    assert (script.lora_r, script.lora_alpha, args.learning_rate, args.beta) == (32, 64, 5e-6, 0.005)
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.99, 0.1, 0.1)
+    assert (args.num_generations, args.temperature, args.max_completion_length) == (4, 0.5, 1024)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 4)
+    assert (args.residual_r_min, args.residual_r_max, args.num_train_epochs) == (0.99, 0.999, 1)
+    assert (args.lr_residual_gate, args.lr_residual_lambda, args.lr_thinking_projection) == (1e-4, 1e-3, 1e-4)
+    assert args.warmup_steps == 0.1 and args.lr_scheduler_type == "cosine"
+    assert args.optim == "paged_adamw_8bit"

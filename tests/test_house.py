@@ -1,0 +1,94 @@
+"""The house: what imports what, what lands in site-packages, how heavy an import is."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("patches", "unsloth_ext", "trl_ext")
+
+
+def imported(file: Path) -> set[str]:
+    """First parts of the absolute imports in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "package, forbidden",
+    [("patches", {"unsloth_ext", "trl_ext"}), ("unsloth_ext", {"trl_ext"}), ("trl_ext", {"recipes"})],
+)
+def test_arrows_go_one_way(package, forbidden):
+    for file in (ROOT / package).rglob("*.py"):
+        assert not imported(file) & (forbidden | {"tests", "benchmarks", "recipes"}), file
+
+
+def test_only_our_three_packages_are_installed():
+    import tomllib
+
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    on_disk = {".".join(f.parent.relative_to(ROOT).parts) for p in PACKAGES for f in (ROOT / p).rglob("__init__.py")}
+    assert set(packages) == on_disk
+    assert distribution("latent-reasoning-trl").version
+    assert not (ROOT / "recipes" / "__init__.py").exists()
+
+
+def python(code: str, *, cwd) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_recipes_are_not_importable_from_elsewhere(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import recipes"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode != 0
+
+
+def test_importing_a_package_loads_nothing_heavy(tmp_path):
+    heavy = ["torch", "transformers", "trl", "peft", "datasets", "unsloth"]
+    code = f"import sys, patches, unsloth_ext, trl_ext; print([m for m in {heavy} if m in sys.modules])"
+    assert python(code, cwd=tmp_path).strip() == "[]"
+
+
+def test_works_with_no_unsloth_installed(tmp_path):
+    """Unsloth hidden from the import system: names resolve, the backend is the stock one, patches of Unsloth say so."""
+    code = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('unsloth', 'unsloth_zoo'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.startswith('unsloth') and name != 'unsloth_ext' else real(name, *a)
+from trl_ext import HRPOConfig, HRPOTrainer
+from unsloth_ext import FastThinkingModel, hybrid_generate
+from unsloth_ext.backend import unsloth_can_run
+assert unsloth_can_run() == (False, 'unsloth is not installed')
+assert 'unsloth' not in sys.modules
+print(HRPOTrainer.__mro__[2].__module__)
+"""
+    assert "trl" in python(code, cwd=tmp_path)
+
+
+def test_every_public_name_resolves():
+    import patches
+    import trl_ext
+    import unsloth_ext
+
+    for package in (patches, unsloth_ext, trl_ext):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+        with pytest.raises(AttributeError, match="no_such_name"):
+            package.no_such_name  # noqa: B018

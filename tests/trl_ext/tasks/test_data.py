@@ -1,0 +1,76 @@
+"""Good data is read; each kind of bad data is refused with the file, the column or the row in the message."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from trl_ext.tasks.data import DataError, chat_dataset, check_rows, is_generator, load_rows
+
+
+GOOD = [
+    {"question": "2 and 3?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+    {"question": "A thousand and 1?", "answer": "#### 1,001"},
+]
+
+
+def jsonl(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(name, **changes):
+    return load_rows(name, **{"split": "train", "size": None, "seed": 0, **changes})
+
+
+def test_jsonl_and_parquet(tmp_path):
+    rows = load(jsonl(tmp_path, GOOD))
+    assert [row["answer"] for row in rows] == ["5", "1001"] and rows[0]["solution"] == "2+3=<<2+3=5>>5"
+    Dataset.from_list(GOOD).to_parquet(tmp_path / "rows.parquet")
+    assert load(str(tmp_path / "rows.parquet")) == rows
+    assert len(load(jsonl(tmp_path, GOOD), size=1)) == 1
+
+
+def test_generators_are_seeded_and_exact():
+    assert is_generator("chain_sum") and is_generator("gsm_symbolic") and not is_generator("openai/gsm8k")
+    rows = load("gsm_symbolic", size=5, seed=3)
+    assert rows == load("gsm_symbolic", size=5, seed=3) != load("gsm_symbolic", size=5, seed=4)
+    for row in load("chain_sum", size=20):
+        assert int(row["answer"]) == eval(row["expression"])
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"problem": "x", "answer": "#### 1"}], "no column 'question'.*problem"),
+        ([{"question": "x", "solution": "#### 1"}], "no column 'answer'"),
+        ([*GOOD, {"question": "x", "answer": "no idea"}], "row 2.*no idea"),
+        ([*GOOD, {"question": "x", "answer": "#### many"}], "row 2.*many"),
+        ([*GOOD, {"question": " ", "answer": "#### 3"}], "row 2.*question is empty"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        load(jsonl(tmp_path, rows))
+
+
+def test_missing_broken_and_empty_files(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        load(str(tmp_path / "none.jsonl"))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match=r"cut\.parquet cannot be read"):
+        load(str(tmp_path / "cut.parquet"))
+    (tmp_path / "cut.jsonl").write_text('{"question": "x", "ans')
+    with pytest.raises(DataError, match=r"cut\.jsonl cannot be read"):
+        load(str(tmp_path / "cut.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError):
+        check_rows("empty", load(str(tmp_path / "empty.jsonl")))
+    with pytest.raises(DataError, match="one has 1 row"):
+        check_rows("one", GOOD[:1])
+
+
+def test_chat_prompts_ask_for_the_delimiter():
+    row = chat_dataset([{"question": "2?", "answer": "2"}], "=>")[0]
+    assert [m["role"] for m in row["prompt"]] == ["system", "user"] and "=>" in row["prompt"][0]["content"]

@@ -1,0 +1,62 @@
+"""Evaluation, its interval, and the look before training."""
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+
+from tests import tiny
+from trl_ext.tasks.data import DataError
+from trl_ext.tasks.dry_run import check_rewards, dry_run
+from trl_ext.tasks.evaluation import Evaluation, evaluate, wilson_interval
+from trl_ext.tasks.reward import make_reward
+from unsloth_ext import attach_thinking, backbone_of
+
+
+ROWS = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(1, 12, 3)])
+
+
+def test_wilson_interval_against_published_values():
+    """Newcombe (1998), Statistics in Medicine 17:857, table I, method 3: to four digits."""
+    for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
+        assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(20, 20)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 12])
+def test_batches_do_not_change_greedy_results(batch):
+    net = attach_thinking(tiny.model(dtype=torch.float64)).double()
+    tiny.loud_gates(backbone_of(net))
+    options = {"delimiter": "#", "max_new_tokens": 12}
+    result = evaluate(net, tiny.tokenizer(), ROWS, batch_size=batch, **options)
+    reference = evaluate(net, tiny.tokenizer(), ROWS, batch_size=12, **options)
+    assert result == reference and 0 < result.thinking_share <= 1 and result.n == 12
+    off = evaluate(net, tiny.tokenizer(), ROWS, batch_size=batch, thinking="off", **options)
+    assert off.thinking_share == 0 and off.completions != result.completions
+
+
+def made_up(texts):
+    return Evaluation(len(texts), 0, 0, 1, 0.5, 3, 0.5, texts)
+
+
+def test_dry_run_counts_and_warns(capsys):
+    rows = ROWS.select(range(2))
+    answers = rows["answer"]
+    found = dry_run(rows, made_up([f"## {answers[0]}", "nothing"]), make_reward("##"), "##", Console())
+    assert found.rewards == {0.0: 1, 1.0: 1} and found.gold_reward == 1.0
+    dry_run(rows, made_up(["x", "y"]), make_reward("##"), "##", Console())
+    assert "Every sampled reward is 0" in capsys.readouterr().out
+
+
+def test_dry_run_stops_where_nothing_can_be_earned():
+    def never(completions, answer):
+        return [0.0] * len(completions)
+
+    with pytest.raises(DataError, match="no reward can ever be earned: never"):
+        dry_run(ROWS.select(range(2)), made_up(["x", "y"]), never, "##", Console())
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_rewards_that_are_no_numbers_are_named(bad):
+    with pytest.raises(DataError, match="mine gave .* for row 1"):
+        check_rewards("mine", [0.0, bad])
