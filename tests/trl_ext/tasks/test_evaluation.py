@@ -58,5 +58,5 @@ def test_dry_run_stops_where_nothing_can_be_earned():
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_rewards_that_are_no_numbers_are_named(bad):
-    with pytest.raises(DataError, match="mine gave .* for row 1"):
+    with pytest.raises(DataError, match=r"mine gave .* for row 1"):
         check_rewards("mine", [0.0, bad])
