@@ -45,7 +45,7 @@ def test_apply_is_idempotent_and_revert_restores_the_object(target):
 
 
 def test_inherited_attributes_are_deleted_again(target):
-    module, double, patch = target
+    _, double, _ = target
 
     Parent = type("Parent", (), {"double": staticmethod(double)})
     Child = type("Child", (Parent,), {})
@@ -90,7 +90,7 @@ def test_somebody_else_on_top_is_noticed(target):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(patches.UnknownPatchError, match="no patch is called 'nope'.*fused_lm_head"):
+    with pytest.raises(patches.UnknownPatchError, match=r"no patch is called 'nope'.*fused_lm_head"):
         patches.apply("nope")
 
 
