@@ -86,13 +86,17 @@ class FastThinkingModel:
             **kwargs,
         )
         saved = saved or getattr(model.config, "thinking", None)
-        attach_thinking(model, thinking or (ThinkingConfig(**saved) if saved else None))
+        thinking = thinking or (ThinkingConfig(**saved) if saved else None)
+        if adapter is None or not missing:  # PEFT restores only what the base has
+            attach_thinking(model, thinking)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, model_name, is_trainable=True, token=token)
             if use_unsloth:
                 from unsloth import FastLanguageModel
 
                 model = FastLanguageModel.patch_peft_model(model, kwargs.get("use_gradient_checkpointing", "unsloth"))
+            if missing:
+                attach_thinking(model, thinking)
             remember_thinking(model, backbone_of(model).thinking_config)
         elif saved and os.path.isdir(model_name):
             _load_thinking_tensors(model, Path(model_name))
