@@ -21,6 +21,7 @@ import contextvars
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,12 +33,18 @@ from .registry import Patch, PatchError, Site
 
 NAME = "grpo_accumulated_loss"
 STATES = ("thinking_embeds", "thinking_hidden_states_cache")
-_batch: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("thinking_batch", default=None)
+LOSS = "UnslothEfficientGRPO"
+Batch = tuple[dict[str, Any], list[torch.Tensor]]  # keywords to take, log-probs to give
+_batch: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("thinking_batch", default=None)
 
 
 @contextlib.contextmanager
-def thinking_batch(**thinking: Any) -> Iterator[None]:
+def thinking_batch(**thinking: Any) -> Iterator[list[torch.Tensor]]:
     """Give the one `grpo_accumulated_loss` call inside the keywords `thinking` (those of `thinking_forwards`).
+
+    Yields:
+        A list, into which that call puts the log-probs its loss is made from, in Unsloth's layout: (B, C + W), row i's
+        completion starting at column W - (left pads of row i).
 
     Raises:
         PatchError: nothing inside took them, so the loss did not think.
@@ -45,10 +52,10 @@ def thinking_batch(**thinking: Any) -> Iterator[None]:
     unknown = thinking.keys() - set(KEYWORDS)
     if unknown:
         raise TypeError(f"thinking_batch() takes {', '.join(KEYWORDS)}; not {', '.join(sorted(unknown))}")
-    given = dict(thinking)
-    token = _batch.set(given)
+    given, scored = dict(thinking), []
+    token = _batch.set((given, scored))
     try:
-        yield
+        yield scored
     finally:
         _batch.reset(token)
     if given:
@@ -157,17 +164,34 @@ def _sites(*owners: Any) -> list[Site]:
     return sites
 
 
+@contextlib.contextmanager
+def _recording(function: Any, scored: list[torch.Tensor]) -> Iterator[None]:
+    """Upstream returns no log-probs: see those that it hands to the autograd function of its loss."""
+    names = inspect.unwrap(function).__globals__
+    loss = names[LOSS]
+
+    def apply(log_probs: torch.Tensor, *args: Any) -> Any:
+        scored.append(log_probs.detach())
+        return loss.apply(log_probs, *args)
+
+    names[LOSS] = types.SimpleNamespace(apply=apply)
+    try:
+        yield
+    finally:
+        names[LOSS] = loss
+
+
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def grpo_accumulated_loss(trainer, input_ids, *args, **kwargs):
-        handed_over = _batch.get()
-        thinking = take_thinking(kwargs) or dict(handed_over or {})
-        if handed_over is not None:
-            handed_over.clear()
+        handed_over, scored = _batch.get() or ({}, [])
+        thinking = take_thinking(kwargs) or dict(handed_over)
+        handed_over.clear()
         if thinking.get("thinking_mask") is None:
             return original(trainer, input_ids, *args, **kwargs)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with thinking_forwards(model, input_ids, trainer.processing_class.pad_token_id, **thinking):
+        pad = trainer.processing_class.pad_token_id
+        with thinking_forwards(model, input_ids, pad, **thinking), _recording(original, scored):
             return original(trainer, input_ids, *args, **kwargs)
 
     return grpo_accumulated_loss

@@ -181,6 +181,7 @@ class SafeCheckpointMixin:
         rank = self.args.process_index
         save_file(tensors, Path(output_dir, f"rng_state_{rank}.safetensors"))
         _write_json(Path(output_dir, f"rng_state_{rank}.json"), plain)
+        self.accelerator.wait_for_everyone()  # rank 0 now writes trainer_state.json, which says that all is there
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None and self.args.should_save:

@@ -5,6 +5,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import _set_trainable
+from torch import nn
 
 
 THINKING_MODULES = (
@@ -52,3 +53,22 @@ def remember_thinking(model: PeftModel, thinking: Any) -> None:
         return
     settings = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
     model.peft_config[name] = ThinkingLoraConfig(**{**settings, "thinking": asdict(thinking)})
+
+
+class Unloaded(nn.Module):
+    """Stands where PEFT keeps the untrained original of a thinking module: an adapter that is off does not think."""
+
+    def forward(self, *_: Any) -> None:
+        raise RuntimeError(
+            "a thinking module was called with its adapter off or unloaded; pass no thinking states then, or merge the "
+            "adapter instead of unloading it"
+        )
+
+
+def free_originals(backbone: nn.Module) -> None:
+    """Drop PEFT's untrained copies of the thinking modules: 3 d^2 parameters that nothing reads. Call it once no adapter
+    will be added any more, since PEFT starts new ones from these copies."""
+    for name in THINKING_MODULES:
+        wrapper = getattr(backbone, name)
+        if hasattr(wrapper, "original_module"):
+            wrapper.original_module = Unloaded()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .residual import backbone_of
+from .residual import backbone_of, unwrapped
 from .states import Warper, logits_of, soft_embedding
 
 
@@ -66,6 +66,7 @@ def thinking_keywords(
         warp: temperature and support of the rollout.
         iterations: K of `jacobi`.
     """
+    model = unwrapped(model)  # these passes come before the one that DDP counts
     source = backbone_of(model).thinking_config.thinking_source
 
     def from_hidden(hidden: torch.Tensor) -> dict[str, Any]:
@@ -104,8 +105,7 @@ def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tenso
     found = []
     hook = backbone_of(model).register_forward_hook(lambda _, __, output: found.append(output[0]))
     try:
-        # Through the wrapper's forward, for FSDP; the head sees one position
-        getattr(model, "module", model)(**inputs, logits_to_keep=1, use_cache=False)
+        model(**inputs, logits_to_keep=1, use_cache=False)  # the head sees one position
     finally:
         hook.remove()
     return found[0][:, -length - 1 : -1]

@@ -131,10 +131,16 @@ def fuse_thinking(
     return fused if span == inputs_embeds.shape[1] else torch.cat([before, fused], dim=1)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The (PEFT) model inside DDP, DeepSpeed and their like."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def backbone_of(model: nn.Module) -> nn.Module:
     """The decoder under a causal LM, through any PEFT or trainer wrapper."""
-    while hasattr(model, "module"):  # DDP and its like
-        model = model.module
+    model = unwrapped(model)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model.base_model

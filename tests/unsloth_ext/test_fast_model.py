@@ -130,7 +130,7 @@ def test_an_adapter_without_gates_needs_a_word(tmp_path):
     )
     plain.save_pretrained(tmp_path / "plain")
     tiny.tokenizer().save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="has no thinking modules.*thinking=ThinkingConfig"):
+    with pytest.raises(ValueError, match=r"has no thinking modules.*thinking=ThinkingConfig"):
         load(str(tmp_path / "plain"))
     model, _ = load(str(tmp_path / "plain"), thinking=ThinkingConfig())
     assert has_thinking(model)

@@ -1,9 +1,11 @@
 """HRPO: GRPO whose rollouts think in latent space (arXiv 2505.18454), with a trainable thinking projection.
 
-`HRPOConfig` and `HRPOTrainer` are made from the GRPO classes that are live when they are first asked for.
+`HRPOConfig` and `HRPOTrainer` are made from the GRPO classes that are live when they are first asked for: TRL's, or those
+that Unsloth generated.
 """
 
 import functools
+import sys
 from dataclasses import dataclass
 
 
@@ -27,15 +29,23 @@ def _config_class(parent: type) -> type:
     class HRPOConfig(HRPOArguments, parent):
         __doc__ = HRPOArguments.__doc__
 
+    if hasattr(parent, "unsloth_grpo_mini_batch"):
+        from .unsloth import config_init
+
+        HRPOConfig.__init__ = config_init(HRPOConfig, parent)
     return _importable(HRPOConfig)
 
 
 @functools.cache
 def _trainer_class(parent: type) -> type:
-    from .trainer import HRPOMixin
+    # Unsloth also puts its class in TRL's module, so `issubclass` of what stands there says nothing
+    if hasattr(sys.modules.get(parent.__module__), "grpo_accumulated_loss"):
+        from .unsloth import UnslothHRPOMixin as Mixin
+    else:
+        from .trainer import HRPOMixin as Mixin
 
-    class HRPOTrainer(HRPOMixin, parent):
-        __doc__ = HRPOMixin.__doc__
+    class HRPOTrainer(Mixin, parent):
+        __doc__ = Mixin.__doc__
 
     return _importable(HRPOTrainer)
 

@@ -13,6 +13,7 @@ class GateMonitor:
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
         self._log_a: torch.Tensor | None = None
+        self._sums: list[torch.Tensor] = []
         self._start = self._projection().detach().clone()
 
     def _projection(self) -> torch.Tensor:
@@ -22,28 +23,37 @@ class GateMonitor:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep log a of the last forward in the block."""
+        """Add up a and sqrt(1 - a^2) over the thinking tokens of every forward in the block, in whatever layout."""
+        self._sums.clear()
 
         def keep(_: nn.Module, __: tuple, log_a: torch.Tensor) -> None:
             self._log_a = log_a.detach()
 
-        hook = self.backbone.thinking_residual_Lambda.register_forward_hook(keep)
+        def add(_: nn.Module, __: tuple, kwargs: dict, ___: object) -> None:
+            log_a, self._log_a = self._log_a, None
+            if log_a is None:
+                return
+            weight = kwargs["thinking_mask"][..., None].to(log_a.dtype)
+            a, b = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
+            self._sums.append(torch.stack([(a * weight).sum(), (b * weight).sum(), weight.sum() * log_a.shape[-1]]))
+
+        hooks = (
+            self.backbone.thinking_residual_Lambda.register_forward_hook(keep),
+            self.backbone.register_forward_hook(add, with_kwargs=True),
+        )
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def means(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean a and mean sqrt(1 - a^2) over the thinking tokens of mask (B, C); NaN when none thinks."""
-        log_a, self._log_a = self._log_a, None
-        if log_a is None:
+    def means(self) -> dict[str, torch.Tensor]:
+        """Mean a and mean sqrt(1 - a^2) over the thinking tokens seen; NaN when none thought."""
+        if not self._sums:
             return {}
-        weight = mask[..., None].to(log_a.dtype)
-        count = weight.sum() * log_a.shape[-1]
-        return {
-            "thinking/embeds_ratio": (log_a.exp() * weight).sum() / count,
-            "thinking/hidden_ratio": ((-torch.expm1(2 * log_a)).sqrt() * weight).sum() / count,
-        }
+        embeds, hidden, count = torch.stack(self._sums).sum(0)
+        self._sums.clear()
+        return {"thinking/embeds_ratio": embeds / count, "thinking/hidden_ratio": hidden / count}
 
     def projection_change(self) -> float:
         """Norm of W - W_0 over the norm of W_0."""

@@ -27,7 +27,7 @@ from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils import logging
 
 import patches
-from unsloth_ext.adapter import remember_thinking, with_thinking_modules
+from unsloth_ext.adapter import free_originals, remember_thinking, with_thinking_modules
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
 from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
@@ -47,10 +47,10 @@ class HRPOMixin(SafeCheckpointMixin):
 
     Same constructor, callbacks, logging and files as the parent, plus the fields of `HRPOConfig`. Any causal LM will do;
     one without thinking modules is given them. With `thinking=False`, and where thinking cannot work (tools,
-    environments, rollout functions, images), it is the parent.
+    environments, rollout functions, images, beams), it is the parent.
 
     Raises:
-        ValueError: at construction, for vLLM, continuous batching, beams, or a delimiter the tokenizer cannot produce.
+        ValueError: at construction, for vLLM, continuous batching, or a delimiter the tokenizer cannot produce.
     """
 
     _tag_names = ["trl", "grpo", "hrpo"]
@@ -66,8 +66,8 @@ class HRPOMixin(SafeCheckpointMixin):
     }
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *positional: Any, **keywords: Any):
-        bound = inspect.signature(super().__init__).bind(model, reward_funcs, args, *positional, **keywords)
-        given = bound.arguments
+        self._check_parent()
+        given = self._named(model, reward_funcs, args, *positional, **keywords)
         self.hrpo = args if isinstance(args, HRPOArguments) else HRPOArguments()
         self._saved: SavedThinking | None = None
         self._trace: ThinkingTrace | None = None
@@ -75,19 +75,19 @@ class HRPOMixin(SafeCheckpointMixin):
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
         patches.apply("fused_lm_head")
         if not self.thinking:
-            super().__init__(*bound.args, **bound.kwargs)
+            super().__init__(**given)
             return
         _refuse(args)
         if given.get("peft_config") is not None:
             given["peft_config"] = copy.deepcopy(given["peft_config"])
             vars(given["peft_config"]).update(with_thinking_modules(given["peft_config"]))
+        self._attach(given)
         with self._attaching():
-            if not isinstance(model, str) and not has_thinking(model):
-                attach_thinking(model, self.hrpo.thinking_config())
-            super().__init__(*bound.args, **bound.kwargs)
+            super().__init__(**given)
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
             remember_thinking(self.model, backbone.thinking_config)
+            free_originals(backbone)
         if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
             backbone.thinking_projection.requires_grad_(False)
         self.matcher = DelimiterMatcher(
@@ -104,10 +104,33 @@ class HRPOMixin(SafeCheckpointMixin):
             if given.get(name):
                 logger.warning(f"HRPO: no thinking states with {name}; training is plain GRPO")
                 return True
+        beams = (getattr(given.get("args"), "generation_kwargs", None) or {}).get("num_beams", 1)
+        if beams > 1:
+            logger.warning(f"HRPO: no thinking states with num_beams={beams}; training is plain GRPO")
+            return True
         if isinstance(given.get("processing_class"), ProcessorMixin) or _has_images(given.get("train_dataset")):
             logger.warning("HRPO: no thinking states with images; training is plain GRPO")
             return True
         return False
+
+    def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The parent's arguments by name."""
+        return inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+
+    def _check_parent(self) -> None:
+        import trl
+
+        if not isinstance(self, trl.GRPOTrainer):
+            raise RuntimeError(
+                f"{type(self).__name__} was made before trl.GRPOTrainer became {trl.GRPOTrainer.__module__}."
+                f"{trl.GRPOTrainer.__name__}, so the code that is live now would be bypassed: import unsloth first, then "
+                "HRPOTrainer from trl_ext"
+            )
+
+    def _attach(self, given: dict[str, Any]) -> None:
+        """Give a model in memory its thinking modules; `given` are the parent's arguments by name."""
+        if not isinstance(given["model"], str) and not has_thinking(given["model"]):
+            attach_thinking(given["model"], self.hrpo.thinking_config())
 
     @contextlib.contextmanager
     def _attaching(self) -> Iterator[None]:
@@ -131,7 +154,7 @@ class HRPOMixin(SafeCheckpointMixin):
         if not self.thinking:
             return super()._generate_single_turn(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        generate = model.generate
+        generate, own = model.generate, "generate" in vars(model)
 
         def hybrid(*args: Any, **kwargs: Any) -> Any:
             session = HybridSession(model, self.matcher, keep=self._kept())
@@ -144,7 +167,10 @@ class HRPOMixin(SafeCheckpointMixin):
         try:
             return super()._generate_single_turn(*args, **kwargs)
         finally:
-            del model.generate
+            if own:  # Unsloth keeps one of its own on the instance
+                model.generate = generate
+            else:
+                del model.generate
 
     def _kept(self) -> tuple[str, ...]:
         return (
@@ -200,10 +226,7 @@ class HRPOMixin(SafeCheckpointMixin):
                 # As in decoding. Rotary models do not care; GPT-2's left-padded rows would be shifted
                 inputs["position_ids"] = (attention_mask[rows].cumsum(-1) - 1).clamp(min=0)
             part = SavedThinking(*(None if x is None else x[rows] for x in (saved.mask, saved.states, saved.hidden)))
-            with self.accelerator.autocast():
-                extra = thinking_keywords(
-                    model, self.hrpo.recompute, part, self.warper, self.hrpo.jacobi_iterations, **inputs
-                )
+            extra = self._keywords(model, part, **inputs)
             if self._takes_position_ids:
                 extra["position_ids"] = inputs["position_ids"]
             parts.append(
@@ -218,6 +241,16 @@ class HRPOMixin(SafeCheckpointMixin):
             None if entropies[0] is None else torch.cat(entropies),
             None if aux[0] is None else torch.stack(aux).mean(),
         )
+
+    def _keywords(self, model: nn.Module, saved: SavedThinking, **inputs: torch.Tensor) -> dict[str, Any]:
+        """What the forward of `model` over `inputs` (`input_ids`, `attention_mask` (B, T)) must be given to think."""
+        with self._autocast():
+            return thinking_keywords(
+                model, self.hrpo.recompute, saved, self.warper, self.hrpo.jacobi_iterations, **inputs
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.autocast()
 
     @functools.cached_property
     def _takes_position_ids(self) -> bool:
@@ -235,22 +268,23 @@ class HRPOMixin(SafeCheckpointMixin):
     def _compute_loss(self, model, inputs):
         if not self.thinking:
             return super()._compute_loss(model, inputs)
-        self._saved = SavedThinking(
-            inputs["thinking_mask"], inputs.get("thinking_states"), inputs.get("thinking_hidden")
-        )
+        self._saved = _saved_in(inputs)
         try:
             with self.monitor.watching():
                 loss = super()._compute_loss(model, inputs)
         finally:
             self._saved = None
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        scored = inputs["completion_mask"]
-        for name, value in self.monitor.means(inputs["thinking_mask"]).items():
-            metrics[name].append(self.accelerator.gather(value).nanmean().item())
-        deviation = ratio_deviation(self._new_logps.detach(), inputs["rollout_logps"], scored)
-        metrics["thinking/ratio_deviation"].append(self.accelerator.gather(deviation).max().item())
+        self._record_monitors(inputs, self._new_logps.detach(), inputs["completion_mask"])
         self._new_logps = None
         return loss
+
+    def _record_monitors(self, inputs: dict[str, Any], new_logps: torch.Tensor, scored: torch.Tensor) -> None:
+        """Gates and ratio of one loss; new_logps (B, C) are its log-probs, scored (B, C) masks the tokens it counts."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in self.monitor.means().items():
+            metrics[name].append(self.accelerator.gather(value).nanmean().item())
+        deviation = ratio_deviation(new_logps, inputs["rollout_logps"], scored)
+        metrics["thinking/ratio_deviation"].append(self.accelerator.gather(deviation).max().item())
 
     # -- optimizer --------------------------------------------------------------------------------------------------
 
@@ -299,6 +333,7 @@ class HRPOMixin(SafeCheckpointMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         # GRPO counts micro-steps from 0 and has no rollouts after a resume: inside a generation cycle it would sample anew
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have been here yet
         rank = self.args.process_index
         tensors, plain = {}, {"step": self._step, "batches": 0}
         if self._step % (self.args.steps_per_generation * self.num_iterations):
@@ -330,6 +365,11 @@ class HRPOMixin(SafeCheckpointMixin):
         super().log(logs, *args, **kwargs)
 
 
+def _saved_in(inputs: dict[str, Any]) -> SavedThinking:
+    """What the rollout put into a batch."""
+    return SavedThinking(inputs["thinking_mask"], inputs.get("thinking_states"), inputs.get("thinking_hidden"))
+
+
 def _refuse(args: Any) -> None:
     """Settings with which thinking states cannot be decoded."""
     if getattr(args, "use_vllm", False):
@@ -338,12 +378,6 @@ def _refuse(args: Any) -> None:
         raise ValueError(
             "use_transformers_continuous_batching=True: continuous batching cannot decode thinking states; set it to "
             "False, or thinking=False"
-        )
-    generation = getattr(args, "generation_kwargs", None) or {}
-    if generation.get("num_beams", 1) > 1:
-        raise ValueError(
-            f"generation_kwargs={{'num_beams': {generation['num_beams']}}}: a beam cannot carry thinking states; "
-            "sample, or set thinking=False"
         )
 
 

@@ -1,6 +1,6 @@
 """A run that saves at every step and resumes from the newest whole checkpoint, for test_kill.py to kill.
 
-    python -m tests.trl_ext.hrpo.kill_worker FOLDER
+python -m tests.trl_ext.hrpo.kill_worker FOLDER
 """
 
 import sys

@@ -287,13 +287,25 @@ def test_models_in_memory_with_adapters_and_without(tmp_path):
     "changes, message",
     [
         ({"use_transformers_continuous_batching": True}, "continuous_batching"),
-        ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
         ({"answer_delimiter": "§"}, "cannot produce"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         setups.hrpo(tmp_path, **changes)
+
+
+def test_beams_fall_back_to_the_parent(tmp_path):
+    trainer = setups.hrpo(tmp_path, generation_kwargs={"num_beams": 2})
+    assert not trainer.thinking
+    trainer.train()
+
+
+def test_untrained_copies_are_not_kept(tmp_path):
+    trainer = setups.hrpo(tmp_path)
+    assert not any("original_module" in name for name, _ in trainer.model.named_parameters())
+    merged = trainer.model.merge_and_unload()
+    assert has_thinking(merged)
 
 
 def test_vllm_is_refused_before_anything_is_loaded(tmp_path):

@@ -1,0 +1,202 @@
+"""What differs when the GRPO trainer is the one Unsloth generated: its loss, its log-prob layout, its config.
+
+Unsloth's `compute_loss` goes straight to `grpo_accumulated_loss`, whose forwards see token ids only, in packed order; the
+patch of that name brings the thinking states to them. Its log-probs are (B, C + W), where W is the largest number of left
+pads: row i's completion starts at column W - pads_i. Rollout, batch, optimizer, monitors and checkpoints are HRPOMixin's.
+"""
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model, set_seed
+from peft import get_peft_model
+from torch import nn
+
+import patches
+from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forwards
+from unsloth_ext.unsloth_decoding import on_unsloth
+
+from .config import HRPOArguments
+from .trainer import HRPOMixin, _saved_in
+
+
+OVERRIDDEN = (
+    "compute_loss",
+    "training_step",
+    "_get_per_token_logps_and_entropies",
+    "_generate_single_turn",
+    "_generate_and_score_completions",
+    "create_optimizer",
+    "_clip_grad_norm",
+)
+
+
+class UnslothHRPOMixin(HRPOMixin):
+    __doc__ = HRPOMixin.__doc__
+
+    # -- construction -----------------------------------------------------------------------------------------------
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.thinking:
+            self._check_live()
+
+    def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Unsloth wraps the constructor out of recognition; the class under it has TRL's
+        signature = inspect.signature(_base(type(self), "compute_loss").__init__)
+        given = signature.bind_partial(self, *args).arguments
+        return {**dict(list(given.items())[1:]), **kwargs}
+
+    def _attach(self, given: dict[str, Any]) -> None:
+        if isinstance(given["model"], str):
+            raise ValueError(
+                f"model={given['model']!r}: Unsloth's trainer takes a loaded model; load it with "
+                "unsloth_ext.FastThinkingModel.from_pretrained"
+            )
+        super()._attach(given)
+        config = given.get("peft_config")
+        if config is not None and not is_peft_model(given["model"]):  # Unsloth's trainer would ignore it
+            set_seed(getattr(given.get("args"), "seed", 42))
+            given["model"] = _with_adapter(given["model"], config)
+        patches.apply(NAME, type(self))
+        if on_unsloth(_causal_lm(given["model"])):
+            patches.apply("llama_fast_forward")
+
+    def _attaching(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # Unsloth's trainer creates no model to train
+
+    def _check_live(self) -> None:
+        """Raise RuntimeError unless training will run our methods and the patched loss and forward."""
+        order = type(self).__mro__
+        generated = next(cls for cls in order if hasattr(sys.modules.get(cls.__module__), NAME))
+        for name in OVERRIDDEN:
+            owner = next(cls for cls in order if name in vars(cls))
+            if name in vars(self) or order.index(owner) >= order.index(generated):
+                raise RuntimeError(
+                    f"HRPOTrainer.{name} is bypassed: {'the instance' if name in vars(self) else owner.__qualname__} has "
+                    "its own, so training would not think. Something replaced it after the class was made"
+                )
+        loss = inspect.unwrap(inspect.getattr_static(_base(type(self), "compute_loss"), "compute_loss"))
+        if NAME not in loss.__code__.co_names:
+            raise RuntimeError(f"{loss.__module__}.compute_loss no longer calls {NAME}, so its loss would not think")
+        patches.verify(NAME)
+        patches.verify("llama_fast_forward")
+
+    # -- log-probs and loss -----------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
+        parent = functools.partial(
+            super(HRPOMixin, self)._get_per_token_logps_and_entropies,  # Unsloth unwraps the model: no partial of it
+            model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs,
+        )  # fmt: skip
+        if self._trace is None or self._is_reference(model):  # no forward at all from the loss, or no thinking
+            return parent()
+        self._decide_precision("_unsloth_grpo_autocast")
+        saved = self._saved_from_trace(logits_to_keep)
+        # Before the parent's inference mode, whose tensors no later forward could use
+        keywords = self._keywords(model, saved, input_ids=input_ids, attention_mask=attention_mask)
+        with thinking_forwards(model, input_ids, self._tokenizer.pad_token_id, **keywords):
+            return parent()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not self.thinking:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._decide_precision("_unsloth_grpo_autocast_unscored")
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        keywords = self._keywords(model, _saved_in(inputs), input_ids=ids, attention_mask=attention)
+        with self.monitor.watching(), thinking_batch(**keywords) as scored:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        # Upstream takes a pad token for padding wherever it stands, so that one (often EOS) is in no loss
+        real = inputs["completion_mask"] * (inputs["completion_ids"] != self._tokenizer.pad_token_id)
+        self._record_monitors(inputs, completion_log_probs(scored[0], inputs["prompt_mask"], real), real)
+        self._losses_seen = True
+        return loss
+
+    def training_step(self, *args, **kwargs):
+        self._losses_seen = False
+        loss = super().training_step(*args, **kwargs)
+        if self.thinking and not self._losses_seen:
+            raise RuntimeError("a training step did not call HRPOTrainer.compute_loss, so its loss did not think")
+        return loss
+
+    def _decide_precision(self, how: str) -> None:
+        """Let Unsloth fix the precision of its forwards now (it does so once): ours come before."""
+        vars(sys.modules[_base(type(self), "compute_loss").__module__])[how](self)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.amp.autocast(
+            self.accelerator.device.type, dtype=self._autocast_dtype, enabled=self._autocast_enabled
+        )
+
+
+def completion_log_probs(packed: torch.Tensor, prompt_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Unsloth's log-probs (B, C + W) as (B, C): row i's completion starts at column W - (left pads of row i).
+
+    prompt_mask (B, P) is 0 on the left pads, mask (B, C) where a token was scored; elsewhere the result is 0.
+    """
+    left_pads = (prompt_mask == 0).sum(dim=1)
+    width = packed.shape[1] - mask.shape[1]
+    columns = torch.arange(mask.shape[1], device=packed.device) + (width - left_pads)[:, None]
+    return packed.gather(1, columns).masked_fill(mask == 0, 0)
+
+
+def config_init(cls: type, parent: type) -> Callable[..., None]:
+    """The `__init__` of an `HRPOConfig` whose parent is Unsloth's `GRPOConfig`.
+
+    TRL's documented defaults hold, as on stock TRL and as they do when a command line is parsed into any of these
+    dataclasses: the same script trains the same run on either backend. (Unsloth's own would be learning_rate=5e-5,
+    optim="adamw_8bit", seed=3407, warm-up, weight decay, ... whenever its config is called from Python.) Every value goes
+    through Unsloth's `__init__`, so its checks run, and what they change they change: a batch size that does not hold
+    whole groups, recommendations of papers for a `loss_type` other than the default. Three defaults are Unsloth's:
+    the default `loss_type` counts as unnamed (named, "dapo" would set epsilon_high=0.28), `bf16=None` leaves the
+    precision to what the model and the device can do, and no router loss, which it cannot compute.
+    """
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory for f in fields(cls) if f.init}
+    factories = {f.name for f in fields(cls) if f.default_factory is not MISSING}
+    own = {f.name for f in fields(HRPOArguments)}
+
+    @functools.wraps(cls.__init__)
+    def __init__(self, output_dir: str | None = None, **given: Any) -> None:
+        values = {name: value() if name in factories else value for name, value in defaults.items()}
+        values |= {"output_dir": output_dir, **given}
+        for name in own:  # before the parent's `__init__`, which ends in our `__post_init__`
+            setattr(self, name, values.pop(name))
+        if values["loss_type"] == defaults["loss_type"]:
+            values["loss_type"] = None
+        if values["bf16"] is None:
+            values["bf16"] = False
+        if values["router_aux_loss_coef"] is None:
+            values["router_aux_loss_coef"] = 0.0
+        parent.__init__(self, **values)
+
+    return __init__
+
+
+def _base(cls: type, name: str) -> type:
+    """The generated class that defines `name`."""
+    return next(base for base in cls.__mro__ if name in vars(base) and hasattr(sys.modules.get(base.__module__), NAME))
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _with_adapter(model: nn.Module, config: Any) -> nn.Module:
+    unsloth = on_unsloth(model)
+    config.task_type = config.task_type or "CAUSAL_LM"  # Unsloth patches that kind of PeftModel only
+    model = get_peft_model(model, config)
+    if not unsloth:
+        return model
+    from unsloth import FastLanguageModel
+
+    checkpointing = getattr(model, "_unsloth_gradient_checkpointing", "unsloth")
+    return FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=checkpointing)
