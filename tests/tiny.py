@@ -75,7 +75,7 @@ def loud_gates(backbone, seed: int = 0) -> None:
     """Make the thinking states matter: a gate at a = 0.3..0.9 and a projection of ordinary size."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        backbone.thinking_residual_Lambda.Lambda.normal_(mean=-1.0)
+        backbone.thinking_residual_Lambda.Lambda.normal_(mean=2.0)
         backbone.thinking_residual_gate_r.weight.normal_(std=0.3)
         backbone.thinking_residual_gate_i.weight.normal_(std=0.3)
         backbone.thinking_projection.weight.normal_(std=0.3)

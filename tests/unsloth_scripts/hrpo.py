@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import trl
-from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests import tiny
@@ -22,19 +21,9 @@ from tests.unsloth_scripts import hrpo_losses
 from tests.unsloth_scripts.fast_forward import load, saved
 from tests.unsloth_scripts.grpo import pad_is_rare
 from trl_ext import HRPOConfig, HRPOTrainer
-from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
+from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of, drop_thinking
 
 
-MODES = [
-    ("projection", "frozen"),
-    ("projection", "rollout"),
-    ("projection", "two_pass"),
-    ("projection", "jacobi"),
-    ("soft_embedding", "frozen"),
-    ("soft_embedding", "rollout"),
-    ("soft_embedding", "soft_bptt"),
-    ("soft_embedding", "jacobi"),
-]
 FOLDER = saved(pad_is_rare(tiny.model("qwen3")))
 
 
@@ -236,31 +225,27 @@ def refusals() -> dict:
     trainer._losses_seen, trainer.compute_loss = False, lambda *_, **__: torch.zeros((), requires_grad=True)
     expect("training step", trainer.train)
     expect("path", lambda: trainer_of(FOLDER), ValueError)
+    expect("not unsloth's", lambda: trainer_of(tiny.model("qwen3")), ValueError)
     return said
 
 
-def other_models() -> dict:
-    """A model without thinking modules, a `peft_config`, a model that Unsloth did not load."""
-    out = {}
-    plain = load(FOLDER)
-    from unsloth_ext import drop_thinking
-
-    plain = drop_thinking(plain)
-    for name, model in (("unsloth", plain), ("stock", pad_is_rare(tiny.model("qwen3")))):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-        args = setups.arguments(HRPOConfig, tempfile.mkdtemp(), answer_delimiter="#", max_steps=2, temperature=0.5)
-        trainer = HRPOTrainer(
-            model, setups.reward_digits, args, train_dataset=setups.prompts(), processing_class=tiny.tokenizer(),
-            peft_config=config,
-        )  # fmt: skip
-        trainer.train()
-        trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-        out[name] = {
-            "ratio": trainer.state.log_history[0]["thinking/ratio_deviation"],
-            "only_adapter": all("lora_" in n or "modules_to_save" in n for n in trained),
-            "thinking": sum("thinking" in n for n in trained),
-        }
-    return out
+def plain_model() -> dict:
+    """A model without thinking modules, and a `peft_config`, which Unsloth's trainer would ignore."""
+    trainer = HRPOTrainer(
+        drop_thinking(load(FOLDER)),
+        setups.reward_digits,
+        setups.arguments(HRPOConfig, tempfile.mkdtemp(), answer_delimiter="#", max_steps=2, temperature=0.5),
+        train_dataset=setups.prompts(),
+        processing_class=tiny.tokenizer(),
+        peft_config=setups.lora(),
+    )
+    trainer.train()
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {
+        "ratio": trainer.state.log_history[0]["thinking/ratio_deviation"],
+        "only_adapter": all("lora_" in n or "modules_to_save" in n for n in trained),
+        "thinking": sum("thinking" in n for n in trained),
+    }
 
 
 def evaluated() -> dict:
@@ -270,7 +255,7 @@ def evaluated() -> dict:
 
 
 PARTS = {
-    "modes": lambda: {f"{s} {m}": mode(s, m) for s, m in MODES},
+    "modes": lambda: {f"{s} {m}": mode(s, m) for s, m in hrpo_losses.MODES},
     "iterations": lambda: mode("projection", "rollout", num_iterations=2, beta=0.05, max_steps=4),
     "accumulation": lambda: mode(
         "projection", "jacobi", gradient_accumulation_steps=2, steps_per_generation=4, max_steps=2
@@ -282,7 +267,7 @@ PARTS = {
     "feature_off": feature_off,
     "config": config,
     "refusals": refusals,
-    "other_models": other_models,
+    "plain_model": plain_model,
     "evaluated": evaluated,
 }
 

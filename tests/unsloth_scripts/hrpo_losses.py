@@ -10,6 +10,14 @@ from tests.trl_ext.hrpo import setups
 
 
 RUNS = [("projection", "rollout"), ("projection", "two_pass"), ("soft_embedding", "frozen")]
+MODES = [
+    ("projection", "rollout"),
+    ("projection", "two_pass"),
+    ("projection", "jacobi"),
+    ("soft_embedding", "frozen"),
+    ("soft_embedding", "soft_bptt"),
+    ("soft_embedding", "jacobi"),
+]
 NAMES = ("loss", "kl", "grad_norm/policy", "thinking/projection_grad_norm", "thinking/embeds_ratio", "reward")
 
 
@@ -17,10 +25,9 @@ def losses(source: str, recompute: str) -> dict:
     """Four steps with every default of HRPOConfig where `setups.arguments` names no other value: what is logged, and
     the completions."""
     from trl_ext import HRPOConfig, HRPOTrainer
-    from unsloth_ext import FastThinkingModel, ThinkingConfig
+    from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
 
-    folder, net = tempfile.mkdtemp(), tiny.model("qwen3", std=0.3)
-    net.get_input_embeddings().weight.data[0] = 0  # Unsloth takes a sampled pad token for padding: make it rare
+    folder, net = tempfile.mkdtemp(), tiny.model("qwen3", std=0.2)
     net.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     model, _ = FastThinkingModel.from_pretrained(
@@ -28,9 +35,15 @@ def losses(source: str, recompute: str) -> dict:
         device_map="cpu", thinking=ThinkingConfig(thinking_source=source),
     )  # fmt: skip
     model = FastThinkingModel.get_peft_model(model, r=4)
+    # LoRA stays fresh: the KL reference of an adapter that says something is itself on TRL, the base model on Unsloth
+    tiny.loud_gates(backbone_of(model))
+    torch.nn.init.constant_(
+        backbone_of(model).thinking_residual_Lambda.Lambda, 4.0
+    )  # Unsloth bounds a token's KL at 10
     torch.manual_seed(0)
-    for _, parameter in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
     completions = []
 
     def reward(completions: list, seen=completions, **_) -> list[float]:
@@ -39,7 +52,8 @@ def losses(source: str, recompute: str) -> dict:
 
     args = setups.arguments(
         HRPOConfig, tempfile.mkdtemp(), answer_delimiter="#", thinking_source=source, recompute=recompute,
-        temperature=0.7, num_iterations=2, beta=0.05, max_steps=4, gradient_accumulation_steps=2,
+        temperature=0.7, generation_kwargs={"suppress_tokens": [0]},  # Unsloth takes a sampled pad token for padding
+        num_iterations=2, beta=0.05, max_steps=4, gradient_accumulation_steps=2,
         per_device_train_batch_size=4,
     )  # fmt: skip
     trainer = HRPOTrainer(

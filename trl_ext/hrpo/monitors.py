@@ -63,4 +63,4 @@ class GateMonitor:
 
 def ratio_deviation(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Largest |p_train / p_rollout - 1| over the scored tokens; all (B, C), log-probs. A scalar."""
-    return ((new - rollout).exp() - 1).abs().mul(mask).max()
+    return ((new - rollout).exp() - 1).abs().masked_fill(mask == 0, 0).max()  # elsewhere the log-probs may be infinite

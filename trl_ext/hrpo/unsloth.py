@@ -54,9 +54,10 @@ class UnslothHRPOMixin(HRPOMixin):
         return {**dict(list(given.items())[1:]), **kwargs}
 
     def _attach(self, given: dict[str, Any]) -> None:
-        if isinstance(given["model"], str):
+        if not hasattr(given["model"], "for_training"):
+            name = given["model"] if isinstance(given["model"], str) else type(given["model"]).__name__
             raise ValueError(
-                f"model={given['model']!r}: Unsloth's trainer takes a loaded model; load it with "
+                f"model={name}: Unsloth's trainer takes a model that Unsloth has loaded; load it with "
                 "unsloth_ext.FastThinkingModel.from_pretrained"
             )
         super()._attach(given)
@@ -163,9 +164,13 @@ def config_init(cls: type, parent: type) -> Callable[..., None]:
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory for f in fields(cls) if f.init}
     factories = {f.name for f in fields(cls) if f.default_factory is not MISSING}
     own = {f.name for f in fields(HRPOArguments)}
+    known = defaults.keys() | inspect.signature(parent.__init__).parameters.keys()
 
     @functools.wraps(cls.__init__)
     def __init__(self, output_dir: str | None = None, **given: Any) -> None:
+        unknown = given.keys() - known  # Unsloth's would swallow them
+        if unknown:
+            raise TypeError(f"{cls.__name__}() has no field {', '.join(sorted(unknown))}")
         values = {name: value() if name in factories else value for name, value in defaults.items()}
         values |= {"output_dir": output_dir, **given}
         for name in own:  # before the parent's `__init__`, which ends in our `__post_init__`
