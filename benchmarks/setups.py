@@ -17,8 +17,10 @@ CUDA = torch.cuda.is_available()
 
 
 def qwen2(size: str) -> torch.nn.Module:
-    """`cpu`: 15M parameters, so that arithmetic and not Python dominates on two cores; `1.5b`: Qwen2.5-1.5B's shape."""
+    """`check` is as small as attention kernels allow; `cpu` has 15M parameters, so that arithmetic and not Python dominates
+    on two cores; `1.5b` is Qwen2.5-1.5B's shape."""
     shapes = {
+        "check": (256, 512, 2, 4, 2, 2048),
         "cpu": (384, 1024, 6, 6, 2, 8192),
         "1.5b": (1536, 8960, 28, 12, 2, 151936),
     }

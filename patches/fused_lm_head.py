@@ -11,15 +11,30 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .registry import Patch, Site
+from .registry import Patch, PatchError, Site, apply
 
 
+NAME = "fused_lm_head"
 TOKENS_PER_CHUNK = 2048
+
+
+def ensure() -> None:
+    """Apply this patch, except on Unsloth's CPU backend, which has put a twin of its own there."""
+    if not _unsloth_did_it():
+        apply(NAME)
+
+
+def _unsloth_did_it() -> bool:
+    import trl.trainer.utils as trl_utils
+
+    return getattr(trl_utils._ChunkedLogProbFunction, "_unsloth_cpu_dispatch", False)
 
 
 def _sites(*owners: Any) -> list[Site]:
     import trl.trainer.utils as trl_utils
 
+    if _unsloth_did_it():
+        raise PatchError(f"patch {NAME!r} is not needed: Unsloth's CPU backend has replaced TRL's fused LM head")
     if trl_utils._ChunkedLogProbFunction is None:  # no Triton: give the registry an original with the signature
         trl_utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=_without_triton, forward=_forward_signature)
     holder = trl_utils._ChunkedLogProbFunction
@@ -84,7 +99,7 @@ def _wrap(original: Any) -> Any:
 
 
 PATCH = Patch(
-    name="fused_lm_head",
+    name=NAME,
     package="trl",
     target="trl.trainer.utils._ChunkedLogProbFunction.apply",
     parameters=(

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils import logging
 
-import patches
+from patches import fused_lm_head
 from unsloth_ext.adapter import free_originals, remember_thinking, with_thinking_modules
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
@@ -73,7 +73,7 @@ class HRPOMixin(SafeCheckpointMixin):
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
-        patches.apply("fused_lm_head")
+        fused_lm_head.ensure()
         if not self.thinking:
             super().__init__(**given)
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-import patches
+from patches import fused_lm_head
 
 from . import arithmetic
 
@@ -32,7 +32,7 @@ def _train(folder: Path, seed: int, held_out: int, steps: int, delimiter: str, p
     """SFT: batches of 32, AdamW 4e-3, one cycle, loss on the completion."""
     from trl import SFTConfig, SFTTrainer
 
-    patches.apply("fused_lm_head")
+    fused_lm_head.ensure()
     training, _ = arithmetic.split_problems(held_out, seed)
     tokenizer = arithmetic.character_tokenizer()
     set_seed(seed)

@@ -1,0 +1,159 @@
+"""Does HRPO work on this GPU? Short runs of both backends in bf16, fp32 and 4-bit: rollout and training agree, every part
+learns, the patched functions are the live ones. Ends with a table and `results/gpu_check_<device>.json`.
+
+    python benchmarks/gpu_check.py [--rehearse]
+
+The timings are `bench_hrpo.py`'s. `--rehearse` runs it without a GPU, Unsloth's CUDA code included.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import setups
+
+
+# (precision, largest |p_train / p_rollout - 1| over 64 tokens at the first inner step). In bf16 a cached step and a full
+# forward round differently: there the bound only tells noise from states that did not arrive (which is 1 and more)
+PRECISIONS = {"float32": 1e-3, "bfloat16": 0.5, "4bit": 0.5}
+MODES = [
+    ("projection", "rollout"),
+    ("projection", "jacobi"),
+    ("soft_embedding", "frozen"),
+    ("soft_embedding", "soft_bptt"),
+]
+LEARNS = ("lora_", "thinking_residual_gate_r", "thinking_residual_gate_i", "thinking_residual_Lambda")
+STEPS = 3
+
+
+def backend(name: str, rehearse: bool) -> dict:
+    """One process of one backend: every precision and mode."""
+    if name == "unsloth":
+        if rehearse:
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from tests import unsloth_on_cpu  # noqa: F401
+        else:
+            import unsloth  # noqa: F401
+    import torch
+
+    import patches
+
+    folder = tempfile.mkdtemp()
+    base = setups.qwen2("check").float()
+    with torch.no_grad():  # random weights of ordinary size: the model's outputs depend on what it reads
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+        base.get_input_embeddings().weight[0] = 0  # and pad is never sampled, which Unsloth would take for padding
+    base.save_pretrained(folder)
+    setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
+    report = {}
+    for precision in ["float32"] if rehearse else PRECISIONS:
+        for source, mode in MODES:
+            report[f"{precision} {source} {mode}"] = train(folder, name, precision, source, mode)
+    report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]
+    return report
+
+
+def train(folder: str, name: str, precision: str, source: str, mode: str) -> dict:
+    """A few steps; what they say about agreement and learning."""
+    import torch
+    from datasets import Dataset
+
+    from trl_ext import HRPOConfig, HRPOTrainer
+    from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
+
+    four_bit = precision == "4bit"
+    model, tokenizer = FastThinkingModel.from_pretrained(
+        folder,
+        max_seq_length=512 if setups.CUDA else 256,  # from 512 on Unsloth offloads activations, to pinned memory
+        dtype=torch.bfloat16 if four_bit else getattr(torch, precision),
+        load_in_4bit=four_bit,
+        device_map="cuda" if setups.CUDA else "cpu",
+        thinking=ThinkingConfig(source, residual_r_min=0.8, residual_r_max=0.9),
+        use_unsloth=name == "unsloth",
+    )
+    model = FastThinkingModel.get_peft_model(model, r=16)
+    torch.nn.init.normal_(backbone_of(model).thinking_projection.modules_to_save["default"].weight, std=0.05)
+    args = HRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        thinking_source=source,
+        recompute=mode,
+        jacobi_iterations=64,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=64,
+        temperature=0.5,
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        logging_steps=1,
+        bf16=precision != "float32",
+        use_cpu=not setups.CUDA,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = HRPOTrainer(
+        model,
+        lambda completions, **_: [float(len(text) % 7) for text in completions],
+        args,
+        train_dataset=Dataset.from_list([{"prompt": "What is 12 plus 7? " * (1 + i % 3)} for i in range(24)]),
+        processing_class=tokenizer,
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    parts = [*LEARNS, *(["thinking_projection"] if source == "projection" else [])]
+    result = {
+        "ratio_deviation": max(entry["thinking/ratio_deviation"] for entry in steps),
+        "bound": PRECISIONS[precision],
+        "finite": all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in steps),
+        "not_learning": [part for part in parts if not any(part in n for n in moved)],
+        "thinking_fraction": steps[0]["thinking/fraction"],
+        "trainer": f"{HRPOTrainer.__mro__[1].__name__}",
+        "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
+    }
+    result["passed"] = result["finite"] and not result["not_learning"] and result["ratio_deviation"] <= result["bound"]
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, in fp32; writes nothing")
+    parser.add_argument("--backend", choices=("stock", "unsloth"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not setups.CUDA and not options.rehearse:
+        print("gpu-check needs a CUDA GPU and this machine has none; --rehearse runs it on the CPU")
+        return 2
+    if options.backend:
+        print(json.dumps(backend(options.backend, options.rehearse)))
+        return 0
+    found, passed = {}, True
+    for name in ("stock", "unsloth"):
+        call = [sys.executable, __file__, "--backend", name, *(["--rehearse"] if options.rehearse else [])]
+        done = subprocess.run(
+            call, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+        found[name] = (
+            json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"exit status": done.returncode}
+        )
+        passed &= done.returncode == 0
+        for case, result in found[name].items():
+            if isinstance(result, dict) and "passed" in result:
+                passed &= result["passed"]
+                verdict = "ok" if result["passed"] else f"FAILED {result['not_learning'] or ''}"
+                deviation, seconds = result["ratio_deviation"], result["seconds_per_step"]
+                print(f"{name:8} {case:36} ratio off by {deviation:.1e}, {seconds:.2f} s/step  {verdict}")
+    if not options.rehearse:
+        print(setups.write("gpu_check", {"command": "make gpu-check", **found}))
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
