@@ -29,7 +29,7 @@ from rich.table import Table
 from trl import TrlParser
 
 from trl_ext.tasks import arithmetic
-from trl_ext.tasks.data import chat_dataset, check_rows, load_rows
+from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset
 from trl_ext.tasks.evaluation import evaluate
 from unsloth_ext import FastThinkingModel, has_thinking
 from unsloth_ext.decoding import ABLATIONS
@@ -40,8 +40,6 @@ class EvalArguments:
     """What to evaluate, and how."""
 
     checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
-    dataset: str = field(default="tiny", metadata={"help": "'tiny', a hub id, a file, or a reasoning-gym name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
     split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
     limit: int | None = field(default=None, metadata={"help": "Use the first so many problems."})
     thinking: list[str] = field(
@@ -53,29 +51,34 @@ class EvalArguments:
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling and of soft embeddings: as in training."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits."})
-    seed: int = field(default=0, metadata={"help": "Of generated problems; the tiny task's is its warm start's."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "Training's seed, where problems are generated."},
+    )
     held_out: int = field(default=400, metadata={"help": "The tiny task's number of held-out problems."})
     output: str | None = field(default=None, metadata={"help": "JSON file; default CHECKPOINT/eval.json."})
 
 
-def rows_of(args: EvalArguments):
+def rows_of(args: EvalArguments, data: DataArguments):
     """Rows with `prompt` and `answer`."""
-    if args.dataset == "tiny":
-        data = arithmetic.as_dataset(arithmetic.split_problems(args.held_out, args.seed)[1])
-        return data.select(range(min(args.limit or len(data), len(data))))
-    rows = load_rows(args.dataset, split=args.split, size=args.limit, seed=args.seed + 1, config=args.dataset_config)
-    check_rows(args.dataset, rows)
-    return chat_dataset(rows, args.answer_delimiter)
+    if data.dataset == "tiny":
+        found = arithmetic.as_dataset(arithmetic.split_problems(args.held_out, args.seed)[1])
+        return found.select(range(min(args.limit or len(found), len(found))))
+    examples = data.rows(split="train", size=None, seed=args.seed)[: data.num_fewshot] if data.num_fewshot else []
+    rows = data.rows(split=args.split, size=None, seed=args.seed + HELD_OUT_SEED)
+    shown = {row["question"] for row in examples}
+    rows = [row for row in rows if row["question"] not in shown][: args.limit]
+    return chat_dataset(rows, args.answer_delimiter, examples)
 
 
 def main() -> None:
-    (args,) = TrlParser((EvalArguments,)).parse_args_and_config()
+    args, data = TrlParser((EvalArguments, DataArguments)).parse_args_and_config()
     unknown = set(args.thinking) - {"on", *ABLATIONS}
     if unknown:
         sys.exit(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}")
-    rows = rows_of(args)
+    rows = rows_of(args, data)
     model, tokenizer = FastThinkingModel.from_pretrained(
-        args.checkpoint, max_seq_length=128 if args.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit
+        args.checkpoint, max_seq_length=128 if data.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit
     )
     if not has_thinking(model):
         sys.exit(f"{args.checkpoint} has no thinking modules")
@@ -86,7 +89,7 @@ def main() -> None:
             tokenizer,
             rows,
             delimiter=args.answer_delimiter,
-            max_new_tokens=args.max_new_tokens if args.dataset != "tiny" else 36,
+            max_new_tokens=args.max_new_tokens if data.dataset != "tiny" else 36,
             batch_size=args.batch_size,
             temperature=args.temperature,
             do_sample=args.do_sample,

@@ -9,11 +9,15 @@ Every field of TRL's GRPOConfig and of HRPOConfig is a flag; `--config FILE.yaml
 listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory.
 """
 
+import argparse
+import dataclasses
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import yaml
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,7 +25,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from unsloth_ext.backend import unsloth_can_run
 
 
-if unsloth_can_run()[0]:
+CONFIGS = Path(__file__).parent / "configs"
+ON_CPU = ("tiny", "smollm2")
+
+
+def chosen(argv: list[str]) -> tuple[str, Path, list[str]]:
+    """The model's name, the configuration file (chosen by the model unless `--config` names one), and the other flags."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", type=Path)
+    given, others = peek.parse_known_args(argv)
+    config = given.config
+    peek.add_argument("--model_name")
+    name = peek.parse_known_args(others)[0].model_name
+    if name is None and config is not None:
+        name = yaml.safe_load(config.read_text()).get("model_name")
+    name = name or "tiny"
+    return name, config or CONFIGS / f"hrpo_{name if name in ON_CPU else 'gsm8k'}.yaml", others
+
+
+if chosen(sys.argv[1:])[0] not in ON_CPU and unsloth_can_run()[0]:
     import unsloth  # noqa: F401 - before trl, or its trainers stay stock
 
 from rich.console import Console
@@ -32,14 +54,11 @@ from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.checkpointing import last_complete_checkpoint
 from trl_ext.report import CompactProgress, before_after_table, plot_curves, write_summary
 from trl_ext.tasks import arithmetic, warm_start
-from trl_ext.tasks.data import chat_dataset, check_rows, load_rows
+from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, check_rows
 from trl_ext.tasks.dry_run import dry_run
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import FastThinkingModel
-
-
-CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
@@ -47,11 +66,6 @@ class ScriptArguments:
     """What the recipe adds to the trainer's configuration."""
 
     model_name: str = field(default="tiny", metadata={"help": "'tiny', 'smollm2', a hub id or a folder."})
-    dataset: str = field(
-        default="chain_sum",
-        metadata={"help": "A hub id, a .jsonl or .parquet file with question and answer, or a reasoning-gym name."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
     train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of a file are held out."}
@@ -69,51 +83,40 @@ class ScriptArguments:
     dry_run_rows: int = field(default=64, metadata={"help": "Rows sampled before training to look at the rewards."})
 
 
-@dataclass
-class RecipeConfig(HRPOConfig):
-    """HRPOConfig with the note's name for the number of completions per prompt."""
-
-    group_size: int | None = field(default=None, metadata={"help": "Another name for num_generations."})
-
-    def __post_init__(self) -> None:
-        if self.group_size is not None:
-            self.num_generations = self.group_size
-        super().__post_init__()
+def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
+    """Flags over the configuration file."""
+    parser = TrlParser((ScriptArguments, DataArguments, HRPOConfig))
+    parser.add_argument(
+        "--group_size", dest="num_generations", type=int, default=argparse.SUPPRESS, help="Same as --num_generations."
+    )
+    _, config, others = chosen(sys.argv[1:])
+    return parser.parse_args_and_config(["--config", str(config), *others])
 
 
-def parse() -> tuple[ScriptArguments, RecipeConfig]:
-    """Flags over `--config`, which is chosen by the model when it is not given."""
-    argv = sys.argv[1:]
-    if "--config" not in argv:
-        name = argv[argv.index("--model_name") + 1] if "--model_name" in argv else "tiny"
-        argv = ["--config", str(CONFIGS / f"hrpo_{name if name in ('tiny', 'smollm2') else 'gsm8k'}.yaml"), *argv]
-    return TrlParser((ScriptArguments, RecipeConfig)).parse_args_and_config(argv)
-
-
-def load_data(script: ScriptArguments, args: RecipeConfig):
+def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     """(training, held-out) rows with `prompt` and `answer`."""
-    if script.model_name == "tiny":
+    if script.model_name == "tiny" and data.dataset != "tiny":
+        sys.exit(f"--dataset {data.dataset}: the tiny model can read its own sums only; leave --dataset out")
+    if data.dataset == "tiny":
         train, held_out = arithmetic.split_problems(script.eval_size, script.warm_start_seed)
         return arithmetic.as_dataset(train), arithmetic.as_dataset(held_out)
-    local = Path(script.dataset).suffix != ""
-    options = {"seed": args.seed, "config": script.dataset_config}
-    train = load_rows(script.dataset, split="train", size=None if local else script.train_size, **options)
+    local = Path(data.dataset).suffix != ""
+    train = data.rows(split="train", size=None if local else script.train_size, seed=args.seed)
+    examples, train = train[: data.num_fewshot], train[data.num_fewshot :]
     if script.eval_dataset or not local:
-        source = script.eval_dataset or script.dataset
-        options["seed"] += 1  # a generator's held-out problems
-        seen = {row["question"] for row in train}
-        held_out = [
-            r for r in load_rows(source, split="test", size=script.eval_size, **options) if r["question"] not in seen
-        ]
+        source = dataclasses.replace(data, dataset=script.eval_dataset or data.dataset)
+        held_out = source.rows(split="test", size=script.eval_size, seed=args.seed + HELD_OUT_SEED)
+        seen = {row["question"] for row in [*train, *examples]}
+        held_out = [row for row in held_out if row["question"] not in seen]
     else:
         train, held_out = train[: -script.eval_size], train[-script.eval_size :]
     train = train[: script.train_size]
-    check_rows(script.dataset, train)
-    check_rows(script.eval_dataset or script.dataset, held_out)
-    return chat_dataset(train, args.answer_delimiter), chat_dataset(held_out, args.answer_delimiter)
+    check_rows(data.dataset, train)
+    check_rows(script.eval_dataset or data.dataset, held_out)
+    return (chat_dataset(rows, args.answer_delimiter, examples) for rows in (train, held_out))
 
 
-def load_model(script: ScriptArguments, args: RecipeConfig, console: Console):
+def load_model(script: ScriptArguments, args: HRPOConfig, console: Console):
     """The policy with LoRA and thinking modules, and its tokenizer."""
     cache, name = Path(script.cache_dir), script.model_name
     if name == "tiny":
@@ -133,6 +136,7 @@ def load_model(script: ScriptArguments, args: RecipeConfig, console: Console):
         name,
         max_seq_length=min(script.max_seq_length, 128) if script.model_name == "tiny" else script.max_seq_length,
         load_in_4bit=script.load_in_4bit,
+        use_unsloth="unsloth" in sys.modules,
         thinking=args.thinking_config(),
     )
     model = FastThinkingModel.get_peft_model(
@@ -146,11 +150,11 @@ def load_model(script: ScriptArguments, args: RecipeConfig, console: Console):
 
 
 def main() -> None:
-    script, args = parse()
+    script, data, args = parse()
     console, started = Console(), time.time()
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    train, held_out = load_data(script, args)
+    train, held_out = load_data(script, data, args)
     model, tokenizer = load_model(script, args, console)
     reward = make_reward(args.answer_delimiter)
     decoding = {
@@ -159,6 +163,7 @@ def main() -> None:
         "temperature": args.temperature,
         "batch_size": script.eval_batch,
         "thinking": "on" if args.thinking else "off",
+        "progress": not args.disable_tqdm,
     }
     accuracy = AccuracyCallback(script.eval_every, tokenizer, held_out, **decoding)
     trainer = HRPOTrainer(
@@ -180,12 +185,12 @@ def main() -> None:
     if resume == "latest":
         resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    after = evaluate(trainer.model, tokenizer, held_out, progress=True, **decoding)
+    after = evaluate(trainer.model, tokenizer, held_out, **decoding)
 
     trainer.save_model(str(output / "final"))
     before_after_table(accuracy.before, after, console)
     curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
-    plot_curves(output / "curves.png", trainer.state.log_history, curve, f"HRPO, {script.model_name}, {script.dataset}")
+    plot_curves(output / "curves.png", trainer.state.log_history, curve, f"HRPO, {script.model_name}, {data.dataset}")
     write_summary(
         output,
         accuracy_before=accuracy.before.accuracy,
@@ -197,6 +202,7 @@ def main() -> None:
         after=after.numbers(),
         accuracy_curve=dict(curve),
         script=asdict(script),
+        data=asdict(data),
     )
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 

@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_before_training(run, capsys, argv, message):
 def test_group_size_is_another_name_for_num_generations(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--group_size", "4"])
     names = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")
-    script, args = names["parse"]()
+    script, _, args = names["parse"]()
     assert args.num_generations == 4 and script.model_name == "tiny"
 
 
@@ -92,7 +92,7 @@ def test_the_papers_defaults(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["x", "--model_name", "Qwen/Qwen2.5-1.5B-Instruct", "--bf16", "false", "--use_cpu", "true"]
     )
-    script, args = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")["parse"]()
+    script, _, args = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")["parse"]()
     assert (script.lora_r, script.lora_alpha, args.learning_rate, args.beta) == (32, 64, 5e-6, 0.005)
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.99, 0.1, 0.1)
     assert (args.num_generations, args.temperature, args.max_completion_length) == (4, 0.5, 1024)

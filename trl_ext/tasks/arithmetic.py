@@ -52,7 +52,7 @@ def problems(size: int, seed: int) -> Iterator[Problem]:
     )
     seen = set()
     for row in rows:
-        text = row["expression"].replace(" ", "")
+        text = row["solution"].rpartition("=")[0].replace(" ", "")
         terms = tuple(int(term) for term in re.findall(r"[+-]?\d+", text))
         if text not in seen and min(accumulate(terms)) >= 0:
             seen.add(text)

@@ -1,6 +1,8 @@
 """Training and held-out rows from a hub dataset, a local file, or a reasoning-gym generator."""
 
 import importlib.util
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,37 @@ SYSTEM_PROMPT = (
 )
 
 
+HELD_OUT_SEED = 10**6  # added to the seed of a generator, whose row i is made from seed + i
+
+
+@dataclass
+class DataArguments:
+    """Where problems come from and how they are put: what recipes that train and recipes that measure must agree on."""
+
+    dataset: str = field(
+        default="tiny",
+        metadata={
+            "help": "A hub id, a .jsonl or .parquet file with question and answer, or a reasoning-gym name; 'tiny' is "
+            "the embedded default's task."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
+    dataset_options: dict | None = field(
+        default=None, metadata={"help": "Options of a reasoning-gym generator, as JSON: '{\"max_terms\": 2}'."}
+    )
+    num_fewshot: int = field(
+        default=0, metadata={"help": "Show the first so many training problems, solved, in every prompt."}
+    )
+
+    def rows(self, *, split: str, size: int | None, seed: int) -> list[dict]:
+        """`load_rows` of these arguments, checked."""
+        rows = load_rows(
+            self.dataset, split=split, size=size, seed=seed, config=self.dataset_config, **(self.dataset_options or {})
+        )
+        check_rows(self.dataset, rows)
+        return rows
+
+
 class DataError(ValueError):
     """A dataset cannot be used; the message names the file, the column or the row."""
 
@@ -21,7 +54,7 @@ class DataError(ValueError):
 def load_rows(
     name: str, *, split: str, size: int | None, seed: int, config: str | None = None, **options: Any
 ) -> list[dict]:
-    """Rows with `question` and `answer` (the bare number as a string, whatever stood before `####` as `solution`).
+    """Rows with `question`, `answer` (the bare number as a string) and `solution` (the working, where there is one).
 
     Args:
         name: a local `.jsonl`, `.json` or `.parquet` file with GSM8K's columns, the name of a reasoning-gym generator
@@ -66,10 +99,12 @@ def _generated(name: str, size: int, seed: int, options: dict[str, Any]) -> list
     import reasoning_gym
 
     made = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
-    return [
-        {"question": row["question"], "answer": str(row["answer"]), "expression": row["metadata"].get("expression", "")}
-        for row in made
-    ]
+    return [{"question": row["question"], "answer": str(row["answer"]), "solution": _working(row)} for row in made]
+
+
+def _working(row: dict) -> str:
+    expression = row["metadata"].get("expression")
+    return f"{expression} = {row['answer']}" if expression else ""
 
 
 def _gsm8k_row(name: str, index: int, row: dict) -> dict:
@@ -95,9 +130,15 @@ def check_rows(name: str, rows: list[dict]) -> None:
         raise DataError(f"dataset {name} has {len(rows)} row(s); at least two are needed")
 
 
-def chat_dataset(rows: list[dict], delimiter: str) -> Dataset:
-    """Conversational prompts: the system prompt that asks for the delimiter, then the question."""
-    system = {"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}
+def chat_dataset(rows: list[dict], delimiter: str, examples: list[dict] = ()) -> Dataset:
+    """Conversational prompts: the system prompt that asks for the delimiter, solved examples, then the question."""
+    shown = [{"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}]
+    for row in examples:
+        working = re.sub(r"<<[^>]*>>", "", row["solution"])  # GSM8K's calculator marks
+        shown += [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": f"{working}\n{delimiter} {row['answer']}".lstrip()},
+        ]
     return Dataset.from_list(
-        [{"prompt": [system, {"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in rows]
+        [{"prompt": [*shown, {"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in rows]
     )

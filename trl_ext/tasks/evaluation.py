@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.progress import track
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 from trl.data_utils import apply_chat_template, is_conversational
 
@@ -89,7 +89,7 @@ def evaluate(
     texts, tokens, thought = [], 0, 0
     with _evaluating(model):
         batches = range(0, len(rows), batch_size)
-        for start in track(batches, "Evaluating", transient=True) if progress else batches:
+        for start in tqdm(batches, "Evaluating", leave=False, disable=not progress):
             inputs = _tokenize(tokenizer, rows[start : start + batch_size]["prompt"]).to(model.device)
             if hybrid:
                 out, trace = hybrid_generate(

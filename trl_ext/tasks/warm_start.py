@@ -85,12 +85,15 @@ def smollm2(cache: Path) -> str:
 
 
 def _unpack_gguf(file: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    plain_floats = GgufConfig(dequantize=True)  # quantised blocks could be neither trained nor saved
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=plain_floats
+    )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    if hasattr(model.config, "quantization_config"):  # the weights are plain floats by now
+    if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

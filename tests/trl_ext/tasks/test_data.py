@@ -37,7 +37,7 @@ def test_generators_are_seeded_and_exact():
     rows = load("gsm_symbolic", size=5, seed=3)
     assert rows == load("gsm_symbolic", size=5, seed=3) != load("gsm_symbolic", size=5, seed=4)
     for row in load("chain_sum", size=20):
-        assert int(row["answer"]) == eval(row["expression"])
+        assert int(row["answer"]) == eval(row["solution"].rpartition("=")[0])
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,10 @@ def test_missing_broken_and_empty_files(tmp_path):
 def test_chat_prompts_ask_for_the_delimiter():
     row = chat_dataset([{"question": "2?", "answer": "2"}], "=>")[0]
     assert [m["role"] for m in row["prompt"]] == ["system", "user"] and "=>" in row["prompt"][0]["content"]
+
+
+def test_solved_examples_come_before_the_question():
+    row = chat_dataset(
+        [{"question": "2?", "answer": "2"}], "#", [{"question": "5?", "answer": "5", "solution": "2+3=<<2+3=5>>5"}]
+    )[0]
+    assert [m["content"] for m in row["prompt"]][1:] == ["5?", "2+3=5\n# 5", "2?"]
