@@ -138,6 +138,7 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: Console):
         load_in_4bit=script.load_in_4bit,
         use_unsloth="unsloth" in sys.modules,
         thinking=args.thinking_config(),
+        **(args.model_init_kwargs or {}),
     )
     model = FastThinkingModel.get_peft_model(
         model,

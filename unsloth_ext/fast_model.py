@@ -31,7 +31,7 @@ class FastThinkingModel:
     def from_pretrained(
         model_name: str = "Qwen/Qwen2.5-1.5B-Instruct",
         max_seq_length: int = 2048,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         load_in_4bit: bool | None = None,
         *,
         full_finetuning: bool = False,
@@ -46,7 +46,7 @@ class FastThinkingModel:
 
         Args:
             model_name: hub id, or a folder with a model or an adapter.
-            dtype: None takes bf16 on a GPU that has it, fp32 on a CPU.
+            dtype: such as `torch.bfloat16` or `"bfloat16"`; None takes bf16 on a GPU that has it, fp32 on a CPU.
             load_in_4bit: None means 4-bit on a GPU with bitsandbytes, else not.
             thinking: how to think. None takes what was saved with the model, or the defaults on a model that never
                 thought.
@@ -73,6 +73,8 @@ class FastThinkingModel:
             load_in_4bit = (
                 not full_finetuning and torch.cuda.is_available() and bool(importlib.util.find_spec("bitsandbytes"))
             )
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
         load = _load_unsloth if use_unsloth else _load_transformers
         model, tokenizer = load(
             base_name,

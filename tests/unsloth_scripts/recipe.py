@@ -39,6 +39,7 @@ if __name__ == "__main__":
         "--eval_size", "4", "--eval_every", "1", "--max_steps", "2", "--max_seq_length", "480",
         "--max_completion_length", "16", "--dry_run_rows", "4", "--output_dir", str(folder / "out"),
         "--bf16", "false", "--use_cpu", "true", "--optim", "adamw_torch", "--save_steps", "1", "--disable_tqdm", "true",
+        "--model_init_kwargs", '{"dtype": "float32", "device_map": "cpu"}',
     ]  # fmt: skip
     finished = runpy.run_path(str(ROOT / "recipes" / "hrpo_gsm8k.py"), run_name="__main__")
     report = {
