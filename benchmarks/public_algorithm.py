@@ -7,11 +7,13 @@ Each step decodes every row's whole completion to text to look for the delimiter
 import torch
 
 from unsloth_ext.residual import backbone_of
+from unsloth_ext.states import Warper
 
 
 @torch.no_grad()
-def literal_decode(model, tokenizer, input_ids, attention_mask, new_tokens: int, delimiter: str = "####"):
-    """Sampled ids (B, P + new_tokens)."""
+def literal_decode(model, tokenizer, input_ids, attention_mask, new_tokens: int, delimiter: str, top_k: int):
+    """Sampled ids (B, P + new_tokens). top_k=50 is what the public code samples with; 0 is the whole vocabulary."""
+    warp = Warper(temperature=None, top_k=top_k, top_p=None, min_p=None)
     backbone, embedding = backbone_of(model), model.get_input_embeddings()
     prompt_length, embeds, cache = input_ids.shape[1], embedding(input_ids), None
     ids, mask = input_ids, attention_mask
@@ -25,7 +27,7 @@ def literal_decode(model, tokenizer, input_ids, attention_mask, new_tokens: int,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, probs = out.past_key_values, out.logits[:, -1].float().softmax(-1)
+        cache, probs = out.past_key_values, warp(out.logits[:, -1].float()).softmax(-1)
         token = torch.multinomial(probs, 1)
         ids = torch.cat([ids, token], dim=1)
         texts = tokenizer.batch_decode(ids[:, prompt_length:])

@@ -66,9 +66,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Times of each work, A B C A B C ..., after one uncounted round: a drifting machine hits all alike."""
-    for work in works.values():
+def interleaved(works: dict[str, Callable[[], object]], repeats: int, warm: bool = False) -> dict[str, list[float]]:
+    """Times of each work, A B C A B C ..., after one uncounted round (unless `warm`): a drifting machine hits all alike."""
+    for work in () if warm else works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
@@ -89,6 +89,15 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, floa
             "seconds_median": round(statistics.median(values), 4),
         }
     return out
+
+
+def peak_memory() -> int:
+    """Bytes: most that the GPU's allocator held, or the most of this process that was in memory."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage, whose peak a child process inherits from its parent
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def device_name() -> str:

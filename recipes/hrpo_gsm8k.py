@@ -152,7 +152,11 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: Console):
 
 def main() -> None:
     script, data, args = parse()
-    console, started = Console(), time.time()
+    if args.world_size > 1 and script.model_name in ON_CPU:
+        sys.exit(
+            f"--model_name {script.model_name} trains in one process; give a hub id or a folder to accelerate launch"
+        )
+    console, started = Console(quiet=args.process_index > 0), time.time()
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     train, held_out = load_data(script, data, args)
@@ -164,7 +168,7 @@ def main() -> None:
         "temperature": args.temperature,
         "batch_size": script.eval_batch,
         "thinking": "on" if args.thinking else "off",
-        "progress": not args.disable_tqdm,
+        "progress": not args.disable_tqdm and args.process_index == 0,
     }
     accuracy = AccuracyCallback(script.eval_every, tokenizer, held_out, **decoding)
     trainer = HRPOTrainer(
@@ -189,6 +193,8 @@ def main() -> None:
     after = evaluate(trainer.model, tokenizer, held_out, **decoding)
 
     trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
     before_after_table(accuracy.before, after, console)
     curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
     plot_curves(output / "curves.png", trainer.state.log_history, curve, f"HRPO, {script.model_name}, {data.dataset}")

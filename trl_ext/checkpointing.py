@@ -5,6 +5,8 @@ Beside the model, a checkpoint holds `optimizer.safetensors` (state by parameter
 without a whole one was being written when the process died. transformers' own files (optimizer.pt, scheduler.pt,
 rng_state.pth, scaler.pt, training_args.bin) are pickles and are neither written nor, unless asked for by name, read.
 
+Under FSDP and DeepSpeed, which shard the optimizer, its state keeps their formats and is read only when asked for by name.
+
 On resume the command line's learning rates win: only the scheduler's position is restored, parameters that are new get
 fresh optimizer state, and those that are gone are forgotten.
 """
@@ -28,7 +30,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
-PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin")
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # the last ones are FSDP's, with a pickle beside them
 
 
 class CheckpointError(ValueError):
@@ -89,7 +91,8 @@ class SafeCheckpointMixin:
         problem = broken_file(checkpoint)
         if problem:
             raise CheckpointError(problem)
-        pickles = [name for name in PICKLES[:-1] if (checkpoint / name).exists()]
+        files = (file for file in checkpoint.rglob("*") if file.suffix in PICKLES)
+        pickles = sorted(file.name for file in files if file.name != "training_args.bin")  # which resuming never reads
         if pickles and not self._pickle_allowed():
             raise CheckpointError(
                 f"{checkpoint} holds pickled state ({', '.join(pickles)}), which can run code when it is loaded; set "

@@ -91,7 +91,7 @@ class HybridSession:
             self._ended = torch.zeros_like(tokens, dtype=torch.bool)
         self._matched = self.matcher.step(self._matched, tokens)
         if self.eos is not None:
-            self._ended = self._ended | torch.isin(tokens, self.eos)
+            self._ended = self._ended | (tokens[:, None] == self.eos).any(-1)
         self._masks.append((self._matched != self.matcher.done) & ~self._ended)
         if "log_probs" in self.keep:
             self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))

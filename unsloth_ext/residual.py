@@ -82,7 +82,7 @@ def gate(backbone: nn.Module, embeds: torch.Tensor) -> tuple[torch.Tensor, torch
     i = torch.sigmoid(_linear(backbone.thinking_residual_gate_i, embeds))
     log_a = backbone.thinking_residual_Lambda(r)
     # expm1 keeps 1 - a^2 when a is near 1, where the difference would round to nothing
-    return log_a.exp(), torch.sqrt(-torch.expm1(2 * log_a) + EPS), i
+    return log_a.exp(), (EPS - torch.expm1(2 * log_a)).sqrt(), i
 
 
 def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

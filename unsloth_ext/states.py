@@ -52,7 +52,7 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
             many rows of the embedding are then read; None reads them all.
     """
     weight = embedding.weight
-    scale = probs.pow(2).sum(-1, keepdim=True).sqrt()
+    scale = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
     if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering has its price too
         mixed = probs.to(weight.dtype) @ weight
     else:
