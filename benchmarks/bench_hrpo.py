@@ -5,6 +5,7 @@ and against the published algorithm taken literally. Every figure is a ratio of 
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -142,20 +143,20 @@ def bench_decode(size: str, batches: tuple[int, ...], lengths: tuple[int, ...], 
                     models["soft_embedding"], tokenizer, ids, mask, length, DELIMITER, k
                 )
             # The long ones come second, when all is warm
-            times = setups.interleaved(works, max(2, repeats * lengths[0] // length), warm=length > lengths[0])
+            times = setups.interleaved(works, max(3, repeats * lengths[0] // length), warm=length > lengths[0])
             rates = {"repeats": len(times["generate top_k=0"])}
             for name, values in times.items():
                 base = times[f"generate {name.split()[-1]}"]
                 pairs = sorted(b / v for v, b in zip(values, base, strict=True))
                 rates[name] = {
-                    "rate_over_generate": round(pairs[len(pairs) // 2], 4),
+                    "rate_over_generate": round(statistics.median(pairs), 4),
                     "range": [round(pairs[0], 4), round(pairs[-1], 4)],
-                    "tokens_per_second": round(batch * length / sorted(values)[len(values) // 2], 1),
+                    "tokens_per_second": round(batch * length / statistics.median(values), 1),
                 }
             for top_k in TOP_K:
                 ours, literal = (times[f"{who} soft_embedding top_k={top_k}"] for who in ("hybrid", "literal"))
                 pairs = sorted(b / a for a, b in zip(ours, literal, strict=True))
-                rates[f"hybrid over literal, top_k={top_k}"] = {"speed_up": round(pairs[len(pairs) // 2], 3)}
+                rates[f"hybrid over literal, top_k={top_k}"] = {"speed_up": round(statistics.median(pairs), 3)}
             out[f"batch {batch}, {length} tokens"] = rates
             print(f"batch {batch}, {length} tokens", rates, flush=True)
     return out

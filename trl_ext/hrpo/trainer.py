@@ -14,14 +14,11 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils import logging
@@ -34,7 +31,8 @@ from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
 from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking
 from unsloth_ext.states import Warper
 
-from ..checkpointing import SafeCheckpointMixin
+from ..grpo_checkpointing import GRPOCheckpointMixin
+from ..parameter_groups import clip_each_role, split_by_role
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
 
@@ -42,7 +40,7 @@ from .monitors import GateMonitor, ratio_deviation
 logger = logging.get_logger(__name__)
 
 
-class HRPOMixin(SafeCheckpointMixin):
+class HRPOMixin(GRPOCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
 
     Same constructor, callbacks, logging and files as the parent, plus the fields of `HRPOConfig`. Any causal LM will do;
@@ -292,70 +290,30 @@ class HRPOMixin(SafeCheckpointMixin):
         made = self.optimizer is None
         super().create_optimizer(model) if model is not None else super().create_optimizer()
         if made and self.thinking:
-            self._split_groups(self.model if model is None else model)
+            rates = {
+                "thinking_residual_gate": self.hrpo.lr_residual_gate,
+                "thinking_residual_Lambda": self.hrpo.lr_residual_lambda,
+                "thinking_projection": self.hrpo.lr_thinking_projection,
+            }
+            split_by_role(self.optimizer, self.model if model is None else model, rates)
         return self.optimizer
 
-    def _split_groups(self, model: nn.Module) -> None:
-        rates = {
-            "thinking_residual_gate": self.hrpo.lr_residual_gate,
-            "thinking_residual_Lambda": self.hrpo.lr_residual_lambda,
-            "thinking_projection": self.hrpo.lr_thinking_projection,
-        }
-        role_of = {
-            parameter: role for name, parameter in model.named_parameters() for role in rates if f".{role}" in name
-        }
-        groups = []
-        for group in self.optimizer.param_groups:
-            for role in (None, *rates):
-                params = [p for p in group["params"] if role_of.get(p) == role]
-                if params or role is None:
-                    rate = group["lr"] if role is None else rates[role]
-                    groups.append({**group, "params": params, "lr": rate, "role": role or "policy"})
-        self.optimizer.param_groups[:] = [group for group in groups if group["params"]]
-
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        if not self.thinking or not self.hrpo.clip_grad_per_group or not self._own_format():
+        if not self.thinking or not self._own_format():
             return super()._clip_grad_norm(model)
-        self.accelerator.unscale_gradients()
-        by_role: dict[str, list[torch.Tensor]] = {}
-        for group in self.optimizer.param_groups:
-            by_role.setdefault(group["role"], []).extend(group["params"])
-        norms = {
-            role: torch.nn.utils.clip_grad_norm_(params, self.args.max_grad_norm) for role, params in by_role.items()
-        }
+        bound = self.args.max_grad_norm
+        if self.hrpo.clip_grad_per_group:
+            self.accelerator.unscale_gradients()
+            norms = clip_each_role(self.optimizer, bound)
+            total = torch.stack(list(norms.values())).norm()
+        else:
+            total = super()._clip_grad_norm(model)
+            shrunk = (bound / (total + 1e-6)).clamp(max=1)
+            norms = {role: norm / shrunk for role, norm in clip_each_role(self.optimizer, float("inf")).items()}
         for role, norm in norms.items():
             name = {"thinking_projection": "thinking/projection_grad_norm"}.get(role, f"grad_norm/{role}")
             self._metrics["train"][name].append(norm.item())
-        return torch.stack(list(norms.values())).norm()
-
-    # -- resuming ---------------------------------------------------------------------------------------------------
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        # GRPO counts micro-steps from 0 and has no rollouts after a resume: inside a generation cycle it would sample anew
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have been here yet
-        rank = self.args.process_index
-        tensors, plain = {}, {"step": self._step, "batches": 0}
-        if self._step % (self.args.steps_per_generation * self.num_iterations):
-            plain["batches"] = len(self._buffered_inputs)
-            for i, batch in enumerate(self._buffered_inputs):
-                for key, value in batch.items():
-                    (tensors if isinstance(value, torch.Tensor) else plain)[f"{i}.{key}"] = value
-        # Batches share some scalars, and safetensors stores no tensor twice
-        save_file({k: v.clone() for k, v in tensors.items()}, Path(output_dir, f"rollout_{rank}.safetensors"))
-        Path(output_dir, f"rollout_{rank}.json").write_text(json.dumps(plain))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint or "", f"rollout_{self.args.process_index}.json")
-        if checkpoint is None or not file.exists():
-            return
-        plain = json.loads(file.read_text())
-        self._step, batches = plain.pop("step"), [{} for _ in range(plain.pop("batches"))]
-        for name, value in {**plain, **load_file(file.with_suffix(".safetensors"))}.items():
-            index, _, key = name.partition(".")
-            batches[int(index)][key] = value.to(self.args.device) if isinstance(value, torch.Tensor) else value
-        self._buffered_inputs = batches or None
+        return total
 
     # -- logging ----------------------------------------------------------------------------------------------------
 

@@ -159,20 +159,27 @@ def test_groups_have_their_rates_and_the_parents_weight_decay(tmp_path):
     assert seen == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_each_group_is_clipped_by_itself(tmp_path):
-    trainer = setups.hrpo(tmp_path, max_grad_norm=0.1)
+@pytest.mark.parametrize("per_group", [True, False])
+def test_gradients_are_bounded_by_group_or_together_and_logged_by_group(tmp_path, per_group):
+    trainer = setups.hrpo(tmp_path, max_grad_norm=0.1, clip_grad_per_group=per_group)
     trainer.create_optimizer()
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.ones_like(parameter)
-    total = trainer._clip_grad_norm(trainer.model)
-    groups = {}
+    by_role = {}
     for group in trainer.optimizer.param_groups:
-        groups.setdefault(group["role"], []).extend(p.grad.norm() for p in group["params"])
-    assert len(groups) == 4
-    for role, norms in groups.items():
-        assert torch.stack(norms).norm().item() == pytest.approx(0.1, rel=1e-4), role
-    assert total > 1
+        by_role.setdefault(group["role"], []).extend(group["params"])
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    norm = lambda params: torch.stack([p.grad.norm() for p in params]).norm().item()  # noqa: E731
+    before = {role: norm(params) for role, params in by_role.items()}
+    total = trainer._clip_grad_norm(trainer.model)
+    assert len(before) == 4
+    assert total.item() == pytest.approx(sum(x**2 for x in before.values()) ** 0.5, rel=1e-5)
+    after = {role: norm(params) for role, params in by_role.items()}
+    bounded = after.values() if per_group else [norm([p for params in by_role.values() for p in params])]
+    for value in bounded:
+        assert value == pytest.approx(0.1, rel=1e-4)
+    for role, value in before.items():
+        name = "thinking/projection_grad_norm" if role == "thinking_projection" else f"grad_norm/{role}"
+        assert trainer._metrics["train"][name] == [pytest.approx(value, rel=1e-4)]
 
 
 @pytest.mark.parametrize("peft", [True, False])

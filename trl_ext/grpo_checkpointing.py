@@ -1,0 +1,43 @@
+"""What GRPO needs beside `SafeCheckpointMixin` to resume exactly: its place in the generation cycle, and the rollouts.
+
+TRL counts micro-steps from 0 and keeps rollouts in memory only, so a run resumed inside a cycle would sample anew. Each
+rank writes `rollout_<rank>.safetensors` with its JSON.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .checkpointing import SafeCheckpointMixin
+
+
+class GRPOCheckpointMixin(SafeCheckpointMixin):
+    """Put before a `GRPOTrainer`."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have been here yet
+        rank = self.args.process_index
+        tensors, plain = {}, {"step": self._step, "batches": 0}
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            plain["batches"] = len(self._buffered_inputs)
+            for i, batch in enumerate(self._buffered_inputs):
+                for key, value in batch.items():
+                    (tensors if isinstance(value, torch.Tensor) else plain)[f"{i}.{key}"] = value
+        # Batches share some scalars, and safetensors stores no tensor twice
+        save_file({k: v.clone() for k, v in tensors.items()}, Path(output_dir, f"rollout_{rank}.safetensors"))
+        Path(output_dir, f"rollout_{rank}.json").write_text(json.dumps(plain))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint or "", f"rollout_{self.args.process_index}.json")
+        if checkpoint is None or not file.exists():
+            return
+        plain = json.loads(file.read_text())
+        self._step, batches = plain.pop("step"), [{} for _ in range(plain.pop("batches"))]
+        for name, value in {**plain, **load_file(file.with_suffix(".safetensors"))}.items():
+            index, _, key = name.partition(".")
+            batches[int(index)][key] = value.to(self.args.device) if isinstance(value, torch.Tensor) else value
+        self._buffered_inputs = batches or None

@@ -1,0 +1,30 @@
+"""Parameter groups by role: a learning rate and a gradient bound for each kind of module, on any torch optimizer."""
+
+import torch
+from torch import nn
+
+
+def split_by_role(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
+    """Split the optimizer's groups, in place, by the role of their parameters; what else a group says is kept.
+
+    Args:
+        rates: learning rate of each role; the role's name begins a component of its parameters' names. Parameters of no
+            role keep their rate under the role "policy".
+    """
+    role_of = {parameter: role for name, parameter in model.named_parameters() for role in rates if f".{role}" in name}
+    groups = []
+    for group in optimizer.param_groups:
+        for role in (None, *rates):
+            params = [p for p in group["params"] if role_of.get(p) == role]
+            if params:
+                rate = group["lr"] if role is None else rates[role]
+                groups.append({**group, "params": params, "lr": rate, "role": role or "policy"})
+    optimizer.param_groups[:] = groups
+
+
+def clip_each_role(optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, torch.Tensor]:
+    """Bound the gradient norm of each role by itself, in place; the norms before, by role."""
+    by_role: dict[str, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        by_role.setdefault(group["role"], []).extend(group["params"])
+    return {role: nn.utils.clip_grad_norm_(params, max_norm) for role, params in by_role.items()}
