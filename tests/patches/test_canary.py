@@ -29,6 +29,7 @@ UNSLOTH = {
     ("unsloth/models/llama.py", "_gated_method"): "cls, name, fast, original",
     ("unsloth/models/llama.py", "unsloth_fast_generate"): "self",
     ("unsloth/models/llama.py", "patch_peft_model"): "model, use_gradient_checkpointing",
+    ("unsloth/models/llama.py", "for_training"): "model, use_gradient_checkpointing",
     ("unsloth/models/llama.py", "_build_rope_cache"): "self, device_index",
     ("unsloth/models/llama.py", "_ensure_rope_cache"): "self, device_index",
     ("unsloth/models/llama.py", "_set_cos_sin_cache"): "self, seq_len, device, dtype",
@@ -43,6 +44,8 @@ UNSLOTH = {
     ("unsloth_zoo/rl_replacements.py", "grpo_accumulated_loss"): ", ".join(
         patches.get("grpo_accumulated_loss").parameters[:-1]
     ),
+    ("unsloth/models/rl_replacements.py", "_unsloth_grpo_autocast"): "self",
+    ("unsloth/models/rl_replacements.py", "_unsloth_grpo_autocast_unscored"): "self",
     ("unsloth_zoo/rl_replacements.py", "left_pack_padding"): "tensor, pad_id",
 }
 UNSLOTH_TEXT = [
@@ -56,6 +59,11 @@ UNSLOTH_TEXT = [
     ("unsloth/utils/prefix_grouper.py", "return _ENABLED", "shared-prompt deduplication can be turned off"),
     ("unsloth_zoo/rl_replacements.py", "_pack_flat_ids = input_ids[_pack_keep].unsqueeze(0)", "packed row by row"),
     ("unsloth_zoo/rl_replacements.py", "input_ids = left_pack_padding(input_ids,", "left-packed in the batch's order"),
+    ("unsloth_zoo/rl_replacements.py", "= UnslothEfficientGRPO.apply(", "the log-probs pass there"),
+    ("unsloth/models/rl_replacements.py", "self._autocast_dtype", "our passes take the precision of Unsloth's"),
+    ("unsloth/models/rl_replacements.py", "self._autocast_enabled", "and whether there is one"),
+    ("unsloth/models/rl.py", "unsloth_grpo_mini_batch :", "how its config is told from TRL's"),
+    ("unsloth_zoo/cpu/ops.py", "_unsloth_cpu_dispatch = True", "its CPU backend has a fused LM head of its own"),
     (
         "unsloth/models/rl_replacements.py",
         ") = grpo_accumulated_loss(",

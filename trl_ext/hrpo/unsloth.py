@@ -64,7 +64,9 @@ class UnslothHRPOMixin(HRPOMixin):
         config = given.get("peft_config")
         if config is not None and not is_peft_model(given["model"]):  # Unsloth's trainer would ignore it
             set_seed(getattr(given.get("args"), "seed", 42))
-            given["model"] = _with_adapter(given["model"], config)
+            given["model"] = _with_adapter(
+                given["model"], config, getattr(given.get("args"), "gradient_checkpointing", False)
+            )
         patches.apply(NAME, type(self))
         if on_unsloth(_causal_lm(given["model"])):
             patches.apply("llama_fast_forward")
@@ -195,7 +197,7 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _with_adapter(model: nn.Module, config: Any) -> nn.Module:
+def _with_adapter(model: nn.Module, config: Any, checkpointing: bool) -> nn.Module:
     unsloth = on_unsloth(model)
     config.task_type = config.task_type or "CAUSAL_LM"  # Unsloth patches that kind of PeftModel only
     model = get_peft_model(model, config)
@@ -203,5 +205,4 @@ def _with_adapter(model: nn.Module, config: Any) -> nn.Module:
         return model
     from unsloth import FastLanguageModel
 
-    checkpointing = getattr(model, "_unsloth_gradient_checkpointing", "unsloth")
-    return FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=checkpointing)
+    return FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing="unsloth" if checkpointing else False)
