@@ -111,55 +111,52 @@ def bench_memory(size: str, rows: int, length: int) -> dict:
     return {name: {"ratio": round(peak / peaks["grpo"], 4), "MiB": peak >> 20} for name, peak in peaks.items()}
 
 
-def bench_decode(size: str, batches: tuple[int, ...], lengths: tuple[int, ...], repeats: int) -> dict:
+def bench_decode(size: str, batch: int, length: int, repeats: int, warm: bool) -> dict:
     """tokens/s ratios: time of `generate` over time of hybrid decoding, for the same number of tokens."""
-    out = {}
     tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
     prompt = tokenizer(["What is 12 plus 7 minus 3?"], return_tensors="pt")["input_ids"]
-    for batch in batches:
-        ids = prompt.repeat(batch, 1).to("cuda" if setups.CUDA else "cpu")
-        mask = torch.ones_like(ids)
-        for length in lengths:
-            works, models = {}, {}
-            for source in ("projection", "soft_embedding"):
-                models[source] = attach_thinking(setups.qwen2(size), ThinkingConfig(thinking_source=source)).eval()
-            matcher = DelimiterMatcher(tokenizer, DELIMITER, models["projection"].config.vocab_size)
-            common = {
-                "attention_mask": mask,
-                "max_new_tokens": length,
-                "min_new_tokens": length,
-                "do_sample": True,
-                "pad_token_id": 0,
-            }
-            for top_k in TOP_K:
-                works[f"generate top_k={top_k}"] = lambda k=top_k: models["projection"].generate(
-                    input_ids=ids, top_k=k, **common
-                )
-                for source, model in models.items():
-                    works[f"hybrid {source} top_k={top_k}"] = lambda m=model, k=top_k: hybrid_generate(
-                        m, ids, matcher, top_k=k, **common
-                    )
-                works[f"literal soft_embedding top_k={top_k}"] = lambda k=top_k: literal_decode(
-                    models["soft_embedding"], tokenizer, ids, mask, length, DELIMITER, k
-                )
-            # The long ones come second, when all is warm
-            times = setups.interleaved(works, max(3, repeats * lengths[0] // length), warm=length > lengths[0])
-            rates = {"repeats": len(times["generate top_k=0"])}
-            for name, values in times.items():
-                base = times[f"generate {name.split()[-1]}"]
-                pairs = sorted(b / v for v, b in zip(values, base, strict=True))
-                rates[name] = {
-                    "rate_over_generate": round(statistics.median(pairs), 4),
-                    "range": [round(pairs[0], 4), round(pairs[-1], 4)],
-                    "tokens_per_second": round(batch * length / statistics.median(values), 1),
-                }
-            for top_k in TOP_K:
-                ours, literal = (times[f"{who} soft_embedding top_k={top_k}"] for who in ("hybrid", "literal"))
-                pairs = sorted(b / a for a, b in zip(ours, literal, strict=True))
-                rates[f"hybrid over literal, top_k={top_k}"] = {"speed_up": round(statistics.median(pairs), 3)}
-            out[f"batch {batch}, {length} tokens"] = rates
-            print(f"batch {batch}, {length} tokens", rates, flush=True)
-    return out
+    ids = prompt.repeat(batch, 1).to("cuda" if setups.CUDA else "cpu")
+    mask = torch.ones_like(ids)
+    models = {
+        source: attach_thinking(setups.qwen2(size), ThinkingConfig(thinking_source=source)).eval()
+        for source in ("projection", "soft_embedding")
+    }
+    matcher = DelimiterMatcher(tokenizer, DELIMITER, models["projection"].config.vocab_size)
+    common = {
+        "attention_mask": mask,
+        "max_new_tokens": length,
+        "min_new_tokens": length,
+        "do_sample": True,
+        "pad_token_id": 0,
+    }
+    works = {}
+    for k in TOP_K:
+        works[f"generate top_k={k}"] = lambda k=k: models["projection"].generate(input_ids=ids, top_k=k, **common)
+        for source, model in models.items():
+            works[f"hybrid {source} top_k={k}"] = lambda m=model, k=k: hybrid_generate(
+                m, ids, matcher, top_k=k, **common
+            )
+        works[f"literal soft_embedding top_k={k}"] = lambda k=k: literal_decode(
+            models["soft_embedding"], tokenizer, ids, mask, length, DELIMITER, k
+        )
+    times = setups.interleaved(works, repeats, warm)
+    rates = {"repeats": repeats}
+    for name, values in times.items():
+        base = times[f"generate {name.split()[-1]}"]
+        pairs = sorted(b / v for v, b in zip(values, base, strict=True))
+        rates[name] = {
+            "rate_over_generate": round(statistics.median(pairs), 4),
+            "range": [round(pairs[0], 4), round(pairs[-1], 4)],
+            "tokens_per_second": round(batch * length / statistics.median(values), 1),
+        }
+    for k in TOP_K:
+        ours, literal = (times[f"{who} soft_embedding top_k={k}"] for who in ("hybrid", "literal"))
+        pairs = sorted(b / a for a, b in zip(ours, literal, strict=True))
+        rates[f"hybrid over literal, top_k={k}"] = {
+            "speed_up": round(statistics.median(pairs), 3),
+            "range": [round(pairs[0], 3), round(pairs[-1], 3)],
+        }
+    return rates
 
 
 def main() -> None:
@@ -178,23 +175,28 @@ def main() -> None:
         one_step(made)
         print(setups.peak_memory())
         return
-    lengths = (64,) if options.quick else (256, 1024)
-    steps = bench_steps(size, options.rows, options.length, options.repeats)
-    print("step time over GRPO", steps, flush=True)
-    memory = bench_memory(size, options.rows, options.length)
-    print("peak memory over GRPO", memory, flush=True)
-    decode = bench_decode(size, (8, 32), lengths, options.repeats)
     results = {
         "command": "make bench-hrpo",
         "model": f"Qwen2 shape, {sum(p.numel() for p in setups.qwen2(size).parameters()) / 1e6:.0f}M parameters",
         "completions_per_step": options.rows,
         "completion_tokens": options.length,
         "repeats": options.repeats,
-        "step_time_over_grpo": steps,
-        "peak_memory_over_grpo": memory,
-        "decode": decode,
     }
-    print(setups.write("bench_hrpo" if options.quick else "hrpo", results))
+
+    def measured(name: str, value: dict) -> None:
+        """Written at once: a run that is stopped leaves what it has."""
+        print(name, value, flush=True)
+        results[name] = value
+        print(setups.write("bench_hrpo" if options.quick else "hrpo", results), flush=True)
+
+    measured("step_time_over_grpo", bench_steps(size, options.rows, options.length, options.repeats))
+    measured("peak_memory_over_grpo", bench_memory(size, options.rows, options.length))
+    lengths = (64,) if options.quick else (256, 1024)
+    for length in lengths:
+        for batch in (8, 32):
+            long = length > lengths[0]  # comes second, when all is warm
+            repeats = 3 if long else options.repeats
+            measured(f"decode, batch {batch}, {length} tokens", bench_decode(size, batch, length, repeats, long))
 
 
 if __name__ == "__main__":

@@ -197,7 +197,8 @@ def main() -> None:
         return
     before_after_table(accuracy.before, after, console)
     curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
-    plot_curves(output / "curves.png", trainer.state.log_history, curve, f"HRPO, {script.model_name}, {data.dataset}")
+    title = ", ".join(dict.fromkeys(["HRPO", script.model_name, data.dataset]))
+    plot_curves(output / "curves.png", trainer.state.log_history, curve, title)
     write_summary(
         output,
         accuracy_before=accuracy.before.accuracy,
