@@ -77,18 +77,16 @@ def interleaved(works: dict[str, Callable[[], object]], repeats: int, warm: bool
     return times
 
 
-def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Of each work's time over the base's, pair by pair: median, lowest, highest; and the median seconds."""
-    out = {}
-    for name, values in times.items():
-        pairs = [a / b for a, b in zip(values, times[base], strict=True)]
-        out[name] = {
-            "ratio_median": round(statistics.median(pairs), 4),
-            "ratio_min": round(min(pairs), 4),
-            "ratio_max": round(max(pairs), 4),
-            "seconds_median": round(statistics.median(values), 4),
-        }
-    return out
+def quotient(above: list[float], below: list[float]) -> dict[str, float]:
+    """Of times taken in turn: median, lowest and highest of the pairs, and the quotient of the fastest of each, which other
+    work on the machine disturbs least."""
+    pairs = sorted(a / b for a, b in zip(above, below, strict=True))
+    return {
+        "median": round(statistics.median(pairs), 4),
+        "fastest": round(min(above) / min(below), 4),
+        "lowest": round(pairs[0], 4),
+        "highest": round(pairs[-1], 4),
+    }
 
 
 def peak_memory() -> int:
