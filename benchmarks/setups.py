@@ -17,7 +17,7 @@ CUDA = torch.cuda.is_available()
 
 
 def qwen2(size: str) -> torch.nn.Module:
-    """`check` is as small as attention kernels allow; `cpu` has 15M parameters, so that arithmetic and not Python dominates
+    """`check` is as small as attention kernels allow; `cpu` has 13M parameters, so that arithmetic and not Python dominates
     on two cores; `1.5b` is Qwen2.5-1.5B's shape."""
     shapes = {
         "check": (256, 512, 2, 4, 2, 2048),
