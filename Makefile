@@ -6,7 +6,7 @@ TORCH_ARGS ?=
 ARGS   ?=
 
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install -q --disable-pip-version-check
+PIP    := $(PY) -m pip install -q --disable-pip-version-check -c requirements/core.txt
 READY  := $(VENV)/.ready
 GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 CORES  := $(shell nproc 2>/dev/null || echo 2)

@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,15 @@ def test_only_our_three_packages_are_installed():
     assert set(packages) == on_disk
     assert distribution("latent-reasoning-trl").version
     assert not (ROOT / "recipes" / "__init__.py").exists()
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that make sets up")
+@pytest.mark.parametrize("file", ["core.txt", "dev.txt"])
+def test_what_is_installed_is_what_is_pinned(file):
+    """Two pins that contradict each other would make pip change one of them in silence."""
+    pins = [line.partition("#")[0].strip() for line in (ROOT / "requirements" / file).read_text().splitlines()]
+    pins = dict(pin.split("==") for pin in pins if pin)
+    assert {name: version(name).partition("+")[0] for name in pins} == pins
 
 
 def python(code: str, *, cwd) -> str:
