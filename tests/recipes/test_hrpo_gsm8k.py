@@ -1,6 +1,7 @@
 """The recipe as a person runs it: small, whole, and with everything one can get wrong."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -61,6 +62,8 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
         (["--recompute", "sometimes"], "recompute='sometimes'"),
         (["--answer_delimiter", "§"], "cannot produce"),
         (["--model_name", "smollm2", "--dataset", "none.jsonl"], "no such file"),
+        (["--dataset_options", "max_terms: 2"], "is not JSON"),
+        (["--dataset_options", "[2]"], "a JSON object"),
         (["--resume_from_checkpoint", "nowhere"], "no such folder"),
         (["--resume_from_checkpoint", "latest"], "no complete checkpoint"),
     ],
@@ -70,6 +73,15 @@ def test_what_is_wrong_is_said_before_training(run, capsys, argv, message):
         run(*argv)
     assert message in str(error.value) + capsys.readouterr().err
     assert not list(Path().glob("out/checkpoint-*"))
+
+
+def test_a_generator_takes_its_options_from_the_command_line(monkeypatch):
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    argv = ["--model_name", "tiny", "--dataset", "chain_sum", "--dataset_options", json.dumps(options)]
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    _, data, _ = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")["parse"]()
+    questions = [row["question"] for row in data.rows(split="train", size=20, seed=0)]
+    assert all(len(re.findall(r"\d+", question)) == 2 for question in questions), questions[0]
 
 
 def test_group_size_is_another_name_for_num_generations(monkeypatch):

@@ -1,6 +1,7 @@
 """Training and held-out rows from a hub dataset, a local file, or a reasoning-gym generator."""
 
 import importlib.util
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,21 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
-    dataset_options: dict | None = field(
+    dataset_options: dict | str | None = field(
         default=None, metadata={"help": "Options of a reasoning-gym generator, as JSON: '{\"max_terms\": 2}'."}
     )
     num_fewshot: int = field(
         default=0, metadata={"help": "Show the first so many training problems, solved, in every prompt."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_options, str):
+            try:
+                self.dataset_options = json.loads(self.dataset_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"dataset_options={self.dataset_options!r} is not JSON: {error}") from error
+        if not isinstance(self.dataset_options or {}, dict):
+            raise ValueError(f"dataset_options={self.dataset_options!r}: a JSON object, such as '{{\"max_terms\": 2}}'")
 
     def rows(self, *, split: str, size: int | None, seed: int) -> list[dict]:
         """`load_rows` of these arguments, checked."""
