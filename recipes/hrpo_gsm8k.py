@@ -46,6 +46,7 @@ def chosen(argv: list[str]) -> tuple[str, Path, list[str]]:
 if chosen(sys.argv[1:])[0] not in ON_CPU and unsloth_can_run()[0]:
     import unsloth  # noqa: F401 - before trl, or its trainers stay stock
 
+from accelerate import PartialState
 from rich.console import Console
 from transformers import ProgressCallback, set_seed
 from trl import TrlParser
@@ -217,3 +218,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there

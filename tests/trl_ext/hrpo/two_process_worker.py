@@ -39,3 +39,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
