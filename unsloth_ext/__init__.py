@@ -1,16 +1,21 @@
-"""Model side: thinking modules on causal language models, loaders, hybrid decoding. Names import lazily."""
+"""Model side: thinking modules on causal language models, loaders, hybrid decoding, KV compression. Names import lazily."""
 
 import importlib
 
 
 _WHERE = {
+    "CompressedKV": "kv.compression",
     "DelimiterMatcher": "delimiter",
     "FastThinkingModel": "fast_model",
     "HybridSession": "decoding",
+    "KVScoring": "kv.compression",
     "ThinkingConfig": "residual",
     "ThinkingTrace": "decoding",
     "attach_thinking": "residual",
+    "attention_tap": "kv.tap",
     "backbone_of": "residual",
+    "compress_kv": "kv.compression",
+    "compressed_trace": "kv.tap",
     "drop_thinking": "residual",
     "has_thinking": "residual",
     "hybrid_decode": "decoding",

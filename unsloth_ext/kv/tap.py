@@ -1,0 +1,112 @@
+"""A look at the queries, keys and values inside attention while SDPA runs as ever: no eager attention, no T x T map.
+
+transformers lets one register attention functions (`AttentionInterface`). Ours calls the SDPA one and then shows the
+tensors to whoever listens; a model uses it while a tap on it is open.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..residual import backbone_of
+from .compression import CompressedKV, KVScoring, compress_kv
+
+
+NAME = "sdpa_tapped"
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+_OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", default=None)
+
+
+def _tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs):
+    out = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    observer = _OBSERVER.get()
+    if observer is not None:
+        with torch.no_grad():
+            observer(module.layer_idx, query.detach(), key.detach(), value.detach())
+    return out
+
+
+AttentionInterface.register(NAME, _tapped)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """While open, every attention layer of `model` calls `observer(layer, query, key, value)`, without gradients.
+
+    query (B, Hq, T, D) and key (B, Hkv, S, D) are after rotary embedding, value (B, Hkv, S, D); S counts cached tokens too.
+
+    Raises:
+        ValueError: the model's attention is not SDPA.
+    """
+    config = backbone_of(model).config
+    before = config._attn_implementation
+    if before not in ("sdpa", NAME):
+        raise ValueError(
+            f"attn_implementation={before!r}: scoring keys inside attention works with 'sdpa'; load the model with "
+            "attn_implementation='sdpa'"
+        )
+    token = _OBSERVER.set(observer)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _OBSERVER.reset(token)
+
+
+@contextlib.contextmanager
+def compressed_trace(
+    model: nn.Module,
+    trace_mask: torch.Tensor,
+    query_mask: torch.Tensor,
+    budget: int,
+    scoring: KVScoring | None = None,
+) -> Iterator[list[CompressedKV]]:
+    """Collects, from the one forward run inside, each layer's `CompressedKV` of a trace.
+
+    Args:
+        trace_mask (B, T) bool: the tokens to choose from (a chain of thought).
+        query_mask (B, T) bool: the tokens whose queries judge them (the answer).
+        budget: M.
+
+    Yields:
+        A list that the forward fills, one entry a layer.
+
+    Raises:
+        ValueError: a row has no token in one of the masks.
+    """
+    for name, mask in (("trace_mask", trace_mask), ("query_mask", query_mask)):
+        empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"{name} has no token in row {empty[0]}: there is nothing to score")
+    columns = trace_mask.any(0).nonzero().flatten()
+    span = slice(int(columns[0]), int(columns[-1]) + 1)
+    real = trace_mask[:, span].bool()
+    rows, asked = _gather_index(query_mask.bool())
+    layers: list[CompressedKV] = []
+
+    def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        assert layer == len(layers), "one forward a tap"
+        where = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        answer = query.gather(2, where)
+        layers.append(
+            compress_kv(key[:, :, span], value[:, :, span], answer, budget, scoring, key_mask=real, query_mask=asked)
+        )
+
+    with attention_tap(model, observe):
+        yield layers
+
+
+def _gather_index(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the set entries of each row of (B, T), padded to the longest row: (B, A) and which of them are real."""
+    order = (~mask).int().argsort(dim=-1, stable=True)
+    count = mask.sum(-1)
+    longest = int(count.max())
+    return order[:, :longest], torch.arange(longest, device=mask.device) < count[:, None]
