@@ -1,33 +1,28 @@
 """Scores and choices against the official R-KV code and brute-force KaVa (golden tensors), and their invariants."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.golden.load import GOLDEN, load
 from unsloth_ext.kv.compression import SCORERS, KVScoring, compress_kv
 from unsloth_ext.kv.scores import kava_importance, kava_redundancy, normalized, rkv_importance, rkv_redundancy
 
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-RKV = sorted(GOLDEN.glob("rkv_*.safetensors"))
+RKV = sorted(file.stem for file in GOLDEN.glob("rkv_*.safetensors"))
 
 
-def rkv_case(file):
-    with safe_open(file, "pt") as tensors:
-        config = json.loads(tensors.metadata()["config"])
+def rkv_case(name):
+    case, config = load(name)
     scoring = KVScoring(
         "rkv", config["mix_lambda"], "none", config["W"], config["kernel_size"], config["retain_direction"]
     )
-    return load_file(file), config["budget"], scoring
+    return case, config["budget"], scoring
 
 
-@pytest.mark.parametrize("file", RKV, ids=lambda file: file.stem)
-def test_rkv_is_the_official_code_bit_for_bit(file):
-    case, budget, scoring = rkv_case(file)
+@pytest.mark.parametrize("name", RKV)
+def test_rkv_is_the_official_code_bit_for_bit(name):
+    case, budget, scoring = rkv_case(name)
     q, k, v = case["q"], case["k"], case["v"]
     real = torch.ones(len(k), k.shape[2], dtype=torch.bool)
     if "score" in case:

@@ -1,0 +1,1 @@
+"""Latent chain of thought: a model that thinks in a few latent tokens between question and answer."""

@@ -1,0 +1,104 @@
+"""How a model thinks in latent tokens, and the modules that this takes."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..residual import backbone_of
+
+
+LATENT_MODULE = "latent_projection"
+UPDATES = ("shifted", "own")
+
+
+@dataclass
+class LatentConfig:
+    """How a model thinks in latent tokens. Saved with the adapter (or in `config.json` under `"latent"`).
+
+    Attributes:
+        num_latents: M.
+        iterations: T Jacobi iterations over all M latent tokens at once (PCCoT, KaVa). None is sequential, one pass a
+            token (CODI, Coconut), which T = M equals. T = 0 feeds M plain `<latent>` tokens: pause tokens.
+        projection_dim: width of the projection from a hidden state to the next input, Dropout-Linear-GELU-Linear-LayerNorm.
+            None is the identity.
+        projection_dropout, projection_layer_norm: of that projection.
+        update: `"shifted"`, where the output at a slot is the input of the next one, as in the official methods; or
+            `"own"`, where it is the input of the same slot (Jacobi only).
+        feedback_residual: add the projection to the previous input in place of replacing it (Jacobi only).
+        bot_token, latent_token, eot_token: begin the latent tokens, stand for them, end them.
+    """
+
+    num_latents: int = field(default=24)
+    iterations: int | None = field(default=3)
+    projection_dim: int | None = field(default=None)
+    projection_dropout: float = field(default=0.0)
+    projection_layer_norm: bool = field(default=True)
+    update: str = field(default="shifted")
+    feedback_residual: bool = field(default=False)
+    bot_token: str = field(default="<bot>")
+    latent_token: str = field(default="<latent>")
+    eot_token: str = field(default="<eot>")
+
+    def __post_init__(self) -> None:
+        if self.num_latents < 1:
+            raise ValueError(f"num_latents={self.num_latents}: at least 1")
+        if self.iterations is not None and self.iterations < 0:
+            raise ValueError(f"iterations={self.iterations}: 0 or more, or None for one pass a latent token")
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise ValueError(f"projection_dim={self.projection_dim}: at least 1, or None for no projection")
+        if not 0 <= self.projection_dropout < 1:
+            raise ValueError(f"projection_dropout={self.projection_dropout}: at least 0 and below 1")
+        if self.update not in UPDATES:
+            raise ValueError(f"update={self.update!r}: choose one of {', '.join(UPDATES)}")
+        if self.iterations is None and (self.update != "shifted" or self.feedback_residual):
+            raise ValueError("update='own' and feedback_residual=True need Jacobi iterations; set iterations")
+        if len({self.bot_token, self.latent_token, self.eot_token}) < 3:
+            raise ValueError("bot_token, latent_token and eot_token must differ")
+
+    @property
+    def tokens(self) -> tuple[str, str, str]:
+        return self.bot_token, self.latent_token, self.eot_token
+
+
+class LatentProjection(nn.Sequential):
+    """From a hidden state to the next latent input (..., d): Dropout-Linear(d, w)-GELU-Linear(w, d)-LayerNorm."""
+
+    def __init__(self, d: int, config: LatentConfig, **like):
+        width = config.projection_dim
+        layers = [
+            nn.Dropout(config.projection_dropout),
+            nn.Linear(d, width, **like),
+            nn.GELU(),
+            nn.Linear(width, d, **like),
+        ]
+        super().__init__(*layers, *([nn.LayerNorm(d, **like)] if config.projection_layer_norm else []))
+
+
+def attach_latent(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LatentConfig | None = None
+) -> PreTrainedModel:
+    """Give a causal LM its latent tokens and projection, in place; the tokenizer gets the three special tokens.
+
+    Attach before PEFT wraps the model. Draws from the global RNG.
+
+    Raises:
+        ValueError: the model thinks in latent tokens already.
+    """
+    config = config or LatentConfig()
+    backbone = backbone_of(model)
+    if hasattr(backbone, "latent_config"):
+        raise ValueError(f"{type(model).__name__} has latent tokens already")
+    missing = [token for token in config.tokens if token not in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    weight = model.get_input_embeddings().weight
+    like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
+    if config.projection_dim is not None:
+        backbone.latent_projection = LatentProjection(weight.shape[1], config, **like)
+    backbone.latent_config = config
+    backbone.latent_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(config.tokens)))
+    model.config.latent = {**asdict(config), "token_ids": list(backbone.latent_token_ids)}
+    return model

@@ -1,0 +1,126 @@
+"""The latent phase: what happens between question and answer.
+
+Sequential (CODI, Coconut): z_1 = prj(h at <bot>), z_{j+1} = prj(h at z_j), M passes of one token.
+
+Jacobi (PCCoT): one pass over question, <bot> and M times <latent>; z = prj(h at <bot> .. <latent>_{M-1}); then T times a
+pass over z on the question's cached keys and values, z = [z_1, prj(h)[:-1]]. The answer reads the cache of pass T.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..residual import backbone_of
+
+
+Intervention = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """Where the answer goes on from. Batch B, question length Q (without <bot>), M latent tokens.
+
+    Attributes:
+        cache: keys and values of question, <bot> and latent tokens, length Q + 1 + M.
+        attention_mask (B, Q + 1 + M) long.
+        latents (B, M, d): the inputs of the last pass.
+        num_forwards: passes through the model so far.
+    """
+
+    cache: DynamicCache
+    attention_mask: torch.Tensor
+    latents: torch.Tensor
+    num_forwards: int
+
+    def latent_kv(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each layer, keys and values (B, Hkv, M, D) of the latent tokens."""
+        count = self.latents.shape[1]
+        return [(layer.keys[:, :, -count:], layer.values[:, :, -count:]) for layer in self.cache.layers]
+
+
+def latent_phase(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    intervene: Intervention | None = None,
+    attend_pads: bool = False,
+) -> LatentState:
+    """Think about questions, with gradients through every pass where they are enabled.
+
+    Args:
+        model: a causal LM with latent tokens (`attach_latent`), wrapped by PEFT or not.
+        input_ids (B, Q) long: left-padded questions, without <bot>.
+        attention_mask (B, Q).
+        intervene: applied to the latent inputs (B, M or 1, d) before each pass: ablations.
+        attend_pads: let latent tokens attend left pads, as the public code of PCCoT and CODI does. Results then depend on
+            the batch; only there to reproduce its numbers.
+
+    Raises:
+        ValueError: gradient checkpointing is on: transformers drops the cache then, and with it the question.
+    """
+    backbone = backbone_of(model)
+    config, (bot, latent, _) = backbone.latent_config, backbone.latent_token_ids
+    if backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing is on: transformers drops the cache in training then, and the latent tokens would not "
+            "see the question. Call model.gradient_checkpointing_disable()"
+        )
+    intervene = intervene or (lambda z: z)
+    count = config.num_latents
+    rows = len(input_ids)
+    ids = torch.cat([input_ids, input_ids.new_full((rows, 1), bot)], dim=1)
+    mask = torch.cat([attention_mask, attention_mask.new_ones(rows, 1 + count)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    question = ids.shape[1]
+    cache = DynamicCache(config=backbone.config)
+
+    def forward(until: int, **inputs: torch.Tensor) -> torch.Tensor:
+        length = next(iter(inputs.values())).shape[1]
+        seen = torch.ones_like(mask) if attend_pads and length < until else mask
+        return backbone(
+            **inputs,
+            attention_mask=seen[:, :until],
+            position_ids=positions[:, until - length : until],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    if config.iterations is None:
+        hidden, inputs = forward(question, input_ids=ids), []
+        for j in range(count):
+            inputs.append(intervene(project_latent(backbone, hidden[:, -1:])))
+            hidden = forward(question + j + 1, inputs_embeds=inputs[-1])
+        return LatentState(cache, mask, torch.cat(inputs, dim=1), 1 + count)
+
+    embeds = backbone.get_input_embeddings()(ids.new_full((rows, count), latent))
+    if config.iterations == 0:
+        embeds = intervene(embeds)
+        prompt = backbone.get_input_embeddings()(ids)
+        forward(question + count, inputs_embeds=torch.cat([prompt, embeds], dim=1))
+        return LatentState(cache, mask, embeds, 1)
+    ids = torch.cat([ids, ids.new_full((rows, count), latent)], dim=1)
+    hidden = forward(question + count, input_ids=ids)
+    shift = 1 if config.update == "shifted" else 0
+    outputs = project_latent(backbone, hidden[:, question - shift : question + count - shift])
+    z = intervene(outputs + embeds if config.feedback_residual else outputs)
+    for t in range(config.iterations):
+        cache.crop(-count)  # back to the question
+        hidden = forward(question + count, inputs_embeds=z)
+        if t == config.iterations - 1:
+            break
+        outputs = project_latent(backbone, hidden)[:, : count - shift]
+        if config.feedback_residual:
+            outputs = outputs + z[:, shift:]
+        z = intervene(torch.cat([z[:, :shift], outputs], dim=1))
+    return LatentState(cache, mask, z, 1 + config.iterations)
+
+
+def project_latent(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The next latent input (..., d) from a hidden state (..., d)."""
+    projection = getattr(backbone, "latent_projection", None)
+    if projection is None:
+        return hidden
+    return projection(hidden.to(next(projection.parameters()).dtype)).to(hidden.dtype)
