@@ -16,7 +16,7 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and configuration of a file."""
     file = GOLDEN / f"{name}.safetensors"
     with safe_open(file, "pt") as tensors:
-        return load_file(file), json.loads(tensors.metadata()["config"])
+        return load_file(file), json.loads((tensors.metadata() or {}).get("config", "{}"))
 
 
 def model_of(case: dict[str, torch.Tensor], kind: str, prefix: str = "w.") -> PreTrainedModel:

@@ -1,0 +1,1 @@
+"""Latent chain of thought by self-distillation: what CODI, PCCoT and KaVa share."""
