@@ -79,17 +79,19 @@ def compressed_trace(
     Yields:
         A list that the forward fills, one entry a layer.
 
+    A row without a trace keeps nothing (`valid` is False).
+
     Raises:
-        ValueError: a row has no token in one of the masks.
+        ValueError: a row has no query.
     """
-    for name, mask in (("trace_mask", trace_mask), ("query_mask", query_mask)):
-        empty = (~mask.bool().any(-1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"{name} has no token in row {empty[0]}: there is nothing to score")
-    columns = trace_mask.any(0).nonzero().flatten()
-    span = slice(int(columns[0]), int(columns[-1]) + 1)
-    real = trace_mask[:, span].bool()
-    rows, asked = _gather_index(query_mask.bool())
+    trace_mask, query_mask = trace_mask.bool(), query_mask.bool()
+    empty = (~query_mask.any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"query_mask has no token in row {empty[0]}: nothing looks back at the trace")
+    columns = trace_mask.any(0).nonzero().flatten().tolist() or [0]
+    span = slice(columns[0], columns[-1] + 1)
+    real = trace_mask[:, span]
+    rows, asked = _gather_index(query_mask)
     layers: list[CompressedKV] = []
 
     def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -82,11 +82,28 @@ def test_a_tap_closes_after_an_error_and_needs_sdpa():
         pass
 
 
-def test_rows_with_nothing_to_score_are_named():
-    trace = torch.zeros(2, 5, dtype=torch.bool)
-    trace[0] = True
+@pytest.mark.parametrize("scorer", ["kava", "rkv", "uniform"])
+def test_a_row_without_a_trace_keeps_nothing(scorer):
+    inputs, answer = batch(), torch.zeros(3, 21, dtype=torch.bool)
+    answer[:, 17] = True
+    trace = torch.zeros_like(answer)
+    with compressed_trace(tiny.model(), trace, answer, 9, KVScoring(scorer)) as layers:
+        tiny.model()(**inputs)
+    assert not layers
+    model = tiny.model()
+    for filled in (False, True):
+        trace[0, 5:9] = filled
+        with compressed_trace(model, trace, answer, 9, KVScoring(scorer)) as layers:
+            model(**inputs)
+        assert layers[0].valid.sum(-1).tolist() == [4 * filled, 0, 0]
+        assert torch.isfinite(layers[0].keys).all() and (layers[0].keys[1:] == 0).all()
+
+
+def test_a_row_without_queries_is_named():
+    trace = torch.ones(2, 5, dtype=torch.bool)
+    answer = torch.tensor([[False] * 4 + [True], [False] * 5])
     with (
-        pytest.raises(ValueError, match="trace_mask has no token in row 1"),
-        compressed_trace(tiny.model(), trace, trace, 3),
+        pytest.raises(ValueError, match="query_mask has no token in row 1"),
+        compressed_trace(tiny.model(), trace, answer, 3),
     ):
         pass
