@@ -1,0 +1,120 @@
+"""From rows (question, steps, answer) to the batches that teacher and student read.
+
+teacher:  question | steps without the last | answer prompt | answer | EOS
+student:  question | <bot> latents <eot>    | answer prompt | answer | EOS
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+COLUMNS = ("question", "steps", "answer")
+
+
+class LatentDataError(ValueError):
+    """A row cannot be used; the message names the dataset, the row and the column."""
+
+
+@dataclass(frozen=True)
+class LatentTokenizer:
+    """Tokens of one row.
+
+    Attributes:
+        answer_prompt: stands before every answer; the token that predicts the answer's first is where L_CODI looks.
+        step_separator: stands after every step.
+        drop_last_step: the teacher's trace leaves out its last step, which mostly repeats the answer.
+        max_length: most tokens of question, trace and answer together; None for no bound.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    answer_prompt: str
+    step_separator: str
+    drop_last_step: bool
+    max_length: int | None
+
+    def __call__(self, row: dict[str, Any], index: int, dataset: str) -> dict[str, list[int]]:
+        """`question_ids`, `trace_ids`, `prompt_ids`, `answer_ids` (with EOS).
+
+        Raises:
+            LatentDataError: a column is missing or of the wrong type, nothing is there to answer, or the row is too long.
+        """
+        where = f"{dataset} dataset, row {index}"
+        question, steps, answer = (row.get(column) for column in COLUMNS)
+        if not isinstance(question, str) or not question.strip():
+            raise LatentDataError(f"{where}: question is {question!r}, not a text")
+        if not isinstance(answer, str) or not answer.strip():
+            raise LatentDataError(f"{where}: answer is {answer!r}, not a text")
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
+            raise LatentDataError(f"{where}: steps is {steps!r}, not a list of one text or more")
+        steps = steps[: len(steps) - self.drop_last_step]
+        out = {
+            "question_ids": self._ids(question, special=True),
+            "trace_ids": self._ids("".join(step + self.step_separator for step in steps)),
+            "prompt_ids": self._ids(self.answer_prompt),
+            "answer_ids": [*self._ids(answer), self.tokenizer.eos_token_id],
+        }
+        length = sum(map(len, out.values()))
+        if self.max_length is not None and length > self.max_length:
+            raise LatentDataError(
+                f"{where}: {length} tokens are more than max_length={self.max_length}; raise it, or leave the row out"
+            )
+        return out
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"] if text else []
+        # Some tokenizers end every text with EOS; the question goes on
+        return ids[:-1] if special and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+
+@dataclass(frozen=True)
+class LatentCollator:
+    """Pads rows of `LatentTokenizer`: questions on the left, what follows them on the right.
+
+    Returns, for B rows (long; masks 0 or 1):
+        question_ids, question_mask (B, Q).
+        teacher_ids, teacher_mask (B, S): trace, answer prompt, answer; trace_mask (B, S) marks the trace, answer_mask the
+            rest; teacher_labels -100 at pads; teacher_at (B): where in them the answer's first token is predicted (-1:
+            by the question's last token).
+        input_ids, attention_mask (B, A): <eot>, answer prompt, answer; labels -100 at pads and <eot>; student_at (B).
+    """
+
+    pad_token_id: int
+    eot_token_id: int
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        teacher = [r["trace_ids"] + r["prompt_ids"] + r["answer_ids"] for r in rows]
+        student = [[self.eot_token_id, *r["prompt_ids"], *r["answer_ids"]] for r in rows]
+        question_ids, question_mask = self._pad([r["question_ids"] for r in rows], left=True)
+        teacher_ids, teacher_mask = self._pad(teacher)
+        input_ids, attention_mask = self._pad(student)
+        trace_length = torch.tensor([len(r["trace_ids"]) for r in rows])
+        prompt_length = torch.tensor([len(r["prompt_ids"]) for r in rows])
+        trace_mask = (torch.arange(teacher_ids.shape[1]) < trace_length[:, None]).long()
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, 0] = -100
+        return {
+            "question_ids": question_ids,
+            "question_mask": question_mask,
+            "teacher_ids": teacher_ids,
+            "teacher_mask": teacher_mask,
+            "trace_mask": trace_mask,
+            "answer_mask": teacher_mask - trace_mask,
+            "teacher_labels": teacher_ids.masked_fill(teacher_mask == 0, -100),
+            "teacher_at": trace_length + prompt_length - 1,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "student_at": prompt_length,
+        }
+
+    def _pad(self, rows: list[list[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(width - len(row), width) if left else slice(len(row))
+            ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
+        return ids, mask
