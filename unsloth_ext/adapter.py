@@ -21,6 +21,7 @@ class ThinkingLoraConfig(LoraConfig):
     """A LoRA config that remembers how the model thinks; plain PEFT reads it as a LoRA config."""
 
     thinking: dict | None = field(default=None, metadata={"help": "Fields of ThinkingConfig."})
+    latent: dict | None = field(default=None, metadata={"help": "Fields of LatentConfig."})
 
 
 def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
@@ -47,12 +48,17 @@ def join_adapter(model: PeftModel) -> None:
 
 def remember_thinking(model: PeftModel, thinking: Any) -> None:
     """Write a `ThinkingConfig` into the active adapter's config, which is saved beside its weights."""
+    remember(model, thinking=asdict(thinking))
+
+
+def remember(model: PeftModel, **kept: dict) -> None:
+    """Write fields that `ThinkingLoraConfig` adds into the active adapter's config; other PEFT methods have no place."""
     name = model.active_adapter
     old = model.peft_config[name]
     if not isinstance(old, LoraConfig):
         return
-    settings = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
-    model.peft_config[name] = ThinkingLoraConfig(**{**settings, "thinking": asdict(thinking)})
+    settings = {f.name: getattr(old, f.name) for f in fields(old) if f.init}
+    model.peft_config[name] = ThinkingLoraConfig(**{**settings, **kept})
 
 
 class Unloaded(nn.Module):

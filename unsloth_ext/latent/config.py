@@ -1,8 +1,10 @@
 """How a model thinks in latent tokens, and the modules that this takes."""
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -102,3 +104,25 @@ def attach_latent(
     backbone.latent_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(config.tokens)))
     model.config.latent = {**asdict(config), "token_ids": list(backbone.latent_token_ids)}
     return model
+
+
+def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a PEFT config that make it train and save the latent tokens' embeddings and the projection.
+
+    Raises:
+        ValueError: the PEFT method cannot train single embeddings.
+    """
+    if not hasattr(config, "trainable_token_indices"):
+        raise ValueError(
+            f"{type(config).__name__} cannot train the embeddings of the latent tokens: it has no trainable_token_indices; "
+            "use LoRA"
+        )
+    backbone, embedding = backbone_of(model), model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
+    asked = config.trainable_token_indices or {}
+    rows = dict(asked) if isinstance(asked, dict) else {"embed_tokens": asked}
+    rows[name] = sorted({*rows.get(name, ()), *backbone.latent_token_ids})
+    changes: dict[str, Any] = {"trainable_token_indices": rows}
+    if hasattr(backbone, LATENT_MODULE):
+        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), LATENT_MODULE]))
+    return changes

@@ -1,0 +1,49 @@
+"""Rows, models and trainers that the latent tests share."""
+
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig
+
+from tests import tiny
+from trl_ext.latent.config import LatentArguments
+from trl_ext.latent.trainer import LatentTrainer
+
+
+ROWS = [
+    {"question": f"{a}+{b}+{c}=", "steps": [f"{a}+{b}={a + b}", f"{a + b}+{c}={a + b + c}"], "answer": str(a + b + c)}
+    for a in range(1, 6)
+    for b in (2, 9)
+    for c in (1, 12)
+]
+CASES = {
+    "sequential": {"num_latents": 3, "iterations": None, "projection_dim": 16},
+    "jacobi": {"num_latents": 5, "iterations": 3, "codi_skip_embeddings": True},
+    "kv": {"num_latents": 6, "iterations": 2, "projection_dim": 16, "w_kv": 1.0, "kv_std_mode": "divide_loss"},
+    "kv by rkv": {"num_latents": 10, "iterations": 2, "w_kv": 1.0, "kv_scorer": "rkv"},
+}
+
+
+@dataclass
+class Config(LatentArguments, SFTConfig):
+    pass
+
+
+def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, **changes):
+    settings = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "answer_prompt": "##",
+        "step_separator": ";", "disable_tqdm": True, "save_strategy": "no", **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
+    return LatentTrainer(
+        tiny.model(family, std=0.1) if model is None else model,
+        Config(**settings),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:8]),
+        processing_class=tiny.tokenizer(()),
+        peft_config=lora,
+    )

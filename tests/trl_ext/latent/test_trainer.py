@@ -1,0 +1,172 @@
+"""The shared trainer: its loss against a plain one, resume, and what it refuses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests import tiny
+from trl_ext.latent.data import LatentDataError
+from unsloth_ext import backbone_of
+from unsloth_ext.kv.compression import KVScoring, compress_kv
+from unsloth_ext.kv.tap import attention_tap
+
+from . import setups
+
+
+def plain_terms(trainer, batch):
+    """The loss terms row by row, unpadded, without a cache: latents are re-encoded with the whole sequence each time."""
+    model, args = trainer.model, trainer.args
+    backbone, config = backbone_of(model), backbone_of(model).latent_config
+    bot, latent, _ = backbone.latent_token_ids
+    embed, head = backbone.get_input_embeddings(), model.get_output_embeddings()
+    project = getattr(backbone, "latent_projection", lambda h: h)
+    sums = {"student": [], "teacher": [], "codi": [], "kv": []}
+    for i in range(len(batch["input_ids"])):
+
+        def row(ids, mask, i=i):
+            return batch[ids][i][batch[mask][i].bool()][None]
+
+        question = row("question_ids", "question_mask")
+        ids = torch.cat([question, row("teacher_ids", "teacher_mask")], dim=1)
+        seen = []
+        with attention_tap(model, lambda _, q, k, v, seen=seen: seen.append((q, k, v))):
+            hidden = backbone(input_ids=ids, output_hidden_states=True).hidden_states
+        start = question.shape[1]
+        trace = int(batch["trace_mask"][i].sum())
+        sums["teacher"].append(F.cross_entropy(head(hidden[-1])[0, start - 1 : -1], ids[0, start:], reduction="none"))
+        kept = [
+            compress_kv(
+                k[:, :, start : start + trace], v[:, :, start : start + trace], q[:, :, start + trace :],
+                config.num_latents, KVScoring(args.kv_scorer),
+            )
+            for q, k, v in seen
+        ]  # fmt: skip
+        front = embed(torch.cat([question, question.new_tensor([[bot]])], dim=1))
+        count = config.num_latents
+        if config.iterations is None:
+            z = front[:, :0]
+            for _ in range(count):
+                last = backbone(inputs_embeds=torch.cat([front, z], dim=1)).last_hidden_state[:, -1:]
+                z = torch.cat([z, project(last)], dim=1)
+        else:
+            z = embed(question.new_full((1, count), latent))
+            for t in range(config.iterations):
+                last = backbone(inputs_embeds=torch.cat([front, z], dim=1)).last_hidden_state
+                new = project(last[:, -count - 1 : -1])
+                z = new if t == 0 else torch.cat([z[:, :1], new[:, 1:]], dim=1)
+        answer = row("input_ids", "attention_mask")
+        whole = torch.cat([front, z, embed(answer)], dim=1)
+        student_seen = []
+        with attention_tap(model, lambda _, q, k, v, seen=student_seen: seen.append((k, v))):
+            states = backbone(inputs_embeds=whole, output_hidden_states=True).hidden_states
+        mine = [h[0, -answer.shape[1] :] for h in states]
+        sums["student"].append(F.cross_entropy(head(mine[-1])[:-1], answer[0, 1:], reduction="none"))
+        at, there = int(batch["student_at"][i]), start + int(batch["teacher_at"][i])
+        first = int(args.codi_skip_embeddings)
+        sums["codi"].append(
+            torch.stack(
+                [F.smooth_l1_loss(a[at], b[0, there]) for a, b in zip(mine, hidden, strict=True)][first:]
+            ).mean()
+        )
+        slots = slice(start + 1, start + 1 + count)
+        for (k, v), want in zip(student_seen, kept, strict=True):
+            fits = want.valid[0]
+            for a, b in ((k, want.keys), (v, want.values)):
+                sums["kv"].append(
+                    F.smooth_l1_loss(a[:, :, slots][:, :, fits], b[:, :, fits], reduction="none").flatten()
+                )
+    return {
+        "ce_student": torch.cat(sums["student"]).mean(),
+        "ce_teacher": torch.cat(sums["teacher"]).mean(),
+        "codi": torch.stack(sums["codi"]).mean(),
+        **({"kv": torch.cat(sums["kv"]).mean()} if args.w_kv else {}),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("case", setups.CASES)
+def test_every_term_is_the_plain_one(tmp_path, case, family):
+    """Ragged batch, padded and cached, against single rows without either: 1e-5 (fp32)."""
+    settings = {**setups.CASES[case], "codi_std_mode": "none", "kv_std_mode": "none"}
+    trainer = setups.trainer(tmp_path, family=family, **settings)
+    trainer.model.eval()
+    rows = [setups.ROWS[i] for i in (0, 7, 19)]
+    rows[1] = {"question": "100+7-3+1=", "steps": ["100+7=107", "107-3=104", "104+1=105"], "answer": "105"}
+    batch = trainer.data_collator([trainer._rows(row, i, "test") for i, row in enumerate(rows)])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        wanted = plain_terms(trainer, batch)
+    got = {name: trainer._metrics["eval"][f"loss/{name}"][-1] for name in wanted}
+    for name, value in wanted.items():
+        assert abs(got[name] - value) <= 1e-5, name
+    assert abs(loss - sum(wanted.values())) <= 3e-5
+    trainer.args.w_student, trainer.args.w_teacher, trainer.args.w_codi = 2.0, 3.0, 5.0
+    weighted = trainer.compute_loss(trainer.model, dict(batch))
+    weights = {"ce_student": 2, "ce_teacher": 3, "codi": 5, "kv": 1}
+    assert abs(weighted - sum(weights[name] * value for name, value in wanted.items())) <= 1e-4
+
+
+@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("case", setups.CASES)
+def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
+    """Resumed at step 2 of 4: every parameter equal, bit for bit."""
+    settings = {**setups.CASES[case], "save_strategy": "steps", "save_steps": 2}
+    whole = setups.trainer(tmp_path, peft, **settings)
+    before = {n: p.detach().clone() for n, p in whole.model.named_parameters()}
+    whole.train()
+    moved = {n for n, p in whole.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in whole.model.named_parameters() if p.requires_grad}
+    if peft:
+        assert any("trainable_tokens_delta" in n for n in moved)
+    assert any("latent_projection" in n for n in moved) == ("projection_dim" in settings)
+    again = setups.trainer(tmp_path, peft, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (n, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), n
+
+
+def test_evaluation_and_logging(tmp_path):
+    trainer = setups.trainer(tmp_path, **setups.CASES["kv"])
+    trainer.train()
+    metrics = trainer.evaluate()
+    terms = ("ce_student", "ce_teacher", "codi", "kv")
+    assert {f"eval_loss/{t}" for t in terms} <= metrics.keys()
+    assert {f"loss/{t}" for t in terms} <= trainer.state.log_history[0].keys()
+    weights = {"ce_student": 1, "ce_teacher": 1, "codi": 1, "kv": 1}
+    total = sum(weights[t] * metrics[f"eval_loss/{t}"] for t in terms)
+    assert abs(metrics["eval_loss"] - total) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"packing": True}, "packing=True"),
+        ({"padding_free": True}, "padding_free=True"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True"),
+        ({"w_codi": -1.0}, "w_codi=-1.0"),
+        ({"codi_loss": "l2"}, "codi_loss='l2'"),
+        ({"kv_std_mode": "student"}, "kv_std_mode='student'"),
+        ({"w_kv": 1.0, "kv_scorer": "rkv", "num_latents": 8}, "num_latents=8"),
+        ({"kv_scorer": "best"}, "scorer='best'"),
+        ({"num_latents": 0}, "num_latents=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError) as error:
+        setups.Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **changes)
+    assert message in str(error.value)
+
+
+def test_data_and_models_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(LatentDataError, match="train dataset, row 1: steps"):
+        setups.trainer(tmp_path, rows=[setups.ROWS[0], {**setups.ROWS[1], "steps": []}])
+    with pytest.raises(ValueError, match="no column 'steps'; it has question, answer"):
+        setups.trainer(tmp_path, rows=[{"question": "1", "answer": "1"}])
+    wrapped = setups.trainer(tmp_path).model
+    bare = wrapped.unload()
+    from peft import LoraConfig, get_peft_model
+
+    other = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="before get_peft_model"):
+        setups.trainer(tmp_path, peft=False, model=other)
+    assert backbone_of(bare).latent_config.num_latents == 24

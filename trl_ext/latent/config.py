@@ -1,0 +1,107 @@
+"""What latent distillation adds to SFT's configuration."""
+
+from dataclasses import dataclass, field
+
+from unsloth_ext.kv.compression import KVScoring
+from unsloth_ext.latent.config import LatentConfig
+
+from .losses import LOSSES, STD_MODES, STD_SCOPES
+
+
+@dataclass
+class LatentArguments:
+    """Fields beside those of TRL's `SFTConfig`, shared by `CODIConfig`, `PCCoTConfig` and `KAVAConfig`.
+
+    loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV
+    """
+
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Must stay off: transformers drops the cache in training with it."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of question, trace and answer; a longer row is an error."}
+    )
+    num_latents: int = field(default=24, metadata={"help": "M latent tokens."})
+    iterations: int | None = field(
+        default=3, metadata={"help": "T Jacobi iterations; None: one pass a latent token; 0: pause tokens."}
+    )
+    projection_dim: int | None = field(
+        default=None,
+        metadata={"help": "Width of the projection from hidden state to latent input; None: no projection."},
+    )
+    projection_dropout: float = field(default=0.0, metadata={"help": "Dropout before the projection."})
+    projection_layer_norm: bool = field(default=True, metadata={"help": "LayerNorm after the projection."})
+    update: str = field(
+        default="shifted", metadata={"help": "'shifted': a slot's output is the next one's input; 'own': its own."}
+    )
+    feedback_residual: bool = field(default=False, metadata={"help": "Add to the previous latent input."})
+    answer_prompt: str = field(default="The answer is:", metadata={"help": "Text before every answer."})
+    step_separator: str = field(default=" ", metadata={"help": "Text after every step of the teacher's trace."})
+    drop_last_step: bool = field(default=True, metadata={"help": "Leave the last step out of the teacher's trace."})
+    w_student: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy."})
+    w_teacher: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy."})
+    w_codi: float = field(default=1.0, metadata={"help": "Weight of the hidden-state distance L_CODI."})
+    w_kv: float = field(default=0.0, metadata={"help": "Weight of the key-value distance L_KV."})
+    codi_loss: str = field(default="smooth_l1", metadata={"help": "'smooth_l1', 'l1' or 'mse'."})
+    codi_std_mode: str = field(
+        default="divide_loss",
+        metadata={"help": "The teacher's standard deviation: 'divide_loss', 'normalize_states' or 'none'."},
+    )
+    codi_std_scope: str = field(default="layer", metadata={"help": "Over a 'layer', 'global', or each 'token'."})
+    codi_skip_embeddings: bool = field(
+        default=False, metadata={"help": "Leave the embeddings' output out of L_CODI, as PCCoT does."}
+    )
+    kv_loss: str = field(default="smooth_l1", metadata={"help": "'smooth_l1', 'l1' or 'mse'."})
+    kv_std_mode: str = field(
+        default="none", metadata={"help": "The teacher's, by layer: 'divide_loss', 'normalize_states' or 'none'."}
+    )
+    kv_scorer: str = field(
+        default="kava",
+        metadata={"help": "'kava', 'rkv', 'attention_only', 'cosine_only', 'random', 'uniform' or 'crop'."},
+    )
+    kv_mix_lambda: float = field(default=0.1, metadata={"help": "Weight of importance against redundancy."})
+    kv_score_norm: str = field(default="none", metadata={"help": "'none', 'zscore' or 'rank'."})
+    allow_pickle_checkpoint: bool = field(
+        default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
+    )
+
+    def __post_init__(self) -> None:
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+        self.latent_config()
+        self.kv_scoring()
+        choices = {
+            "codi_loss": LOSSES, "kv_loss": LOSSES, "codi_std_mode": STD_MODES, "kv_std_mode": STD_MODES,
+            "codi_std_scope": STD_SCOPES,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("w_student", "w_teacher", "w_codi", "w_kv"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        if self.w_kv and self.kv_scorer == "rkv" and self.num_latents <= KVScoring.window:
+            raise ValueError(
+                f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys, so at "
+                f"least {KVScoring.window + 1}"
+            )
+        refused = {
+            "packing": "latent tokens stand inside each row",
+            "padding_free": "latent tokens stand inside each row",
+            "gradient_checkpointing": "transformers drops the cache with it, and latent tokens would not see the question",
+            "assistant_only_loss": "rows are question, steps and answer, not conversations",
+        }
+        for name, why in refused.items():
+            if getattr(self, name, False):
+                raise ValueError(f"{name}=True: {why}; set {name}=False")
+
+    def latent_config(self) -> LatentConfig:
+        """The model's part of these fields."""
+        return LatentConfig(
+            self.num_latents, self.iterations, self.projection_dim, self.projection_dropout, self.projection_layer_norm,
+            self.update, self.feedback_residual,
+        )  # fmt: skip
+
+    def kv_scoring(self) -> KVScoring:
+        """How the teacher's keys are chosen."""
+        return KVScoring(self.kv_scorer, self.kv_mix_lambda, self.kv_score_norm)

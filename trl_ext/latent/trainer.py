@@ -1,0 +1,199 @@
+"""One trainer under CODI, PCCoT and KaVa: an SFTTrainer whose loss reads each row twice, as teacher and as student.
+
+What differs from SFT, and where: `_prepare_dataset` tokenizes question, steps and answer; `compute_loss` runs the teacher,
+the latent phase and the answer on one set of weights. Everything else is the parent's.
+"""
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers.utils import logging
+from trl import SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from patches import fused_lm_head
+from unsloth_ext.adapter import remember
+from unsloth_ext.kv.tap import compressed_trace
+from unsloth_ext.latent.config import attach_latent, with_latent_modules
+from unsloth_ext.latent.phase import LatentState, latent_phase
+from unsloth_ext.residual import backbone_of, unwrapped
+
+from ..checkpointing import SafeCheckpointMixin
+from .config import LatentArguments
+from .data import LatentCollator, LatentTokenizer
+from .losses import codi_loss, cross_entropy, kv_loss
+
+
+logger = logging.get_logger(__name__)
+
+
+class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
+    """Self-distillation of explicit into latent reasoning. Same constructor as `SFTTrainer`.
+
+    Rows have `question`, `steps` (a list) and `answer`. A model without latent tokens is given them, before PEFT wraps it.
+
+    Raises:
+        ValueError: at construction, for a data collator of one's own, a model that PEFT wrapped before it had latent
+            tokens, a row that cannot be used.
+    """
+
+    def __init__(self, model: Any, args: LatentArguments, data_collator: Any = None, **keywords: Any):
+        if data_collator is not None:
+            raise ValueError("data_collator: the rows of teacher and student have one of their own")
+        if not isinstance(args, LatentArguments):
+            raise ValueError(f"args is a {type(args).__name__}; latent distillation needs one of its own configs")
+        fused_lm_head.ensure()
+        tokenizer = keywords.get("processing_class")
+        if tokenizer is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = args.pad_token or tokenizer.eos_token
+        keywords["processing_class"] = tokenizer
+        if isinstance(model, str):
+            model = self._create(model, args)
+        if not hasattr(backbone_of(model), "latent_config"):
+            if is_peft_model(model):
+                raise ValueError(
+                    "the model is wrapped by PEFT and has no latent tokens: call attach_latent before get_peft_model, or "
+                    "pass the bare model with peft_config"
+                )
+            attach_latent(model, tokenizer, args.latent_config())
+        config = keywords.get("peft_config")
+        if config is not None:
+            keywords["peft_config"] = copy.deepcopy(config)
+            vars(keywords["peft_config"]).update(with_latent_modules(config, model))
+        elif not is_peft_model(model):
+            logger.warning(
+                "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer LoRA"
+            )
+        collator = LatentCollator(tokenizer.pad_token_id, backbone_of(model).latent_token_ids[2])
+        self._rows = LatentTokenizer(
+            tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
+        )
+        super().__init__(model, args, collator, **keywords)
+        self.model_accepts_loss_kwargs = False  # its means are over the micro-batch
+        if is_peft_model(self.model):
+            remember(self.model, latent=self.model.config.latent)
+
+    def _create(self, name: str, args: LatentArguments) -> PreTrainedModel:
+        set_seed(args.seed)
+        return create_model_from_path(name, **(args.model_init_kwargs or {}))
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if formatting_func is not None:
+            raise ValueError("formatting_func: rows are question, steps and answer; map the dataset to these columns")
+        columns = dataset.column_names
+        if columns and "question_ids" in columns:
+            return dataset
+        missing = [name for name in ("question", "steps", "answer") if columns and name not in columns]
+        if missing:
+            raise ValueError(f"{dataset_name} dataset: no column {missing[0]!r}; it has {', '.join(columns)}")
+        return dataset.map(
+            lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["question_ids", "trace_ids", "prompt_ids", "answer_ids"]
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, mode = self.args, "train" if self.model.training else "eval"
+        bare = unwrapped(model)  # these passes come before the one that DDP counts
+        with self.accelerator.autocast():
+            teacher, kept = self._teacher(bare, inputs)
+            state = latent_phase(bare, inputs["question_ids"], inputs["question_mask"])
+            outputs = self._student(model, state, inputs)
+        terms = {
+            "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
+        }
+        if teacher is not None:
+            width = inputs["question_ids"].shape[1]
+            labels = torch.cat([torch.full_like(inputs["question_ids"], -100), inputs["teacher_labels"]], dim=1)
+            if args.w_teacher:
+                terms["ce_teacher"] = (args.w_teacher, cross_entropy(teacher.logits, labels, self._all_sum))
+            if args.w_codi:
+                first = int(args.codi_skip_embeddings)
+                distance = codi_loss(
+                    _at(outputs.hidden_states[first:], inputs["student_at"]),
+                    _at(teacher.hidden_states[first:], inputs["teacher_at"] + width),
+                    loss=args.codi_loss,
+                    std_mode=args.codi_std_mode,
+                    std_scope=args.codi_std_scope,
+                    all_sum=self._all_sum,
+                )
+                terms["codi"] = (args.w_codi, distance)
+        if kept:
+            terms["kv"] = (args.w_kv, self._kv_distance(state, kept))
+        loss = sum(weight * value for weight, value in terms.values() if weight)
+        for name, (_, value) in terms.items():
+            self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor]):
+        """One pass over question, trace and answer, and of each layer the KV worth keeping; nothing where no loss asks."""
+        args = self.args
+        if not (args.w_teacher or args.w_codi or args.w_kv):
+            return None, None
+        mask = torch.cat([inputs["question_mask"], inputs["teacher_mask"]], dim=1)
+        tap: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if args.w_kv:
+            none = torch.zeros_like(inputs["question_mask"])
+            spans = (torch.cat([none, inputs[name]], dim=1) for name in ("trace_mask", "answer_mask"))
+            tap = compressed_trace(model, *spans, args.num_latents, args.kv_scoring())
+        with tap as kept:
+            out = model(
+                input_ids=torch.cat([inputs["question_ids"], inputs["teacher_ids"]], dim=1),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                output_hidden_states=bool(args.w_codi),
+                use_cache=False,
+            )
+        return out, kept
+
+    def _student(self, model: nn.Module, state: LatentState, inputs: dict[str, torch.Tensor]) -> Any:
+        """The pass over <eot> and the answer, which reads the latent tokens' cache."""
+        mask = torch.cat([state.attention_mask, inputs["attention_mask"]], dim=1)
+        return model(
+            input_ids=inputs["input_ids"],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1)[:, -inputs["input_ids"].shape[1] :],
+            past_key_values=state.cache,
+            use_cache=True,
+            output_hidden_states=bool(self.args.w_codi),
+        )
+
+    def _kv_distance(self, state: LatentState, kept: list) -> torch.Tensor:
+        # The answer's pass has grown the cache since
+        end, count = state.attention_mask.shape[1], state.latents.shape[1]
+        slots = slice(end - count, end)
+        student = state.cache.layers
+        pairs = (
+            ([layer.keys[:, :, slots] for layer in student], [layer.keys for layer in kept]),
+            ([layer.values[:, :, slots] for layer in student], [layer.values for layer in kept]),
+        )
+        distances = [
+            kv_loss(
+                torch.stack(ours), torch.stack(theirs), kept[0].valid, loss=self.args.kv_loss,
+                std_mode=self.args.kv_std_mode, all_sum=self._all_sum,
+            )
+            for ours, theirs in pairs
+        ]  # fmt: skip
+        return sum(distances) / 2
+
+    def _all_sum(self, x: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(x, "sum")
+
+
+def _at(hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
+    """(L, B, d): one position a row from every layer's (B, T, d)."""
+    rows = torch.arange(len(positions), device=positions.device)
+    return torch.stack([hidden[rows, positions] for hidden in hidden_states])
