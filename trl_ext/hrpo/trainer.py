@@ -14,7 +14,6 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
 from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking
 from unsloth_ext.states import Warper
 
+from ..creation import preparing_models
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
 from .config import HRPOArguments
@@ -130,21 +130,10 @@ class HRPOMixin(GRPOCheckpointMixin):
         if not isinstance(given["model"], str) and not has_thinking(given["model"]):
             attach_thinking(given["model"], self.hrpo.thinking_config())
 
-    @contextlib.contextmanager
-    def _attaching(self) -> Iterator[None]:
+    def _attaching(self) -> contextlib.AbstractContextManager:
         """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
-        names = inspect.unwrap(super().__init__).__globals__
-        create = names["create_model_from_path"]
-
-        @functools.wraps(create)
-        def create_with_thinking(*args: Any, **kwargs: Any) -> nn.Module:
-            return attach_thinking(create(*args, **kwargs), self.hrpo.thinking_config())
-
-        names["create_model_from_path"] = create_with_thinking
-        try:
-            yield
-        finally:
-            names["create_model_from_path"] = create
+        config = self.hrpo.thinking_config()
+        return preparing_models(super().__init__, lambda model: attach_thinking(model, config))
 
     # -- rollout ----------------------------------------------------------------------------------------------------
 

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path
 
 from patches import fused_lm_head
 from unsloth_ext.adapter import remember
 from unsloth_ext.kv.tap import compressed_trace
-from unsloth_ext.latent.config import attach_latent, with_latent_modules
+from unsloth_ext.latent.config import add_latent_tokens, attach_latent, with_latent_modules
 from unsloth_ext.latent.phase import LatentState, latent_phase
 from unsloth_ext.residual import backbone_of, unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
+from ..creation import preparing_models
 from .config import LatentArguments
 from .data import LatentCollator, LatentTokenizer
 from .losses import codi_loss, cross_entropy, kv_loss
@@ -55,35 +55,36 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = args.pad_token or tokenizer.eos_token
         keywords["processing_class"] = tokenizer
-        if isinstance(model, str):
-            model = self._create(model, args)
-        if not hasattr(backbone_of(model), "latent_config"):
-            if is_peft_model(model):
+        config = args.latent_config()
+        given = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
+
+        def prepare(model: PreTrainedModel) -> None:
+            if not hasattr(backbone_of(model), "latent_config"):
+                attach_latent(model, tokenizer, config)
+            if given is not None:
+                vars(given).update(with_latent_modules(given, model))
+            elif not is_peft_model(model):
+                logger.warning(
+                    "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer "
+                    "LoRA"
+                )
+
+        if not isinstance(model, str):
+            if is_peft_model(model) and not hasattr(backbone_of(model), "latent_config"):
                 raise ValueError(
                     "the model is wrapped by PEFT and has no latent tokens: call attach_latent before get_peft_model, or "
                     "pass the bare model with peft_config"
                 )
-            attach_latent(model, tokenizer, args.latent_config())
-        config = keywords.get("peft_config")
-        if config is not None:
-            keywords["peft_config"] = copy.deepcopy(config)
-            vars(keywords["peft_config"]).update(with_latent_modules(config, model))
-        elif not is_peft_model(model):
-            logger.warning(
-                "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer LoRA"
-            )
-        collator = LatentCollator(tokenizer.pad_token_id, backbone_of(model).latent_token_ids[2])
+            prepare(model)
+        collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, config)[2])
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
         )
-        super().__init__(model, args, collator, **keywords)
+        with preparing_models(super().__init__, prepare):
+            super().__init__(model, args, collator, **keywords)
         self.model_accepts_loss_kwargs = False  # its means are over the micro-batch
         if is_peft_model(self.model):
             remember(self.model, latent=self.model.config.latent)
-
-    def _create(self, name: str, args: LatentArguments) -> PreTrainedModel:
-        set_seed(args.seed)
-        return create_model_from_path(name, **(args.model_init_kwargs or {}))
 
     # -- data -------------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,13 @@ class LatentProjection(nn.Sequential):
         super().__init__(*layers, *([nn.LayerNorm(d, **like)] if config.projection_layer_norm else []))
 
 
+def add_latent_tokens(tokenizer: PreTrainedTokenizerBase, config: LatentConfig) -> tuple[int, int, int]:
+    """Ids of <bot>, <latent>, <eot>, which the tokenizer is given where it lacks them."""
+    missing = [token for token in config.tokens if token not in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    return tuple(tokenizer.convert_tokens_to_ids(list(config.tokens)))
+
+
 def attach_latent(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LatentConfig | None = None
 ) -> PreTrainedModel:
@@ -92,8 +99,7 @@ def attach_latent(
     backbone = backbone_of(model)
     if hasattr(backbone, "latent_config"):
         raise ValueError(f"{type(model).__name__} has latent tokens already")
-    missing = [token for token in config.tokens if token not in tokenizer.get_vocab()]
-    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    token_ids = add_latent_tokens(tokenizer, config)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     weight = model.get_input_embeddings().weight
@@ -101,8 +107,8 @@ def attach_latent(
     if config.projection_dim is not None:
         backbone.latent_projection = LatentProjection(weight.shape[1], config, **like)
     backbone.latent_config = config
-    backbone.latent_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(config.tokens)))
-    model.config.latent = {**asdict(config), "token_ids": list(backbone.latent_token_ids)}
+    backbone.latent_token_ids = token_ids
+    model.config.latent = {**asdict(config), "token_ids": list(token_ids)}
     return model
 
 

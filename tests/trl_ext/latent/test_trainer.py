@@ -125,6 +125,17 @@ def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
         assert torch.equal(a, b), n
 
 
+def test_a_path_is_as_good_as_a_model(tmp_path):
+    """The trainer loads it, gives it latent tokens and sees the same losses, bit for bit."""
+    tiny.model(std=0.1).save_pretrained(tmp_path / "base")
+    losses = []
+    for model in (None, str(tmp_path / "base")):
+        trainer = setups.trainer(tmp_path, model=model, **setups.CASES["jacobi"])
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
 def test_evaluation_and_logging(tmp_path):
     trainer = setups.trainer(tmp_path, **setups.CASES["kv"])
     trainer.train()
