@@ -8,8 +8,14 @@ import importlib
 
 
 _WHERE = {
+    "CODIConfig": "latent.methods",
+    "CODITrainer": "latent.methods",
     "HRPOConfig": "hrpo",
     "HRPOTrainer": "hrpo",
+    "KAVAConfig": "latent.methods",
+    "KAVATrainer": "latent.methods",
+    "PCCoTConfig": "latent.methods",
+    "PCCoTTrainer": "latent.methods",
 }
 __all__ = sorted(_WHERE)
 

@@ -1,0 +1,104 @@
+"""CODI, PCCoT and KaVa: what each takes of the shared trainer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from .config import LatentArguments
+from .presets import PRESETS
+from .trainer import LatentTrainer
+
+
+class _Presets:
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Any:
+        """A configuration by name, with the learning rate, weight decay, epochs and schedule it was published with.
+
+        Raises:
+            ValueError: this method has no preset of that name.
+        """
+        known = {key: values for key, (method, values) in PRESETS.items() if method == cls.__name__}
+        if name not in known:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(known)}")
+        return cls(**{**known[name], **changes})
+
+
+@dataclass
+class CODIConfig(_Presets, LatentArguments, SFTConfig):
+    """CODI (arXiv 2502.21074): latent tokens one after the other, hidden states pulled together in every layer."""
+
+    num_latents: int = field(default=6, metadata={"help": "M latent tokens."})
+    iterations: int | None = field(default=None, metadata={"help": "None: one pass a latent token."})
+    projection_dim: int | None = field(
+        default=768, metadata={"help": "Width of the projection from hidden state to latent input."}
+    )
+
+
+@dataclass
+class PCCoTConfig(_Presets, LatentArguments, SFTConfig):
+    """PCCoT (EMNLP 2025): Jacobi iterations over all latent tokens at once; no projection, no embeddings in L_CODI."""
+
+    codi_skip_embeddings: bool = field(default=True, metadata={"help": "Leave the embeddings' output out of L_CODI."})
+
+
+@dataclass
+class KAVAConfig(_Presets, LatentArguments, SFTConfig):
+    """KaVa (arXiv 2510.02312): PCCoT whose latent keys and values also follow the teacher's compressed ones."""
+
+    projection_dim: int | None = field(
+        default=2048, metadata={"help": "Width of the projection from hidden state to latent input."}
+    )
+    w_codi: float = field(default=10.0, metadata={"help": "Weight of the hidden-state distance L_CODI."})
+    w_kv: float = field(default=1.0, metadata={"help": "Weight of the key-value distance L_KV."})
+    kv_std_mode: str = field(
+        default="divide_loss",
+        metadata={"help": "The teacher's, by layer: 'divide_loss', 'normalize_states' or 'none'."},
+    )
+
+
+def _paper(title: str, arxiv: str | None, citation: str) -> dict[str, str]:
+    return {"title": title, "citation": citation, **({"id": arxiv} if arxiv else {})}
+
+
+class CODITrainer(LatentTrainer):
+    """CODI (arXiv 2502.21074). Adds to SFT: M sequential latent tokens, a projection between them, L_CODI over all layers
+    and the embeddings. The teacher runs once, not twice as in the official code."""
+
+    _tag_names = ["trl", "latent-cot", "codi"]
+    _name = "CODI"
+    _paper = _paper(
+        "CODI: Compressing Chain-of-Thought into Continuous Space via Self-Distillation",
+        "2502.21074",
+        "@article{shen2025codi,\n  title = {CODI: Compressing Chain-of-Thought into Continuous Space via "
+        "Self-Distillation},\n  author = {Zhenyi Shen and Hanqi Yan and Linhai Zhang and Zhanghao Hu and Yali Du and "
+        "Yulan He},\n  year = 2025,\n  eprint = {arXiv:2502.21074},\n}",
+    )
+
+
+class PCCoTTrainer(LatentTrainer):
+    """PCCoT (arXiv 2506.18582). Adds to SFT: M latent tokens in T Jacobi iterations, L_CODI over all layers."""
+
+    _tag_names = ["trl", "latent-cot", "pccot"]
+    _name = "PCCoT"
+    _paper = _paper(
+        "Parallel Continuous Chain-of-Thought with Jacobi Iteration",
+        "2506.18582",
+        "@article{wu2025parallel,\n  title = {Parallel Continuous Chain-of-Thought with Jacobi Iteration},\n  author = "
+        "{Haoyi Wu and Zhihao Teng and Kewei Tu},\n  year = 2025,\n  eprint = {arXiv:2506.18582},\n}",
+    )
+
+
+class KAVATrainer(LatentTrainer):
+    """KaVa (arXiv 2510.02312). Adds to PCCoT: L_KV, the distance of the latent tokens' keys and values in every layer and
+    KV head to those of the teacher's trace that importance and redundancy keep."""
+
+    _tag_names = ["trl", "latent-cot", "kava"]
+    _name = "KaVa"
+    _paper = _paper(
+        "KaVa: Latent Reasoning via Compressed KV-Cache Distillation",
+        "2510.02312",
+        "@article{kuzina2025kava,\n  title = {KaVa: Latent Reasoning via Compressed KV-Cache Distillation},\n  author = "
+        "{Anna Kuzina and Maciej Pioro and Paul N. Whatmough and Babak Ehteshami Bejnordi},\n  year = 2025,\n  eprint = "
+        "{arXiv:2510.02312},\n}",
+    )

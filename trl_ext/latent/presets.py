@@ -1,0 +1,37 @@
+"""Published settings by name (docs/latent.md says where each comes from): which config they belong to, and its fields."""
+
+_SCHEDULE = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # a share of all steps
+    "max_grad_norm": 2.0,
+}
+
+
+def _run(lr: float, decay: float, epochs: int, **method) -> dict:
+    return {**_SCHEDULE, "learning_rate": lr, "weight_decay": decay, "num_train_epochs": epochs, **method}
+
+
+def _kava(lr, decay, epochs, loss, std, mix=0.1, projection=2048, w_codi=10.0, w_kv=1.0) -> tuple[str, dict]:
+    fields = {
+        "w_codi": w_codi,
+        "w_kv": w_kv,
+        "kv_loss": loss,
+        "kv_std_mode": "divide_loss" if std else "none",
+        "kv_mix_lambda": mix,
+        "projection_dim": projection,
+    }
+    return "KAVAConfig", _run(lr, decay, epochs, **fields)
+
+
+PRESETS: dict[str, tuple[str, dict]] = {
+    "codi-gpt2": ("CODIConfig", _run(3e-3, 0.1, 40, w_codi=1.0, projection_dim=768)),
+    "codi-llama-1b": ("CODIConfig", _run(8e-4, 0.1, 10, w_codi=20.0, projection_dim=2048)),
+    "pccot-gpt2": ("PCCoTConfig", _run(3e-3, 0.01, 40, w_codi=1.0, codi_std_scope="layer")),
+    "pccot-llama-1b": ("PCCoTConfig", _run(8e-4, 0.1, 10, w_codi=20.0, codi_std_scope="global")),
+    "kava-llama-1b-aug": _kava(8e-4, 0.1, 10, "smooth_l1", True),
+    "kava-llama-1b-nl": _kava(8e-4, 0.1, 10, "mse", True),
+    "kava-qwen-0.5b-aug": _kava(5e-4, 0.01, 10, "mse", False, projection=896),
+    "kava-qwen-0.5b-nl": _kava(8e-4, 0.1, 10, "mse", True, projection=896),
+    "kava-llama-3b-aug": _kava(2e-4, 0.1, 5, "smooth_l1", False, projection=3072, w_codi=20.0, w_kv=2.0),
+    "kava-llama-3b-nl": _kava(2e-4, 0.1, 5, "smooth_l1", False, mix=0.0, projection=None, w_codi=20.0, w_kv=2.0),
+}

@@ -1,0 +1,148 @@
+"""`LatentModel`: load a model that thinks in latent tokens, and let it answer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..adapter import remember
+from ..hub import read_json
+from ..residual import backbone_of
+from .config import LATENT_MODULE, LatentConfig, attach_latent
+from .phase import Intervention, LatentState, latent_phase
+
+
+def latent_generate(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    intervene: Intervention | None = None,
+    num_return_sequences: int = 1,
+    return_state: bool = False,
+    **generate_kwargs: Any,
+) -> Any:
+    """The latent phase, then `model.generate` on its cache.
+
+    Args:
+        model: a causal LM with latent tokens, wrapped by PEFT or not.
+        input_ids (B, Q) long: left-padded questions, without <bot>.
+        attention_mask (B, Q); None takes every token as real.
+        intervene: an ablation, see `latent_phase`.
+        **generate_kwargs: as for `generate`; beams are not supported.
+
+    Returns:
+        What `generate` returns for the prompt `question <bot> <latent> x M <eot>`, or (that, `LatentState`) with
+        `return_state`. A question costs `state.num_forwards` passes and one for each token after it.
+
+    Raises:
+        ValueError: num_beams > 1.
+    """
+    if generate_kwargs.get("num_beams", 1) > 1:
+        raise ValueError("num_beams > 1: the latent phase's cache serves one sequence a row; sample or decode greedily")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    backbone = backbone_of(model)
+    bot, latent, eot = backbone.latent_token_ids
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            state = latent_phase(model, input_ids, attention_mask, intervene)
+            thought = torch.tensor([bot, *[latent] * backbone.latent_config.num_latents, eot], device=input_ids.device)
+            ids = torch.cat([input_ids, thought.expand(len(input_ids), -1)], dim=1)
+            mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
+            if num_return_sequences > 1:
+                ids, mask = (x.repeat_interleave(num_return_sequences, dim=0) for x in (ids, mask))
+                state.cache.batch_repeat_interleave(num_return_sequences)
+            out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=state.cache, **generate_kwargs)
+    finally:
+        model.train(training)
+    return (out, state) if return_state else out
+
+
+class LatentModel:
+    """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to answer questions.
+
+    Attributes:
+        model: the causal LM, a `PeftModel` where an adapter was loaded.
+        tokenizer: with the latent tokens, padding on the left.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+        if not hasattr(backbone_of(model), "latent_config"):
+            raise ValueError(f"{type(model).__name__} has no latent tokens; call attach_latent(model, tokenizer) first")
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> "LatentModel":
+        """Load an adapter folder with its base, or a full model, latent tokens and projection included.
+
+        Args:
+            name: a folder or a hub id.
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: nothing there says how the model thinks in latent tokens, or tensors are missing.
+        """
+        adapter = read_json(name, "adapter_config.json", token)
+        base = adapter["base_model_name_or_path"] if adapter else name
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
+        model = AutoModelForCausalLM.from_pretrained(base, token=token, **kwargs)
+        saved = adapter.get("latent") if adapter else getattr(model.config, "latent", None)
+        if not saved:
+            raise ValueError(f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer")
+        settings = {k: v for k, v in saved.items() if k != "token_ids"}
+        attach_latent(model, tokenizer, LatentConfig(**settings))
+        if list(backbone_of(model).latent_token_ids) != saved["token_ids"]:
+            raise ValueError(
+                f"{name}: its tokenizer puts the latent tokens at {backbone_of(model).latent_token_ids}, the model was "
+                f"trained with {tuple(saved['token_ids'])}"
+            )
+        if adapter:
+            model = PeftModel.from_pretrained(model, name, is_trainable=True, token=token)
+            remember(model, latent=saved)
+        elif hasattr(backbone_of(model), LATENT_MODULE):
+            _load_projection(model, Path(name))
+        return cls(model.eval(), tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Model (or adapter) and tokenizer, in safetensors and JSON."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def generate(self, questions: list[str] | torch.Tensor, **kwargs: Any) -> Any:
+        """Answers to questions.
+
+        Args:
+            questions: texts, or ids (B, Q) as for `latent_generate`, which also takes the keywords.
+
+        Returns:
+            For texts a list of answers; for ids what `latent_generate` returns.
+        """
+        if isinstance(questions, torch.Tensor):
+            return latent_generate(self.model, questions, **kwargs)
+        batch = self.tokenizer(list(questions), return_tensors="pt", padding=True, padding_side="left")
+        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        ids, mask = (batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+        out = latent_generate(self.model, ids, mask, **kwargs)
+        prompt = ids.shape[1] + 2 + backbone_of(self.model).latent_config.num_latents
+        return self.tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True)
+
+
+def _load_projection(model: PreTrainedModel, folder: Path) -> None:
+    wanted = backbone_of(model).latent_projection.state_dict()
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                short = key.partition(f"{LATENT_MODULE}.")[2]
+                if short in wanted:
+                    found[short] = tensors.get_tensor(key)
+    if wanted.keys() - found.keys():
+        raise ValueError(f"{folder} lacks {', '.join(f'{LATENT_MODULE}.{k}' for k in sorted(wanted.keys() - found.keys()))}")
+    backbone_of(model).latent_projection.load_state_dict(found)
