@@ -1,4 +1,4 @@
-"""Model side: thinking modules on causal language models, loaders, hybrid decoding, KV compression. Names import lazily."""
+"""Model side: thinking modules, latent tokens, KV compression, loaders and decoding. Names import lazily."""
 
 import importlib
 
@@ -9,8 +9,11 @@ _WHERE = {
     "FastThinkingModel": "fast_model",
     "HybridSession": "decoding",
     "KVScoring": "kv.compression",
+    "LatentConfig": "latent.config",
+    "LatentModel": "latent.model",
     "ThinkingConfig": "residual",
     "ThinkingTrace": "decoding",
+    "attach_latent": "latent.config",
     "attach_thinking": "residual",
     "attention_tap": "kv.tap",
     "backbone_of": "residual",
@@ -20,6 +23,8 @@ _WHERE = {
     "has_thinking": "residual",
     "hybrid_decode": "decoding",
     "hybrid_generate": "decoding",
+    "latent_generate": "latent.model",
+    "latent_phase": "latent.phase",
     "project": "states",
     "soft_embedding": "states",
 }

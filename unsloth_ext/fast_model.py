@@ -1,14 +1,11 @@
 """`FastThinkingModel`: load, wrap, save, merge. Unsloth where it can run, transformers + PEFT otherwise."""
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft import get_peft_model as peft_get_peft_model
 from safetensors import safe_open
@@ -18,6 +15,7 @@ import patches
 
 from .adapter import THINKING_MODULES, ThinkingLoraConfig, remember_thinking
 from .backend import unsloth_can_run
+from .hub import read_json
 from .residual import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
 
 
@@ -58,7 +56,7 @@ class FastThinkingModel:
         Raises:
             ValueError: the adapter has no thinking modules and `thinking` was not given, or names a tensor wrongly.
         """
-        adapter = _read_json(model_name, "adapter_config.json", token)
+        adapter = read_json(model_name, "adapter_config.json", token)
         saved = (adapter or {}).get("thinking")
         if adapter is not None:
             missing = set(THINKING_MODULES) - set(adapter.get("modules_to_save") or ())
@@ -198,17 +196,6 @@ def _load_unsloth(name: str, **kwargs):
     patches.apply("base_model_forward")
     patches.apply("llama_fast_forward")
     return FastLanguageModel.from_pretrained(name, **kwargs)
-
-
-def _read_json(folder: str, filename: str, token: str | None) -> dict | None:
-    """A JSON file of a local folder or a hub repository; None where there is none."""
-    path = Path(folder, filename)
-    if not os.path.isdir(folder):
-        try:
-            path = Path(hf_hub_download(folder, filename, token=token))
-        except (EntryNotFoundError, OSError, ValueError):
-            return None
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _load_thinking_tensors(model: PreTrainedModel, folder: Path) -> None:

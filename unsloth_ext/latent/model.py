@@ -1,6 +1,5 @@
 """`LatentModel`: load a model that thinks in latent tokens, and let it answer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..adapter import remember
 from ..hub import read_json
 from ..residual import backbone_of
 from .config import LATENT_MODULE, LatentConfig, attach_latent
-from .phase import Intervention, LatentState, latent_phase
+from .phase import Intervention, latent_phase
 
 
 def latent_generate(
@@ -95,7 +94,9 @@ class LatentModel:
         model = AutoModelForCausalLM.from_pretrained(base, token=token, **kwargs)
         saved = adapter.get("latent") if adapter else getattr(model.config, "latent", None)
         if not saved:
-            raise ValueError(f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer")
+            raise ValueError(
+                f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer"
+            )
         settings = {k: v for k, v in saved.items() if k != "token_ids"}
         attach_latent(model, tokenizer, LatentConfig(**settings))
         if list(backbone_of(model).latent_token_ids) != saved["token_ids"]:
@@ -143,6 +144,7 @@ def _load_projection(model: PreTrainedModel, folder: Path) -> None:
                 short = key.partition(f"{LATENT_MODULE}.")[2]
                 if short in wanted:
                     found[short] = tensors.get_tensor(key)
-    if wanted.keys() - found.keys():
-        raise ValueError(f"{folder} lacks {', '.join(f'{LATENT_MODULE}.{k}' for k in sorted(wanted.keys() - found.keys()))}")
+    missing = sorted(f"{LATENT_MODULE}.{name}" for name in wanted.keys() - found.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}")
     backbone_of(model).latent_projection.load_state_dict(found)
