@@ -4,6 +4,7 @@ import importlib
 
 
 _WHERE = {
+    "CompressedCache": "kv.cache",
     "CompressedKV": "kv.compression",
     "DelimiterMatcher": "delimiter",
     "FastThinkingModel": "fast_model",

@@ -147,11 +147,12 @@ def _rkv(keys, queries, scoring: KVScoring, key_mask, query_mask) -> torch.Tenso
 def take(
     keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, budget: int, key_mask: torch.Tensor
 ) -> CompressedKV:
-    """The `budget` real keys with the highest scores (B, Hkv, T), in chronological order."""
+    """The `budget` keys with the highest scores (B, Hkv, T) in key_mask (B, T) or (B, Hkv, T), in chronological order."""
     length = keys.shape[2]
-    scores = scores.masked_fill(~key_mask[:, None], -torch.inf)
+    key_mask = (key_mask if key_mask.dim() == 3 else key_mask[:, None]).expand_as(scores)
+    scores = scores.masked_fill(~key_mask, -torch.inf)
     chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :budget]  # of equal ones the earliest
-    chosen = chosen.masked_fill(~key_mask[:, None].expand_as(scores).gather(-1, chosen), length).sort(-1).values
+    chosen = chosen.masked_fill(~key_mask.gather(-1, chosen), length).sort(-1).values
     chosen = torch.nn.functional.pad(chosen, (0, budget - chosen.shape[-1]), value=length)
     valid = chosen < length
     where = chosen.clamp(max=length - 1)[..., None].expand(*chosen.shape, keys.shape[-1])

@@ -7,6 +7,7 @@ tensors to whoever listens; a model uses it while a tap on it is open.
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -23,8 +24,31 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", default=None)
 
 
-def _tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs):
-    out = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+class _Layer(Protocol):
+    keys: torch.Tensor
+
+    def mask(self, length: int, given: torch.Tensor | None) -> torch.Tensor | None: ...
+    def observe(self, queries: torch.Tensor) -> None: ...
+
+
+_EXPECTING: ContextVar[_Layer | None] = ContextVar("cache_layer", default=None)
+
+
+def expect_attention(layer: _Layer) -> None:
+    """Called by a cache layer that was just updated: the next attention over its keys asks it for the mask and shows it the
+    queries."""
+    _EXPECTING.set(layer)
+
+
+def _tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs):
+    layer = _EXPECTING.get()
+    _EXPECTING.set(None)
+    if layer is not None and layer.keys is key:
+        attention_mask = layer.mask(query.shape[2], attention_mask)
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        layer.observe(query.detach())
+    else:
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     observer = _OBSERVER.get()
     if observer is not None:
         with torch.no_grad():
