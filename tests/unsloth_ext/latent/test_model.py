@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, backbone_of, latent_generate, latent_phase
+from unsloth_ext.adapter import remember
 from unsloth_ext.latent.config import with_latent_modules
 
 from .test_phase import FAMILIES, make, questions
@@ -81,8 +83,6 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, family, peft):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         vars(lora).update(with_latent_modules(lora, base))
         model = get_peft_model(base, lora)
-        from unsloth_ext.adapter import remember
-
         remember(model, latent=base.config.latent)
     torch.manual_seed(9)
     with torch.no_grad():
@@ -115,3 +115,29 @@ def test_the_phase_alone_leaves_the_model_as_it_was():
     latent_generate(model, *questions(), max_new_tokens=1, pad_token_id=0)
     assert model.training
     assert latent_phase(model, *questions()).latents.requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_had_to_grow_come_back_with_the_adapter(tmp_path, tied):
+    """The base on disk has no rows for the latent tokens; logits equal exactly after loading."""
+    tokenizer = tiny.tokenizer(())
+    config = tiny.config("qwen3", vocab_size=len(tokenizer))
+    config.tie_word_embeddings = tied
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    attach_latent(base, tokenizer, LatentConfig(3, 2, projection_dim=16))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    vars(lora).update(with_latent_modules(lora, base))
+    model = get_peft_model(base, lora).eval()
+    remember(model, latent=base.config.latent)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    LatentModel(model, tokenizer).save_pretrained(tmp_path / "saved")
+    loaded = LatentModel.from_pretrained(str(tmp_path / "saved")).model
+    ids = torch.tensor([[*range(3, 20), *backbone_of(model).latent_token_ids]])
+    assert ids.max() >= config.vocab_size - 3
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
