@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft import get_peft_model as peft_get_peft_model
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 import patches
 
 from .adapter import THINKING_MODULES, ThinkingLoraConfig, remember_thinking
 from .backend import unsloth_can_run
-from .hub import read_json
+from .hub import load_modules, read_json
 from .residual import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
 
 
@@ -99,7 +98,7 @@ class FastThinkingModel:
                 attach_thinking(model, thinking)
             remember_thinking(model, backbone_of(model).thinking_config)
         elif saved and os.path.isdir(model_name):
-            _load_thinking_tensors(model, Path(model_name))
+            load_modules(model, Path(model_name), THINKING_MODULES)
         return model, tokenizer
 
     @staticmethod
@@ -196,19 +195,3 @@ def _load_unsloth(name: str, **kwargs):
     patches.apply("base_model_forward")
     patches.apply("llama_fast_forward")
     return FastLanguageModel.from_pretrained(name, **kwargs)
-
-
-def _load_thinking_tensors(model: PreTrainedModel, folder: Path) -> None:
-    backbone = backbone_of(model)
-    wanted = {k: v for k, v in backbone.state_dict().items() if k.split(".")[0] in THINKING_MODULES}
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                short = key.removeprefix(f"{model.base_model_prefix}.")
-                if short in wanted:
-                    found[short] = tensors.get_tensor(key)
-    missing = wanted.keys() - found.keys()
-    if missing:
-        raise ValueError(f"{folder} says that its model thinks, but lacks {', '.join(sorted(missing))}")
-    backbone.load_state_dict(found, strict=False)

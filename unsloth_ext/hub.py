@@ -1,4 +1,4 @@
-"""Small files of a model, wherever it lies."""
+"""What a saved model has beside its base: small files, and modules that its class does not know."""
 
 import json
 import os
@@ -6,6 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from .residual import backbone_of
 
 
 def read_json(folder: str, filename: str, token: str | None) -> dict | None:
@@ -17,3 +21,24 @@ def read_json(folder: str, filename: str, token: str | None) -> dict | None:
         except (EntryNotFoundError, OSError, ValueError):
             return None
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def load_modules(model: PreTrainedModel, folder: Path, names: tuple[str, ...]) -> None:
+    """Fill submodules of the decoder, in place, from the safetensors files of a full model.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    backbone = backbone_of(model)
+    wanted = {k: v for k, v in backbone.state_dict().items() if k.split(".")[0] in names}
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                short = key.removeprefix(f"{model.base_model_prefix}.")
+                if short in wanted:
+                    found[short] = tensors.get_tensor(key)
+    missing = wanted.keys() - found.keys()
+    if missing:
+        raise ValueError(f"{folder} says that its model thinks, but lacks {', '.join(sorted(missing))}")
+    backbone.load_state_dict(found, strict=False)

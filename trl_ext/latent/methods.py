@@ -57,23 +57,21 @@ class KAVAConfig(_Presets, LatentArguments, SFTConfig):
     )
 
 
-def _paper(title: str, arxiv: str | None, citation: str) -> dict[str, str]:
-    return {"title": title, "citation": citation, **({"id": arxiv} if arxiv else {})}
-
-
 class CODITrainer(LatentTrainer):
     """CODI (arXiv 2502.21074). Adds to SFT: M sequential latent tokens, a projection between them, L_CODI over all layers
     and the embeddings. The teacher runs once, not twice as in the official code."""
 
     _tag_names = ["trl", "latent-cot", "codi"]
     _name = "CODI"
-    _paper = _paper(
-        "CODI: Compressing Chain-of-Thought into Continuous Space via Self-Distillation",
-        "2502.21074",
-        "@article{shen2025codi,\n  title = {CODI: Compressing Chain-of-Thought into Continuous Space via "
-        "Self-Distillation},\n  author = {Zhenyi Shen and Hanqi Yan and Linhai Zhang and Zhanghao Hu and Yali Du and "
-        "Yulan He},\n  year = 2025,\n  eprint = {arXiv:2502.21074},\n}",
-    )
+    _paper = {
+        "title": "CODI: Compressing Chain-of-Thought into Continuous Space via Self-Distillation",
+        "id": "2502.21074",
+        "citation": (
+            "@article{shen2025codi,\n  title = {CODI: Compressing Chain-of-Thought into Continuous Space via "
+            "Self-Distillation},\n  author = {Zhenyi Shen and Hanqi Yan and Linhai Zhang and Zhanghao Hu and Yali Du and "
+            "Yulan He},\n  year = 2025,\n  eprint = {arXiv:2502.21074},\n}"
+        ),
+    }
 
 
 class PCCoTTrainer(LatentTrainer):
@@ -81,12 +79,14 @@ class PCCoTTrainer(LatentTrainer):
 
     _tag_names = ["trl", "latent-cot", "pccot"]
     _name = "PCCoT"
-    _paper = _paper(
-        "Parallel Continuous Chain-of-Thought with Jacobi Iteration",
-        "2506.18582",
-        "@article{wu2025parallel,\n  title = {Parallel Continuous Chain-of-Thought with Jacobi Iteration},\n  author = "
-        "{Haoyi Wu and Zhihao Teng and Kewei Tu},\n  year = 2025,\n  eprint = {arXiv:2506.18582},\n}",
-    )
+    _paper = {
+        "title": "Parallel Continuous Chain-of-Thought with Jacobi Iteration",
+        "id": "2506.18582",
+        "citation": (
+            "@article{wu2025parallel,\n  title = {Parallel Continuous Chain-of-Thought with Jacobi Iteration},\n  author = "
+            "{Haoyi Wu and Zhihao Teng and Kewei Tu},\n  year = 2025,\n  eprint = {arXiv:2506.18582},\n}"
+        ),
+    }
 
 
 class KAVATrainer(LatentTrainer):
@@ -95,10 +95,12 @@ class KAVATrainer(LatentTrainer):
 
     _tag_names = ["trl", "latent-cot", "kava"]
     _name = "KaVa"
-    _paper = _paper(
-        "KaVa: Latent Reasoning via Compressed KV-Cache Distillation",
-        "2510.02312",
-        "@article{kuzina2025kava,\n  title = {KaVa: Latent Reasoning via Compressed KV-Cache Distillation},\n  author = "
-        "{Anna Kuzina and Maciej Pioro and Paul N. Whatmough and Babak Ehteshami Bejnordi},\n  year = 2025,\n  eprint = "
-        "{arXiv:2510.02312},\n}",
-    )
+    _paper = {
+        "title": "KaVa: Latent Reasoning via Compressed KV-Cache Distillation",
+        "id": "2510.02312",
+        "citation": (
+            "@article{kuzina2025kava,\n  title = {KaVa: Latent Reasoning via Compressed KV-Cache Distillation},\n  "
+            "author = {Anna Kuzina and Maciej Pioro and Paul N. Whatmough and Babak Ehteshami Bejnordi},\n  "
+            "year = 2025,\n  eprint = {arXiv:2510.02312},\n}"
+        ),
+    }

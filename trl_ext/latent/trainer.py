@@ -25,7 +25,7 @@ from unsloth_ext.residual import backbone_of, unwrapped
 from ..checkpointing import SafeCheckpointMixin
 from ..creation import preparing_models
 from .config import LatentArguments
-from .data import LatentCollator, LatentTokenizer
+from .data import COLUMNS, LatentCollator, LatentTokenizer
 from .losses import codi_loss, cross_entropy, kv_loss
 
 
@@ -56,6 +56,9 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             tokenizer.pad_token = args.pad_token or tokenizer.eos_token
         keywords["processing_class"] = tokenizer
         config = args.latent_config()
+        if not isinstance(model, str):  # one that has latent tokens keeps what it was made with
+            config = getattr(backbone_of(model), "latent_config", config)
+        self._latent = config
         given = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
 
         def prepare(model: PreTrainedModel) -> None:
@@ -94,7 +97,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         columns = dataset.column_names
         if columns and "question_ids" in columns:
             return dataset
-        missing = [name for name in ("question", "steps", "answer") if columns and name not in columns]
+        missing = [name for name in COLUMNS if columns and name not in columns]
         if missing:
             raise ValueError(f"{dataset_name} dataset: no column {missing[0]!r}; it has {', '.join(columns)}")
         return dataset.map(
@@ -112,6 +115,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         with self.accelerator.autocast():
             teacher, kept = self._teacher(bare, inputs)
             state = latent_phase(bare, inputs["question_ids"], inputs["question_mask"])
+            latent_kv = state.latent_kv()  # before the answer grows the cache
             outputs = self._student(model, state, inputs)
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
@@ -133,7 +137,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
                 )
                 terms["codi"] = (args.w_codi, distance)
         if kept:
-            terms["kv"] = (args.w_kv, self._kv_distance(state, kept))
+            terms["kv"] = (args.w_kv, self._kv_distance(latent_kv, kept))
         loss = sum(weight * value for weight, value in terms.values() if weight)
         for name, (_, value) in terms.items():
             self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
@@ -149,7 +153,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         if args.w_kv:
             none = torch.zeros_like(inputs["question_mask"])
             spans = (torch.cat([none, inputs[name]], dim=1) for name in ("trace_mask", "answer_mask"))
-            tap = compressed_trace(model, *spans, args.num_latents, args.kv_scoring())
+            tap = compressed_trace(model, *spans, self._latent.num_latents, args.kv_scoring())
         with tap as kept:
             out = model(
                 input_ids=torch.cat([inputs["question_ids"], inputs["teacher_ids"]], dim=1),
@@ -172,15 +176,9 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             output_hidden_states=bool(self.args.w_codi),
         )
 
-    def _kv_distance(self, state: LatentState, kept: list) -> torch.Tensor:
-        # The answer's pass has grown the cache since
-        end, count = state.attention_mask.shape[1], state.latents.shape[1]
-        slots = slice(end - count, end)
-        student = state.cache.layers
-        pairs = (
-            ([layer.keys[:, :, slots] for layer in student], [layer.keys for layer in kept]),
-            ([layer.values[:, :, slots] for layer in student], [layer.values for layer in kept]),
-        )
+    def _kv_distance(self, latent_kv: list[tuple[torch.Tensor, torch.Tensor]], kept: list) -> torch.Tensor:
+        keys, values = zip(*latent_kv, strict=True)
+        pairs = ((keys, [layer.keys for layer in kept]), (values, [layer.values for layer in kept]))
         distances = [
             kv_loss(
                 torch.stack(ours), torch.stack(theirs), kept[0].valid, loss=self.args.kv_loss,

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter import remember
-from ..hub import read_json
+from ..hub import load_modules, read_json
 from ..residual import backbone_of
 from .config import LATENT_MODULE, LatentConfig, attach_latent
 from .phase import Intervention, latent_phase
@@ -108,7 +107,7 @@ class LatentModel:
             model = PeftModel.from_pretrained(model, name, is_trainable=True, token=token)
             remember(model, latent=saved)
         elif hasattr(backbone_of(model), LATENT_MODULE):
-            _load_projection(model, Path(name))
+            load_modules(model, Path(name), (LATENT_MODULE,))
         return cls(model.eval(), tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -133,18 +132,3 @@ class LatentModel:
         out = latent_generate(self.model, ids, mask, **kwargs)
         prompt = ids.shape[1] + 2 + backbone_of(self.model).latent_config.num_latents
         return self.tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True)
-
-
-def _load_projection(model: PreTrainedModel, folder: Path) -> None:
-    wanted = backbone_of(model).latent_projection.state_dict()
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                short = key.partition(f"{LATENT_MODULE}.")[2]
-                if short in wanted:
-                    found[short] = tensors.get_tensor(key)
-    missing = sorted(f"{LATENT_MODULE}.{name}" for name in wanted.keys() - found.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}")
-    backbone_of(model).latent_projection.load_state_dict(found)

@@ -28,6 +28,15 @@ def at(hidden_states, positions):
     return hidden[:, torch.arange(hidden.shape[1]), positions]
 
 
+def check_and_backward(losses, case):
+    """Each to 1e-6, their sum to 2e-6 (three roundings)."""
+    for key, value in losses.items():
+        assert abs(value - case[f"out.{key}"]) <= 1e-6, key
+    total = sum(losses.values())
+    assert abs(total - case["out.loss"]) <= 2e-6
+    total.backward()
+
+
 @pytest.mark.parametrize("name", ["pccot_gpt2_T3_c5_eq", "pccot_gpt2_T5_c5_eq_sequential"])
 def test_pccot_losses(name):
     """To 1e-6, the gradient to 1e-5 (fp32). The official latents attend left pads, whose own attention is masked entirely:
@@ -55,11 +64,7 @@ def test_pccot_losses(name):
         "cot_loss": cross_entropy(teacher.logits, case["in.cot_labels"]),
         "kd_loss": distill,
     }
-    for key, value in losses.items():
-        assert abs(value - case[f"out.{key}"]) <= 1e-6, key
-    total = sum(losses.values())
-    assert abs(total - case["out.loss"]) <= 2e-6  # three roundings
-    total.backward()
+    check_and_backward(losses, case)
     for key in (k for k in case if k.startswith("grad.")):
         assert key.endswith("c_attn.weight")
         assert (model.get_parameter(key[5:]).grad - case[key])[:, 64:].abs().max() <= 1e-5
@@ -90,11 +95,7 @@ def test_codi_losses():
         "ref_ce_loss": cross_entropy(teacher.logits, case["in.ref_labels"]),
         "distill_loss": distill,
     }
-    for key, value in losses.items():
-        assert abs(value - case[f"out.{key}"]) <= 1e-6, key
-    total = sum(losses.values())
-    assert abs(total - case["out.loss"]) <= 2e-6  # three roundings
-    total.backward()
+    check_and_backward(losses, case)
     for key in (k for k in case if k.startswith("grad.")):
         name = key[5:]
         ours = (
