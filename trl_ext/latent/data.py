@@ -15,7 +15,16 @@ COLUMNS = ("question", "steps", "answer")
 
 
 class LatentDataError(ValueError):
-    """A row cannot be used; the message names the dataset, the row and the column."""
+    """A row cannot be used; the message names the dataset, the row, why, and shows what was found.
+
+    Attributes:
+        reason: why, in words that do not depend on the row.
+    """
+
+    def __init__(self, where: str, reason: str, found: Any):
+        shown = repr(found)
+        super().__init__(f"{where}: {reason}: {shown if len(shown) <= 100 else shown[:100] + '...'}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,11 @@ class LatentTokenizer:
         where = f"{dataset} dataset, row {index}"
         question, steps, answer = (row.get(column) for column in COLUMNS)
         if not isinstance(question, str) or not question.strip():
-            raise LatentDataError(f"{where}: question is {question!r}, not a text")
+            raise LatentDataError(where, "question is not a text", question)
         if not isinstance(answer, str) or not answer.strip():
-            raise LatentDataError(f"{where}: answer is {answer!r}, not a text")
+            raise LatentDataError(where, "answer is not a text", answer)
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
-            raise LatentDataError(f"{where}: steps is {steps!r}, not a list of one text or more")
+            raise LatentDataError(where, "steps is not a list of one text or more", steps)
         steps = steps[: len(steps) - self.drop_last_step]
         out = {
             "question_ids": self._ids(question, special=True),
@@ -58,9 +67,8 @@ class LatentTokenizer:
         }
         length = sum(map(len, out.values()))
         if self.max_length is not None and length > self.max_length:
-            raise LatentDataError(
-                f"{where}: {length} tokens are more than max_length={self.max_length}; raise it, or leave the row out"
-            )
+            reason = f"more tokens than max_length={self.max_length}; raise it, or leave the row out"
+            raise LatentDataError(where, reason, length)
         return out
 
     def _ids(self, text: str, special: bool = False) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Write your reasoning first; then, on a line of its own, write {delimiter} "
     "followed by the final number and nothing else."
@@ -76,24 +76,32 @@ def load_rows(
     Raises:
         DataError: no such file, no such column, no rows, or an answer without a number.
     """
-    path = Path(name)
-    if path.suffix in FORMATS:
-        if not path.is_file():
-            raise DataError(f"dataset {name}: there is no such file")
-        try:
-            table = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:
-            raise DataError(f"dataset {name} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
-    elif is_generator(name):
+    if is_generator(name):
         return _generated(name, size or 1000, seed, options)
-    else:
-        table = load_dataset(name, config, split=split)
+    table = read_table(name, split=split, config=config)
     for column in ("question", "answer"):
         if column not in table.column_names:
             raise DataError(f"dataset {name} has no column {column!r}; it has {', '.join(table.column_names)}")
     if size is not None:
         table = table.select(range(min(size, len(table))))
     return [_gsm8k_row(name, i, row) for i, row in enumerate(table)]
+
+
+def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
+    """A local file (`.jsonl`, `.json`, `.parquet`, or `.txt`, whose lines become the column `text`), or a hub dataset.
+
+    Raises:
+        DataError: no such file, or it cannot be read.
+    """
+    path = Path(name)
+    if path.suffix not in FORMATS:
+        return load_dataset(name, config, split=split)
+    if not path.is_file():
+        raise DataError(f"dataset {name}: there is no such file")
+    try:
+        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:
+        raise DataError(f"dataset {name} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
 
 
 def is_generator(name: str) -> bool:

@@ -63,13 +63,13 @@ def text_of(ids):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"question": " "}, "question is ' ', not a text"),
-        ({"question": None}, "question is None"),
-        ({"answer": 6}, "answer is 6, not a text"),
-        ({"steps": []}, "steps is [], not a list of one text or more"),
-        ({"steps": "1+2=3"}, "steps is '1+2=3'"),
-        ({"steps": ["1+2=3", ""]}, "steps is"),
-        ({"question": "1+" * 40}, "are more than max_length=60"),
+        ({"question": " "}, "question is not a text: ' '"),
+        ({"question": None}, "question is not a text: None"),
+        ({"answer": 6}, "answer is not a text: 6"),
+        ({"steps": []}, "steps is not a list of one text or more: []"),
+        ({"steps": "1+2=3"}, "one text or more: '1+2=3'"),
+        ({"steps": ["1+2=3", ""]}, "steps is not a list"),
+        ({"question": "1+" * 40}, "more tokens than max_length=60"),
     ],
 )
 def test_bad_rows_are_named(change, message):
