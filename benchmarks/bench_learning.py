@@ -61,7 +61,7 @@ def run(variant: tuple[str, str] | None, seed: int, steps: int, base: str, train
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     config = (trl.GRPOConfig if variant is None else HRPOConfig)(**settings(steps, seed, variant))
     decoding = {"max_new_tokens": config.max_completion_length, "batch_size": 400}
-    accuracy = AccuracyCallback(10, tokenizer, held_out, **decoding)
+    accuracy = AccuracyCallback(10, lambda model: evaluate(model, tokenizer, held_out, **decoding))
     trainer = (trl.GRPOTrainer if variant is None else HRPOTrainer)(
         model,
         make_reward("####"),

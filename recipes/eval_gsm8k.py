@@ -32,7 +32,7 @@ from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset
 from trl_ext.tasks.evaluation import evaluate
 from unsloth_ext import FastThinkingModel, has_thinking
-from unsloth_ext.decoding import ABLATIONS
+from unsloth_ext.ablations import ABLATIONS
 
 
 @dataclass
@@ -73,9 +73,9 @@ def rows_of(args: EvalArguments, data: DataArguments):
 
 def main() -> None:
     args, data = TrlParser((EvalArguments, DataArguments)).parse_args_and_config()
-    unknown = set(args.thinking) - {"on", *ABLATIONS}
+    unknown = set(args.thinking) - {"on", "off", *ABLATIONS}
     if unknown:
-        sys.exit(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}")
+        sys.exit(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}, off")
     rows = rows_of(args, data)
     model, tokenizer = FastThinkingModel.from_pretrained(
         args.checkpoint, max_seq_length=128 if data.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit

@@ -17,33 +17,16 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import yaml
-
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from trl_ext.flags import chosen
 from unsloth_ext.backend import unsloth_can_run
 
 
 CONFIGS = Path(__file__).parent / "configs"
 ON_CPU = ("tiny", "smollm2")
-
-
-def chosen(argv: list[str]) -> tuple[str, Path, list[str]]:
-    """The model's name, the configuration file (chosen by the model unless `--config` names one), and the other flags."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config", type=Path)
-    given, others = peek.parse_known_args(argv)
-    config = given.config
-    peek.add_argument("--model_name")
-    name = peek.parse_known_args(others)[0].model_name
-    if name is None and config is not None:
-        name = yaml.safe_load(config.read_text()).get("model_name")
-    name = name or "tiny"
-    return name, config or CONFIGS / f"hrpo_{name if name in ON_CPU else 'gsm8k'}.yaml", others
-
-
-if chosen(sys.argv[1:])[0] not in ON_CPU and unsloth_can_run()[0]:
+if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_can_run()[0]:
     import unsloth  # noqa: F401 - before trl, or its trainers stay stock
 
 from accelerate import PartialState
@@ -90,7 +73,7 @@ def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
     parser.add_argument(
         "--group_size", dest="num_generations", type=int, default=argparse.SUPPRESS, help="Same as --num_generations."
     )
-    _, config, others = chosen(sys.argv[1:])
+    _, config, others = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
     return parser.parse_args_and_config(["--config", str(config), *others])
 
 
@@ -171,7 +154,7 @@ def main() -> None:
         "thinking": "on" if args.thinking else "off",
         "progress": not args.disable_tqdm and args.process_index == 0,
     }
-    accuracy = AccuracyCallback(script.eval_every, tokenizer, held_out, **decoding)
+    accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate(model, tokenizer, held_out, **decoding))
     trainer = HRPOTrainer(
         model=model,
         reward_funcs=reward,

@@ -12,7 +12,16 @@ from transformers import ProgressCallback
 class CompactProgress(ProgressCallback):
     """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log."""
 
-    SHOWN = {"reward": "reward", "thinking/fraction": "thinking", "completions/mean_length": "length", "loss": "loss"}
+    SHOWN = {
+        "reward": "reward",
+        "thinking/fraction": "thinking",
+        "completions/mean_length": "length",
+        "loss": "loss",
+        "loss/ce_student": "student",
+        "loss/ce_teacher": "teacher",
+        "loss/codi": "codi",
+        "loss/kv": "kv",
+    }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
@@ -31,6 +40,23 @@ def before_after_table(before: Any, after: Any, console: Console) -> None:
     table.add_row("format rate", f"{before.format_rate:.1%}", f"{after.format_rate:.1%}")
     table.add_row("mean length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}")
     table.add_row("thinking share", f"{before.thinking_share:.1%}", f"{after.thinking_share:.1%}")
+    console.print(table)
+
+
+def comparison_table(rows: dict[str, tuple[Any, Any]], console: Console) -> None:
+    """`LatentEvaluation`s before and after training by name; None where there is none."""
+    n = next(after.n for _, after in rows.values())
+    table = Table(title=f"Held-out questions: {n}", title_justify="left")
+    for heading in ("", "before", "after (95% interval)", "passes", "ms a question"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, (before, after) in rows.items():
+        table.add_row(
+            name,
+            f"{before.accuracy:.1%}" if before else "",
+            f"{after.accuracy:.1%} ({after.low:.1%} to {after.high:.1%})",
+            f"{after.forward_passes:.1f}",
+            f"{after.seconds * 1000:.2f}",
+        )
     console.print(table)
 
 
@@ -56,7 +82,7 @@ def write_between(path: Path, name: str, text: str) -> None:
     path.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-CURVES = (
+HRPO_CURVES = (
     ("reward", "sampled reward"),
     ("accuracy", "held-out accuracy"),
     ("thinking/fraction", "thinking share of tokens"),
@@ -64,18 +90,28 @@ CURVES = (
     ("thinking/hidden_ratio", "gate: mean sqrt(1 - a^2) (thinking state)"),
     ("completions/mean_length", "completion length, tokens"),
 )
+LATENT_CURVES = (
+    ("accuracy", "held-out accuracy, latent tokens"),
+    ("loss", "loss"),
+    ("loss/ce_student", "student: cross-entropy"),
+    ("loss/ce_teacher", "teacher: cross-entropy"),
+    ("loss/codi", "L_CODI: hidden states"),
+    ("loss/kv", "L_KV: keys and values"),
+)
 
 
-def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str) -> None:
+def plot_curves(
+    path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple = HRPO_CURVES
+) -> None:
     """Small multiples over training steps; one that was never logged stays out."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in CURVES}
+    series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in curves}
     series["accuracy"] = accuracy
-    shown = [(name, label) for name, label in CURVES if len(series[name]) > 1]
+    shown = [(name, label) for name, label in curves if len(series[name]) > 1]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")

@@ -26,6 +26,8 @@ _WHERE = {
     "hybrid_generate": "decoding",
     "latent_generate": "latent.model",
     "latent_phase": "latent.phase",
+    "kv_similarity": "latent.probe",
+    "probe_latents": "latent.probe",
     "project": "states",
     "soft_embedding": "states",
 }

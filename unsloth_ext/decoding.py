@@ -18,13 +18,11 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from .ablations import ABLATIONS
 from .delimiter import DelimiterMatcher
 from .residual import backbone_of, has_thinking
 from .states import Warper, project, soft_embedding
 from .unsloth_decoding import returning_hidden_states, without_decode_graphs
-
-
-ABLATIONS = ("zero", "shuffle", "noise", "off")
 
 
 @dataclass
@@ -58,7 +56,7 @@ class HybridSession:
         if not has_thinking(model):
             raise ValueError(f"{type(model).__name__} has no thinking modules; call attach_thinking(model) first")
         if ablation is not None and ablation not in ABLATIONS:
-            raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}")
+            raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}, off")
         self.matcher, self.keep, self.ablation, self.streamer = matcher, keep, ablation, streamer
         self.backbone = backbone_of(model)
         self.embedding = self.backbone.get_input_embeddings()
@@ -125,14 +123,7 @@ class HybridSession:
         return soft_embedding(self.embedding, basis, None if count is None else int(count))
 
     def _ablated(self, state: torch.Tensor) -> torch.Tensor:
-        if self.ablation == "zero":
-            return torch.zeros_like(state)
-        if self.ablation == "shuffle":
-            return state.roll(1, dims=0)  # another row's state
-        if self.ablation == "noise":
-            noise = torch.randn_like(state)
-            return noise * (state.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-        return state
+        return ABLATIONS[self.ablation](state) if self.ablation else state
 
     def prepare(self, config: GenerationConfig) -> None:
         """Read what the session needs from the generation config."""

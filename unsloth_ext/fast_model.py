@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 import patches
 
-from .adapter import THINKING_MODULES, ThinkingLoraConfig, remember_thinking
+from .adapter import THINKING_MODULES, ThinkingLoraConfig, load_adapter, remember_thinking
 from .backend import unsloth_can_run
 from .hub import load_modules, read_json
 from .residual import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
@@ -89,7 +89,7 @@ class FastThinkingModel:
         if adapter is None or not missing:  # PEFT restores only what the base has
             attach_thinking(model, thinking)
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, model_name, is_trainable=True, token=token)
+            model = load_adapter(model, model_name, is_trainable=True, token=token)
             if use_unsloth:
                 from unsloth import FastLanguageModel
 

@@ -69,7 +69,10 @@ class LatentArguments:
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
         self.latent_config()
-        self.kv_scoring()
+        try:
+            self.kv_scoring()
+        except ValueError as error:  # it names its own fields
+            raise ValueError(f"kv_{error}") from None
         choices = {
             "codi_loss": LOSSES, "kv_loss": LOSSES, "codi_std_mode": STD_MODES, "kv_std_mode": STD_MODES,
             "codi_std_scope": STD_SCOPES,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from unsloth_ext.latent.model import question_ids
+
 
 COLUMNS = ("question", "steps", "answer")
 
@@ -60,7 +62,7 @@ class LatentTokenizer:
             raise LatentDataError(where, "steps is not a list of one text or more", steps)
         steps = steps[: len(steps) - self.drop_last_step]
         out = {
-            "question_ids": self._ids(question, special=True),
+            "question_ids": question_ids(self.tokenizer, question),
             "trace_ids": self._ids("".join(step + self.step_separator for step in steps)),
             "prompt_ids": self._ids(self.answer_prompt),
             "answer_ids": [*self._ids(answer), self.tokenizer.eos_token_id],
@@ -71,10 +73,8 @@ class LatentTokenizer:
             raise LatentDataError(where, reason, length)
         return out
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"] if text else []
-        # Some tokenizers end every text with EOS; the question goes on
-        return ids[:-1] if special and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
 @dataclass(frozen=True)

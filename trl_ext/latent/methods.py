@@ -18,10 +18,15 @@ class _Presets:
         Raises:
             ValueError: this method has no preset of that name.
         """
+        return cls(**{**cls.preset_fields(name), **changes})
+
+    @classmethod
+    def preset_fields(cls, name: str) -> dict[str, Any]:
+        """The fields that a preset sets."""
         known = {key: values for key, (method, values) in PRESETS.items() if method == cls.__name__}
         if name not in known:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(known)}")
-        return cls(**{**known[name], **changes})
+        return known[name]
 
 
 @dataclass

@@ -1,9 +1,12 @@
 """Rows (question, steps, answer) from a file or a hub dataset, and an account of those that cannot be used."""
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from ..tasks.data import DataError, read_table
 from .data import COLUMNS, LatentDataError
@@ -35,18 +38,33 @@ class Rows:
         lines += [f"  {len(errors):,}: {reason} (first: {errors[0]})" for reason, errors in self.unusable.items()]
         return "\n".join(lines)
 
-    def keep(self, check: Callable[[dict, int, str], Any]) -> None:
-        """Put aside usable rows for which `check(row, index, name)` raises a `LatentDataError`, such as a
-        `LatentTokenizer` for a row that is too long."""
-        rows, self.usable = self.usable, []
-        for index, row in enumerate(rows):
-            self._try(row, lambda row, i=index: check(row, i, self.name) and row)
+    def map(self, make: Callable[[dict, int, str], Any]) -> list:
+        """`make(row, index, name)` of every usable row, such as a `LatentTokenizer`. Rows for which it raises a
+        `LatentDataError` are put aside.
 
-    def _try(self, source: Any, make: Callable[[Any], dict]) -> None:
+        Raises:
+            DataError: none is left.
+        """
+        rows, self.usable, made = self.usable, [], []
+        for index, row in enumerate(tqdm(rows, f"Preparing {self.name}", delay=2)):
+            with self.checking():
+                made.append(make(row, index, self.name))
+                self.usable.append(row)
+        self.need_one()
+        return made
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Counts a `LatentDataError` raised inside."""
         try:
-            self.usable.append(make(source))
+            yield
         except LatentDataError as error:
             self.unusable.setdefault(error.reason, []).append(error)
+
+    def need_one(self) -> None:
+        """Raises a DataError if nothing is usable."""
+        if not self.usable:
+            raise DataError(self.report())
 
 
 def load_rows(
@@ -85,18 +103,17 @@ def load_rows(
     return rows_of(name, table, lambda row, i: make(row, f"dataset {name}, {place(i)}", need_steps))
 
 
-def rows_of(name: str, source: Iterable, make: Callable[[Any, int], dict]) -> Rows:
+def rows_of(name: str, source: Sequence, make: Callable[[Any, int], dict]) -> Rows:
     """`make(entry, index)` of every entry of `source`.
 
     Raises:
         DataError: not one is usable.
     """
-    rows = Rows(name)
-    for index, entry in enumerate(source):
-        rows.read += 1
-        rows._try(entry, lambda entry, i=index: make(entry, i))
-    if not rows.usable:
-        raise DataError(rows.report())
+    rows = Rows(name, read=len(source))
+    for index, entry in enumerate(tqdm(source, f"Reading {name}", delay=2)):
+        with rows.checking():
+            rows.usable.append(make(entry, index))
+    rows.need_one()
     return rows
 
 

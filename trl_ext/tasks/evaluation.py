@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -146,14 +147,17 @@ class AccuracyCallback(TrainerCallback):
 
     Leaves the training's random state alone.
 
+    Args:
+        measure: called with the model; what it returns has an `accuracy`.
+
     Attributes:
-        before: the `Evaluation` at the start.
+        before: what `measure` returned at the start.
         curve: (step, accuracy) pairs.
     """
 
-    def __init__(self, every: int, tokenizer: PreTrainedTokenizerBase, rows: Dataset, **options: Any):
-        self.every, self.tokenizer, self.rows, self.options = every, tokenizer, rows, options
-        self.before: Evaluation | None = None
+    def __init__(self, every: int, measure: Callable[[torch.nn.Module], Any]):
+        self.every, self.measure = every, measure
+        self.before: Any = None
         self.curve: list[tuple[int, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -163,8 +167,8 @@ class AccuracyCallback(TrainerCallback):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self._evaluate(state, model)
 
-    def _evaluate(self, state: Any, model: Any) -> Evaluation:
+    def _evaluate(self, state: Any, model: Any) -> Any:
         with torch.random.fork_rng():
-            result = evaluate(model, self.tokenizer, self.rows, **self.options)
+            result = self.measure(model)
         self.curve.append((state.global_step, result.accuracy))
         return result

@@ -6,14 +6,16 @@ import inspect
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, set_seed
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from patches import fused_lm_head
 
-from . import arithmetic
+from . import arithmetic, equations
 
 
 def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
@@ -21,29 +23,57 @@ def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimi
 
     The name of the folder hashes the settings and the code that makes data and model, so a change of either trains anew.
     """
-    settings = [seed, held_out, steps, delimiter, torch.__version__, inspect.getsource(arithmetic), _train.__doc__]
-    folder = cache / f"tiny-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        _publish(folder, lambda part: _train(part, seed, held_out, steps, delimiter, progress))
-    return str(folder)
+
+    def train(folder: Path) -> None:
+        training, _ = arithmetic.split_problems(held_out, seed)
+        rows = arithmetic.demonstrations(training, 32 * steps, seed, delimiter)
+        tokenizer = arithmetic.character_tokenizer()
+        sft(folder, arithmetic.tiny_config(tokenizer), tokenizer, rows, steps, 32, 4e-3, seed, progress)
+
+    settings = [seed, held_out, steps, delimiter, torch.__version__, inspect.getsource(arithmetic), _RECIPE]
+    return _cached(cache, "tiny", settings, train)
 
 
-def _train(folder: Path, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> None:
-    """SFT: batches of 32, AdamW 4e-3, one cycle, loss on the completion."""
+def tiny_with_steps(cache: Path, *, seed: int, held_out: int, steps: int, progress: bool) -> str:
+    """Folder of the tiny model after `steps` of SFT on equations with all their steps; cached like `tiny_warm_start`."""
+
+    def train(folder: Path) -> None:
+        rows = equations.explicit(equations.split(held_out, seed)[0])
+        tokenizer = equations.tokenizer()
+        sft(folder, equations.config(tokenizer), tokenizer, rows, steps, 64, 3e-3, seed, progress)
+
+    code = [inspect.getsource(equations), inspect.getsource(arithmetic.tiny_config)]
+    settings = [seed, held_out, steps, torch.__version__, *code, _RECIPE]
+    return _cached(cache, "tiny-steps", settings, train)
+
+
+_RECIPE = "AdamW 0.9 0.98, decay 0.01, warm-up of a tenth, cosine, loss on the completion"
+
+
+def sft(
+    folder: Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
+) -> None:
+    """A model from scratch by SFT on `prompt` and `completion`, saved with its tokenizer in `folder`."""
     from trl import SFTConfig, SFTTrainer
 
     fused_lm_head.ensure()
-    training, _ = arithmetic.split_problems(held_out, seed)
-    tokenizer = arithmetic.character_tokenizer()
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(arithmetic.tiny_config(tokenizer))
+    model = AutoModelForCausalLM.from_config(config)
     trainer = SFTTrainer(
         model,
         SFTConfig(
             output_dir=str(folder / "trainer"),
             max_steps=steps,
-            per_device_train_batch_size=32,
-            learning_rate=4e-3,
+            per_device_train_batch_size=batch,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 10,
             weight_decay=0.01,
@@ -58,7 +88,7 @@ def _train(folder: Path, seed: int, held_out: int, steps: int, delimiter: str, p
             gradient_checkpointing=False,
             disable_tqdm=not progress,
         ),
-        train_dataset=arithmetic.demonstrations(training, 32 * steps, seed, delimiter),
+        train_dataset=rows,
         processing_class=tokenizer,
     )
     trainer.train()
@@ -101,7 +131,14 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _publish(folder: Path, make) -> None:
+def _cached(cache: Path, kind: str, settings: list, make: Callable[[Path], None]) -> str:
+    folder = cache / f"{kind}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        _publish(folder, make)
+    return str(folder)
+
+
+def _publish(folder: Path, make: Callable[[Path], None]) -> None:
     """Make in a folder beside the target and move it into place: a killed run leaves nothing that looks finished."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))

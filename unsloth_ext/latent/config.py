@@ -1,6 +1,8 @@
 """How a model thinks in latent tokens, and the modules that this takes."""
 
-from dataclasses import asdict, dataclass, field
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,3 +134,15 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
     if hasattr(backbone, LATENT_MODULE):
         changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), LATENT_MODULE]))
     return changes
+
+
+@contextlib.contextmanager
+def thinking_with(model: nn.Module, **changes: Any) -> Iterator[None]:
+    """Other settings of `LatentConfig` for the block, such as fewer latent tokens or more iterations, to measure them."""
+    backbone = backbone_of(model)
+    kept = backbone.latent_config
+    backbone.latent_config = replace(kept, **changes)
+    try:
+        yield
+    finally:
+        backbone.latent_config = kept

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import remember
+from ..adapter import load_adapter, remember
 from ..hub import load_modules, read_json
 from ..residual import backbone_of
 from .config import LATENT_MODULE, LatentConfig, attach_latent
@@ -63,6 +63,19 @@ def latent_generate(
     return (out, state) if return_state else out
 
 
+def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Tokens of a question, with the special tokens that begin a text and without one that would end it."""
+    ids = tokenizer(question)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, Q) long, padded on the left."""
+    rows = {"input_ids": [question_ids(tokenizer, question) for question in questions]}
+    padded = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+    return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
 class LatentModel:
     """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to answer questions.
 
@@ -104,7 +117,7 @@ class LatentModel:
                 f"trained with {tuple(saved['token_ids'])}"
             )
         if adapter:
-            model = PeftModel.from_pretrained(model, name, is_trainable=True, token=token)
+            model = load_adapter(model, name, is_trainable=True, token=token)
             remember(model, latent=saved)
         elif hasattr(backbone_of(model), LATENT_MODULE):
             load_modules(model, Path(name), (LATENT_MODULE,))
@@ -126,9 +139,8 @@ class LatentModel:
         """
         if isinstance(questions, torch.Tensor):
             return latent_generate(self.model, questions, **kwargs)
-        batch = self.tokenizer(list(questions), return_tensors="pt", padding=True, padding_side="left")
+        batch = {k: v.to(self.model.device) for k, v in question_batch(self.tokenizer, list(questions)).items()}
         kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        ids, mask = (batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
-        out = latent_generate(self.model, ids, mask, **kwargs)
-        prompt = ids.shape[1] + 2 + backbone_of(self.model).latent_config.num_latents
+        out = latent_generate(self.model, **batch, **kwargs)
+        prompt = batch["input_ids"].shape[1] + 2 + backbone_of(self.model).latent_config.num_latents
         return self.tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True)

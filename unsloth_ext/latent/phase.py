@@ -27,12 +27,14 @@ class LatentState:
         cache: keys and values of question, <bot> and latent tokens, length Q + 1 + M.
         attention_mask (B, Q + 1 + M) long.
         latents (B, M, d): the inputs of the last pass.
+        hidden_states (B, M, d): its outputs, the backbone's last, at the latent tokens.
         num_forwards: passes through the model so far.
     """
 
     cache: DynamicCache
     attention_mask: torch.Tensor
     latents: torch.Tensor
+    hidden_states: torch.Tensor
     num_forwards: int
 
     def latent_kv(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -89,18 +91,19 @@ def latent_phase(
         ).last_hidden_state
 
     if config.iterations is None:
-        hidden, inputs = forward(question, input_ids=ids), []
+        hidden, inputs, outputs = forward(question, input_ids=ids), [], []
         for j in range(count):
             inputs.append(intervene(project_latent(backbone, hidden[:, -1:])))
             hidden = forward(question + j + 1, inputs_embeds=inputs[-1])
-        return LatentState(cache, mask, torch.cat(inputs, dim=1), 1 + count)
+            outputs.append(hidden)
+        return LatentState(cache, mask, torch.cat(inputs, dim=1), torch.cat(outputs, dim=1), 1 + count)
 
     embeds = backbone.get_input_embeddings()(ids.new_full((rows, count), latent))
     if config.iterations == 0:
         embeds = intervene(embeds)
         prompt = backbone.get_input_embeddings()(ids)
-        forward(question + count, inputs_embeds=torch.cat([prompt, embeds], dim=1))
-        return LatentState(cache, mask, embeds, 1)
+        hidden = forward(question + count, inputs_embeds=torch.cat([prompt, embeds], dim=1))
+        return LatentState(cache, mask, embeds, hidden[:, -count:], 1)
     ids = torch.cat([ids, ids.new_full((rows, count), latent)], dim=1)
     hidden = forward(question + count, input_ids=ids)
     shift = 1 if config.update == "shifted" else 0
@@ -115,7 +118,7 @@ def latent_phase(
         if config.feedback_residual:
             outputs = outputs + z[:, shift:]
         z = intervene(torch.cat([z[:, :shift], outputs], dim=1))
-    return LatentState(cache, mask, z, 1 + config.iterations)
+    return LatentState(cache, mask, z, hidden, 1 + config.iterations)
 
 
 def project_latent(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

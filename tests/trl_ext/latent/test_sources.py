@@ -106,8 +106,8 @@ def test_size_is_of_rows_read(tmp_path):
 def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
     lines(tmp_path / "a.jsonl", [GOOD, {**GOOD, "question": "1+" * 50}, GOOD])
     rows = load_rows(str(tmp_path / "a.jsonl"))
-    rows.keep(LatentTokenizer(tiny.tokenizer(()), "##", ";", True, max_length=60))
-    assert rows.usable == [GOOD, GOOD] and "2 of 3 rows usable" in rows.report()
+    tokens = rows.map(LatentTokenizer(tiny.tokenizer(()), "##", ";", True, max_length=60))
+    assert len(tokens) == 2 and rows.usable == [GOOD, GOOD] and "2 of 3 rows usable" in rows.report()
     assert "1: more tokens than max_length=60" in rows.report()
 
 

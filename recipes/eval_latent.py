@@ -1,0 +1,152 @@
+"""What a model makes of its latent tokens: accuracy with and without them, what they hold, how close they are to steps.
+
+    python recipes/eval_latent.py --checkpoint runs/kava_tiny/final                          # the embedded task
+    python recipes/eval_latent.py --checkpoint runs/kava_gsm8k/final --dataset openai/gsm8k --dataset_config main
+    python recipes/eval_latent.py --checkpoint runs/codi_tiny/final --num_latents 1 2 4 6 --show 8
+
+Answers are generated, never teacher-forced. Rows of the first table: `on` as trained; `zero`, `shuffle` (another
+question's) and `noise` (same norm) in place of the latent inputs; `off`, plain generation by the same weights, which is the
+teacher writing its steps out. Then accuracy with fewer latent tokens, the words that the LM head reads in them, and a
+picture of their keys and values against the teacher's (`latent.png`). Everything is in `eval.json` too.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from rich.console import Console
+from rich.table import Table
+from trl import TrlParser
+
+from trl_ext.latent.config import LatentArguments
+from trl_ext.latent.data import LatentCollator, LatentTokenizer
+from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answers
+from trl_ext.latent.looks import plot_similarity, probe
+from trl_ext.latent.sources import load_rows
+from trl_ext.tasks import equations
+from unsloth_ext import LatentModel, kv_similarity
+from unsloth_ext.latent.config import thinking_with
+from unsloth_ext.residual import backbone_of
+
+
+@dataclass
+class EvalArguments:
+    """What to evaluate, and how."""
+
+    checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
+    dataset: str = field(
+        default="tiny", metadata={"help": "A hub id or a file as for training; 'tiny' is the embedded task."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
+    split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first so many questions."})
+    latents: list[str] = field(
+        default_factory=lambda: list(LATENTS), metadata={"help": f"Any of: {', '.join(LATENTS)}."}
+    )
+    num_latents: list[int] = field(
+        default_factory=list, metadata={"help": "Numbers of latent tokens to try; by default four up to all."}
+    )
+    answer_prompt: str = field(
+        default=LatentArguments.answer_prompt, metadata={"help": "Text before every answer, as in training."}
+    )
+    step_separator: str = field(
+        default=LatentArguments.step_separator, metadata={"help": "Text after every step, as in training."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, explicit steps included."})
+    batch_size: int = field(default=64, metadata={"help": "Questions answered at once."})
+    show: int = field(default=4, metadata={"help": "Questions whose latent tokens are shown."})
+    seed: int = field(default=0, metadata={"help": "The tiny task's seed (--warm_start_seed of the training)."})
+    held_out: int = field(default=500, metadata={"help": "The tiny task's number of held-out questions."})
+    output: str | None = field(default=None, metadata={"help": "Folder for eval.json, latent.png; default CHECKPOINT."})
+
+
+def rows_of(args: EvalArguments) -> list[dict]:
+    """Rows with `question`, `steps`, `answer`."""
+    if args.dataset == "tiny":
+        args.answer_prompt, args.step_separator = equations.ANSWER_PROMPT, equations.STEP_SEPARATOR
+        args.max_new_tokens = min(args.max_new_tokens, equations.MAX_NEW_TOKENS)
+        return equations.split(args.held_out, args.seed)[1][: args.limit]
+    found = load_rows(args.dataset, split=args.split, config=args.dataset_config, size=args.limit, need_steps=False)
+    print(found.report())
+    return found.usable
+
+
+def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in (first, "accuracy (95% interval)", "forward passes", "ms a question"):
+        table.add_column(heading, justify="left" if heading == first else "right")
+    for name, r in results.items():
+        interval = f"{r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})"
+        table.add_row(name, interval, f"{r.forward_passes:.1f}", f"{r.seconds * 1000:.2f}")
+    return table
+
+
+def main() -> None:
+    (args,) = TrlParser(EvalArguments).parse_args_and_config()
+    unknown = set(args.latents) - set(LATENTS)
+    if unknown:
+        sys.exit(f"--latents {' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
+    rows = rows_of(args)
+    thinker = LatentModel.from_pretrained(args.checkpoint)
+    model, tokenizer = thinker.model, thinker.tokenizer
+    trained = backbone_of(model).latent_config.num_latents
+    fewer = args.num_latents or sorted({max(1, trained * i // 4) for i in range(1, 5)})
+    if not all(1 <= m <= trained for m in fewer):
+        sys.exit(f"--num_latents {' '.join(map(str, fewer))}: the model was trained with {trained}; 1 to {trained}")
+    how = {
+        "answer_prompt": args.answer_prompt,
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": args.batch_size,
+        "progress": True,
+    }
+    console = Console()
+    results = {name: evaluate_answers(model, tokenizer, rows, latents=name, **how) for name in args.latents}
+    console.print(accuracy_table(results, f"{args.checkpoint}: {len(rows)} questions", "latent tokens"))
+    by_number = {}
+    for count in fewer:
+        with thinking_with(model, num_latents=count):
+            by_number[str(count)] = evaluate_answers(model, tokenizer, rows, **how)
+    console.print(accuracy_table(by_number, f"With fewer than the {trained} of training", "number"))
+
+    looked = probe(model, tokenizer, rows, batch_size=args.batch_size)
+    table = Table(
+        title="What the LM head reads in each latent token (likeliest)", title_justify="left", show_lines=True
+    )
+    for heading in ("question", "steps", "latent tokens"):
+        table.add_column(heading)
+    for row, slots in zip(rows[: args.show], looked.tokens, strict=False):
+        table.add_row(row["question"], "; ".join(row["steps"]), " ".join(slot[0].strip() or "␣" for slot in slots))
+    console.print(table)
+    if looked.found is not None:
+        console.print(
+            f"Results of the steps among the three likeliest tokens of some slot: {looked.found:.1%} "
+            f"(of another question's results: {looked.by_chance:.1%})"
+        )
+
+    folder = Path(args.output or (args.checkpoint if Path(args.checkpoint).is_dir() else "."))
+    folder.mkdir(parents=True, exist_ok=True)
+    with_steps = [row for row in rows if row["steps"]][: args.batch_size]
+    if with_steps:
+        tokens = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, True, None)
+        collate = LatentCollator(tokenizer.pad_token_id, backbone_of(model).latent_token_ids[2])
+        batch = collate([tokens(row, i, args.dataset) for i, row in enumerate(with_steps)])
+        names = ("question_ids", "question_mask", "teacher_ids", "trace_mask", "answer_mask")
+        similarity = kv_similarity(model, *(batch[name].to(model.device) for name in names))
+        plot_similarity(folder / "latent.png", similarity, f"{args.checkpoint}: latent against explicit")
+    summary = {
+        "n": len(rows),
+        "latents": {name: r.numbers() for name, r in results.items()},
+        "num_latents": {name: r.numbers() for name, r in by_number.items()},
+        "probe": {"found": looked.found, "by_chance": looked.by_chance},
+    }
+    (folder / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(f"Written: {folder / 'eval.json'}" + (f", {folder / 'latent.png'}" if with_steps else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Which configuration file a recipe reads before its own flags are parsed. Imports nothing that Unsloth must precede."""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+
+def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
+    """The model's name, the configuration file and the other flags.
+
+    The file is what `--config` names, or `folder/<method>_<model>.yaml` for an embedded model (the first of them without
+    any flag) and `folder/<method>_gsm8k.yaml` for any other.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", type=Path)
+    given, others = peek.parse_known_args(argv)
+    config = given.config
+    peek.add_argument("--model_name")
+    name = peek.parse_known_args(others)[0].model_name
+    if name is None and config is not None:
+        name = yaml.safe_load(config.read_text()).get("model_name")
+    name = name or embedded[0]
+    return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others

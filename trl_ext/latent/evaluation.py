@@ -1,0 +1,120 @@
+"""Held-out accuracy of a model that thinks in latent tokens: real generation, counted passes, measured time."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.latent.model import latent_generate, question_batch
+
+from ..tasks.reward import final_answer, same_number
+
+
+LATENTS = ("on", *ABLATIONS, "off")
+
+
+@dataclass
+class LatentEvaluation:
+    """Results over n questions.
+
+    Attributes:
+        accuracy, low, high: share of right answers, with its 95% bootstrap interval.
+        forward_passes: mean over the questions of all passes through the model, the latent ones and one for each token.
+        seconds: wall time a question, at the batch size of the evaluation.
+        right: of each question.
+        completions: what was generated after the latent tokens, or after the question without them.
+    """
+
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    forward_passes: float
+    seconds: float
+    right: list[bool] = field(repr=False)
+    completions: list[str] = field(repr=False)
+
+    def numbers(self) -> dict[str, float]:
+        """Everything that is one number."""
+        return {key: value for key, value in asdict(self).items() if key not in ("right", "completions")}
+
+
+def evaluate_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    *,
+    answer_prompt: str,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    latents: str = "on",
+    progress: bool = False,
+) -> LatentEvaluation:
+    """Answer the `question` of every row greedily and compare the number behind the answer prompt with `answer`.
+
+    Args:
+        latents: `"on"`; an ablation, `"zero"`, `"shuffle"` (another row's) or `"noise"` (same norm), in place of every
+            latent input; `"off"` is plain `generate` after the question: explicit steps from a model that writes them.
+
+    Raises:
+        ValueError: no such way.
+    """
+    if latents not in LATENTS:
+        raise ValueError(f"latents={latents!r}: choose one of {', '.join(LATENTS)}")
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    texts, passes, seconds = [], 0, 0.0
+    training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
+            questions = [row["question"] for row in rows[start : start + batch_size]]
+            inputs = {k: v.to(model.device) for k, v in question_batch(tokenizer, questions).items()}
+            began = time.perf_counter()
+            if latents == "off":
+                with torch.no_grad():
+                    out = model.generate(generation_config=config, **inputs)
+                prompt, before = inputs["input_ids"].shape[1], 0
+            else:
+                intervene = ABLATIONS.get(latents)
+                out, state = latent_generate(
+                    model, intervene=intervene, return_state=True, generation_config=config, **inputs
+                )
+                prompt, before = state.attention_mask.shape[1] + 1, state.num_forwards
+            tokens = out[:, prompt:].cpu()
+            seconds += time.perf_counter() - began
+            ends = (tokens == tokenizer.eos_token_id).int()
+            passes += before * len(questions) + int((ends.cumsum(1) - ends == 0).sum())
+            texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    finally:
+        model.train(training)
+    right = [is_right(text, row["answer"], answer_prompt) for text, row in zip(texts, rows, strict=True)]
+    low, high = bootstrap_interval([right])
+    n = len(rows)
+    return LatentEvaluation(n, sum(right) / n, low, high, passes / n, seconds / n, right, texts)
+
+
+def is_right(completion: str, answer: str, answer_prompt: str) -> bool:
+    """Whether the number behind the answer prompt is `answer`."""
+    found = final_answer(completion, answer_prompt.strip()) if answer_prompt.strip() else completion.strip()
+    return bool(found) and same_number(answer, found)
+
+
+def bootstrap_interval(right: list[list[bool]], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of mean accuracy, resampling seeds (rows of `right`, each its own run) and questions."""
+    table, rng = np.asarray(right, dtype=float), np.random.default_rng(seed)
+    runs, n = table.shape
+    # Resampling n zeros and ones is a binomial draw
+    drawn = rng.integers(runs, size=(resamples, runs))
+    means = (rng.binomial(n, table.mean(1)[drawn]) / n).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

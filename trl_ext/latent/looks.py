@@ -1,0 +1,100 @@
+"""What one can see in latent tokens: the words that the LM head reads, and a picture of their keys and values."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from unsloth_ext.latent.model import question_batch
+from unsloth_ext.latent.phase import latent_phase
+from unsloth_ext.latent.probe import KVSimilarity, probe_latents
+
+
+RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*(?:>>)?\s*$")
+
+
+@dataclass
+class Probe:
+    """What the LM head reads in the latent tokens of n questions.
+
+    Attributes:
+        tokens: of each question and slot the likeliest texts.
+        found, by_chance: share of the results of a question's steps whose first token is among the likeliest of some slot,
+            and the same for the results of another question; None where no step ends in `= number`.
+    """
+
+    tokens: list[list[list[str]]]
+    found: float | None
+    by_chance: float | None
+
+
+@torch.no_grad()
+def probe(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    k: int = 3,
+    batch_size: int = 64,
+) -> Probe:
+    """Decode the latent tokens of every row's question (columns `question`, `steps`)."""
+    tops = []
+    training = model.training
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = question_batch(tokenizer, [row["question"] for row in rows[start : start + batch_size]])
+        state = latent_phase(model, *(batch[key].to(model.device) for key in ("input_ids", "attention_mask")))
+        tops += probe_latents(model, state, k)[0].tolist()
+    model.train(training)
+    seen = [{token for slot in slots for token in slot} for slots in tops]
+    results = [[first_token(tokenizer, found[1]) for s in row["steps"] if (found := RESULT.search(s))] for row in rows]
+    return Probe(
+        [[[tokenizer.decode([token]) for token in slot] for slot in slots] for slots in tops],
+        _share(results, seen),
+        _share(results, seen[1:] + seen[:1]),
+    )
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, number: str) -> int:
+    """The token that a number begins with."""
+    return tokenizer(number, add_special_tokens=False)["input_ids"][0]
+
+
+def _share(results: list[list[int]], seen: list[set[int]]) -> float | None:
+    hits = [result in tokens for row, tokens in zip(results, seen, strict=True) for result in row]
+    return sum(hits) / len(hits) if hits else None
+
+
+def plot_similarity(path: Path, found: KVSimilarity, title: str) -> None:
+    """Cosines of latent and explicit keys and values: by slot and token of the trace, and by layer and slot with what the
+    compression keeps; means over the rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 7), layout="constrained")
+    for column, name in enumerate(("keys", "values")):
+        by_token = _mean(getattr(found, name).mean(0), found.trace_mask[:, None])
+        by_layer = _mean(getattr(found, f"kept_{name}").transpose(0, 1), found.valid[:, None])
+        for axis, image, label, x, y in (
+            (axes[0, column], by_token, f"{name}, mean over layers", "token of the trace", "latent token"),
+            (axes[1, column], by_layer, f"{name} against the kept ones", "latent token", "layer"),
+        ):
+            drawn = axis.imshow(image, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto", interpolation="nearest")
+            axis.set_title(label, loc="left", fontsize=10)
+            axis.set_xlabel(x)
+            axis.set_ylabel(y)
+            axis.locator_params(integer=True)
+            figure.colorbar(drawn, ax=axis, label="cosine")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the rows where the mask is set, NaN (drawn blank) where no row is."""
+    mask = mask.expand_as(values)
+    return (values * mask).sum(0) / mask.sum(0).float().masked_fill(mask.sum(0) == 0, float("nan"))

@@ -1,0 +1,212 @@
+"""What recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py share: flags, data, model, training, and how a run ends."""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from trl import TrlParser
+
+from unsloth_ext.ablations import ABLATIONS
+
+from ..checkpointing import last_complete_checkpoint
+from ..flags import chosen
+from ..report import LATENT_CURVES, CompactProgress, comparison_table, plot_curves, write_summary
+from ..tasks import equations, warm_start
+from ..tasks.evaluation import AccuracyCallback
+from .config import LatentArguments
+from .data import LatentTokenizer
+from .evaluation import evaluate_answers
+from .sources import Rows, load_rows
+from .trainer import LatentTrainer
+
+
+EMBEDDED = ("tiny",)
+
+
+@dataclass
+class ScriptArguments:
+    """What the recipes add to the trainer's configuration."""
+
+    model_name: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
+    preset: str | None = field(default=None, metadata={"help": "Published settings by name (docs/latent.md)."})
+    dataset: str = field(
+        default="tiny",
+        metadata={
+            "help": "A hub id or a .jsonl, .json, .parquet or .txt file: GSM8K-Aug, GSM8K, or question, steps, answer; "
+            "'tiny' is the embedded default's task."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
+    train_size: int | None = field(default=None, metadata={"help": "Read at most this many training rows."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out hub id or file; without one, the last eval_size rows are held out."}
+    )
+    eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the held-out dataset."})
+    eval_size: int = field(default=500, metadata={"help": "Number of held-out questions."})
+    eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
+    eval_batch: int = field(default=250, metadata={"help": "Questions answered at once in evaluation."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Longest answer in evaluation, explicit steps included."}
+    )
+    sft_steps: int = field(
+        default=equations.WARM_START_STEPS, metadata={"help": "Steps of the tiny model's warm start."}
+    )
+    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny model's data and warm start."})
+    lora_r: int = field(default=128, metadata={"help": "Rank of LoRA on all linear layers; 0 trains the whole model."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of LoRA."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
+
+
+def parse(
+    argv: list[str], method: str, config_class: type[LatentArguments], configs: Path
+) -> tuple[ScriptArguments, LatentArguments]:
+    """Flags over the configuration file over the preset that either names."""
+    parser = TrlParser((ScriptArguments, config_class))
+    _, config, others = chosen(argv, configs, method, EMBEDDED)
+    named = [flag for i, flag in enumerate(others) if i and others[i - 1] == "--preset"]
+    preset = named[-1] if named else yaml.safe_load(config.read_text()).get("preset")
+    if preset:
+        parser.set_defaults_with_config(**config_class.preset_fields(preset))
+    return parser.parse_args_and_config(["--config", str(config), *others])
+
+
+def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dict[str, Any]]]:
+    """Training rows and held-out ones, which need no steps; the unusable ones are counted on the screen."""
+    if (script.model_name == "tiny") != (script.dataset == "tiny"):
+        sys.exit(
+            f"--model_name {script.model_name} --dataset {script.dataset}: the tiny model and the tiny task belong together"
+        )
+    if script.dataset == "tiny":
+        train, held_out = equations.split(script.eval_size, script.warm_start_seed)
+        return Rows("tiny", train, len(train)), held_out
+    train = load_rows(script.dataset, config=script.dataset_config, size=script.train_size)
+    if script.eval_dataset:
+        found = load_rows(
+            script.eval_dataset,
+            split="test",
+            config=script.eval_dataset_config,
+            size=script.eval_size,
+            need_steps=False,
+        )
+        console.print(found.report(), markup=False, highlight=False)
+        held_out = found.usable
+        seen = {row["question"] for row in held_out}
+        both = len(train.usable)
+        train.usable = [row for row in train.usable if row["question"] not in seen]
+        if both > len(train.usable):
+            console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
+    else:
+        if len(train.usable) <= script.eval_size:
+            sys.exit(
+                f"dataset {script.dataset} has {len(train.usable)} usable rows; --eval_size {script.eval_size} leaves none "
+                "to train on"
+            )
+        held_out, train.usable = train.usable[-script.eval_size :], train.usable[: -script.eval_size]
+    return train, held_out
+
+
+def load_tokenizer(script: ScriptArguments, args: LatentArguments) -> tuple[str, PreTrainedTokenizerBase]:
+    """Folder or hub id of the base model, taught here if it is the tiny one, and its tokenizer."""
+    name = script.model_name
+    if name == "tiny":
+        name = warm_start.tiny_with_steps(
+            Path(script.cache_dir),
+            seed=script.warm_start_seed,
+            held_out=script.eval_size,
+            steps=script.sft_steps,
+            progress=not args.disable_tqdm,
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = args.pad_token or tokenizer.eos_token
+    return name, tokenizer
+
+
+def run(method: str, config_class: type[LatentArguments], trainer_class: type[LatentTrainer], configs: Path) -> None:
+    """Train by `method` as the command line says; writes `final/`, `summary.json` and `curves.png` into the output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    script, args = parse(sys.argv[1:], method, config_class, configs)
+    if args.world_size > 1 and script.model_name in EMBEDDED:
+        sys.exit(
+            f"--model_name {script.model_name} trains in one process; give a hub id or a folder to accelerate launch"
+        )
+    console, started = Console(quiet=args.process_index > 0), time.time()
+    output = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if resume == "latest":
+        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
+    train, held_out = load_data(script, console)
+    base, tokenizer = load_tokenizer(script, args)
+    tokens = train.map(
+        LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
+    )
+    console.print(train.report(), markup=False, highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+
+    how = {
+        "answer_prompt": args.answer_prompt,
+        "max_new_tokens": script.max_new_tokens,
+        "batch_size": script.eval_batch,
+        "progress": not args.disable_tqdm and args.process_index == 0,
+    }
+    accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_answers(model, tokenizer, held_out, **how))
+    set_seed(args.seed)
+    trainer = trainer_class(
+        base,
+        args,
+        train_dataset=Dataset.from_list(tokens),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=script.lora_r,
+            lora_alpha=script.lora_alpha,
+            lora_dropout=script.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        if script.lora_r
+        else None,
+        callbacks=[accuracy],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(CompactProgress)
+    model = trainer.model
+    explicit = [evaluate_answers(model, tokenizer, held_out, latents="off", **how)]
+
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
+    explicit.append(evaluate_answers(model, tokenizer, held_out, latents="off", **how))
+    trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
+    rows = {
+        "latent tokens": (accuracy.before, after["on"]),
+        **{f"latent tokens: {name}": (None, after[name]) for name in ABLATIONS},
+        "explicit steps": tuple(explicit),
+    }
+    comparison_table(rows, console)
+    curve = [*accuracy.curve, (trainer.state.global_step, after["on"].accuracy)]
+    title = ", ".join(dict.fromkeys([trainer._name, script.model_name, script.dataset]))
+    plot_curves(output / "curves.png", trainer.state.log_history, curve, title, LATENT_CURVES)
+    write_summary(
+        output,
+        method=method,
+        accuracy_before=accuracy.before.accuracy,
+        accuracy_after=after["on"].accuracy,
+        n_eval=after["on"].n,
+        steps=trainer.state.global_step,
+        seconds=round(time.time() - started, 1),
+        results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
+        accuracy_curve=dict(curve),
+        data=train.report(),
+        script=asdict(script),
+    )
+    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")

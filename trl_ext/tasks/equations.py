@@ -1,0 +1,71 @@
+"""Equations with their steps, for latent chain of thought without a hub: `7*3+4-9=` is `7*3=1`, `1+4=5`, `5-9=6`.
+
+Evaluated from left to right, modulo 10. Each operation is a table that a small model learns; their chain is what it cannot
+do in one pass. Two layers that write their steps are right always, without them one time in five.
+"""
+
+import random
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+from . import arithmetic
+
+
+ANSWER_PROMPT = "#"
+STEP_SEPARATOR = ";"
+OPERATIONS = 3
+MAX_NEW_TOKENS = 32
+WARM_START_STEPS = 1000
+TRAINING_ROWS = 40_000
+
+
+def split(held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training, held-out) rows with `question`, `steps`, `answer`; no held-out question is in training."""
+    rng = random.Random(seed)
+    kept: dict[str, dict] = {}
+    while len(kept) < held_out:
+        row = equation(rng)
+        kept[row["question"]] = row
+    train = []
+    while len(train) < TRAINING_ROWS:
+        row = equation(rng)
+        if row["question"] not in kept:
+            train.append(row)
+    return train, list(kept.values())
+
+
+def equation(rng: random.Random) -> dict[str, Any]:
+    """One row."""
+    value = rng.randrange(10)
+    question, steps = str(value), []
+    for _ in range(OPERATIONS):
+        sign = rng.choice("+-*")
+        term = rng.randrange(2 if sign == "*" else 1, 10)
+        after = {"+": value + term, "-": value - term, "*": value * term}[sign] % 10
+        question += f"{sign}{term}"
+        steps.append(f"{value}{sign}{term}={after}")
+        value = after
+    return {"question": f"{question}=", "steps": steps, "answer": str(value)}
+
+
+def explicit(rows: list[dict[str, Any]], steps: bool = True) -> Dataset:
+    """Columns `prompt` and `completion` for plain SFT: steps and answer, or the answer alone."""
+    working = ["".join(step + STEP_SEPARATOR for step in row["steps"]) if steps else "" for row in rows]
+    return Dataset.from_dict(
+        {
+            "prompt": [row["question"] for row in rows],
+            "completion": [f"{w}{ANSWER_PROMPT}{row['answer']}" for w, row in zip(working, rows, strict=True)],
+        }
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    return arithmetic.character_tokenizer()
+
+
+def config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    """Two layers of width 96."""
+    return arithmetic.tiny_config(tokenizer)

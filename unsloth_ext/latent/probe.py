@@ -1,0 +1,93 @@
+"""A look into latent tokens: the words that the LM head reads in them, and how close their KV is to a trace's."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from ..kv.compression import KVScoring
+from ..kv.tap import compressed_trace
+from ..residual import backbone_of
+from .phase import LatentState, latent_phase
+
+
+@torch.no_grad()
+def probe_latents(
+    model: PreTrainedModel | PeftModel, state: LatentState, k: int = 5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that the LM head reads in each latent token's hidden state.
+
+    Returns:
+        ids (B, M, k) long and probabilities (B, M, k) fp32, the likeliest first.
+    """
+    head = model.get_output_embeddings()
+    probabilities = head(state.hidden_states.to(head.weight.dtype)).float().softmax(dim=-1)
+    top = probabilities.topk(k, dim=-1)
+    return top.indices, top.values
+
+
+@dataclass(frozen=True)
+class KVSimilarity:
+    """Cosine similarities of latent tokens' keys and values with those of the teacher's trace, averaged over KV heads.
+
+    Attributes:
+        keys, values (L, B, M, T): with every token of the trace; zero where `trace_mask` is not set.
+        kept_keys, kept_values (L, B, M): slot by slot with what the compression keeps, which is what L_KV pulls together;
+            zero where `valid` is not set.
+        trace_mask (B, T) bool, valid (B, M) bool.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    kept_keys: torch.Tensor
+    kept_values: torch.Tensor
+    trace_mask: torch.Tensor
+    valid: torch.Tensor
+
+
+@torch.no_grad()
+def kv_similarity(
+    model: PreTrainedModel | PeftModel,
+    question_ids: torch.Tensor,
+    question_mask: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    trace_mask: torch.Tensor,
+    answer_mask: torch.Tensor,
+    scoring: KVScoring | None = None,
+) -> KVSimilarity:
+    """Run teacher and latent phase on the same questions and compare their caches.
+
+    Args:
+        question_ids, question_mask (B, Q): left-padded.
+        teacher_ids, trace_mask, answer_mask (B, S): what the teacher reads after it, right-padded; the masks say which of
+            it is trace and which answer.
+        scoring: how the trace is compressed.
+    """
+    backbone = backbone_of(model)
+    width, count = question_ids.shape[1], backbone.latent_config.num_latents
+    teacher_mask = trace_mask.bool() | answer_mask.bool()
+    mask = torch.cat([question_mask.bool(), teacher_mask], dim=1).long()
+    after = (F.pad(x.bool(), (width, 0)) for x in (trace_mask, answer_mask))
+    cache = DynamicCache(config=backbone.config)
+    with compressed_trace(model, *after, count, scoring) as kept:
+        model(
+            input_ids=torch.cat([question_ids, teacher_ids], dim=1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    latent = latent_phase(model, question_ids, question_mask).latent_kv()
+    length = int(trace_mask.any(0).sum())
+    real, valid = trace_mask[:, :length].bool(), kept[0].valid
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in ("keys", "values", "kept_keys", "kept_values")}
+    for ours, layer, chosen in zip(latent, cache.layers, kept, strict=True):
+        for name, mine in zip(("keys", "values"), ours, strict=True):
+            theirs = getattr(layer, name)[:, :, width : width + length]
+            each = F.normalize(mine.float(), dim=-1) @ F.normalize(theirs.float(), dim=-1).transpose(-1, -2)
+            found[name].append(each.mean(1) * real[:, None])
+            slots = F.cosine_similarity(mine.float(), getattr(chosen, name).float(), dim=-1)
+            found[f"kept_{name}"].append(slots.mean(1) * valid)
+    return KVSimilarity(**{name: torch.stack(layers) for name, layers in found.items()}, trace_mask=real, valid=valid)
