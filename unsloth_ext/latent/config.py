@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..residual import backbone_of
+from ..unsloth_decoding import on_unsloth
 
 
 LATENT_MODULE = "latent_projection"
@@ -95,10 +96,15 @@ def attach_latent(
     Attach before PEFT wraps the model. Draws from the global RNG.
 
     Raises:
-        ValueError: the model thinks in latent tokens already.
+        ValueError: the model thinks in latent tokens already, or runs Unsloth's fast forwards.
     """
     config = config or LatentConfig()
     backbone = backbone_of(model)
+    if on_unsloth(model):
+        raise ValueError(
+            "the model runs Unsloth's fast forwards, which cannot go on from latent tokens: load it with "
+            "AutoModelForCausalLM, or give the trainer its name"
+        )
     if hasattr(backbone, "latent_config"):
         raise ValueError(f"{type(model).__name__} has latent tokens already")
     token_ids = add_latent_tokens(tokenizer, config)

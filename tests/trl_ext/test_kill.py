@@ -11,27 +11,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from . import setups
+from .hrpo import setups
 
 
-def start(folder):
+def start(method, folder):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.trl_ext.hrpo.kill_worker", str(folder)],
+        [sys.executable, "-m", f"tests.trl_ext.{method}.kill_worker", str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize("method", ["hrpo", "latent"])
+def test_ten_kills_change_nothing(tmp_path, method):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
         folder.mkdir()
-        setups.base_folder(folder)
-    assert start(alone).wait() == 0
+        if method == "hrpo":
+            setups.base_folder(folder)
+    assert start(method, alone).wait() == 0
     rng, kills, steps = random.Random(7), 0, []
     while kills < 10:
-        worker = start(killed)
+        worker = start(method, killed)
         first = next((line for line in worker.stdout if line.startswith("step")), None)
         assert first is not None, "the worker died by itself"
         steps.append(int(first.split()[1]))
@@ -43,7 +45,7 @@ def test_ten_kills_change_nothing(tmp_path):
         kills += 1
     assert kills == 10, f"the run ended after {kills} kills; started at steps {steps}"
     assert steps == sorted(steps) and steps[-1] > 0
-    assert start(killed).wait() == 0
+    assert start(method, killed).wait() == 0
     expected = load_file(alone / "final" / "adapter_model.safetensors")
     found = load_file(killed / "final" / "adapter_model.safetensors")
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
