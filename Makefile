@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava eval-latent bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava eval-latent bench-latent bench-kv bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -89,6 +89,12 @@ bench-hrpo: $(READY)  ## step time, decode rate and memory against stock TRL and
 
 bench-learning: $(READY)  ## held-out accuracy over seeds: warm start, GRPO, HRPO in each mode
 	@$(RUN) benchmarks/bench_learning.py $(ARGS)
+
+bench-latent: $(READY)  ## held-out accuracy over seeds: SFT with and without steps, pause tokens, CODI, PCCoT, KaVa
+	@$(RUN) benchmarks/bench_latent.py $(ARGS)
+
+bench-kv: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
+	@$(RUN) benchmarks/bench_kv.py $(ARGS)
 
 gpu-check: $(READY)  ## the GPU suite: the real Unsloth path, kernels, timings
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)

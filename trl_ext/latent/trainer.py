@@ -141,7 +141,8 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         loss = sum(weight * value for weight, value in terms.values() if weight)
         for name, (_, value) in terms.items():
             self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
-        return (loss, outputs) if return_outputs else loss
+        # Without cache and hidden states, which evaluation with `compute_metrics` would gather
+        return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
 
     def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor]):
         """One pass over question, trace and answer, and of each layer the KV worth keeping; nothing where no loss asks."""

@@ -101,9 +101,9 @@ def demonstrations(found: list[Problem], count: int, seed: int, delimiter: str) 
     )
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(characters: str = "0123456789+-*/=;#., ()") -> PreTrainedTokenizerFast:
     """One token per character of arithmetic."""
-    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+-*/=;#., ()"]
+    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", *characters]
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()

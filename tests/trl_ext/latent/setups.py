@@ -31,7 +31,7 @@ class Config(LatentArguments, SFTConfig):
     pass
 
 
-def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, **changes):
+def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, dataset=None, **changes):
     settings = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
         "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "answer_prompt": "##",
@@ -42,7 +42,7 @@ def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, **changes)
     return LatentTrainer(
         tiny.model(family, std=0.1) if model is None else model,
         Config(**settings),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows) if dataset is None else dataset,
         eval_dataset=Dataset.from_list(rows[:8]),
         processing_class=tiny.tokenizer(()),
         peft_config=lora,

@@ -1,0 +1,287 @@
+"""Keys and values: scoring inside SDPA against eager attention, redundancy against its T x T form, a step of KAVATrainer
+against SFT, Jacobi against sequential latents, decoding with a compressed cache against a full one. Ratios of one process.
+
+    python benchmarks/bench_kv.py [--repeats 7] [--quick]
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import setups
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.nn import functional as F
+from transformers import DynamicCache
+from trl import SFTConfig, SFTTrainer
+
+import patches
+from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
+from unsloth_ext import CompressedCache, LatentConfig, attach_latent, compressed_trace, latent_phase
+from unsloth_ext.kv.compression import take
+from unsloth_ext.kv.scores import kava_redundancy
+from unsloth_ext.latent.config import thinking_with
+
+
+LENGTHS = (512, 1024, 2048)
+ANSWER = 16
+BUDGET = 24
+WAYS = ("plain", "tap", "eager")
+DEVICE = "cuda" if setups.CUDA else "cpu"
+
+
+# -- scoring the trace ------------------------------------------------------------------------------------------------
+
+
+def prompt(length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, and which of them are trace and which answer: an eighth is question."""
+    ids = torch.randint(2, 2000, (rows, length), device=DEVICE)
+    column = torch.arange(length, device=DEVICE).expand(rows, -1)
+    return ids, (column >= length // 8) & (column < length - ANSWER), column >= length - ANSWER
+
+
+def scored(way: str, model: torch.nn.Module, length: int, rows: int) -> Callable[[], list]:
+    """A forward that ends with each layer's KV of the trace, compressed: `tap` scores inside SDPA, `eager` from the
+    attention maps that transformers returns, `plain` does not score."""
+    ids, trace, answer = prompt(length, rows)
+    span, last = slice(length // 8, length - ANSWER), slice(length - ANSWER, length)
+
+    @torch.no_grad()
+    def tap() -> list:
+        with compressed_trace(model, trace, answer, BUDGET) as kept:
+            model.model(ids, use_cache=False)
+        return kept
+
+    @torch.no_grad()
+    def eager() -> list:
+        cache = DynamicCache(config=model.config)
+        maps = model.model(ids, past_key_values=cache, output_attentions=True).attentions
+        kept = []
+        for attention, layer in zip(maps, cache.layers, strict=True):
+            keys, values = layer.keys[:, :, span], layer.values[:, :, span]
+            paid = attention[:, :, last, span].float().unflatten(1, (keys.shape[1], -1)).amax(2)
+            importance = (paid / paid.sum(-1, keepdim=True)).mean(2)
+            real = trace[:, span]
+            kept.append(take(keys, values, 0.1 * importance + 0.9 * kava_redundancy(keys, real), BUDGET, real))
+        return kept
+
+    @torch.no_grad()
+    def plain() -> list:
+        model.model(ids, use_cache=False)
+        return []
+
+    return {"tap": tap, "eager": eager, "plain": plain}[way]
+
+
+def scoring_model(size: str, way: str) -> torch.nn.Module:
+    model = setups.qwen2(size).eval()
+    model.set_attn_implementation("eager" if way == "eager" else "sdpa")
+    return model
+
+
+def bench_scoring(size: str, rows: int, repeats: int) -> dict:
+    models, found = {way: scoring_model(size, way) for way in WAYS}, {}
+    for length in LENGTHS:
+        times = setups.interleaved({way: scored(way, models[way], length, rows) for way in WAYS}, repeats)
+        peaks = {way: peak(size, way, length, rows) for way in ("none", *WAYS)}
+        above = {way: max(peaks[way] - peaks["none"], 1) for way in WAYS}
+        found[str(length)] = {
+            "time_tap_over_eager": setups.quotient(times["tap"], times["eager"]),
+            "time_tap_over_plain": setups.quotient(times["tap"], times["plain"]),
+            "memory_tap_over_eager": round(above["tap"] / above["eager"], 4),
+            "memory_tap_over_plain": round(above["tap"] / above["plain"], 4),
+            "MiB_above_the_model": {way: round(value / 2**20, 1) for way, value in above.items()},
+        }
+    return found
+
+
+def peak(size: str, way: str, length: int, rows: int) -> int:
+    """Most memory of one such forward: the GPU's allocator, or a process of its own on a CPU. `none` only loads."""
+    if not setups.CUDA:
+        call = [sys.executable, __file__, "--peak", way, "--length", str(length), "--rows", str(rows)]
+        return int(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
+    model = scoring_model(size, way)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    if way != "none":
+        scored(way, model, length, rows)()
+    return setups.peak_memory()
+
+
+# -- redundancy -------------------------------------------------------------------------------------------------------
+
+
+def pairwise_redundancy(keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+    """The same from the matrix of all cosines."""
+    unit = F.normalize(keys.float(), dim=-1) * key_mask[:, None, :, None]
+    cosine = unit @ unit.transpose(-1, -2)
+    cosine.diagonal(dim1=-2, dim2=-1).zero_()
+    mean = cosine.sum(-1) / key_mask.sum(-1)[:, None, None]
+    return (-mean).masked_fill(~key_mask[:, None], float("-inf")).softmax(-1)
+
+
+def bench_redundancy(repeats: int) -> dict:
+    found = {}
+    for length in LENGTHS:
+        keys = torch.randn(8, 8, length, 64, device=DEVICE)
+        mask = torch.ones(8, length, dtype=torch.bool, device=DEVICE)
+        torch.testing.assert_close(kava_redundancy(keys, mask), pairwise_redundancy(keys, mask), atol=1e-6, rtol=1e-4)
+        works = {"sum": lambda: kava_redundancy(keys, mask), "pairs": lambda: pairwise_redundancy(keys, mask)}
+        times = setups.interleaved(works, repeats)
+        found[str(length)] = {"time_over_pairs": setups.quotient(times["sum"], times["pairs"])}
+    return found
+
+
+# -- a training step --------------------------------------------------------------------------------------------------
+
+
+STEPS = [f"<<{i}*{i + 1}={i * (i + 1)}>>" for i in range(11, 23)]
+ROW = {"question": "What is it, all of it, in the end? " * 3, "steps": STEPS, "answer": "484"}
+TRAINERS = {
+    "CODI, M=6": (CODITrainer, CODIConfig, {"num_latents": 6, "projection_dim": 384}),
+    "PCCoT, M=24, T=3": (PCCoTTrainer, PCCoTConfig, {}),
+    "KaVa, M=24, T=3": (KAVATrainer, KAVAConfig, {"projection_dim": 384}),
+}
+
+
+def trainer(name: str, size: str, rows: int):
+    """Of `rows` equal rows; SFT reads question, steps and answer, the same tokens as the teacher."""
+    tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
+    common = {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": rows, "report_to": "none", "bf16": False,
+        "use_cpu": not setups.CUDA, "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    lora = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = setups.qwen2(size)
+    if name == "SFT":
+        text = "".join(step + " " for step in ROW["steps"][:-1]) + "The answer is:" + ROW["answer"]
+        data = Dataset.from_list([{"prompt": ROW["question"], "completion": text}] * rows)
+        made = SFTTrainer(
+            model,
+            SFTConfig(**common, max_length=None),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+    else:
+        cls, config, settings = TRAINERS[name]
+        data = Dataset.from_list([ROW] * rows)
+        made = cls(
+            model, config(**common, **settings), train_dataset=data, processing_class=tokenizer, peft_config=lora
+        )
+    made.create_optimizer()
+    return made, made.data_collator([made.train_dataset[i] for i in range(rows)])
+
+
+def one_step(made, batch: dict) -> None:
+    made.model.train()
+    made.compute_loss(made.model, made._prepare_inputs(dict(batch))).backward()
+    made.optimizer.step()
+    made.optimizer.zero_grad()
+
+
+def bench_steps(size: str, rows: int, repeats: int) -> dict:
+    made = {name: trainer(name, size, rows) for name in ("SFT", *TRAINERS)}
+    tokens = int(made["SFT"][1]["attention_mask"].sum())
+    teacher = made["KaVa, M=24, T=3"][1]
+    assert tokens == int(teacher["question_mask"].sum() + teacher["teacher_mask"].sum()), "the same tokens"
+    times = setups.interleaved({name: lambda m=m: one_step(*m) for name, m in made.items()}, repeats)
+    found: dict = {name: {"time_over_sft": setups.quotient(times[name], times["SFT"])} for name in TRAINERS}
+    return {"tokens_a_row": tokens // rows, **found}
+
+
+# -- latent tokens, and decoding --------------------------------------------------------------------------------------
+
+
+def bench_jacobi(size: str, rows: int, repeats: int) -> dict:
+    model = attach_latent(setups.qwen2(size), setups.tokenizer(2000), LatentConfig(24, 3))
+    ids = torch.randint(2, 2000, (rows, 64), device=DEVICE)
+    mask = torch.ones_like(ids)
+
+    def phase(iterations: int | None, grad: bool) -> None:
+        with thinking_with(model, iterations=iterations), torch.set_grad_enabled(grad):
+            state = latent_phase(model, ids, mask)
+            if grad:
+                state.hidden_states.square().mean().backward()
+
+    works = {
+        f"{way}, {'and backward' if grad else 'forward'}": lambda t=t, g=grad: phase(t, g)
+        for grad in (False, True)
+        for way, t in (("Jacobi T=3", 3), ("sequential", None))
+    }
+    times = setups.interleaved(works, repeats)
+    return {
+        what: {"time_over_sequential": setups.quotient(times[f"Jacobi T=3, {what}"], times[f"sequential, {what}"])}
+        for what in ("forward", "and backward")
+    }
+
+
+def bench_decoding(size: str, rows: int, length: int, repeats: int) -> dict:
+    """Equal numbers of tokens from a full cache (transformers' default) and from R-KV's: 128 keys kept, 128 gathered."""
+    model = setups.qwen2(size).eval()
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, length + 64)
+    ids = torch.randint(2, 2000, (rows, 64), device=DEVICE)
+    held: dict[str, int] = {}
+
+    @torch.no_grad()
+    def decode(name: str) -> None:
+        cache = DynamicCache(config=model.config) if name == "full" else CompressedCache(model, 128, 128)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=length,
+            min_new_tokens=length, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        held[name] = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+    times = setups.interleaved({name: lambda n=name: decode(n) for name in ("full", "R-KV")}, repeats, warm=True)
+    return {
+        "rows": rows,
+        "rate_over_full_cache": setups.quotient(times["full"], times["R-KV"]),
+        "tokens_per_second": {name: round(rows * length / statistics.median(t), 1) for name, t in times.items()},
+        "cache_MiB": {name: round(size / 2**20, 2) for name, size in held.items()},
+        "cache_over_full": round(held["R-KV"] / held["full"], 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=4 if not setups.CUDA else 8)
+    parser.add_argument("--quick", action="store_true", help="256 decoded tokens")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    patches.apply("fused_lm_head")
+    size = "1.5b" if setups.CUDA else "cpu"
+    if options.peak:
+        model = scoring_model(size, options.peak)
+        if options.peak != "none":
+            scored(options.peak, model, options.length, options.rows)()
+        print(setups.peak_memory())
+        return
+    results: dict = {
+        "command": "make bench-kv",
+        "model": f"Qwen2 shape, {sum(p.numel() for p in setups.qwen2(size).parameters()) / 1e6:.0f}M parameters",
+        "rows": options.rows,
+        "repeats": options.repeats,
+    }
+
+    def measured(name: str, value: dict) -> None:
+        """Written at once: a run that is stopped leaves what it has."""
+        print(name, value, flush=True)
+        results[name] = value
+        print(setups.write("bench_kv" if options.quick else "kv", results), flush=True)
+
+    measured("scoring the trace", bench_scoring(size, options.rows, options.repeats))
+    measured("redundancy", bench_redundancy(options.repeats))
+    measured("training step", bench_steps(size, options.rows, options.repeats))
+    measured("latent phase", bench_jacobi(size, options.rows, options.repeats))
+    length = 256 if options.quick else 4096
+    measured(f"decoding {length} tokens", bench_decoding(size, options.rows, length, 1 if options.quick else 3))
+
+
+if __name__ == "__main__":
+    main()

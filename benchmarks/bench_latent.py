@@ -1,0 +1,168 @@
+"""Does it learn? Held-out accuracy over seeds, by real generation: plain SFT with and without steps, pause tokens, CODI,
+PCCoT and KaVa with each choice of keys, from the same warm start with the same number of steps.
+
+    python benchmarks/bench_latent.py [--seeds 0 1 2] [--steps N]
+
+Settings are those of recipes/configs/*_tiny.yaml. Writes benchmarks/results/latent_<device>.json after every run, and the
+table in docs/latent.md at the end. Runs that the file holds already are not repeated (`--fresh` forgets them).
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import setups
+import yaml
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import patches
+from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
+from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers
+from trl_ext.latent.recipe import ScriptArguments
+from trl_ext.report import write_between
+from trl_ext.tasks import equations, warm_start
+from unsloth_ext.ablations import ABLATIONS
+
+
+TERMS = ("ce_student", "ce_teacher", "codi", "kv")
+ROOT = Path(__file__).parents[1]
+TRAINERS = {
+    "codi": (CODITrainer, CODIConfig),
+    "pccot": (PCCoTTrainer, PCCoTConfig),
+    "kava": (KAVATrainer, KAVAConfig),
+}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "SFT without steps": ("sft", {"steps": False}),
+    "SFT with steps": ("sft", {"steps": True}),
+    "pause tokens": ("pccot", {"iterations": 0, "w_teacher": 0.0, "w_codi": 0.0}),
+    "CODI": ("codi", {}),
+    "PCCoT": ("pccot", {}),
+    "KaVa, kava": ("kava", {}),
+    "KaVa, rkv": ("kava", {"kv_scorer": "rkv"}),
+    "KaVa, random": ("kava", {"kv_scorer": "random"}),
+    "KaVa, uniform": ("kava", {"kv_scorer": "uniform"}),
+}
+
+
+def settings(method: str, changes: dict, seed: int, steps: int | None) -> tuple[ScriptArguments, dict]:
+    """Of a recipe's configuration what is the recipe's, and what is the trainer's with this run's changes."""
+    found = yaml.safe_load((ROOT / f"recipes/configs/{method}_tiny.yaml").read_text())
+    names = {f.name for f in dataclasses.fields(ScriptArguments)}
+    script = ScriptArguments(**{k: v for k, v in found.items() if k in names})
+    args = {k: v for k, v in found.items() if k not in names} | changes
+    args |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "save_strategy": "no", "disable_tqdm": True}
+    return script, args | ({"max_steps": steps} if steps else {})
+
+
+def run(variant: str, seed: int, steps: int | None, base: str, train: list[dict], held_out: list[dict]) -> dict:
+    """One training run from the warm start `base`, and what its model answers."""
+    method, changes = VARIANTS[variant]
+    script, args = settings("pccot" if method == "sft" else method, {} if method == "sft" else changes, seed, steps)
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lora = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    common = {"processing_class": tokenizer, "peft_config": lora if script.lora_r else None}
+    if method == "sft":
+        known = {f.name for f in dataclasses.fields(SFTConfig)}
+        config = SFTConfig(
+            **{k: v for k, v in args.items() if k in known}, max_length=None, gradient_checkpointing=False
+        )
+        data = equations.explicit(train, changes["steps"])
+        trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(base), config, train_dataset=data, **common)
+    else:
+        trainer_class, config_class = TRAINERS[method]
+        data = Dataset.from_list(train)
+        trainer = trainer_class(base, config_class(**args), train_dataset=data, **common)
+    start = time.time()
+    trainer.train()
+    seconds = round(time.time() - start, 1)
+    how = {"answer_prompt": args["answer_prompt"], "max_new_tokens": script.max_new_tokens, "batch_size": 250}
+    measured = {}
+    for name in ("off",) if method == "sft" else ("on", *ABLATIONS):
+        found = evaluate_answers(trainer.model, tokenizer, held_out, latents=name, **how)
+        measured[name] = {**found.numbers(), "right": "".join(str(int(x)) for x in found.right)}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    curve = [[entry["step"], *(entry.get(f"loss/{name}") for name in TERMS)] for entry in logged[4::5]]
+    return {"seconds": seconds, "losses": curve, **measured}
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """Markdown: over the seeds the mean with its bootstrap interval, each seed, and what ablated latents leave."""
+    lines = [
+        "| | accuracy (95% interval) | of each seed | zero | shuffle | noise | passes | ms a question | s a run |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, by_seed in results.items():
+        runs = list(by_seed.values())
+        main = [r.get("on") or r["off"] for r in runs]
+        low, high = bootstrap_interval([[c == "1" for c in m["right"]] for m in main])
+        mean = lambda key, found: statistics.mean(f[key] for f in found)  # noqa: E731
+        ablated = [f"{mean('accuracy', [r[a] for r in runs]):.1%}" if "on" in runs[0] else "" for a in ABLATIONS]
+        cells = [
+            name,
+            f"{mean('accuracy', main):.1%} ({low:.1%} to {high:.1%})",
+            ", ".join(f"{m['accuracy']:.0%}" for m in main),
+            *ablated,
+            f"{mean('forward_passes', main):.1f}",
+            f"{mean('seconds', main) * 1000:.2f}",
+            f"{mean('seconds', runs):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def read(path: Path, fresh: bool) -> dict[str, dict[str, dict]]:
+    """Runs that are done already."""
+    return json.loads(path.read_text())["results"] if path.exists() and not fresh else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="other than the configurations'")
+    parser.add_argument("--held_out", type=int, default=500)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--cache", default="runs/cache")
+    parser.add_argument("--fresh", action="store_true")
+    options = parser.parse_args()
+    patches.apply("fused_lm_head")
+    disable_progress_bars()
+    path = setups.RESULTS / f"latent_{setups.device_name()}.json"
+    held = read(path, options.fresh)
+    results: dict[str, dict[str, dict]] = {name: held.get(name, {}) for name in VARIANTS}
+    note = f"{options.held_out} held-out questions of {equations.OPERATIONS} operations"
+    for seed in options.seeds:
+        base = warm_start.tiny_with_steps(
+            Path(options.cache), seed=seed, held_out=options.held_out, steps=equations.WARM_START_STEPS, progress=False
+        )
+        train, held_out = equations.split(options.held_out, seed)
+        for name in options.only:
+            if str(seed) in results[name]:
+                continue
+            results[name][str(seed)] = run(name, seed, options.steps, base, train, held_out)
+            last = results[name][str(seed)]
+            print(
+                f"seed {seed}  {name}: {(last.get('on') or last['off'])['accuracy']:.3f} in {last['seconds']} s",
+                flush=True,
+            )
+            setups.write("latent", {"command": "make bench-latent", "setting": note, "results": results})
+            gc.collect()
+    done = {name: runs for name, runs in results.items() if runs}
+    markdown = table(done)
+    Console().print(markdown, markup=False)
+    seeds = min(len(runs) for runs in done.values())
+    write_between(ROOT / "docs/latent.md", "latent", f"{seeds} seeds, {note}.\n\n{markdown}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What one expects of an SFTTrainer: callbacks, metrics of one's own, pushing, several evaluation sets, iterable data."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers.trainer
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tests import tiny
+from unsloth_ext import LatentConfig, LatentModel, attach_latent, backbone_of
+
+from . import setups
+
+
+def test_compute_metrics_sees_the_answers_logits_and_labels(tmp_path):
+    """Predictions (N, A, V) are the student's; their cross-entropy at the labels is the evaluation's."""
+    seen = {}
+
+    def metrics(prediction) -> dict:
+        seen["shapes"] = prediction.predictions.shape, prediction.label_ids.shape
+        logits, labels = (torch.from_numpy(np.asarray(x)) for x in (prediction.predictions, prediction.label_ids))
+        ce = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100)
+        return {"ce": ce.item()}
+
+    trainer = setups.trainer(tmp_path, per_device_eval_batch_size=8, **setups.CASES["kv"])
+    trainer.compute_metrics = metrics
+    found = trainer.evaluate()
+    (rows, length, _), labels = seen["shapes"]
+    assert rows == 8 and labels == (8, length)
+    assert found["eval_ce"] == pytest.approx(found["eval_loss/ce_student"], abs=1e-5)
+
+
+def test_callbacks_and_several_evaluation_sets(tmp_path):
+    class Count(TrainerCallback):
+        steps = evaluations = 0
+
+        def on_step_end(self, *_, **__):
+            self.steps += 1
+
+        def on_evaluate(self, *_, **__):
+            self.evaluations += 1
+
+    count = Count()
+    trainer = setups.trainer(tmp_path, eval_strategy="steps", eval_steps=2, **setups.CASES["jacobi"])
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset.select(range(4))}
+    trainer.add_callback(count)
+    trainer.train()
+    assert count.steps == 4 and count.evaluations == 4
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_a_loss", "eval_b_loss"} <= logged
+
+
+def test_pushing_uploads_adapter_card_and_no_pickle(tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            uploaded[repo_id] = {file.name for file in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_, **__: Hub())
+    trainer = setups.trainer(tmp_path / "pushed", **setups.CASES["kv"])
+    trainer.train()
+    trainer.push_to_hub()
+    (files,) = uploaded.values()
+    assert list(uploaded) == ["someone/pushed"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"} <= files
+    assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
+
+
+def test_an_iterable_dataset_trains_the_same(tmp_path):
+    """Same rows in the same order: the same losses, bit for bit."""
+    losses = []
+    for iterable in (False, True):
+        rows = Dataset.from_list(setups.ROWS)
+        trainer = setups.trainer(tmp_path, train_sampling_strategy="sequential", **setups.CASES["jacobi"])
+        if iterable:
+            trainer = setups.trainer(tmp_path, dataset=rows.to_iterable_dataset(), **setups.CASES["jacobi"])
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_a_model_with_latent_tokens_keeps_what_it_was_made_with(tmp_path):
+    """The configuration that its weights were trained for wins over the trainer's, and stays after saving."""
+    model, tokenizer = tiny.model(std=0.1), tiny.tokenizer(())
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = model.config._name_or_path = str(tmp_path / "base")
+    attach_latent(model, tokenizer, LatentConfig(num_latents=3, iterations=1, projection_dim=8))
+    trainer = setups.trainer(tmp_path / "out", model=model, num_latents=7, iterations=2)
+    assert backbone_of(trainer.model).latent_config.num_latents == 3
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    loaded = backbone_of(LatentModel.from_pretrained(str(tmp_path / "final")).model).latent_config
+    assert (loaded.num_latents, loaded.iterations, loaded.projection_dim) == (3, 1, 8)
