@@ -106,6 +106,50 @@ def test_codi_losses():
         assert (ours.grad - case[key]).abs().max() <= 1e-5, key
 
 
+def codi_llama():
+    """The official Llama case, its model with the projection, and where each side predicts the answer's first token."""
+    case, config = load("codi_llama_smoothl1_std_f20_tf5")
+    model = model_of(case, "llama", prefix="w.codi.")
+    backbone = backbone_of(model)
+    backbone.latent_config = LatentConfig(case["mid.latent_hidden"].shape[1], None, projection_dim=48)
+    projection = LatentProjection(32, backbone.latent_config)
+    projection.load_state_dict({k[6:].replace("ln.", "4."): v for k, v in case.items() if k.startswith("w.prj.")})
+    backbone.latent_projection = projection.eval()
+    backbone.latent_token_ids = (int(case["in.encoder_input_ids"][0, -1]), -1, int(case["in.decoder_input_ids"][0, 0]))
+    return case, config, model
+
+
+def test_codi_losses_on_llama():
+    """Of the whole ragged batch, from the official logits and selected states: each loss to 1e-6."""
+    case, config, _ = codi_llama()
+    distill = codi_loss(case["mid.student_sel"], case["mid.teacher_sel"]) * config["distill_loss_factor"]
+    ce = cross_entropy(case["out.logits"], case["in.labels"])
+    reference = cross_entropy(case["out.ref_logits"], case["in.ref_labels"])
+    assert abs(ce - case["out.ce_loss"]) <= 1e-6 and abs(reference - case["out.ref_ce_loss"]) <= 1e-6
+    assert abs(distill - case["out.distill_loss"]) <= 4e-6  # 20 times a smaller number
+    assert abs(ce + reference + distill - case["out.loss"]) <= 5e-6
+
+
+def test_codi_is_the_official_code_on_llama():
+    """Latent hidden states, logits and selected states to 1e-5 (fp32), of the row without pads: in the others the official
+    latents attend to pads. On Llama it selects the token after the one that predicts the answer."""
+    case, _, model = codi_llama()
+    (row,) = case["in.encoder_attention_mask"].all(-1).nonzero().flatten().tolist()
+    question, ids = case["in.encoder_input_ids"][row : row + 1, :-1], case["in.decoder_input_ids"][row : row + 1]
+    real = case["in.ref_attention_mask"][row].bool()
+    with torch.no_grad():
+        state = latent_phase(model, question, torch.ones_like(question))
+        student = answer(model, state, ids, torch.ones_like(ids))
+        teacher = model(input_ids=case["in.ref_input_ids"][row : row + 1, real], output_hidden_states=True)
+    assert (state.hidden_states[0] - case["mid.latent_hidden"][row]).abs().max() <= 1e-5
+    assert (student.logits[0] - case["out.logits"][row]).abs().max() <= 1e-5
+    assert (teacher.logits[0] - case["out.ref_logits"][row, real]).abs().max() <= 1e-5
+    found = at(student.hidden_states, case["in.model_answer_position"][row : row + 1])
+    assert (found - case["mid.student_sel"][:, row, None]).abs().max() <= 1e-5
+    found = at(teacher.hidden_states, case["in.ref_answer_position"][row : row + 1])
+    assert (found - case["mid.teacher_sel"][:, row, None]).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("masked", ["", "_masked"])
 @pytest.mark.parametrize(
     "mode, ours", [("none", "none"), ("teacher", "divide_loss"), ("normalize", "normalize_states")]
