@@ -40,7 +40,7 @@ doctor: $(READY)  ## versions found and tested, the backend and why, which patch
 	@$(RUN) -m unsloth_ext.doctor $(ARGS)
 
 test: $(READY)  ## the test suite (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m slow --timeout 3000 $(ARGS)
