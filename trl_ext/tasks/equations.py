@@ -1,4 +1,4 @@
-"""Equations with their steps, for latent chain of thought without a hub: `7*3+4-9=` is `<<7*3=1>><<1+4=5>><<5-9=6>>`.
+"""Equations with their steps, for latent chain of thought without a hub: `7*3+4-9=` is `7*3=1;1+4=5;5-9=6;`.
 
 Evaluated from left to right, modulo 10. Each operation is a table that a small model learns; their chain is what it cannot
 do in one pass. Two layers that write their steps are right always, without them one time in five.
@@ -14,7 +14,7 @@ from . import arithmetic
 
 
 ANSWER_PROMPT = "#"
-STEP_SEPARATOR = ""
+STEP_SEPARATOR = ";"
 OPERATIONS = 3
 MAX_NEW_TOKENS = 32
 WARM_START_STEPS = 1000
@@ -45,7 +45,7 @@ def equation(rng: random.Random) -> dict[str, Any]:
         term = rng.randrange(2 if sign == "*" else 1, 10)
         after = {"+": value + term, "-": value - term, "*": value * term}[sign] % 10
         question += f"{sign}{term}"
-        steps.append(f"<<{value}{sign}{term}={after}>>")
+        steps.append(f"{value}{sign}{term}={after}")
         value = after
     return {"question": f"{question}=", "steps": steps, "answer": str(value)}
 
@@ -63,7 +63,7 @@ def explicit(rows: list[dict[str, Any]], steps: bool = True) -> Dataset:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    return arithmetic.character_tokenizer("0123456789+-*=<>#")
+    return arithmetic.character_tokenizer("0123456789+-*=;#")
 
 
 def config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
