@@ -3,22 +3,29 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import LoraConfig
 from trl import SFTConfig
 
 from .config import LatentArguments
-from .presets import PRESETS
+from .presets import LORA, PRESETS
 from .trainer import LatentTrainer
 
 
 class _Presets:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Any:
-        """A configuration by name, with the learning rate, weight decay, epochs and schedule it was published with.
+        """A configuration by name, with the weights, learning rate, weight decay, epochs, schedule and batch of 128 (on one
+        device) it was published with; `preset_lora()` is what goes with it.
 
         Raises:
             ValueError: this method has no preset of that name.
         """
         return cls(**{**cls.preset_fields(name), **changes})
+
+    @staticmethod
+    def preset_lora() -> LoraConfig:
+        """LoRA of every preset: rank 128, alpha 32, dropout 0.1, on all linear layers."""
+        return LoraConfig(**LORA, task_type="CAUSAL_LM")
 
     @classmethod
     def preset_fields(cls, name: str) -> dict[str, Any]:

@@ -1,6 +1,11 @@
-"""Published settings by name (docs/latent.md says where each comes from): which config they belong to, and its fields."""
+"""Published settings by name (docs/latent.md says where each comes from): which config they belong to, and its fields; and
+the LoRA that all of them were trained with."""
+
+LORA = {"r": 128, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
 _SCHEDULE = {
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 4,  # batches of 128 on one device
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # a share of all steps
     "max_grad_norm": 2.0,

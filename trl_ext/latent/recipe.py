@@ -24,6 +24,7 @@ from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
 from .data import LatentTokenizer
 from .evaluation import evaluate_answers
+from .presets import LORA
 from .sources import Rows, load_rows
 from .trainer import LatentTrainer
 
@@ -60,9 +61,9 @@ class ScriptArguments:
         default=equations.WARM_START_STEPS, metadata={"help": "Steps of the tiny model's warm start."}
     )
     warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny model's data and warm start."})
-    lora_r: int = field(default=128, metadata={"help": "Rank of LoRA on all linear layers; 0 trains the whole model."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of LoRA."})
+    lora_r: int = field(default=LORA["r"], metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
+    lora_alpha: int = field(default=LORA["lora_alpha"], metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=LORA["lora_dropout"], metadata={"help": "Dropout of LoRA."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
 
 
@@ -169,7 +170,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
             r=script.lora_r,
             lora_alpha=script.lora_alpha,
             lora_dropout=script.lora_dropout,
-            target_modules="all-linear",
+            target_modules=LORA["target_modules"],
             task_type="CAUSAL_LM",
         )
         if script.lora_r
