@@ -92,6 +92,9 @@ def run(variant: str, seed: int, steps: int | None, base: str, train: list[dict]
     for name in ("off",) if method == "sft" else ("on", *ABLATIONS):
         found = evaluate_answers(trainer.model, tokenizer, held_out, latents=name, **how)
         measured[name] = {**found.numbers(), "right": "".join(str(int(x)) for x in found.right)}
+    first = next(iter(measured))
+    alone = evaluate_answers(trainer.model, tokenizer, held_out[:ALONE], latents=first, **{**how, "batch_size": 1})
+    measured[first]["seconds_alone"] = alone.seconds
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     curve = [[entry["step"], *(entry.get(f"loss/{name}") for name in TERMS)] for entry in logged[4::5]]
     return {"seconds": seconds, "losses": curve, **measured}
@@ -105,7 +108,8 @@ def table(results: dict[str, dict[str, dict]]) -> str:
         "of each seed",
         *ABLATIONS,
         "passes",
-        "ms a question",
+        "ms in batches",
+        "ms alone",
         "learnt at step",
         "s a run",
     ]
@@ -123,6 +127,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             *ablated,
             f"{mean('forward_passes', main):.1f}",
             f"{mean('seconds', main) * 1000:.2f}",
+            f"{mean('seconds_alone', main) * 1000:.0f}",
             ", ".join(learnt(r["losses"]) for r in runs) if "on" in runs[0] else "",
             f"{mean('seconds', runs):.0f}",
         ]

@@ -78,11 +78,11 @@ def rows_of(args: EvalArguments) -> list[dict]:
 
 def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in (first, "accuracy (95% interval)", "forward passes", "ms a question"):
+    for heading in (first, "accuracy", "95% interval", "passes a question", "ms a question"):
         table.add_column(heading, justify="left" if heading == first else "right")
     for name, r in results.items():
-        interval = f"{r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})"
-        table.add_row(name, interval, f"{r.forward_passes:.1f}", f"{r.seconds * 1000:.2f}")
+        interval = f"{r.low:.1%} to {r.high:.1%}"
+        table.add_row(name, f"{r.accuracy:.1%}", interval, f"{r.forward_passes:.1f}", f"{r.seconds * 1000:.2f}")
     return table
 
 

@@ -47,17 +47,21 @@ def comparison_table(rows: dict[str, tuple[Any, Any]], console: Console) -> None
     """`LatentEvaluation`s before and after training by name; None where there is none."""
     n = next(after.n for _, after in rows.values())
     table = Table(title=f"Held-out questions: {n}", title_justify="left")
-    for heading in ("", "before", "after (95% interval)", "passes", "ms a question"):
+    for heading in ("", "before", "after", "95% interval", "passes", "ms"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, (before, after) in rows.items():
         table.add_row(
             name,
             f"{before.accuracy:.1%}" if before else "",
-            f"{after.accuracy:.1%} ({after.low:.1%} to {after.high:.1%})",
+            f"{after.accuracy:.1%}",
+            f"{after.low:.1%} to {after.high:.1%}",
             f"{after.forward_passes:.1f}",
             f"{after.seconds * 1000:.2f}",
         )
     console.print(table)
+    console.print(
+        "Passes through the model and milliseconds are a question's, after training, all answered in batches."
+    )
 
 
 def write_summary(folder: Path, **values: Any) -> None:
