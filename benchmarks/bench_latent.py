@@ -33,6 +33,7 @@ from trl_ext.tasks import equations, warm_start
 from unsloth_ext.ablations import ABLATIONS
 
 
+ALONE = 50  # questions answered one by one, to see what a single one takes
 TERMS = ("ce_student", "ce_teacher", "codi", "kv")
 ROOT = Path(__file__).parents[1]
 TRAINERS = {
@@ -110,7 +111,6 @@ def table(results: dict[str, dict[str, dict]]) -> str:
         "passes",
         "ms in batches",
         "ms alone",
-        "learnt at step",
         "s a run",
     ]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
@@ -128,16 +128,10 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             f"{mean('forward_passes', main):.1f}",
             f"{mean('seconds', main) * 1000:.2f}",
             f"{mean('seconds_alone', main) * 1000:.0f}",
-            ", ".join(learnt(r["losses"]) for r in runs) if "on" in runs[0] else "",
             f"{mean('seconds', runs):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def learnt(curve: list[list]) -> str:
-    """The first step at which the student's cross-entropy is below 0.1."""
-    return str(next((step for step, ce, *_ in curve if ce < 0.1), "never"))
 
 
 def read(path: Path, fresh: bool) -> dict[str, dict[str, dict]]:
