@@ -1,10 +1,11 @@
 """Keys and values: scoring inside SDPA against eager attention, redundancy against its T x T form, a step of KAVATrainer
 against SFT, Jacobi against sequential latents, decoding with a compressed cache against a full one. Ratios of one process.
 
-    python benchmarks/bench_kv.py [--repeats 7] [--quick]
+    python benchmarks/bench_kv.py [--repeats 7] [--quick] [--only training]
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -251,6 +252,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", type=int, default=4 if not setups.CUDA else 8)
     parser.add_argument("--quick", action="store_true", help="256 decoded tokens")
+    parser.add_argument("--only", help="the part whose name begins so; the file keeps the others")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -269,18 +271,26 @@ def main() -> None:
         "repeats": options.repeats,
     }
 
-    def measured(name: str, value: dict) -> None:
-        """Written at once: a run that is stopped leaves what it has."""
-        print(name, value, flush=True)
-        results[name] = value
-        print(setups.write("bench_kv" if options.quick else "kv", results), flush=True)
-
-    measured("scoring the trace", bench_scoring(size, options.rows, options.repeats))
-    measured("redundancy", bench_redundancy(options.repeats))
-    measured("training step", bench_steps(size, options.rows, options.repeats))
-    measured("latent phase", bench_jacobi(size, options.rows, options.repeats))
     length = 256 if options.quick else 4096
-    measured(f"decoding {length} tokens", bench_decoding(size, options.rows, length, 1 if options.quick else 3))
+    parts: dict[str, Callable[[], dict]] = {
+        "scoring the trace": lambda: bench_scoring(size, options.rows, options.repeats),
+        "redundancy": lambda: bench_redundancy(options.repeats),
+        "training step": lambda: bench_steps(size, options.rows, options.repeats),
+        "latent phase": lambda: bench_jacobi(size, options.rows, options.repeats),
+        f"decoding {length} tokens": lambda: bench_decoding(size, options.rows, length, 1 if options.quick else 3),
+    }
+    name = "bench_kv" if options.quick else "kv"
+    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
+    if options.only and path.exists():
+        kept = json.loads(path.read_text())
+        results |= {part: kept[part] for part in parts if part in kept}
+    for part, measure in parts.items():
+        if options.only and not part.startswith(options.only):
+            continue
+        results[part] = measure()
+        print(part, results[part], flush=True)
+        setups.write(name, results)  # at once: a run that is stopped leaves what it has
+    print(path)
 
 
 if __name__ == "__main__":

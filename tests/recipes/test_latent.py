@@ -65,6 +65,11 @@ def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, ca
     assert Path("out/final/latent.png").stat().st_size > 10_000
 
 
+def test_the_loss_on_held_out_rows_on_request(run, capsys):
+    run("pccot", "--eval_strategy", "steps", "--eval_steps", "1")
+    assert "eval_loss/codi" in capsys.readouterr().out
+
+
 @pytest.fixture
 def files(tmp_path):
     """A base model's folder and rows in a file, some of them unusable."""
@@ -89,7 +94,7 @@ def test_a_model_and_files_of_ones_own(run, files, capsys):
     """What is unusable is counted; held-out rows need no steps; held-out questions leave the training rows."""
     run(
         "kava", "--model_name", "base", "--dataset", "rows.txt", "--eval_dataset", "held.jsonl", "--max_length", "100",
-        "--config", RECIPES / "configs/kava_tiny.yaml",
+        "--config", RECIPES / "configs/kava_tiny.yaml", "--num_latents", "9", "--kv_scorer", "rkv",
     )  # fmt: skip
     summary = json.loads(Path("out/summary.json").read_text())
     assert summary["n_eval"] == 5

@@ -147,9 +147,11 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
     train, held_out = load_data(script, console)
     base, tokenizer = load_tokenizer(script, args)
-    tokens = train.map(
-        LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
-    )
+    tokenize = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
+    datasets = {"train_dataset": Dataset.from_list(train.map(tokenize))}
+    if args.eval_strategy != "no":  # its loss is the teacher's too
+        with_steps = Rows("held-out", [row for row in held_out if row["steps"]])
+        datasets["eval_dataset"] = Dataset.from_list(with_steps.map(tokenize))
     console.print(train.report(), markup=False, highlight=False)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -164,7 +166,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
     trainer = trainer_class(
         base,
         args,
-        train_dataset=Dataset.from_list(tokens),
+        **datasets,
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=script.lora_r,

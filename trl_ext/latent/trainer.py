@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -19,7 +20,7 @@ from patches import fused_lm_head
 from unsloth_ext.adapter import remember
 from unsloth_ext.kv.tap import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, attach_latent, with_latent_modules
-from unsloth_ext.latent.phase import LatentState, latent_phase
+from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import backbone_of, unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
@@ -113,23 +114,27 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         args, mode = self.args, "train" if self.model.training else "eval"
         bare = unwrapped(model)  # these passes come before the one that DDP counts
         with self.accelerator.autocast():
-            teacher, kept = self._teacher(bare, inputs)
-            state = latent_phase(bare, inputs["question_ids"], inputs["question_mask"])
+            question = inputs["question_ids"], inputs["question_mask"]
+            shared = None
+            if question[0].shape[1] > 1 and (args.w_teacher or args.w_codi or args.w_kv):
+                # Teacher and student read the question once; its last token predicts what differs
+                shared = prefill(bare, *(x[:, :-1] for x in question))
+            teacher, kept = self._teacher(bare, inputs, None if shared is None else branch(shared))
+            state = latent_phase(bare, *question, past_key_values=shared)
             latent_kv = state.latent_kv()  # before the answer grows the cache
             outputs = self._student(model, state, inputs)
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
         }
         if teacher is not None:
-            width = inputs["question_ids"].shape[1]
-            labels = torch.cat([torch.full_like(inputs["question_ids"], -100), inputs["teacher_labels"]], dim=1)
+            labels = F.pad(inputs["teacher_labels"], (1, 0), value=-100)
             if args.w_teacher:
                 terms["ce_teacher"] = (args.w_teacher, cross_entropy(teacher.logits, labels, self._all_sum))
             if args.w_codi:
                 first = int(args.codi_skip_embeddings)
                 distance = codi_loss(
                     _at(outputs.hidden_states[first:], inputs["student_at"]),
-                    _at(teacher.hidden_states[first:], inputs["teacher_at"] + width),
+                    _at(teacher.hidden_states[first:], inputs["teacher_at"] + 1),
                     loss=args.codi_loss,
                     std_mode=args.codi_std_mode,
                     std_scope=args.codi_std_scope,
@@ -144,24 +149,27 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         # Without cache and hidden states, which evaluation with `compute_metrics` would gather
         return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
 
-    def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor]):
-        """One pass over question, trace and answer, and of each layer the KV worth keeping; nothing where no loss asks."""
+    def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor], cache: DynamicCache | None):
+        """One pass over the question's last token, trace and answer, and of each layer the KV worth keeping; nothing where
+        no loss asks. The cache holds the question before that token."""
         args = self.args
         if not (args.w_teacher or args.w_codi or args.w_kv):
             return None, None
         mask = torch.cat([inputs["question_mask"], inputs["teacher_mask"]], dim=1)
+        ids = torch.cat([inputs["question_ids"][:, -1:], inputs["teacher_ids"]], dim=1)
         tap: contextlib.AbstractContextManager = contextlib.nullcontext()
         if args.w_kv:
-            none = torch.zeros_like(inputs["question_mask"])
-            spans = (torch.cat([none, inputs[name]], dim=1) for name in ("trace_mask", "answer_mask"))
-            tap = compressed_trace(model, *spans, self._latent.num_latents, args.kv_scoring())
+            keys = F.pad(inputs["trace_mask"], (inputs["question_mask"].shape[1], 0))
+            queries = F.pad(inputs["answer_mask"], (1, 0))
+            tap = compressed_trace(model, keys, queries, self._latent.num_latents, args.kv_scoring())
         with tap as kept:
             out = model(
-                input_ids=torch.cat([inputs["question_ids"], inputs["teacher_ids"]], dim=1),
+                input_ids=ids,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                position_ids=(mask.cumsum(-1) - 1)[:, -ids.shape[1] :],
+                past_key_values=cache,
                 output_hidden_states=bool(args.w_codi),
-                use_cache=False,
+                use_cache=cache is not None,
             )
         return out, kept
 

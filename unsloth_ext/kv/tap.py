@@ -96,8 +96,8 @@ def compressed_trace(
     """Collects, from the one forward run inside, each layer's `CompressedKV` of a trace.
 
     Args:
-        trace_mask (B, T) bool: the tokens to choose from (a chain of thought).
-        query_mask (B, T) bool: the tokens whose queries judge them (the answer).
+        trace_mask (B, S) bool: of all keys, cached ones too, those to choose from (a chain of thought).
+        query_mask (B, T) bool: of the forward's tokens those whose queries judge them (the answer).
         budget: M.
 
     Yields:

@@ -6,6 +6,7 @@ Jacobi (PCCoT): one pass over question, <bot> and M times <latent>; z = prj(h at
 pass over z on the question's cached keys and values, z = [z_1, prj(h)[:-1]]. The answer reads the cache of pass T.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,12 +44,35 @@ class LatentState:
         return [(layer.keys[:, :, -count:], layer.values[:, :, -count:]) for layer in self.cache.layers]
 
 
+def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache:
+    """Keys and values of left-padded tokens (B, P), for `latent_phase` and others to go on from; see `branch`."""
+    backbone = backbone_of(model)
+    cache = DynamicCache(config=backbone.config)
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    backbone(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache
+
+
+def branch(cache: DynamicCache) -> DynamicCache:
+    """A cache that grows by itself from what `cache` holds now; no tensor is copied."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
 def latent_phase(
     model: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     intervene: Intervention | None = None,
     attend_pads: bool = False,
+    past_key_values: DynamicCache | None = None,
 ) -> LatentState:
     """Think about questions, with gradients through every pass where they are enabled.
 
@@ -59,6 +83,7 @@ def latent_phase(
         intervene: applied to the latent inputs (B, M or 1, d) before each pass: ablations.
         attend_pads: let latent tokens attend left pads, as the public code of PCCoT and CODI does. Results then depend on
             the batch; only there to reproduce its numbers.
+        past_key_values: of the first tokens of the questions, fewer than Q (`prefill`); it is grown.
 
     Raises:
         ValueError: gradient checkpointing is on: transformers drops the cache then, and with it the question.
@@ -77,7 +102,9 @@ def latent_phase(
     mask = torch.cat([attention_mask, attention_mask.new_ones(rows, 1 + count)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     question = ids.shape[1]
-    cache = DynamicCache(config=backbone.config)
+    cache = DynamicCache(config=backbone.config) if past_key_values is None else past_key_values
+    done = cache.get_seq_length()
+    ids = ids[:, done:]
 
     def forward(until: int, **inputs: torch.Tensor) -> torch.Tensor:
         length = next(iter(inputs.values())).shape[1]
@@ -107,7 +134,8 @@ def latent_phase(
     ids = torch.cat([ids, ids.new_full((rows, count), latent)], dim=1)
     hidden = forward(question + count, input_ids=ids)
     shift = 1 if config.update == "shifted" else 0
-    outputs = project_latent(backbone, hidden[:, question - shift : question + count - shift])
+    first = question - done - shift
+    outputs = project_latent(backbone, hidden[:, first : first + count])
     z = intervene(outputs + embeds if config.feedback_residual else outputs)
     for t in range(config.iterations):
         cache.crop(-count)  # back to the question

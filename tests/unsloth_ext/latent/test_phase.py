@@ -7,7 +7,7 @@ from tests import tiny
 from tests.golden.load import load, model_of
 from unsloth_ext import backbone_of
 from unsloth_ext.latent.config import LatentConfig, attach_latent
-from unsloth_ext.latent.phase import latent_phase
+from unsloth_ext.latent.phase import branch, latent_phase, prefill
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
@@ -99,6 +99,23 @@ def test_batch_equals_single_and_pad_values_never_matter(family, iterations):
             real = mask[row].bool()
             alone = logits(ids[row : row + 1, real], mask[row : row + 1, real])
             assert (together[row] - alone[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("iterations", [None, 0, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_cache_of_the_question_it_is_the_same(family, iterations):
+    """KV and latents to 1e-5 (fp32), and two branches of one cache do not see each other."""
+    model = make(family, iterations=iterations)
+    ids, mask = questions()
+    with torch.no_grad():
+        whole = latent_phase(model, ids, mask)
+        shared = prefill(model, ids[:, :-1], mask[:, :-1])
+        for _ in range(2):
+            state = latent_phase(model, ids, mask, past_key_values=branch(shared))
+            assert shared.get_seq_length() == ids.shape[1] - 1
+            assert (state.latents - whole.latents).abs().max() <= 1e-5
+            for ours, theirs in zip(state.latent_kv(), whole.latent_kv(), strict=True):
+                assert all((a - b).abs().max() <= 1e-5 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_t_0_is_pause_tokens():
