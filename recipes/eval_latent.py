@@ -78,8 +78,8 @@ def rows_of(args: EvalArguments) -> list[dict]:
 
 def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in (first, "accuracy", "95% interval", "passes a question", "ms a question"):
-        table.add_column(heading, justify="left" if heading == first else "right")
+    for heading in (first, "accuracy", "95% interval", "passes", "ms"):
+        table.add_column(heading, justify="left" if heading == first else "right", no_wrap=True)
     for name, r in results.items():
         interval = f"{r.low:.1%} to {r.high:.1%}"
         table.add_row(name, f"{r.accuracy:.1%}", interval, f"{r.forward_passes:.1f}", f"{r.seconds * 1000:.2f}")
@@ -112,8 +112,9 @@ def main() -> None:
         with thinking_with(model, num_latents=count):
             by_number[str(count)] = evaluate_answers(model, tokenizer, rows, **how)
     console.print(accuracy_table(by_number, f"With fewer than the {trained} of training", "number"))
+    console.print("Passes through the model and milliseconds are a question's, answered in batches.")
 
-    looked = probe(model, tokenizer, rows, batch_size=args.batch_size)
+    looked = probe(model, tokenizer, rows, k=1, batch_size=args.batch_size)
     table = Table(
         title="What the LM head reads in each latent token (likeliest)", title_justify="left", show_lines=True
     )
@@ -124,7 +125,7 @@ def main() -> None:
     console.print(table)
     if looked.found is not None:
         console.print(
-            f"Results of the steps among the three likeliest tokens of some slot: {looked.found:.1%} "
+            f"Results of the steps that some latent token reads as: {looked.found:.1%} "
             f"(of another question's results: {looked.by_chance:.1%})"
         )
 
