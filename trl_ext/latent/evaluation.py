@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from unsloth_ext.ablations import ABLATIONS
 from unsloth_ext.latent.model import latent_generate, question_batch
+from unsloth_ext.mode import evaluating
 
 from ..tasks.reward import final_answer, same_number
 
@@ -73,9 +74,7 @@ def evaluate_answers(
         eos_token_id=tokenizer.eos_token_id,
     )
     texts, passes, seconds = [], 0, 0.0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
             questions = [row["question"] for row in rows[start : start + batch_size]]
             inputs = {k: v.to(model.device) for k, v in question_batch(tokenizer, questions).items()}
@@ -95,8 +94,6 @@ def evaluate_answers(
             ends = (tokens == tokenizer.eos_token_id).int()
             passes += before * len(questions) + int((ends.cumsum(1) - ends == 0).sum())
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    finally:
-        model.train(training)
     right = [is_right(text, row["answer"], answer_prompt) for text, row in zip(texts, rows, strict=True)]
     low, high = bootstrap_interval([right])
     n = len(rows)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth_ext.latent.model import question_batch
 from unsloth_ext.latent.phase import latent_phase
 from unsloth_ext.latent.probe import KVSimilarity, probe_latents
+from unsloth_ext.mode import evaluating
 
 
 RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*(?:>>)?\s*$")
@@ -41,13 +42,11 @@ def probe(
 ) -> Probe:
     """Decode the latent tokens of every row's question (columns `question`, `steps`)."""
     tops = []
-    training = model.training
-    model.eval()
-    for start in range(0, len(rows), batch_size):
-        batch = question_batch(tokenizer, [row["question"] for row in rows[start : start + batch_size]])
-        state = latent_phase(model, *(batch[key].to(model.device) for key in ("input_ids", "attention_mask")))
-        tops += probe_latents(model, state, k)[0].tolist()
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            batch = question_batch(tokenizer, [row["question"] for row in rows[start : start + batch_size]])
+            state = latent_phase(model, *(batch[key].to(model.device) for key in ("input_ids", "attention_mask")))
+            tops += probe_latents(model, state, k)[0].tolist()
     seen = [{token for slot in slots for token in slot} for slots in tops]
     results = [[first_token(tokenizer, found[1]) for s in row["steps"] if (found := RESULT.search(s))] for row in rows]
     return Probe(

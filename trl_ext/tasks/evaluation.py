@@ -1,6 +1,5 @@
 """Held-out accuracy by hybrid or plain decoding."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.decoding import hybrid_generate
 from unsloth_ext.delimiter import DelimiterMatcher
+from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import has_thinking
 
 from .reward import final_answer, make_reward
@@ -88,7 +88,7 @@ def evaluate(
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
     )
     texts, tokens, thought = [], 0, 0
-    with _evaluating(model):
+    with evaluating(model):
         batches = range(0, len(rows), batch_size)
         for start in tqdm(batches, "Evaluating", leave=False, disable=not progress):
             inputs = _tokenize(tokenizer, rows[start : start + batch_size]["prompt"]).to(model.device)
@@ -129,17 +129,6 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
         prompts = [apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
     return tokenizer(list(prompts), add_special_tokens=not chat, **options)
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module):
-    """Evaluation mode for the block."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
 
 
 class AccuracyCallback(TrainerCallback):

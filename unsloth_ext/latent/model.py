@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..adapter import load_adapter, remember
 from ..hub import load_modules, read_json
+from ..mode import evaluating
 from ..residual import backbone_of
 from .config import LATENT_MODULE, LatentConfig, attach_latent
 from .phase import Intervention, latent_phase
@@ -46,20 +47,15 @@ def latent_generate(
         attention_mask = torch.ones_like(input_ids)
     backbone = backbone_of(model)
     bot, latent, eot = backbone.latent_token_ids
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            state = latent_phase(model, input_ids, attention_mask, intervene)
-            thought = torch.tensor([bot, *[latent] * backbone.latent_config.num_latents, eot], device=input_ids.device)
-            ids = torch.cat([input_ids, thought.expand(len(input_ids), -1)], dim=1)
-            mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
-            if num_return_sequences > 1:
-                ids, mask = (x.repeat_interleave(num_return_sequences, dim=0) for x in (ids, mask))
-                state.cache.batch_repeat_interleave(num_return_sequences)
-            out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=state.cache, **generate_kwargs)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        state = latent_phase(model, input_ids, attention_mask, intervene)
+        thought = torch.tensor([bot, *[latent] * backbone.latent_config.num_latents, eot], device=input_ids.device)
+        ids = torch.cat([input_ids, thought.expand(len(input_ids), -1)], dim=1)
+        mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
+        if num_return_sequences > 1:
+            ids, mask = (x.repeat_interleave(num_return_sequences, dim=0) for x in (ids, mask))
+            state.cache.batch_repeat_interleave(num_return_sequences)
+        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=state.cache, **generate_kwargs)
     return (out, state) if return_state else out
 
 
