@@ -19,7 +19,6 @@ from pathlib import Path
 import setups
 import yaml
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -41,9 +40,7 @@ TRAINERS = {
     "pccot": (PCCoTTrainer, PCCoTConfig),
     "kava": (KAVATrainer, KAVAConfig),
 }
-FEWER = (
-    9  # latent tokens where the scorers have something to choose: the trace has 12, rkv needs more than its window of 8
-)
+FEWER = 9  # latent tokens where scorers have a choice: the trace has 12, rkv needs more than its window of 8
 SCORERS = ("kava", "rkv", "random", "uniform")
 VARIANTS: dict[str, tuple[str, dict]] = {
     "SFT without steps": ("sft", {"steps": False}),
@@ -72,8 +69,7 @@ def run(variant: str, seed: int, steps: int | None, base: str, train: list[dict]
     script, args = settings("pccot" if method == "sft" else method, {} if method == "sft" else changes, seed, steps)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    lora = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    common = {"processing_class": tokenizer, "peft_config": lora if script.lora_r else None}
+    common = {"processing_class": tokenizer, "peft_config": script.lora()}
     if method == "sft":
         known = {f.name for f in dataclasses.fields(SFTConfig)}
         config = SFTConfig(
@@ -134,9 +130,9 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path, fresh: bool) -> dict[str, dict[str, dict]]:
-    """Runs that are done already."""
-    return json.loads(path.read_text())["results"] if path.exists() and not fresh else {}
+def read(path: Path) -> dict[str, dict[str, dict]]:
+    """Runs that are done already, also by another process that works on other seeds."""
+    return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
 def main() -> None:
@@ -151,8 +147,8 @@ def main() -> None:
     patches.apply("fused_lm_head")
     disable_progress_bars()
     path = setups.RESULTS / f"latent_{setups.device_name()}.json"
-    held = read(path, options.fresh)
-    results: dict[str, dict[str, dict]] = {name: held.get(name, {}) for name in VARIANTS}
+    if options.fresh:
+        path.unlink(missing_ok=True)
     note = f"{options.held_out} held-out questions of {equations.OPERATIONS} operations"
     for seed in options.seeds:
         base = warm_start.tiny_with_steps(
@@ -160,17 +156,17 @@ def main() -> None:
         )
         train, held_out = equations.split(options.held_out, seed)
         for name in options.only:
-            if str(seed) in results[name]:
+            if str(seed) in read(path).get(name, {}):
                 continue
-            results[name][str(seed)] = run(name, seed, options.steps, base, train, held_out)
-            last = results[name][str(seed)]
-            print(
-                f"seed {seed}  {name}: {(last.get('on') or last['off'])['accuracy']:.3f} in {last['seconds']} s",
-                flush=True,
-            )
+            last = run(name, seed, options.steps, base, train, held_out)
+            accuracy = (last.get("on") or last["off"])["accuracy"]
+            print(f"seed {seed}  {name}: {accuracy:.3f} in {last['seconds']} s", flush=True)
+            results = read(path)
+            results.setdefault(name, {})[str(seed)] = last
             setups.write("latent", {"command": "make bench-latent", "setting": note, "results": results})
             gc.collect()
-    done = {name: runs for name, runs in results.items() if runs}
+    found = read(path)
+    done = {name: found[name] for name in VARIANTS if name in found}
     markdown = table(done)
     Console().print(markdown, markup=False)
     seeds = min(len(runs) for runs in done.values())

@@ -66,6 +66,13 @@ class ScriptArguments:
     lora_dropout: float = field(default=LORA["lora_dropout"], metadata={"help": "Dropout of LoRA."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
 
+    def lora(self) -> LoraConfig | None:
+        """LoRA as asked for, on all linear layers."""
+        if not self.lora_r:
+            return None
+        settings = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        return LoraConfig(**{**LORA, **settings}, task_type="CAUSAL_LM")
+
 
 def parse(
     argv: list[str], method: str, config_class: type[LatentArguments], configs: Path
@@ -127,8 +134,6 @@ def load_tokenizer(script: ScriptArguments, args: LatentArguments) -> tuple[str,
             progress=not args.disable_tqdm,
         )
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = args.pad_token or tokenizer.eos_token
     return name, tokenizer
 
 
@@ -168,15 +173,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         args,
         **datasets,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=script.lora_r,
-            lora_alpha=script.lora_alpha,
-            lora_dropout=script.lora_dropout,
-            target_modules=LORA["target_modules"],
-            task_type="CAUSAL_LM",
-        )
-        if script.lora_r
-        else None,
+        peft_config=script.lora(),
         callbacks=[accuracy],
     )
     trainer.remove_callback(ProgressCallback)
