@@ -1,5 +1,6 @@
-"""Does HRPO work on this GPU? Short runs of both backends in bf16, fp32 and 4-bit: rollout and training agree, every part
-learns, the patched functions are the live ones. Ends with a table and `results/gpu_check_<device>.json`.
+"""Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without. HRPO: rollout and
+training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. Ends with a
+table and `results/gpu_check_<device>.json`.
 
     python benchmarks/gpu_check.py [--rehearse]
 
@@ -52,10 +53,14 @@ def backend(name: str, rehearse: bool) -> dict:
         base.get_input_embeddings().weight[0] = 0  # and pad is never sampled, which Unsloth would take for padding
     base.save_pretrained(folder)
     setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
+    import gpu_latent
+
     report = {}
     for precision in ["float32"] if rehearse else PRECISIONS:
         for source, mode in MODES:
             report[f"{precision} {source} {mode}"] = train(folder, name, precision, source, mode)
+        for method in gpu_latent.METHODS:
+            report[f"{precision} {method}"] = gpu_latent.train(folder, method, precision)
     report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]
     return report
 
@@ -111,7 +116,7 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     parts = [*LEARNS, *(["thinking_projection"] if source == "projection" else [])]
     result = {
-        "ratio_deviation": max(entry["thinking/ratio_deviation"] for entry in steps),
+        "deviation": max(entry["thinking/ratio_deviation"] for entry in steps),
         "bound": PRECISIONS[precision],
         "finite": all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in steps),
         "not_learning": [part for part in parts if not any(part in n for n in moved)],
@@ -119,7 +124,7 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
         "trainer": f"{HRPOTrainer.__mro__[1].__name__}",
         "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
     }
-    result["passed"] = result["finite"] and not result["not_learning"] and result["ratio_deviation"] <= result["bound"]
+    result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
     return result
 
 
@@ -148,8 +153,8 @@ def main() -> int:
             if isinstance(result, dict) and "passed" in result:
                 passed &= result["passed"]
                 verdict = "ok" if result["passed"] else f"FAILED {result['not_learning'] or ''}"
-                deviation, seconds = result["ratio_deviation"], result["seconds_per_step"]
-                print(f"{name:8} {case:36} ratio off by {deviation:.1e}, {seconds:.2f} s/step  {verdict}")
+                deviation, seconds = result["deviation"], result["seconds_per_step"]
+                print(f"{name:8} {case:36} off by {deviation:.1e}, {seconds:.2f} s/step  {verdict}")
     if not options.rehearse:
         print(setups.write("gpu_check", {"command": "make gpu-check", **found}))
     return int(not passed)

@@ -1,8 +1,6 @@
 """`FastThinkingModel`: load, wrap, save, merge. Unsloth where it can run, transformers + PEFT otherwise."""
 
 import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ import patches
 
 from .adapter import THINKING_MODULES, ThinkingLoraConfig, load_adapter, remember_thinking
 from .backend import unsloth_can_run
-from .hub import load_modules, read_json
+from .hub import load_full, load_modules, read_json
 from .residual import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
 
 
@@ -97,8 +95,8 @@ class FastThinkingModel:
             if missing:
                 attach_thinking(model, thinking)
             remember_thinking(model, backbone_of(model).thinking_config)
-        elif saved and os.path.isdir(model_name):
-            load_modules(model, Path(model_name), THINKING_MODULES)
+        elif saved:
+            load_modules(model, model_name, THINKING_MODULES, token)
         return model, tokenizer
 
     @staticmethod
@@ -181,7 +179,8 @@ def _load_transformers(
         )
     if device_map is None and torch.cuda.is_available():
         device_map = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **common, **kwargs)
+    load = load_full if hasattr(config, "thinking") else AutoModelForCausalLM.from_pretrained
+    model = load(name, dtype=dtype, device_map=device_map, **common, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **common)
     return model, tokenizer
 

@@ -17,7 +17,7 @@ from .hrpo import setups
 def start(method, folder):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", f"tests.trl_ext.{method}.kill_worker", str(folder)],
+        [sys.executable, "-m", "tests.trl_ext.kill_worker", method, str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
     )  # fmt: skip
 

@@ -28,9 +28,26 @@ def refusal() -> str:
     return ""
 
 
+def no_names() -> str:
+    try:
+        setups.trainer(tempfile.mkdtemp(), model="some/model")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     trainer = setups.trainer(tempfile.mkdtemp(), family="qwen2", **setups.CASES["kv"])
-    trainer.train()
+    trained = setups.trained(trainer)
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
     losses = {name: value for name, value in first.items() if name.startswith("loss")}
-    print(json.dumps({"parent": trl.SFTTrainer.__name__, "losses": losses, "refusal": refusal()}))
+    print(
+        json.dumps(
+            {
+                "parent": trl.SFTTrainer.__name__,
+                "losses": losses,
+                "trained": trained,
+                "refusals": [refusal(), no_names()],
+            }
+        )
+    )

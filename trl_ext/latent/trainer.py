@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, set_seed
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -48,6 +49,12 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             raise ValueError("data_collator: the rows of teacher and student have one of their own")
         if not isinstance(args, LatentArguments):
             raise ValueError(f"args is a {type(args).__name__}; latent distillation needs one of its own configs")
+        on_unsloths = SFTTrainer.__name__ != "SFTTrainer"
+        if isinstance(model, str) and on_unsloths:
+            raise ValueError(
+                f"model={model!r}: Unsloth's trainer, which is live since Unsloth was imported, takes no names; load the "
+                "model with AutoModelForCausalLM"
+            )
         fused_lm_head.ensure()
         tokenizer = keywords.get("processing_class")
         if tokenizer is None:
@@ -80,6 +87,9 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
                     "pass the bare model with peft_config"
                 )
             prepare(model)
+            if given is not None and on_unsloths:  # whose trainer would ignore it
+                set_seed(args.seed)
+                model, keywords["peft_config"] = get_peft_model(model, given), None
         collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, config)[2])
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length

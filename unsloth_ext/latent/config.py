@@ -103,7 +103,7 @@ def attach_latent(
     if on_unsloth(model):
         raise ValueError(
             "the model runs Unsloth's fast forwards, which cannot go on from latent tokens: load it with "
-            "AutoModelForCausalLM, or give the trainer its name"
+            "AutoModelForCausalLM"
         )
     if hasattr(backbone, "latent_config"):
         raise ValueError(f"{type(model).__name__} has latent tokens already")

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter import load_adapter, remember
-from ..hub import load_modules, read_json
+from ..hub import load_full, load_modules, read_json
 from ..mode import evaluating
 from ..residual import backbone_of
 from .config import LATENT_MODULE, LatentConfig, attach_latent
@@ -99,7 +99,9 @@ class LatentModel:
         adapter = read_json(name, "adapter_config.json", token)
         base = adapter["base_model_name_or_path"] if adapter else name
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
-        model = AutoModelForCausalLM.from_pretrained(base, token=token, **kwargs)
+        full = not adapter and "latent" in (read_json(name, "config.json", token) or {})
+        load = load_full if full else AutoModelForCausalLM.from_pretrained
+        model = load(base, token=token, **kwargs)
         saved = adapter.get("latent") if adapter else getattr(model.config, "latent", None)
         if not saved:
             raise ValueError(
@@ -116,7 +118,7 @@ class LatentModel:
             model = load_adapter(model, name, is_trainable=True, token=token)
             remember(model, latent=saved)
         elif hasattr(backbone_of(model), LATENT_MODULE):
-            load_modules(model, Path(name), (LATENT_MODULE,))
+            load_modules(model, name, (LATENT_MODULE,), token)
         return cls(model.eval(), tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:

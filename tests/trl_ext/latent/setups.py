@@ -47,3 +47,10 @@ def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, dataset=No
         processing_class=tiny.tokenizer(()),
         peft_config=lora,
     )
+
+
+def trained(trainer) -> list[str]:
+    """Names of the parameters that training moves."""
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    return sorted(n for n, p in trainer.model.named_parameters() if n in before and not torch.equal(p, before[n]))

@@ -98,6 +98,7 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, family, peft):
         cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "UNEXPECTED" not in done.stdout + done.stderr
     assert done.stdout.strip("\n").split("\n")[-1] == "|".join(wanted)
 
 

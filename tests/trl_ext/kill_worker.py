@@ -1,6 +1,6 @@
 """A run that saves at every step and resumes from the newest whole checkpoint, for test_kill.py to kill.
 
-python -m tests.trl_ext.latent.kill_worker FOLDER
+python -m tests.trl_ext.kill_worker hrpo|latent FOLDER
 """
 
 import sys
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from tests.trl_ext.latent import setups
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.latent import setups as latent
 from trl_ext.checkpointing import last_complete_checkpoint
 
 
@@ -19,12 +20,15 @@ class Announce(TrainerCallback):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    method, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    trainer = setups.trainer(
-        folder / "out", save_strategy="steps", save_steps=1, save_total_limit=2, max_steps=40,
-        lr_scheduler_type="cosine", projection_dropout=0.1, **setups.CASES["kv"],
-    )  # fmt: skip
+    saving = {
+        "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 40, "lr_scheduler_type": "cosine",
+    }  # fmt: skip
+    if method == "hrpo":
+        trainer = hrpo.hrpo(folder, **saving, num_iterations=2, beta=0.02)
+    else:
+        trainer = latent.trainer(folder / "out", **saving, projection_dropout=0.1, **latent.CASES["kv"])
     trainer.add_callback(Announce())
     found = last_complete_checkpoint(folder / "out")
     trainer.train(resume_from_checkpoint=None if found is None else str(found))

@@ -1,0 +1,83 @@
+"""What gpu_check.py asks of the latent trainers: finite losses, every part learns, a question alone is as in a batch."""
+
+import math
+import tempfile
+
+import setups
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import trl_ext
+from unsloth_ext import latent_phase
+from unsloth_ext.latent.model import question_batch
+
+
+METHODS = ("CODI", "PCCoT", "KAVA")
+# Root mean square deviation of latent hidden states, over that of the states: rows in a padded batch and by themselves.
+# States of the wrong rows are off by 1.4; in bf16 the random weights carry rounding from one latent token to the next
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.7, "4bit": 0.7}
+STEPS = 3
+
+
+def train(folder: str, method: str, precision: str) -> dict:
+    """A few steps; what they say about agreement and learning."""
+    loading: dict = {"dtype": "float32" if precision == "float32" else "bfloat16"}
+    if precision == "4bit":
+        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    args = getattr(trl_ext, f"{method}Config")(
+        output_dir=tempfile.mkdtemp(),
+        num_latents=6,
+        projection_dim=None if method == "PCCoT" else 64,
+        answer_prompt=" so ",
+        per_device_train_batch_size=8,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        logging_steps=1,
+        bf16=precision != "float32",
+        use_cpu=not setups.CUDA,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [
+        {"question": "What is 12 plus 7? " * (1 + i % 3), "steps": ["12+7=19"] * (1 + i % 4), "answer": str(19 + i)}
+        for i in range(24)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cuda" if setups.CUDA else "cpu", **loading)
+    trainer = getattr(trl_ext, f"{method}Trainer")(
+        model,
+        args,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    seconds = setups.seconds(trainer.train) / STEPS
+    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    parts = ["lora_", "trainable_tokens", *(["latent_projection"] if args.projection_dim else [])]
+    result = {
+        "deviation": batch_deviation(trainer, [row["question"] for row in rows[:3]]),
+        "bound": BOUNDS[precision],
+        "finite": all(math.isfinite(value) for entry in steps for value in (entry["loss"], entry["grad_norm"])),
+        "not_learning": [part for part in parts if not any(part in n for n in moved)],
+        "trainer": trl.SFTTrainer.__name__,
+        "seconds_per_step": round(seconds, 3),
+    }
+    result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
+    return result
+
+
+@torch.no_grad()
+def batch_deviation(trainer, questions: list[str]) -> float:
+    """Of the latent hidden states, over questions of different lengths."""
+    model = trainer.model.eval()
+
+    def states(asked: list[str]) -> torch.Tensor:
+        batch = question_batch(trainer.processing_class, asked)
+        return latent_phase(model, *(x.to(model.device) for x in batch.values())).hidden_states.float()
+
+    together, alone = states(questions), torch.cat([states([question]) for question in questions])
+    return ((together - alone).norm() / together.norm()).item()

@@ -1,0 +1,42 @@
+"""Full models with modules that their class does not know, in a folder or on the hub."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from unsloth_ext import LatentConfig, attach_latent, hub
+
+
+NAMES = ("latent_projection",)
+
+
+def full(folder):
+    model = attach_latent(tiny.model(), tiny.tokenizer(()), LatentConfig(4, 2, projection_dim=16))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_modules_come_from_the_hub_as_from_a_folder(tmp_path, monkeypatch):
+    saved = full(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: {"us/model": str(tmp_path)}[name])
+    for name in (str(tmp_path), "us/model"):
+        fresh = attach_latent(tiny.model(), tiny.tokenizer(()), LatentConfig(4, 2, projection_dim=16))
+        for parameter in fresh.model.latent_projection.parameters():
+            torch.nn.init.zeros_(parameter)
+        hub.load_modules(fresh, name, NAMES, None)
+        for ours, theirs in zip(
+            fresh.model.latent_projection.parameters(), saved.model.latent_projection.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.latent_projection.1.weight"])
+def test_a_tensor_that_is_not_there_is_named(tmp_path, lost):
+    model = full(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=lost.removeprefix("model.")):
+        hub.load_full(str(tmp_path))
+        hub.load_modules(model, str(tmp_path), NAMES, None)
