@@ -1,10 +1,12 @@
 """Does it learn? Held-out accuracy over seeds, by real generation: plain SFT with and without steps, pause tokens, CODI,
 PCCoT and KaVa with each choice of keys, from the same warm start with the same number of steps.
 
-    python benchmarks/bench_latent.py [--seeds 0 1 2] [--steps N]
+    python benchmarks/bench_latent.py [--seeds 0 1 2] [--steps N] [--size small|large]
 
-Settings are those of recipes/configs/*_tiny.yaml. Writes benchmarks/results/latent_<device>.json after every run, and the
-table in docs/latent.md at the end. Runs that the file holds already are not repeated (`--fresh` forgets them).
+Settings are those of recipes/configs/*_tiny.yaml; with a GPU the task and the model are larger (`LARGE`). Writes
+benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and in the end the table in
+docs/latent.md, if it was the small size on a CPU. Runs that the file holds already are not repeated (`--fresh` forgets
+them).
 """
 
 import argparse
@@ -40,7 +42,7 @@ TRAINERS = {
     "pccot": (PCCoTTrainer, PCCoTConfig),
     "kava": (KAVATrainer, KAVAConfig),
 }
-FEWER = 9  # latent tokens where scorers have a choice: the trace has 12, rkv needs more than its window of 8
+FEWER = 9  # latent tokens where scorers have a choice: the trace has 12 or more, rkv needs more than its window of 8
 SCORERS = ("kava", "rkv", "random", "uniform")
 VARIANTS: dict[str, tuple[str, dict]] = {
     "SFT without steps": ("sft", {"steps": False}),
@@ -53,20 +55,40 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 }
 
 
-def settings(method: str, changes: dict, seed: int, steps: int | None) -> tuple[ScriptArguments, dict]:
+# What differs with equations.LARGE: its trace without the last step has 24 tokens, as many as there are latent tokens in
+# the published settings
+LARGE = {
+    "codi": {"projection_dim": 256},
+    "pccot": {"num_latents": 24},
+    "kava": {"num_latents": 24, "projection_dim": 256},
+    "all": {"per_device_train_batch_size": 256, "max_steps": 5000, "learning_rate": 1e-3, "warmup_steps": 200},
+}
+SIZES = {"small": equations.SMALL, "large": equations.LARGE}
+
+
+def settings(method: str, size: str, changes: dict, seed: int, steps: int | None) -> tuple[ScriptArguments, dict]:
     """Of a recipe's configuration what is the recipe's, and what is the trainer's with this run's changes."""
     found = yaml.safe_load((ROOT / f"recipes/configs/{method}_tiny.yaml").read_text())
     names = {f.name for f in dataclasses.fields(ScriptArguments)}
     script = ScriptArguments(**{k: v for k, v in found.items() if k in names})
-    args = {k: v for k, v in found.items() if k not in names} | changes
+    args = {k: v for k, v in found.items() if k not in names}
+    if size == "large":
+        script.max_new_tokens *= 2
+        args |= LARGE["all"] | LARGE[method]
+    args |= changes | {"use_cpu": not setups.CUDA}
     args |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "save_strategy": "no", "disable_tqdm": True}
     return script, args | ({"max_steps": steps} if steps else {})
 
 
-def run(variant: str, seed: int, steps: int | None, base: str, train: list[dict], held_out: list[dict]) -> dict:
+def run(
+    variant: str, size: str, seed: int, steps: int | None, base: str, train: list[dict], held_out: list[dict]
+) -> dict:
     """One training run from the warm start `base`, and what its model answers."""
     method, changes = VARIANTS[variant]
-    script, args = settings("pccot" if method == "sft" else method, {} if method == "sft" else changes, seed, steps)
+    if method == "sft":
+        script, args = settings("pccot", size, {}, seed, steps)
+    else:
+        script, args = settings(method, size, changes, seed, steps)
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     common = {"processing_class": tokenizer, "peft_config": script.lora()}
@@ -139,6 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="other than the configurations'")
+    parser.add_argument("--sft_steps", type=int, help="other than the task's, for the warm start")
+    parser.add_argument("--size", choices=SIZES, default="large" if setups.CUDA else "small")
     parser.add_argument("--held_out", type=int, default=500)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--cache", default="runs/cache")
@@ -146,31 +170,39 @@ def main() -> None:
     options = parser.parse_args()
     patches.apply("fused_lm_head")
     disable_progress_bars()
-    path = setups.RESULTS / f"latent_{setups.device_name()}.json"
+    name = "latent" if options.size == "small" else "latent_large"
+    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
     if options.fresh:
         path.unlink(missing_ok=True)
-    note = f"{options.held_out} held-out questions of {equations.OPERATIONS} operations"
+    size = SIZES[options.size]
+    note = f"{options.held_out} held-out questions of {size.operations} operations"
     for seed in options.seeds:
         base = warm_start.tiny_with_steps(
-            Path(options.cache), seed=seed, held_out=options.held_out, steps=equations.WARM_START_STEPS, progress=False
+            Path(options.cache),
+            seed=seed,
+            held_out=options.held_out,
+            steps=options.sft_steps or size.warm_start_steps,
+            size=size,
+            progress=False,
         )
-        train, held_out = equations.split(options.held_out, seed)
-        for name in options.only:
-            if str(seed) in read(path).get(name, {}):
+        train, held_out = equations.split(options.held_out, seed, size)
+        for variant in options.only:
+            if str(seed) in read(path).get(variant, {}):
                 continue
-            last = run(name, seed, options.steps, base, train, held_out)
+            last = run(variant, options.size, seed, options.steps, base, train, held_out)
             accuracy = (last.get("on") or last["off"])["accuracy"]
-            print(f"seed {seed}  {name}: {accuracy:.3f} in {last['seconds']} s", flush=True)
+            print(f"seed {seed}  {variant}: {accuracy:.3f} in {last['seconds']} s", flush=True)
             results = read(path)
-            results.setdefault(name, {})[str(seed)] = last
-            setups.write("latent", {"command": "make bench-latent", "setting": note, "results": results})
+            results.setdefault(variant, {})[str(seed)] = last
+            setups.write(name, {"command": "make bench-latent", "setting": note, "results": results})
             gc.collect()
     found = read(path)
-    done = {name: found[name] for name in VARIANTS if name in found}
+    done = {variant: found[variant] for variant in VARIANTS if variant in found}
     markdown = table(done)
     Console().print(markdown, markup=False)
     seeds = min(len(runs) for runs in done.values())
-    write_between(ROOT / "docs/latent.md", "latent", f"{seeds} seeds, {note}.\n\n{markdown}")
+    if path.name == "latent_cpu.json":
+        write_between(ROOT / "docs/latent.md", "latent", f"{seeds} seeds, {note}.\n\n{markdown}")
     print(path)
 
 

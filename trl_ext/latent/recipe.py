@@ -58,7 +58,7 @@ class ScriptArguments:
         default=256, metadata={"help": "Longest answer in evaluation, explicit steps included."}
     )
     sft_steps: int = field(
-        default=equations.WARM_START_STEPS, metadata={"help": "Steps of the tiny model's warm start."}
+        default=equations.SMALL.warm_start_steps, metadata={"help": "Steps of the tiny model's warm start."}
     )
     warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny model's data and warm start."})
     lora_r: int = field(default=LORA["r"], metadata={"help": "Rank of LoRA on all linear layers; 0: none."})

@@ -117,13 +117,13 @@ def character_tokenizer(characters: str = "0123456789+-*/=;#., ()") -> PreTraine
     )
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
-    """Two layers of width 96: a quarter of a million parameters."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 2, width: int = 96) -> Qwen2Config:
+    """Two layers of width 96 are a quarter of a million parameters."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,

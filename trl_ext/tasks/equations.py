@@ -5,6 +5,7 @@ do in one pass. Two layers that write their steps are right always, without them
 """
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -15,32 +16,44 @@ from . import arithmetic
 
 ANSWER_PROMPT = "#"
 STEP_SEPARATOR = ";"
-OPERATIONS = 3
 MAX_NEW_TOKENS = 32
-WARM_START_STEPS = 1000
-TRAINING_ROWS = 40_000
 
 
-def split(held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Size:
+    """A task and the model for it."""
+
+    operations: int = 3
+    rows: int = 40_000
+    layers: int = 2
+    width: int = 96
+    warm_start_steps: int = 1000
+
+
+SMALL = Size()
+LARGE = Size(operations=5, rows=100_000, layers=4, width=256, warm_start_steps=4000)  # benchmarks on a GPU
+
+
+def split(held_out: int, seed: int, size: Size = SMALL) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training, held-out) rows with `question`, `steps`, `answer`; no held-out question is in training."""
     rng = random.Random(seed)
     kept: dict[str, dict] = {}
     while len(kept) < held_out:
-        row = equation(rng)
+        row = equation(rng, size.operations)
         kept[row["question"]] = row
     train = []
-    while len(train) < TRAINING_ROWS:
-        row = equation(rng)
+    while len(train) < size.rows:
+        row = equation(rng, size.operations)
         if row["question"] not in kept:
             train.append(row)
     return train, list(kept.values())
 
 
-def equation(rng: random.Random) -> dict[str, Any]:
+def equation(rng: random.Random, operations: int) -> dict[str, Any]:
     """One row."""
     value = rng.randrange(10)
     question, steps = str(value), []
-    for _ in range(OPERATIONS):
+    for _ in range(operations):
         sign = rng.choice("+-*")
         term = rng.randrange(2 if sign == "*" else 1, 10)
         after = {"+": value + term, "-": value - term, "*": value * term}[sign] % 10
@@ -66,6 +79,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return arithmetic.character_tokenizer("0123456789+-*=;#")
 
 
-def config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
-    """Two layers of width 96."""
-    return arithmetic.tiny_config(tokenizer)
+def config(tokenizer: PreTrainedTokenizerFast, size: Size = SMALL) -> Qwen2Config:
+    """The model's, without weights."""
+    return arithmetic.tiny_config(tokenizer, size.layers, size.width)

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,16 +35,18 @@ def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimi
     return _cached(cache, "tiny", settings, train)
 
 
-def tiny_with_steps(cache: Path, *, seed: int, held_out: int, steps: int, progress: bool) -> str:
+def tiny_with_steps(
+    cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: equations.Size = equations.SMALL
+) -> str:
     """Folder of the tiny model after `steps` of SFT on equations with all their steps; cached like `tiny_warm_start`."""
 
     def train(folder: Path) -> None:
-        rows = equations.explicit(equations.split(held_out, seed)[0])
+        rows = equations.explicit(equations.split(held_out, seed, size)[0])
         tokenizer = equations.tokenizer()
-        sft(folder, equations.config(tokenizer), tokenizer, rows, steps, 64, 3e-3, seed, progress)
+        sft(folder, equations.config(tokenizer, size), tokenizer, rows, steps, 64, 3e-3, seed, progress)
 
     code = [inspect.getsource(equations), inspect.getsource(arithmetic.tiny_config)]
-    settings = [seed, held_out, steps, torch.__version__, *code, _RECIPE]
+    settings = [seed, held_out, steps, asdict(size), torch.__version__, *code, _RECIPE]
     return _cached(cache, "tiny-steps", settings, train)
 
 
@@ -80,7 +83,7 @@ def sft(
             adam_beta2=0.98,
             max_length=None,
             bf16=False,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             seed=seed,
             report_to="none",
             save_strategy="no",

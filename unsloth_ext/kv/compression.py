@@ -78,8 +78,8 @@ def compress_kv(
 
     Args:
         keys, values (B, Hkv, T, D): of the trace, keys after rotary embedding.
-        queries (B, Hq, A, D): that look back at it, after rotary embedding; Hq a multiple of Hkv. The answer's for `kava`,
-            the most recent ones for `rkv`.
+        queries (B, Hq, A, D): that look back at it, after rotary embedding; Hq a multiple of Hkv. The answer's for `kava`;
+            of those for `rkv` the last `window` count.
         budget: M.
         key_mask (B, T), query_mask (B, A) bool: which are real; None means all.
 
@@ -97,6 +97,9 @@ def compress_kv(
     if query_mask is None:
         query_mask = queries.new_ones(queries.shape[0], queries.shape[2], dtype=torch.bool)
     key_mask, query_mask = key_mask.bool(), query_mask.bool()
+    if keys.shape[2] == 0:  # nothing to choose from: one key that is not real
+        keys, values = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys, values))
+        key_mask = torch.nn.functional.pad(key_mask, (0, 1))
     scores = score_keys(keys, queries, budget, scoring, key_mask, query_mask)
     return take(keys, values, scores, budget, key_mask)
 
@@ -112,7 +115,7 @@ def score_keys(
     """Scores (B, Hkv, T) fp32; inf where a key must be kept. Those of masked keys mean nothing."""
     shape = keys.shape[:3]
     if scoring.scorer == "rkv":
-        return _rkv(keys, queries, scoring, key_mask, query_mask)
+        return _rkv(keys, queries, budget, scoring, key_mask, query_mask)
     if scoring.scorer == "random":
         return torch.rand(shape, generator=torch.Generator().manual_seed(scoring.seed)).to(keys.device)
     if scoring.scorer in ("uniform", "crop"):
@@ -126,21 +129,29 @@ def score_keys(
     return weight * importance + (1 - weight) * redundancy
 
 
-def _rkv(keys, queries, scoring: KVScoring, key_mask, query_mask) -> torch.Tensor:
-    length = keys.shape[2]
-    if length <= scoring.window:
+def _rkv(keys, queries, budget: int, scoring: KVScoring, key_mask, query_mask) -> torch.Tensor:
+    length, window = keys.shape[2], scoring.window
+    if length <= window:
         return torch.full(keys.shape[:3], torch.inf, device=keys.device)
-    # Real keys to the right, so that the window is the last columns of every row
-    order = key_mask.int().argsort(dim=-1, stable=True)
+    # Real keys to the right, so that the window is the last columns of every row; likewise the queries
+    order, asked = (mask.int().argsort(dim=-1, stable=True) for mask in (key_mask, query_mask))
     aligned = keys.gather(2, order[:, None, :, None].expand_as(keys))
     mask = key_mask.gather(1, order)
-    outside = mask[:, : -scoring.window]
-    importance = rkv_importance(queries, aligned, mask, query_mask, scoring.window, scoring.kernel_size)
-    redundancy = rkv_redundancy(aligned, mask, retain=scoring.retain)[..., : -scoring.window]
+    outside = mask[:, :-window]
+    queries = queries.gather(2, asked[:, None, :, None].expand_as(queries))[:, :, -window:]
+    query_mask = query_mask.gather(1, asked)[:, -window:]
+    importance = rkv_importance(queries, aligned, mask, query_mask, window, scoring.kernel_size)
+    redundancy = rkv_redundancy(aligned, mask, retain=scoring.retain)[..., :-window]
     importance = normalized(importance, outside, scoring.score_norm) * scoring.mix_lambda
     score = importance - normalized(redundancy, outside, scoring.score_norm) * (1 - scoring.mix_lambda)
-    kept = torch.full((*score.shape[:2], scoring.window), torch.inf, device=score.device)
-    score = torch.cat([score.float(), kept], dim=-1)
+    # Pooling makes neighbours equal. Which of them the official code keeps is up to topk, on exactly the row's real keys
+    best = torch.zeros_like(score, dtype=torch.bool)
+    counts = outside.sum(-1)
+    for count in counts.unique().tolist():
+        rows = counts == count
+        top = score[rows, :, score.shape[-1] - count :].topk(min(budget - window, count), dim=-1).indices
+        best[rows] = best[rows].scatter(-1, top + score.shape[-1] - count, True)
+    score = torch.nn.functional.pad(score.float().masked_fill(best, torch.inf), (0, window), value=torch.inf)
     return torch.empty_like(score).scatter_(-1, order[:, None].expand_as(score), score)
 
 
@@ -157,8 +168,8 @@ def take(
     valid = chosen < length
     where = chosen.clamp(max=length - 1)[..., None].expand(*chosen.shape, keys.shape[-1])
     return CompressedKV(
-        keys.gather(2, where) * valid[..., None],
-        values.gather(2, where) * valid[..., None],
+        keys.gather(2, where).masked_fill(~valid[..., None], 0),
+        values.gather(2, where).masked_fill(~valid[..., None], 0),
         chosen.masked_fill(~valid, -1),
         valid[:, 0],
     )

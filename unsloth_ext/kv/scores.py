@@ -9,7 +9,7 @@
 functions repeat bit for bit. In both, the logits of a group of query heads are reduced to their maximum first.
 
 Shapes: queries (B, Hq, A, D) after rotary embedding, keys (B, Hkv, T, D), key_mask (B, T) and query_mask (B, A) bool; all
-scores (B, Hkv, T) fp32. Keys that are masked may hold anything.
+scores (B, Hkv, T), of `kava` in fp32. Keys and queries that are masked may hold anything.
 """
 
 import torch
@@ -29,8 +29,8 @@ def kava_importance(
     """Attention that the queries pay to each real key, averaged over the real queries; zero on masked keys."""
     logits = group_logits(queries, keys).float()
     attention = _softmax(logits, key_mask[:, None, None])
-    weight = query_mask[:, None, :, None].to(attention.dtype)
-    return (attention * weight).sum(2) / weight.sum(2).clamp(min=1)
+    real = query_mask[:, None, :, None]
+    return attention.masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
 
 
 def kava_redundancy(keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
@@ -51,13 +51,15 @@ def rkv_importance(
     window: int,
     kernel_size: int,
 ) -> torch.Tensor:
-    """(B, Hkv, T - window): `kava_importance` without the last `window` keys, the largest of `kernel_size` neighbours."""
+    """(B, Hkv, T - window): `kava_importance` without the last `window` keys, the largest of `kernel_size` neighbours; in the
+    queries' dtype."""
     importance = kava_importance(queries, keys[:, :, :-window], key_mask[:, :-window], query_mask).to(queries.dtype)
     return F.max_pool1d(importance, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def rkv_redundancy(keys: torch.Tensor, key_mask: torch.Tensor, threshold: float = 0.5, retain: str = "last"):
     """softmax of each key's mean cosine to all keys, where every key has let go of one neighbour above the threshold.
+    In the keys' dtype, rounded where the official code rounds.
 
     `retain="last"`: of its most recent one, so that the newest of several equal keys stays. As in the official code, a key
     without such a neighbour lets go of the first key, and `retain="first"` always does.
@@ -70,8 +72,8 @@ def rkv_redundancy(keys: torch.Tensor, key_mask: torch.Tensor, threshold: float 
     last = torch.where(cosine > threshold, position, first.unsqueeze(-1)).amax(-1)
     let_go = last if retain == "last" else first
     cosine.scatter_(-1, let_go.unsqueeze(-1), 0.0)
-    mean = cosine.sum(2) / key_mask.sum(-1)[:, None, None].clamp(min=1)
-    return _softmax(mean, key_mask[:, None])
+    mean = (cosine.float().sum(2) / key_mask.sum(-1)[:, None, None].clamp(min=1)).to(keys.dtype)
+    return _softmax(mean, key_mask[:, None]).to(keys.dtype)
 
 
 def normalized(scores: torch.Tensor, key_mask: torch.Tensor, how: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.golden.load import GOLDEN, load
@@ -50,6 +51,48 @@ def test_rkv_is_the_official_code_bit_for_bit(name):
     assert torch.equal(ours.values[:, :, :kept], case["v_out"].gather(2, order))
 
 
+def rkv_positions(queries, keys, budget, mix, window=8):
+    """What R-KV's code at d15c976 keeps of one sample, (Hkv, budget): its operations in its order and dtype."""
+    heads, kv_heads, length, dim = queries.shape[1], keys.shape[1], keys.shape[2], keys.shape[3]
+    grouped = queries[:, :, -window:].view(1, kv_heads, heads // kv_heads, window, dim)
+    logits = (grouped @ keys.unsqueeze(2).transpose(3, 4) / dim**0.5).amax(2)
+    attention = logits[..., :-window].softmax(-1, dtype=torch.float32).mean(-2).to(queries.dtype)
+    importance = F.max_pool1d(attention, 7, stride=1, padding=3)
+    unit = keys[0] / (keys[0].norm(dim=-1, keepdim=True) + 1e-8)
+    cosine = unit @ unit.transpose(-1, -2)
+    for head in range(kv_heads):
+        cosine[head].fill_diagonal_(0)
+        for row in range(length):
+            similar = (cosine[head, row] > 0.5).nonzero().flatten().tolist()
+            cosine[head, row, similar[-1] if similar else 0] = 0
+    redundancy = cosine.mean(1).softmax(-1)[:, :-window]
+    best = (importance[0] * mix - redundancy * (1 - mix)).topk(budget - window, dim=-1).indices
+    recent = torch.arange(length - window, length).expand(kv_heads, -1)
+    return torch.cat([best, recent], dim=-1).sort(-1).values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mix", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("queries", [8, 13])
+def test_rkv_chooses_as_the_official_code_where_scores_tie(mix, dtype, queries):
+    """Pooling makes plateaus (all of the score at mix 1); of more queries than the window the last count. Rows of several
+    lengths in one batch, each against itself alone. Exact."""
+    lengths, width = (40, 33, 40, 25), 47
+    torch.manual_seed(5)
+    keys, values = torch.randn(2, 4, 2, width, 8).to(dtype)
+    asking = torch.randn(4, 4, queries + 3, 8).to(dtype)
+    real, asked = torch.zeros(4, width, dtype=torch.bool), torch.zeros(4, queries + 3, dtype=torch.bool)
+    asked[:, :queries] = True
+    for row, length in enumerate(lengths):
+        real[row, row : row + length] = True
+        keys[row, :, row + 3 : row + 9] = keys[row, :, row + 2 : row + 3]  # exact copies
+    found = compress_kv(keys, values, asking, 20, KVScoring("rkv", mix), key_mask=real, query_mask=asked)
+    for row, length in enumerate(lengths):
+        alone = slice(row, row + 1)
+        wanted = rkv_positions(asking[alone, :, :queries], keys[alone, :, row : row + length], 20, mix)
+        assert torch.equal(found.indices[row], wanted + row)
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.1, 1.0])
 def test_kava_scores_and_choices(mix):
     """Against brute force, ragged and short rows: scores to 1e-6, choices equal."""
@@ -70,8 +113,9 @@ def a_trace(batch=3, heads=4, kv_heads=2, length=40, queries=6, dim=8):
     return keys, values, torch.randn(batch, heads, queries, dim)
 
 
+@pytest.mark.parametrize("nonsense", [1e4, torch.nan, torch.inf])
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_pads_change_nothing_wherever_they_stand(scorer):
+def test_pads_change_nothing_wherever_they_stand(scorer, nonsense):
     """A row with pads on its left, right and inside, holding nonsense, chooses what the row alone does (fp32, exact)."""
     keys, values, queries = a_trace(batch=1)
     scoring = KVScoring(scorer)
@@ -80,12 +124,12 @@ def test_pads_change_nothing_wherever_they_stand(scorer):
     real[0, 40:] = False
     real[1, :20] = False
     real[2, 10:30] = False
-    wide_k, wide_v = torch.full((2, 3, 2, 60, 8), 1e4)
+    wide_k, wide_v = torch.full((2, 3, 2, 60, 8), nonsense)
     for row in range(3):
         wide_k[row, :, real[row]], wide_v[row, :, real[row]] = keys[0], values[0]
     asked = torch.ones(3, 9, dtype=torch.bool)
     asked[:, 6:] = False
-    wide_q = torch.cat([queries.expand(3, -1, -1, -1), torch.full((3, 4, 3, 8), -1e4)], dim=2)
+    wide_q = torch.cat([queries.expand(3, -1, -1, -1), torch.full((3, 4, 3, 8), -nonsense)], dim=2)
     ours = compress_kv(wide_k, wide_v, wide_q, 16, scoring, key_mask=real, query_mask=asked)
     assert ours.valid.all()
     if scorer == "random":  # the draw depends on the shape; what is drawn must be real
@@ -97,7 +141,7 @@ def test_pads_change_nothing_wherever_they_stand(scorer):
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("length", [1, 5, 12, 13])
+@pytest.mark.parametrize("length", [0, 1, 5, 12, 13])
 def test_short_traces_are_kept_whole(scorer, length):
     keys, values, queries = a_trace(length=40)
     keys, values = keys[:, :, :length], values[:, :, :length]
