@@ -30,6 +30,7 @@ _WHERE = {
     "probe_latents": "latent.probe",
     "project": "states",
     "soft_embedding": "states",
+    "with_latent_modules": "latent.config",
 }
 __all__ = sorted(_WHERE)
 

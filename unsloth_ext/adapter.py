@@ -1,6 +1,5 @@
 """Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off."""
 
-import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -60,13 +59,6 @@ def remember(model: PeftModel, **kept: dict) -> None:
         return
     settings = {f.name: getattr(old, f.name) for f in fields(old) if f.init}
     model.peft_config[name] = ThinkingLoraConfig(**{**settings, **kept})
-
-
-def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
-    """`PeftModel.from_pretrained`, without its warning that it does not know the fields `ThinkingLoraConfig` adds."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \[('latent'|'thinking'|, )+\]")
-        return PeftModel.from_pretrained(model, name, **kwargs)
 
 
 class Unloaded(nn.Module):

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 import patches
 
-from .adapter import THINKING_MODULES, ThinkingLoraConfig, load_adapter, remember_thinking
+from .adapter import THINKING_MODULES, ThinkingLoraConfig, remember_thinking
 from .backend import unsloth_can_run
-from .hub import load_full, load_modules, read_json
+from .hub import base_of, load_adapter, load_full, load_modules, read_json
 from .residual import ThinkingConfig, attach_thinking, backbone_of, drop_thinking, has_thinking
 
 
@@ -62,7 +62,7 @@ class FastThinkingModel:
                     f"the adapter {model_name} has no thinking modules ({', '.join(sorted(missing))}); pass "
                     "thinking=ThinkingConfig() to start from its LoRA weights with new ones"
                 )
-        base_name = adapter["base_model_name_or_path"] if adapter else model_name
+        base_name = base_of(adapter, model_name) if adapter else model_name
         use_unsloth = unsloth_can_run()[0] if use_unsloth is None else use_unsloth
         if load_in_4bit is None:
             load_in_4bit = (

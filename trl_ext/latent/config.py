@@ -1,5 +1,6 @@
 """What latent distillation adds to SFT's configuration."""
 
+import math
 from dataclasses import dataclass, field
 
 from unsloth_ext.kv.compression import KVScoring
@@ -81,8 +82,10 @@ class LatentArguments:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         for name in ("w_student", "w_teacher", "w_codi", "w_kv"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        if not (self.w_student or self.w_teacher or self.w_codi or self.w_kv):
+            raise ValueError("w_student, w_teacher, w_codi and w_kv are all 0: nothing would be learnt")
         if self.w_kv and self.kv_scorer == "rkv" and self.num_latents <= KVScoring.window:
             raise ValueError(
                 f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys, so at "
@@ -97,6 +100,9 @@ class LatentArguments:
         for name, why in refused.items():
             if getattr(self, name, False):
                 raise ValueError(f"{name}=True: {why}; set {name}=False")
+        for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+            if getattr(self, name, only) != only:
+                raise ValueError(f"{name}={getattr(self, name)!r}: the loss of latent distillation knows only {only!r}")
 
     def latent_config(self) -> LatentConfig:
         """The model's part of these fields."""

@@ -7,13 +7,18 @@ student:  question | <bot> latents <eot>    | answer prompt | answer | EOS
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from unsloth_ext.latent.model import question_ids
+from unsloth_ext.residual import backbone_of
 
 
 COLUMNS = ("question", "steps", "answer")
+TOKENS = ("question_ids", "trace_ids", "prompt_ids", "answer_ids")
 
 
 class LatentDataError(ValueError):
@@ -47,7 +52,7 @@ class LatentTokenizer:
     max_length: int | None
 
     def __call__(self, row: dict[str, Any], index: int, dataset: str) -> dict[str, list[int]]:
-        """`question_ids`, `trace_ids`, `prompt_ids`, `answer_ids` (with EOS).
+        """The ids of `TOKENS`; the answer's end with EOS.
 
         Raises:
             LatentDataError: a column is missing or of the wrong type, nothing is there to answer, or the row is too long.
@@ -126,3 +131,25 @@ class LatentCollator:
             where = slice(width - len(row), width) if left else slice(len(row))
             ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
         return ids, mask
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model with a table of them has (GPT-2); None where positions are computed."""
+    backbone = backbone_of(model)
+    tables = [
+        module.num_embeddings
+        for module in backbone.modules()
+        if isinstance(module, nn.Embedding) and module is not backbone.get_input_embeddings()
+    ]
+    return min(tables, default=None)
+
+
+def check_lengths(dataset: Dataset, name: str, num_latents: int, positions: int) -> None:
+    """Raises a LatentDataError at the first tokenized row for which teacher or student needs more than `positions`."""
+    lengths = {column: np.array([len(ids) for ids in dataset[column]]) for column in TOKENS}
+    both = lengths["question_ids"] + lengths["prompt_ids"] + lengths["answer_ids"]
+    longest = both + np.maximum(lengths["trace_ids"], num_latents + 2)  # <bot>, latent tokens, <eot>
+    bad = np.flatnonzero(longest > positions)
+    if len(bad):
+        reason = f"more tokens, latent ones included, than the model's {positions} positions"
+        raise LatentDataError(f"{name} dataset, row {bad[0]}", reason, int(longest[bad[0]]))

@@ -73,6 +73,7 @@ class CODITrainer(LatentTrainer):
     """CODI (arXiv 2502.21074). Adds to SFT: M sequential latent tokens, a projection between them, L_CODI over all layers
     and the embeddings. The teacher runs once, not twice as in the official code."""
 
+    _config_class = CODIConfig
     _tag_names = ["trl", "latent-cot", "codi"]
     _name = "CODI"
     _paper = {
@@ -89,6 +90,7 @@ class CODITrainer(LatentTrainer):
 class PCCoTTrainer(LatentTrainer):
     """PCCoT (arXiv 2506.18582). Adds to SFT: M latent tokens in T Jacobi iterations, L_CODI over all layers."""
 
+    _config_class = PCCoTConfig
     _tag_names = ["trl", "latent-cot", "pccot"]
     _name = "PCCoT"
     _paper = {
@@ -105,6 +107,7 @@ class KAVATrainer(LatentTrainer):
     """KaVa (arXiv 2510.02312). Adds to PCCoT: L_KV, the distance of the latent tokens' keys and values in every layer and
     KV head to those of the teacher's trace that importance and redundancy keep."""
 
+    _config_class = KAVAConfig
     _tag_names = ["trl", "latent-cot", "kava"]
     _name = "KaVa"
     _paper = {

@@ -6,10 +6,12 @@ the latent phase and the answer on one set of weights. Everything else is the pa
 
 import contextlib
 import copy
+import math
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -19,15 +21,24 @@ from trl import SFTTrainer
 
 from patches import fused_lm_head
 from unsloth_ext.adapter import remember
-from unsloth_ext.kv.tap import compressed_trace
-from unsloth_ext.latent.config import add_latent_tokens, attach_latent, with_latent_modules
+from unsloth_ext.hub import load_modules, read_json
+from unsloth_ext.kv.tap import check_sdpa, compressed_trace
+from unsloth_ext.latent.config import (
+    LATENT_MODULE,
+    add_latent_tokens,
+    attach_latent,
+    attach_saved,
+    check_adapter,
+    read_settings,
+    with_latent_modules,
+)
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import backbone_of, unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
 from ..creation import preparing_models
 from .config import LatentArguments
-from .data import COLUMNS, LatentCollator, LatentTokenizer
+from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths, learned_positions
 from .losses import codi_loss, cross_entropy, kv_loss
 
 
@@ -40,15 +51,33 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
     Rows have `question`, `steps` (a list) and `answer`. A model without latent tokens is given them, before PEFT wraps it.
 
     Raises:
-        ValueError: at construction, for a data collator of one's own, a model that PEFT wrapped before it had latent
-            tokens, a row that cannot be used.
+        ValueError: at construction, for a data collator of one's own, a model whose adapter leaves the latent tokens
+            untrained, a row that cannot be used.
+        FloatingPointError: a term of the loss is NaN or infinite.
     """
 
-    def __init__(self, model: Any, args: LatentArguments, data_collator: Any = None, **keywords: Any):
-        if data_collator is not None:
-            raise ValueError("data_collator: the rows of teacher and student have one of their own")
+    _config_class: type[LatentArguments] | None = None  # of each method
+
+    def __init__(
+        self,
+        model: Any,
+        args: LatentArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *others: Any,
+        **keywords: Any,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if args is None and self._config_class is not None:
+            args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, LatentArguments):
             raise ValueError(f"args is a {type(args).__name__}; latent distillation needs one of its own configs")
+        if data_collator is not None:
+            raise ValueError("data_collator: the rows of teacher and student have one of their own")
+        if isinstance(train_dataset, Dataset) and not len(train_dataset):
+            raise ValueError("train dataset: not one row")
         on_unsloths = SFTTrainer.__name__ != "SFTTrainer"
         if isinstance(model, str) and on_unsloths:
             raise ValueError(
@@ -56,46 +85,62 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
                 "model with AutoModelForCausalLM"
             )
         fused_lm_head.ensure()
-        tokenizer = keywords.get("processing_class")
+        tokenizer = processing_class
         if tokenizer is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no eos_token: nothing would end an answer; set tokenizer.eos_token")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = args.pad_token or tokenizer.eos_token
-        keywords["processing_class"] = tokenizer
-        config = args.latent_config()
-        if not isinstance(model, str):  # one that has latent tokens keeps what it was made with
-            config = getattr(backbone_of(model), "latent_config", config)
-        self._latent = config
+        config, saved = args.latent_config(), None
+        if isinstance(model, str):
+            saved = (read_json(model, "config.json", args.hub_token) or {}).get("latent")
+            kept = config if saved is None else read_settings(saved, model)[0]
+        else:
+            kept = getattr(backbone_of(model), "latent_config", config)
+        for field, asked in vars(config).items():  # a model that has latent tokens keeps what it was made with
+            if getattr(kept, field) != asked:
+                logger.warning(
+                    f"{name} was made with {field}={getattr(kept, field)!r} and keeps it; asked for: {asked!r}"
+                )
+        self._latent = kept
         given = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
 
         def prepare(model: PreTrainedModel) -> None:
-            if not hasattr(backbone_of(model), "latent_config"):
-                attach_latent(model, tokenizer, config)
+            if saved is not None:
+                attach_saved(model, tokenizer, saved, name)
+                if kept.projection_dim is not None:
+                    load_modules(model, name, (LATENT_MODULE,), args.hub_token)
+            elif not hasattr(backbone_of(model), "latent_config"):
+                attach_latent(model, tokenizer, kept)
             if given is not None:
                 vars(given).update(with_latent_modules(given, model))
-            elif not is_peft_model(model):
+            elif is_peft_model(model):
+                check_adapter(model)
+            else:
                 logger.warning(
                     "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer "
                     "LoRA"
                 )
+            if args.w_kv:
+                check_sdpa(model)
+            self._positions = learned_positions(model)
 
         if not isinstance(model, str):
             if is_peft_model(model) and not hasattr(backbone_of(model), "latent_config"):
                 raise ValueError(
-                    "the model is wrapped by PEFT and has no latent tokens: call attach_latent before get_peft_model, or "
-                    "pass the bare model with peft_config"
+                    "the model is wrapped by PEFT and has no latent tokens: pass the bare model with peft_config"
                 )
             prepare(model)
             if given is not None and on_unsloths:  # whose trainer would ignore it
                 set_seed(args.seed)
                 model, keywords["peft_config"] = get_peft_model(model, given), None
-        collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, config)[2])
+        collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, kept)[2])
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
         )
         with preparing_models(super().__init__, prepare):
-            super().__init__(model, args, collator, **keywords)
+            super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
         self.model_accepts_loss_kwargs = False  # its means are over the micro-batch
         if is_peft_model(self.model):
             remember(self.model, latent=self.model.config.latent)
@@ -106,17 +151,22 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         if formatting_func is not None:
             raise ValueError("formatting_func: rows are question, steps and answer; map the dataset to these columns")
         columns = dataset.column_names
-        if columns and "question_ids" in columns:
-            return dataset
-        missing = [name for name in COLUMNS if columns and name not in columns]
+        if columns is None:  # of an iterable dataset, not known before its first row
+            return dataset.map(lambda row, index: self._rows(row, index, dataset_name), with_indices=True)
+        tokenized = "question_ids" in columns
+        missing = [name for name in (TOKENS if tokenized else COLUMNS) if name not in columns]
         if missing:
             raise ValueError(f"{dataset_name} dataset: no column {missing[0]!r}; it has {', '.join(columns)}")
-        return dataset.map(
-            lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
-        )
+        if not tokenized:
+            dataset = dataset.map(
+                lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
+            )
+        if self._positions and isinstance(dataset, Dataset):
+            check_lengths(dataset, dataset_name, self._latent.num_latents, self._positions)
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["question_ids", "trace_ids", "prompt_ids", "answer_ids"]
+        self._signature_columns = list(TOKENS)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +205,13 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             terms["kv"] = (args.w_kv, self._kv_distance(latent_kv, kept))
         loss = sum(weight * value for weight, value in terms.values() if weight)
         for name, (_, value) in terms.items():
-            self._metrics[mode][f"loss/{name}"].append(self.accelerator.gather(value.detach()).mean().item())
+            logged = self.accelerator.gather(value.detach()).mean().item()
+            if not math.isfinite(logged):
+                raise FloatingPointError(
+                    f"loss/{name} is {logged} after {self.state.global_step} steps: the model's weights hold NaN, or it "
+                    "diverged; what was saved before is untouched"
+                )
+            self._metrics[mode][f"loss/{name}"].append(logged)
         # Without cache and hidden states, which evaluation with `compute_metrics` would gather
         return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
 

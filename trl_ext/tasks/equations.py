@@ -34,8 +34,16 @@ SMALL = Size()
 LARGE = Size(operations=5, rows=100_000, layers=4, width=256, warm_start_steps=4000)  # benchmarks on a GPU
 
 
-def split(held_out: int, seed: int, size: Size = SMALL) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, held-out) rows with `question`, `steps`, `answer`; no held-out question is in training."""
+def split(held_out: int, seed: int, size: Size | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training, held-out) rows with `question`, `steps`, `answer`; no held-out question is in training.
+
+    Raises:
+        ValueError: more than half of all equations would be held out.
+    """
+    size = size or SMALL
+    most = 5 * (9 + 9 + 8) ** size.operations  # half of them: ten first values; + and - with 1 to 9, * with 2 to 9
+    if not 1 <= held_out <= most:
+        raise ValueError(f"{held_out} held-out equations of {size.operations} operations: 1 to {most:,}")
     rng = random.Random(seed)
     kept: dict[str, dict] = {}
     while len(kept) < held_out:
@@ -79,6 +87,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return arithmetic.character_tokenizer("0123456789+-*=;#")
 
 
-def config(tokenizer: PreTrainedTokenizerFast, size: Size = SMALL) -> Qwen2Config:
+def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen2Config:
     """The model's, without weights."""
+    size = size or SMALL
     return arithmetic.tiny_config(tokenizer, size.layers, size.width)

@@ -36,9 +36,10 @@ def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimi
 
 
 def tiny_with_steps(
-    cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: equations.Size = equations.SMALL
+    cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: equations.Size | None = None
 ) -> str:
     """Folder of the tiny model after `steps` of SFT on equations with all their steps; cached like `tiny_warm_start`."""
+    size = size or equations.SMALL
 
     def train(folder: Path) -> None:
         rows = equations.explicit(equations.split(held_out, seed, size)[0])

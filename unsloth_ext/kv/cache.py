@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..residual import backbone_of
 from .compression import KVScoring, score_keys, take
-from .tap import NAME, expect_attention
+from .tap import NAME, check_sdpa, expect_attention
 
 
 class CompressedLayer(DynamicLayer):
@@ -120,13 +120,10 @@ class CompressedCache(Cache):
             raise ValueError(f"budget={budget}: more than the window of {scoring.window}, which always stays")
         if buffer < 1:
             raise ValueError(f"buffer={buffer}: at least 1")
+        check_sdpa(model)
         config = backbone_of(model).config
-        if config._attn_implementation not in ("sdpa", NAME):
-            raise ValueError(
-                f"attn_implementation={config._attn_implementation!r}: a compressed cache works with 'sdpa'; load the "
-                "model with attn_implementation='sdpa'"
-            )
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        sliding = ["sliding_attention"] if getattr(config, "sliding_window", None) else ["full_attention"]
+        kinds = set(getattr(config, "layer_types", None) or sliding)
         if kinds != {"full_attention"}:
             raise ValueError(f"layers of {', '.join(sorted(kinds))}: only full attention can be compressed")
         config._attn_implementation = NAME

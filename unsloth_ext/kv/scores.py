@@ -51,8 +51,8 @@ def rkv_importance(
     window: int,
     kernel_size: int,
 ) -> torch.Tensor:
-    """(B, Hkv, T - window): `kava_importance` without the last `window` keys, the largest of `kernel_size` neighbours; in the
-    queries' dtype."""
+    """(B, Hkv, T - window): `kava_importance` without the last `window` keys, the largest of `kernel_size` neighbours, in
+    the queries' dtype."""
     importance = kava_importance(queries, keys[:, :, :-window], key_mask[:, :-window], query_mask).to(queries.dtype)
     return F.max_pool1d(importance, kernel_size, stride=1, padding=kernel_size // 2)
 

@@ -60,6 +60,16 @@ AttentionInterface.register(NAME, _tapped)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def check_sdpa(model: nn.Module) -> None:
+    """Raises a ValueError if the model's attention is not SDPA."""
+    found = backbone_of(model).config._attn_implementation
+    if found not in ("sdpa", NAME):
+        raise ValueError(
+            f"attn_implementation={found!r}: looking inside attention works with 'sdpa'; load the model with "
+            "attn_implementation='sdpa'"
+        )
+
+
 @contextlib.contextmanager
 def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
     """While open, every attention layer of `model` calls `observer(layer, query, key, value)`, without gradients.
@@ -69,13 +79,9 @@ def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
     Raises:
         ValueError: the model's attention is not SDPA.
     """
+    check_sdpa(model)
     config = backbone_of(model).config
     before = config._attn_implementation
-    if before not in ("sdpa", NAME):
-        raise ValueError(
-            f"attn_implementation={before!r}: scoring keys inside attention works with 'sdpa'; load the model with "
-            "attn_implementation='sdpa'"
-        )
     token = _OBSERVER.set(observer)
     config._attn_implementation = NAME
     try:

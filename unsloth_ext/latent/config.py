@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class LatentConfig:
     eot_token: str = field(default="<eot>")
 
     def __post_init__(self) -> None:
+        for name in ("num_latents", "iterations", "projection_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name == "num_latents"):
+                raise ValueError(f"{name}={value!r}: a whole number")
         if self.num_latents < 1:
             raise ValueError(f"num_latents={self.num_latents}: at least 1")
         if self.iterations is not None and self.iterations < 0:
@@ -120,6 +124,55 @@ def attach_latent(
     return model
 
 
+def attach_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
+    """`attach_latent` with the settings that a model or adapter was saved with.
+
+    Args:
+        saved: what stands under `"latent"` in the JSON of `name`.
+
+    Raises:
+        ValueError: these are not settings, or the tokenizer puts the latent tokens elsewhere.
+    """
+    config, token_ids = read_settings(saved, name)
+    attach_latent(model, tokenizer, config)
+    found = backbone_of(model).latent_token_ids
+    if list(found) != token_ids:
+        raise ValueError(
+            f"{name}: its tokenizer puts the latent tokens at {found}, the model was trained with {tuple(token_ids)}"
+        )
+
+
+def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
+    """Settings and token ids out of what `attach_latent` wrote into the JSON of `name`.
+
+    Raises:
+        ValueError: something is missing, unknown or of the wrong type.
+    """
+    known = {f.name for f in fields(LatentConfig)} | {"token_ids"}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
+        raise ValueError(f"{name}: its latent settings are not those of this version: {wrong}")
+    try:
+        return LatentConfig(**{k: v for k, v in saved.items() if k != "token_ids"}), list(saved["token_ids"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: its latent settings: {error}") from error
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raises a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
+    adapter, backbone = model.peft_config[model.active_adapter], backbone_of(model)
+    asked = getattr(adapter, "trainable_token_indices", None) or {}
+    rows = {i for ids in (asked.values() if isinstance(asked, dict) else [asked]) for i in ids}
+    lacks = [] if rows >= set(backbone.latent_token_ids) else ["trainable_token_indices"]
+    if hasattr(backbone, LATENT_MODULE) and LATENT_MODULE not in (adapter.modules_to_save or ()):
+        lacks.append("modules_to_save")
+    if lacks:
+        raise ValueError(
+            f"the adapter's {' and '.join(lacks)} would leave the latent tokens untrained and unsaved: pass the bare model "
+            "with peft_config, or a config that unsloth_ext.with_latent_modules has completed"
+        )
+
+
 def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str, Any]:
     """The fields of a PEFT config that make it train and save the latent tokens' embeddings and the projection.
 
@@ -134,7 +187,7 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
     backbone, embedding = backbone_of(model), model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
     asked = config.trainable_token_indices or {}
-    rows = dict(asked) if isinstance(asked, dict) else {"embed_tokens": asked}
+    rows = dict(asked) if isinstance(asked, dict) else {name: asked}
     rows[name] = sorted({*rows.get(name, ()), *backbone.latent_token_ids})
     changes: dict[str, Any] = {"trainable_token_indices": rows}
     if hasattr(backbone, LATENT_MODULE):

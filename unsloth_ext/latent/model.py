@@ -7,11 +7,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import load_adapter, remember
-from ..hub import load_full, load_modules, read_json
+from ..adapter import remember
+from ..hub import base_of, load_adapter, load_full, load_modules, read_json
 from ..mode import evaluating
 from ..residual import backbone_of
-from .config import LATENT_MODULE, LatentConfig, attach_latent
+from .config import LATENT_MODULE, attach_saved
 from .phase import Intervention, latent_phase
 
 
@@ -21,7 +21,7 @@ def latent_generate(
     attention_mask: torch.Tensor | None = None,
     *,
     intervene: Intervention | None = None,
-    num_return_sequences: int = 1,
+    num_return_sequences: int | None = None,
     return_state: bool = False,
     **generate_kwargs: Any,
 ) -> Any:
@@ -41,8 +41,10 @@ def latent_generate(
     Raises:
         ValueError: num_beams > 1.
     """
-    if generate_kwargs.get("num_beams", 1) > 1:
+    given = generate_kwargs.get("generation_config") or model.generation_config
+    if (generate_kwargs.get("num_beams", given.num_beams) or 1) > 1:
         raise ValueError("num_beams > 1: the latent phase's cache serves one sequence a row; sample or decode greedily")
+    copies = (num_return_sequences if num_return_sequences is not None else given.num_return_sequences) or 1
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     backbone = backbone_of(model)
@@ -52,9 +54,10 @@ def latent_generate(
         thought = torch.tensor([bot, *[latent] * backbone.latent_config.num_latents, eot], device=input_ids.device)
         ids = torch.cat([input_ids, thought.expand(len(input_ids), -1)], dim=1)
         mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
-        if num_return_sequences > 1:
-            ids, mask = (x.repeat_interleave(num_return_sequences, dim=0) for x in (ids, mask))
-            state.cache.batch_repeat_interleave(num_return_sequences)
+        if copies > 1:
+            ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
+            state.cache.batch_repeat_interleave(copies)
+        generate_kwargs["num_return_sequences"] = 1  # they are in the batch
         out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=state.cache, **generate_kwargs)
     return (out, state) if return_state else out
 
@@ -94,10 +97,11 @@ class LatentModel:
             **kwargs: for `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: nothing there says how the model thinks in latent tokens, or tensors are missing.
+            ValueError: nothing there says how the model thinks in latent tokens, or its files are damaged, lack tensors
+                or hold NaN.
         """
         adapter = read_json(name, "adapter_config.json", token)
-        base = adapter["base_model_name_or_path"] if adapter else name
+        base = base_of(adapter, name) if adapter else name
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
         full = not adapter and "latent" in (read_json(name, "config.json", token) or {})
         load = load_full if full else AutoModelForCausalLM.from_pretrained
@@ -107,13 +111,7 @@ class LatentModel:
             raise ValueError(
                 f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer"
             )
-        settings = {k: v for k, v in saved.items() if k != "token_ids"}
-        attach_latent(model, tokenizer, LatentConfig(**settings))
-        if list(backbone_of(model).latent_token_ids) != saved["token_ids"]:
-            raise ValueError(
-                f"{name}: its tokenizer puts the latent tokens at {backbone_of(model).latent_token_ids}, the model was "
-                f"trained with {tuple(saved['token_ids'])}"
-            )
+        attach_saved(model, tokenizer, saved, name)
         if adapter:
             model = load_adapter(model, name, is_trainable=True, token=token)
             remember(model, latent=saved)
@@ -126,15 +124,19 @@ class LatentModel:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def generate(self, questions: list[str] | torch.Tensor, **kwargs: Any) -> Any:
+    def generate(self, questions: str | list[str] | torch.Tensor, **kwargs: Any) -> Any:
         """Answers to questions.
 
         Args:
-            questions: texts, or ids (B, Q) as for `latent_generate`, which also takes the keywords.
+            questions: a text, texts, or ids (B, Q) as for `latent_generate`, which also takes the keywords.
 
         Returns:
-            For texts a list of answers; for ids what `latent_generate` returns.
+            For a text its answer, for texts a list of answers; for ids what `latent_generate` returns.
         """
+        if isinstance(questions, str):
+            return self.generate([questions], **kwargs)[0]
+        if not len(questions):
+            return []
         if isinstance(questions, torch.Tensor):
             return latent_generate(self.model, questions, **kwargs)
         batch = {k: v.to(self.model.device) for k, v in question_batch(self.tokenizer, list(questions)).items()}

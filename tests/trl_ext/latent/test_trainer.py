@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from tests import tiny
-from trl_ext.latent.data import LatentDataError
 from unsloth_ext import backbone_of
 from unsloth_ext.kv.compression import KVScoring, compress_kv
 from unsloth_ext.kv.tap import attention_tap
@@ -146,38 +145,3 @@ def test_evaluation_and_logging(tmp_path):
     weights = {"ce_student": 1, "ce_teacher": 1, "codi": 1, "kv": 1}
     total = sum(weights[t] * metrics[f"eval_loss/{t}"] for t in terms)
     assert abs(metrics["eval_loss"] - total) <= 1e-4
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"packing": True}, "packing=True"),
-        ({"padding_free": True}, "padding_free=True"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing=True"),
-        ({"w_codi": -1.0}, "w_codi=-1.0"),
-        ({"codi_loss": "l2"}, "codi_loss='l2'"),
-        ({"kv_std_mode": "student"}, "kv_std_mode='student'"),
-        ({"w_kv": 1.0, "kv_scorer": "rkv", "num_latents": 8}, "num_latents=8"),
-        ({"kv_scorer": "best"}, "scorer='best'"),
-        ({"num_latents": 0}, "num_latents=0"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
-    with pytest.raises(ValueError) as error:
-        setups.Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **changes)
-    assert message in str(error.value)
-
-
-def test_data_and_models_that_cannot_work_are_refused(tmp_path):
-    with pytest.raises(LatentDataError, match="train dataset, row 1: steps"):
-        setups.trainer(tmp_path, rows=[setups.ROWS[0], {**setups.ROWS[1], "steps": []}])
-    with pytest.raises(ValueError, match="no column 'steps'; it has question, answer"):
-        setups.trainer(tmp_path, rows=[{"question": "1", "answer": "1"}])
-    wrapped = setups.trainer(tmp_path).model
-    bare = wrapped.unload()
-    from peft import LoraConfig, get_peft_model
-
-    other = get_peft_model(tiny.model(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="before get_peft_model"):
-        setups.trainer(tmp_path, peft=False, model=other)
-    assert backbone_of(bare).latent_config.num_latents == 24

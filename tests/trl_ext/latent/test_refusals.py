@@ -1,0 +1,105 @@
+"""What cannot work is refused before training, by name."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from tests import tiny
+from trl_ext.latent.data import LatentDataError
+from unsloth_ext import LatentConfig, attach_latent, backbone_of, with_latent_modules
+
+from . import setups
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"packing": True}, "packing=True"),
+        ({"padding_free": True}, "padding_free=True"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True"),
+        ({"w_codi": -1.0}, "w_codi=-1.0"),
+        ({"codi_loss": "l2"}, "codi_loss='l2'"),
+        ({"kv_std_mode": "student"}, "kv_std_mode='student'"),
+        ({"w_kv": 1.0, "kv_scorer": "rkv", "num_latents": 8}, "num_latents=8"),
+        ({"kv_scorer": "best"}, "scorer='best'"),
+        ({"num_latents": 0}, "num_latents=0"),
+        ({"num_latents": 4.0}, "num_latents=4.0"),
+        ({"w_codi": float("nan")}, "w_codi=nan"),
+        ({"w_kv": float("inf")}, "w_kv=inf"),
+        ({"w_student": 0.0, "w_teacher": 0.0, "w_codi": 0.0}, "are all 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"loss_type": "dft"}, "loss_type='dft'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError) as error:
+        setups.Config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **changes)
+    assert message in str(error.value)
+
+
+def test_data_and_models_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(LatentDataError, match="train dataset, row 1: steps"):
+        setups.trainer(tmp_path, rows=[setups.ROWS[0], {**setups.ROWS[1], "steps": []}])
+    with pytest.raises(ValueError, match="no column 'steps'; it has question, answer"):
+        setups.trainer(tmp_path, rows=[{"question": "1", "answer": "1"}])
+    with pytest.raises(ValueError, match="no column 'trace_ids'; it has question_ids"):
+        setups.trainer(tmp_path, rows=[{"question_ids": [5, 6]}])
+    with pytest.raises(ValueError, match="train dataset: not one row"):
+        setups.trainer(tmp_path, dataset=Dataset.from_list(setups.ROWS).select([]))
+    wrapped = setups.trainer(tmp_path).model
+    bare = wrapped.unload()
+    assert backbone_of(bare).latent_config.num_latents == 24
+    eager = tiny.model()
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        setups.trainer(tmp_path, model=eager, w_kv=1.0)
+
+
+def test_adapters_that_would_leave_the_latent_tokens_untrained_are_refused(tmp_path):
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="pass the bare model with peft_config"):
+        setups.trainer(tmp_path, peft=False, model=get_peft_model(tiny.model(), lora))
+    model = attach_latent(tiny.model(), tiny.tokenizer(()), LatentConfig(3, 1, projection_dim=8))
+    whole = {**lora.to_dict(), **with_latent_modules(lora, model)}
+    for lacking in ("trainable_token_indices", "modules_to_save"):
+        adapter = get_peft_model(copy.deepcopy(model), LoraConfig(**{**whole, lacking: None}))
+        with pytest.raises(ValueError, match=f"{lacking} would leave the latent tokens untrained"):
+            setups.trainer(tmp_path, peft=False, model=adapter, num_latents=3)
+    setups.trainer(tmp_path, peft=False, model=get_peft_model(model, LoraConfig(**whole)), num_latents=3)
+
+
+def test_rows_beyond_a_table_of_positions_are_named(tmp_path):
+    """GPT-2 has 128; latent tokens count."""
+    row = setups.ROWS[0]
+    longest = 128 - 2 - 2 - 2 - 6  # `##`, 7 and EOS, <bot> and <eot>, six latent tokens
+    rows = [
+        row,
+        {**row, "question": "1" * longest, "answer": "7"},
+        {**row, "question": "1" * (longest + 1), "answer": "7"},
+    ]
+    with pytest.raises(
+        LatentDataError, match="row 2: more tokens, latent ones included, than the model's 128 positions"
+    ):
+        setups.trainer(tmp_path, family="gpt2", rows=rows, num_latents=6)
+    setups.trainer(tmp_path, family="gpt2", rows=rows[:2], num_latents=6)
+    setups.trainer(tmp_path, family="qwen3", rows=rows, num_latents=6)
+
+
+def test_a_tokenizer_that_could_not_end_an_answer_is_refused(tmp_path):
+    tokenizer = tiny.tokenizer(())
+    tokenizer.eos_token = None
+    args = setups.Config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="no eos_token"):
+        setups.LatentTrainer(tiny.model(), args, processing_class=tokenizer)
+
+
+def test_nan_ends_a_run_by_name(tmp_path):
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    trainer = setups.trainer(tmp_path, model=model, **setups.CASES["jacobi"])
+    with pytest.raises(FloatingPointError, match="loss/ce_student is nan after 0 steps"):
+        trainer.train()
