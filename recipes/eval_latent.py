@@ -64,6 +64,12 @@ class EvalArguments:
     held_out: int = field(default=500, metadata={"help": "The tiny task's number of held-out questions."})
     output: str | None = field(default=None, metadata={"help": "Folder for eval.json, latent.png; default CHECKPOINT."})
 
+    def __post_init__(self) -> None:
+        for name, lowest in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("show", 0)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value}: at least {lowest}")
+
 
 def rows_of(args: EvalArguments) -> list[dict]:
     """Rows with `question`, `steps`, `answer`."""

@@ -1,7 +1,9 @@
 """Which configuration file a recipe reads before its own flags are parsed. Imports nothing that Unsloth must precede."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,6 +21,23 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     peek.add_argument("--model_name")
     name = peek.parse_known_args(others)[0].model_name
     if name is None and config is not None:
-        name = yaml.safe_load(config.read_text()).get("model_name")
+        name = read_config(config).get("model_name")
     name = name or embedded[0]
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a configuration file.
+
+    Raises:
+        SystemExit: no such file, or it is not a YAML mapping.
+    """
+    if not path.is_file():
+        sys.exit(f"--config {path}: there is no such file")
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        sys.exit(f"--config {path}: {error}")
+    if not isinstance(found, dict):
+        sys.exit(f"--config {path}: not `field: value` lines")
+    return found

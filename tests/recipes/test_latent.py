@@ -33,7 +33,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, tmp_path, cache):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(equations, "TRAINING_ROWS", 1000)
+    monkeypatch.setattr(equations, "SMALL", equations.Size(rows=1000))
     return lambda method, *argv: recipe(
         monkeypatch, f"{method}_gsm8k.py", *SMALL, "--output_dir", "out", "--cache_dir", cache, *argv
     )

@@ -57,7 +57,7 @@ class LatentTokenizer:
         Raises:
             LatentDataError: a column is missing or of the wrong type, nothing is there to answer, or the row is too long.
         """
-        where = f"{dataset} dataset, row {index}"
+        where = row.get("_where") or f"{dataset} dataset, row {index}"
         question, steps, answer = (row.get(column) for column in COLUMNS)
         if not isinstance(question, str) or not question.strip():
             raise LatentDataError(where, "question is not a text", question)

@@ -63,8 +63,10 @@ def evaluate_answers(
             latent input; `"off"` is plain `generate` after the question: explicit steps from a model that writes them.
 
     Raises:
-        ValueError: no such way.
+        ValueError: no such way, no question, or no batch.
     """
+    if not rows or batch_size < 1:
+        raise ValueError(f"{len(rows)} questions in batches of {batch_size}: at least one of each")
     if latents not in LATENTS:
         raise ValueError(f"latents={latents!r}: choose one of {', '.join(LATENTS)}")
     config = GenerationConfig(

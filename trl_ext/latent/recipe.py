@@ -1,5 +1,6 @@
 """What recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py share: flags, data, model, training, and how a run ends."""
 
+import argparse
 import os
 import sys
 import time
@@ -7,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
@@ -17,7 +17,7 @@ from trl import TrlParser
 from unsloth_ext.ablations import ABLATIONS
 
 from ..checkpointing import last_complete_checkpoint
-from ..flags import chosen
+from ..flags import chosen, read_config
 from ..report import LATENT_CURVES, CompactProgress, comparison_table, plot_curves, write_summary
 from ..tasks import equations, warm_start
 from ..tasks.evaluation import AccuracyCallback
@@ -66,6 +66,16 @@ class ScriptArguments:
     lora_dropout: float = field(default=LORA["lora_dropout"], metadata={"help": "Dropout of LoRA."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
 
+    def __post_init__(self) -> None:
+        least = {
+            "train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1, "max_new_tokens": 1, "sft_steps": 1,
+            "lora_r": 0,
+        }  # fmt: skip
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value}: at least {lowest}")
+
     def lora(self) -> LoraConfig | None:
         """LoRA as asked for, on all linear layers."""
         if not self.lora_r:
@@ -80,8 +90,9 @@ def parse(
     """Flags over the configuration file over the preset that either names."""
     parser = TrlParser((ScriptArguments, config_class))
     _, config, others = chosen(argv, configs, method, EMBEDDED)
-    named = [flag for i, flag in enumerate(others) if i and others[i - 1] == "--preset"]
-    preset = named[-1] if named else yaml.safe_load(config.read_text()).get("preset")
+    peek = argparse.ArgumentParser(add_help=False)
+    peek.add_argument("--preset", default=read_config(config).get("preset"))
+    preset = peek.parse_known_args(others)[0].preset
     if preset:
         parser.set_defaults_with_config(**config_class.preset_fields(preset))
     return parser.parse_args_and_config(["--config", str(config), *others])
@@ -112,6 +123,8 @@ def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dic
         train.usable = [row for row in train.usable if row["question"] not in seen]
         if both > len(train.usable):
             console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
+        if not train.usable:
+            sys.exit(f"every question of {script.dataset} is held out in {script.eval_dataset}: nothing to train on")
     else:
         if len(train.usable) <= script.eval_size:
             sys.exit(

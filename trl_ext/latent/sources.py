@@ -2,13 +2,14 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..tasks.data import DataError, read_table
+from ..tasks.data import DataError, read_json_rows, read_table
 from .data import COLUMNS, LatentDataError
 
 
@@ -22,7 +23,7 @@ class Rows:
 
     Attributes:
         name: of the dataset.
-        usable: rows with `question`, `steps`, `answer`.
+        usable: rows with `question`, `steps`, `answer` and, as `_where`, their place in the file.
         read: how many rows were looked at.
         unusable: of each reason the errors, which name their rows.
     """
@@ -85,34 +86,31 @@ def load_rows(
     Raises:
         DataError: no such file, none of these shapes, or not one usable row.
     """
-    table = read_table(name, split=split, config=config)
-    columns = set(table.column_names)
+    if Path(name).suffix in (".jsonl", ".json"):
+        found = read_json_rows(name)[:size]
+        columns = dict.fromkeys(column for _, row in found for column in row)
+    else:
+        table = read_table(name, split=split, config=config)
+        columns = dict.fromkeys(table.column_names)
+        lines = Path(name).suffix == ".txt"
+        table = table if size is None else table.select(range(min(size, len(table))))
+        found = ((f"line {i + 1}" if lines else f"row {i}", row) for i, row in enumerate(table))
     shapes: tuple[tuple[set[str], Callable], ...] = (
         (set(COLUMNS), _row_of_columns),
         ({"question", "cot", "answer"}, _row_of_cot),
         ({"question", "answer"}, row_of_gsm8k),
-        ({"text"}, lambda row, *how: row_of_aug(row["text"], *how)),
+        ({"text"}, _row_of_text),
     )
-    make = next((make for needed, make in shapes if needed <= columns), None)
+    make = next((make for needed, make in shapes if needed <= columns.keys()), None)
     if make is None:
         wanted = "question and answer, with steps or cot, or text"
-        raise DataError(f"dataset {name} has the columns {', '.join(table.column_names)}; it needs {wanted}")
-    if size is not None:
-        table = table.select(range(min(size, len(table))))
-    place = (lambda i: f"line {i + 1}") if make is shapes[-1][1] else (lambda i: f"row {i}")
-    return rows_of(name, table, lambda row, i: make(row, f"dataset {name}, {place(i)}", need_steps))
-
-
-def rows_of(name: str, source: Sequence, make: Callable[[Any, int], dict]) -> Rows:
-    """`make(entry, index)` of every entry of `source`.
-
-    Raises:
-        DataError: not one is usable.
-    """
-    rows = Rows(name, read=len(source))
-    for index, entry in enumerate(tqdm(source, f"Reading {name}", delay=2)):
+        raise DataError(f"dataset {name} has the columns {', '.join(columns)}; it needs {wanted}")
+    rows = Rows(name)
+    for place, row in tqdm(found, f"Reading {name}", delay=2):
+        rows.read += 1
+        where = f"dataset {name}, {place}"
         with rows.checking():
-            rows.usable.append(make(entry, index))
+            rows.usable.append({**make(row, where, need_steps), "_where": where})
     rows.need_one()
     return rows
 
@@ -144,11 +142,22 @@ def _row_of_cot(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, 
     return _row(row["question"], f"{row['cot']} #### {row['answer']}", where, need_steps, annotations_only=False)
 
 
+def _row_of_text(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, Any]:
+    _texts(row, ("text",), where)
+    return row_of_aug(row["text"], where, need_steps)
+
+
 def _row_of_columns(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, Any]:
     _texts(row, ("question", "answer"), where)
-    if need_steps and not (isinstance(row["steps"], list) and row["steps"]):
-        raise LatentDataError(where, "no step", row["steps"])
-    return {column: row[column] for column in COLUMNS}
+    for column in ("question", "answer"):
+        if not row[column].strip():
+            raise LatentDataError(where, f"{column} is empty", row[column])
+    steps = row.get("steps") or []
+    if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
+        raise LatentDataError(where, "steps is not a list of texts", steps)
+    if need_steps and not steps:
+        raise LatentDataError(where, "no step", row.get("steps"))
+    return {"question": row["question"], "steps": steps, "answer": row["answer"]}
 
 
 def _texts(row: dict[str, Any], columns: tuple[str, ...], where: str) -> None:

@@ -95,13 +95,56 @@ def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
     """
     path = Path(name)
     if path.suffix not in FORMATS:
-        return load_dataset(name, config, split=split)
-    if not path.is_file():
-        raise DataError(f"dataset {name}: there is no such file")
+        if path.is_file() or path.suffix in (".csv", ".tsv"):
+            raise DataError(f"dataset {name}: give a {', '.join(FORMATS)} file or a hub id")
+        try:
+            return load_dataset(name, config, split=split)
+        except Exception as error:
+            raise DataError(f"dataset {name}: {error.__cause__ or error}") from error
+    check_file(name)
     try:
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
     except Exception as error:
         raise DataError(f"dataset {name} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
+
+
+def check_file(name: str) -> None:
+    """Raises a DataError if there is no such file or nothing in it."""
+    if not Path(name).is_file():
+        raise DataError(f"dataset {name}: there is no such file")
+    if not Path(name).stat().st_size:
+        raise DataError(f"dataset {name}: the file is empty")
+
+
+def read_json_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a `.jsonl` or `.json` file (objects line by line, or one list of them), each with its place: "line 3". Unlike
+    a table, columns may mix types.
+
+    Raises:
+        DataError: no such file, or something in it is no JSON object.
+    """
+    check_file(name)
+    try:
+        text = Path(name).read_text()
+        if Path(name).suffix == ".json" and text.lstrip().startswith("["):
+            rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
+        else:
+            rows = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+            for i, (place, line) in enumerate(rows):
+                rows[i] = place, _json_line(name, place, line)
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"dataset {name} cannot be read: {error}") from error
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"dataset {name}, {place}: no JSON object: {row!r:.100}")
+    return rows
+
+
+def _json_line(name: str, place: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"dataset {name} cannot be read as .jsonl: {place}: {error}") from error
 
 
 def is_generator(name: str) -> bool:

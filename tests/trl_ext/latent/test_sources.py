@@ -58,7 +58,9 @@ ANNOTATED = {"question": "2+3+4=", "answer": "It is <<2+3=5>>5, <<5+4=9>>9.\n###
 AUG = ["2+3+4=||<<2+3=5>> <<5+4=9>> #### 9", "no bars", "5||<<1=1>> #### none", "5||#### 3"]
 SHAPES = {
     "aug.txt": lambda path: path.write_text("\n".join(AUG) + "\n"),
-    "steps.jsonl": lambda path: lines(path, [GOOD, {**GOOD, "steps": []}, {**GOOD, "answer": None}]),
+    "steps.jsonl": lambda path: lines(
+        path, [GOOD, {**GOOD, "steps": []}, {**GOOD, "answer": 9}, {**GOOD, "question": " "}]
+    ),
     "cot.json": lambda path: lines(path, [COT, {**COT, "cot": " "}]),
     "gsm8k.parquet": lambda path: Dataset.from_list([ANNOTATED, {**ANNOTATED, "answer": "#### 1"}]).to_parquet(path),
 }
@@ -68,10 +70,14 @@ BAD = {
         "no number after '####'": "line 3",
         "no step before '####'": "line 4",
     },
-    "steps.jsonl": {"no step": "row 1", "answer is not a text": "row 2"},
-    "cot.json": {"no step before '####'": "row 1"},
+    "steps.jsonl": {"no step": "line 2", "answer is not a text": "line 3", "question is empty": "line 4"},
+    "cot.json": {"no step before '####'": "line 2"},
     "gsm8k.parquet": {"no step before '####'": "row 1"},
 }
+
+
+def bare(rows):
+    return [{column: row[column] for column in GOOD} for row in rows]
 
 
 def lines(path, rows):
@@ -83,7 +89,7 @@ def test_files_give_usable_rows_and_an_account_of_the_others(tmp_path, name):
     path = tmp_path / name
     SHAPES[name](path)
     rows = load_rows(str(path))
-    assert rows.usable == [GOOD] and rows.read == 1 + len(BAD[name])
+    assert bare(rows.usable) == [GOOD] and rows.read == 1 + len(BAD[name])
     assert rows.unusable.keys() == BAD[name].keys()
     report = rows.report()
     assert f"1 of {rows.read} rows usable" in report
@@ -104,11 +110,12 @@ def test_size_is_of_rows_read(tmp_path):
 
 
 def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
-    lines(tmp_path / "a.jsonl", [GOOD, {**GOOD, "question": "1+" * 50}, GOOD])
+    lines(tmp_path / "a.jsonl", [{**GOOD, "steps": []}, GOOD, {**GOOD, "question": "1+" * 50}, GOOD])
     rows = load_rows(str(tmp_path / "a.jsonl"))
     tokens = rows.map(LatentTokenizer(tiny.tokenizer(()), "##", ";", True, max_length=60))
-    assert len(tokens) == 2 and rows.usable == [GOOD, GOOD] and "2 of 3 rows usable" in rows.report()
-    assert "1: more tokens than max_length=60" in rows.report()
+    assert len(tokens) == 2 and bare(rows.usable) == [GOOD, GOOD] and "2 of 4 rows usable" in rows.report()
+    assert "1: more tokens than max_length=60; raise it, or leave the row out (first: dataset" in rows.report()
+    assert "a.jsonl, line 3" in rows.report()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +123,11 @@ def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
     [
         ('{"prompt": "x"}\n', "has the columns prompt; it needs question and answer"),
         ('{"question": "x", "answer": "3"}\n', "0 of 1 rows usable"),
-        ("{not json\n", "cannot be read as .jsonl"),
+        ("{not json\n", "cannot be read as .jsonl: line 1"),
+        ("[1, 2]\n", "line 1: no JSON object: [1, 2]"),
+        ("", "the file is empty"),
+        ('{"text": 3}\n', "text is not a text: 3"),
+        ('{"question": "x", "steps": [1], "answer": "3"}\n', "steps is not a list of texts: [1]"),
     ],
 )
 def test_a_file_without_a_usable_row_is_an_error(tmp_path, text, message):
