@@ -30,6 +30,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
+# Files of which a checkpoint has all or none (under FSDP and DeepSpeed the first are not ours), and what must be in them
+OPTIMIZER = ("optimizer.safetensors", "optimizer.json", "scheduler.json")
+RNG = ("rng_state_0.safetensors", "rng_state_0.json")
+NEEDED = {STATE_FILE: ("global_step",), "scheduler.json": ("last_epoch",), RNG[1]: ("python", "numpy")}
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # the last ones are FSDP's, with a pickle beside them
 
 
@@ -39,13 +43,21 @@ class CheckpointError(ValueError):
 
 def broken_file(checkpoint: Path) -> str | None:
     """Why `checkpoint` cannot be resumed from: one sentence that names the file; None when it is whole."""
-    state = checkpoint / STATE_FILE
-    if not state.is_file():
-        return f"{state} is missing: the checkpoint was never finished"
-    try:
-        json.loads(state.read_text())
-    except ValueError as error:
-        return f"{state} is not whole JSON ({error}): the checkpoint was never finished"
+    if not (checkpoint / STATE_FILE).is_file():
+        return f"{checkpoint / STATE_FILE} is missing: the checkpoint was never finished"
+    here = {file.name for file in checkpoint.iterdir()}
+    for some, together in ((OPTIMIZER, OPTIMIZER + RNG), (RNG, RNG)):
+        lost = [name for name in together if name not in here]
+        if lost and here & set(some):
+            return f"{checkpoint / lost[0]} is missing"
+    for file in sorted(checkpoint.glob("*.json")):
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            return f"{file} is not whole JSON ({error}): the checkpoint was never finished"
+        lacks = [key for key in NEEDED.get(file.name, ()) if not isinstance(found, dict) or key not in found]
+        if lacks:
+            return f"{file} has no {lacks[0]!r}"
     for file in sorted(checkpoint.glob("**/*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
@@ -120,9 +132,12 @@ class SafeCheckpointMixin:
                     f"{checkpoint} is of another model: it has {name} {shape}, this one has "
                     f"{wanted.get(name, 'no such tensor')}"
                 )
-        missing = [name for name in wanted if "thinking" in name and name not in saved]
+        # A full model saves tensors that are tied under one name only
+        ours = [n for n in wanted if isinstance(self.model, PeftModel) or "thinking" in n or "latent" in n]
+        missing = [name for name in ours if name not in saved]
         if missing:
-            raise CheckpointError(f"{checkpoint} has no {missing[0]}: it was saved by a model without thinking modules")
+            kind = "a model without thinking modules" if "thinking" in missing[0] else "another model, or damaged"
+            raise CheckpointError(f"{checkpoint} has no {missing[0]}: it was saved by {kind}")
 
     def _pickle_allowed(self) -> bool:
         return getattr(self.args, "allow_pickle_checkpoint", False)

@@ -112,7 +112,34 @@ def _cut(file, keep=0.5):
     file.write_bytes(data[: int(len(data) * keep)])
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+FILES = [
+    "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", "scheduler.json", "optimizer.json",
+    "rng_state_0.json", "rng_state_0.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_missing_file_is_named(tmp_path, name):
+    setups.hrpo(tmp_path, **{**SAVING, "max_steps": 1}).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+        setups.hrpo(tmp_path, **SAVING).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_file_that_holds_something_else_is_named(tmp_path):
+    setups.hrpo(tmp_path, **{**SAVING, "max_steps": 1}).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    for name, key in (("scheduler.json", "last_epoch"), ("trainer_state.json", "global_step")):
+        whole = (folder / name).read_text()
+        for text in ("{}", "[]"):
+            (folder / name).write_text(text)
+            with pytest.raises(CheckpointError, match=f"{name} has no '{key}'"):
+                setups.hrpo(tmp_path, **SAVING).train(resume_from_checkpoint=str(folder))
+        (folder / name).write_text(whole)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_truncated_file_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, name):
     setups.hrpo(tmp_path, **{**SAVING, "max_steps": 2}).train()
     folder = tmp_path / "out" / "checkpoint-2"

@@ -1,13 +1,16 @@
 """What cannot work is refused before training, by name."""
 
 import copy
+import re
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from trl_ext.checkpointing import CheckpointError
 from trl_ext.latent.data import LatentDataError
 from unsloth_ext import LatentConfig, attach_latent, backbone_of, with_latent_modules
 
@@ -103,3 +106,18 @@ def test_nan_ends_a_run_by_name(tmp_path):
     trainer = setups.trainer(tmp_path, model=model, **setups.CASES["jacobi"])
     with pytest.raises(FloatingPointError, match="loss/ce_student is nan after 0 steps"):
         trainer.train()
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_checkpoint_without_the_projection_is_refused(tmp_path, peft):
+    settings = {**setups.CASES["kv"], "peft": peft, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    setups.trainer(tmp_path, **settings).train()
+    file = next((tmp_path / "checkpoint-1").glob("*model.safetensors"))
+    tensors = load_file(file)
+    lost = next(name for name in tensors if "latent_projection" in name)
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"has no {re.escape(lost)}"):
+        setups.trainer(tmp_path, **{**settings, "max_steps": 2}).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests import tiny
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, backbone_of, latent_generate, latent_phase
@@ -142,3 +142,22 @@ def test_embeddings_that_had_to_grow_come_back_with_the_adapter(tmp_path, tied):
     assert ids.max() >= config.vocab_size - 3
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_one_question_or_none():
+    loaded = LatentModel(make(), tiny.tokenizer(()))
+    texts = loaded.generate(["1+2=", "3+4="], max_new_tokens=3, do_sample=False)
+    assert [loaded.generate(q, max_new_tokens=3, do_sample=False) for q in ("1+2=", "3+4=")] == texts
+    assert loaded.generate([]) == []
+
+
+def test_settings_inside_a_generation_config_count():
+    model = make()
+    ids, mask = questions()
+    with pytest.raises(ValueError, match="num_beams"):
+        latent_generate(model, ids, mask, generation_config=GenerationConfig(num_beams=2, max_new_tokens=2))
+    out = latent_generate(
+        model, ids, mask,
+        generation_config=GenerationConfig(num_return_sequences=2, do_sample=True, max_new_tokens=2, pad_token_id=0),
+    )  # fmt: skip
+    assert len(out) == 2 * len(ids)
