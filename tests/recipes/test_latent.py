@@ -87,6 +87,11 @@ def files(tmp_path):
     held.append({"question": "1 and 2", "answer": "so\n#### 4"})  # a training question
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
     (tmp_path / "bad.txt").write_text("no bars\n")
+    (tmp_path / "all.txt").write_text("1 and 2||<<1+2=3>> #### 3\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "cut.yaml").write_text("a: [1\n")
     return tmp_path
 
 
@@ -119,6 +124,16 @@ def test_a_model_and_files_of_ones_own(run, files, capsys):
         (["--model_name", "base", "--dataset", "bad.txt"], "0 of 1 rows usable"),
         (["--model_name", "base", "--dataset", "rows.txt", "--eval_size", "40"], "leaves none to train on"),
         (["--model_name", "base", "--dataset", "rows.txt", "--max_length", "5"], "more tokens than max_length=5"),
+        (["--preset=none-such"], "no preset 'none-such'"),
+        (["--config", "list.yaml"], "list.yaml: not `field: value` lines"),
+        (["--config", "cut.yaml"], "cut.yaml: "),
+        (["--w_codi", "nan"], "w_codi=nan"),
+        (["--eval_size", "0"], "eval_size=0"),
+        (["--eval_size", "200000"], "200000 held-out equations"),
+        (["--eval_batch", "0"], "eval_batch=0"),
+        (["--model_name", "base", "--dataset", "rows.csv"], "give a .jsonl, .json, .parquet, .txt file"),
+        (["--model_name", "base", "--dataset", "empty.jsonl"], "empty.jsonl: the file is empty"),
+        (["--model_name", "base", "--dataset", "all.txt", "--eval_dataset", "all.txt"], "nothing to train on"),
         (["--resume_from_checkpoint", "nowhere"], "no such folder"),
         (["--resume_from_checkpoint", "latest"], "no complete checkpoint"),
     ],
@@ -137,6 +152,9 @@ def test_what_is_wrong_is_said_before_training(run, files, capsys, argv, message
         (["--checkpoint", "base"], "does not say how it thinks"),
         (["--checkpoint", "base", "--latents", "half"], "choose from on"),
         (["--checkpoint", "base", "--dataset", "bad.txt"], "0 of 1 rows usable"),
+        (["--checkpoint", "base", "--held_out", "0"], "0 held-out equations"),
+        (["--checkpoint", "base", "--limit", "0"], "limit=0"),
+        (["--checkpoint", "base", "--batch_size", "0"], "batch_size=0"),
         ([], "--checkpoint"),
     ],
 )
