@@ -125,6 +125,8 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
             loaded = PeftModel.from_pretrained(model, name, **kwargs)
         except KeyError as error:  # of tensors that PEFT looks up by name
             raise ValueError(f"{name}: {ADAPTER} lacks {error}") from error
+        except RuntimeError as error:  # of shapes
+            raise ValueError(f"{name}: {ADAPTER} is of another model: {error}") from error
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     missing = sorted(wanted.keys() - saved.keys())
     if missing:

@@ -7,6 +7,7 @@ the latent phase and the answer on one set of weights. Everything else is the pa
 import contextlib
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             )
         fused_lm_head.ensure()
         tokenizer = processing_class
+        if tokenizer is None and not name:
+            raise ValueError("processing_class: give the tokenizer, since the model does not say where it comes from")
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
         if tokenizer.eos_token is None:
@@ -94,6 +97,11 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             tokenizer.pad_token = args.pad_token or tokenizer.eos_token
         config, saved = args.latent_config(), None
         if isinstance(model, str):
+            if Path(model, "adapter_config.json").exists():
+                raise ValueError(
+                    f"model={model!r} is an adapter: to go on with it, pass LatentModel.from_pretrained(...).model and no "
+                    "peft_config"
+                )
             saved = (read_json(model, "config.json", args.hub_token) or {}).get("latent")
             kept = config if saved is None else read_settings(saved, model)[0]
         else:

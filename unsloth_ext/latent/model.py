@@ -1,5 +1,6 @@
 """`LatentModel`: load a model that thinks in latent tokens, and let it answer."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,20 @@ class LatentModel:
                 or hold NaN.
         """
         adapter = read_json(name, "adapter_config.json", token)
-        base = base_of(adapter, name) if adapter else name
+        base = name if adapter is None else base_of(adapter, name)
+        if os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists():
+            raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
-        full = not adapter and "latent" in (read_json(name, "config.json", token) or {})
+        full = adapter is None and "latent" in (read_json(name, "config.json", token) or {})
         load = load_full if full else AutoModelForCausalLM.from_pretrained
         model = load(base, token=token, **kwargs)
-        saved = adapter.get("latent") if adapter else getattr(model.config, "latent", None)
+        saved = getattr(model.config, "latent", None) if adapter is None else adapter.get("latent")
         if not saved:
             raise ValueError(
                 f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer"
             )
         attach_saved(model, tokenizer, saved, name)
-        if adapter:
+        if adapter is not None:
             model = load_adapter(model, name, is_trainable=True, token=token)
             remember(model, latent=saved)
         elif hasattr(backbone_of(model), LATENT_MODULE):

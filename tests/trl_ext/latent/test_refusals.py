@@ -71,7 +71,9 @@ def test_adapters_that_would_leave_the_latent_tokens_untrained_are_refused(tmp_p
         adapter = get_peft_model(copy.deepcopy(model), LoraConfig(**{**whole, lacking: None}))
         with pytest.raises(ValueError, match=f"{lacking} would leave the latent tokens untrained"):
             setups.trainer(tmp_path, peft=False, model=adapter, num_latents=3)
-    setups.trainer(tmp_path, peft=False, model=get_peft_model(model, LoraConfig(**whole)), num_latents=3)
+    setups.trainer(tmp_path, peft=False, model=get_peft_model(model, LoraConfig(**whole)), num_latents=3).save_model()
+    with pytest.raises(ValueError, match="is an adapter"):
+        setups.trainer(tmp_path, model=str(tmp_path))
 
 
 def test_rows_beyond_a_table_of_positions_are_named(tmp_path):

@@ -47,6 +47,11 @@ def lose(part):
     return lambda tensors: tensors.pop(next(name for name in tensors if part in name))
 
 
+def halve(tensors):
+    name = next(name for name in tensors if "latent_projection" in name and tensors[name].dim() > 1)
+    tensors[name] = tensors[name][:3]
+
+
 def spoil(tensors):
     next(iter(tensors.values())).view(-1)[0] = torch.nan
 
@@ -55,10 +60,13 @@ WRONG = {
     "lora": (True, "adapter_model.safetensors lacks .*lora_", lambda f: edit_tensors(f / A, lose("lora_A"))),
     "projection": (True, "adapter_model.safetensors lacks", lambda f: edit_tensors(f / A, lose("latent_projection"))),
     "tokens": (True, "adapter_model.safetensors lacks", lambda f: edit_tensors(f / A, lose("trainable_tokens"))),
+    "shape": (True, "is of another model", lambda f: edit_tensors(f / A, halve)),
     "adapter": (True, "adapter_model.safetensors is missing", lambda f: (f / A).unlink()),
     "cut": (True, "adapter_model.safetensors is truncated", lambda f: (f / A).write_bytes((f / A).read_bytes()[:999])),
     "nan": (True, "holds NaN or infinity", lambda f: edit_tensors(f / A, spoil)),
     "json": (True, "adapter_config.json is not JSON", lambda f: (f / C).write_text("{")),
+    "empty": (True, "no base_model_name", lambda f: (f / C).write_text("{}")),
+    "no tokenizer": (True, "no tokenizer_config.json", lambda f: (f / "tokenizer_config.json").unlink()),
     "list": (True, "adapter_config.json holds no JSON object", lambda f: (f / C).write_text("[]")),
     "no base": (True, "no base_model_name", lambda f: edit_json(f / C, lambda c: c.pop("base_model_name_or_path"))),
     "base gone": (
