@@ -152,6 +152,8 @@ def _row_of_columns(row: dict[str, Any], where: str, need_steps: bool) -> dict[s
     for column in ("question", "answer"):
         if not row[column].strip():
             raise LatentDataError(where, f"{column} is empty", row[column])
+    if NUMBER.search(row["answer"]) is None:
+        raise LatentDataError(where, "no number in the answer", row["answer"])
     steps = row.get("steps") or []
     if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
         raise LatentDataError(where, "steps is not a list of texts", steps)

@@ -127,6 +127,7 @@ def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
         ("[1, 2]\n", "line 1: no JSON object: [1, 2]"),
         ("", "the file is empty"),
         ('{"text": 3}\n', "text is not a text: 3"),
+        ('{"question": "x", "steps": ["a"], "answer": "b"}\n', "no number in the answer: 'b'"),
         ('{"question": "x", "steps": [1], "answer": "3"}\n', "steps is not a list of texts: [1]"),
     ],
 )
