@@ -5,9 +5,7 @@ the latent phase and the answer on one set of weights. Everything else is the pa
 """
 
 import contextlib
-import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,34 +14,22 @@ from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, set_seed
-from transformers.utils import logging
+from transformers import DynamicCache, set_seed
 from trl import SFTTrainer
 
 from patches import fused_lm_head
 from unsloth_ext.adapter import remember
-from unsloth_ext.hub import load_modules, read_json
-from unsloth_ext.kv.tap import check_sdpa, compressed_trace
-from unsloth_ext.latent.config import (
-    LATENT_MODULE,
-    add_latent_tokens,
-    attach_latent,
-    attach_saved,
-    check_adapter,
-    read_settings,
-    with_latent_modules,
-)
+from unsloth_ext.kv.tap import compressed_trace
+from unsloth_ext.latent.config import add_latent_tokens
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
-from unsloth_ext.residual import backbone_of, unwrapped
+from unsloth_ext.residual import unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
 from ..creation import preparing_models
 from .config import LatentArguments
-from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths, learned_positions
+from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss
-
-
-logger = logging.get_logger(__name__)
+from .preparation import Preparation, name_of, tokenizer_of
 
 
 class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
@@ -70,9 +56,8 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         *others: Any,
         **keywords: Any,
     ):
-        name = model if isinstance(model, str) else model.config._name_or_path
         if args is None and self._config_class is not None:
-            args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
+            args = self._config_class(f"{name_of(model).split('/')[-1]}-{self._name}")
         if not isinstance(args, LatentArguments):
             raise ValueError(f"args is a {type(args).__name__}; latent distillation needs one of its own configs")
         if data_collator is not None:
@@ -86,64 +71,15 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
                 "model with AutoModelForCausalLM"
             )
         fused_lm_head.ensure()
-        tokenizer = processing_class
-        if tokenizer is None and not name:
-            raise ValueError("processing_class: give the tokenizer, since the model does not say where it comes from")
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has no eos_token: nothing would end an answer; set tokenizer.eos_token")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = args.pad_token or tokenizer.eos_token
-        config, saved = args.latent_config(), None
-        if isinstance(model, str):
-            if Path(model, "adapter_config.json").exists():
-                raise ValueError(
-                    f"model={model!r} is an adapter: to go on with it, pass LatentModel.from_pretrained(...).model and no "
-                    "peft_config"
-                )
-            saved = (read_json(model, "config.json", args.hub_token) or {}).get("latent")
-            kept = config if saved is None else read_settings(saved, model)[0]
-        else:
-            kept = getattr(backbone_of(model), "latent_config", config)
-        for field, asked in vars(config).items():  # a model that has latent tokens keeps what it was made with
-            if getattr(kept, field) != asked:
-                logger.warning(
-                    f"{name} was made with {field}={getattr(kept, field)!r} and keeps it; asked for: {asked!r}"
-                )
-        self._latent = kept
-        given = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
-
-        def prepare(model: PreTrainedModel) -> None:
-            if saved is not None:
-                attach_saved(model, tokenizer, saved, name)
-                if kept.projection_dim is not None:
-                    load_modules(model, name, (LATENT_MODULE,), args.hub_token)
-            elif not hasattr(backbone_of(model), "latent_config"):
-                attach_latent(model, tokenizer, kept)
-            if given is not None:
-                vars(given).update(with_latent_modules(given, model))
-            elif is_peft_model(model):
-                check_adapter(model)
-            else:
-                logger.warning(
-                    "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer "
-                    "LoRA"
-                )
-            if args.w_kv:
-                check_sdpa(model)
-            self._positions = learned_positions(model)
-
+        tokenizer = tokenizer_of(model, args, processing_class)
+        self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
+        keywords["peft_config"] = prepare.peft_config
         if not isinstance(model, str):
-            if is_peft_model(model) and not hasattr(backbone_of(model), "latent_config"):
-                raise ValueError(
-                    "the model is wrapped by PEFT and has no latent tokens: pass the bare model with peft_config"
-                )
             prepare(model)
-            if given is not None and on_unsloths:  # whose trainer would ignore it
+            if prepare.peft_config is not None and on_unsloths:  # whose trainer would ignore it
                 set_seed(args.seed)
-                model, keywords["peft_config"] = get_peft_model(model, given), None
-        collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, kept)[2])
+                model, keywords["peft_config"] = get_peft_model(model, prepare.peft_config), None
+        collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, prepare.settings)[2])
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
         )
@@ -169,8 +105,8 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             dataset = dataset.map(
                 lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
             )
-        if self._positions and isinstance(dataset, Dataset):
-            check_lengths(dataset, dataset_name, self._latent.num_latents, self._positions)
+        if self._prepared.positions and isinstance(dataset, Dataset):
+            check_lengths(dataset, dataset_name, self._prepared.settings.num_latents, self._prepared.positions)
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -235,7 +171,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         if args.w_kv:
             keys = F.pad(inputs["trace_mask"], (inputs["question_mask"].shape[1], 0))
             queries = F.pad(inputs["answer_mask"], (1, 0))
-            tap = compressed_trace(model, keys, queries, self._latent.num_latents, args.kv_scoring())
+            tap = compressed_trace(model, keys, queries, self._prepared.settings.num_latents, args.kv_scoring())
         with tap as kept:
             out = model(
                 input_ids=ids,

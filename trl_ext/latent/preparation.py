@@ -1,0 +1,119 @@
+"""What a model and its tokenizer get before training, and which of them cannot be trained."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from unsloth_ext.hub import load_modules, read_json
+from unsloth_ext.kv.tap import check_sdpa
+from unsloth_ext.latent.config import (
+    LATENT_MODULE,
+    LatentConfig,
+    attach_latent,
+    attach_saved,
+    check_adapter,
+    read_settings,
+    with_latent_modules,
+)
+from unsloth_ext.residual import backbone_of
+
+from .config import LatentArguments
+from .data import learned_positions
+
+
+logger = logging.get_logger(__name__)
+
+
+def name_of(model: Any) -> str:
+    """Where a model, or the path of one, comes from; empty if nobody knows."""
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
+def tokenizer_of(model: Any, args: LatentArguments, given: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or else the model's, with a pad token.
+
+    Raises:
+        ValueError: there is none, or it could not end an answer.
+    """
+    tokenizer = given
+    if tokenizer is None and not name_of(model):
+        raise ValueError("processing_class: give the tokenizer, since the model does not say where it comes from")
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(name_of(model), trust_remote_code=args.trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no eos_token: nothing would end an answer; set tokenizer.eos_token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = args.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass
+class Preparation:
+    """Called with the model, once it is loaded and before PEFT wraps it, gives it its latent tokens.
+
+    Attributes:
+        model: to train, or its path.
+        peft_config: a copy of the trainer's, which then also trains the latent tokens.
+        settings: how the model will think: as asked for, or as it was made with.
+        positions: of a model that has a table of them, how many.
+    """
+
+    model: Any
+    args: LatentArguments
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: PeftConfig | None
+    settings: LatentConfig = field(init=False)
+    positions: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.peft_config = copy.deepcopy(self.peft_config)
+        self._saved = None
+        asked = self.settings = self.args.latent_config()
+        if isinstance(self.model, str):
+            if Path(self.model, "adapter_config.json").exists():
+                raise ValueError(
+                    f"model={self.model!r} is an adapter: to go on with it, pass LatentModel.from_pretrained(...).model "
+                    "and no peft_config"
+                )
+            self._saved = (read_json(self.model, "config.json", self.args.hub_token) or {}).get("latent")
+            if self._saved is not None:
+                self.settings = read_settings(self._saved, self.model)[0]
+        else:
+            self.settings = getattr(backbone_of(self.model), "latent_config", asked)
+        for name, value in vars(asked).items():
+            kept = getattr(self.settings, name)
+            if kept != value:
+                logger.warning(
+                    f"{name_of(self.model)} was made with {name}={kept!r} and keeps it; asked for: {value!r}"
+                )
+
+    def __call__(self, model: PreTrainedModel) -> None:
+        """Raises a ValueError if this model cannot be trained."""
+        has_latent = hasattr(backbone_of(model), "latent_config")
+        if is_peft_model(model) and not has_latent:
+            raise ValueError(
+                "the model is wrapped by PEFT and has no latent tokens: pass the bare model with peft_config"
+            )
+        if self._saved is not None:
+            attach_saved(model, self.tokenizer, self._saved, self.model)
+            if self.settings.projection_dim is not None:
+                load_modules(model, self.model, (LATENT_MODULE,), self.args.hub_token)
+        elif not has_latent:
+            attach_latent(model, self.tokenizer, self.settings)
+        if self.peft_config is not None:
+            vars(self.peft_config).update(with_latent_modules(self.peft_config, model))
+        elif is_peft_model(model):
+            check_adapter(model)
+        else:
+            logger.warning(
+                "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer LoRA"
+            )
+        if self.args.w_kv:
+            check_sdpa(model)
+        self.positions = learned_positions(model)
