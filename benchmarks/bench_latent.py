@@ -120,8 +120,8 @@ def run(
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """Markdown: over the seeds the mean with its bootstrap interval, each seed, what ablated latents leave, of times the
-    shortest of the seeds, which other work on the machine disturbed least."""
+    """Markdown: over the seeds the mean with its bootstrap interval, each seed, what ablated latents leave, and of times
+    the shortest of the seeds, which other work on the machine disturbed least."""
     headings = [
         "",
         "accuracy (95% interval)",

@@ -9,7 +9,6 @@ The timings are `bench_hrpo.py`'s. `--rehearse` runs it without a GPU, Unsloth's
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -55,12 +54,14 @@ def backend(name: str, rehearse: bool) -> dict:
     setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
     import gpu_latent
 
-    report = {}
+    report: dict = {}
     for precision in ["float32"] if rehearse else PRECISIONS:
         for source, mode in MODES:
             report[f"{precision} {source} {mode}"] = train(folder, name, precision, source, mode)
         for method in gpu_latent.METHODS:
             report[f"{precision} {method}"] = gpu_latent.train(folder, method, precision)
+    for result in report.values():
+        result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
     report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]
     return report
 
@@ -110,22 +111,16 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
         train_dataset=Dataset.from_list([{"prompt": "What is 12 plus 7? " * (1 + i % 3)} for i in range(24)]),
         processing_class=tokenizer,
     )
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.train()
-    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
+    learned = setups.watched(trainer, [*LEARNS, *(["thinking_projection"] if source == "projection" else [])])
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    parts = [*LEARNS, *(["thinking_projection"] if source == "projection" else [])]
-    result = {
+    return {
+        **learned,
+        "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
         "deviation": max(entry["thinking/ratio_deviation"] for entry in steps),
         "bound": PRECISIONS[precision],
-        "finite": all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in steps),
-        "not_learning": [part for part in parts if not any(part in n for n in moved)],
-        "thinking_fraction": steps[0]["thinking/fraction"],
         "trainer": f"{HRPOTrainer.__mro__[1].__name__}",
-        "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
+        "thinking_fraction": steps[0]["thinking/fraction"],
     }
-    result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
-    return result
 
 
 def main() -> int:

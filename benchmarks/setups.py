@@ -1,11 +1,13 @@
 """Models, prompts and clocks that the benchmarks share. Random weights: speed does not depend on what they say."""
 
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -53,6 +55,18 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def watched(trainer: Any, parts: list[str]) -> dict:
+    """Train, and say whether every logged loss and gradient norm was finite and which parts of the model did not move."""
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "finite": all(math.isfinite(entry[name]) for entry in steps for name in ("loss", "grad_norm")),
+        "not_learning": [part for part in parts if not any(part in n for n in moved)],
+    }
 
 
 def seconds(work: Callable[[], object]) -> float:

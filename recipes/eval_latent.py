@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
+from trl_ext.flags import at_least
 from trl_ext.latent.config import LatentArguments
 from trl_ext.latent.data import LatentCollator, LatentTokenizer
 from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answers
@@ -65,10 +66,7 @@ class EvalArguments:
     output: str | None = field(default=None, metadata={"help": "Folder for eval.json, latent.png; default CHECKPOINT."})
 
     def __post_init__(self) -> None:
-        for name, lowest in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("show", 0)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name}={value}: at least {lowest}")
+        at_least(self, limit=1, max_new_tokens=1, batch_size=1, show=0)
 
 
 def rows_of(args: EvalArguments) -> list[dict]:

@@ -1,4 +1,5 @@
-"""Which configuration file a recipe reads before its own flags are parsed. Imports nothing that Unsloth must precede."""
+"""A recipe's flags: which configuration file is read before they are parsed, and how they are checked. Imports nothing that
+Unsloth must precede."""
 
 import argparse
 import sys
@@ -41,3 +42,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         sys.exit(f"--config {path}: not `field: value` lines")
     return found
+
+
+def at_least(arguments: Any, **lowest: int) -> None:
+    """Raises a ValueError that names a field below its lowest value; None is no value."""
+    for name, least in lowest.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: at least {least}")

@@ -62,7 +62,7 @@ class FastThinkingModel:
                     f"the adapter {model_name} has no thinking modules ({', '.join(sorted(missing))}); pass "
                     "thinking=ThinkingConfig() to start from its LoRA weights with new ones"
                 )
-        base_name = base_of(adapter, model_name) if adapter else model_name
+        base_name = model_name if adapter is None else base_of(adapter, model_name)
         use_unsloth = unsloth_can_run()[0] if use_unsloth is None else use_unsloth
         if load_in_4bit is None:
             load_in_4bit = (

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -54,8 +54,14 @@ def base_of(adapter: dict, name: str) -> str:
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{name}: adapter_config.json has no base_model_name_or_path")
-    if (os.path.isabs(base) or base.startswith(".")) and not os.path.isdir(base):
-        raise ValueError(f"{name}: its base_model_name_or_path {base} is not there; correct it in adapter_config.json")
+    if not os.path.isdir(base):
+        try:
+            validate_repo_id(base)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{name}: its base_model_name_or_path {base} is not there (from {os.getcwd()}); correct it in "
+                "adapter_config.json"
+            ) from error
     return base
 
 
@@ -118,7 +124,7 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
     Raises:
         ValueError: the adapter's file is missing or damaged, or lacks tensors; NaN is in it.
     """
-    saved = read_adapter(name, kwargs.get("token"))
+    saved = adapter_keys(name, kwargs.get("token"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \[('latent'|'thinking'|, )+\]")
         try:
@@ -128,16 +134,17 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
         except RuntimeError as error:  # of shapes
             raise ValueError(f"{name}: {ADAPTER} is of another model: {error}") from error
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    missing = sorted(wanted.keys() - saved.keys())
+    missing = sorted(wanted.keys() - saved)
     if missing:
         raise ValueError(
             f"{name}: {ADAPTER} lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
         )
+    check_finite(wanted, name)
     return loaded
 
 
-def read_adapter(name: str, token: str | None) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder or hub repository.
+def adapter_keys(name: str, token: str | None) -> set[str]:
+    """Names of the tensors in the file of an adapter folder or hub repository.
 
     Raises:
         ValueError: see `load_adapter`.
@@ -146,8 +153,7 @@ def read_adapter(name: str, token: str | None) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise ValueError(f"{path} is missing")
     try:
-        saved = load_file(path)
+        with safe_open(path, framework="pt") as tensors:
+            return set(tensors.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error})") from error
-    check_finite(saved, name)
-    return saved

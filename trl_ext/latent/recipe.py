@@ -17,7 +17,7 @@ from trl import TrlParser
 from unsloth_ext.ablations import ABLATIONS
 
 from ..checkpointing import last_complete_checkpoint
-from ..flags import chosen, read_config
+from ..flags import at_least, chosen, read_config
 from ..report import LATENT_CURVES, CompactProgress, comparison_table, plot_curves, write_summary
 from ..tasks import equations, warm_start
 from ..tasks.evaluation import AccuracyCallback
@@ -67,14 +67,7 @@ class ScriptArguments:
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
 
     def __post_init__(self) -> None:
-        least = {
-            "train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1, "max_new_tokens": 1, "sft_steps": 1,
-            "lora_r": 0,
-        }  # fmt: skip
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name}={value}: at least {lowest}")
+        at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, max_new_tokens=1, sft_steps=1, lora_r=0)
 
     def lora(self) -> LoraConfig | None:
         """LoRA as asked for, on all linear layers."""

@@ -18,9 +18,8 @@ from transformers import DynamicCache, set_seed
 from trl import SFTTrainer
 
 from patches import fused_lm_head
-from unsloth_ext.adapter import remember
 from unsloth_ext.kv.tap import compressed_trace
-from unsloth_ext.latent.config import add_latent_tokens
+from unsloth_ext.latent.config import add_latent_tokens, remember_latent
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import unwrapped
 
@@ -87,7 +86,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
         self.model_accepts_loss_kwargs = False  # its means are over the micro-batch
         if is_peft_model(self.model):
-            remember(self.model, latent=self.model.config.latent)
+            remember_latent(self.model)
 
     # -- data -------------------------------------------------------------------------------------------------------
 

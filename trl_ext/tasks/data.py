@@ -129,22 +129,21 @@ def read_json_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
         if Path(name).suffix == ".json" and text.lstrip().startswith("["):
             rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
         else:
-            rows = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
-            for i, (place, line) in enumerate(rows):
-                rows[i] = place, _json_line(name, place, line)
+            lines = enumerate(text.splitlines(), start=1)
+            rows = [(f"line {i}", _json_line(f"line {i}", line)) for i, line in lines if line.strip()]
     except ValueError as error:
-        raise error if isinstance(error, DataError) else DataError(f"dataset {name} cannot be read: {error}") from error
+        raise DataError(f"dataset {name} cannot be read: {error}") from error
     for place, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"dataset {name}, {place}: no JSON object: {row!r:.100}")
     return rows
 
 
-def _json_line(name: str, place: str, line: str) -> Any:
+def _json_line(place: str, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise DataError(f"dataset {name} cannot be read as .jsonl: {place}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def is_generator(name: str) -> bool:

@@ -1,15 +1,18 @@
 """How a model thinks in latent tokens, and the modules that this takes."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapter import remember
+from ..hub import read_json
 from ..residual import backbone_of
 from ..unsloth_decoding import on_unsloth
 
@@ -158,12 +161,16 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
         raise ValueError(f"{name}: its latent settings: {error}") from error
 
 
+def trained_rows(adapter: PeftConfig) -> set[int]:
+    """Tokens whose embeddings an adapter trains one by one."""
+    asked = getattr(adapter, "trainable_token_indices", None) or {}
+    return {i for ids in (asked.values() if isinstance(asked, dict) else [asked]) for i in ids}
+
+
 def check_adapter(model: nn.Module) -> None:
     """Raises a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
     adapter, backbone = model.peft_config[model.active_adapter], backbone_of(model)
-    asked = getattr(adapter, "trainable_token_indices", None) or {}
-    rows = {i for ids in (asked.values() if isinstance(asked, dict) else [asked]) for i in ids}
-    lacks = [] if rows >= set(backbone.latent_token_ids) else ["trainable_token_indices"]
+    lacks = [] if trained_rows(adapter) >= set(backbone.latent_token_ids) else ["trainable_token_indices"]
     if hasattr(backbone, LATENT_MODULE) and LATENT_MODULE not in (adapter.modules_to_save or ()):
         lacks.append("modules_to_save")
     if lacks:
@@ -193,6 +200,20 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
     if hasattr(backbone, LATENT_MODULE):
         changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), LATENT_MODULE]))
     return changes
+
+
+def remember_latent(model: PeftModel) -> None:
+    """Have the active adapter saved with how the model thinks, and without the embedding matrix where that is no loss.
+
+    PEFT would write the whole matrix into every adapter, since it has grown. With tied embeddings that grew by nothing but
+    rows that the adapter trains, by the base's `config.json`, its own rows are enough.
+    """
+    remember(model, latent=model.config.latent)
+    adapter = model.peft_config[model.active_adapter]
+    base = read_json(adapter.base_model_name_or_path or "", "config.json", None) or {}
+    grown = set(range(base.get("vocab_size", 0), model.config.vocab_size))
+    if model.config.tie_word_embeddings and grown <= trained_rows(adapter):
+        model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
 
 @contextlib.contextmanager

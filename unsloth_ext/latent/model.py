@@ -8,11 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import remember
 from ..hub import base_of, load_adapter, load_full, load_modules, read_json
 from ..mode import evaluating
 from ..residual import backbone_of
-from .config import LATENT_MODULE, attach_saved
+from .config import LATENT_MODULE, attach_saved, remember_latent
 from .phase import Intervention, latent_phase
 
 
@@ -58,7 +57,8 @@ def latent_generate(
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
             state.cache.batch_repeat_interleave(copies)
-        generate_kwargs["num_return_sequences"] = 1  # they are in the batch
+        if (given.num_return_sequences or 1) > 1:
+            generate_kwargs["num_return_sequences"] = 1  # they are in the batch
         out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=state.cache, **generate_kwargs)
     return (out, state) if return_state else out
 
@@ -117,7 +117,7 @@ class LatentModel:
         attach_saved(model, tokenizer, saved, name)
         if adapter is not None:
             model = load_adapter(model, name, is_trainable=True, token=token)
-            remember(model, latent=saved)
+            remember_latent(model)
         elif hasattr(backbone_of(model), LATENT_MODULE):
             load_modules(model, name, (LATENT_MODULE,), token)
         return cls(model.eval(), tokenizer)

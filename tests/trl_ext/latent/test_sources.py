@@ -123,7 +123,7 @@ def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
     [
         ('{"prompt": "x"}\n', "has the columns prompt; it needs question and answer"),
         ('{"question": "x", "answer": "3"}\n', "0 of 1 rows usable"),
-        ("{not json\n", "cannot be read as .jsonl: line 1"),
+        ("{not json\n", "cannot be read: line 1: "),
         ("[1, 2]\n", "line 1: no JSON object: [1, 2]"),
         ("", "the file is empty"),
         ('{"text": 3}\n', "text is not a text: 3"),

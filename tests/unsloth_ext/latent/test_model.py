@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests import tiny
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, backbone_of, latent_generate, latent_phase
-from unsloth_ext.adapter import remember
-from unsloth_ext.latent.config import with_latent_modules
+from unsloth_ext.latent.config import remember_latent, with_latent_modules
 
 from .test_phase import FAMILIES, make, questions
 
@@ -83,7 +83,7 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, family, peft):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         vars(lora).update(with_latent_modules(lora, base))
         model = get_peft_model(base, lora)
-        remember(model, latent=base.config.latent)
+        remember_latent(model)
     torch.manual_seed(9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,7 +120,8 @@ def test_the_phase_alone_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_that_had_to_grow_come_back_with_the_adapter(tmp_path, tied):
-    """The base on disk has no rows for the latent tokens; logits equal exactly after loading."""
+    """The base on disk has no rows for the latent tokens; logits equal exactly after loading. Tied, the adapter's own rows
+    are all that is saved of the matrix."""
     tokenizer = tiny.tokenizer(())
     config = tiny.config("qwen3", vocab_size=len(tokenizer))
     config.tie_word_embeddings = tied
@@ -131,13 +132,17 @@ def test_embeddings_that_had_to_grow_come_back_with_the_adapter(tmp_path, tied):
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     vars(lora).update(with_latent_modules(lora, base))
     model = get_peft_model(base, lora).eval()
-    remember(model, latent=base.config.latent)
+    remember_latent(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     LatentModel(model, tokenizer).save_pretrained(tmp_path / "saved")
     loaded = LatentModel.from_pretrained(str(tmp_path / "saved")).model
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("saved", "again"):
+        names = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert any(name.endswith("base_layer.weight") and "token_adapter" in name for name in names) != tied
     ids = torch.tensor([[*range(3, 20), *backbone_of(model).latent_token_ids]])
     assert ids.max() >= config.vocab_size - 3
     with torch.no_grad():

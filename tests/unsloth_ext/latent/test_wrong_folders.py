@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, with_latent_modules
-from unsloth_ext.adapter import remember
+from unsloth_ext.latent.config import remember_latent
 
 
 A, C, M = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
@@ -26,7 +26,7 @@ def saved(folder, peft=True):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         vars(lora).update(with_latent_modules(lora, base))
         model = get_peft_model(base, lora)
-        remember(model, latent=base.config.latent)
+        remember_latent(model)
     LatentModel(model, tokenizer).save_pretrained(folder / "saved")
     return folder / "saved"
 
@@ -73,6 +73,11 @@ WRONG = {
         True,
         "base_model_name_or_path .* is not there",
         lambda f: (f.parent / "base").rename(f.parent / "b"),
+    ),
+    "relative": (
+        True,
+        "base_model_name_or_path a/b/c is not there",
+        lambda f: edit_json(f / C, lambda c: c.update(base_model_name_or_path="a/b/c")),
     ),
     "no ids": (True, "not those of this version: token_ids", lambda f: edit_latent(f / C, token_ids=None)),
     "more": (True, "not those of this version: depth", lambda f: edit_latent(f / C, depth=3)),
