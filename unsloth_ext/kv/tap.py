@@ -51,8 +51,7 @@ def _tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: to
         out = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     observer = _OBSERVER.get()
     if observer is not None:
-        with torch.no_grad():
-            observer(module.layer_idx, query.detach(), key.detach(), value.detach())
+        observer(module.layer_idx, query, key, value)
     return out
 
 
@@ -72,7 +71,7 @@ def check_sdpa(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """While open, every attention layer of `model` calls `observer(layer, query, key, value)`, without gradients.
+    """While open, every attention layer of `model` calls `observer(layer, query, key, value)`.
 
     query (B, Hq, T, D) and key (B, Hkv, S, D) are after rotary embedding, value (B, Hkv, S, D); S counts cached tokens too.
 
@@ -124,6 +123,7 @@ def compressed_trace(
     rows, asked = _gather_index(query_mask)
     layers: list[CompressedKV] = []
 
+    @torch.no_grad()
     def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         assert layer == len(layers), "one forward a tap"
         where = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])

@@ -1,0 +1,45 @@
+"""Keys, values and queries of a forward pass, taken where attention uses them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..kv.tap import attention_tap
+
+
+@contextlib.contextmanager
+def captured_kvq(
+    model: nn.Module, layers: Sequence[int] | None = None
+) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Collects K, V (B, H_kv, T, D) and Q (B, H_q, T, D) of the first forward inside, with their gradients' graph.
+
+    They are the tensors that SDPA reads, after rotary embedding; no attention map is made.
+
+    Args:
+        layers: which to keep; None: all.
+
+    Yields:
+        By layer (k, v, q).
+
+    Raises:
+        ValueError: the model's attention is not SDPA.
+    """
+    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    wanted = None if layers is None else set(layers)
+
+    def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        if wanted is None or layer in wanted:
+            found.setdefault(layer, (key, value, query))
+
+    with attention_tap(model, observe):
+        yield found
+
+
+def stacked(
+    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], layers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K, V, Q (B, L, H, T, D) of these layers."""
+    k, v, q = (torch.stack([found[layer][i] for layer in layers], dim=1) for i in range(3))
+    return k, v, q

@@ -1,0 +1,163 @@
+"""How far a student's keys, values and attention are from a teacher's of the same shape."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+MAP_ELEMENTS = 2**24  # of attention that are alive at once
+
+
+@dataclass(frozen=True)
+class StructuralKVLoss:
+    """loss = alpha_k L_K + alpha_v L_V + alpha_attn L_attn + alpha_norm L_norm
+
+    L_K, L_V: 1 - cosine of the vectors of a head at a time. L_attn: KL(teacher || student) of the causal attention rows
+    softmax(Q K^T / (temperature sqrt(D))). L_norm: squared difference of the logarithms of the keys' and of the values'
+    norms, halved; cosines do not see scale. Each is a mean over real times, heads and layers. What has weight 0 is not
+    computed.
+
+    Raises:
+        ValueError: a weight is negative, all are 0, or the temperature is not positive.
+    """
+
+    alpha_k: float = 1.0
+    alpha_v: float = 1.0
+    alpha_attn: float = 0.5
+    temperature: float = 1.0
+    alpha_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("alpha_k", "alpha_v", "alpha_attn", "alpha_norm")}
+        for name, value in weights.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value}: a weight is 0 (off) or more")
+        if not any(weights.values()):
+            raise ValueError(f"{', '.join(weights)} are all 0: nothing would be learnt")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: more than 0")
+
+    def __call__(
+        self,
+        s_k: torch.Tensor,
+        s_v: torch.Tensor,
+        s_q: torch.Tensor | None,
+        t_k: torch.Tensor,
+        t_v: torch.Tensor,
+        t_q: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and what it is made of.
+
+        Args:
+            s_k, s_v, t_k, t_v (B, L, H_kv, T, D); s_q, t_q (B, L, H_q, T, D), which may be None where alpha_attn is 0.
+            attention_mask (B, T): real times; None: all.
+
+        Returns:
+            loss (), and metrics () without gradients: the terms `k`, `v`, `attn`, `norm` with a weight, `target_std` and
+            `target_rank` of the teacher's keys (`_k`) and values (`_v`).
+
+        Raises:
+            ValueError: shapes differ.
+        """
+        for name, ours, theirs in (("k", s_k, t_k), ("v", s_v, t_v), ("q", s_q, t_q)):
+            if ours is not None and theirs is not None and ours.shape != theirs.shape:
+                raise ValueError(f"{name}: {tuple(ours.shape)} of the student, {tuple(theirs.shape)} of the teacher")
+        if attention_mask is None:
+            attention_mask = torch.ones(s_k.shape[0], s_k.shape[3], device=s_k.device)
+        mask = attention_mask.bool()
+        terms = {}
+        if self.alpha_k:
+            terms["k"] = (self.alpha_k, _mean(1 - _cosine(s_k, t_k), mask))
+        if self.alpha_v:
+            terms["v"] = (self.alpha_v, _mean(1 - _cosine(s_v, t_v), mask))
+        if self.alpha_attn:
+            if s_q is None or t_q is None:
+                raise ValueError("alpha_attn compares attention, which needs s_q and t_q")
+            terms["attn"] = (self.alpha_attn, attention_kl(s_q, s_k, t_q, t_k, mask, self.temperature))
+        if self.alpha_norm:
+            both = [_mean((_log_norm(s) - _log_norm(t)) ** 2, mask) for s, t in ((s_k, t_k), (s_v, t_v))]
+            terms["norm"] = (self.alpha_norm, sum(both) / 2)
+        metrics = {name: value.detach() for name, (_, value) in terms.items()}
+        for name, target in (("k", t_k), ("v", t_v)):
+            metrics[f"target_std_{name}"], metrics[f"target_rank_{name}"] = spread(target, mask)
+        return sum(weight * value for weight, value in terms.values()), metrics
+
+
+def create_structural_loss(
+    alpha_k: float = 1.0,
+    alpha_v: float = 1.0,
+    alpha_attn: float = 0.5,
+    temperature: float = 1.0,
+    alpha_norm: float = 0.0,
+) -> StructuralKVLoss:
+    """`StructuralKVLoss` with these weights."""
+    return StructuralKVLoss(alpha_k, alpha_v, alpha_attn, temperature, alpha_norm)
+
+
+def attention_kl(
+    s_q: torch.Tensor, s_k: torch.Tensor, t_q: torch.Tensor, t_k: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Mean KL(teacher || student) of attention rows; q (B, L, H_q, T, D), k (B, L, H_kv, T, D), mask (B, T) bool.
+
+    A few rows at a time, recomputed in the backward: no T x T map of all heads is ever alive.
+    """
+    b, layers, heads, times, _ = s_q.shape
+    rows = max(1, MAP_ELEMENTS // (b * layers * heads * times))
+    total = _wide(s_q.new_zeros(()))
+    for start in range(0, times, rows):
+        total = total + checkpoint(
+            _rows_kl, s_q, s_k, t_q, t_k, mask, temperature, start, min(start + rows, times), use_reentrant=False
+        )
+    return total / (mask.sum() * layers * heads).clamp(min=1)
+
+
+def _rows_kl(s_q, s_k, t_q, t_k, mask, temperature, start, stop) -> torch.Tensor:
+    seen = torch.arange(stop, device=mask.device) <= torch.arange(start, stop, device=mask.device)[:, None]
+    allowed = (seen & mask[:, None, :stop])[:, None, None, None]  # (B, 1, 1, 1, rows, stop)
+
+    def log_rows(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        grouped = _wide(q[:, :, :, start:stop]).unflatten(2, (k.shape[2], -1))
+        scores = torch.einsum("blhgtd,blhsd->blhgts", grouped, _wide(k[:, :, :, :stop]))
+        scores = scores / (temperature * q.shape[-1] ** 0.5)
+        return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).log_softmax(-1)
+
+    ours, theirs = log_rows(s_q, s_k), log_rows(t_q, t_k)
+    kl = (theirs.exp() * (theirs - ours)).masked_fill(~allowed, 0).sum(-1)
+    return (kl * mask[:, None, None, None, start:stop]).sum()
+
+
+@torch.no_grad()
+def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of vectors (B, L, H, T, D), around the mean of their head: standard deviation, and effective rank, the exponential of
+    the entropy of the covariance's normalised eigenvalues, between 1 and D."""
+    keep = mask[:, None, None, :, None].float()
+    count = mask.sum().clamp(min=1)
+    centred = (x.float() - (x.float() * keep).sum((0, 3), keepdim=True) / count) * keep
+    vectors = centred.flatten(0, 3)
+    covariance = vectors.T @ vectors / (count * x.shape[1] * x.shape[2])
+    std = covariance.diagonal().mean().sqrt()
+    share = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
+    share = share / share.sum().clamp(min=torch.finfo(share.dtype).tiny)
+    return std, torch.special.entr(share).sum().exp().float()
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Of (B, L, H, T) over real times."""
+    keep = mask[:, None, None]
+    return values.masked_fill(~keep, 0).sum() / (keep.sum() * values.shape[1] * values.shape[2]).clamp(min=1)
+
+
+def _cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cosine_similarity(_wide(x), _wide(y), dim=-1)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _log_norm(x: torch.Tensor) -> torch.Tensor:
+    return _wide(x).norm(dim=-1).clamp(min=1e-6).log()
