@@ -14,6 +14,8 @@ _WHERE = {
     "HRPOTrainer": "hrpo",
     "KAVAConfig": "latent.methods",
     "KAVATrainer": "latent.methods",
+    "KVDistillConfig": "kv_distill",
+    "KVDistillTrainer": "kv_distill",
     "PCCoTConfig": "latent.methods",
     "PCCoTTrainer": "latent.methods",
 }

@@ -179,8 +179,12 @@ class SafeCheckpointMixin:
         _write_json(Path(output_dir, "scheduler.json"), scheduler)
 
     def _named_state(self) -> dict[str, dict[str, Any]]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self._named_trained().items()}
         return {names[parameter]: state for parameter, state in self._torch_optimizer().state.items() if state}
+
+    def _named_trained(self) -> dict[str, torch.nn.Parameter]:
+        """Whatever the optimizer may hold, by name."""
+        return dict(self.model.named_parameters())
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # under accelerate's wrapper
@@ -219,7 +223,7 @@ class SafeCheckpointMixin:
             by_name.setdefault(name, {})[entry] = value
         optimizer = self._torch_optimizer()
         trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        names = {name: parameter for name, parameter in self.model.named_parameters() if parameter in trained}
+        names = {name: parameter for name, parameter in self._named_trained().items() if parameter in trained}
         for name, state in by_name.items():
             if name in names:
                 optimizer.state[names[name]] = {

@@ -131,17 +131,16 @@ def _rows_kl(s_q, s_k, t_q, t_k, mask, temperature, start, stop) -> torch.Tensor
 
 @torch.no_grad()
 def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of vectors (B, L, H, T, D), around the mean of their head: standard deviation, and effective rank, the exponential of
-    the entropy of the covariance's normalised eigenvalues, between 1 and D."""
+    """Of vectors (B, L, H, T, D), around the mean of their head, by layer and then the mean: standard deviation, and
+    effective rank, the exponential of the entropy of the covariance's normalised eigenvalues, between 1 and D."""
     keep = mask[:, None, None, :, None].float()
     count = mask.sum().clamp(min=1)
     centred = (x.float() - (x.float() * keep).sum((0, 3), keepdim=True) / count) * keep
-    vectors = centred.flatten(0, 3)
-    covariance = vectors.T @ vectors / (count * x.shape[1] * x.shape[2])
-    std = covariance.diagonal().mean().sqrt()
+    covariance = torch.einsum("blhtd,blhte->lde", centred, centred) / (count * x.shape[2])
+    std = covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt().mean()
     share = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
-    share = share / share.sum().clamp(min=torch.finfo(share.dtype).tiny)
-    return std, torch.special.entr(share).sum().exp().float()
+    share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+    return std, torch.special.entr(share).sum(1).exp().mean().float()
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

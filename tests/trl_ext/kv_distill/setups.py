@@ -1,0 +1,58 @@
+"""Rows, a teacher larger than its student, and trainers that these tests share."""
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from trl_ext import KVDistillConfig, KVDistillTrainer
+
+
+ROWS = [
+    {"prompt": f"{a}+{b}=", "completion": f"{a}+{b}={a + b}; {'so ' * (a % 3)}##{a + b}"}
+    for a in range(1, 6)
+    for b in (2, 9, 14, 7)
+]
+
+
+def teacher(family="qwen3"):
+    """Four layers, 6 heads on 3 KV heads of width 12; the student has 2, 4 on 2, 8."""
+    config = tiny.config(family)
+    changes = {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12}
+    config = type(config)(**{**config.to_dict(), **changes, "hidden_size": 72, "layer_types": None})
+    torch.manual_seed(7)
+    net = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return net
+
+
+def settings(folder, **changes):
+    return {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "answer_delimiter": "##",
+        "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False, **changes,
+    }  # fmt: skip
+
+
+def trainer(folder, peft=False, family="qwen3", model=None, rows=ROWS, given_teacher="tiny", tokenizer=None, **changes):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
+    return KVDistillTrainer(
+        tiny.model(family, std=0.1) if model is None else model,
+        KVDistillConfig(**settings(folder, **changes)),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=Dataset.from_list(ROWS[:8]),
+        processing_class=tokenizer or tiny.tokenizer(()),
+        peft_config=lora,
+        teacher_model=teacher(family) if given_teacher == "tiny" else given_teacher,
+    )
+
+
+def trained(trainer) -> dict[str, torch.Tensor]:
+    """Every parameter after training, the projection's too."""
+    trainer.train()
+    return {name: parameter.detach().clone() for name, parameter in trainer._named_trained().items()}

@@ -1,0 +1,131 @@
+"""What distillation through keys and values adds to SFT's configuration."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from unsloth_ext.alignment.aligner import DIRECTIONS, MODES, ROPE_SPACES
+from unsloth_ext.alignment.heads import INITS
+from unsloth_ext.alignment.loss import StructuralKVLoss
+from unsloth_ext.alignment.time_warping import SegmentTimeWarper
+
+
+@dataclass
+class KVDistillConfig(SFTConfig):
+    """loss = loss_ce + lambda_kv (alpha_k L_K + alpha_v L_V + alpha_attn L_attn + alpha_norm L_norm)
+
+    `lambda_kv=0` is SFT: no teacher is needed.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "ratio_map", "alpha_map"]
+
+    lambda_kv: float = field(default=1.0, metadata={"help": "Weight of the structural loss beside cross-entropy."})
+    alpha_k: float = field(default=1.0, metadata={"help": "Weight of the keys' directions."})
+    alpha_v: float = field(default=1.0, metadata={"help": "Weight of the values' directions."})
+    alpha_attn: float = field(default=0.5, metadata={"help": "Weight of KL(teacher || student) of attention rows."})
+    alpha_norm: float = field(default=0.0, metadata={"help": "Weight of the keys' and values' norms."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the attention rows compared."})
+    kv_projection_mode: str = field(
+        default="structured", metadata={"help": "'structured', by heads, or 'flat', one map of all heads side by side."}
+    )
+    kv_direction: str = field(
+        default="student_to_teacher",
+        metadata={"help": "What is projected; 'teacher_to_student' collapses unless freeze_aligner."},
+    )
+    kv_layer_map: str = field(
+        default="uniform", metadata={"help": "'uniform', 'last', or the teacher's layers as a JSON list: '[1, 3]'."}
+    )
+    share_dim_proj: bool = field(default=True, metadata={"help": "One projection of width for all heads."})
+    init_uniform: bool = field(default=True, metadata={"help": "Heads start evenly spread; otherwise at random."})
+    kv_init: str | None = field(
+        default=None, metadata={"help": "In place of init_uniform: 'uniform_rms', 'identity', 'procrustes', ..."}
+    )
+    rope_space: str = field(
+        default="rerotate", metadata={"help": "Where keys are mixed: 'rerotate', 'pre' or 'post' rotary embedding."}
+    )
+    freeze_aligner: bool = field(default=False, metadata={"help": "The projection does not learn."})
+    aligner_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the projection; None: the model's learning rate."}
+    )
+    T_s: int | None = field(default=None, metadata={"help": "Compare at so many times; None: at every token."})
+    ratio_map: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Sampling rate by segment as JSON: \'{"P": 1, "R": 0.5, "A": 1}\'.'}
+    )
+    alpha_map: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Smoothing by segment, from 0 to 1, as JSON."}
+    )
+    answer_delimiter: str = field(
+        default="####", metadata={"help": "Ends the reasoning in a completion; what follows is the answer."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the teacher, unless teacher_model is given."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
+                  "quantization_config."},
+    )  # fmt: skip
+    allow_pickle_checkpoint: bool = field(
+        default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lambda_kv < float("inf"):
+            raise ValueError(f"lambda_kv={self.lambda_kv}: a weight is 0 (off) or more")
+        choices = {
+            "kv_projection_mode": MODES, "kv_direction": DIRECTIONS, "rope_space": ROPE_SPACES, "kv_init": (None, *INITS),
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
+        if self.kv_projection_mode == "flat" and self.kv_init not in (None, "procrustes"):
+            raise ValueError(f"kv_init={self.kv_init!r}: a flat projection has no heads to map; None or 'procrustes'")
+        self.layer_map()
+        self.structural_loss()
+        self.time_warper()
+        if self.T_s is not None and self.T_s < 3:
+            raise ValueError(f"T_s={self.T_s}: at least 3, one time for each segment")
+        if not self.answer_delimiter:
+            raise ValueError("answer_delimiter is empty: nothing would end the reasoning")
+        if self.aligner_learning_rate is not None and not 0 <= self.aligner_learning_rate < float("inf"):
+            raise ValueError(f"aligner_learning_rate={self.aligner_learning_rate}: 0 or more")
+        if not self.lambda_kv:
+            return
+        refused = {
+            "packing": "segments are those of one row",
+            "padding_free": "segments are those of one row",
+            "use_liger_kernel": "it replaces the attention that keys and values are taken from",
+        }
+        for name, why in refused.items():
+            if getattr(self, name, False):
+                raise ValueError(f"{name}=True: {why}; set {name}=False")
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False: the prompt is told from the completion by its labels; leave it unset"
+            )
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True: keys and values would come without gradients; set it to False")
+
+    def layer_map(self) -> str | list[int]:
+        """`kv_layer_map`, parsed."""
+        if not self.kv_layer_map.startswith("["):
+            return self.kv_layer_map
+        try:
+            return json.loads(self.kv_layer_map)
+        except ValueError as error:
+            raise ValueError(f"kv_layer_map={self.kv_layer_map!r} is not a JSON list: {error}") from error
+
+    def structural_loss(self) -> StructuralKVLoss:
+        """The loss of these weights."""
+        return StructuralKVLoss(self.alpha_k, self.alpha_v, self.alpha_attn, self.temperature, self.alpha_norm)
+
+    def time_warper(self) -> SegmentTimeWarper | None:
+        """The warper of these maps; None where neither is given."""
+        given = {name: getattr(self, name) for name in ("ratio_map", "alpha_map") if getattr(self, name) is not None}
+        for name, value in given.items():
+            if not isinstance(value, dict):
+                raise ValueError(f'{name}={value!r}: an object such as \'{{"P": 1, "R": 0.5, "A": 1}}\'')
+        return SegmentTimeWarper(**given) if given else None

@@ -1,0 +1,90 @@
+"""Prompt, reasoning and answer of each row, by token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from unsloth_ext.delimiter import DelimiterMatcher
+
+
+logger = logging.get_logger(__name__)
+
+PROMPT, REASONING, ANSWER, PADDING = 0, 1, 2, -1
+
+
+@dataclass(frozen=True)
+class SegmentFinder:
+    """Of tokenized rows the segments: the prompt is what comes before the first label, the reasoning goes on until the
+    token that completes the delimiter, and the answer is what follows."""
+
+    matcher: DelimiterMatcher
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        """Column `segment_ids` from `input_ids` and `labels` of a batch of rows."""
+        starts = [next((i for i, x in enumerate(labels) if x != -100), len(labels)) for labels in rows["labels"]]
+        completions = [torch.tensor(ids[start:]) for ids, start in zip(rows["input_ids"], starts, strict=True)]
+        # Padded with -1, which would index the table's last column: what is past a row's end is not looked at
+        done = self.matcher.complete(pad_sequence(completions, batch_first=True, padding_value=-1))
+        out = []
+        for ids, start, complete in zip(rows["input_ids"], starts, done, strict=True):
+            thought = complete[: len(ids) - start]
+            end = len(ids) if not thought.any() else start + int(thought.int().argmax()) + 1
+            out.append([PROMPT] * start + [REASONING] * (end - start) + [ANSWER] * (len(ids) - end))
+        return {"segment_ids": out}
+
+
+def add_segments(
+    dataset: Dataset | IterableDataset, name: str, tokenizer: PreTrainedTokenizerBase, delimiter: str
+) -> Dataset | IterableDataset:
+    """Column `segment_ids`, unless the dataset brings it. Rows without the delimiter are counted and reported.
+
+    Raises:
+        ValueError: no row has the delimiter, or a row's own `segment_ids` do not fit it.
+    """
+    if dataset.column_names is not None and "segment_ids" in dataset.column_names:
+        return dataset.map(_check_row, with_indices=True, fn_kwargs={"name": name})
+    finder = SegmentFinder(DelimiterMatcher(tokenizer, delimiter))
+    dataset = dataset.map(finder, batched=True)
+    if isinstance(dataset, Dataset):
+        without = [i for i, ids in enumerate(dataset["segment_ids"]) if ids[-1] != ANSWER]
+        if len(without) == len(dataset):
+            raise ValueError(
+                f"{name} dataset: no row has anything behind the delimiter {delimiter!r}; set answer_delimiter to what "
+                "ends the reasoning in your completions"
+            )
+        if without:
+            logger.warning(
+                f"{name} dataset: {len(without):,} of {len(dataset):,} rows have nothing behind the delimiter "
+                f"{delimiter!r} (first: row {without[0]}); their completions count as reasoning to the end"
+            )
+    return dataset
+
+
+def _check_row(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
+    ids = row["segment_ids"]
+    if len(ids) != len(row["input_ids"]) or not all(i in (PROMPT, REASONING, ANSWER) for i in ids):
+        raise ValueError(
+            f"{name} dataset, row {index}: segment_ids are one of {PROMPT}, {REASONING}, {ANSWER} for each of the row's "
+            f"{len(row['input_ids'])} tokens; found {len(ids)}"
+        )
+    return row
+
+
+@dataclass(frozen=True)
+class SegmentCollator:
+    """Another collator, and `segment_ids` (B, T) long beside its `input_ids`, -1 where its attention mask is 0."""
+
+    inner: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        segments = [row["segment_ids"] for row in rows]
+        batch = self.inner([{k: v for k, v in row.items() if k != "segment_ids"} for row in rows])
+        mask = batch["attention_mask"].bool()
+        ids = torch.full_like(batch["input_ids"], PADDING)
+        ids[mask] = torch.tensor([i for row in segments for i in row])
+        return {**batch, "segment_ids": ids}

@@ -1,0 +1,283 @@
+"""SFT of a student whose keys, values and attention follow those of a teacher of another shape.
+
+What differs from SFT, and where: `_prepare_dataset` marks prompt, reasoning and answer; `compute_loss` adds the structural
+loss to SFT's own; the projection between the two models is in the optimizer and in checkpoints. Everything else is the
+parent's; `lambda_kv=0` is the parent.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from patches import fused_lm_head
+from unsloth_ext.alignment.aligner import MapProjectionAligner
+from unsloth_ext.alignment.capture import captured_kvq, stacked
+from unsloth_ext.kv.tap import check_sdpa
+from unsloth_ext.residual import backbone_of
+from unsloth_ext.unsloth_decoding import on_unsloth
+
+from ..checkpointing import CheckpointError, SafeCheckpointMixin
+from .config import KVDistillConfig
+from .segments import SegmentCollator, add_segments
+
+
+logger = logging.get_logger(__name__)
+
+ALIGNER = "aligner"
+FALLEN = 0.5  # of where it began: a target that is collapsing
+
+
+class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
+    """Same constructor as `SFTTrainer`, and:
+
+    Args:
+        teacher_model: a model, its hub id or folder; None: `args.teacher_model_name_or_path`.
+        teacher_processing_class: the teacher's tokenizer; None: the one in its folder, if it has one.
+
+    Attributes:
+        teacher: frozen, in its own dtype and, with a device map, on its own devices.
+        aligner: the `MapProjectionAligner` between the two.
+
+    Raises:
+        ValueError: at construction, for a teacher whose vocabulary differs, attention other than SDPA, rows without
+            segments, or no teacher.
+    """
+
+    _tag_names = ["trl", "kv-distillation"]
+    _name = "KV distillation"
+
+    def __init__(
+        self,
+        model: Any,
+        args: KVDistillConfig | None = None,
+        *others: Any,
+        teacher_model: PreTrainedModel | str | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        **keywords: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = KVDistillConfig(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, KVDistillConfig):
+            raise ValueError(f"args is a {type(args).__name__}; KV distillation needs a KVDistillConfig")
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if args.lambda_kv and teacher_model is None:
+            raise ValueError("teacher_model: give one, or teacher_model_name_or_path, or set lambda_kv=0")
+        peft_config = keywords.get("peft_config")
+        if args.lambda_kv and peft_config is not None and peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{type(peft_config).__name__} adds virtual tokens, which the teacher has no keys for; use LoRA"
+            )
+        fused_lm_head.ensure()
+        super().__init__(model, args, *others, **keywords)
+        self.aligner = self.teacher = None
+        if not args.lambda_kv:
+            return
+        self.data_collator = SegmentCollator(self.data_collator)
+        self.teacher = self._load_teacher(teacher_model)
+        check_vocabularies(self._tokenizer, self.teacher, teacher_processing_class)
+        for side in (self.model, self.teacher):
+            check_sdpa(side)
+            if on_unsloth(side):
+                raise ValueError(
+                    "the model runs Unsloth's fast forwards, which do not show their keys and values: load it with "
+                    "AutoModelForCausalLM"
+                )
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            self.aligner = MapProjectionAligner(
+                self.teacher.config,
+                self.model.config,
+                args.kv_projection_mode,
+                args.kv_direction,
+                args.layer_map(),
+                args.share_dim_proj,
+                args.init_uniform,
+                args.kv_init,
+                args.rope_space,
+                args.time_warper(),
+                args.freeze_aligner,
+            ).to(self.accelerator.device)
+        if not args.freeze_aligner and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "freeze_aligner=False: under DeepSpeed and FSDP, which shard the optimizer, the projection cannot learn; "
+                "set freeze_aligner=True"
+            )
+        self._structural_loss = args.structural_loss()
+        self._first_spread: dict[str, float] = {}
+
+    def _load_teacher(self, teacher: PreTrainedModel | str) -> PreTrainedModel:
+        given = dict(self.args.teacher_model_init_kwargs or {})
+        if isinstance(teacher, str):
+            given.setdefault("dtype", "auto")
+            teacher = AutoModelForCausalLM.from_pretrained(
+                teacher, trust_remote_code=self.args.trust_remote_code, **given
+            )
+        elif given:
+            raise ValueError("teacher_model_init_kwargs: the teacher_model that was given is loaded already")
+        if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
+            teacher.to(self.accelerator.device)
+        return teacher.eval().requires_grad_(False)
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if not args.lambda_kv:
+            return dataset
+        return add_segments(dataset, dataset_name, self._tokenizer, args.answer_delimiter)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.lambda_kv and "segment_ids" not in self._signature_columns:
+            self._signature_columns.append("segment_ids")
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.args.lambda_kv:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        inputs = dict(inputs)
+        segments = inputs.pop("segment_ids")
+        with captured_kvq(self.model) as student:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        teacher = self._teacher_kvq(inputs)
+        if not self.aligner.fitted:
+            self._fit(student, teacher, segments)
+        terms = [
+            checkpoint(self._layer_loss, student[i], teacher[layer], segments, use_reentrant=False)
+            for i, layer in enumerate(self.aligner.layers)
+        ]
+        structural = sum(value for value, _ in terms) / len(terms)
+        metrics = {name: torch.stack([m[name] for _, m in terms]).mean() for name in terms[0][1]}
+        metrics["loss"] = structural.detach()
+        for name, value in metrics.items():
+            self._metrics[mode][f"kv/{name}"].append(self.accelerator.gather(value).mean().item())
+        if mode == "train":
+            self._watch_target()
+        # SFT's loss is a sum over the tokens of the whole step; this one is the micro-batch's mean
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None and mode == "train" else 1
+        self._metrics[mode]["loss/ce"].append(self.accelerator.gather(loss.detach()).mean().item() * steps)
+        loss = loss + self.args.lambda_kv * structural / steps
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher_kvq(self, inputs: dict[str, torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:
+        here = inputs["input_ids"].device
+        device = next(self.teacher.parameters()).device
+        with captured_kvq(self.teacher, self.aligner.layers) as found:
+            backbone_of(self.teacher)(
+                input_ids=inputs["input_ids"].to(device),
+                attention_mask=inputs["attention_mask"].to(device),
+                use_cache=False,
+            )
+        return {layer: tuple(x.to(here) for x in kvq) for layer, kvq in found.items()}
+
+    def _layer_loss(self, student: tuple, teacher: tuple, segments: torch.Tensor):
+        ours, theirs = (tuple(x[:, None] for x in side) for side in (student, teacher))
+        s, t, mask = self.aligner.pairs(ours, theirs, segments, T_s=self.args.T_s)
+        return self._structural_loss(*s, *t, mask)
+
+    @torch.no_grad()
+    def _fit(self, student: dict, teacher: dict, segments: torch.Tensor) -> None:
+        layers = self.aligner.layers
+        self.aligner.fit(stacked(student, range(len(layers))), stacked(teacher, layers), segments, T_s=self.args.T_s)
+        for parameter in self.aligner.parameters():  # each process saw another batch
+            parameter.copy_(broadcast(parameter.data))
+
+    def _watch_target(self) -> None:
+        """A warning, once, when a target that learns loses its spread."""
+        if self.aligner.projects_student or self.args.freeze_aligner:
+            return
+        for name in ("target_std_k", "target_std_v", "target_rank_k", "target_rank_v"):
+            now = self._metrics["train"][f"kv/{name}"][-1]
+            first = self._first_spread.setdefault(name, now)
+            if now < FALLEN * first:
+                self._first_spread[name] = 0.0  # said once
+                logger.warning(
+                    f"kv/{name} fell from {first:.3g} to {now:.3g}: the projected teacher is collapsing; use "
+                    "kv_direction='student_to_teacher' or freeze_aligner=True"
+                )
+
+    # -- the projection learns and is kept --------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        learning = [] if self.aligner is None else [p for p in self.aligner.parameters() if p.requires_grad]
+        known = {p for group in optimizer.param_groups for p in group["params"]}
+        if learning and learning[0] not in known:
+            rate = self.args.aligner_learning_rate
+            rate = self.args.learning_rate if rate is None else rate
+            optimizer.add_param_group({"params": learning, "lr": rate, "weight_decay": 0.0})
+            optimizer.register_step_pre_hook(lambda *_: self._average_gradients(learning))
+            optimizer.register_step_post_hook(lambda *_: self.aligner.zero_grad())  # Trainer zeroes the model's only
+        return optimizer
+
+    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(gradient, "mean")
+
+    def _named_trained(self) -> dict[str, nn.Parameter]:
+        ours = {} if self.aligner is None else dict(self.aligner.named_parameters(prefix=ALIGNER))
+        return {**super()._named_trained(), **ours}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.aligner is not None:
+            self.aligner.save_pretrained(Path(output_dir or self.args.output_dir, ALIGNER))
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        super()._check_checkpoint(checkpoint)
+        if self.aligner is None:
+            return
+        try:
+            saved = MapProjectionAligner.from_pretrained(checkpoint / ALIGNER)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        for name, value in self.aligner.settings.items():
+            if saved.settings[name] != value:
+                raise CheckpointError(
+                    f"{checkpoint / ALIGNER} was made with {name}={saved.settings[name]!r}, this run has {value!r}"
+                )
+        if (saved.teacher, saved.student) != (self.aligner.teacher, self.aligner.student):
+            raise CheckpointError(f"{checkpoint / ALIGNER} is between models of other shapes")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.aligner is not None:
+            saved = MapProjectionAligner.from_pretrained(Path(resume_from_checkpoint, ALIGNER))
+            self.aligner.load_state_dict(saved.state_dict())
+
+
+def check_vocabularies(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedModel, given: PreTrainedTokenizerBase | None
+) -> None:
+    """Raises a ValueError that names a token to which the teacher's tokenizer gives another id than the student's."""
+    name = teacher.config._name_or_path
+    rows = teacher.get_input_embeddings().weight.shape[0]
+    if (given is None and name and Path(name, "tokenizer_config.json").exists()) or (name and not Path(name).exists()):
+        given = AutoTokenizer.from_pretrained(name)
+    if given is None and teacher.config.get_text_config().vocab_size < len(student):
+        raise ValueError(f"the teacher has {rows} embeddings and the student's tokenizer {len(student)} tokens")
+    if given is None:
+        return
+    theirs = given.get_vocab()
+    for token, index in student.get_vocab().items():
+        if theirs.get(token) != index:
+            raise ValueError(
+                f"teacher and student read different tokens: {token!r} is {index} to the student's tokenizer and "
+                f"{theirs.get(token, 'unknown')} to the teacher's ({name or type(given).__name__}). Keys and values are "
+                "compared token by token; take a teacher with the student's vocabulary"
+            )
