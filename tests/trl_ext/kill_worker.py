@@ -1,6 +1,6 @@
 """A run that saves at every step and resumes from the newest whole checkpoint, for test_kill.py to kill.
 
-python -m tests.trl_ext.kill_worker hrpo|latent FOLDER
+python -m tests.trl_ext.kill_worker hrpo|latent|kv FOLDER
 """
 
 import sys
@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
 from trl_ext.checkpointing import last_complete_checkpoint
 
@@ -27,6 +28,8 @@ def main() -> None:
     }  # fmt: skip
     if method == "hrpo":
         trainer = hrpo.hrpo(folder, **saving, num_iterations=2, beta=0.02)
+    elif method == "kv":
+        trainer = kv.trainer(folder / "out", peft=True, **saving)
     else:
         trainer = latent.trainer(folder / "out", **saving, projection_dropout=0.1, **latent.CASES["kv"])
     trainer.add_callback(Announce())

@@ -23,7 +23,7 @@ def start(method, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["hrpo", "latent"])
+@pytest.mark.parametrize("method", ["hrpo", "latent", "kv"])
 def test_ten_kills_change_nothing(tmp_path, method):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
@@ -46,6 +46,7 @@ def test_ten_kills_change_nothing(tmp_path, method):
     assert kills == 10, f"the run ended after {kills} kills; started at steps {steps}"
     assert steps == sorted(steps) and steps[-1] > 0
     assert start(method, killed).wait() == 0
-    expected = load_file(alone / "final" / "adapter_model.safetensors")
-    found = load_file(killed / "final" / "adapter_model.safetensors")
-    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+    files = ["adapter_model.safetensors", *(["aligner/aligner.safetensors"] if method == "kv" else [])]
+    for file in files:
+        expected, found = (load_file(folder / "final" / file) for folder in (alone, killed))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)

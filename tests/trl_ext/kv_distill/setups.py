@@ -16,6 +16,21 @@ ROWS = [
 ]
 
 
+CASES = {
+    "default": {},
+    "flat": {"kv_projection_mode": "flat"},
+    "note": {"kv_direction": "teacher_to_student", "kv_layer_map": "last"},
+    "closed form": {"kv_direction": "teacher_to_student", "freeze_aligner": True, "kv_init": "procrustes"},
+    "warped": {"T_s": 12, "ratio_map": {"P": 1, "R": 0.5, "A": 1}, "alpha_norm": 0.3},
+    "heads of their own": {
+        "share_dim_proj": False,
+        "init_uniform": False,
+        "rope_space": "pre",
+        "kv_layer_map": "[0, 3]",
+    },
+}
+
+
 def teacher(family="qwen3"):
     """Four layers, 6 heads on 3 KV heads of width 12; the student has 2, 4 on 2, 8."""
     config = tiny.config(family)
@@ -45,7 +60,7 @@ def trainer(folder, peft=False, family="qwen3", model=None, rows=ROWS, given_tea
         tiny.model(family, std=0.1) if model is None else model,
         KVDistillConfig(**settings(folder, **changes)),
         train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        eval_dataset=Dataset.from_list(ROWS[:8]),
+        eval_dataset=Dataset.from_list((rows if isinstance(rows, list) else ROWS)[:8]),
         processing_class=tokenizer or tiny.tokenizer(()),
         peft_config=lora,
         teacher_model=teacher(family) if given_teacher == "tiny" else given_teacher,

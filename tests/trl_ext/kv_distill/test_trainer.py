@@ -12,21 +12,6 @@ from unsloth_ext import MapProjectionAligner, create_structural_loss
 from . import setups
 
 
-CASES = {
-    "default": {},
-    "flat": {"kv_projection_mode": "flat"},
-    "note": {"kv_direction": "teacher_to_student", "kv_layer_map": "last"},
-    "closed form": {"kv_direction": "teacher_to_student", "freeze_aligner": True, "kv_init": "procrustes"},
-    "warped": {"T_s": 12, "ratio_map": {"P": 1, "R": 0.5, "A": 1}, "alpha_norm": 0.3},
-    "heads of their own": {
-        "share_dim_proj": False,
-        "init_uniform": False,
-        "rope_space": "pre",
-        "kv_layer_map": "[0, 3]",
-    },
-}
-
-
 def batch_of(trainer, indices=range(4)):
     rows = [trainer.train_dataset[i] for i in indices]
     keep = ("input_ids", "labels", "segment_ids")
@@ -34,10 +19,10 @@ def batch_of(trainer, indices=range(4)):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", setups.CASES)
 def test_the_loss_is_cross_entropy_and_the_structural_one_of_the_caches(tmp_path, case, family):
     """1e-5: keys and values from each model's cache, queries by its own projections; all layers at once."""
-    trainer = setups.trainer(tmp_path, family=family, lambda_kv=0.7, **CASES[case])
+    trainer = setups.trainer(tmp_path, family=family, lambda_kv=0.7, **setups.CASES[case])
     trainer.model.train()
     batch = batch_of(trainer)
     loss = trainer.compute_loss(trainer.model, dict(batch))
@@ -80,10 +65,10 @@ def query(attention, hidden_states, position_embeddings, **_):
 
 
 @pytest.mark.parametrize("peft", [True, False])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", setups.CASES)
 def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
     """Resumed at step 2 of 4: every parameter equal, bit for bit, the projection's too."""
-    changes = {**CASES[case], "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    changes = {**setups.CASES[case], "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     whole = setups.trainer(tmp_path, peft, per_device_train_batch_size=2, **changes)
     frozen = {n: p.detach().clone() for n, p in whole.teacher.named_parameters()}
     before = {n: p.detach().clone() for n, p in whole._named_trained().items()}

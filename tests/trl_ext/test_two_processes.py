@@ -11,12 +11,12 @@ import torch
 from tests.trl_ext.hrpo.test_two_processes import free_port
 
 
-def start(folder, case, processes):
+def start(method, folder, case, processes):
     folder.mkdir()
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
-    command += ["-m", "tests.trl_ext.latent.two_process_worker", str(folder), case, str(4 // processes)]
+    command += ["-m", "tests.trl_ext.two_process_worker", method, str(folder), case, str(4 // processes)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=250
     )
@@ -24,13 +24,21 @@ def start(folder, case, processes):
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("case", ["sequential", "kv"])
-def test_two_processes_are_one(tmp_path, case):
+@pytest.mark.parametrize(
+    "method,case,term",
+    [
+        ("latent", "sequential", "loss/codi"),
+        ("latent", "kv", "loss/kv"),
+        ("kv", "default", "kv/attn"),
+        ("kv", "note", "kv/k"),
+    ],
+)
+def test_two_processes_are_one(tmp_path, method, case, term):
     """Every term of every step to 1e-5, the weights to 1e-4 of the largest change (AdamW divides by small numbers)."""
-    one, two = (start(tmp_path / str(n), case, n) for n in (1, 2))
+    one, two = (start(method, tmp_path / str(n), case, n) for n in (1, 2))
     assert len(one[0]["steps"]) == len(two[0]["steps"]) == 4
     for alone, both in zip(one[0]["steps"], two[0]["steps"], strict=True):
-        assert alone.keys() == both.keys() and f"loss/{'kv' if case == 'kv' else 'codi'}" in both
+        assert alone.keys() == both.keys() and term in both
         for name in alone:
             assert both[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), name
     assert two[0]["eval"] == pytest.approx(one[0]["eval"], rel=1e-5)

@@ -1,0 +1,43 @@
+"""A short run by one process or several (torchrun): METHOD FOLDER CASE ROWS_A_PROCESS. Started by test_two_processes.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.trl_ext.kv_distill import setups as kv
+from tests.trl_ext.latent import setups as latent
+
+
+# Of equal lengths: a mean over two halves of a batch is then that of the batch
+EQUAL = [{"prompt": f"{a}+{b}=", "completion": f"{a}+{b}=9;##{a}"} for a in range(1, 6) for b in range(1, 5)]
+
+
+def main() -> None:
+    method, folder, case, rows = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(1)
+    sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
+    if method == "latent":
+        trainer = latent.trainer(folder, **sizes, **latent.CASES[case])
+        named = dict(trainer.model.named_parameters())
+    else:
+        trainer = kv.trainer(folder, rows=EQUAL, gradient_accumulation_steps=2, **sizes, **kv.CASES[case])
+        named = trainer._named_trained()
+    trainer.train()
+    evaluated = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        steps = [
+            {k: v for k, v in e.items() if k.startswith(("loss", "grad", "kv/")) and "target" not in k}
+            for e in trainer.state.log_history
+        ]
+        torch.save(torch.cat([p.detach().flatten() for p in named.values() if p.requires_grad]), folder / "weights.pt")
+        result = {"steps": [s for s in steps if "loss" in s], "eval": evaluated["eval_loss"]}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
