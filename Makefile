@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava eval-latent bench-latent bench-kv bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv eval-latent bench-latent bench-kv bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -69,7 +69,7 @@ train-hrpo-two-stage: $(READY) $(SMOLLM2)  ## stage 1 with the projection frozen
 eval-hrpo: $(READY)  ## accuracy of a checkpoint: ARGS="--checkpoint runs/hrpo_gsm8k/final --thinking zero"
 	@$(RUN) recipes/eval_gsm8k.py $(ARGS)
 
-# The latent recipes' own defaults: the tiny model, or what their GSM8K configuration names
+# These recipes' own defaults: the tiny model, or what their GSM8K configuration names
 LATENT = $(if $(filter file,$(origin MODEL)),$(if $(GPU),--config recipes/configs/$(1)_gsm8k.yaml),--model_name $(MODEL))
 
 train-codi: $(READY)  ## CODI: the embedded default on a CPU, GPT-2 on GSM8K-Aug with a GPU; MODEL=folder, ARGS="--flag value"
@@ -80,6 +80,9 @@ train-pccot: $(READY)  ## PCCoT: the embedded default on a CPU, GPT-2 on GSM8K-A
 
 train-kava: $(READY)  ## KaVa: the embedded default on a CPU, Qwen2.5-0.5B on GSM8K-Aug with a GPU
 	@$(RUN) recipes/kava_gsm8k.py $(call LATENT,kava) $(ARGS)
+
+train-kv: $(READY)  ## KV alignment: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; ARGS="--flag value"
+	@$(RUN) recipes/kv_distill.py $(call LATENT,kv) $(ARGS)
 
 eval-latent: $(READY)  ## a closer look at latent tokens: ARGS="--checkpoint runs/kava_tiny/final"
 	@$(RUN) recipes/eval_latent.py $(ARGS)

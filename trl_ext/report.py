@@ -21,6 +21,8 @@ class CompactProgress(ProgressCallback):
         "loss/ce_teacher": "teacher",
         "loss/codi": "codi",
         "loss/kv": "kv",
+        "loss/ce": "ce",
+        "kv/loss": "kv",
     }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
@@ -39,7 +41,8 @@ def before_after_table(before: Any, after: Any, console: Console) -> None:
     table.add_row("accuracy (95% interval)", interval(before), interval(after))
     table.add_row("format rate", f"{before.format_rate:.1%}", f"{after.format_rate:.1%}")
     table.add_row("mean length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}")
-    table.add_row("thinking share", f"{before.thinking_share:.1%}", f"{after.thinking_share:.1%}")
+    if before.thinking_share or after.thinking_share:
+        table.add_row("thinking share", f"{before.thinking_share:.1%}", f"{after.thinking_share:.1%}")
     console.print(table)
 
 
@@ -101,6 +104,15 @@ LATENT_CURVES = (
     ("loss/ce_teacher", "teacher: cross-entropy"),
     ("loss/codi", "L_CODI: hidden states"),
     ("loss/kv", "L_KV: keys and values"),
+)
+
+KV_CURVES = (
+    ("accuracy", "held-out accuracy"),
+    ("loss/ce", "cross-entropy"),
+    ("kv/loss", "structural loss"),
+    ("kv/k", "keys: 1 - cosine"),
+    ("kv/v", "values: 1 - cosine"),
+    ("kv/attn", "attention rows: KL(teacher || student)"),
 )
 
 

@@ -117,15 +117,17 @@ def character_tokenizer(characters: str = "0123456789+-*/=;#., ()") -> PreTraine
     )
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast, layers: int = 2, width: int = 96) -> Qwen2Config:
+def tiny_config(
+    tokenizer: PreTrainedTokenizerFast, layers: int = 2, width: int = 96, heads: int = 4, kv_heads: int = 4
+) -> Qwen2Config:
     """Two layers of width 96 are a quarter of a million parameters."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

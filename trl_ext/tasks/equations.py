@@ -27,11 +27,16 @@ class Size:
     rows: int = 40_000
     layers: int = 2
     width: int = 96
+    heads: int = 4
+    kv_heads: int = 4
     warm_start_steps: int = 1000
 
 
 SMALL = Size()
 LARGE = Size(operations=5, rows=100_000, layers=4, width=256, warm_start_steps=4000)  # benchmarks on a GPU
+# A teacher and a student of another shape: layers, heads, and on each head as much width
+TEACHER = Size(layers=4, width=128, heads=8, kv_heads=4, warm_start_steps=800)
+STUDENT = Size(layers=2, width=64, heads=4, kv_heads=2)
 
 
 def split(held_out: int, seed: int, size: Size | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -72,12 +77,13 @@ def equation(rng: random.Random, operations: int) -> dict[str, Any]:
 
 
 def explicit(rows: list[dict[str, Any]], steps: bool = True) -> Dataset:
-    """Columns `prompt` and `completion` for plain SFT: steps and answer, or the answer alone."""
+    """Columns `prompt` and `completion` for plain SFT, steps and answer or the answer alone, and `answer`."""
     working = ["".join(step + STEP_SEPARATOR for step in row["steps"]) if steps else "" for row in rows]
     return Dataset.from_dict(
         {
             "prompt": [row["question"] for row in rows],
             "completion": [f"{w}{ANSWER_PROMPT}{row['answer']}" for w, row in zip(working, rows, strict=True)],
+            "answer": [row["answer"] for row in rows],
         }
     )
 
@@ -90,4 +96,4 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen2Config:
     """The model's, without weights."""
     size = size or SMALL
-    return arithmetic.tiny_config(tokenizer, size.layers, size.width)
+    return arithmetic.tiny_config(tokenizer, size.layers, size.width, size.heads, size.kv_heads)

@@ -66,15 +66,16 @@ def teacher_layers(how: str | Sequence[int], teacher: int, student: int) -> list
     """Of each of the student's layers the teacher's.
 
     Args:
-        how: `"uniform"`, the last of each of `student` equal parts; `"last"`, the teacher's last ones; or the layers
-            themselves, from 0.
+        how: `"uniform"`, the first of each of `student` equal parts: keys and values are made of what a layer reads, so
+            the student's first layer, which reads embeddings, has the teacher's first; `"last"`, the teacher's last
+            ones; or the layers themselves, from 0.
         teacher, student: numbers of layers.
 
     Raises:
         ValueError: no such layers.
     """
     if how == "uniform":
-        return [-(-(i + 1) * teacher // student) - 1 for i in range(student)]
+        return [i * teacher // student for i in range(student)]
     if how == "last":
         if teacher < student:
             raise ValueError(f"layer_map='last': the teacher has {teacher} layers, the student {student}")

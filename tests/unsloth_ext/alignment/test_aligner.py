@@ -92,8 +92,8 @@ def test_equal_shapes_and_the_identity_change_nothing(space, direction):
 
 def test_layer_maps():
     assert teacher_layers("uniform", 28, 28) == list(range(28))
-    assert teacher_layers("uniform", 6, 3) == [1, 3, 5] and teacher_layers("uniform", 2, 4) == [0, 0, 1, 1]
-    assert teacher_layers("uniform", 7, 3) == [2, 4, 6] and teacher_layers("last", 7, 3) == [4, 5, 6]
+    assert teacher_layers("uniform", 6, 3) == [0, 2, 4] and teacher_layers("uniform", 2, 4) == [0, 0, 1, 1]
+    assert teacher_layers("uniform", 7, 3) == [0, 2, 4] and teacher_layers("last", 7, 3) == [4, 5, 6]
     k, v, q = kvq(TEACHER)
     chosen = create_structured_aligner(TEACHER, STUDENT, layer_map=[0, 0, 5], direction="teacher_to_student")
     out = chosen(k, v, q)[1]
@@ -147,7 +147,7 @@ def test_caches_of_real_models_meet(teacher_family, student_family):
     teacher = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), "layer_types": None})).eval()
     student = tiny.model(student_family)
     aligner = create_structured_aligner(teacher.config, student.config)
-    assert aligner.layers == [1, 3]
+    assert aligner.layers == [0, 2]
     ids = torch.randint(3, 40, (2, 20))
     mask = (IDS >= 0).long()
     with torch.no_grad(), captured_kvq(teacher, aligner.layers) as theirs:

@@ -1,0 +1,179 @@
+"""A student that follows a larger teacher's keys, values and attention, beside plain SFT on the same rows.
+
+    make train-kv                                       # the embedded default; with a GPU, Qwen2.5-7B to 1.5B on GSM8K
+    python recipes/kv_distill.py --kv_projection_mode flat --output_dir runs/kv_flat
+    python recipes/kv_distill.py --model_name Qwen/Qwen2.5-1.5B-Instruct --teacher_model_name_or_path \\
+        Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k --dataset_config main
+    python recipes/kv_distill.py --resume_from_checkpoint latest
+
+Every field of TRL's SFTConfig and of KVDistillConfig is a flag; `--config FILE.yaml` sets many. Writes the student and the
+projection (`final/`, `final/aligner/`), `summary.json` and `curves.png` into the output directory.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from accelerate import PartialState
+from peft import LoraConfig
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
+from trl import TrlParser
+
+from trl_ext import KVDistillConfig, KVDistillTrainer
+from trl_ext.checkpointing import last_complete_checkpoint
+from trl_ext.flags import at_least, chosen
+from trl_ext.kv_distill.data import completions
+from trl_ext.report import KV_CURVES, CompactProgress, before_after_table, plot_curves, write_summary
+from trl_ext.tasks import equations, warm_start
+from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, check_rows
+from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
+
+
+CONFIGS = Path(__file__).parent / "configs"
+EMBEDDED = ("tiny",)
+
+
+@dataclass
+class ScriptArguments:
+    """What the recipe adds to the trainer's configuration."""
+
+    model_name: str = field(default="tiny", metadata={"help": "The student: 'tiny', a hub id or a folder."})
+    train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of a file are held out."}
+    )
+    eval_size: int = field(default=500, metadata={"help": "Number of held-out problems."})
+    eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
+    eval_batch: int = field(default=250, metadata={"help": "Problems answered at once in evaluation."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in evaluation."})
+    teacher_steps: int = field(
+        default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
+    )
+    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny task's data and teacher."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny teacher is kept between runs."})
+
+    def __post_init__(self) -> None:
+        at_least(
+            self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, max_new_tokens=1, teacher_steps=1, lora_r=0
+        )
+
+
+def load_tiny(script: ScriptArguments, args: KVDistillConfig):
+    """Student, teacher's folder, tokenizer, training and held-out rows of the embedded default."""
+    teacher = warm_start.tiny_with_steps(
+        Path(script.cache_dir),
+        seed=script.warm_start_seed,
+        held_out=script.eval_size,
+        steps=script.teacher_steps,
+        progress=not args.disable_tqdm,
+        size=equations.TEACHER,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    set_seed(args.seed)
+    student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
+    train, held_out = (equations.explicit(rows) for rows in equations.split(script.eval_size, script.warm_start_seed))
+    return student, teacher, tokenizer, train, held_out
+
+
+def load_data(script: ScriptArguments, data: DataArguments, args: KVDistillConfig, tokenizer):
+    """Training and held-out rows."""
+    local = Path(data.dataset).suffix != ""
+    train = data.rows(split="train", size=None if local else script.train_size, seed=args.seed)
+    if script.eval_dataset or not local:
+        source = dataclasses.replace(data, dataset=script.eval_dataset or data.dataset)
+        held_out = source.rows(split="test", size=script.eval_size, seed=args.seed + HELD_OUT_SEED)
+        seen = {row["question"] for row in held_out}
+        train = [row for row in train if row["question"] not in seen]
+    else:
+        train, held_out = train[: -script.eval_size], train[-script.eval_size :]
+    check_rows(data.dataset, train[: script.train_size])
+    check_rows(script.eval_dataset or data.dataset, held_out)
+    return (completions(rows, tokenizer, args.answer_delimiter) for rows in (train[: script.train_size], held_out))
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, DataArguments, KVDistillConfig))
+    _, config, others = chosen(sys.argv[1:], CONFIGS, "kv", EMBEDDED)
+    script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    if (script.model_name == "tiny") != (data.dataset == "tiny"):
+        sys.exit(
+            f"--model_name {script.model_name} --dataset {data.dataset}: the tiny model and the tiny task belong together"
+        )
+    if args.world_size > 1 and script.model_name in EMBEDDED:
+        sys.exit(
+            f"--model_name {script.model_name} trains in one process; give a hub id or a folder to accelerate launch"
+        )
+    console, started = Console(quiet=args.process_index > 0), time.time()
+    output = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if resume == "latest":
+        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
+    if script.model_name == "tiny":
+        model, teacher, tokenizer, train, held_out = load_tiny(script, args)
+    else:
+        model, teacher = script.model_name, args.teacher_model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        train, held_out = load_data(script, data, args, tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+
+    how = {
+        "delimiter": args.answer_delimiter,
+        "max_new_tokens": script.max_new_tokens,
+        "batch_size": script.eval_batch,
+        "thinking": "off",
+        "progress": not args.disable_tqdm and args.process_index == 0,
+    }
+    accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate(model, tokenizer, held_out, **how))
+    lora = LoraConfig(
+        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    ) if script.lora_r else None  # fmt: skip
+    trainer = KVDistillTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out if args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[accuracy],
+        teacher_model=teacher,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(CompactProgress)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    after = evaluate(trainer.model, tokenizer, held_out, **how)
+    trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
+    before_after_table(accuracy.before, after, console)
+    curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
+    title = ", ".join(dict.fromkeys(["KV distillation", script.model_name, data.dataset]))
+    plot_curves(output / "curves.png", trainer.state.log_history, curve, title, KV_CURVES)
+    write_summary(
+        output,
+        accuracy_before=accuracy.before.accuracy,
+        accuracy_after=after.accuracy,
+        n_eval=after.n,
+        steps=trainer.state.global_step,
+        seconds=round(time.time() - started, 1),
+        before=accuracy.before.numbers(),
+        after=after.numbers(),
+        accuracy_curve=dict(curve),
+        last={k: v for e in trainer.state.log_history for k, v in e.items() if k.startswith(("kv/", "loss"))},
+        script=asdict(script),
+        data=asdict(data),
+    )
+    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
+    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there

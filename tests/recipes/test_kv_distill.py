@@ -1,0 +1,123 @@
+"""The KV distillation recipe as a person runs it: small, whole, and with what one can get wrong."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from trl_ext.tasks import equations
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "kv_distill.py"
+SMALL = [
+    "--teacher_steps", "20", "--max_steps", "2", "--eval_size", "12", "--eval_every", "1", "--disable_tqdm", "true",
+    "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(equations, "SMALL", equations.Size(rows=500))
+    monkeypatch.setattr(equations, "TEACHER", equations.Size(rows=500, layers=3, width=64, heads=8, kv_heads=4))
+
+    def start(*argv):
+        monkeypatch.setattr(sys, "argv", ["kv_distill.py", *SMALL, *map(str, argv)])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+
+    return lambda *argv: start("--output_dir", "out", "--cache_dir", cache, *argv)
+
+
+@pytest.mark.parametrize("mode", ["structured", "flat"])
+def test_whole_run_and_resume(run, capsys, mode):
+    run("--kv_projection_mode", mode)
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["steps"] == 2 and summary["n_eval"] == 12 and set(summary["accuracy_curve"]) == {"0", "1", "2"}
+    assert {"kv/k", "kv/attn", "loss/ce"} <= summary["last"].keys()
+    assert Path("out/curves.png").stat().st_size > 10_000
+    assert "accuracy (95% interval)" in capsys.readouterr().out
+    assert json.loads(Path("out/final/aligner/aligner.json").read_text())["mode"] == mode
+    assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {".safetensors", ".json", ".md", ".jinja"}
+    run("--kv_projection_mode", mode, "--max_steps", "3", "--resume_from_checkpoint", "latest")
+    again = json.loads(Path("out/summary.json").read_text())
+    assert again["steps"] == 3 and again["accuracy_before"] == summary["accuracy_after"]
+
+
+def test_without_its_weight_it_is_sft(run):
+    run("--lambda_kv", "0", "--eval_strategy", "steps", "--eval_steps", "1")
+    assert not Path("out/final/aligner").exists()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Folders of a student and a teacher, and GSM8K-like rows, one of them without its number."""
+    tokenizer = tiny.tokenizer(())
+    for name, family in (("student", "llama"), ("teacher", "qwen3")):
+        tiny.model(family).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [
+        {"question": f"{a} and {a}?", "answer": f"{a}+{a}=<<{a}+{a}={2 * a}>>{2 * a}\n#### {2 * a}"} for a in range(30)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, [*rows[:3], {"question": "1?", "answer": "one"}])))
+    return tmp_path
+
+
+def own(files, **changes):
+    flags = {
+        "model_name": files / "student", "teacher_model_name_or_path": files / "teacher", "dataset": files / "rows.jsonl",
+        "answer_delimiter": "####", "max_new_tokens": 8, "lora_r": 4, **changes,
+    }  # fmt: skip
+    config = files / "own.yaml"
+    config.write_text("use_cpu: true\nbf16: false\nreport_to: none\n")
+    return ["--config", config, *(str(part) for k, v in flags.items() if v is not None for part in (f"--{k}", v))]
+
+
+def test_own_models_and_rows(run, files, capsys):
+    run(*own(files))
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["n_eval"] == 12 and Path("out/final/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"dataset": "bad.jsonl"}, "row 3: no number"),
+        ({"dataset": "none.jsonl"}, "there is no such file"),
+        ({"dataset": "tiny"}, "belong together"),
+        ({"teacher_model_name_or_path": None}, "teacher_model: give one"),
+        ({"kv_layer_map": "[0, 7]"}, "layer_map="),
+        ({"eval_batch": 0}, "eval_batch=0: at least 1"),
+        ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
+        ({"answer_delimiter": "=>"}, "cannot produce the delimiter|no row has anything behind"),
+    ],
+)
+def test_what_is_wrong_is_named_before_training(run, files, monkeypatch, changes, message):
+    monkeypatch.chdir(files)
+    with pytest.raises((ValueError, SystemExit), match=message):
+        run(*own(files, **changes))
+    assert not list(Path("out").glob("checkpoint*"))
+
+
+def test_a_teacher_of_another_vocabulary_is_named(run, files):
+    tiny.tokenizer(("1#", "##")).save_pretrained(files / "student")
+    with pytest.raises(ValueError, match="teacher and student read different tokens"):
+        run(*own(files))
+
+
+def test_the_tiny_teacher_is_larger_and_of_another_shape():
+    sizes = {}
+    for name in ("TEACHER", "STUDENT"):
+        with torch.device("meta"):
+            config = equations.config(equations.tokenizer(), getattr(equations, name))
+        sizes[name] = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    assert sizes == {"TEACHER": (4, 8, 4), "STUDENT": (2, 4, 2)}
