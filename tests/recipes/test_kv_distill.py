@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import tiny
 from trl_ext.tasks import equations
+from unsloth_ext import AttentionShape
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "kv_distill.py"
@@ -114,10 +114,47 @@ def test_a_teacher_of_another_vocabulary_is_named(run, files):
         run(*own(files))
 
 
-def test_the_tiny_teacher_is_larger_and_of_another_shape():
-    sizes = {}
-    for name in ("TEACHER", "STUDENT"):
-        with torch.device("meta"):
-            config = equations.config(equations.tokenizer(), getattr(equations, name))
-        sizes[name] = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
-    assert sizes == {"TEACHER": (4, 8, 4), "STUDENT": (2, 4, 2)}
+def test_the_tiny_teacher_differs_in_everything():
+    shapes = [
+        AttentionShape.of(equations.config(equations.tokenizer(), size)).to_dict()
+        for size in (equations.TEACHER, equations.STUDENT)
+    ]
+    assert all(shapes[0][name] > shapes[1][name] for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"))
+
+
+@pytest.mark.parametrize("mode,columns", [("both", 4), ("structured", 2), ("flat", 2)])
+def test_the_profile(run, monkeypatch, capsys, cache, mode, columns):
+    profile = RECIPE.with_name("profile_alignment.py")
+    argv = ["--cache_dir", cache, "--teacher_steps", 20, "--held_out", 12, "--batch_size", 4]
+    argv += ["--mode", mode, "--output", "p"]
+    monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv)])
+    runpy.run_path(str(profile), run_name="__main__")
+    found = json.loads(Path("p/profile.json").read_text())
+    assert len(found) == columns and all(each["not_finite"] == 0 for each in found.values())
+    for each in found.values():
+        teacher, student, compared = each["shapes"]["q"]
+        assert teacher[:3] == [4, 2, 8] and student[:3] == [4, 2, 4] and compared[:3] == [4, 2, 8]
+    for name in [n for n in found if "fitted" in n]:
+        assert found[name]["k"] < found[name.split(",")[0]]["k"]
+    assert Path("p/profile.png").stat().st_size > 10_000 and "attention KL" in capsys.readouterr().out
+
+
+def test_the_profile_of_own_models_and_a_trained_aligner(run, files, monkeypatch, capsys):
+    run(*own(files, kv_projection_mode="flat"))
+    profile = RECIPE.with_name("profile_alignment.py")
+    argv = [
+        "--teacher", files / "teacher", "--student", files / "student", "--aligner", "out/final/aligner", "--batch_size", 4,
+        "--dataset", files / "rows.jsonl", "--output", "p",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv)])
+    runpy.run_path(str(profile), run_name="__main__")
+    assert list(json.loads(Path("p/profile.json").read_text())) == ["trained"]
+    for wrong, message in (
+        (["--batch_size", "40"], "needs 80 for its two batches"),
+        (["--batch_size", "0"], "batch_size=0: at least 1"),
+        (["--mode", "round"], "mode='round'"),
+        (["--dataset", "tiny"], "give a --dataset"),
+    ):
+        monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv), *wrong])
+        with pytest.raises((SystemExit, ValueError), match=message):
+            runpy.run_path(str(profile), run_name="__main__")

@@ -115,18 +115,33 @@ def attention_kl(
 
 
 def _rows_kl(s_q, s_k, t_q, t_k, mask, temperature, start, stop) -> torch.Tensor:
-    seen = torch.arange(stop, device=mask.device) <= torch.arange(start, stop, device=mask.device)[:, None]
-    allowed = (seen & mask[:, None, :stop])[:, None, None, None]  # (B, 1, 1, 1, rows, stop)
-
-    def log_rows(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        grouped = _wide(q[:, :, :, start:stop]).unflatten(2, (k.shape[2], -1))
-        scores = torch.einsum("blhgtd,blhsd->blhgts", grouped, _wide(k[:, :, :, :stop]))
-        scores = scores / (temperature * q.shape[-1] ** 0.5)
-        return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).log_softmax(-1)
-
-    ours, theirs = log_rows(s_q, s_k), log_rows(t_q, t_k)
+    ours, theirs = (_log_rows(q, k, mask, temperature, start, stop) for q, k in ((s_q, s_k), (t_q, t_k)))
+    allowed = _allowed(mask, start, stop)
     kl = (theirs.exp() * (theirs - ours)).masked_fill(~allowed, 0).sum(-1)
     return (kl * mask[:, None, None, None, start:stop]).sum()
+
+
+def attention_rows(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Causal attention (B, L, H_q, T, T) of q (B, L, H_q, T, D) and k (B, L, H_kv, T, D) over real times.
+
+    All of it at once, to look at."""
+    times = q.shape[3]
+    rows = _log_rows(q, k, mask, 1.0, 0, times).exp().masked_fill(~_allowed(mask, 0, times), 0)
+    return rows.flatten(2, 3)
+
+
+def _allowed(mask: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """(B, 1, 1, 1, rows, stop): which keys a query sees."""
+    seen = torch.arange(stop, device=mask.device) <= torch.arange(start, stop, device=mask.device)[:, None]
+    return (seen & mask[:, None, :stop])[:, None, None, None]
+
+
+def _log_rows(q, k, mask, temperature, start, stop) -> torch.Tensor:
+    """Logarithms of attention rows (B, L, H_kv, H_q / H_kv, rows, stop)."""
+    grouped = _wide(q[:, :, :, start:stop]).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("blhgtd,blhsd->blhgts", grouped, _wide(k[:, :, :, :stop]))
+    scores = scores / (temperature * q.shape[-1] ** 0.5)
+    return scores.masked_fill(~_allowed(mask, start, stop), torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
 @torch.no_grad()

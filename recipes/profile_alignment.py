@@ -1,0 +1,178 @@
+"""Two batches through a teacher and a student, and what an alignment makes of their keys, values and queries. No training.
+
+    make profile-alignment                                # the embedded default: the tiny teacher, an untrained student
+    python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct \\
+        --mode both --dataset openai/gsm8k --dataset_config main --batch_size 4 --seq_length 256
+    python recipes/profile_alignment.py --student runs/kv_tiny/final --aligner runs/kv_tiny/final/aligner
+
+Each mode is shown as it starts, and with the projection fitted in closed form on the first batch; both are measured on the
+second. Writes `profile.json` and `profile.png` (map of heads, attention side by side) into the output directory.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import TrlParser
+from trl.data_utils import apply_chat_template, is_conversational
+
+from trl_ext.flags import at_least
+from trl_ext.kv_distill.data import completions
+from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment
+from trl_ext.kv_distill.segments import SegmentFinder
+from trl_ext.kv_distill.trainer import check_vocabularies
+from trl_ext.tasks import equations, warm_start
+from trl_ext.tasks.data import DataArguments
+from unsloth_ext import DelimiterMatcher, MapProjectionAligner
+from unsloth_ext.alignment.aligner import MODES
+
+
+SHOWN = {
+    "k": "keys, 1 - cos",
+    "v": "values, 1 - cos",
+    "attn": "attention KL",
+    "norm": "log norms",
+    "target_std_k": "target std",
+    "target_rank_k": "target rank",
+    "entropy_teacher": "entropy, teacher",
+    "entropy_student": "entropy, student",
+}
+
+
+@dataclass
+class ProfileArguments:
+    """What to look at."""
+
+    mode: str = field(default="both", metadata={"help": "'structured', 'flat' or 'both'."})
+    teacher: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
+    student: str = field(default="tiny", metadata={"help": "'tiny' (untrained), a hub id or a folder."})
+    aligner: str | None = field(default=None, metadata={"help": "Folder of a trained projection, in place of modes."})
+    batch_size: int = field(default=8, metadata={"help": "Rows in each of the two batches."})
+    seq_length: int = field(default=128, metadata={"help": "Longest row in tokens; longer ones are cut."})
+    answer_delimiter: str | None = field(default=None, metadata={"help": "'####'; '#' in the tiny task."})
+    direction: str = field(default="student_to_teacher", metadata={"help": "What is projected."})
+    layer_map: str = field(default="uniform", metadata={"help": "'uniform' or 'last'."})
+    rope_space: str = field(default="rerotate", metadata={"help": "'rerotate', 'pre' or 'post'."})
+    teacher_steps: int = field(
+        default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
+    )
+    held_out: int = field(default=500, metadata={"help": "Held-out rows of the tiny task (--eval_size of training)."})
+    seed: int = field(default=0, metadata={"help": "Of the tiny task and of what starts at random."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny teacher is kept between runs."})
+    output: str = field(default="runs/profile_alignment", metadata={"help": "Folder for profile.json, profile.png."})
+
+    def __post_init__(self) -> None:
+        at_least(self, batch_size=1, seq_length=2, teacher_steps=1, held_out=1)
+        if self.mode not in (*MODES, "both"):
+            raise ValueError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}, both")
+
+
+def load(args: ProfileArguments, data: DataArguments):
+    """Teacher, student, tokenizer, and rows with `prompt` and `completion`."""
+    teacher = args.teacher
+    if teacher == "tiny":
+        teacher = warm_start.tiny_with_steps(
+            Path(args.cache_dir), seed=args.seed, held_out=args.held_out, steps=args.teacher_steps, progress=True,
+            size=equations.TEACHER,
+        )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(teacher if args.student == "tiny" else args.student)
+    set_seed(args.seed)
+    if args.student == "tiny":
+        student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
+    else:
+        student = AutoModelForCausalLM.from_pretrained(args.student, device_map="auto")
+    teacher = AutoModelForCausalLM.from_pretrained(teacher, device_map="auto")
+    check_vocabularies(tokenizer, teacher, None)
+    if data.dataset == "tiny":
+        rows = equations.explicit(equations.split(args.held_out, args.seed)[1])
+    else:
+        rows = completions(
+            data.rows(split="train", size=2 * args.batch_size, seed=args.seed), tokenizer, args.answer_delimiter
+        )
+    return teacher.eval(), student.eval(), tokenizer, rows
+
+
+def batches(args: ProfileArguments, tokenizer, rows) -> list[dict[str, torch.Tensor]]:
+    """Two, tokenized, with segments."""
+    if len(rows) < 2 * args.batch_size:
+        sys.exit(f"{len(rows)} rows; --batch_size {args.batch_size} needs {2 * args.batch_size} for its two batches")
+    find = SegmentFinder(DelimiterMatcher(tokenizer, args.answer_delimiter))
+    made = []
+    for start in (0, args.batch_size):
+        ids, labels = [], []
+        for row in rows.select(range(start, start + args.batch_size)):
+            if is_conversational(row):
+                row = apply_chat_template({k: row[k] for k in ("prompt", "completion")}, tokenizer)
+            prompt, completion = (
+                tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion")
+            )
+            ids.append([*prompt, *completion][: args.seq_length])
+            labels.append([*[-100] * len(prompt), *completion][: args.seq_length])
+        segments = find({"input_ids": ids, "labels": labels})["segment_ids"]
+        padded = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+        width = padded["input_ids"].shape[1]
+        segments = torch.tensor([[*row, *[-1] * (width - len(row))] for row in segments])
+        made.append(
+            {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "segment_ids": segments}
+        )
+    return made
+
+
+def main() -> None:
+    args, data = TrlParser((ProfileArguments, DataArguments)).parse_args_and_config()
+    if data.dataset == "tiny" and args.teacher != "tiny":
+        sys.exit(f"--teacher {args.teacher}: the tiny task is the tiny teacher's; give a --dataset")
+    args.answer_delimiter = args.answer_delimiter or ("#" if data.dataset == "tiny" else "####")
+    console = Console()
+    teacher, student, tokenizer, rows = load(args, data)
+    first, second = batches(args, tokenizer, rows)
+
+    def make(mode: str, init: str | None) -> MapProjectionAligner:
+        set_seed(args.seed)
+        return MapProjectionAligner(
+            teacher.config, student.config, mode, args.direction, args.layer_map, init=init, rope_space=args.rope_space
+        )
+
+    aligners = {}
+    if args.aligner:
+        aligners["trained"] = MapProjectionAligner.from_pretrained(args.aligner)
+    else:
+        for mode in MODES if args.mode == "both" else (args.mode,):
+            aligners[mode], aligners[f"{mode}, fitted"] = make(mode, None), make(mode, "procrustes")
+    profiles = {}
+    for name, aligner in aligners.items():
+        if not aligner.fitted:
+            aligner.fit(*capture_both(teacher, student, aligner, first))
+        profiles[name] = profile_alignment(aligner, *capture_both(teacher, student, aligner, second))
+
+    shapes = Table(title="Shapes (B, L, H, T, D)", title_justify="left")
+    for heading in ("", "teacher's layers", "student", "as compared"):
+        shapes.add_column(heading)
+    for name, each in next(iter(profiles.values())).shapes.items():
+        shapes.add_row(name.upper(), *map(str, each))
+    console.print(shapes)
+    table = Table(title=f"{args.batch_size} rows of {data.dataset}", title_justify="left")
+    for heading in ("", *profiles):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for key, name in SHOWN.items():
+        table.add_row(name, *(f"{found.metrics[key]:.3f}" for found in profiles.values()))
+    table.add_row("not finite", *(str(found.not_finite) for found in profiles.values()))
+    console.print(table)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    plot_profiles(output / "profile.png", profiles, f"{args.teacher} to {args.student}")
+    (output / "profile.json").write_text(json.dumps({n: p.numbers() for n, p in profiles.items()}, indent=2) + "\n")
+    console.print(f"Written: {output / 'profile.json'}, {output / 'profile.png'}")
+
+
+if __name__ == "__main__":
+    main()
