@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv profile-alignment eval-latent bench-latent bench-kv bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv profile-alignment eval-latent bench-latent bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ bench-latent: $(READY)  ## held-out accuracy over seeds: SFT with and without st
 
 bench-kv: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
 	@$(RUN) benchmarks/bench_kv.py $(ARGS)
+
+bench-kv-alignment: $(READY)  ## held-out accuracy over seeds: each projection between teacher and student, and controls
+	@$(RUN) benchmarks/bench_kv_alignment.py $(ARGS)
 
 gpu-check: $(READY)  ## the GPU suite: the real Unsloth path, kernels, timings
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)

@@ -9,9 +9,13 @@ from torch import nn
 from ..kv.tap import attention_tap
 
 
+class _Enough(Exception):
+    """Every layer that was asked for has been seen."""
+
+
 @contextlib.contextmanager
 def captured_kvq(
-    model: nn.Module, layers: Sequence[int] | None = None
+    model: nn.Module, layers: Sequence[int] | None = None, stop: bool = False
 ) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """Collects K, V (B, H_kv, T, D) and Q (B, H_q, T, D) of the first forward inside, with their gradients' graph.
 
@@ -19,6 +23,8 @@ def captured_kvq(
 
     Args:
         layers: which to keep; None: all.
+        stop: leave the block, without an error, once the last of `layers` has its attention: what comes after it is not
+            computed.
 
     Yields:
         By layer (k, v, q).
@@ -32,8 +38,10 @@ def captured_kvq(
     def observe(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         if wanted is None or layer in wanted:
             found.setdefault(layer, (key, value, query))
+        if stop and wanted is not None and wanted <= found.keys():
+            raise _Enough
 
-    with attention_tap(model, observe):
+    with contextlib.suppress(_Enough), attention_tap(model, observe):
         yield found
 
 

@@ -262,3 +262,23 @@ def test_a_warper_of_ones_without_length_takes_every_token():
     for a, b in zip(aligner(*given, IDS), plain(*given, IDS), strict=True):
         real = (IDS >= 0)[:, None, None, :, None]
         assert ((a - b) * real).abs().max() <= 1e-5
+
+
+def test_what_comes_after_the_last_layer_asked_for_is_not_computed():
+    """And the model is as before."""
+    model, ids = tiny.model(), torch.randint(3, 40, (2, 9))
+    with torch.no_grad(), captured_kvq(model) as whole:
+        wanted = model(ids).logits
+    ran = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad(), captured_kvq(model, [0], stop=True) as found:
+        model(ids)
+        raise AssertionError("the forward should not have come back")
+    assert ran == [] and found.keys() == {0} and all(torch.equal(a, b) for a, b in zip(found[0], whole[0], strict=True))
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(ids).logits, wanted)
+    with pytest.raises(RuntimeError, match="another"), captured_kvq(model, [0], stop=True):
+        raise RuntimeError("another")

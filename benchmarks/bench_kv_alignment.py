@@ -1,0 +1,197 @@
+"""Does structure help? The same student with each projection between it and its teacher, and the controls: cross-entropy
+only, the note's direction, a teacher that was never trained.
+
+    python benchmarks/bench_kv_alignment.py [--seeds 0 1 2] [--steps N]
+
+Settings are those of recipes/configs/kv_tiny.yaml. Writes benchmarks/results/kv_alignment_<device>.json after every run,
+and in the end the table in docs/kv_alignment.md and docs/kv_alignment.png. Runs that the file holds already are not
+repeated (`--fresh` forgets them).
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import setups
+import torch
+import yaml
+from rich.console import Console
+
+
+ROOT = Path(__file__).parents[1]
+GROUPS: dict[str, dict] = {
+    "CE only": {"lambda_kv": 0.0},
+    "Baseline": {"kv_projection_mode": "flat"},
+    "V4.0-1": {"init_uniform": False},
+    "V4.0-2": {},
+    "V4.0-3": {"share_dim_proj": False},
+    "V4.0-2, teacher to student": {"kv_direction": "teacher_to_student"},
+    "V4.0-2, untrained teacher": {},
+}
+STEPS, EVERY = 200, 40  # where cross-entropy alone has not learnt the task, so that there is something to gain
+HELD_OUT = 500
+
+
+def run(group: str, seed: int, steps: int, teacher: str, threads: int) -> dict:
+    """One training run, and what its student answers."""
+    torch.set_num_threads(threads)
+    from datasets import disable_progress_bars
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    from trl_ext import KVDistillConfig, KVDistillTrainer
+    from trl_ext.tasks import equations
+    from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    found = yaml.safe_load((ROOT / "recipes/configs/kv_tiny.yaml").read_text())
+    known = KVDistillConfig.__dataclass_fields__
+    args = {k: v for k, v in found.items() if k in known} | GROUPS[group]
+    args |= {
+        "output_dir": tempfile.mkdtemp(), "seed": seed, "max_steps": steps, "save_strategy": "no", "disable_tqdm": True,
+        "use_cpu": not setups.CUDA, "per_device_eval_batch_size": 250, "logging_steps": EVERY,
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    taught = AutoModelForCausalLM.from_pretrained(teacher)
+    if "untrained" in group:
+        set_seed(1000 + seed)
+        taught = AutoModelForCausalLM.from_config(taught.config)
+    set_seed(seed)
+    student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
+    train, held_out = (equations.explicit(rows) for rows in equations.split(HELD_OUT, 0))
+    how = {"delimiter": args["answer_delimiter"], "max_new_tokens": found["max_new_tokens"], "thinking": "off"}
+    accuracy = AccuracyCallback(EVERY, lambda model: evaluate(model, tokenizer, held_out, batch_size=250, **how))
+    trainer = KVDistillTrainer(
+        student, KVDistillConfig(**args), train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+        teacher_model=taught, callbacks=[accuracy],
+    )  # fmt: skip
+    start = time.time()
+    trainer.train()
+    seconds = time.time() - start
+    after = evaluate(trainer.model, tokenizer, held_out, batch_size=250, **how)
+    held = trainer.evaluate()
+    logged = [entry for entry in trainer.state.log_history if "kv/loss" in entry]
+    return {
+        "accuracy": after.accuracy,
+        "curve": [*accuracy.curve, (steps, after.accuracy)],
+        "held_out_ce": held.get("eval_loss/ce", held["eval_loss"]),
+        "parameters": sum(p.numel() for p in trainer.aligner.parameters()) if trainer.aligner else 0,
+        "ms_per_step": seconds / steps * 1000,
+        "kv": {k: v for k, v in logged[-1].items() if k.startswith("kv/")} if logged else {},
+        "target_rank": [e["kv/target_rank_k"] for e in (logged[0], logged[-1])] if logged else None,
+    }
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, lowest and highest."""
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """Markdown: over the seeds mean, lowest and highest."""
+    steps = next(iter(next(iter(results.values())).values()))["curve"][-1][0]
+    half = steps // 2 // EVERY * EVERY
+    headings = [
+        "", f"accuracy after {half} steps", f"after {steps}", "held-out cross-entropy", "structural loss",
+        "rank of the target's keys", "parameters", "ms a step",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for name, by_seed in results.items():
+        runs = list(by_seed.values())
+        kv = "kv/loss" in runs[0]["kv"]
+        cells = [
+            name,
+            spread([dict(map(tuple, r["curve"]))[half] for r in runs], ".1%"),
+            spread([r["accuracy"] for r in runs], ".1%"),
+            spread([r["held_out_ce"] for r in runs], ".3f"),
+            spread([r["kv"]["kv/loss"] for r in runs], ".2f") if kv else "",
+            " to ".join(f"{statistics.mean(r['target_rank'][i] for r in runs):.1f}" for i in (0, 1)) if kv else "",
+            f"{runs[0]['parameters']:,}",
+            f"{min(r['ms_per_step'] for r in runs):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
+    """Accuracy over steps, mean and range of the seeds; and each seed's held-out cross-entropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=(3, 2))
+    for index, (name, by_seed) in enumerate(results.items()):
+        curves = [dict(map(tuple, run["curve"])) for run in by_seed.values()]
+        steps = sorted(curves[0])
+        values = [[curve[step] for curve in curves] for step in steps]
+        (line,) = left.plot(steps, [statistics.mean(v) for v in values], label=name, linewidth=2)
+        left.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.12)
+        right.scatter([r["held_out_ce"] for r in by_seed.values()], [index] * len(by_seed), color=line.get_color())
+    left.set(xlabel="step", ylabel="held-out accuracy")
+    left.legend(frameon=False)
+    right.set(xlabel="held-out cross-entropy (nats a token)", xscale="log")
+    right.set_yticks(range(len(results)), list(results))
+    right.invert_yaxis()
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--teacher_steps", type=int, help="other than the task's")
+    parser.add_argument("--only", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--cache", default="runs/cache")
+    parser.add_argument("--fresh", action="store_true")
+    options = parser.parse_args()
+    from trl_ext.report import write_between
+    from trl_ext.tasks import equations, warm_start
+
+    path = setups.RESULTS / f"kv_alignment_{setups.device_name()}.json"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    teacher = warm_start.tiny_with_steps(
+        Path(options.cache), seed=0, held_out=HELD_OUT, steps=options.teacher_steps or equations.TEACHER.warm_start_steps,
+        size=equations.TEACHER, progress=False,
+    )  # fmt: skip
+    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
+    jobs = [(g, s) for s in options.seeds for g in options.only if str(s) not in results.get(g, {})]
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=None
+    ) as pool:
+        running = {pool.submit(run, g, s, options.steps, teacher, 1): (g, s) for g, s in jobs}
+        for done in as_completed(running):
+            group, seed = running[done]
+            last = done.result()
+            results.setdefault(group, {})[str(seed)] = last
+            print(f"seed {seed}  {group}: {last['accuracy']:.3f}, {last['ms_per_step']:.0f} ms a step", flush=True)
+            setups.write("kv_alignment", {"command": "make bench-kv-alignment", "results": results})
+    done = {
+        group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0])))
+        for group in GROUPS
+        if group in results
+    }
+    markdown = table(done)
+    Console().print(markdown, markup=False)
+    if path.name == "kv_alignment_cpu.json":
+        seeds = min(len(runs) for runs in done.values())
+        note = f"{seeds} seeds, {HELD_OUT} held-out questions; mean, lowest and highest."
+        write_between(ROOT / "docs/kv_alignment.md", "alignment", f"{note}\n\n{markdown}")
+        plot(ROOT / "docs/kv_alignment.png", done)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
