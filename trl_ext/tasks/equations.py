@@ -35,7 +35,7 @@ class Size:
 SMALL = Size()
 LARGE = Size(operations=5, rows=100_000, layers=4, width=256, warm_start_steps=4000)  # benchmarks on a GPU
 # A teacher and a student that differ in layers, heads and the width of a head
-TEACHER = Size(layers=4, width=144, heads=6, kv_heads=3, warm_start_steps=800)
+TEACHER = Size(layers=3, width=108, heads=6, kv_heads=3, warm_start_steps=800)
 STUDENT = Size(layers=2, width=64, heads=4, kv_heads=2)
 
 

@@ -26,7 +26,7 @@ def test_held_out_questions_are_not_in_training_and_seeds_differ():
 
 def test_explicit_rows_with_and_without_steps():
     rows = [{"question": "7*3+4=", "steps": ["7*3=1", "1+4=5"], "answer": "5"}]
-    assert equations.explicit(rows)[0] == {"prompt": "7*3+4=", "completion": "7*3=1;1+4=5;#5"}
+    assert equations.explicit(rows)[0] == {"prompt": "7*3+4=", "completion": "7*3=1;1+4=5;#5", "answer": "5"}
     assert equations.explicit(rows, steps=False)[0]["completion"] == "#5"
 
 
