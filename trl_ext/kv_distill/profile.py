@@ -94,7 +94,8 @@ def plot_profiles(path: Path, profiles: dict[str, AlignmentProfile], title: str)
             most = found.head_map.abs().max().item()
             image = row[0].imshow(found.head_map.detach(), cmap="RdBu_r", vmin=-most, vmax=most)
             figure.colorbar(image, ax=row[0], label="weight")
-            row[0].set(xlabel="head in", ylabel="head out")
+            out, into = found.head_map.shape
+            row[0].set(xlabel="head in", ylabel="head out", xticks=range(into), yticks=range(out))
             row[0].set_title(f"{name}: map of key heads", loc="left", fontsize=10)
         for axis, rows, side in zip(row[1:], found.attention, ("teacher", "student"), strict=True):
             image = axis.imshow(rows, cmap="magma", vmin=0, vmax=1)
