@@ -1,7 +1,7 @@
 """`MapProjectionAligner`: brings keys, values and queries of a teacher and a student to one shape."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +113,16 @@ class MapProjectionAligner(nn.Module):
         Raises:
             ValueError: shapes that are not the teacher's.
         """
-        given = [None if x is None else self._checked(x, n, self.teacher) for n, x in zip(NAMES, (k_t, v_t, q_t))]
-        given = [None if x is None else x[:, self.layers] for x in given]
+        given = _each(lambda n, x: self._checked(x, n, self.teacher)[:, self.layers], (k_t, v_t, q_t))
         if segment_ids is None:
             segment_ids = torch.zeros(k_t.shape[0], k_t.shape[3], dtype=torch.long, device=k_t.device)
-        plan = None
+        given = _each(lambda n, x: self._plain(n, x, "teacher", segment_ids), given)
+        ids = segment_ids
         if self.time_warper is not None or T_s is not None:
             plan = (self.time_warper or SegmentTimeWarper()).plan(segment_ids, T_s)
-        ids = segment_ids if plan is None else plan.segment_ids
-        out = []
-        for name, x in zip(NAMES, given):
-            if x is None:
-                out.append(None)
-                continue
-            x = self._plain(name, x, "teacher", segment_ids)
-            x = x if plan is None else plan.apply(x)
-            x = self.maps[name].inverse(x) if self.projects_student else self.maps[name](x)
-            out.append(self._placed(name, x, "student", ids))
-        return tuple(out)
+            given, ids = _each(lambda _, x: plan.apply(x), given), plan.segment_ids
+        project = (lambda n, x: self.maps[n].inverse(x)) if self.projects_student else (lambda n, x: self.maps[n](x))
+        return tuple(_each(lambda n, x: self._placed(n, x, "student", ids), _each(project, given)))
 
     def pairs(
         self,
@@ -153,13 +145,11 @@ class MapProjectionAligner(nn.Module):
             (student's k, v, q), (teacher's k, v, q), validity mask (B, T_s) bool.
         """
         s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s)
-        side = "teacher" if self.projects_student else "student"
-        ours = [self.maps[n](x) if self.projects_student and x is not None else x for n, x in zip(NAMES, s)]
-        theirs = [x if self.projects_student or x is None else self.maps[n](x) for n, x in zip(NAMES, t)]
-        placed = [
-            tuple(None if x is None else self._placed(n, x, side, ids) for n, x in zip(NAMES, xs))
-            for xs in (ours, theirs)
-        ]
+        if self.projects_student:
+            side, s = "teacher", _each(lambda n, x: self.maps[n](x), s)
+        else:
+            side, t = "student", _each(lambda n, x: self.maps[n](x), t)
+        placed = [tuple(_each(lambda n, x: self._placed(n, x, side, ids), xs)) for xs in (s, t)]
         return placed[0], placed[1], ids >= 0
 
     @torch.no_grad()
@@ -184,20 +174,20 @@ class MapProjectionAligner(nn.Module):
 
     def _meet(self, student, teacher, student_ids, teacher_ids, T_s) -> tuple[list, list, torch.Tensor]:
         """Both sides without rotary embedding and at the same times, and the segments at these."""
-        s = [None if x is None else self._checked(x, n, self.student) for n, x in zip(NAMES, student)]
-        t = [None if x is None else self._checked(x, n, self.teacher, len(s[0][0])) for n, x in zip(NAMES, teacher)]
+        s = _each(lambda n, x: self._checked(x, n, self.student), student)
+        t = _each(lambda n, x: self._checked(x, n, self.teacher), teacher)
         same_text = teacher_ids is None
         if same_text:
             teacher_ids = student_ids
-        s = [None if x is None else self._plain(n, x, "student", student_ids) for n, x in zip(NAMES, s)]
-        t = [None if x is None else self._plain(n, x, "teacher", teacher_ids) for n, x in zip(NAMES, t)]
+        s = _each(lambda n, x: self._plain(n, x, "student", student_ids), s)
+        t = _each(lambda n, x: self._plain(n, x, "teacher", teacher_ids), t)
         warper, ids = self.time_warper or SegmentTimeWarper(), student_ids
         if self.time_warper is not None or T_s is not None:
-            plan = warper.plan(student_ids, T_s)
-            s, ids = [None if x is None else plan.apply(x) for x in s], plan.segment_ids
+            common = warper.plan(student_ids, T_s)
+            s, ids = _each(lambda _, x: common.apply(x), s), common.segment_ids
         if not same_text or ids is not student_ids:
             plan = warper.plan(teacher_ids, target_ids=ids)
-            t = [None if x is None else plan.apply(x) for x in t]
+            t = _each(lambda _, x: plan.apply(x), t)
         return s, t, ids
 
     def _plain(self, name: str, x: torch.Tensor, side: str, ids: torch.Tensor) -> torch.Tensor:
@@ -210,13 +200,12 @@ class MapProjectionAligner(nn.Module):
             return x
         return self.rotary[side](x, _positions(ids))
 
-    def _checked(self, x: torch.Tensor, name: str, shape: AttentionShape, layers: int | None = None) -> torch.Tensor:
+    def _checked(self, x: torch.Tensor, name: str, shape: AttentionShape) -> torch.Tensor:
         heads = shape.num_heads if name == "q" else shape.num_kv_heads
         side = "teacher" if shape is self.teacher else "student"
-        layers = layers or shape.num_layers
         if x.dim() != 5 or (x.shape[2], x.shape[4]) != (heads, shape.head_dim):
             raise ValueError(
-                f"{name} of the {side} {tuple(x.shape)}: (B, {layers}, {heads}, T, {shape.head_dim}) is its shape"
+                f"{name} of the {side} {tuple(x.shape)}: (B, L, {heads}, T, {shape.head_dim}) is its shape"
             )
         return x
 
@@ -263,6 +252,11 @@ def create_structured_aligner(teacher_cfg: Any, student_cfg: Any, **options: Any
 def create_flat_aligner(teacher_cfg: Any, student_cfg: Any, **options: Any) -> MapProjectionAligner:
     """`MapProjectionAligner(teacher_cfg, student_cfg, mode="flat", **options)`: the baseline."""
     return MapProjectionAligner(teacher_cfg, student_cfg, mode="flat", **options)
+
+
+def _each(work: Callable[[str, torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor | None]) -> list:
+    """`work(name, x)` of K, V and Q; None stays None."""
+    return [None if x is None else work(name, x) for name, x in zip(NAMES, tensors, strict=True)]
 
 
 def _positions(ids: torch.Tensor) -> torch.Tensor:
