@@ -29,7 +29,7 @@ from rich.table import Table
 from trl import TrlParser
 
 from trl_ext.tasks import arithmetic
-from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset
+from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without
 from trl_ext.tasks.evaluation import evaluate
 from unsloth_ext import FastThinkingModel, has_thinking
 from unsloth_ext.ablations import ABLATIONS
@@ -66,9 +66,7 @@ def rows_of(args: EvalArguments, data: DataArguments):
         return found.select(range(min(args.limit or len(found), len(found))))
     examples = data.rows(split="train", size=None, seed=args.seed)[: data.num_fewshot] if data.num_fewshot else []
     rows = data.rows(split=args.split, size=None, seed=args.seed + HELD_OUT_SEED)
-    shown = {row["question"] for row in examples}
-    rows = [row for row in rows if row["question"] not in shown][: args.limit]
-    return chat_dataset(rows, args.answer_delimiter, examples)
+    return chat_dataset(without(rows, examples)[: args.limit], args.answer_delimiter, examples)
 
 
 def main() -> None:

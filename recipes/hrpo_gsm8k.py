@@ -10,7 +10,6 @@ listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curve
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -31,14 +30,14 @@ if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_ca
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import ProgressCallback, set_seed
+from transformers import set_seed
 from trl import TrlParser
 
 from trl_ext import HRPOConfig, HRPOTrainer
-from trl_ext.checkpointing import last_complete_checkpoint
-from trl_ext.report import CompactProgress, before_after_table, plot_curves, write_summary
+from trl_ext.recipe import compact_progress, finish, start
+from trl_ext.report import HRPO_CURVES, before_after_table
 from trl_ext.tasks import arithmetic, warm_start
-from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, check_rows
+from trl_ext.tasks.data import DataArguments, chat_dataset
 from trl_ext.tasks.dry_run import dry_run
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
@@ -84,19 +83,9 @@ def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     if data.dataset == "tiny":
         train, held_out = arithmetic.split_problems(script.eval_size, script.warm_start_seed)
         return arithmetic.as_dataset(train), arithmetic.as_dataset(held_out)
-    local = Path(data.dataset).suffix != ""
-    train = data.rows(split="train", size=None if local else script.train_size, seed=args.seed)
-    examples, train = train[: data.num_fewshot], train[data.num_fewshot :]
-    if script.eval_dataset or not local:
-        source = dataclasses.replace(data, dataset=script.eval_dataset or data.dataset)
-        held_out = source.rows(split="test", size=script.eval_size, seed=args.seed + HELD_OUT_SEED)
-        seen = {row["question"] for row in [*train, *examples]}
-        held_out = [row for row in held_out if row["question"] not in seen]
-    else:
-        train, held_out = train[: -script.eval_size], train[-script.eval_size :]
-    train = train[: script.train_size]
-    check_rows(data.dataset, train)
-    check_rows(script.eval_dataset or data.dataset, held_out)
+    examples, train, held_out = data.split(
+        train_size=script.train_size, eval_dataset=script.eval_dataset, eval_size=script.eval_size, seed=args.seed
+    )
     return (chat_dataset(rows, args.answer_delimiter, examples) for rows in (train, held_out))
 
 
@@ -136,12 +125,8 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: Console):
 
 def main() -> None:
     script, data, args = parse()
-    if args.world_size > 1 and script.model_name in ON_CPU:
-        sys.exit(
-            f"--model_name {script.model_name} trains in one process; give a hub id or a folder to accelerate launch"
-        )
-    console, started = Console(quiet=args.process_index > 0), time.time()
-    output = Path(args.output_dir)
+    started = time.time()
+    console, output, resume = start(args, script.model_name, ON_CPU)
     output.mkdir(parents=True, exist_ok=True)
     train, held_out = load_data(script, data, args)
     model, tokenizer = load_model(script, args, console)
@@ -163,40 +148,30 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[accuracy],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CompactProgress)
+    compact_progress(trainer)
 
     looked_at = train.select(range(min(script.dry_run_rows, len(train))))
     sampled = evaluate(trainer.model, tokenizer, looked_at, do_sample=True, **decoding)
     dry_run(looked_at, sampled, reward, args.answer_delimiter, console)
 
-    resume = args.resume_from_checkpoint
-    if resume == "latest":
-        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=resume)
     after = evaluate(trainer.model, tokenizer, held_out, **decoding)
 
     trainer.save_model(str(output / "final"))
     if not trainer.is_world_process_zero():
         return
     before_after_table(accuracy.before, after, console)
-    curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
-    title = ", ".join(dict.fromkeys(["HRPO", script.model_name, data.dataset]))
-    plot_curves(output / "curves.png", trainer.state.log_history, curve, title)
-    write_summary(
-        output,
-        accuracy_before=accuracy.before.accuracy,
-        accuracy_after=after.accuracy,
-        n_eval=after.n,
-        steps=trainer.state.global_step,
-        seconds=round(time.time() - started, 1),
-        before=accuracy.before.numbers(),
-        after=after.numbers(),
-        accuracy_curve=dict(curve),
+    finish(
+        trainer,
+        console,
+        started,
+        ("HRPO", script.model_name, data.dataset),
+        accuracy,
+        after,
+        HRPO_CURVES,
         script=asdict(script),
         data=asdict(data),
     )
-    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 
 
 if __name__ == "__main__":

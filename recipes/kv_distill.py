@@ -10,7 +10,6 @@ Every field of TRL's SFTConfig and of KVDistillConfig is a flag; `--config FILE.
 projection (`final/`, `final/aligner/`), `summary.json` and `curves.png` into the output directory.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -22,17 +21,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import PartialState
 from peft import LoraConfig
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
-from trl_ext.checkpointing import last_complete_checkpoint
 from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
-from trl_ext.report import KV_CURVES, CompactProgress, before_after_table, plot_curves, write_summary
+from trl_ext.recipe import compact_progress, finish, start
+from trl_ext.report import KV_CURVES, before_after_table
 from trl_ext.tasks import equations, warm_start
-from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, check_rows
+from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 
 
@@ -86,18 +84,10 @@ def load_tiny(script: ScriptArguments, args: KVDistillConfig):
 
 def load_data(script: ScriptArguments, data: DataArguments, args: KVDistillConfig, tokenizer):
     """Training and held-out rows."""
-    local = Path(data.dataset).suffix != ""
-    train = data.rows(split="train", size=None if local else script.train_size, seed=args.seed)
-    if script.eval_dataset or not local:
-        source = dataclasses.replace(data, dataset=script.eval_dataset or data.dataset)
-        held_out = source.rows(split="test", size=script.eval_size, seed=args.seed + HELD_OUT_SEED)
-        seen = {row["question"] for row in held_out}
-        train = [row for row in train if row["question"] not in seen]
-    else:
-        train, held_out = train[: -script.eval_size], train[-script.eval_size :]
-    check_rows(data.dataset, train[: script.train_size])
-    check_rows(script.eval_dataset or data.dataset, held_out)
-    return (completions(rows, tokenizer, args.answer_delimiter) for rows in (train[: script.train_size], held_out))
+    examples, train, held_out = data.split(
+        train_size=script.train_size, eval_dataset=script.eval_dataset, eval_size=script.eval_size, seed=args.seed
+    )
+    return (completions(rows, tokenizer, args.answer_delimiter, examples) for rows in (train, held_out))
 
 
 def main() -> None:
@@ -108,15 +98,8 @@ def main() -> None:
         sys.exit(
             f"--model_name {script.model_name} --dataset {data.dataset}: the tiny model and the tiny task belong together"
         )
-    if args.world_size > 1 and script.model_name in EMBEDDED:
-        sys.exit(
-            f"--model_name {script.model_name} trains in one process; give a hub id or a folder to accelerate launch"
-        )
-    console, started = Console(quiet=args.process_index > 0), time.time()
-    output = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if resume == "latest":
-        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
+    started = time.time()
+    console, output, resume = start(args, script.model_name, EMBEDDED)
     if script.model_name == "tiny":
         model, teacher, tokenizer, train, held_out = load_tiny(script, args)
     else:
@@ -146,32 +129,25 @@ def main() -> None:
         callbacks=[accuracy],
         teacher_model=teacher,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CompactProgress)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    compact_progress(trainer)
+    trainer.train(resume_from_checkpoint=resume)
     after = evaluate(trainer.model, tokenizer, held_out, **how)
     trainer.save_model(str(output / "final"))
     if not trainer.is_world_process_zero():
         return
     before_after_table(accuracy.before, after, console)
-    curve = [*accuracy.curve, (trainer.state.global_step, after.accuracy)]
-    title = ", ".join(dict.fromkeys(["KV distillation", script.model_name, data.dataset]))
-    plot_curves(output / "curves.png", trainer.state.log_history, curve, title, KV_CURVES)
-    write_summary(
-        output,
-        accuracy_before=accuracy.before.accuracy,
-        accuracy_after=after.accuracy,
-        n_eval=after.n,
-        steps=trainer.state.global_step,
-        seconds=round(time.time() - started, 1),
-        before=accuracy.before.numbers(),
-        after=after.numbers(),
-        accuracy_curve=dict(curve),
+    finish(
+        trainer,
+        console,
+        started,
+        ("KV distillation", script.model_name, data.dataset),
+        accuracy,
+        after,
+        KV_CURVES,
         last={k: v for e in trainer.state.log_history for k, v in e.items() if k.startswith(("kv/", "loss"))},
         script=asdict(script),
         data=asdict(data),
     )
-    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 
 
 if __name__ == "__main__":

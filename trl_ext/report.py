@@ -116,9 +116,7 @@ KV_CURVES = (
 )
 
 
-def plot_curves(
-    path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple = HRPO_CURVES
-) -> None:
+def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
     """Small multiples over training steps; one that was never logged stays out."""
     import matplotlib
 

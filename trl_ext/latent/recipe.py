@@ -11,15 +11,16 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
 from unsloth_ext.ablations import ABLATIONS
 
-from ..checkpointing import last_complete_checkpoint
 from ..flags import at_least, chosen, read_config
-from ..report import LATENT_CURVES, CompactProgress, comparison_table, plot_curves, write_summary
+from ..recipe import compact_progress, finish, start
+from ..report import LATENT_CURVES, comparison_table
 from ..tasks import equations, warm_start
+from ..tasks.data import without
 from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
 from .data import LatentTokenizer
@@ -111,9 +112,8 @@ def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dic
         )
         console.print(found.report(), markup=False, highlight=False)
         held_out = found.usable
-        seen = {row["question"] for row in held_out}
         both = len(train.usable)
-        train.usable = [row for row in train.usable if row["question"] not in seen]
+        train.usable = without(train.usable, held_out)
         if both > len(train.usable):
             console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
         if not train.usable:
@@ -147,15 +147,8 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
     """Train by `method` as the command line says; writes `final/`, `summary.json` and `curves.png` into the output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     script, args = parse(sys.argv[1:], method, config_class, configs)
-    if args.world_size > 1 and script.model_name in EMBEDDED:
-        sys.exit(
-            f"--model_name {script.model_name} trains in one process; give a hub id or a folder to accelerate launch"
-        )
-    console, started = Console(quiet=args.process_index > 0), time.time()
-    output = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if resume == "latest":
-        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
+    started = time.time()
+    console, output, resume = start(args, script.model_name, EMBEDDED)
     train, held_out = load_data(script, console)
     base, tokenizer = load_tokenizer(script, args)
     tokenize = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
@@ -182,12 +175,11 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         peft_config=script.lora(),
         callbacks=[accuracy],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CompactProgress)
+    compact_progress(trainer)
     model = trainer.model
     explicit = [evaluate_answers(model, tokenizer, held_out, latents="off", **how)]
 
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=resume)
     after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
     explicit.append(evaluate_answers(model, tokenizer, held_out, latents="off", **how))
     trainer.save_model(str(output / "final"))
@@ -199,20 +191,16 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         "explicit steps": tuple(explicit),
     }
     comparison_table(rows, console)
-    curve = [*accuracy.curve, (trainer.state.global_step, after["on"].accuracy)]
-    title = ", ".join(dict.fromkeys([trainer._name, script.model_name, script.dataset]))
-    plot_curves(output / "curves.png", trainer.state.log_history, curve, title, LATENT_CURVES)
-    write_summary(
-        output,
+    finish(
+        trainer,
+        console,
+        started,
+        (trainer._name, script.model_name, script.dataset),
+        accuracy,
+        after["on"],
+        LATENT_CURVES,
         method=method,
-        accuracy_before=accuracy.before.accuracy,
-        accuracy_after=after["on"].accuracy,
-        n_eval=after["on"].n,
-        steps=trainer.state.global_step,
-        seconds=round(time.time() - started, 1),
         results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
-        accuracy_curve=dict(curve),
         data=train.report(),
         script=asdict(script),
     )
-    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")

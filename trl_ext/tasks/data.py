@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,38 @@ class DataArguments:
         )
         check_rows(self.dataset, rows)
         return rows
+
+    def split(
+        self, *, train_size: int | None, eval_dataset: str | None, eval_size: int, seed: int
+    ) -> tuple[list[dict], list[dict], list[dict]]:
+        """Solved examples for every prompt, training rows and held-out rows; no question is in two of them.
+
+        Held out are the first `eval_size` rows of `eval_dataset`, or of the test split of the hub or generated dataset;
+        of a file alone, its last `eval_size` rows. Questions that occur again leave the training rows, so that what is
+        measured does not depend on what is trained on.
+
+        Raises:
+            DataError: too few rows are left on a side.
+        """
+        local = Path(self.dataset).suffix != ""
+        train = self.rows(split="train", size=None if local else train_size, seed=seed)
+        examples, train = train[: self.num_fewshot], train[self.num_fewshot :]
+        if eval_dataset or not local:
+            source = replace(self, dataset=eval_dataset or self.dataset)
+            held_out = source.rows(split="test", size=eval_size, seed=seed + HELD_OUT_SEED)
+        else:
+            train, held_out = train[:-eval_size], train[-eval_size:]
+        held_out = without(held_out, examples)
+        train = without(train, held_out)[:train_size]
+        check_rows(self.dataset, train)
+        check_rows(eval_dataset or self.dataset, held_out)
+        return examples, train, held_out
+
+
+def without(rows: list[dict], others: list[dict]) -> list[dict]:
+    """The rows whose question is not among those of `others`."""
+    seen = {row["question"] for row in others}
+    return [row for row in rows if row["question"] not in seen]
 
 
 class DataError(ValueError):
@@ -190,14 +222,19 @@ def check_rows(name: str, rows: list[dict]) -> None:
         raise DataError(f"dataset {name} has {len(rows)} row(s); at least two are needed")
 
 
+def solved(row: dict, delimiter: str) -> str:
+    """A row's working, without GSM8K's calculator marks, the delimiter and the answer."""
+    working = re.sub(r"<<[^>]*>>", "", row["solution"])
+    return f"{working}\n{delimiter} {row['answer']}".lstrip()
+
+
 def chat_dataset(rows: list[dict], delimiter: str, examples: list[dict] = ()) -> Dataset:
     """Conversational prompts: the system prompt that asks for the delimiter, solved examples, then the question."""
     shown = [{"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}]
     for row in examples:
-        working = re.sub(r"<<[^>]*>>", "", row["solution"])  # GSM8K's calculator marks
         shown += [
             {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": f"{working}\n{delimiter} {row['answer']}".lstrip()},
+            {"role": "assistant", "content": solved(row, delimiter)},
         ]
     return Dataset.from_list(
         [{"prompt": [*shown, {"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in rows]

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_ext.tasks.data import DataError, chat_dataset, check_rows, is_generator, load_rows
+from trl_ext.tasks.data import DataArguments, DataError, chat_dataset, check_rows, is_generator, load_rows
 
 
 GOOD = [
@@ -81,3 +81,34 @@ def test_solved_examples_come_before_the_question():
         [{"question": "2?", "answer": "2"}], "#", [{"question": "5?", "answer": "5", "solution": "2+3=<<2+3=5>>5"}]
     )[0]
     assert [m["content"] for m in row["prompt"]][1:] == ["5?", "2+3=5\n# 5", "2?"]
+
+
+def question(i):
+    return {"question": f"{i} and 1?", "answer": f"#### {i + 1}"}
+
+
+@pytest.mark.parametrize("eval_file", [None, "held.jsonl"])
+def test_no_question_is_on_two_sides(tmp_path, eval_file):
+    """Rows 0..19, of which 5 and 0 come again in the end: held-out questions leave training, shown ones leave held-out."""
+    rows = [*map(question, range(20)), question(5), question(0)]
+    data = DataArguments(dataset=jsonl(tmp_path, rows), num_fewshot=2)
+    if eval_file:
+        eval_file = str(tmp_path / eval_file)
+        Dataset.from_list([question(i) for i in (5, 1, 30, 31)]).to_json(eval_file)
+    size = {"train_size": 4, "eval_dataset": eval_file, "eval_size": 4, "seed": 0}
+    found = [[int(row["question"].split()[0]) for row in part] for part in data.split(**size)]
+    assert found == [[0, 1], [2, 3, 4, 6], [5, 30, 31] if eval_file else [18, 19, 5]]
+
+
+def test_generated_questions_are_on_one_side():
+    """Among chains of two one-digit terms many occur twice."""
+    data = DataArguments(dataset="chain_sum", dataset_options={"max_terms": 2, "max_digits": 1})
+    _, train, held_out = data.split(train_size=200, eval_dataset=None, eval_size=50, seed=0)
+    assert len(held_out) == 50 and 2 <= len(train) < 200
+    assert not {row["question"] for row in train} & {row["question"] for row in held_out}
+
+
+def test_a_file_without_rows_to_train_on_is_named(tmp_path):
+    data = DataArguments(dataset=jsonl(tmp_path, [question(i) for i in range(5)]))
+    with pytest.raises(DataError, match=r"rows\.jsonl has 0 row"):
+        data.split(train_size=None, eval_dataset=None, eval_size=5, seed=0)
