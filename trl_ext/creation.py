@@ -1,4 +1,4 @@
-"""A word with each model that a TRL trainer creates from a path, before PEFT wraps it."""
+"""How a model comes into an SFT trainer: TRL's own, or the one that Unsloth puts in its place when it is imported first."""
 
 import contextlib
 import functools
@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import PreTrainedModel
+import trl
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel, set_seed
 
 
 @contextlib.contextmanager
@@ -26,3 +28,27 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any]) 
         yield
     finally:
         names["create_model_from_path"] = create
+
+
+def on_unsloths_trainer() -> bool:
+    """Whether `trl.SFTTrainer` is Unsloth's."""
+    return trl.SFTTrainer.__name__ != "SFTTrainer"
+
+
+def check_name(model: PreTrainedModel | str) -> None:
+    """Raises a ValueError for a model's name, which Unsloth's trainer does not load."""
+    if isinstance(model, str) and on_unsloths_trainer():
+        raise ValueError(
+            f"model={model!r}: Unsloth's trainer, which is live since Unsloth was imported, takes no names; load the model "
+            "with AutoModelForCausalLM"
+        )
+
+
+def with_adapter(
+    model: PreTrainedModel | str, peft_config: PeftConfig | None, seed: int
+) -> tuple[PreTrainedModel | str, PeftConfig | None]:
+    """The model and the `peft_config` for `SFTTrainer.__init__`. Unsloth's trainer ignores the latter: applied here."""
+    if peft_config is None or not on_unsloths_trainer():
+        return model, peft_config
+    set_seed(seed)
+    return get_peft_model(model, peft_config), None

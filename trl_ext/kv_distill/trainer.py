@@ -20,10 +20,10 @@ from patches import fused_lm_head
 from unsloth_ext.alignment.aligner import MapProjectionAligner
 from unsloth_ext.alignment.capture import captured_kvq, stacked
 from unsloth_ext.kv.tap import check_sdpa
-from unsloth_ext.residual import backbone_of
 from unsloth_ext.unsloth_decoding import on_unsloth
 
 from ..checkpointing import CheckpointError, SafeCheckpointMixin
+from ..creation import check_name, with_adapter
 from .config import KVDistillConfig
 from .segments import SegmentCollator, add_segments
 
@@ -75,6 +75,8 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             raise ValueError(
                 f"{type(peft_config).__name__} adds virtual tokens, which the teacher has no keys for; use LoRA"
             )
+        check_name(model)
+        model, keywords["peft_config"] = with_adapter(model, peft_config, args.seed)
         fused_lm_head.ensure()
         super().__init__(model, args, *others, **keywords)
         self.aligner = self.teacher = None
@@ -174,8 +176,9 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
     def _teacher_kvq(self, inputs: dict[str, torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:
         here = inputs["input_ids"].device
         device = next(self.teacher.parameters()).device
+        device = here if device.type == "meta" else device  # weights not in memory: accelerate's hooks move the inputs
         with captured_kvq(self.teacher, self.aligner.layers, stop=True) as found:
-            backbone_of(self.teacher)(
+            self.teacher(
                 input_ids=inputs["input_ids"].to(device),
                 attention_mask=inputs["attention_mask"].to(device),
                 use_cache=False,

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, set_seed
+from transformers import DynamicCache
 from trl import SFTTrainer
 
 from patches import fused_lm_head
@@ -24,7 +23,7 @@ from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import preparing_models
+from ..creation import check_name, preparing_models, with_adapter
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss
@@ -63,21 +62,14 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             raise ValueError("data_collator: the rows of teacher and student have one of their own")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: not one row")
-        on_unsloths = SFTTrainer.__name__ != "SFTTrainer"
-        if isinstance(model, str) and on_unsloths:
-            raise ValueError(
-                f"model={model!r}: Unsloth's trainer, which is live since Unsloth was imported, takes no names; load the "
-                "model with AutoModelForCausalLM"
-            )
+        check_name(model)
         fused_lm_head.ensure()
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         keywords["peft_config"] = prepare.peft_config
         if not isinstance(model, str):
             prepare(model)
-            if prepare.peft_config is not None and on_unsloths:  # whose trainer would ignore it
-                set_seed(args.seed)
-                model, keywords["peft_config"] = get_peft_model(model, prepare.peft_config), None
+            model, keywords["peft_config"] = with_adapter(model, prepare.peft_config, args.seed)
         collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, prepare.settings)[2])
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
