@@ -1,6 +1,6 @@
 """Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without. HRPO: rollout and
-training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. Ends with a
-table and `results/gpu_check_<device>.json`.
+training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. KV
+distillation: `gpu_kv.py`. Ends with a table and `results/gpu_check_<device>.json`.
 
     python benchmarks/gpu_check.py [--rehearse]
 
@@ -52,6 +52,7 @@ def backend(name: str, rehearse: bool) -> dict:
         base.get_input_embeddings().weight[0] = 0  # and pad is never sampled, which Unsloth would take for padding
     base.save_pretrained(folder)
     setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
+    import gpu_kv
     import gpu_latent
 
     report: dict = {}
@@ -60,6 +61,8 @@ def backend(name: str, rehearse: bool) -> dict:
             report[f"{precision} {source} {mode}"] = train(folder, name, precision, source, mode)
         for method in gpu_latent.METHODS:
             report[f"{precision} {method}"] = gpu_latent.train(folder, method, precision)
+        for case in gpu_kv.CASES:
+            report[f"{precision} KV {case}"] = gpu_kv.train(folder, case, precision)
     for result in report.values():
         result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
     report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]
@@ -149,7 +152,7 @@ def main() -> int:
                 passed &= result["passed"]
                 verdict = "ok" if result["passed"] else f"FAILED {result['not_learning'] or ''}"
                 deviation, seconds = result["deviation"], result["seconds_per_step"]
-                print(f"{name:8} {case:36} off by {deviation:.1e}, {seconds:.2f} s/step  {verdict}")
+                print(f"{name:8} {case:44} off by {deviation:.1e}, {seconds:.2f} s/step  {verdict}")
     if not options.rehearse:
         print(setups.write("gpu_check", {"command": "make gpu-check", **found}))
     return int(not passed)

@@ -58,10 +58,11 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def watched(trainer: Any, parts: list[str]) -> dict:
-    """Train, and say whether every logged loss and gradient norm was finite and which parts of the model did not move."""
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    """Train, and say whether every logged loss and gradient norm was finite and which parts did not move."""
+    learning = {n: p for n, p in trainer._named_trained().items() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in learning.items()}
     trainer.train()
-    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not torch.equal(p, before[n])]
+    moved = [n for n, p in learning.items() if not torch.equal(p, before[n])]
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "finite": all(math.isfinite(entry[name]) for entry in steps for name in ("loss", "grad_norm")),

@@ -144,13 +144,19 @@ class MapProjectionAligner(nn.Module):
         Returns:
             (student's k, v, q), (teacher's k, v, q), validity mask (B, T_s) bool.
         """
-        s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s)
+        side = "teacher" if self.projects_student else "student"
+        same_times = self.time_warper is None and T_s is None and teacher_ids is None
+        keeps = side if same_times and self.rope_space == "rerotate" else None  # off and on again would change nothing
+        s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s, keeps)
         if self.projects_student:
-            side, s = "teacher", _each(lambda n, x: self.maps[n](x), s)
+            s = _each(lambda n, x: self.maps[n](x), s)
         else:
-            side, t = "student", _each(lambda n, x: self.maps[n](x), t)
-        placed = [tuple(_each(lambda n, x: self._placed(n, x, side, ids), xs)) for xs in (s, t)]
-        return placed[0], placed[1], ids >= 0
+            t = _each(lambda n, x: self.maps[n](x), t)
+        s, t = (
+            xs if own == keeps else _each(lambda n, x: self._placed(n, x, side, ids), xs)
+            for own, xs in (("student", s), ("teacher", t))
+        )
+        return tuple(s), tuple(t), ids >= 0
 
     @torch.no_grad()
     def fit(
@@ -172,15 +178,17 @@ class MapProjectionAligner(nn.Module):
         """Whether nothing waits for `fit`."""
         return all(bool(projector.fitted) for projector in self.maps.values())
 
-    def _meet(self, student, teacher, student_ids, teacher_ids, T_s) -> tuple[list, list, torch.Tensor]:
-        """Both sides without rotary embedding and at the same times, and the segments at these."""
+    def _meet(self, student, teacher, student_ids, teacher_ids, T_s, keeps=None) -> tuple[list, list, torch.Tensor]:
+        """Both sides at the same times, without rotary embedding but for the one that `keeps` it; the segments there."""
         s = _each(lambda n, x: self._checked(x, n, self.student), student)
         t = _each(lambda n, x: self._checked(x, n, self.teacher), teacher)
         same_text = teacher_ids is None
         if same_text:
             teacher_ids = student_ids
-        s = _each(lambda n, x: self._plain(n, x, "student", student_ids), s)
-        t = _each(lambda n, x: self._plain(n, x, "teacher", teacher_ids), t)
+        if keeps != "student":
+            s = _each(lambda n, x: self._plain(n, x, "student", student_ids), s)
+        if keeps != "teacher":
+            t = _each(lambda n, x: self._plain(n, x, "teacher", teacher_ids), t)
         warper, ids = self.time_warper or SegmentTimeWarper(), student_ids
         if self.time_warper is not None or T_s is not None:
             common = warper.plan(student_ids, T_s)

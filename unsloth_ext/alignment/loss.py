@@ -102,15 +102,18 @@ def attention_kl(
 ) -> torch.Tensor:
     """Mean KL(teacher || student) of attention rows; q (B, L, H_q, T, D), k (B, L, H_kv, T, D), mask (B, T) bool.
 
-    A few rows at a time, recomputed in the backward: no T x T map of all heads is ever alive.
+    So many rows at a time that a map has `MAP_ELEMENTS` elements at most; if there are more rows they are recomputed in the
+    backward, so that only a few maps of that size are ever alive.
     """
     b, layers, heads, times, _ = s_q.shape
     rows = max(1, MAP_ELEMENTS // (b * layers * heads * times))
-    total = _wide(s_q.new_zeros(()))
-    for start in range(0, times, rows):
-        total = total + checkpoint(
-            _rows_kl, s_q, s_k, t_q, t_k, mask, temperature, start, min(start + rows, times), use_reentrant=False
-        )
+    given = (s_q, s_k, t_q, t_k, mask, temperature)
+    if rows >= times:
+        total = _rows_kl(*given, 0, times)
+    else:
+        total = _wide(s_q.new_zeros(()))
+        for start in range(0, times, rows):
+            total = total + checkpoint(_rows_kl, *given, start, min(start + rows, times), use_reentrant=False)
     return total / (mask.sum() * layers * heads).clamp(min=1)
 
 

@@ -39,7 +39,9 @@ def test_four_bits(tmp_path):
     """NF4, asked for as JSON: the loss is near that of the whole teacher (10%), the student learns, the teacher stays."""
     pytest.importorskip("bitsandbytes")
     folder = saved(tmp_path)
-    given = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "device_map": "cpu"})
+    given = json.dumps(
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "device_map": "cpu"}
+    )
     args = KVDistillConfig(**setups.settings(tmp_path, teacher_model_init_kwargs=given))
     assert isinstance(args.teacher_model_init_kwargs, dict)
     whole = loss(setups.trainer(tmp_path, given_teacher=folder))
@@ -66,7 +68,13 @@ def test_parts_that_are_not_on_the_students_device(tmp_path, place):
     """Weights left on the disk until they are needed, which is how accelerate holds what does not fit: equal losses."""
     folder = saved(tmp_path)
     whole = loss(setups.trainer(tmp_path, given_teacher=folder))
-    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+    parts = [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(4)),
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    ]
     on_disk = {"embedding": [parts[0], "lm_head"], "first layer": parts[1:2], "everything": parts}[place]
     given = {
         "device_map": {part: "disk" if part in on_disk else "cpu" for part in parts},

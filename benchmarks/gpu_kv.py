@@ -1,0 +1,105 @@
+"""What gpu_check.py asks of KV distillation: finite losses, student and projection learn, a row alone is as in a batch."""
+
+import tempfile
+import time
+
+import setups
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
+
+from trl_ext import KVDistillConfig, KVDistillTrainer
+
+
+CASES = {
+    "structured": {},
+    "flat, warped": {"kv_projection_mode": "flat", "T_s": 48, "ratio_map": {"P": 1.0, "R": 0.5, "A": 1.0}},
+    "Procrustes, teacher to student": {
+        "kv_direction": "teacher_to_student", "kv_init": "procrustes", "freeze_aligner": True,
+    },
+}  # fmt: skip
+# Of the structural loss: rows of a padded batch together, against the mean of the rows by themselves, weighted by tokens
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.02, "4bit": 0.02}
+STEPS = 3
+
+
+def teacher_folder(folder: str) -> str:
+    """A larger model of the student's vocabulary: three layers, 6 heads on 3 of width 64."""
+    student = AutoModelForCausalLM.from_pretrained(folder).config
+    changes = {
+        "hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3, "layer_types": None,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    teacher = AutoModelForCausalLM.from_config(Qwen2Config(**{**student.to_dict(), **changes}))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+    made = tempfile.mkdtemp()
+    teacher.save_pretrained(made)
+    return made
+
+
+def train(folder: str, case: str, precision: str) -> dict:
+    """A few steps; what they say about agreement and learning."""
+    loading: dict = {
+        "dtype": "float32" if precision == "float32" else "bfloat16", "device_map": "cuda" if setups.CUDA else "cpu",
+    }  # fmt: skip
+    taught = dict(loading)
+    if precision == "4bit":
+        taught["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    args = KVDistillConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=8,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        logging_steps=1,
+        bf16=precision != "float32",
+        use_cpu=not setups.CUDA,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        teacher_model_init_kwargs=taught,
+        **CASES[case],
+    )
+    rows = [
+        {"prompt": "What is 12 plus 7? " * (1 + i % 3), "completion": "12 + 7 = 19. " * (1 + i % 4) + f"#### {19 + i}"}
+        for i in range(24)
+    ]
+    trainer = KVDistillTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, **loading),
+        args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=setups.tokenizer(AutoModelForCausalLM.from_pretrained(folder).config.vocab_size - 64),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        teacher_model=teacher_folder(folder),
+    )
+    started = time.perf_counter()
+    learned = setups.watched(trainer, ["lora_", *([] if args.freeze_aligner else ["aligner"])])
+    return {
+        **learned,
+        "seconds_per_step": round((time.perf_counter() - started) / STEPS, 3),
+        "deviation": batch_deviation(trainer),
+        "bound": BOUNDS[precision],
+        "trainer": trl.SFTTrainer.__name__,
+    }
+
+
+@torch.no_grad()
+def batch_deviation(trainer: KVDistillTrainer) -> float:
+    """Of the structural loss, over rows of different lengths."""
+    trainer.model.eval()
+    names = ("input_ids", "labels", "segment_ids")
+    rows = [{name: trainer.train_dataset[i][name] for name in names} for i in range(4)]
+
+    def structural(some: list[dict]) -> float:
+        inputs = {name: x.to(trainer.args.device) for name, x in trainer.data_collator(some).items()}
+        with trainer.compute_loss_context_manager():
+            trainer.compute_loss(trainer.model, inputs)
+        return trainer._metrics["eval"]["kv/loss"][-1]
+
+    lengths = [trainer.args.T_s or len(row["input_ids"]) for row in rows]
+    alone = sum(structural([row]) * length for row, length in zip(rows, lengths, strict=True)) / sum(lengths)
+    return abs(structural(rows) / alone - 1)
