@@ -11,8 +11,12 @@ from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
 
 
-# Of equal lengths: a mean over two halves of a batch is then that of the batch
-EQUAL = [{"prompt": f"{a}+{b}=", "completion": f"{a}+{b}=9;##{a}"} for a in range(1, 6) for b in range(1, 5)]
+# The first, for evaluation, of equal lengths: its mean is over batches
+ROWS = [
+    {"prompt": f"{a}+{b}=", "completion": f"{a}+{b}=9;{' so' * (b if a > 2 else 0)}##{a}"}
+    for a in range(1, 6)
+    for b in range(1, 5)
+]
 
 
 def main() -> None:
@@ -25,7 +29,7 @@ def main() -> None:
     else:
         # SGD: AdamW would turn the rounding of gradients that should be zero into whole steps
         plain = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
-        trainer = kv.trainer(folder, rows=EQUAL, **plain, **sizes, **kv.CASES[case])
+        trainer = kv.trainer(folder, rows=ROWS, **plain, **sizes, **kv.CASES[case])
         named = trainer._named_trained()
     trainer.train()
     evaluated = trainer.evaluate()

@@ -162,15 +162,35 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         structural = sum(value for value, _ in terms) / len(terms)
         metrics = {name: torch.stack([m[name] for _, m in terms]).mean() for name in terms[0][1]}
         metrics["loss"] = structural.detach()
+        share, steps = 1.0, 1
+        if mode == "train" and num_items_in_batch is not None:  # cross-entropy is then its part of the whole step's
+            share, steps = self._share_of_step(segments), self.current_gradient_accumulation_steps
         for name, value in metrics.items():
+            value = value if name.startswith("target") else value * share * steps
             self._metrics[mode][f"kv/{name}"].append(self.accelerator.gather(value).mean().item())
         if mode == "train":
             self._watch_target()
-        # SFT's loss is a sum over the tokens of the whole step; this one is the micro-batch's mean
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None and mode == "train" else 1
         self._metrics[mode]["loss/ce"].append(self.accelerator.gather(loss.detach()).mean().item() * steps)
-        loss = loss + self.args.lambda_kv * structural / steps
+        loss = loss + self.args.lambda_kv * share * structural
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.lambda_kv and samples:
+            times = sum(self._times(batch["segment_ids"].to(device)) for batch in samples)
+            self._step_times = self.accelerator.gather(times).sum() if self._across_processes() else times
+        return samples, items
+
+    def _share_of_step(self, segments: torch.Tensor) -> torch.Tensor:
+        """The micro-batch's part of the times that a step compares, which the processes' mean makes whole."""
+        processes = self.accelerator.num_processes if self._across_processes() else 1
+        return self._times(segments) * processes / self._step_times
+
+    def _times(self, segments: torch.Tensor) -> torch.Tensor:
+        return (self.aligner.compared(segments, self.args.T_s) >= 0).sum()
+
+    def _across_processes(self) -> bool:
+        return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
 
     @torch.no_grad()
     def _teacher_kvq(self, inputs: dict[str, torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:

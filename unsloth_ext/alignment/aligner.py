@@ -158,6 +158,12 @@ class MapProjectionAligner(nn.Module):
         )
         return tuple(s), tuple(t), ids >= 0
 
+    def compared(self, segment_ids: torch.Tensor, T_s: int | None = None) -> torch.Tensor:
+        """Of tokens' segments (B, T) those (B, T_s) at the times that `pairs` compares, negative where there is none."""
+        if self.time_warper is None and T_s is None:
+            return segment_ids
+        return (self.time_warper or SegmentTimeWarper()).plan(segment_ids, T_s).segment_ids
+
     @torch.no_grad()
     def fit(
         self,

@@ -122,19 +122,23 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, peft):
     assert all((plain[n] - saving[n]).abs().max() <= 1e-5 for n in plain)
 
 
-def test_accumulated_steps_are_one_batch(tmp_path):
-    """Rows of equal length, so that both means are over the same tokens; SGD, 1e-6."""
-    rows = [{"prompt": f"{a}+1=", "completion": f"{a}+1={a + 1};##{a + 1}"} for a in range(1, 9)]
+@pytest.mark.parametrize("case", ["default", "warped"])
+def test_accumulated_steps_are_one_batch(tmp_path, case):
+    """Rows of 13 to 26 tokens: every token weighs the same, wherever it falls; SGD, 1e-6, and the terms logged."""
+    changes = {**setups.CASES[case], **({"T_s": None} if case == "warped" else {})}
     one, many = (
-        setups.trained(
-            setups.trainer(
-                tmp_path, rows=rows, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-                max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
-            )
+        setups.trainer(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
+            max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **changes,
         )
         for size in (8, 2)
     )  # fmt: skip
-    assert all((one[n] - many[n]).abs().max() <= 1e-6 for n in one)
+    weights = [setups.trained(trainer) for trainer in (one, many)]
+    assert all((weights[0][n] - weights[1][n]).abs().max() <= 1e-6 for n in weights[0])
+    logs = [[entry for entry in trainer.state.log_history if "kv/loss" in entry] for trainer in (one, many)]
+    for together, apart in zip(*logs, strict=True):
+        for name in ("kv/loss", "kv/k", "kv/attn", "loss/ce"):
+            assert apart[name] == pytest.approx(together[name], rel=1e-5), name
 
 
 def test_evaluation_logs_the_terms_and_pads_never_matter(tmp_path):
