@@ -269,13 +269,10 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             saved = MapProjectionAligner.from_pretrained(checkpoint / ALIGNER)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        for name, value in self.aligner.settings.items():
-            if saved.settings[name] != value:
-                raise CheckpointError(
-                    f"{checkpoint / ALIGNER} was made with {name}={saved.settings[name]!r}, this run has {value!r}"
-                )
-        if (saved.teacher, saved.student) != (self.aligner.teacher, self.aligner.student):
-            raise CheckpointError(f"{checkpoint / ALIGNER} is between models of other shapes")
+        theirs = saved.to_dict()
+        for name, value in self.aligner.to_dict().items():
+            if theirs[name] != value:
+                raise CheckpointError(f"{checkpoint / ALIGNER} has {name}={theirs[name]!r}, this run {value!r}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -223,18 +223,21 @@ class MapProjectionAligner(nn.Module):
             )
         return x
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """`aligner.json` and `aligner.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def to_dict(self) -> dict[str, Any]:
+        """What it was made with, as in `aligner.json`."""
         warper = self.time_warper
-        config = {
+        return {
             "teacher": self.teacher.to_dict(),
             "student": self.student.to_dict(),
             **self.settings,
             "time_warper": warper and {"ratio_map": warper.ratio_map, "alpha_map": warper.alpha_map},
         }
-        (folder / FILES[0]).write_text(json.dumps(config, indent=2) + "\n")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`aligner.json` and `aligner.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILES[0]).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         save_file({n: x.contiguous() for n, x in self.state_dict().items()}, folder / FILES[1])
 
     @classmethod

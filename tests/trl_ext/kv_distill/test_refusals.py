@@ -105,8 +105,13 @@ def test_checkpoints_of_another_projection_or_without_one_are_refused(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     setups.trainer(tmp_path, **changes).train()
     folder = tmp_path / "checkpoint-2"
-    with pytest.raises(CheckpointError, match="mode='structured'"):
-        setups.trainer(tmp_path, kv_projection_mode="flat", **changes).train(resume_from_checkpoint=str(folder))
+    for other, message in (
+        ({"kv_projection_mode": "flat"}, "mode='structured', this run 'flat'"),
+        ({"alpha_map": {"P": 0, "R": 0.5, "A": 0}}, "time_warper=None"),
+        ({"given_teacher": tiny.model("qwen3")}, "teacher="),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            setups.trainer(tmp_path, **other, **changes).train(resume_from_checkpoint=str(folder))
     (folder / "aligner" / "aligner.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"aligner\.safetensors is truncated"):
         setups.trainer(tmp_path, **changes).train(resume_from_checkpoint=str(folder))

@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, peft):
 
 @pytest.mark.parametrize("case", ["default", "warped"])
 def test_accumulated_steps_are_one_batch(tmp_path, case):
-    """Rows of 13 to 26 tokens: every token weighs the same, wherever it falls; SGD, 1e-6, and the terms logged."""
+    """Rows of 15 to 25 tokens: every token weighs the same, wherever it falls; SGD, 1e-6, and the terms logged."""
     changes = {**setups.CASES[case], **({"T_s": None} if case == "warped" else {})}
     one, many = (
         setups.trainer(
