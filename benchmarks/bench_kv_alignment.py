@@ -1,5 +1,5 @@
 """Does structure help? The same student with each projection between it and its teacher, and the controls: cross-entropy
-only, the note's direction, a teacher that was never trained.
+only, the note's direction, and each projection with a teacher that was never trained.
 
     python benchmarks/bench_kv_alignment.py [--seeds 0 1 2] [--steps N]
 
@@ -9,6 +9,8 @@ repeated (`--fresh` forgets them).
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import multiprocessing
 import statistics
@@ -16,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import setups
 import torch
@@ -30,52 +33,54 @@ GROUPS: dict[str, dict] = {
     "V4.0-1": {"init_uniform": False},
     "V4.0-2": {},
     "V4.0-3": {"share_dim_proj": False},
+    "V4.0-2, one head from one": {"kv_init": "identity"},
     "V4.0-2, teacher to student": {"kv_direction": "teacher_to_student"},
-    "V4.0-2, untrained teacher": {},
 }
-STEPS, EVERY = 300, 50  # where cross-entropy alone has not learnt the task, so that there is something to gain
+UNTRAINED = ", untrained teacher"
+RUNS = [*GROUPS, *(n + UNTRAINED for n in ("Baseline", "V4.0-1", "V4.0-2", "V4.0-3", "V4.0-2, one head from one"))]
+STEPS, EVERY = 280, 70  # where cross-entropy alone has not learnt the task, so that there is something to gain
 HELD_OUT = 500
 
 
-def run(group: str, seed: int, steps: int, teacher: str, threads: int) -> dict:
+def run(group: str, seed: int, steps: int, teacher: str) -> dict:
     """One training run, and what its student answers."""
-    torch.set_num_threads(threads)
-    from datasets import disable_progress_bars
+    torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
-    from transformers.utils import logging
 
     from trl_ext import KVDistillConfig, KVDistillTrainer
     from trl_ext.tasks import equations
     from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 
-    disable_progress_bars()
-    logging.set_verbosity_error()
-    found = yaml.safe_load((ROOT / "recipes/configs/kv_tiny.yaml").read_text())
-    known = KVDistillConfig.__dataclass_fields__
-    args = {k: v for k, v in found.items() if k in known} | GROUPS[group]
-    args |= {
-        "output_dir": tempfile.mkdtemp(), "seed": seed, "max_steps": steps, "save_strategy": "no", "disable_tqdm": True,
-        "use_cpu": not setups.CUDA, "per_device_eval_batch_size": 250, "logging_steps": EVERY,
-    }  # fmt: skip
+    name = group.removesuffix(UNTRAINED)
+    args, max_new_tokens = settings(**GROUPS[name], seed=seed, max_steps=steps)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     taught = AutoModelForCausalLM.from_pretrained(teacher)
-    if "untrained" in group:
+    if name != group:
         set_seed(1000 + seed)
         taught = AutoModelForCausalLM.from_config(taught.config)
     set_seed(seed)
     student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
-    train, held_out = (equations.explicit(rows) for rows in equations.split(HELD_OUT, 0))
-    how = {"delimiter": args["answer_delimiter"], "max_new_tokens": found["max_new_tokens"], "thinking": "off"}
-    accuracy = AccuracyCallback(EVERY, lambda model: evaluate(model, tokenizer, held_out, batch_size=250, **how))
+    train, held_out, questions = prepared(teacher, steps)
+    evaluating = 0.0
+
+    def answers(model: torch.nn.Module):
+        nonlocal evaluating
+        start = time.time()
+        how = {"delimiter": args["answer_delimiter"], "max_new_tokens": max_new_tokens, "thinking": "off"}
+        found = evaluate(model, tokenizer, questions, batch_size=HELD_OUT, **how)
+        evaluating += time.time() - start
+        return found
+
+    accuracy = AccuracyCallback(EVERY, answers)
     trainer = KVDistillTrainer(
-        student, KVDistillConfig(**args), train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        teacher_model=taught, callbacks=[accuracy],
+        student, KVDistillConfig(**args, dataset_kwargs={"skip_prepare_dataset": True}), train_dataset=train,
+        eval_dataset=held_out, processing_class=tokenizer, teacher_model=taught, callbacks=[accuracy],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     start = time.time()
     trainer.train()
-    seconds = time.time() - start
-    after = evaluate(trainer.model, tokenizer, held_out, batch_size=250, **how)
+    seconds = time.time() - start - evaluating
+    after = answers(trainer.model)
     held = trainer.evaluate()
     logged = [entry for entry in trainer.state.log_history if "kv/loss" in entry]
     return {
@@ -89,6 +94,44 @@ def run(group: str, seed: int, steps: int, teacher: str, threads: int) -> dict:
     }
 
 
+def settings(**changes: Any) -> tuple[dict, int]:
+    """The recipe's, quiet; and the longest answer in evaluation."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    from trl_ext import KVDistillConfig
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    found = yaml.safe_load((ROOT / "recipes/configs/kv_tiny.yaml").read_text())
+    known = KVDistillConfig.__dataclass_fields__
+    args = {k: v for k, v in found.items() if k in known} | changes
+    args |= {
+        "output_dir": tempfile.mkdtemp(), "save_strategy": "no", "disable_tqdm": True, "logging_steps": EVERY,
+        "use_cpu": not setups.CUDA, "per_device_eval_batch_size": HELD_OUT,
+    }  # fmt: skip
+    return args, found["max_new_tokens"]
+
+
+@functools.cache
+def prepared(teacher: str, steps: int) -> tuple:
+    """Training and held-out rows as the trainer prepares them, once for all runs of a process; and the questions."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_ext import KVDistillConfig, KVDistillTrainer
+    from trl_ext.tasks import equations
+
+    args, _ = settings()
+    size = dataclasses.replace(equations.SMALL, rows=steps * args["per_device_train_batch_size"])
+    train, held_out = (equations.explicit(rows) for rows in equations.split(HELD_OUT, 0, size))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    trainer = KVDistillTrainer(
+        AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT)), KVDistillConfig(**args),
+        train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, teacher_model=teacher,
+    )  # fmt: skip
+    return trainer.train_dataset, trainer.eval_dataset, held_out
+
+
 def spread(values: list[float], form: str) -> str:
     """Mean, lowest and highest."""
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
@@ -97,20 +140,18 @@ def spread(values: list[float], form: str) -> str:
 def table(results: dict[str, dict[str, dict]]) -> str:
     """Markdown: over the seeds mean, lowest and highest."""
     steps = next(iter(next(iter(results.values())).values()))["curve"][-1][0]
-    half = steps // 2 // EVERY * EVERY
     headings = [
-        "", f"accuracy after {half} steps", f"after {steps}", "held-out cross-entropy", "structural loss",
-        "rank of the target's keys", "parameters", "ms a step",
+        "", f"accuracy after {steps} steps", "teacher untrained", "held-out cross-entropy", "teacher untrained",
+        "structural loss", "rank of the target's keys", "parameters", "ms a step",
     ]  # fmt: skip
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for name, by_seed in results.items():
-        runs = list(by_seed.values())
+    for name in (name for name in GROUPS if name in results):
+        runs, control = list(results[name].values()), list(results.get(name + UNTRAINED, {}).values())
         kv = "kv/loss" in runs[0]["kv"]
         cells = [
             name,
-            spread([dict(map(tuple, r["curve"]))[half] for r in runs], ".1%"),
-            spread([r["accuracy"] for r in runs], ".1%"),
-            spread([r["held_out_ce"] for r in runs], ".3f"),
+            *(spread([r["accuracy"] for r in side], ".1%") if side else "" for side in (runs, control)),
+            *(spread([r["held_out_ce"] for r in side], ".3f") if side else "" for side in (runs, control)),
             spread([r["kv"]["kv/loss"] for r in runs], ".2f") if kv else "",
             " to ".join(f"{statistics.mean(r['target_rank'][i] for r in runs):.1f}" for i in (0, 1)) if kv else "",
             f"{runs[0]['parameters']:,}",
@@ -121,24 +162,36 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 
 def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
-    """Accuracy over steps, mean and range of the seeds; and each seed's held-out cross-entropy."""
+    """Accuracy over steps, mean and range of the seeds; and each seed's held-out cross-entropy. Untrained teachers are
+    dashed and hollow."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=(3, 2))
-    for index, (name, by_seed) in enumerate(results.items()):
-        curves = [dict(map(tuple, run["curve"])) for run in by_seed.values()]
-        steps = sorted(curves[0])
-        values = [[curve[step] for curve in curves] for step in steps]
-        (line,) = left.plot(steps, [statistics.mean(v) for v in values], label=name, linewidth=2)
-        left.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.12)
-        right.scatter([r["held_out_ce"] for r in by_seed.values()], [index] * len(by_seed), color=line.get_color())
-    left.set(xlabel="step", ylabel="held-out accuracy")
-    left.legend(frameon=False)
-    right.set(xlabel="held-out cross-entropy (nats a token)", xlim=(0, None))
-    right.set_yticks(range(len(results)), list(results))
+    names = [name for name in GROUPS if name in results]
+    for index, name in enumerate(names):
+        color = f"C{index}"
+        for group, dashed in ((name, False), (name + UNTRAINED, True)):
+            runs = results.get(group, {}).values()
+            if not runs:
+                continue
+            curves = [dict(map(tuple, run["curve"])) for run in runs]
+            steps = sorted(curves[0])
+            values = [[curve[step] for curve in curves] for step in steps]
+            left.plot(steps, [statistics.mean(v) for v in values], "--" if dashed else "-", color=color, linewidth=2)
+            if not dashed:
+                left.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12)
+            right.scatter(
+                [run["held_out_ce"] for run in runs], [index] * len(runs), edgecolors=color,
+                facecolors="none" if dashed else color,
+            )  # fmt: skip
+    left.set(xlabel="step", ylabel="held-out accuracy (dashed: teacher untrained)", ylim=(0, 1))
+    right.set(xlabel="held-out cross-entropy, nats (hollow: teacher untrained)", xlim=(0, None))
+    right.set_yticks(range(len(names)), names)
+    for index, label in enumerate(right.get_yticklabels()):
+        label.set(color=f"C{index}", fontweight="bold")
     right.invert_yaxis()
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -152,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--teacher_steps", type=int, help="other than the task's")
-    parser.add_argument("--only", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--only", nargs="*", default=RUNS, choices=RUNS)
     parser.add_argument("--cache", default="runs/cache")
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
@@ -172,7 +225,7 @@ def main() -> None:
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=None
     ) as pool:
-        running = {pool.submit(run, g, s, options.steps, teacher, 1): (g, s) for g, s in jobs}
+        running = {pool.submit(run, g, s, options.steps, teacher): (g, s) for g, s in jobs}
         for done in as_completed(running):
             group, seed = running[done]
             last = done.result()
@@ -180,12 +233,10 @@ def main() -> None:
             print(f"seed {seed}  {group}: {last['accuracy']:.3f}, {last['ms_per_step']:.0f} ms a step", flush=True)
             setups.write("kv_alignment", {"command": "make bench-kv-alignment", "results": results})
     done = {
-        group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0])))
-        for group in GROUPS
-        if group in results
+        group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0]))) for group in RUNS if group in results
     }
     markdown = table(done)
-    Console().print(markdown, markup=False)
+    Console().print(markdown, markup=False, soft_wrap=True)
     if path.name == "kv_alignment_cpu.json":
         seeds = min(len(runs) for runs in done.values())
         note = f"{seeds} seeds, {HELD_OUT} held-out questions; mean, lowest and highest."

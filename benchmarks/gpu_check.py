@@ -90,22 +90,14 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
     model = FastThinkingModel.get_peft_model(model, r=16)
     torch.nn.init.normal_(backbone_of(model).thinking_projection.modules_to_save["default"].weight, std=0.05)
     args = HRPOConfig(
-        output_dir=tempfile.mkdtemp(),
         thinking_source=source,
         recompute=mode,
         jacobi_iterations=64,
-        per_device_train_batch_size=8,
         num_generations=4,
         max_completion_length=64,
         temperature=0.5,
-        max_steps=STEPS,
         learning_rate=1e-4,
-        logging_steps=1,
-        bf16=precision != "float32",
-        use_cpu=not setups.CUDA,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **setups.few_steps(precision, STEPS),
     )
     trainer = HRPOTrainer(
         model,

@@ -51,16 +51,8 @@ def train(folder: str, case: str, precision: str) -> dict:
     if precision == "4bit":
         taught["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     args = KVDistillConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=8,
-        max_steps=STEPS,
         learning_rate=1e-3,
-        logging_steps=1,
-        bf16=precision != "float32",
-        use_cpu=not setups.CUDA,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **setups.few_steps(precision, STEPS),
         teacher_model_init_kwargs=taught,
         **CASES[case],
     )

@@ -1,6 +1,5 @@
 """What gpu_check.py asks of the latent trainers: finite losses, every part learns, a question alone is as in a batch."""
 
-import tempfile
 import time
 
 import setups
@@ -28,19 +27,11 @@ def train(folder: str, method: str, precision: str) -> dict:
     if precision == "4bit":
         loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     args = getattr(trl_ext, f"{method}Config")(
-        output_dir=tempfile.mkdtemp(),
         num_latents=6,
         projection_dim=None if method == "PCCoT" else 64,
         answer_prompt=" so ",
-        per_device_train_batch_size=8,
-        max_steps=STEPS,
         learning_rate=1e-3,
-        logging_steps=1,
-        bf16=precision != "float32",
-        use_cpu=not setups.CUDA,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **setups.few_steps(precision, STEPS),
     )
     rows = [
         {"question": "What is 12 plus 7? " * (1 + i % 3), "steps": ["12+7=19"] * (1 + i % 4), "answer": str(19 + i)}

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,21 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def few_steps(precision: str, steps: int) -> dict[str, Any]:
+    """Arguments of a trainer for a short run on this device."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": 8,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "bf16": precision != "float32",
+        "use_cpu": not CUDA,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def watched(trainer: Any, parts: list[str]) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from trl_ext.flags import chosen
+from trl_ext.flags import at_least, chosen
 from unsloth_ext.backend import unsloth_can_run
 
 
@@ -34,7 +34,7 @@ from transformers import set_seed
 from trl import TrlParser
 
 from trl_ext import HRPOConfig, HRPOTrainer
-from trl_ext.recipe import compact_progress, finish, start
+from trl_ext.recipe import RecipeArguments, compact_progress, finish, start
 from trl_ext.report import HRPO_CURVES, before_after_table
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.data import DataArguments, chat_dataset
@@ -45,25 +45,23 @@ from unsloth_ext import FastThinkingModel
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(RecipeArguments):
     """What the recipe adds to the trainer's configuration."""
 
     model_name: str = field(default="tiny", metadata={"help": "'tiny', 'smollm2', a hub id or a folder."})
-    train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of a file are held out."}
-    )
     eval_size: int = field(default=400, metadata={"help": "Number of held-out problems."})
     eval_every: int = field(default=10, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
-    eval_batch: int = field(default=200, metadata={"help": "Rows decoded at once in evaluation."})
+    eval_batch: int = field(default=200, metadata={"help": "Problems answered at once in evaluation."})
     sft_steps: int = field(default=1500, metadata={"help": "Steps of the tiny model's warm start."})
-    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny model's data and warm start."})
     max_seq_length: int = field(default=2048, metadata={"help": "Prompt and completion together, in tokens."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
     lora_r: int = field(default=32, metadata={"help": "Rank of LoRA on all linear layers."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
-    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
     dry_run_rows: int = field(default=64, metadata={"help": "Rows sampled before training to look at the rewards."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, sft_steps=1, max_seq_length=2, lora_r=1, dry_run_rows=1)
 
 
 def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:

@@ -27,7 +27,7 @@ from trl import TrlParser
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
-from trl_ext.recipe import compact_progress, finish, start
+from trl_ext.recipe import RecipeArguments, compact_progress, finish, start
 from trl_ext.report import KV_CURVES, before_after_table
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
@@ -39,30 +39,17 @@ EMBEDDED = ("tiny",)
 
 
 @dataclass
-class ScriptArguments:
-    """What the recipe adds to the trainer's configuration."""
+class ScriptArguments(RecipeArguments):
+    """What the recipe adds to the trainer's configuration; `model_name` is the student."""
 
-    model_name: str = field(default="tiny", metadata={"help": "The student: 'tiny', a hub id or a folder."})
-    train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of a file are held out."}
-    )
-    eval_size: int = field(default=500, metadata={"help": "Number of held-out problems."})
-    eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
-    eval_batch: int = field(default=250, metadata={"help": "Problems answered at once in evaluation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in evaluation."})
     teacher_steps: int = field(
         default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
     )
-    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny task's data and teacher."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
-    cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny teacher is kept between runs."})
 
     def __post_init__(self) -> None:
-        at_least(
-            self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, max_new_tokens=1, teacher_steps=1, lora_r=0
-        )
+        super().__post_init__()
+        at_least(self, max_new_tokens=1, teacher_steps=1)
 
 
 def load_tiny(script: ScriptArguments, args: KVDistillConfig):

@@ -1,7 +1,8 @@
-"""What the training recipes share: what is checked before anything is loaded, and how a run ends."""
+"""What the training recipes share: flags, what is checked before anything is loaded, and how a run ends."""
 
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,31 @@ from rich.console import Console
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from .checkpointing import last_complete_checkpoint
+from .flags import at_least
 from .report import CompactProgress, plot_curves, write_summary
 from .tasks.evaluation import AccuracyCallback
+
+
+@dataclass
+class RecipeArguments:
+    """What a recipe adds to its trainer's configuration."""
+
+    model_name: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
+    train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Held-out hub id or file; without one, a file's last eval_size rows are held out."},
+    )
+    eval_size: int = field(default=500, metadata={"help": "Number of held-out problems."})
+    eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
+    eval_batch: int = field(default=250, metadata={"help": "Problems answered at once in evaluation."})
+    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny task's data and warm start."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
+
+    def __post_init__(self) -> None:
+        at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, lora_r=0)
 
 
 def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -> tuple[Console, Path, str | None]:

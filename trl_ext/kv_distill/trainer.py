@@ -5,6 +5,7 @@ loss to SFT's own; the projection between the two models is in the optimizer and
 parent's; `lambda_kv=0` is the parent.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,10 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         teacher = self._teacher_kvq(inputs)
         if not self.aligner.fitted:
             self._fit(student, teacher, segments)
-        terms = [
-            checkpoint(self._layer_loss, student[i], teacher[layer], segments, use_reentrant=False)
-            for i, layer in enumerate(self.aligner.layers)
-        ]
+        layer_loss = self._layer_loss
+        if self.args.gradient_checkpointing:
+            layer_loss = functools.partial(checkpoint, self._layer_loss, use_reentrant=False)
+        terms = [layer_loss(student[i], teacher[layer], segments) for i, layer in enumerate(self.aligner.layers)]
         structural = sum(value for value, _ in terms) / len(terms)
         metrics = {name: torch.stack([m[name] for _, m in terms]).mean() for name in terms[0][1]}
         metrics["loss"] = structural.detach()

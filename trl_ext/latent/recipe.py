@@ -17,7 +17,7 @@ from trl import TrlParser
 from unsloth_ext.ablations import ABLATIONS
 
 from ..flags import at_least, chosen, read_config
-from ..recipe import compact_progress, finish, start
+from ..recipe import RecipeArguments, compact_progress, finish, start
 from ..report import LATENT_CURVES, comparison_table
 from ..tasks import equations, warm_start
 from ..tasks.data import without
@@ -34,10 +34,9 @@ EMBEDDED = ("tiny",)
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(RecipeArguments):
     """What the recipes add to the trainer's configuration."""
 
-    model_name: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
     preset: str | None = field(default=None, metadata={"help": "Published settings by name (docs/latent.md)."})
     dataset: str = field(
         default="tiny",
@@ -47,28 +46,20 @@ class ScriptArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
-    train_size: int | None = field(default=None, metadata={"help": "Read at most this many training rows."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out hub id or file; without one, the last eval_size rows are held out."}
-    )
     eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the held-out dataset."})
-    eval_size: int = field(default=500, metadata={"help": "Number of held-out questions."})
-    eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
-    eval_batch: int = field(default=250, metadata={"help": "Questions answered at once in evaluation."})
     max_new_tokens: int = field(
         default=256, metadata={"help": "Longest answer in evaluation, explicit steps included."}
     )
     sft_steps: int = field(
         default=equations.SMALL.warm_start_steps, metadata={"help": "Steps of the tiny model's warm start."}
     )
-    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny model's data and warm start."})
     lora_r: int = field(default=LORA["r"], metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
     lora_alpha: int = field(default=LORA["lora_alpha"], metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=LORA["lora_dropout"], metadata={"help": "Dropout of LoRA."})
-    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
 
     def __post_init__(self) -> None:
-        at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, max_new_tokens=1, sft_steps=1, lora_r=0)
+        super().__post_init__()
+        at_least(self, max_new_tokens=1, sft_steps=1)
 
     def lora(self) -> LoraConfig | None:
         """LoRA as asked for, on all linear layers."""
