@@ -15,6 +15,7 @@ from unsloth_ext.delimiter import DelimiterMatcher
 logger = logging.get_logger(__name__)
 
 PROMPT, REASONING, ANSWER, PADDING = 0, 1, 2, -1
+TEACHER = "teacher_"
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,24 @@ def _check_row(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SegmentCollator:
-    """Another collator, and `segment_ids` (B, T) long beside its `input_ids`, -1 where its attention mask is 0."""
+    """Another collator, and `segment_ids` (B, T) long beside its `input_ids`, -1 where its attention mask is 0.
+
+    Of rows with a text for the teacher also `teacher_input_ids`, `teacher_attention_mask`, `teacher_segment_ids` (B, T').
+    """
 
     inner: Any
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ours = [{k: v for k, v in row.items() if not k.startswith(TEACHER)} for row in rows]
+        batch = self._one_text(ours)
+        if f"{TEACHER}input_ids" in rows[0]:
+            names = ("input_ids", "segment_ids")
+            theirs = [{name: row[TEACHER + name] for name in names} for row in rows]
+            other = self._one_text([{**row, "labels": row["input_ids"]} for row in theirs])
+            batch |= {TEACHER + name: other[name] for name in (*names, "attention_mask")}
+        return batch
+
+    def _one_text(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         segments = [row["segment_ids"] for row in rows]
         batch = self.inner([{k: v for k, v in row.items() if k != "segment_ids"} for row in rows])
         mask = batch["attention_mask"].bool()

@@ -26,7 +26,8 @@ from unsloth_ext.unsloth_decoding import on_unsloth
 from ..checkpointing import CheckpointError, SafeCheckpointMixin
 from ..creation import check_name, with_adapter
 from .config import KVDistillConfig
-from .segments import SegmentCollator, add_segments
+from .segments import TEACHER, SegmentCollator, add_segments
+from .teacher_text import TEXTS, prepare_both
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,9 @@ FALLEN = 0.7  # of where it began. On the embedded default a student that learns
 
 class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
     """Same constructor as `SFTTrainer`, and:
+
+    Rows may have another text for the teacher, `teacher_prompt` or `teacher_completion` or both, such as longer reasoning
+    to the same answer: its segments are resampled to the lengths of the student's.
 
     Args:
         teacher_model: a model, its hub id or folder; None: `args.teacher_model_name_or_path`.
@@ -132,15 +136,21 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
     # -- data -------------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        parents = super()._prepare_dataset
         if not args.lambda_kv:
-            return dataset
-        return add_segments(dataset, dataset_name, self._tokenizer, args.answer_delimiter)
+            return parents(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        def prepare(dataset, name):
+            dataset = parents(dataset, processing_class, args, packing, formatting_func, name)
+            return add_segments(dataset, name, self._tokenizer, args.answer_delimiter)
+
+        both = set(TEXTS) & set(dataset.column_names or ())
+        return prepare_both(dataset, dataset_name, prepare) if both else prepare(dataset, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.args.lambda_kv and "segment_ids" not in self._signature_columns:
-            self._signature_columns.append("segment_ids")
+            self._signature_columns += ["segment_ids", "teacher_input_ids", "teacher_segment_ids"]
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -148,18 +158,20 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         if not self.args.lambda_kv:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
-        inputs = dict(inputs)
+        theirs = {k.removeprefix(TEACHER): x for k, x in inputs.items() if k.startswith(TEACHER)}
+        inputs = {k: x for k, x in inputs.items() if not k.startswith(TEACHER)}
         segments = inputs.pop("segment_ids")
+        both = segments, theirs.get("segment_ids")  # None: the teacher reads the student's text
         with captured_kvq(self.model) as student:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        teacher = self._teacher_kvq(inputs)
+        teacher = self._teacher_kvq(theirs or inputs)
         if not self.aligner.fitted:
-            self._fit(student, teacher, segments)
+            self._fit(student, teacher, both)
         layer_loss = self._layer_loss
         if self.args.gradient_checkpointing:
             layer_loss = functools.partial(checkpoint, self._layer_loss, use_reentrant=False)
-        terms = [layer_loss(student[i], teacher[layer], segments) for i, layer in enumerate(self.aligner.layers)]
+        terms = [layer_loss(student[i], teacher[layer], both) for i, layer in enumerate(self.aligner.layers)]
         structural = sum(value for value, _ in terms) / len(terms)
         metrics = {name: torch.stack([m[name] for _, m in terms]).mean() for name in terms[0][1]}
         metrics["loss"] = structural.detach()
@@ -206,15 +218,15 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             )
         return {layer: tuple(x.to(here) for x in kvq) for layer, kvq in found.items()}
 
-    def _layer_loss(self, student: tuple, teacher: tuple, segments: torch.Tensor):
+    def _layer_loss(self, student: tuple, teacher: tuple, segments: tuple):
         ours, theirs = (tuple(x[:, None] for x in side) for side in (student, teacher))
-        s, t, mask = self.aligner.pairs(ours, theirs, segments, T_s=self.args.T_s)
+        s, t, mask = self.aligner.pairs(ours, theirs, *segments, T_s=self.args.T_s)
         return self._structural_loss(*s, *t, mask)
 
     @torch.no_grad()
-    def _fit(self, student: dict, teacher: dict, segments: torch.Tensor) -> None:
+    def _fit(self, student: dict, teacher: dict, segments: tuple) -> None:
         layers = self.aligner.layers
-        self.aligner.fit(stacked(student, range(len(layers))), stacked(teacher, layers), segments, T_s=self.args.T_s)
+        self.aligner.fit(stacked(student, range(len(layers))), stacked(teacher, layers), *segments, T_s=self.args.T_s)
         for parameter in self.aligner.parameters():  # each process saw another batch
             parameter.copy_(broadcast(parameter.data))
 

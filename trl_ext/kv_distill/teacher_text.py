@@ -1,0 +1,44 @@
+"""Rows whose teacher reads another text than the student, such as longer reasoning to the same answer."""
+
+from collections.abc import Callable
+
+from datasets import Dataset, concatenate_datasets
+
+
+TEXTS = {"teacher_prompt": "prompt", "teacher_completion": "completion"}  # the teacher's column, and what it stands for
+SEGMENTS = ("prompt", "reasoning", "answer")
+
+
+def prepare_both(dataset: Dataset, name: str, prepare: Callable[[Dataset, str], Dataset]) -> Dataset:
+    """Prepares the student's text and the teacher's alike.
+
+    Args:
+        dataset: `prompt`, `completion`, and `teacher_prompt` or `teacher_completion` or both.
+        prepare: makes `input_ids` and `segment_ids` of a dataset, by its name; it may leave rows out.
+
+    Returns:
+        What `prepare` makes of the student's text, with `teacher_input_ids` and `teacher_segment_ids`.
+
+    Raises:
+        ValueError: rows that come one by one, or a row whose teacher's text lacks a segment of the student's.
+    """
+    theirs = [column for column in TEXTS if column in (dataset.column_names or ())]
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} dataset: {theirs or list(TEXTS)} of an iterable dataset; load it whole")
+    numbered = dataset.add_column("row", list(range(len(dataset))))
+    ours = prepare(numbered.remove_columns(theirs), name)
+    other = numbered.remove_columns([TEXTS[column] for column in theirs])
+    other = prepare(other.rename_columns({column: TEXTS[column] for column in theirs}), f"{name} ({', '.join(theirs)})")
+    place = {row: i for i, row in enumerate(other["row"])}
+    kept = [i for i, row in enumerate(ours["row"]) if row in place]
+    ours = ours.select(kept)
+    other = other.select([place[row] for row in ours["row"]])
+    for row, student, teacher in zip(ours["row"], ours["segment_ids"], other["segment_ids"], strict=True):
+        lacks = sorted(set(student) - set(teacher))
+        if lacks:
+            raise ValueError(
+                f"{name} dataset, row {row}: the teacher's text has no {SEGMENTS[lacks[0]]}, the student's has"
+            )
+    other = other.select_columns(["input_ids", "segment_ids"])
+    other = other.rename_columns({"input_ids": "teacher_input_ids", "segment_ids": "teacher_segment_ids"})
+    return concatenate_datasets([ours.remove_columns("row"), other], axis=1)
