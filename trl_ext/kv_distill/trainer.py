@@ -82,6 +82,10 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             )
         check_name(model)
         model, keywords["peft_config"] = with_adapter(model, peft_config, args.seed)
+        if args.lambda_kv and args.n_gpu > 1:
+            args._n_gpu = (
+                1  # no nn.DataParallel, from whose replicas nothing is captured; the teacher may have the others
+            )
         fused_lm_head.ensure()
         super().__init__(model, args, *others, **keywords)
         self.aligner = self.teacher = None
@@ -165,16 +169,7 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         with captured_kvq(self.model) as student:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        teacher = self._teacher_kvq(theirs or inputs)
-        if not self.aligner.fitted:
-            self._fit(student, teacher, both)
-        layer_loss = self._layer_loss
-        if self.args.gradient_checkpointing:
-            layer_loss = functools.partial(checkpoint, self._layer_loss, use_reentrant=False)
-        terms = [layer_loss(student[i], teacher[layer], both) for i, layer in enumerate(self.aligner.layers)]
-        structural = sum(value for value, _ in terms) / len(terms)
-        metrics = {name: torch.stack([m[name] for _, m in terms]).mean() for name in terms[0][1]}
-        metrics["loss"] = structural.detach()
+        structural, metrics = self._structural(student, self._teacher_kvq(theirs or inputs), both)
         share, steps = 1.0, 1
         if mode == "train" and num_items_in_batch is not None:  # cross-entropy is then its part of the whole step's
             share, steps = self._share_of_step(segments), self.current_gradient_accumulation_steps
@@ -217,6 +212,20 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
                 use_cache=False,
             )
         return {layer: tuple(x.to(here) for x in kvq) for layer, kvq in found.items()}
+
+    def _structural(
+        self, student: dict, teacher: dict, segments: tuple
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The mean over layers of the structural loss, and of what it is made of."""
+        if not self.aligner.fitted:
+            self._fit(student, teacher, segments)
+        layer_loss = self._layer_loss
+        if self.args.gradient_checkpointing:
+            layer_loss = functools.partial(checkpoint, self._layer_loss, use_reentrant=False)
+        terms = [layer_loss(student[i], teacher[layer], segments) for i, layer in enumerate(self.aligner.layers)]
+        loss = sum(value for value, _ in terms) / len(terms)
+        metrics = {name: torch.stack([m[name] for _, m in terms]).mean() for name in terms[0][1]}
+        return loss, {**metrics, "loss": loss.detach()}
 
     def _layer_loss(self, student: tuple, teacher: tuple, segments: tuple):
         ours, theirs = (tuple(x[:, None] for x in side) for side in (student, teacher))

@@ -33,6 +33,19 @@ def test_compute_metrics_sees_logits_and_labels(tmp_path):
     assert seen["shape"][0] == 8 and found["eval_ce"] == pytest.approx(found["eval_loss/ce"], abs=1e-5)
 
 
+def test_several_gpus_in_one_process_are_not_data_parallel(tmp_path):
+    """Two GPUs, as a process sees them that was not launched: the student stays on the first."""
+    args = KVDistillConfig(**setups.settings(tmp_path))
+    assert args.n_gpu <= 1  # which finds the devices out
+    args._n_gpu = 2
+    trainer = KVDistillTrainer(
+        tiny.model("qwen3"), args, train_dataset=Dataset.from_list(setups.ROWS), processing_class=tiny.tokenizer(()),
+        teacher_model=setups.teacher(),
+    )  # fmt: skip
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    trainer.train()
+
+
 def test_callbacks_and_several_evaluation_sets(tmp_path):
     class Count(TrainerCallback):
         steps = evaluations = 0
