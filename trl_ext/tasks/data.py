@@ -45,6 +45,8 @@ class DataArguments:
                 self.dataset_options = json.loads(self.dataset_options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"dataset_options={self.dataset_options!r} is not JSON: {error}") from error
+        if self.num_fewshot < 0 or (self.num_fewshot and self.dataset == "tiny"):
+            raise ValueError(f"num_fewshot={self.num_fewshot}: 0 or more, and 0 for the embedded default's tasks")
         if not isinstance(self.dataset_options or {}, dict):
             raise ValueError(f"dataset_options={self.dataset_options!r}: a JSON object, such as '{{\"max_terms\": 2}}'")
 

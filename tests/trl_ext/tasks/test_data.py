@@ -100,6 +100,12 @@ def test_no_question_is_on_two_sides(tmp_path, eval_file):
     assert found == [[0, 1], [2, 3, 4, 6], [5, 30, 31] if eval_file else [18, 19, 5]]
 
 
+@pytest.mark.parametrize("name,number", [("tiny", 1), ("rows.jsonl", -1)])
+def test_examples_that_cannot_be_shown_are_named(name, number):
+    with pytest.raises(ValueError, match=f"num_fewshot={number}"):
+        DataArguments(dataset=name, num_fewshot=number)
+
+
 def test_generated_questions_are_on_one_side():
     """Among chains of two one-digit terms many occur twice."""
     data = DataArguments(dataset="chain_sum", dataset_options={"max_terms": 2, "max_digits": 1})
