@@ -7,6 +7,7 @@ from datasets import Dataset, concatenate_datasets
 
 TEXTS = {"teacher_prompt": "prompt", "teacher_completion": "completion"}  # the teacher's column, and what it stands for
 SEGMENTS = ("prompt", "reasoning", "answer")
+ROW = "_row"  # its number, while texts are prepared
 
 
 def prepare_both(dataset: Dataset, name: str, prepare: Callable[[Dataset, str], Dataset]) -> Dataset:
@@ -20,25 +21,34 @@ def prepare_both(dataset: Dataset, name: str, prepare: Callable[[Dataset, str], 
         What `prepare` makes of the student's text, with `teacher_input_ids` and `teacher_segment_ids`.
 
     Raises:
-        ValueError: rows that come one by one, or a row whose teacher's text lacks a segment of the student's.
+        ValueError: rows that come one by one or tokenized, or a row whose teacher's text lacks a segment of the student's.
     """
     theirs = [column for column in TEXTS if column in (dataset.column_names or ())]
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"{name} dataset: {theirs or list(TEXTS)} of an iterable dataset; load it whole")
-    numbered = dataset.add_column("row", list(range(len(dataset))))
+        raise ValueError(f"{name} dataset: {theirs[0]} in an iterable dataset; load it whole")
+    if "input_ids" in dataset.column_names:
+        raise ValueError(
+            f"{name} dataset: {theirs[0]} beside input_ids; rows that are tokenized need teacher_input_ids and "
+            "teacher_segment_ids"
+        )
+    for column in theirs:
+        if TEXTS[column] not in dataset.column_names:
+            raise ValueError(f"{name} dataset: {column} without the student's {TEXTS[column]}")
+    numbered = dataset.add_column(ROW, list(range(len(dataset))))
     ours = prepare(numbered.remove_columns(theirs), name)
     other = numbered.remove_columns([TEXTS[column] for column in theirs])
     other = prepare(other.rename_columns({column: TEXTS[column] for column in theirs}), f"{name} ({', '.join(theirs)})")
-    place = {row: i for i, row in enumerate(other["row"])}
-    kept = [i for i, row in enumerate(ours["row"]) if row in place]
+    place = {row: i for i, row in enumerate(other[ROW])}
+    kept = [i for i, row in enumerate(ours[ROW]) if row in place]
     ours = ours.select(kept)
-    other = other.select([place[row] for row in ours["row"]])
-    for row, student, teacher in zip(ours["row"], ours["segment_ids"], other["segment_ids"], strict=True):
+    other = other.select([place[row] for row in ours[ROW]])
+    for row, student, teacher in zip(ours[ROW], ours["segment_ids"], other["segment_ids"], strict=True):
         lacks = sorted(set(student) - set(teacher))
         if lacks:
             raise ValueError(
-                f"{name} dataset, row {row}: the teacher's text has no {SEGMENTS[lacks[0]]}, the student's has"
+                f"{name} dataset, row {row}: the teacher's text has no {SEGMENTS[lacks[0]]}, the student's has one "
+                "(max_length cuts both)"
             )
     other = other.select_columns(["input_ids", "segment_ids"])
     other = other.rename_columns({"input_ids": "teacher_input_ids", "segment_ids": "teacher_segment_ids"})
-    return concatenate_datasets([ours.remove_columns("row"), other], axis=1)
+    return concatenate_datasets([ours.remove_columns(ROW), other], axis=1)

@@ -83,9 +83,8 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         check_name(model)
         model, keywords["peft_config"] = with_adapter(model, peft_config, args.seed)
         if args.lambda_kv and args.n_gpu > 1:
-            args._n_gpu = (
-                1  # no nn.DataParallel, from whose replicas nothing is captured; the teacher may have the others
-            )
+            # No nn.DataParallel, from whose replicas nothing is captured; the teacher may have the other GPUs
+            args._n_gpu = 1
         fused_lm_head.ensure()
         super().__init__(model, args, *others, **keywords)
         self.aligner = self.teacher = None

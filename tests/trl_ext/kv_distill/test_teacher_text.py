@@ -78,6 +78,21 @@ def test_it_trains_evaluates_and_resumes_exactly(tmp_path):
     assert any("eval_kv/loss" in entry for entry in again.state.log_history)
 
 
+def test_tokenized_rows_are_taken_as_they_are(tmp_path):
+    """What the trainer prepared, given again, is the same; what does not fit is named."""
+    first = setups.trainer(tmp_path, rows=LONGER)
+    columns = ["input_ids", "labels", "segment_ids", "teacher_input_ids", "teacher_segment_ids"]
+    rows = first.train_dataset.select_columns(columns).to_list()
+    again = setups.trainer(tmp_path, rows=rows)
+    for trainer in (first, again):
+        trainer.model.train()
+    losses = [t.compute_loss(t.model, batch_of(t)) for t in (first, again)]
+    assert losses[0] == losses[1]
+    rows[2]["teacher_segment_ids"] = rows[2]["teacher_segment_ids"][:-1]
+    with pytest.raises(ValueError, match="row 2: teacher_segment_ids are one of 0, 1, 2"):
+        setups.trainer(tmp_path, rows=rows)
+
+
 def test_rows_stay_together_where_one_text_is_left_out(tmp_path):
     """A prompt longer than `max_length` leaves no label, and its row is dropped."""
     rows = [dict(row) for row in LONGER]
@@ -97,6 +112,11 @@ def test_what_cannot_be_is_named(tmp_path):
     rows[3]["teacher_completion"] = "no idea"
     with pytest.raises(ValueError, match="row 3: the teacher's text has no answer"):
         setups.trainer(tmp_path, rows=rows)
+    tokens = [{"input_ids": [1], "labels": [1], "segment_ids": [2], "teacher_completion": "1"}]
+    with pytest.raises(ValueError, match="tokenized need teacher_input_ids"):
+        setups.trainer(tmp_path, rows=tokens)
+    with pytest.raises(ValueError, match="teacher_prompt without the student's prompt"):
+        setups.trainer(tmp_path, rows=[{"text": "1##2", "teacher_prompt": "1="}])
     stream = IterableDataset.from_generator(lambda: iter(LONGER), features=Dataset.from_list(LONGER).features)
     with pytest.raises(ValueError, match="iterable dataset"):
         setups.trainer(tmp_path, rows=stream)
