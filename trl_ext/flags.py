@@ -1,4 +1,4 @@
-"""A recipe's flags: which configuration file is read before they are parsed, and how they are checked. Imports nothing that
+"""Flags: which configuration file a recipe reads before they are parsed, and how they are checked. Imports nothing that
 Unsloth must precede."""
 
 import argparse
@@ -50,3 +50,18 @@ def at_least(arguments: Any, **lowest: int) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: at least {least}")
+
+
+def one_of(arguments: Any, **choices: tuple) -> None:
+    """Raises a ValueError that names a field whose value is not among its choices."""
+    for name, allowed in choices.items():
+        value = getattr(arguments, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
+def must_be_off(arguments: Any, **why: str) -> None:
+    """Raises a ValueError that names a switch which is on, and says why it cannot be; a field that is not there is off."""
+    for name, reason in why.items():
+        if getattr(arguments, name, False):
+            raise ValueError(f"{name}=True: {reason}; set {name}=False")

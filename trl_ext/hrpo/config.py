@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from unsloth_ext.recompute import RECOMPUTE_MODES
 from unsloth_ext.residual import ThinkingConfig
 
+from ..flags import one_of
+
 
 @dataclass
 class HRPOArguments:
@@ -68,8 +70,7 @@ class HRPOArguments:
         if not self.answer_delimiter:
             raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
         self.thinking_config()  # checks thinking_source, thinking_norm, residual_r_min, residual_r_max
-        if self.recompute not in RECOMPUTE_MODES:
-            raise ValueError(f"recompute={self.recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
+        one_of(self, recompute=RECOMPUTE_MODES)
         if self.recompute == "soft_bptt" and self.thinking_source != "soft_embedding":
             raise ValueError(
                 f"recompute='soft_bptt' needs thinking_source='soft_embedding', got {self.thinking_source!r}; the "

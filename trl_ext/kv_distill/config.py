@@ -11,6 +11,8 @@ from unsloth_ext.alignment.heads import INITS
 from unsloth_ext.alignment.loss import StructuralKVLoss
 from unsloth_ext.alignment.time_warping import SegmentTimeWarper
 
+from ..flags import must_be_off, one_of
+
 
 @dataclass
 class KVDistillConfig(SFTConfig):
@@ -75,12 +77,8 @@ class KVDistillConfig(SFTConfig):
         super().__post_init__()
         if not 0 <= self.lambda_kv < float("inf"):
             raise ValueError(f"lambda_kv={self.lambda_kv}: a weight is 0 (off) or more")
-        choices = {
-            "kv_projection_mode": MODES, "kv_direction": DIRECTIONS, "rope_space": ROPE_SPACES, "kv_init": (None, *INITS),
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
+        inits = (None, *INITS)
+        one_of(self, kv_projection_mode=MODES, kv_direction=DIRECTIONS, rope_space=ROPE_SPACES, kv_init=inits)
         if self.kv_projection_mode == "flat" and self.kv_init not in (None, "procrustes"):
             raise ValueError(f"kv_init={self.kv_init!r}: a flat projection has no heads to map; None or 'procrustes'")
         self.layer_map()
@@ -94,14 +92,12 @@ class KVDistillConfig(SFTConfig):
             raise ValueError(f"aligner_learning_rate={self.aligner_learning_rate}: 0 or more")
         if not self.lambda_kv:
             return
-        refused = {
-            "packing": "segments are those of one row",
-            "padding_free": "segments are those of one row",
-            "use_liger_kernel": "it replaces the attention that keys and values are taken from",
-        }
-        for name, why in refused.items():
-            if getattr(self, name, False):
-                raise ValueError(f"{name}=True: {why}; set {name}=False")
+        must_be_off(
+            self,
+            packing="segments are those of one row",
+            padding_free="segments are those of one row",
+            use_liger_kernel="it replaces the attention that keys and values are taken from",
+        )
         if self.completion_only_loss is False:
             raise ValueError(
                 "completion_only_loss=False: the prompt is told from the completion by its labels; leave it unset"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
+from ..flags import must_be_off, one_of
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
@@ -74,13 +75,8 @@ class LatentArguments:
             self.kv_scoring()
         except ValueError as error:  # it names its own fields
             raise ValueError(f"kv_{error}") from None
-        choices = {
-            "codi_loss": LOSSES, "kv_loss": LOSSES, "codi_std_mode": STD_MODES, "kv_std_mode": STD_MODES,
-            "codi_std_scope": STD_SCOPES,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        one_of(self, codi_loss=LOSSES, kv_loss=LOSSES)
+        one_of(self, codi_std_mode=STD_MODES, kv_std_mode=STD_MODES, codi_std_scope=STD_SCOPES)
         for name in ("w_student", "w_teacher", "w_codi", "w_kv"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
@@ -91,15 +87,13 @@ class LatentArguments:
                 f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys, so at "
                 f"least {KVScoring.window + 1}"
             )
-        refused = {
-            "packing": "latent tokens stand inside each row",
-            "padding_free": "latent tokens stand inside each row",
-            "gradient_checkpointing": "transformers drops the cache with it, and latent tokens would not see the question",
-            "assistant_only_loss": "rows are question, steps and answer, not conversations",
-        }
-        for name, why in refused.items():
-            if getattr(self, name, False):
-                raise ValueError(f"{name}=True: {why}; set {name}=False")
+        must_be_off(
+            self,
+            packing="latent tokens stand inside each row",
+            padding_free="latent tokens stand inside each row",
+            gradient_checkpointing="transformers drops the cache with it, and latent tokens would not see the question",
+            assistant_only_loss="rows are question, steps and answer, not conversations",
+        )
         for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name, only) != only:
                 raise ValueError(f"{name}={getattr(self, name)!r}: the loss of latent distillation knows only {only!r}")
