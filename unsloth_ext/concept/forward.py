@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..residual import backbone_of
+from .cache import SlotCache
 from .masks import causal_mask, deep_mask
 
 
@@ -31,13 +32,23 @@ class ConceptStates:
 
 
 def run_layers(
-    backbone: nn.Module, layers: Iterable[int], hidden: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    backbone: nn.Module,
+    layers: Iterable[int],
+    hidden: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: SlotCache | None = None,
 ) -> torch.Tensor:
-    """Decoder layers on hidden states (B, T, d), with a mask (B, 1, T, T) bool and rotary positions (B, T)."""
+    """Decoder layers on hidden states (B, T, d), with a mask (B, 1, T, keys) bool and rotary positions (B, T)."""
     rotary = backbone.rotary_emb(hidden, position_ids=positions)
     for i in layers:
         hidden = backbone.layers[i](
-            hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary, use_cache=False
+            hidden,
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=rotary,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
     return hidden
 
@@ -48,6 +59,7 @@ def run_middle(
     embeds: torch.Tensor,
     positions: torch.Tensor,
     documents: torch.Tensor | None = None,
+    cache: SlotCache | None = None,
 ) -> torch.Tensor:
     """The middle layers on concepts alone.
 
@@ -60,6 +72,8 @@ def run_middle(
     most = int(concept.sum(1).max())
     out = torch.zeros_like(embeds)
     if not most:
+        if cache is not None:
+            cache.lengths = concept.sum(1)
         return out
     order = (~concept).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # concepts first, in their order
     valid = concept.gather(1, order)
@@ -71,7 +85,10 @@ def run_middle(
         embeds.gather(1, across),
         causal_mask(valid, documents),
         positions.gather(1, order),
+        cache,
     )
+    if cache is not None:
+        cache.keep(valid)
     return out.scatter(1, across, hidden * valid[..., None])
 
 
@@ -82,6 +99,7 @@ def parallel_forward(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    caches: tuple[SlotCache, SlotCache, SlotCache] | None = None,
 ) -> ConceptStates:
     """All positions at once, with concepts that are given.
 
@@ -90,7 +108,9 @@ def parallel_forward(
         concept_ids (B, T) long: of each token its concept, or `<NULL>`.
         attention_mask (B, T): real tokens; None: all. position_ids (B, T): None counts the real ones.
         documents (B, T) long: which text a token is of, where rows are packed.
+        caches: of the shallow, middle and deep layers, to go on decoding from.
     """
+    caches = caches or (None, None, None)
     backbone = backbone_of(model)
     config = backbone.concept_config
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -98,10 +118,19 @@ def parallel_forward(
         position_ids = (valid.cumsum(1) - 1).clamp(min=0)
     concept = (concept_ids != config.null) & valid
     shallow = run_layers(
-        backbone, config.parts[0], backbone.embed_tokens(input_ids), causal_mask(valid, documents), position_ids
+        backbone,
+        config.parts[0],
+        backbone.embed_tokens(input_ids),
+        causal_mask(valid, documents),
+        position_ids,
+        caches[0],
     )
     embeds = backbone.concept_embedding(concept_ids.masked_fill(~concept, 0))
-    middle = run_middle(backbone, concept, embeds, position_ids, documents)
+    middle = run_middle(backbone, concept, embeds, position_ids, documents, caches[1])
     slots = torch.where(concept[..., None], middle, shallow)
-    deep = run_layers(backbone, config.parts[2], slots, deep_mask(concept, valid, documents), position_ids)
+    deep = run_layers(backbone, config.parts[2], slots, deep_mask(concept, valid, documents), position_ids, caches[2])
+    if caches[0] is not None:
+        caches[0].keep(valid)
+        since = concept.cumsum(1)
+        caches[2].keep(valid & (concept | (since == since[:, -1:])))
     return ConceptStates(backbone.norm(deep), shallow, concept)

@@ -1,0 +1,69 @@
+"""Prefill and decode against the parallel forward, row by row and in batches whose rows emit at different times."""
+
+import pytest
+import torch
+
+from unsloth_ext.concept.decoding import ConceptDecoder
+from unsloth_ext.concept.forward import parallel_forward
+
+from .test_forward import FAMILIES, T, V, model, patterns
+
+
+def texts(concepts):
+    return torch.randint(3, 60, concepts.shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("prompt", [1, 4, T - 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode_are_the_parallel_forward(family, prompt):
+    """1e-10 in fp64; two to all rows emit at the same time, or none."""
+    net, concepts = model(family), patterns()
+    ids = texts(concepts)
+    wanted = parallel_forward(net, ids, concepts).last_hidden_state
+    decoder = ConceptDecoder.prefill(net, ids[:, :prompt], concepts[:, :prompt])
+    assert (decoder.last_hidden_state - wanted[:, prompt - 1]).abs().max() <= 1e-10
+    for t in range(prompt, T):
+        found = decoder.step(ids[:, t], lambda _, t=t: concepts[:, t])
+        assert (found - wanted[:, t]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_prompts_go_on_as_alone(side):
+    """1e-10: prompts of 5, 1, 3, 5, 2 and 4 tokens, six more tokens each."""
+    net, concepts = model("qwen3"), patterns()
+    ids, lengths = texts(concepts), [5, 1, 3, 5, 2, 4]
+    mask = torch.stack([torch.arange(5) < n if side == "right" else torch.arange(5) >= 5 - n for n in lengths])
+    prompts, chosen = torch.zeros(6, 5, dtype=torch.long), torch.full((6, 5), 7)
+    for i, n in enumerate(lengths):
+        prompts[i, mask[i]], chosen[i, mask[i]] = ids[i, :n], concepts[i, :n]
+    decoder = ConceptDecoder.prefill(net, prompts, chosen, mask)
+    starts = torch.tensor(lengths)
+    for step in range(6):
+        at = (torch.arange(6), starts + step)
+        found = decoder.step(ids[at], lambda _, at=at: concepts[at])
+        for i, n in enumerate(lengths):
+            alone = parallel_forward(net, ids[i : i + 1, : n + step + 1], concepts[i : i + 1, : n + step + 1])
+            assert (found[i] - alone.last_hidden_state[0, -1]).abs().max() <= 1e-10
+
+
+def test_the_caches_hold_what_they_should():
+    """Shallow every token, middle the concepts, deep the concepts and the tail."""
+    net, concepts = model("qwen3"), patterns()
+    ids = texts(concepts)
+    decoder = ConceptDecoder.prefill(net, ids[:, :4], concepts[:, :4])
+    for t in range(4, T):
+        decoder.step(ids[:, t], lambda _, t=t: concepts[:, t])
+        made = concepts[:, : t + 1] != V
+        tail = (made.flip(1).cumsum(1) == 0).sum(1)
+        shallow, middle, deep = (cache.lengths for cache in decoder.caches)
+        assert shallow.eq(t + 1).all() and middle.equal(made.sum(1)) and deep.equal(made.sum(1) + tail)
+
+
+def test_what_the_new_token_becomes_is_asked_of_its_shallow_state():
+    net, concepts = model("qwen3"), patterns()
+    ids = texts(concepts)
+    wanted = parallel_forward(net, ids, concepts).shallow
+    decoder = ConceptDecoder.prefill(net, ids[:, :4], concepts[:, :4])
+    seen = []
+    decoder.step(ids[:, 4], lambda state: seen.append(state) or concepts[:, 4])
+    assert (seen[0] - wanted[:, 4]).abs().max() <= 1e-10

@@ -1,0 +1,63 @@
+"""Keys and values of layers that hold another number of slots in every row."""
+
+import torch
+
+
+class SlotCache:
+    """What attention modules write to and read from, in place of a `DynamicCache`.
+
+    While `plan` is None (prefill) keys and values pass through and are kept as they are; `keep` then packs each row. With a
+    plan (decoding, one slot a row) they are written where it says.
+
+    Attributes:
+        lengths: (B,) long, slots in use; they come first in every row.
+        plan: rows (R,) long that are written, or None for prefill.
+    """
+
+    def __init__(self):
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.lengths = torch.zeros(0, dtype=torch.long)
+        self.plan: torch.Tensor | None = None
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (R, H, q, D) that the queries of layer `layer_idx` may see."""
+        if self.plan is None:
+            self.keys[layer_idx], self.values[layer_idx] = keys, values
+            return keys, values
+        slots, most = self.lengths[self.plan] - 1, int(self.lengths[self.plan].max())
+        out = []
+        for store, new in ((self.keys, keys), (self.values, values)):
+            if layer_idx not in store:
+                store[layer_idx] = new.new_zeros(len(self.lengths), new.shape[1], 0, new.shape[3])
+            held = store[layer_idx]
+            if held.shape[2] < most:  # twice as many, so that growing costs nothing in the long run
+                more = held.new_zeros(*held.shape[:2], max(most, 2 * held.shape[2]) - held.shape[2], held.shape[3])
+                held = store[layer_idx] = torch.cat([held, more], dim=2)
+            held[self.plan, :, slots] = new[:, :, 0]
+            whole = len(self.plan) == len(self.lengths)
+            out.append(held[:, :, :most] if whole else held[self.plan, :, :most])
+        return out[0], out[1]
+
+    def keep(self, used: torch.Tensor) -> None:
+        """After prefill: of each row the slots `used` (B, T) bool, in their order."""
+        self.lengths = used.sum(1)
+        order = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.lengths.max())]
+        for store in (self.keys, self.values):
+            for layer, held in store.items():
+                across = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+                store[layer] = held.gather(2, across)
+
+    def open(self, rows: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
+        """A new slot for each of `rows` (R,), behind the others or `at` (R,), from where on what was there is gone.
+
+        Returns:
+            (R, 1, 1, n) bool: which slots the new one sees.
+        """
+        self.plan = rows
+        self.lengths = self.lengths.clone()
+        self.lengths[rows] = (self.lengths[rows] if at is None else at) + 1
+        new = self.lengths[rows]
+        return (torch.arange(int(new.max()), device=rows.device) < new[:, None])[:, None, None]
