@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..residual import backbone_of
 from .cache import SlotCache
 from .forward import parallel_forward, run_layers
+from .gate import Choice, given
 
 
 @dataclass
@@ -31,22 +32,22 @@ class ConceptDecoder:
         cls,
         model: PreTrainedModel,
         input_ids: torch.Tensor,
-        concept_ids: torch.Tensor,
+        concepts: torch.Tensor | Callable[[torch.Tensor], Choice],
         attention_mask: torch.Tensor | None = None,
     ) -> "ConceptDecoder":
         """Reads texts (B, T), padded on either side, at once; arguments as of `parallel_forward`."""
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         caches = (SlotCache(), SlotCache(), SlotCache())
-        states = parallel_forward(model, input_ids, concept_ids, valid, caches=caches)
+        states = parallel_forward(model, input_ids, concepts, valid, caches=caches)
         last = torch.arange(valid.shape[1], device=valid.device).masked_fill(~valid, -1).amax(1)
         return cls(model, caches, states.last_hidden_state[torch.arange(len(last)), last])
 
     @torch.no_grad()
-    def step(self, input_ids: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def step(self, input_ids: torch.Tensor, concepts: torch.Tensor | Callable[[torch.Tensor], Choice]) -> torch.Tensor:
         """One more token (B,) for every row.
 
         Args:
-            choose: from shallow states (B, d) the concept ids (B,) of the new tokens, or `<NULL>`.
+            concepts: ids (B,) of the new tokens' concepts, or what chooses them from shallow states (B, d).
 
         Returns:
             `last_hidden_state` (B, d).
@@ -60,14 +61,13 @@ class ConceptDecoder:
         hidden = run_layers(
             backbone, config.parts[0], backbone.embed_tokens(input_ids[:, None]), seen, positions, shallow
         )
-        concept_ids = choose(hidden[:, 0])
-        concept = concept_ids != config.null
+        choice = concepts(hidden[:, 0]) if callable(concepts) else given(backbone, concepts)
+        concept = choice.ids != config.null
         rows = concept.nonzero()[:, 0]
         concepts_before = middle.lengths
         if len(rows):
             seen = middle.open(rows)
-            read = backbone.concept_embedding(concept_ids[rows])[:, None]
-            read = run_layers(backbone, config.parts[1], read, seen, positions[rows], middle)
+            read = run_layers(backbone, config.parts[1], choice.embeds[rows, None], seen, positions[rows], middle)
             hidden = hidden.index_copy(0, rows, read.to(hidden.dtype))
         seen = deep.open(everyone, torch.where(concept, concepts_before, deep.lengths))
         hidden = run_layers(backbone, config.parts[2], hidden, seen, positions, deep)

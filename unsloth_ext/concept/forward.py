@@ -4,7 +4,7 @@ Slot t holds middle(concept_t) where token t became a concept, and its shallow s
 position t are read at slot t, which also covers a tail that has just become empty. Rotary positions stay those of the text.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..residual import backbone_of
 from .cache import SlotCache
+from .gate import Choice, given
 from .masks import causal_mask, deep_mask
 
 
@@ -95,17 +96,18 @@ def run_middle(
 def parallel_forward(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
-    concept_ids: torch.Tensor,
+    concepts: torch.Tensor | Callable[[torch.Tensor], Choice],
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
     caches: tuple[SlotCache, SlotCache, SlotCache] | None = None,
 ) -> ConceptStates:
-    """All positions at once, with concepts that are given.
+    """All positions at once.
 
     Args:
         input_ids (B, T) long.
-        concept_ids (B, T) long: of each token its concept, or `<NULL>`.
+        concepts: of each token its concept or `<NULL>`, ids (B, T) long, or what chooses them from shallow states
+            (B, T, d).
         attention_mask (B, T): real tokens; None: all. position_ids (B, T): None counts the real ones.
         documents (B, T) long: which text a token is of, where rows are packed.
         caches: of the shallow, middle and deep layers, to go on decoding from.
@@ -116,7 +118,6 @@ def parallel_forward(
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if position_ids is None:
         position_ids = (valid.cumsum(1) - 1).clamp(min=0)
-    concept = (concept_ids != config.null) & valid
     shallow = run_layers(
         backbone,
         config.parts[0],
@@ -125,8 +126,9 @@ def parallel_forward(
         position_ids,
         caches[0],
     )
-    embeds = backbone.concept_embedding(concept_ids.masked_fill(~concept, 0))
-    middle = run_middle(backbone, concept, embeds, position_ids, documents, caches[1])
+    choice = concepts(shallow) if callable(concepts) else given(backbone, concepts)
+    concept = (choice.ids != config.null) & valid
+    middle = run_middle(backbone, concept, choice.embeds, position_ids, documents, caches[1])
     slots = torch.where(concept[..., None], middle, shallow)
     deep = run_layers(backbone, config.parts[2], slots, deep_mask(concept, valid, documents), position_ids, caches[2])
     if caches[0] is not None:
