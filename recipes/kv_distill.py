@@ -27,7 +27,7 @@ from trl import TrlParser
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
-from trl_ext.recipe import RecipeArguments, compact_progress, finish, start
+from trl_ext.recipe import RecipeArguments, check_tiny, compact_progress, finish, start
 from trl_ext.report import KV_CURVES, before_after_table
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
@@ -81,10 +81,7 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, DataArguments, KVDistillConfig))
     _, config, others = chosen(sys.argv[1:], CONFIGS, "kv", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
-    if (script.model_name == "tiny") != (data.dataset == "tiny"):
-        sys.exit(
-            f"--model_name {script.model_name} --dataset {data.dataset}: the tiny model and the tiny task belong together"
-        )
+    check_tiny(script.model_name, data.dataset)
     started = time.time()
     console, output, resume = start(args, script.model_name, EMBEDDED)
     if script.model_name == "tiny":

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 from trl.data_utils import apply_chat_template, is_conversational
 
-from trl_ext.flags import at_least
+from trl_ext.flags import at_least, one_of
 from trl_ext.kv_distill.data import completions
 from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment
 from trl_ext.kv_distill.segments import SegmentFinder
@@ -72,8 +72,7 @@ class ProfileArguments:
 
     def __post_init__(self) -> None:
         at_least(self, batch_size=1, seq_length=2, teacher_steps=1, held_out=1)
-        if self.mode not in (*MODES, "both"):
-            raise ValueError(f"mode={self.mode!r}: choose one of {', '.join(MODES)}, both")
+        one_of(self, mode=(*MODES, "both"))
 
 
 def load(args: ProfileArguments, data: DataArguments):

@@ -52,6 +52,12 @@ def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -
     return Console(quiet=args.process_index > 0), output, str(resume) if resume else None
 
 
+def check_tiny(model_name: str, dataset: str) -> None:
+    """Exits where only one of model and task is the tiny one, which can read nothing else and be read by nothing else."""
+    if (model_name == "tiny") != (dataset == "tiny"):
+        sys.exit(f"--model_name {model_name} --dataset {dataset}: the tiny model and the tiny task belong together")
+
+
 def compact_progress(trainer: Trainer) -> None:
     """A progress bar with a few figures in place of a dictionary on every log."""
     trainer.remove_callback(ProgressCallback)

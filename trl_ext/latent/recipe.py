@@ -17,7 +17,7 @@ from trl import TrlParser
 from unsloth_ext.ablations import ABLATIONS
 
 from ..flags import at_least, chosen, read_config
-from ..recipe import RecipeArguments, compact_progress, finish, start
+from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
 from ..report import LATENT_CURVES, comparison_table
 from ..tasks import equations, warm_start
 from ..tasks.data import without
@@ -85,10 +85,7 @@ def parse(
 
 def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dict[str, Any]]]:
     """Training rows and held-out ones, which need no steps; the unusable ones are counted on the screen."""
-    if (script.model_name == "tiny") != (script.dataset == "tiny"):
-        sys.exit(
-            f"--model_name {script.model_name} --dataset {script.dataset}: the tiny model and the tiny task belong together"
-        )
+    check_tiny(script.model_name, script.dataset)
     if script.dataset == "tiny":
         train, held_out = equations.split(script.eval_size, script.warm_start_seed)
         return Rows("tiny", train, len(train)), held_out

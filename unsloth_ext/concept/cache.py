@@ -44,7 +44,7 @@ class SlotCache:
     def keep(self, used: torch.Tensor) -> None:
         """After prefill: of each row the slots `used` (B, T) bool, in their order."""
         self.lengths = used.sum(1)
-        order = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(self.lengths.max())]
+        order = used_first(used)
         for store in (self.keys, self.values):
             for layer, held in store.items():
                 across = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
@@ -61,3 +61,8 @@ class SlotCache:
         self.lengths[rows] = (self.lengths[rows] if at is None else at) + 1
         new = self.lengths[rows]
         return (torch.arange(int(new.max()), device=rows.device) < new[:, None])[:, None, None]
+
+
+def used_first(used: torch.Tensor) -> torch.Tensor:
+    """Indices (B, n) of the slots `used` (B, T) bool, in their order; n as in the fullest row, others fill up with any."""
+    return (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(used.sum(1).max())]

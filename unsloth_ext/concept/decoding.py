@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..residual import backbone_of
 from .cache import SlotCache
 from .forward import parallel_forward, run_layers
-from .gate import Choice, given
+from .gate import Choice, chosen
 
 
 @dataclass
@@ -61,7 +61,7 @@ class ConceptDecoder:
         hidden = run_layers(
             backbone, config.parts[0], backbone.embed_tokens(input_ids[:, None]), seen, positions, shallow
         )
-        choice = concepts(hidden[:, 0]) if callable(concepts) else given(backbone, concepts)
+        choice = chosen(backbone, concepts, hidden[:, 0])
         concept = choice.ids != config.null
         rows = concept.nonzero()[:, 0]
         concepts_before = middle.lengths

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..residual import backbone_of
-from .cache import SlotCache
-from .gate import Choice, given
+from .cache import SlotCache, used_first
+from .gate import Choice, chosen
 from .masks import causal_mask, deep_mask
 
 
@@ -70,13 +70,12 @@ def run_middle(
     Returns:
         (B, T, d): in place where there is a concept, 0 elsewhere.
     """
-    most = int(concept.sum(1).max())
+    order = used_first(concept)
     out = torch.zeros_like(embeds)
-    if not most:
+    if not order.shape[1]:
         if cache is not None:
             cache.lengths = concept.sum(1)
         return out
-    order = (~concept).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # concepts first, in their order
     valid = concept.gather(1, order)
     across = order[..., None].expand(-1, -1, embeds.shape[-1])
     documents = None if documents is None else documents.gather(1, order)
@@ -126,7 +125,7 @@ def parallel_forward(
         position_ids,
         caches[0],
     )
-    choice = concepts(shallow) if callable(concepts) else given(backbone, concepts)
+    choice = chosen(backbone, concepts, shallow)
     concept = (choice.ids != config.null) & valid
     middle = run_middle(backbone, concept, choice.embeds, position_ids, documents, caches[1])
     slots = torch.where(concept[..., None], middle, shallow)

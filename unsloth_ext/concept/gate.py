@@ -1,5 +1,6 @@
 """Which tokens become which concepts, and with what gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,13 @@ class Choice:
 def given(backbone: nn.Module, ids: torch.Tensor) -> Choice:
     """These concepts; gradients reach their embeddings only."""
     return Choice(ids, backbone.concept_embedding(ids.masked_fill(ids == backbone.concept_config.null, 0)))
+
+
+def chosen(
+    backbone: nn.Module, concepts: torch.Tensor | Callable[[torch.Tensor], Choice], shallow: torch.Tensor
+) -> Choice:
+    """Concepts that are given as ids (...), or what `concepts` chooses from shallow states (..., d)."""
+    return concepts(shallow) if callable(concepts) else given(backbone, concepts)
 
 
 def likeliest(backbone: nn.Module, shallow: torch.Tensor) -> Choice:

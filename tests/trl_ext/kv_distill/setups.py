@@ -31,17 +31,20 @@ CASES = {
 }
 
 
-def teacher(family="qwen3"):
+WIDE = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12, "hidden_size": 72}
+
+
+def teacher(family="qwen3", std=0.2, **changes):
     """Four layers, 6 heads on 3 KV heads of width 12; the student has 2, 4 on 2, 8."""
     config = tiny.config(family)
-    changes = {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12}
-    config = type(config)(**{**config.to_dict(), **changes, "hidden_size": 72, "layer_types": None})
+    changes = {"num_hidden_layers": 4, "layer_types": None, **WIDE, **changes}
+    config = type(config)(**{**config.to_dict(), **changes})
     torch.manual_seed(7)
     net = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=std)
     return net
 
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from trl_ext import KVDistillConfig
@@ -15,16 +14,8 @@ from .test_trainer import batch_of
 
 def saved(folder, dtype=torch.float32):
     """A teacher of widths that NF4's blocks of 64 divide, in a folder."""
-    config = tiny.config("qwen3")
-    changes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    changes |= {"hidden_size": 128, "intermediate_size": 128, "layer_types": None}
-    config = type(config)(**{**config.to_dict(), **changes})
-    torch.manual_seed(7)
-    net = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.1)
+    widths = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    net = setups.teacher(std=0.1, num_attention_heads=4, num_key_value_heads=2, **widths)
     net.to(dtype).save_pretrained(folder / "teacher")
     tiny.tokenizer(()).save_pretrained(folder / "teacher")
     return str(folder / "teacher")

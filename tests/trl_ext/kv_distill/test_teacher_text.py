@@ -8,17 +8,12 @@ from torch.nn import functional as F
 from unsloth_ext import create_structural_loss
 
 from . import setups
-from .test_trainer import plain_kvq
+from .test_trainer import batch_of, plain_kvq
 
 
 LONGER = [
     {**row, "teacher_completion": row["completion"].replace("; ", "; that is, by counting on, ")} for row in setups.ROWS
 ]
-
-
-def batch_of(trainer, indices=range(4)):
-    keep = trainer._signature_columns or (trainer._set_signature_columns_if_needed(), trainer._signature_columns)[1]
-    return trainer.data_collator([{k: v for k, v in trainer.train_dataset[i].items() if k in keep} for i in indices])
 
 
 @pytest.mark.parametrize("case", ["default", "flat", "note", "closed form", "warped"])

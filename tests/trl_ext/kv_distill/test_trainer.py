@@ -14,8 +14,8 @@ from . import setups
 
 def batch_of(trainer, indices=range(4)):
     rows = [trainer.train_dataset[i] for i in indices]
-    keep = ("input_ids", "labels", "segment_ids")
-    return trainer.data_collator([{k: row[k] for k in keep} for row in rows])
+    keep = {"input_ids", "labels", "segment_ids", "teacher_input_ids", "teacher_segment_ids"}
+    return trainer.data_collator([{k: row[k] for k in keep & row.keys()} for row in rows])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
