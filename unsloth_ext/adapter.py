@@ -22,6 +22,8 @@ class ThinkingLoraConfig(LoraConfig):
 
     thinking: dict | None = field(default=None, metadata={"help": "Fields of ThinkingConfig."})
     latent: dict | None = field(default=None, metadata={"help": "Fields of LatentConfig."})
+    planner: dict | None = field(default=None, metadata={"help": "Fields of PlannerConfig."})
+    concepts: dict | None = field(default=None, metadata={"help": "Fields of OnlineConceptConfig."})
 
 
 def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
     """
     saved = adapter_keys(name, kwargs.get("token"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \[('latent'|'thinking'|, )+\]")
+        warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \[('concepts'|'latent'|'planner'|'thinking'|, )+\]")
         try:
             loaded = PeftModel.from_pretrained(model, name, **kwargs)
         except KeyError as error:  # of tensors that PEFT looks up by name

@@ -1,6 +1,10 @@
-"""Keys and values of layers that hold another number of slots in every row."""
+"""What decoding goes on from: keys and values of layers that hold another number of slots in every row."""
+
+from typing import NoReturn
 
 import torch
+
+from .segmenters import Memory
 
 
 class SlotCache:
@@ -50,6 +54,18 @@ class SlotCache:
                 across = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
                 store[layer] = held.gather(2, across)
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Other rows, by their indices (R,)."""
+        self.lengths = self.lengths[rows]
+        for store in (self.keys, self.values):
+            for layer, held in store.items():
+                store[layer] = held[rows]
+
+    def num_bytes(self) -> int:
+        """Of the slots in use."""
+        each = (x for store in (self.keys, self.values) for x in store.values())
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in each) * int(self.lengths.sum())
+
     def open(self, rows: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         """A new slot for each of `rows` (R,), behind the others or `at` (R,), from where on what was there is gone.
 
@@ -63,6 +79,57 @@ class SlotCache:
         return (torch.arange(int(new.max()), device=rows.device) < new[:, None])[:, None, None]
 
 
-def used_first(used: torch.Tensor) -> torch.Tensor:
-    """Indices (B, n) of the slots `used` (B, T) bool, in their order; n as in the fullest row, others fill up with any."""
-    return (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(used.sum(1).max())]
+class ConceptCache:
+    """Three caches, in place of a `DynamicCache`: shallow layers hold every token, middle ones the concepts, deep ones the
+    concepts and the tail, which goes when the next concept takes its place.
+
+    Attributes:
+        layers: of the shallow, middle and deep layers.
+        memory: what the segmenter knows of the texts; None where concepts were given.
+        seen: tokens of a row, padding among them.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self):
+        self.layers = (SlotCache(), SlotCache(), SlotCache())
+        self.memory: Memory | None = None
+        self.seen = 0
+
+    def begin(self, valid: torch.Tensor, kept: torch.Tensor, used: torch.Tensor, memory: Memory | None) -> None:
+        """After prefill, what is kept of the slots (B, S) of shallow, middle and deep layers."""
+        for layers, slots in zip(self.layers, (valid, kept, used)):
+            layers.keep(slots)
+        self.memory, self.seen = memory, valid.shape[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, as `generate` counts them."""
+        return self.seen
+
+    def num_bytes(self) -> int:
+        """Of the keys and values in use, over all rows."""
+        return sum(layers.num_bytes() for layers in self.layers)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Other rows."""
+        for layers in self.layers:
+            layers.select(indices)
+        self.memory = self.memory and self.memory.map(lambda x: x[indices])
+
+    reorder_cache = batch_select_indices  # as beam search calls it
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        rows = torch.arange(len(self.layers[0].lengths), device=self.layers[0].lengths.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def crop(self, max_length: int) -> NoReturn:
+        """Raises a ValueError: a tail that was compressed is gone."""
+        raise ValueError("tokens cannot be taken back out of concepts: no assisted decoding; sample, greedy or beams")
+
+
+def used_first(used: torch.Tensor, least: int = 0) -> torch.Tensor:
+    """Indices (B, n) of the slots `used` (B, T) bool, in their order; n as in the fullest row, at least `least`; others fill
+    up with any."""
+    return (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(least, int(used.sum(1).max()))]

@@ -1,137 +1,282 @@
-"""The exact parallel forward: what decoding token by token would compute, without a loop over tokens.
+"""The forward of a model with concepts. Whole texts go through at once: what decoding token by token would compute, without
+a loop over tokens.
 
-Slot t holds middle(concept_t) where token t became a concept, and its shallow state where it did not; the logits of
-position t are read at slot t, which also covers a tail that has just become empty. Rotary positions stay those of the text.
+Slot t of the deep layers holds middle(concept_t) where token t became a concept, and its shallow state where it did not; the
+logits of position t are read at slot t, which also covers a tail that has just become empty. Rotary positions stay those of
+the text.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..residual import backbone_of
-from .cache import SlotCache, used_first
-from .gate import Choice, chosen
-from .masks import causal_mask, deep_mask
+from .cache import ConceptCache, SlotCache, used_first
+from .flex import FLEX, flex_from
+from .gate import Choice, decide, given
+from .masks import Slots, causal_mask
+from .segmenters import Memory
+from .texts import Texts
 
 
-@dataclass(frozen=True)
-class ConceptStates:
-    """What the parallel forward computes.
+@dataclass
+class ConceptOutput(BaseModelOutputWithPast):
+    """What the decoder returns: as without concepts, and
 
     Attributes:
-        last_hidden_state: (B, T, d), normed; for the LM head.
         shallow: (B, T, d), what the head reads.
-        concept: (B, T) bool, which tokens became concepts.
+        choice: a `Choice`, which tokens became which concepts.
+        valid: (B, T) bool, real tokens.
     """
 
-    last_hidden_state: torch.Tensor
-    shallow: torch.Tensor
-    concept: torch.Tensor
+    shallow: torch.Tensor | None = None
+    choice: Choice | None = None
+    valid: torch.Tensor | None = None
 
 
 def run_layers(
     backbone: nn.Module,
     layers: Iterable[int],
     hidden: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | BlockMask | None,
     positions: torch.Tensor,
     cache: SlotCache | None = None,
 ) -> torch.Tensor:
     """Decoder layers on hidden states (B, T, d), with a mask (B, 1, T, keys) bool and rotary positions (B, T)."""
     rotary = backbone.rotary_emb(hidden, position_ids=positions)
-    for i in layers:
-        hidden = backbone.layers[i](
-            hidden,
-            attention_mask=mask,
-            position_ids=positions,
-            position_embeddings=rotary,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+    with attention(backbone, FLEX) if isinstance(mask, BlockMask) else contextlib.nullcontext():
+        for i in layers:
+            hidden = backbone.layers[i](
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=rotary,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
     return hidden
+
+
+@contextlib.contextmanager
+def attention(backbone: nn.Module, name: str) -> Iterator[None]:
+    """Another attention function for the block."""
+    kept = backbone.config._attn_implementation
+    backbone.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        backbone.config._attn_implementation = kept
+
+
+def concept_forward(
+    backbone: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    concepts: torch.Tensor | None = None,
+    **_: Any,
+) -> ConceptOutput:
+    """The decoder's forward, in place of its class's.
+
+    Args:
+        input_ids (B, T) long, or inputs_embeds (B, T, d).
+        attention_mask (B, T): real tokens, padded on either side; None: all.
+        position_ids (B, T): None counts the real tokens. Without a mask, every 0 in them begins another text of a packed
+            row.
+        past_key_values: a `ConceptCache` to go on from; any other cache that is still empty, or None, begins one.
+        concepts: of each token its concept or `<NULL>`, (B, T) or (B, T, C) long, in place of the head's decision.
+
+    Raises:
+        ValueError: both or neither of ids and embeddings, a mask that is not (B, T), or another kind of cache with tokens
+            in it.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+        raise ValueError("attention_mask: (B, T), which tokens are real; concepts make the layers' masks themselves")
+    embeds = backbone.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    cache = past_key_values if isinstance(past_key_values, ConceptCache) else None
+    if cache is None and past_key_values is not None and past_key_values.get_seq_length():
+        raise ValueError(f"past_key_values: a {type(past_key_values).__name__} cannot hold concepts; leave it out")
+    use_cache = not backbone.training and bool(backbone.config.use_cache if use_cache is None else use_cache)
+    if cache is not None and cache.seen:
+        return decode(backbone, embeds, concepts, cache)
+    if cache is None and use_cache:
+        cache = ConceptCache()
+    return parallel(backbone, embeds, concepts, attention_mask, position_ids, cache)
+
+
+def parallel(
+    backbone: nn.Module,
+    embeds: torch.Tensor,
+    concepts: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: ConceptCache | None,
+) -> ConceptOutput:
+    """Whole texts; arguments as of `concept_forward`."""
+    config = backbone.concept_config
+    caches = (None, None, None) if cache is None else cache.layers
+    documents = None
+    if attention_mask is None:
+        valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        if position_ids is not None and (position_ids[:, 1:] == 0).any():
+            documents = (position_ids == 0).cumsum(1)
+    else:
+        valid = attention_mask.bool()
+    if position_ids is None:
+        position_ids = (valid.cumsum(1) - 1).clamp(min=0)
+    position_ids = position_ids.expand_as(valid)
+
+    mask = causal_mask(valid, documents)
+    shallow = run_layers(backbone, config.parts[0], embeds, mask, position_ids, caches[0])
+    memory = None
+    if concepts is None:
+        texts = Texts(valid, documents)
+        choice, memory = decide(backbone, shallow, texts, Memory.empty(len(texts.used), valid.device))
+    else:
+        choice = given(backbone, concepts, valid)
+
+    # One slot at least, that training in several processes runs the middle layers in all of them
+    order = used_first(choice.concept, least=int(backbone.training))
+    kept = choice.concept.gather(1, order)
+    middle = run_middle(backbone, choice, order, kept, position_ids, documents, caches[1])
+    since = choice.concept.cumsum(1)
+    times = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    slots = Slots(times, valid, choice.concept, since, documents)
+    hidden = middle.new_zeros(shallow.shape).scatter(1, across(order, middle), middle * kept[..., None])
+    if config.boundary_keeps_token:  # concepts have slots of their own, before those of the tokens
+        tokens = Slots(times, valid, torch.zeros_like(valid), since, documents)
+        made = slots.take(order)
+        slots = Slots(
+            *(
+                None if a is None else torch.cat([a, b], dim=1)
+                for a, b in zip(
+                    (made.times, kept, torch.ones_like(kept), made.since, made.documents),
+                    (tokens.times, tokens.valid, tokens.concept, tokens.since, tokens.documents),
+                )
+            )
+        )
+        own = blend(choice, hidden, shallow)
+        first = own.gather(1, across(order, own))
+        rest = torch.where(choice.concept[..., None], shallow, own)
+        hidden = torch.cat([first, rest], dim=1)
+    else:
+        hidden = blend(choice, hidden, shallow)
+    deep = run_deep(backbone, hidden, slots, position_ids.gather(1, slots.times), caches[2])
+    if cache is not None:
+        tail = (slots.since == since[:, -1:]) & ~slots.concept
+        cache.begin(valid, kept, slots.valid & (slots.concept | tail), memory)
+    deep = deep[:, -valid.shape[1] :]
+    return ConceptOutput(backbone.norm(deep), past_key_values=cache, shallow=shallow, choice=choice, valid=valid)
+
+
+def across(order: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Indices (B, n) of slots for tensors (B, S, d)."""
+    return order[..., None].expand(-1, -1, like.shape[-1])
+
+
+def blend(choice: Choice, middle: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
+    """w c + (1 - w) h (B, T, d): the concept's state c where there is one and else h; with w's gradient, for which c is,
+    where there is none, the embedding of what it would be."""
+    if choice.weight is None:
+        return torch.where(choice.concept[..., None], middle, shallow)
+    c = torch.where(choice.concept[..., None], middle, choice.embeds.to(middle.dtype))
+    w = choice.weight[..., None].to(middle.dtype)
+    return w * c + (1 - w) * shallow
 
 
 def run_middle(
     backbone: nn.Module,
-    concept: torch.Tensor,
-    embeds: torch.Tensor,
+    choice: Choice,
+    order: torch.Tensor,
+    kept: torch.Tensor,
     positions: torch.Tensor,
-    documents: torch.Tensor | None = None,
-    cache: SlotCache | None = None,
+    documents: torch.Tensor | None,
+    cache: SlotCache | None,
 ) -> torch.Tensor:
-    """The middle layers on concepts alone.
-
-    Args:
-        concept (B, T) bool: where there is one. embeds (B, T, d): their embeddings; elsewhere not looked at.
-
-    Returns:
-        (B, T, d): in place where there is a concept, 0 elsewhere.
-    """
-    order = used_first(concept)
-    out = torch.zeros_like(embeds)
+    """(B, n, d): the middle layers on concepts alone, which stand at `order` (B, n) where `kept` (B, n)."""
+    embeds = choice.embeds.gather(1, across(order, choice.embeds))
     if not order.shape[1]:
-        if cache is not None:
-            cache.lengths = concept.sum(1)
-        return out
-    valid = concept.gather(1, order)
-    across = order[..., None].expand(-1, -1, embeds.shape[-1])
+        return embeds
     documents = None if documents is None else documents.gather(1, order)
-    hidden = run_layers(
-        backbone,
-        backbone.concept_config.parts[1],
-        embeds.gather(1, across),
-        causal_mask(valid, documents),
-        positions.gather(1, order),
-        cache,
-    )
-    if cache is not None:
-        cache.keep(valid)
-    return out.scatter(1, across, hidden * valid[..., None])
+    mask = causal_mask(kept, documents)
+    return run_layers(backbone, backbone.concept_config.parts[1], embeds, mask, positions.gather(1, order), cache)
 
 
-def parallel_forward(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    concepts: torch.Tensor | Callable[[torch.Tensor], Choice],
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
-    caches: tuple[SlotCache, SlotCache, SlotCache] | None = None,
-) -> ConceptStates:
-    """All positions at once.
+def run_deep(
+    backbone: nn.Module, hidden: torch.Tensor, slots: Slots, positions: torch.Tensor, cache: SlotCache | None
+) -> torch.Tensor:
+    """(B, S, d): the deep layers on slots in the order in which they stand."""
+    layers = backbone.concept_config.parts[2]
+    if cache is not None or not flex_from(hidden):
+        return run_layers(backbone, layers, hidden, slots.dense_mask(), positions, cache)
+    # Concepts first: tokens' own blocks are then all that is left to skip, and nearly all of them are
+    order = (~slots.concept).to(torch.uint8).argsort(dim=1, stable=True)
+    mask = slots.take(order).block_mask()
+    out = run_layers(backbone, layers, hidden.gather(1, across(order, hidden)), mask, positions.gather(1, order))
+    return torch.empty_like(out).scatter(1, across(order, out), out)
 
-    Args:
-        input_ids (B, T) long.
-        concepts: of each token its concept or `<NULL>`, ids (B, T) long, or what chooses them from shallow states
-            (B, T, d).
-        attention_mask (B, T): real tokens; None: all. position_ids (B, T): None counts the real ones.
-        documents (B, T) long: which text a token is of, where rows are packed.
-        caches: of the shallow, middle and deep layers, to go on decoding from.
-    """
-    caches = caches or (None, None, None)
-    backbone = backbone_of(model)
+
+def decode(
+    backbone: nn.Module, embeds: torch.Tensor, concepts: torch.Tensor | None, cache: ConceptCache
+) -> ConceptOutput:
+    """Tokens that follow what is in the cache, one by one; arguments as of `concept_forward`, every token real."""
+    found = [
+        step(backbone, embeds[:, t : t + 1], None if concepts is None else concepts[:, t : t + 1], cache)
+        for t in range(embeds.shape[1])
+    ]
+    hidden, shallow = (torch.cat(parts, dim=1) for parts in list(zip(*found))[:2])
+    choices = [choice for _, _, choice in found]
+    names = Choice.__dataclass_fields__
+    together = {
+        name: None if getattr(choices[0], name) is None else torch.cat([getattr(c, name) for c in choices], dim=1)
+        for name in names
+    }
+    valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    return ConceptOutput(hidden, past_key_values=cache, shallow=shallow, choice=Choice(**together), valid=valid)
+
+
+def step(
+    backbone: nn.Module, embeds: torch.Tensor, concepts: torch.Tensor | None, cache: ConceptCache
+) -> tuple[torch.Tensor, torch.Tensor, Choice]:
+    """One more token (B, 1, d) for every row: normed state, shallow state, choice."""
     config = backbone.concept_config
-    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if position_ids is None:
-        position_ids = (valid.cumsum(1) - 1).clamp(min=0)
-    shallow = run_layers(
-        backbone,
-        config.parts[0],
-        backbone.embed_tokens(input_ids),
-        causal_mask(valid, documents),
-        position_ids,
-        caches[0],
-    )
-    choice = chosen(backbone, concepts, shallow)
-    concept = (choice.ids != config.null) & valid
-    middle = run_middle(backbone, concept, choice.embeds, position_ids, documents, caches[1])
-    slots = torch.where(concept[..., None], middle, shallow)
-    deep = run_layers(backbone, config.parts[2], slots, deep_mask(concept, valid, documents), position_ids, caches[2])
-    if caches[0] is not None:
-        caches[0].keep(valid)
-        since = concept.cumsum(1)
-        caches[2].keep(valid & (concept | (since == since[:, -1:])))
-    return ConceptStates(backbone.norm(deep), shallow, concept)
+    shallow, middle, deep = cache.layers
+    everyone = torch.arange(len(embeds), device=embeds.device)
+    positions = shallow.lengths[:, None]
+    seen = shallow.open(everyone)
+    tokens = run_layers(backbone, config.parts[0], embeds, seen, positions, shallow)
+    valid = torch.ones(len(embeds), 1, dtype=torch.bool, device=embeds.device)
+    if concepts is None:
+        if cache.memory is None:
+            raise ValueError("concepts: the text began with given concepts; give those of the next tokens too")
+        choice, cache.memory = decide(backbone, tokens, Texts(valid), cache.memory)
+    else:
+        choice = given(backbone, concepts, valid)
+    rows = choice.concept[:, 0].nonzero()[:, 0]
+    before = middle.lengths
+    hidden = tokens
+    if len(rows):
+        seen = middle.open(rows)
+        read = run_layers(backbone, config.parts[1], choice.embeds[rows], seen, positions[rows], middle)
+        if config.boundary_keeps_token:
+            seen = deep.open(rows, before[rows])
+            run_layers(backbone, config.parts[2], read, seen, positions[rows], deep)
+        else:
+            hidden = tokens.index_copy(0, rows, read.to(tokens.dtype))
+    if config.boundary_keeps_token:
+        seen = deep.open(everyone)
+    else:
+        seen = deep.open(everyone, torch.where(choice.concept[:, 0], before, deep.lengths))
+    hidden = run_layers(backbone, config.parts[2], hidden, seen, positions, deep)
+    cache.seen += 1
+    return backbone.norm(hidden), tokens, choice

@@ -1,11 +1,15 @@
 """Which tokens become which concepts, and with what gradient."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from .segmenters import Memory, boundaries
+from .texts import Texts
+
+
+ENTROPY_ROWS = 1024  # tokens whose logits over the vocabulary are held at once
 
 
 @dataclass(frozen=True)
@@ -13,54 +17,116 @@ class Choice:
     """Of each token its concept.
 
     Attributes:
-        ids: (...) long, a concept or `<NULL>`.
-        embeds: (..., d), the concepts' embeddings with their gradient; not looked at where there is none.
+        concept (B, T) bool: which tokens become one.
+        ids (B, T, C) long: which, a codeword of each codebook; 0 where none.
+        embeds (B, T, d): the concepts' embeddings with their gradient; where none, of the factorised gate in training the
+            one that it would be, else 0.
+        weight (B, T): 1 where there is a concept and else 0, with the gradient of the probability; None: a choice that has
+            none.
+        probability (B, T): of being a concept; None where concepts were given.
+        logits (B, T, C V + 1): of the head, at least fp32; None where concepts were given.
     """
 
+    concept: torch.Tensor
     ids: torch.Tensor
     embeds: torch.Tensor
+    weight: torch.Tensor | None = None
+    probability: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
-def given(backbone: nn.Module, ids: torch.Tensor) -> Choice:
-    """These concepts; gradients reach their embeddings only."""
-    return Choice(ids, backbone.concept_embedding(ids.masked_fill(ids == backbone.concept_config.null, 0)))
+def given(backbone: nn.Module, ids: torch.Tensor, valid: torch.Tensor) -> Choice:
+    """These concepts, (B, T) or (B, T, C) long, `<NULL>` for none; gradients reach their embeddings only."""
+    ids = ids if ids.dim() == 3 else ids[..., None]
+    concept = (ids[..., 0] != backbone.concept_config.null) & valid
+    ids = ids.masked_fill(~concept[..., None], 0)
+    return Choice(concept, ids, backbone.concept_embedding(ids))
 
 
-def chosen(
-    backbone: nn.Module, concepts: torch.Tensor | Callable[[torch.Tensor], Choice], shallow: torch.Tensor
-) -> Choice:
-    """Concepts that are given as ids (...), or what `concepts` chooses from shallow states (..., d)."""
-    return concepts(shallow) if callable(concepts) else given(backbone, concepts)
+def decide(
+    backbone: nn.Module,
+    shallow: torch.Tensor,
+    texts: Texts,
+    memory: Memory,
+) -> tuple[Choice, Memory]:
+    """The head's decision on shallow states (B, T, d), as the settings say; a sample in training.
 
-
-def likeliest(backbone: nn.Module, shallow: torch.Tensor) -> Choice:
-    """The largest logit of the head on shallow states (..., d): how a trained model decides."""
-    return given(backbone, backbone.concept_head(shallow).argmax(-1))
-
-
-def gumbel_straight_through(
-    backbone: nn.Module, shallow: torch.Tensor, temperature: float, generator: torch.Generator | None = None
-) -> Choice:
-    """A sample of the head's distribution; the embedding is the sampled one and has the gradient of the expected one.
-
-        y = softmax((logits + g) / temperature),    e = e_hard + (e_soft - sg(e_soft)),    e_soft = sum_v y_v E_v
-
-    Args:
-        shallow: (..., d).
-        temperature: more than 0.
-        generator: of the Gumbel noise g; None: torch's own.
+    Returns:
+        The choice, and what the segmenter knows after these tokens.
     """
+    config, gate, training = backbone.concept_config, backbone.concept_gate, backbone.training
     logits = backbone.concept_head(shallow)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-    tiny = torch.finfo(logits.dtype).tiny
-    noise = -(-uniform.clamp(min=tiny).log()).clamp(min=tiny).log()
-    perturbed = (logits + noise) / temperature
-    ids = perturbed.argmax(-1)
-    concept = ids != backbone.concept_config.null
+    codes, null = logits[..., :-1].unflatten(-1, (config.num_codebooks, -1)), logits[..., -1]
+    known = next_entropy(backbone, shallow) if config.segmenter == "entropy" else codes[..., 0, :].logsumexp(-1)
+    logit = known.to(null.dtype) - null
+    literal = config.gate == "literal" and config.segmenter == "null"
+    noise = gumbel(logits) if literal and training else None
+    if literal:
+        noisy = logits if noise is None else logits + noise
+        score = noisy[..., : config.num_concepts].amax(-1) - noisy[..., -1]
+    else:
+        score = logit
+    score = score.detach() if gate.rescore is None else gate.rescore(score.detach())
+    lengths = backbone.concept_head.length_logits
+    found, length, memory = boundaries(
+        gate.segment_as or config, texts.rows(score), texts.used, memory, None if lengths is None else lengths.detach()
+    )
+    concept = texts.back(found) & texts.valid
+    if lengths is not None:
+        logit = logit + lengths[(texts.back(length) - 1).clamp(0, len(lengths) - 1)]
+    probability = logit.sigmoid()
+
+    picked = codes[concept]
+    if training:
+        picked = picked + (gumbel(picked) if noise is None else noise[concept][:, :-1].view_as(picked))
+    ids = torch.zeros(*concept.shape, config.num_codebooks, dtype=torch.long, device=concept.device)
+    two_sided = config.gate == "factorised" and training
+    if two_sided:
+        ids[~concept] = codes.detach()[~concept].argmax(-1)
+    ids[concept] = picked.argmax(-1)
+    embeds = backbone.concept_embedding(ids)
+    if training:
+        against = noisy[..., -1][concept] if literal else None
+        soft = expected_embedding(backbone, picked, against).to(embeds.dtype)
+        embeds = embeds.masked_scatter(concept[..., None], embeds[concept] + (soft - soft.detach()))
+    if not two_sided:
+        embeds = embeds * concept[..., None]
+        ids = ids * concept[..., None]
+        return Choice(concept, ids, embeds, None, probability, logits), memory
+    hard = concept.to(probability.dtype)
+    weight = hard + (probability - probability.detach())
+    return Choice(concept, ids * concept[..., None], embeds, weight, probability, logits), memory
+
+
+def expected_embedding(backbone: nn.Module, noisy: torch.Tensor, null: torch.Tensor | None) -> torch.Tensor:
+    """e_soft = sum_v y_v E_v, y = softmax(noisy / temperature), for concepts only: over all tokens it would be most of the
+    cost.
+
+    Args:
+        noisy (n, C, V): logits with their noise. null (n,): of `<NULL>`, where the first codebook is against it.
+    """
+    if null is not None:
+        beside = torch.full_like(noisy[..., :1], -torch.inf)
+        beside[:, 0, 0] = null
+        noisy = torch.cat([noisy, beside], dim=-1)
+    y = (noisy / backbone.concept_gate.temperature).softmax(-1)
     table = backbone.concept_embedding.weight
-    hard = F.embedding(ids[concept], table)
-    # Only where there is a concept: a softmax over all codewords for every token would be most of the cost
-    soft = perturbed[concept].softmax(-1)[:, :-1].to(table.dtype) @ table
-    embeds = shallow.new_zeros(*ids.shape, table.shape[1], dtype=table.dtype)
-    return Choice(ids, embeds.masked_scatter(concept[..., None], hard + (soft - soft.detach())))
+    return (y if null is None else y[..., :-1]).flatten(1).to(table.dtype) @ table
+
+
+def gumbel(like: torch.Tensor) -> torch.Tensor:
+    """-log(-log u) in the shape and dtype of `like`, from torch's own generator."""
+    tiny = torch.finfo(like.dtype).tiny
+    return -(-torch.rand_like(like).clamp(min=tiny).log()).clamp(min=tiny).log()
+
+
+@torch.no_grad()
+def next_entropy(backbone: nn.Module, shallow: torch.Tensor) -> torch.Tensor:
+    """(B, T), nats: of the next token, by the LM head on the shallow layers' states (B, T, d)."""
+    found = []
+    for part in shallow.flatten(0, 1).split(ENTROPY_ROWS):
+        logits = backbone.concept_lm_head(backbone.norm(part))
+        logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        found.append(-(logs.exp() * logs).sum(-1))
+    return torch.cat(found).view(shallow.shape[:2])

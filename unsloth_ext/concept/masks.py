@@ -1,25 +1,64 @@
 """Who sees whom: causal among concepts, and in the deep layers every concept so far and the tail of tokens."""
 
+from dataclasses import dataclass
+
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
-def causal_mask(valid: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, 1, T, T) bool of real slots (B, T): earlier ones and itself, of the same document.
+@dataclass(frozen=True)
+class Slots:
+    """What stands in the deep layers' slots, in any order; all (B, S).
 
-    What is not real sees itself alone, since a row of attention must not be empty.
+    Attributes:
+        times: place of its token in the text. valid: real. concept: a concept, not a token.
+        since: concepts of the row up to its token. documents: which text it is of, where rows are packed, or None.
     """
+
+    times: torch.Tensor
+    valid: torch.Tensor
+    concept: torch.Tensor
+    since: torch.Tensor
+    documents: torch.Tensor | None = None
+
+    def take(self, order: torch.Tensor) -> "Slots":
+        """The slots at `order` (B, S')."""
+        found = (self.times, self.valid, self.concept, self.since, self.documents)
+        return Slots(*(None if x is None else x.gather(1, order) for x in found))
+
+    def allowed(self, b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Whether in row b slot q sees slot k: a concept the concepts so far, a token these and the tokens since the last.
+
+        Indices that broadcast. What is not real sees itself alone, since a row of attention must not be empty.
+        """
+        seen = (self.times[b, k] <= self.times[b, q]) & self.valid[b, k]
+        tail = ~self.concept[b, q] & (self.since[b, k] == self.since[b, q])
+        seen = seen & (self.concept[b, k] | tail)
+        if self.documents is not None:
+            seen = seen & (self.documents[b, k] == self.documents[b, q])
+        return seen | (q == k)
+
+    def dense_mask(self) -> torch.Tensor:
+        """(B, 1, S, S) bool, for SDPA."""
+        rows, slots = (torch.arange(n, device=self.times.device) for n in self.times.shape)
+        return self.allowed(rows[:, None, None], slots[:, None], slots)[:, None]
+
+    def block_mask(self) -> BlockMask:
+        """The same for FlexAttention, which skips blocks that nobody sees."""
+        rows, slots = self.times.shape
+        device = self.times.device
+        return create_block_mask(
+            lambda b, _, q, k: self.allowed(b, q, k), rows, None, slots, slots, device, _compile=device.type == "cuda"
+        )
+
+
+def causal_mask(valid: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor | None:
+    """(B, 1, T, T) bool of real slots (B, T): earlier ones and itself, of the same document; None where plain causal
+    attention does, with nothing but padding behind the real slots."""
+    if documents is None and (valid[:, 1:] <= valid[:, :-1]).all():
+        return None
     times = torch.arange(valid.shape[1], device=valid.device)
     allowed = (times <= times[:, None]) & valid[:, None]
     if documents is not None:
         allowed = allowed & (documents[:, None] == documents[:, :, None])
     return (allowed | (times == times[:, None]))[:, None]
-
-
-def deep_mask(concept: torch.Tensor, valid: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, 1, T, T) bool for slots in place: slot t holds a concept where `concept` (B, T) and else a token.
-
-    A concept sees the concepts so far; a token these and the tokens since the last of them.
-    """
-    since = concept.cumsum(1)
-    tail = ~concept[:, :, None] & (since[:, :, None] == since[:, None])
-    return causal_mask(valid, documents) & (concept[:, None] | tail)[:, None]

@@ -1,71 +1,77 @@
 """The modules that a causal LM is given, and how its layers are split."""
 
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+import types
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapter import remember
 from ..kv.tap import check_sdpa
 from ..residual import backbone_of
+from ..unsloth_decoding import on_unsloth
+from .config import OnlineConceptConfig
 
 
-@dataclass
-class OnlineConceptConfig:
-    """How a model compresses while it reads and writes.
-
-    Attributes:
-        n_shallow, n_middle, n_deep: layers that run on every token, on concepts only, on concepts and the tail.
-        num_concepts: codewords V; the head has one more output, `<NULL>`, for tokens that deep context does not keep.
-    """
-
-    n_shallow: int = field(default=4)
-    n_middle: int = field(default=20)
-    n_deep: int = field(default=4)
-    num_concepts: int = field(default=4096)
-
-    def __post_init__(self) -> None:
-        for name in ("n_shallow", "n_middle", "n_deep", "num_concepts"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number, at least 1")
-
-    @property
-    def null(self) -> int:
-        """The id of `<NULL>`."""
-        return self.num_concepts
-
-    @property
-    def parts(self) -> tuple[range, range, range]:
-        """Indices of the shallow, middle and deep layers."""
-        ends = (0, self.n_shallow, self.n_shallow + self.n_middle, self.n_shallow + self.n_middle + self.n_deep)
-        return tuple(range(start, stop) for start, stop in pairwise(ends))
+CONCEPT_MODULES = ("concept_head", "concept_embedding")
 
 
 class ConceptHead(nn.Linear):
-    """Shallow hidden states (..., d) to logits (..., V + 1) over concepts and, last, `<NULL>`."""
+    """Shallow hidden states (..., d) to logits (..., C V + 1) over the concepts of each codebook and, last, `<NULL>`.
 
-    def __init__(self, d: int, num_concepts: int, **like):
-        super().__init__(d, num_concepts + 1, **like)
+    Attributes:
+        length_logits (max_tail,): of the autoregressive segmenter, else None.
+    """
+
+    def __init__(self, d: int, config: OnlineConceptConfig, **like):
+        super().__init__(d, config.num_codebooks * config.num_concepts + 1, **like)
+        wanted = config.segmenter == "autoregressive"
+        self.length_logits = nn.Parameter(torch.zeros(config.max_tail, **like)) if wanted else None
 
 
 class ConceptEmbedding(nn.Embedding):
-    """Concept ids (...) to what the middle layers read (..., d). `<NULL>` has no row."""
+    """Concepts (..., C) long, one codeword of each codebook, to what the middle layers read (..., d). `<NULL>` has no row."""
 
-    def __init__(self, d: int, num_concepts: int, std: float, **like):
-        super().__init__(num_concepts, d, **like)
-        nn.init.normal_(self.weight, std=std)
+    def __init__(self, d: int, config: OnlineConceptConfig, std: float, **like):
+        self.num_concepts = config.num_concepts
+        super().__init__(config.num_codebooks * config.num_concepts, d, **like)
+        nn.init.normal_(self.weight, std=std / config.num_codebooks**0.5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        offsets = self.num_concepts * torch.arange(ids.shape[-1], device=ids.device)
+        return super().forward(ids + offsets).sum(-2)
+
+
+@dataclass
+class ConceptGate:
+    """How the head's decisions are taken now; a trainer changes it as training goes on. Not saved.
+
+    Attributes:
+        temperature: of the Gumbel softmax, in training.
+        segment_as: other settings for the segmenter alone, such as a fixed stride to begin with.
+        rescore: other scores (B, T) in place of the head's, to measure what its boundaries are worth.
+    """
+
+    temperature: float = 1.0
+    segment_as: OnlineConceptConfig | None = None
+    rescore: Any = None
 
 
 def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None = None) -> PreTrainedModel:
-    """Give a causal LM its `ConceptHead` and `ConceptEmbedding`, in place. Draws from the global RNG.
+    """Give a causal LM its `ConceptHead` and `ConceptEmbedding`, in place; from now on its forward compresses. `generate`,
+    trainers and PEFT go on as before. Draws from the global RNG.
 
     Concepts start as large as the hidden states that token embeddings are: with their root mean square.
 
     Raises:
-        ValueError: the split does not add up to the model's layers, its attention is not SDPA over the whole text, or it
-            has concepts already.
+        ValueError: the split does not add up to the model's layers, its attention is not SDPA over the whole text, it runs
+            Unsloth's fast forwards, or has concepts already.
     """
+    from .forward import concept_forward
+
     config = config or OnlineConceptConfig()
     backbone = backbone_of(model)
     layers = model.config.num_hidden_layers
@@ -74,14 +80,75 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
         raise ValueError(f"{split}: together {config.parts[2].stop}, the model has {layers} layers")
     if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         raise ValueError("layer_types: sliding windows would lose concepts; every layer must attend to the whole text")
+    if not all(hasattr(backbone, name) for name in ("layers", "norm", "rotary_emb", "embed_tokens")):
+        raise ValueError(
+            f"{type(backbone).__name__} is not built as llama, qwen2 or qwen3 are: its layers cannot be split"
+        )
     check_sdpa(model)
+    if on_unsloth(model):
+        raise ValueError(
+            "the model runs Unsloth's fast forwards, whose layers cannot be run apart: load it with AutoModelForCausalLM"
+        )
     if hasattr(backbone, "concept_config"):
         raise ValueError(f"{type(model).__name__} has concepts already")
     weight = model.get_input_embeddings().weight
     like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
     std = weight.detach().float().square().mean().sqrt().item()
-    backbone.concept_head = ConceptHead(weight.shape[1], config.num_concepts, **like)
-    backbone.concept_embedding = ConceptEmbedding(weight.shape[1], config.num_concepts, std, **like)
+    backbone.concept_head = ConceptHead(weight.shape[1], config, **like)
+    backbone.concept_embedding = ConceptEmbedding(weight.shape[1], config, std, **like)
     backbone.concept_config = config
+    backbone.concept_gate = ConceptGate()
+    backbone.__dict__["concept_lm_head"] = model.get_output_embeddings()  # not a submodule: it is the model's
+    backbone.forward = types.MethodType(concept_forward, backbone)
     model.config.concepts = asdict(config)
     return model
+
+
+def has_concepts(model: nn.Module) -> bool:
+    """Whether a causal LM, wrapped by PEFT or not, compresses."""
+    return hasattr(backbone_of(model), "concept_config")
+
+
+def read_settings(saved: Any, name: str) -> OnlineConceptConfig:
+    """Settings out of what `attach_concepts` wrote into the JSON of `name`.
+
+    Raises:
+        ValueError: something is missing, unknown or of the wrong type.
+    """
+    known = set(OnlineConceptConfig.__dataclass_fields__)
+    if not isinstance(saved, dict) or saved.keys() != known:
+        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
+        raise ValueError(f"{name}: its concept settings are not those of this version: {wrong}")
+    try:
+        return OnlineConceptConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: its concept settings: {error}") from error
+
+
+def with_concept_modules(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config that make it train and save head and embedding in full, and LoRA leave them alone.
+
+    Raises:
+        ValueError: the PEFT method has no `modules_to_save`.
+    """
+    if not hasattr(config, "modules_to_save"):
+        raise ValueError(f"{type(config).__name__} cannot train the concepts: it has no modules_to_save; use LoRA")
+    changes = {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), *CONCEPT_MODULES]))}
+    if getattr(config, "target_modules", None) == "all-linear":
+        changes["exclude_modules"] = [*(config.exclude_modules or []), *CONCEPT_MODULES]
+    return changes
+
+
+def check_adapter(model: PeftModel) -> None:
+    """Raises a ValueError if the active adapter leaves head and embedding untrained."""
+    adapter = model.peft_config[model.active_adapter]
+    if not set(CONCEPT_MODULES) <= set(getattr(adapter, "modules_to_save", None) or ()):
+        raise ValueError(
+            "the adapter's modules_to_save would leave the concepts untrained and unsaved: pass the bare model with "
+            "peft_config, or a config that unsloth_ext.with_concept_modules has completed"
+        )
+
+
+def remember_concepts(model: PeftModel) -> None:
+    """Have the active adapter saved with how the model compresses."""
+    remember(model, concepts=model.config.concepts)

@@ -3,84 +3,162 @@
 import pytest
 import torch
 
-from unsloth_ext.concept.decoding import ConceptDecoder
-from unsloth_ext.concept.forward import parallel_forward
-from unsloth_ext.concept.gate import likeliest
 from unsloth_ext.residual import backbone_of
 
-from .test_forward import FAMILIES, T, V, model, patterns
+from .test_forward import FAMILIES, T, V, codewords, model, patterns, states
 
 
 def texts(concepts):
-    return torch.randint(3, 60, concepts.shape, generator=torch.Generator().manual_seed(2))
+    return torch.randint(3, 60, concepts.shape[:2], generator=torch.Generator().manual_seed(2))
 
 
+@torch.no_grad()
+def prefill(net, ids, concepts=None, mask=None):
+    """States (B, T, d) and the cache."""
+    out = backbone_of(net)(ids, attention_mask=mask, concepts=concepts, use_cache=True)
+    return out.last_hidden_state, out.past_key_values
+
+
+@torch.no_grad()
+def step(net, cache, ids, concepts=None):
+    """States (B, d) of one more token (B,) a row."""
+    chosen = None if concepts is None else concepts[:, None]
+    return backbone_of(net)(ids[:, None], past_key_values=cache, concepts=chosen).last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"boundary_keeps_token": True, "num_codebooks": 2}])
 @pytest.mark.parametrize("prompt", [1, 4, T - 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_and_decode_are_the_parallel_forward(family, prompt):
+def test_prefill_and_decode_are_the_parallel_forward(family, prompt, settings):
     """1e-10 in fp64; two to all rows emit at the same time, or none."""
-    net, concepts = model(family), patterns()
+    net, concepts = model(family, **settings), codewords(patterns(), settings.get("num_codebooks", 1))
     ids = texts(concepts)
-    wanted = parallel_forward(net, ids, concepts).last_hidden_state
-    decoder = ConceptDecoder.prefill(net, ids[:, :prompt], concepts[:, :prompt])
-    assert (decoder.last_hidden_state - wanted[:, prompt - 1]).abs().max() <= 1e-10
+    wanted = states(net, ids, concepts)
+    found, cache = prefill(net, ids[:, :prompt], concepts[:, :prompt])
+    assert (found - wanted[:, :prompt]).abs().max() <= 1e-10
     for t in range(prompt, T):
-        found = decoder.step(ids[:, t], concepts[:, t])
-        assert (found - wanted[:, t]).abs().max() <= 1e-10
+        assert (step(net, cache, ids[:, t], concepts[:, t]) - wanted[:, t]).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_ragged_prompts_go_on_as_alone(side):
-    """1e-10: prompts of 5, 1, 3, 5, 2 and 4 tokens, six more tokens each."""
+def test_several_tokens_at_once_go_on_from_a_cache():
+    """1e-10, as a conversation does."""
     net, concepts = model("qwen3"), patterns()
+    ids = texts(concepts)
+    _, cache = prefill(net, ids[:, :4], concepts[:, :4])
+    found = backbone_of(net)(ids[:, 4:], past_key_values=cache, concepts=concepts[:, 4:]).last_hidden_state
+    assert (found - states(net, ids, concepts)[:, 4:]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_prompts_go_on_as_alone(side, keeps):
+    """1e-10: prompts of 5, 1, 3, 5, 2 and 4 tokens, six more tokens each."""
+    net, concepts = model("qwen3", boundary_keeps_token=keeps), patterns()
     ids, lengths = texts(concepts), [5, 1, 3, 5, 2, 4]
     mask = torch.stack([torch.arange(5) < n if side == "right" else torch.arange(5) >= 5 - n for n in lengths])
     prompts, chosen = torch.zeros(6, 5, dtype=torch.long), torch.full((6, 5), 7)
     for i, n in enumerate(lengths):
         prompts[i, mask[i]], chosen[i, mask[i]] = ids[i, :n], concepts[i, :n]
-    decoder = ConceptDecoder.prefill(net, prompts, chosen, mask)
+    _, cache = prefill(net, prompts, chosen, mask)
     starts = torch.tensor(lengths)
-    for step in range(6):
-        at = (torch.arange(6), starts + step)
-        found = decoder.step(ids[at], concepts[at])
+    for i_step in range(6):
+        at = (torch.arange(6), starts + i_step)
+        found = step(net, cache, ids[at], concepts[at])
         for i, n in enumerate(lengths):
-            alone = parallel_forward(net, ids[i : i + 1, : n + step + 1], concepts[i : i + 1, : n + step + 1])
-            assert (found[i] - alone.last_hidden_state[0, -1]).abs().max() <= 1e-10
+            alone = states(net, ids[i : i + 1, : n + i_step + 1], concepts[i : i + 1, : n + i_step + 1])
+            assert (found[i] - alone[0, -1]).abs().max() <= 1e-10
 
 
-def test_the_caches_hold_what_they_should():
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_caches_hold_what_they_should(keeps):
     """Shallow every token, middle the concepts, deep the concepts and the tail."""
+    net, concepts = model("qwen3", boundary_keeps_token=keeps), patterns()
+    ids = texts(concepts)
+    _, cache = prefill(net, ids[:, :4], concepts[:, :4])
+    for t in range(4, T):
+        step(net, cache, ids[:, t], concepts[:, t])
+        made = concepts[:, : t + 1] != V
+        tail = (made.flip(1).cumsum(1) == 0).sum(1) + (made.any(1) if keeps else 0)
+        shallow, middle, deep = (layers.lengths for layers in cache.layers)
+        assert shallow.eq(t + 1).all() and middle.equal(made.sum(1)) and deep.equal(made.sum(1) + tail)
+        slots = 2 * shallow.sum() + 2 * middle.sum() + deep.sum()  # layers of each part
+        assert cache.num_bytes() == slots * 2 * 2 * 8 * 8  # keys and values, heads, width, fp64
+
+
+def test_other_rows_of_a_cache_go_on_as_their_own():
+    """1e-10: rows chosen, doubled and reordered, as beam search does."""
     net, concepts = model("qwen3"), patterns()
     ids = texts(concepts)
-    decoder = ConceptDecoder.prefill(net, ids[:, :4], concepts[:, :4])
-    for t in range(4, T):
-        decoder.step(ids[:, t], concepts[:, t])
-        made = concepts[:, : t + 1] != V
-        tail = (made.flip(1).cumsum(1) == 0).sum(1)
-        shallow, middle, deep = (cache.lengths for cache in decoder.caches)
-        assert shallow.eq(t + 1).all() and middle.equal(made.sum(1)) and deep.equal(made.sum(1) + tail)
+    wanted = states(net, ids, concepts)
+    _, cache = prefill(net, ids[:, :6], concepts[:, :6])
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 11, 10]))
+    rows = [1, 0, 5, 5]
+    for t in range(6, T):
+        found = step(net, cache, ids[rows, t], concepts[rows, t])
+        assert (found - wanted[rows, t]).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_decides_alike_in_training_and_decoding(family):
-    """The likeliest concept of every token: the same ids in parallel, prefill and decode, and states to 1e-10."""
-    net = model(family)
-    ids = texts(patterns())
-    backbone, seen = backbone_of(net), []
-    with torch.no_grad():  # half are <NULL>, and none is undecided
-        logits = backbone.concept_head(parallel_forward(net, ids, torch.full_like(ids, V)).shallow)
-        ahead = (logits[..., :-1].amax(-1) - logits[..., -1]).flatten().sort().values
+SEGMENTERS = [
+    {"segmenter": "null"},
+    {"segmenter": "null", "gate": "factorised", "max_tail": 3},
+    {"segmenter": "null", "gate": "factorised", "max_nulls": 4, "num_codebooks": 2},
+    {"segmenter": "threshold", "max_tail": 4},
+    {"segmenter": "fixed", "stride": 3, "concepts_per_stride": 2},
+    {"segmenter": "entropy", "boundary_keeps_token": True},
+    {"segmenter": "autoregressive", "max_tail": 5},
+]
+
+
+def undecided(net, ids):
+    """Let half of the tokens fire by themselves, and none be undecided."""
+    backbone = backbone_of(net)
+    with torch.no_grad():
+        if backbone.concept_head.length_logits is not None:
+            backbone.concept_head.length_logits.copy_(torch.linspace(-1, 1, 5))
+        probability = backbone(ids, use_cache=False).choice.probability
+        literal = backbone.concept_config.gate == "literal" and backbone.concept_config.segmenter == "null"
+        logits = backbone(ids, use_cache=False).choice.logits
+        ahead = logits[..., :V].amax(-1) - logits[..., -1] if literal else probability.logit()
+        ahead = ahead.flatten().sort().values
         backbone.concept_head.bias[-1] += ahead[len(ahead) // 2 - 1 : len(ahead) // 2 + 1].mean()
 
-    def choose(shallow):
-        seen.append(likeliest(backbone, shallow))
-        return seen[-1]
 
-    wanted = parallel_forward(net, ids, choose).last_hidden_state
-    chosen = seen.pop().ids
-    assert 0.4 < (chosen == V).float().mean() < 0.6 and len(chosen.unique()) > 3
-    decoder = ConceptDecoder.prefill(net, ids[:, :3], choose)
-    assert seen.pop().ids.equal(chosen[:, :3])
-    for t in range(3, T):
-        assert (decoder.step(ids[:, t], choose) - wanted[:, t]).abs().max() <= 1e-10
-        assert seen.pop().ids.equal(chosen[:, t])
+@pytest.mark.parametrize("settings", SEGMENTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gate_decides_alike_in_training_and_decoding(family, settings):
+    """The same concepts in parallel, ragged, prefill and decode; states to 1e-10. With the factorised gate also in training
+    mode, where only which concept is sampled."""
+    net = model(family, **settings)
+    ids, backbone = texts(patterns()), backbone_of(net)
+    undecided(net, ids)
+    whole = backbone(ids, use_cache=False)
+    made = whole.choice.concept
+    assert 0.1 < made.float().mean() < 0.9
+    given = torch.where(made[..., None], whole.choice.ids, V)
+    assert (states(net, ids, given) - whole.last_hidden_state).abs().max() <= 1e-10
+    if settings.get("gate") == "factorised" or settings["segmenter"] != "null":
+        assert backbone.train()(ids).choice.concept.equal(made)
+        backbone.eval()
+    for prompt in (1, 5):
+        out = backbone(ids[:, :prompt], use_cache=True)
+        for t in range(prompt, T):
+            step_out = backbone(ids[:, t : t + 1], past_key_values=out.past_key_values)
+            assert step_out.choice.concept[:, 0].equal(made[:, t])
+            assert step_out.choice.ids[:, 0].equal(whole.choice.ids[:, t])
+            assert (step_out.last_hidden_state[:, 0] - whole.last_hidden_state[:, t]).abs().max() <= 1e-10
+    for side in ("left", "right"):
+        mask = torch.ones_like(ids)
+        mask[::2, slice(0, 3) if side == "left" else slice(T - 3, T)] = 0
+        shifted = ids.clone()
+        if side == "left":
+            shifted[::2, 3:] = ids[::2, : T - 3]
+        out = backbone(shifted, attention_mask=mask, use_cache=False)
+        assert out.choice.concept[1::2].equal(made[1::2])
+        at = slice(3, T) if side == "left" else slice(0, T - 3)
+        assert out.choice.concept[::2, at].equal(made[::2, : T - 3])
+        assert (out.last_hidden_state[::2, at] - whole.last_hidden_state[::2, : T - 3]).abs().max() <= 1e-10
+    positions = torch.cat([torch.arange(T), torch.arange(T)])[None]
+    packed = backbone(ids[:2].flatten()[None], position_ids=positions, use_cache=False)
+    assert packed.choice.concept.view(2, T).equal(made[:2])
+    assert (packed.last_hidden_state.view(2, T, -1) - whole.last_hidden_state[:2]).abs().max() <= 1e-10

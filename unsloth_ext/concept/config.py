@@ -1,0 +1,76 @@
+"""How a model compresses while it reads and writes."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+
+SEGMENTERS = ("null", "threshold", "fixed", "entropy", "autoregressive")
+GATES = ("literal", "factorised")
+
+
+@dataclass
+class OnlineConceptConfig:
+    """How a model compresses. Saved with the adapter (or in `config.json` under `"concepts"`).
+
+    Attributes:
+        n_shallow, n_middle, n_deep: layers that run on every token, on concepts only, on concepts and the tail.
+        num_concepts: codewords V; the head has one more output, `<NULL>`, for tokens that deep context does not keep.
+        num_codebooks: a concept is so many codewords, one of each codebook, and their embeddings' sum. The first decides
+            against `<NULL>`.
+        segmenter: how long a concept is. `"null"`: a token whose concept is not `<NULL>` ends one. `"threshold"`:
+            probabilities add up, and every whole number that their sum passes ends one (accumulate and fire). `"fixed"`:
+            of every `stride` tokens the last `concepts_per_stride` become concepts. `"entropy"`: a token ends one where the
+            shallow layers, read by the LM head, are less sure of the next token than the `<NULL>` bias (nats).
+            `"autoregressive"`: as `"null"`, with a learned logit for every length that the concept could have.
+        gate: `"literal"`, the largest of V + 1 logits, sampled in training, with gradients through concepts only; or
+            `"factorised"`: concept or not by p = sigmoid(LSE(concepts) - l_NULL) > 1/2, in training as in decoding, which
+            has gradients on both sides, and only which concept is sampled.
+        stride, concepts_per_stride: of the fixed segmenter.
+        max_tail: a concept is forced where so many tokens have passed since the last one; None: no limit.
+        max_nulls: every token becomes a concept once so many of a text have not; None: no limit.
+        boundary_keeps_token: the token that became a concept stays in the tail until the next one does.
+    """
+
+    n_shallow: int = field(default=4)
+    n_middle: int = field(default=20)
+    n_deep: int = field(default=4)
+    num_concepts: int = field(default=4096)
+    num_codebooks: int = field(default=1)
+    segmenter: str = field(default="null")
+    gate: str = field(default="literal")
+    stride: int = field(default=4)
+    concepts_per_stride: int = field(default=1)
+    max_tail: int | None = field(default=None)
+    max_nulls: int | None = field(default=None)
+    boundary_keeps_token: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(
+            ("n_shallow", "n_middle", "n_deep", "num_concepts", "num_codebooks", "stride", "concepts_per_stride"), 1
+        )
+        for name, lowest in (least | {"max_tail": 1, "max_nulls": 0}).items():
+            value = getattr(self, name)
+            if value is None and name in ("max_tail", "max_nulls"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"{name}={value!r}: a whole number, at least {lowest}")
+        for name, allowed in (("segmenter", SEGMENTERS), ("gate", GATES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.concepts_per_stride > self.stride:
+            raise ValueError(f"concepts_per_stride={self.concepts_per_stride}: at most stride={self.stride}")
+        if self.segmenter == "autoregressive" and self.max_tail is None:
+            raise ValueError("segmenter='autoregressive' learns a logit for every length up to max_tail: set max_tail")
+        if self.segmenter == "fixed" and (self.max_tail is not None or self.max_nulls is not None):
+            raise ValueError("segmenter='fixed' has the lengths of its stride; set max_tail=None and max_nulls=None")
+
+    @property
+    def null(self) -> int:
+        """The id of `<NULL>`."""
+        return self.num_concepts
+
+    @property
+    def parts(self) -> tuple[range, range, range]:
+        """Indices of the shallow, middle and deep layers."""
+        ends = (0, self.n_shallow, self.n_shallow + self.n_middle, self.n_shallow + self.n_middle + self.n_deep)
+        return tuple(range(start, stop) for start, stop in pairwise(ends))
