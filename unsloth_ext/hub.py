@@ -126,7 +126,8 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
     """
     saved = adapter_keys(name, kwargs.get("token"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \[('concepts'|'latent'|'planner'|'thinking'|, )+\]")
+        ours = r"('concepts'|'latent'|'planner'|'thinking'|, )+"
+        warnings.filterwarnings("ignore", message=rf"Unexpected keyword arguments \[{ours}\]")
         try:
             loaded = PeftModel.from_pretrained(model, name, **kwargs)
         except KeyError as error:  # of tensors that PEFT looks up by name

@@ -1,0 +1,1 @@
+"""Planner-executor: a causal LM writes typed discrete concepts, then text from these alone."""

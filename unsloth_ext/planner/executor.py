@@ -1,0 +1,144 @@
+"""The executor: a plan in, text out. It never sees what the planner read.
+
+    slots       BOS  SEP_1  C_1 ..  SEP_2  C_2 ..  x_0    x_1 ..
+    positions   0    0      1 ..    0      1 ..    Q + 1  Q + 2 ..      Q the largest quota
+
+Rows of a batch end their plans together, so that x_0 is always read off the last slot before it; what is missing is padding
+on the left. A null plan is <BOS> <NULL>, both at 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..residual import backbone_of, unwrapped
+from ..states import logits_of
+from .head import concept_embeds, text_embeds
+from .planning import SoftPlan
+from .vocabulary import BOS, DROPPED, NULL, check_plan
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Plans as the executor reads them, padded on the left.
+
+    Attributes:
+        embeds: (B, P, d). mask: (B, P) bool. positions: (B, P) long.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
+def executor_prefix(model: nn.Module, plan: torch.Tensor | SoftPlan, null: torch.Tensor | None = None) -> Prefix:
+    """What stands before the text.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        plan: plans (B, n, Q) long, or a `SoftPlan`, whose gradient goes on into the planner.
+        null (B,) bool: rows whose plan is replaced by one learned embedding.
+
+    Raises:
+        ValueError: `plan` is none under the model's settings, or `null` has another shape.
+    """
+    backbone = backbone_of(model)
+    config, head = backbone.planner_config, backbone.unified_head
+    soft = isinstance(plan, SoftPlan)
+    ids = plan.ids if soft else plan
+    if not soft:
+        check_plan(ids, config)
+    embeds = plan.embeds if soft else concept_embeds(backbone, ids)
+    rows = len(ids)
+    if null is None:
+        null = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+    if null.shape != (rows,) or null.dtype != torch.bool:
+        raise ValueError(f"null {tuple(null.shape)} {null.dtype}: needs ({rows},) torch.bool, one for each plan")
+    planned = ~null[:, None]
+    slots = [head.special(row).expand(rows, 1, -1) for row in (BOS, NULL)]
+    real, positions = [torch.ones_like(planned), ~planned], [0, 0]
+    for i, kind in enumerate(config.types):
+        slots += [head.sep(i).expand(rows, 1, -1), head.typed(embeds[:, i, : kind.quota], i)]
+        real += [planned, planned & (ids[:, i, : kind.quota] >= 0)]
+        positions += range(kind.quota + 1)
+    mask = torch.cat(real, dim=1)
+    # Stable: what is there moves to the right and keeps its order
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+    dtype = backbone.get_input_embeddings().weight.dtype
+    embeds = torch.cat(slots, dim=1).to(dtype)
+    return Prefix(
+        embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])),
+        mask.gather(1, order),
+        torch.tensor(positions, device=ids.device)[order],
+    )
+
+
+def executor_forward(
+    model: nn.Module,
+    prefix: Prefix,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Final-norm hidden states (B, T, d), each of the slot before a token: what predicts it.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        input_ids (B, T) long, attention_mask (B, T): texts, padded on the right.
+        dropped (B, T) bool: tokens that are not read, in their place a learned embedding (word dropout). They are
+            predicted all the same.
+
+    Raises:
+        ValueError: a text is padded on the left.
+    """
+    backbone = backbone_of(model)
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if (valid[:, 1:] & ~valid[:, :-1]).any():
+        raise ValueError(
+            "attention_mask: texts of the executor are padded on the right, since the plan stands before them"
+        )
+    read = input_ids.shape[1] - 1  # the last token predicts nothing
+    embeds = text_embeds(backbone, input_ids[:, :read])
+    if dropped is not None:
+        lost = backbone.unified_head.special(DROPPED).to(embeds.dtype)
+        embeds = torch.where(dropped[:, :read, None], lost, embeds)
+    times = backbone.planner_config.max_quota + 1 + torch.arange(read, device=input_ids.device)
+    # With a mask, or transformers would take positions that start anew for packed documents
+    return backbone(
+        inputs_embeds=torch.cat([prefix.embeds, embeds], dim=1),
+        attention_mask=torch.cat([prefix.mask, valid[:, :read]], dim=1).long(),
+        position_ids=torch.cat([prefix.positions, times.expand(len(input_ids), -1)], dim=1),
+        use_cache=False,
+    ).last_hidden_state[:, prefix.mask.shape[1] - 1 :]
+
+
+def text_nll(
+    model: nn.Module,
+    prefix: Prefix,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """-log p(x_t | plan, x_<t) (B, T) in fp32 or wider, 0 at pads. Arguments as of `executor_forward`.
+
+    Texts hold their own end: nothing is predicted behind the last token.
+    """
+    hidden = executor_forward(model, prefix, input_ids, attention_mask, dropped)
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    logits = logits_of(unwrapped(model), hidden[valid])  # none for pads
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    # The softmax converts as it goes, so that logits never lie about twice in fp32
+    nll = -logits.log_softmax(-1, dtype=wide).gather(-1, input_ids[valid][:, None])[:, 0]
+    return nll.new_zeros(input_ids.shape).masked_scatter(valid, nll)
+
+
+def text_log_prob(
+    model: nn.Module,
+    prefix: Prefix,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """log p(text | plan) (B,), the sum of `text_nll`."""
+    return -text_nll(model, prefix, input_ids, attention_mask, dropped).sum(1)

@@ -1,0 +1,142 @@
+"""What one backbone needs to be planner and executor: new rows, read as inputs and, tied, as outputs.
+
+    input    row + type_embedding[type]                       type 0: text, <BOS>, <PLAN> and their like; i: SEP_i, V_i
+    output   hidden @ table[V_i, EOS_i]^T in a concept state of type i; the LM head's logits in a text state
+
+Rotary positions are the model's own.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..adapter import remember
+from ..kv.tap import NAME as TAPPED
+from ..residual import backbone_of
+from ..unsloth_decoding import on_unsloth
+from .config import PlannerConfig
+from .vocabulary import BOS, PlannerVocabulary
+
+
+HEAD = "unified_head"
+
+
+class SharedBackboneUnifiedHead(nn.Module):
+    """The table of new rows, tied as inputs and outputs, and the embeddings of types.
+
+    Attributes:
+        table: (rows, d), see `PlannerVocabulary`.
+        type_embedding: (n + 1, d), 0 at first; the first is of text.
+    """
+
+    def __init__(self, d: int, config: PlannerConfig, std: float, **like):
+        super().__init__()
+        self.vocabulary = PlannerVocabulary(config)
+        self.table = nn.Parameter(torch.empty(self.vocabulary.size, d, **like).normal_(std=std))
+        self.type_embedding = nn.Parameter(torch.zeros(len(config.types) + 1, d, **like))
+
+    def forward(self, hidden: torch.Tensor, i: int) -> torch.Tensor:
+        """Logits (..., V_i + 1) of final-norm hidden states (..., d) in a concept state of type `i`, in fp32 or wider."""
+        logits = hidden.to(self.table.dtype) @ self.table[self.vocabulary.outputs(i)].T
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def special(self, row: int) -> torch.Tensor:
+        """(d,), as read: <BOS>, <PLAN>, <NULL>, <DROPPED>."""
+        return self.table[row] + self.type_embedding[0]
+
+    def sep(self, i: int) -> torch.Tensor:
+        """(d,), as read."""
+        return self.typed(self.table[self.vocabulary.sep(i)], i)
+
+    def queries(self, i: int) -> torch.Tensor:
+        """(quota, d), as read."""
+        return self.typed(self.table[self.vocabulary.queries(i)], i)
+
+    def concepts(self, i: int) -> torch.Tensor:
+        """(V_i, d), without the type."""
+        return self.table[self.vocabulary.concepts(i)]
+
+    def typed(self, embeds: torch.Tensor, i: int) -> torch.Tensor:
+        """Embeddings (..., d) of type `i`, as read."""
+        return embeds + self.type_embedding[i + 1]
+
+
+def text_embeds(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Tokens (...) as read (..., d)."""
+    embeds = backbone.get_input_embeddings()(input_ids)
+    return embeds + backbone.unified_head.type_embedding[0].to(embeds.dtype)
+
+
+def concept_embeds(backbone: nn.Module, plan: torch.Tensor) -> torch.Tensor:
+    """Codewords (B, n, Q, d) of plans (B, n, Q), without types; any where there is none."""
+    head = backbone.unified_head
+    starts = [head.vocabulary.concepts(i).start for i in range(plan.shape[1])]
+    return nn.functional.embedding(plan.clamp(min=0) + plan.new_tensor(starts)[:, None], head.table)
+
+
+def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) -> PreTrainedModel:
+    """Give a causal LM its `SharedBackboneUnifiedHead`, in place. Attach before PEFT wraps the model.
+
+    New rows are as large as token embeddings, with their root mean square; <BOS> is the model's own where it has one.
+    Draws from the global RNG. Nothing is frozen here.
+
+    Raises:
+        ValueError: the model plans already, is wrapped by PEFT, runs Unsloth's fast forwards, or its attention is not SDPA
+            or eager over the whole text.
+    """
+    config = config or PlannerConfig()
+    if isinstance(model, PeftModel):
+        raise ValueError("the model is wrapped by PEFT already: attach the planner first, see with_planner_modules")
+    if on_unsloth(model):
+        raise ValueError(
+            "the model runs Unsloth's fast forwards, which take no masks of ours: load it with AutoModelForCausalLM"
+        )
+    backbone = backbone_of(model)
+    if hasattr(backbone, "planner_config"):
+        raise ValueError(f"{type(model).__name__} has a planner already")
+    attention = backbone.config._attn_implementation
+    if attention not in ("sdpa", "eager", TAPPED):
+        raise ValueError(f"attn_implementation={attention!r}: planning needs 'sdpa' or 'eager'")
+    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ValueError("layer_types: sliding windows would lose the plan; every layer must attend to the whole text")
+    weight = model.get_input_embeddings().weight
+    like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
+    std = weight.detach().float().square().mean().sqrt().item()
+    head = SharedBackboneUnifiedHead(weight.shape[1], config, std, **like)
+    bos = model.config.get_text_config().bos_token_id
+    if bos is not None:
+        with torch.no_grad():
+            head.table[BOS] = model.get_input_embeddings()(torch.tensor(bos, device=weight.device))
+    setattr(backbone, HEAD, head)
+    backbone.planner_config = config
+    model.config.planner = asdict(config)
+    return model
+
+
+def with_planner_modules(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config that make it train and save the head. LoRA leaves it alone: it has no linear layer.
+
+    Raises:
+        ValueError: the PEFT method has no `modules_to_save`.
+    """
+    if not hasattr(config, "modules_to_save"):
+        raise ValueError(f"{type(config).__name__} cannot train the planner's head: it has no modules_to_save")
+    return {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), HEAD]))}
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raises a ValueError if the active adapter of a `PeftModel` leaves the head untrained and unsaved."""
+    if HEAD not in (getattr(model.peft_config[model.active_adapter], "modules_to_save", None) or ()):
+        raise ValueError(
+            "the adapter's modules_to_save would leave the planner's head untrained and unsaved: make it from a config "
+            "that unsloth_ext.with_planner_modules has completed"
+        )
+
+
+def remember_planner(model: PeftModel) -> None:
+    """Have the active adapter saved with how the model plans."""
+    remember(model, planner=model.config.planner)

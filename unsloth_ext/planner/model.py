@@ -1,0 +1,145 @@
+"""`PlannerExecutorModel`: load a model that plans in concepts, let it plan and write."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..hub import base_of, load_adapter, load_full, load_modules, read_json
+from ..latent.model import question_batch
+from ..mode import evaluating
+from ..residual import backbone_of
+from .config import read_settings
+from .executor import Prefix, executor_prefix
+from .head import HEAD, attach_planner, check_adapter, remember_planner, text_embeds
+from .planning import plan
+
+
+@contextlib.contextmanager
+def writing_after(model: nn.Module, prefix: Prefix) -> Iterator[None]:
+    """While open, `model.generate` on a prefix's embeddings goes on as the executor does.
+
+    It is given positions that end at the largest quota, from where it counts on, so that text begins at the next one; the
+    last slot of the prefix gets its own position back here, and tokens the type embedding of text.
+    """
+    backbone = backbone_of(model)
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if kwargs.get("inputs_embeds") is None:
+            return args, {**kwargs, "input_ids": None, "inputs_embeds": text_embeds(backbone, kwargs["input_ids"])}
+        positions = kwargs["position_ids"].clone()
+        positions[:, -1] = prefix.positions[:, -1].repeat_interleave(len(positions) // len(prefix.positions))
+        return args, {**kwargs, "position_ids": positions}
+
+    handle = backbone.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **generate_kwargs: Any) -> Any:
+    """Text from plans, by `model.generate`.
+
+    Args:
+        plan (B, n, Q) long: see `vocabulary`.
+        **generate_kwargs: as for `generate`.
+
+    Returns:
+        What `generate` returns for a prompt of embeddings: new tokens only.
+
+    Raises:
+        ValueError: `plan` is none under the model's settings; `use_cache=False`, since `generate` forgets embeddings then.
+    """
+    if generate_kwargs.setdefault("use_cache", True) is not True:
+        raise ValueError("use_cache=False: the plan is read once and lives in the cache; leave it out")
+    prefix = executor_prefix(model, plan)
+    positions = prefix.positions.clone()
+    positions[:, -1] = backbone_of(model).planner_config.max_quota
+    with evaluating(model), writing_after(model, prefix):
+        return model.generate(
+            inputs_embeds=prefix.embeds, attention_mask=prefix.mask.long(), position_ids=positions, **generate_kwargs
+        )
+
+
+class PlannerExecutorModel:
+    """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to plan and write.
+
+    Attributes:
+        model: the causal LM, a `PeftModel` where an adapter was loaded.
+        tokenizer: padding on the left.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+        if not hasattr(backbone_of(model), "planner_config"):
+            raise ValueError(f"{type(model).__name__} has no planner; call attach_planner(model) first")
+        if isinstance(model, PeftModel):
+            check_adapter(model)
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> "PlannerExecutorModel":
+        """Load an adapter folder with its base, or a full model, the planner's head included.
+
+        Args:
+            name: a folder or a hub id.
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: nothing there says how the model plans, or its files are damaged, lack tensors or hold NaN.
+        """
+        adapter = read_json(name, "adapter_config.json", token)
+        base = name if adapter is None else base_of(adapter, name)
+        if os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists():
+            raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
+        saved = (adapter if adapter is not None else read_json(name, "config.json", token) or {}).get("planner")
+        if not saved:
+            raise ValueError(f"{name} does not say how it plans: it was not saved with a planner")
+        config = read_settings(saved, name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
+        load = load_full if adapter is None else AutoModelForCausalLM.from_pretrained
+        model = attach_planner(load(base, token=token, **kwargs), config)
+        if adapter is None:
+            load_modules(model, name, (HEAD,), token)
+        else:
+            model = load_adapter(model, name, is_trainable=True, token=token)
+            remember_planner(model)
+        return cls(model.eval(), tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Model (or adapter) and tokenizer, in safetensors and JSON."""
+        if isinstance(self.model, PeftModel):
+            remember_planner(self.model)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def plan(self, texts: str | list[str], **kwargs: Any) -> torch.Tensor:
+        """Plans (B, n, Q) long of texts; keywords as for `unsloth_ext.plan`. Greedy without any."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        batch = question_batch(self.tokenizer, texts)
+        return plan(self.model, **{k: v.long().to(self.model.device) for k, v in batch.items()}, **kwargs)
+
+    def execute(self, plan: torch.Tensor, **generate_kwargs: Any) -> list[str]:
+        """Texts from plans (B, n, Q); keywords as for `generate`."""
+        if not len(plan):
+            return []
+        generate_kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        out = execute_plan(self.model, plan, **generate_kwargs)
+        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+
+    def generate(self, texts: str | list[str], **generate_kwargs: Any) -> Any:
+        """Greedy plans, then texts from these alone; keywords as for `generate`.
+
+        Returns:
+            For a text its answer, for texts a list of answers.
+        """
+        if isinstance(texts, str):
+            return self.generate([texts], **generate_kwargs)[0]
+        return self.execute(self.plan(texts), **generate_kwargs) if texts else []

@@ -1,0 +1,228 @@
+"""The planner: text and <PLAN> in, typed concepts out.
+
+Positions go on behind the text: <PLAN> at U, then every SEP_i at U + 1 and concept j of every type at U + 1 + j, so that
+inside the plan they are as far apart as the executor finds them. No <EOS> is ever read. A type may be empty.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..mode import evaluating
+from ..residual import backbone_of
+from .head import concept_embeds
+from .passes import read_text, teacher_forced, write
+from .tape import Tape
+from .vocabulary import check_plan, plan_lengths
+from .writers import BeamWriter, HardWriter, SoftWriter
+
+
+@dataclass(frozen=True)
+class SoftPlan:
+    """A sampled plan with its gradients. B texts, n types, Q the largest quota.
+
+    Attributes:
+        ids: (B, n, Q) long, the plan.
+        embeds: (B, n, Q, d), what the executor reads, types aside; 0 where there is no concept. The values are codewords.
+        soft, hard: (B, n, Q, d), expected and chosen codeword; 0 where there is none.
+        open: (B, n, Q) bool, predictions that were made: one for each concept and one for the end, if it was chosen.
+        log_probs: of each type (B, J_i, V_i + 1), without noise, of the J_i <= quota steps that the longest row took; to be
+            read where `open[:, i, :J_i]`.
+        eos: (B, n, Q), p(<EOS>) without noise. Once a row has ended there are no more predictions, and the last one
+            stands (with `multi_token` there are); 1 behind the quota.
+        expected_lengths: (B, n), sum_j prod_{k <= j} (1 - eos_k).
+    """
+
+    ids: torch.Tensor
+    embeds: torch.Tensor
+    soft: torch.Tensor
+    hard: torch.Tensor
+    open: torch.Tensor
+    log_probs: tuple[torch.Tensor, ...]
+    eos: torch.Tensor
+    expected_lengths: torch.Tensor
+
+
+def plan_soft(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> SoftPlan:
+    """Sample plans and keep the gradient: concepts are fed back through the cache as
+
+        e = e_hard + (e_soft - sg(e_soft)),    e_soft = sum_{v in V_i} y_v E_v,    y = softmax((l + g) / temperature)
+
+    with e_hard the argmax of l + g over V_i and <EOS_i>, and y over V_i: whether there is a concept gets its gradient from
+    another place, a weight on what the executor reads,
+
+        w_j = 1 + (a_j - sg(a_j)),    a_j = prod_{k <= j} (1 - p_k(<EOS>)).
+
+    Types stop when every row of the batch has ended, so ranks may run different numbers of passes.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        input_ids (B, U) long, attention_mask (B, U): texts, padded on either side.
+        temperature: of y; samples are of the model's distribution at any.
+        generator: of the Gumbel noise g; None: torch's own.
+
+    Raises:
+        ValueError: the temperature is not positive; gradient checkpointing is on (only `multi_token` of types in parallel
+            can do with it).
+    """
+    _check_temperature(temperature)
+    backbone = backbone_of(model)
+    config = backbone.planner_config
+    one_pass = config.multi_token and len(config.groups) == 1
+    tape, origin = read_text(backbone, input_ids, attention_mask, cached=not one_pass)
+    writer = SoftWriter(backbone.unified_head, config, temperature, generator)
+    write(tape, origin, writer, config.groups)
+
+    quota = config.max_quota
+    found = {name: [] for name in ("ids", "embeds", "soft", "hard", "open", "eos", "survival", "log_probs")}
+    for kind, steps in zip(config.types, writer.steps):
+        rest = kind.quota - len(steps)
+        made = {name: torch.stack(parts, dim=1) for name, parts in zip(steps[0]._fields, zip(*steps))}
+        stay = torch.cat([made["stay"], made["stay"][:, -1:].expand(-1, rest)], dim=1)
+        survival = stay.cumsum(1).exp()
+        found["survival"].append(F.pad(survival, (0, quota - kind.quota)))
+        found["eos"].append(F.pad(-stay.expm1(), (0, quota - kind.quota), value=1.0))
+        found["log_probs"].append(made["log_probs"])
+        found["ids"].append(F.pad(made["ids"], (0, quota - len(steps)), value=-1))
+        found["open"].append(F.pad(made["open"], (0, quota - len(steps))))
+        weight = (1 + (survival - survival.detach()))[:, : len(steps), None]
+        made["embeds"] = made["embeds"] * weight.to(made["embeds"].dtype)
+        for name in ("embeds", "soft", "hard"):
+            there = made[name] * made["alive"][..., None]
+            found[name].append(F.pad(there, (0, 0, 0, quota - len(steps))))
+    log_probs = tuple(found.pop("log_probs"))
+    stacked = {name: torch.stack(parts, dim=1) for name, parts in found.items()}
+    survival = stacked.pop("survival")
+    return SoftPlan(**stacked, log_probs=log_probs, expected_lengths=survival.sum(-1))
+
+
+@torch.no_grad()
+def plan(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    num_return_sequences: int = 1,
+    num_beams: int = 1,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Plans without gradients: greedy, sampled, or those of the largest log p(plan | text) that a beam search finds.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        input_ids (B, U) long, attention_mask (B, U): texts, padded on either side. Each is read once.
+        temperature, generator: of samples.
+        num_return_sequences: plans for each text, behind one another; with beams the best first.
+
+    Returns:
+        (B * num_return_sequences, n, Q) long, see `vocabulary`.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+    _check_temperature(temperature)
+    if num_beams < 1 or num_return_sequences < 1:
+        raise ValueError(f"num_beams={num_beams}, num_return_sequences={num_return_sequences}: at least 1")
+    if num_beams > 1 and do_sample:
+        raise ValueError(f"num_beams={num_beams} with do_sample=True: choose one of them")
+    if not do_sample and num_return_sequences > num_beams:
+        raise ValueError(
+            f"num_return_sequences={num_return_sequences} of num_beams={num_beams}: more than there are; set "
+            "do_sample=True or more beams"
+        )
+    backbone = backbone_of(model)
+    config, head = backbone.planner_config, backbone.unified_head
+    with evaluating(model):
+        tape, origin = read_text(backbone, input_ids, attention_mask)
+        copies = num_beams if num_beams > 1 else num_return_sequences
+        if copies > 1:
+            tape.read()
+            tape.repeat(copies)
+            origin = origin.repeat_interleave(copies)
+        if num_beams == 1:
+            writer = HardWriter(head, config, origin, temperature if do_sample else None, generator)
+            write(tape, origin, writer, config.groups)
+            return writer.plan
+        if config.ordering == "sequential":
+            writer = BeamWriter(head, config, origin, num_beams)
+            write(tape, origin, writer, config.groups)
+            found, scores = writer.plan.unflatten(0, writer.scores.shape), writer.scores
+        else:
+            found, scores = _best_together(tape, origin, num_beams)
+        found, scores = found[:, :num_return_sequences], scores[:, :num_return_sequences]
+    if scores.isinf().any():
+        raise ValueError(f"num_return_sequences={num_return_sequences}: there are fewer plans under these quotas")
+    return found.flatten(0, 1)
+
+
+def _best_together(tape: Tape, origin: torch.Tensor, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plans (B, K, n, Q) and scores (B, K) of types that do not see each other: the best of each, then of their pairs."""
+    backbone = tape.backbone
+    config, found, scores = backbone.planner_config, None, None
+    for i in range(len(config.types)):  # on one tape: they are branches, and what they share is alike in a text's beams
+        writer = BeamWriter(backbone.unified_head, config, origin, beams)
+        write(tape, origin, writer, [[i]])
+        plans = writer.plan.unflatten(0, writer.scores.shape)
+        if i == 0:
+            found, scores = plans, writer.scores
+            continue
+        scores, best = (scores[:, :, None] + writer.scores[:, None]).flatten(1).topk(beams)
+        texts = torch.arange(len(best), device=best.device)[:, None]
+        found = found[texts, best // beams]
+        found[:, :, i] = plans[texts, best % beams, i]
+    return found, scores
+
+
+def plan_log_probs(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    plan: torch.Tensor,
+) -> torch.Tensor:
+    """log p of each prediction of plans (B, n, Q) given texts (B, U), with gradients, in one pass.
+
+    Returns:
+        (B, n, Q): at slot j of a type, log p of its concept j, or of the end if it has j concepts; 0 behind. A type that
+        is as long as its quota has no end.
+
+    Raises:
+        ValueError: `plan` is none under the model's settings, or of another number of rows.
+    """
+    backbone = backbone_of(model)
+    config = backbone.planner_config
+    check_plan(plan, config)
+    if len(plan) != len(input_ids):
+        raise ValueError(f"plan has {len(plan)} rows, input_ids {len(input_ids)}")
+    found = []
+    all_logits = teacher_forced(model, input_ids, attention_mask, concept_embeds(backbone, plan), plan >= 0)
+    for i, logits in enumerate(all_logits):
+        quota, end = logits.shape[1], logits.shape[2] - 1
+        ids = plan[:, i, :quota]
+        log_probs = logits.log_softmax(-1).gather(-1, ids.where(ids >= 0, end)[..., None])[..., 0]
+        open_ = torch.arange(quota, device=plan.device) <= plan_lengths(plan)[:, i, None]
+        found.append(F.pad(log_probs * open_, (0, config.max_quota - quota)))
+    return torch.stack(found, dim=1)
+
+
+def plan_log_prob(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    plan: torch.Tensor,
+) -> torch.Tensor:
+    """log p(plan | text) (B,), the sum of `plan_log_probs`."""
+    return plan_log_probs(model, input_ids, attention_mask, plan).sum((1, 2))
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: more than 0")

@@ -1,0 +1,135 @@
+"""How the next concept is chosen: by value, by chance with a gradient, or in several beams."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .config import PlannerConfig
+from .head import SharedBackboneUnifiedHead
+
+
+class Step(NamedTuple):
+    """What follows a prediction.
+
+    Attributes:
+        embeds: (B, d), of the concept, without type; any where the type has ended.
+        alive: (B,) bool, where there is one.
+        order: (B,) long, the rows that go on; None: all, in place.
+    """
+
+    embeds: torch.Tensor
+    alive: torch.Tensor
+    order: torch.Tensor | None = None
+
+
+class HardWriter:
+    """Concepts without a gradient.
+
+    Attributes:
+        plan: (B, n, Q) long, so far.
+    """
+
+    def __init__(
+        self,
+        head: SharedBackboneUnifiedHead,
+        config: PlannerConfig,
+        origin: torch.Tensor,
+        temperature: float | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        """Greedy without a temperature."""
+        self.head, self.temperature, self.generator = head, temperature, generator
+        self.plan = origin.new_full((len(origin), len(config.types), config.max_quota), -1)
+        self.alive = torch.ones(self.plan.shape[:2], dtype=torch.bool, device=origin.device)
+
+    def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
+        """Concept `j` of type `i`, both from 0, out of logits (B, V_i + 1)."""
+        if self.temperature is not None:
+            logits = logits / self.temperature + gumbel_noise(logits, self.generator)
+        return self.put(i, j, logits.argmax(-1), logits.shape[1] - 1)
+
+    def put(self, i: int, j: int, choice: torch.Tensor, end: int) -> Step:
+        self.alive[:, i] &= choice < end
+        alive = self.alive[:, i].clone()
+        self.plan[:, i, j] = choice.masked_fill(~alive, -1)
+        return Step(F.embedding(choice.clamp(max=end - 1), self.head.concepts(i)), alive)
+
+
+class BeamWriter(HardWriter):
+    """The likeliest plans: K rows for every text, those of a text behind one another.
+
+    Attributes:
+        scores: (B / K, K), log p of what was written, the best first.
+    """
+
+    def __init__(self, head: SharedBackboneUnifiedHead, config: PlannerConfig, origin: torch.Tensor, beams: int):
+        super().__init__(head, config, origin)
+        self.scores = torch.full((len(origin) // beams, beams), -torch.inf, device=origin.device)
+        self.scores[:, 0] = 0  # all beams are alike at first
+
+    def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
+        log_probs = logits.log_softmax(-1)
+        ended = torch.full_like(log_probs, -torch.inf)
+        ended[:, -1] = 0
+        log_probs = torch.where(self.alive[:, i, None], log_probs, ended)
+        texts, beams = self.scores.shape
+        scores = self.scores.to(log_probs.dtype)[..., None] + log_probs.view(texts, beams, -1)
+        self.scores, best = scores.flatten(1).topk(beams)
+        choices = log_probs.shape[1]
+        order = (best // choices + beams * torch.arange(texts, device=best.device)[:, None]).flatten()
+        self.plan, self.alive = self.plan[order], self.alive[order]
+        return self.put(i, j, (best % choices).flatten(), choices - 1)._replace(order=order)
+
+
+class _Choices(NamedTuple):
+    """Of one prediction of a type, as `SoftPlan` has them; `stay` is log(1 - p(<EOS>))."""
+
+    open: torch.Tensor
+    alive: torch.Tensor
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    stay: torch.Tensor
+    soft: torch.Tensor
+    hard: torch.Tensor
+    embeds: torch.Tensor
+
+
+class SoftWriter:
+    """Samples with the gradient of the expected concept, see `plan_soft`."""
+
+    def __init__(
+        self,
+        head: SharedBackboneUnifiedHead,
+        config: PlannerConfig,
+        temperature: float,
+        generator: torch.Generator | None,
+    ):
+        self.head, self.config, self.temperature, self.generator = head, config, temperature, generator
+        self.steps: list[list[_Choices]] = [[] for _ in config.types]
+
+    def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
+        """As of `HardWriter`."""
+        end = logits.shape[1] - 1
+        log_probs = logits.log_softmax(-1)
+        perturbed = (logits + gumbel_noise(logits, self.generator)) / self.temperature
+        choice = perturbed.argmax(-1)
+        before = self.steps[i][-1] if j else None
+        open_ = torch.ones_like(choice, dtype=torch.bool) if before is None else before.alive
+        alive = open_ & (choice < end)
+        stay = log_probs[:, :-1].logsumexp(-1)
+        if before is not None and not self.config.multi_token:
+            stay = torch.where(open_, stay, before.stay)
+        table = self.head.concepts(i)
+        hard = F.embedding(choice.clamp(max=end - 1), table)
+        soft = perturbed[:, :-1].softmax(-1).to(table.dtype) @ table
+        embeds = hard + (soft - soft.detach())
+        ids = choice.masked_fill(~alive, -1)
+        self.steps[i].append(_Choices(open_, alive, ids, log_probs, stay, soft, hard, embeds))
+        return Step(embeds, alive)
+
+
+def gumbel_noise(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Like `logits`, which are floating point."""
+    drawn = torch.empty_like(logits).exponential_(generator=generator)
+    return -drawn.clamp(min=torch.finfo(logits.dtype).tiny).log()
