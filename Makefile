@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv profile-alignment eval-latent bench-latent bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept profile-alignment eval-latent bench-latent bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ train-kava: $(READY)  ## KaVa: the embedded default on a CPU, Qwen2.5-0.5B on GS
 
 train-kv: $(READY)  ## KV alignment: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; ARGS="--flag value"
 	@$(RUN) recipes/kv_distill.py $(call LATENT,kv) $(ARGS)
+
+train-concept: $(READY)  ## concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU
+	@$(RUN) recipes/concept_v2.py $(call LATENT,concept) $(ARGS)
 
 profile-alignment: $(READY)  ## teacher against student before training: shapes, cosines, attention; ARGS="--mode both"
 	@$(RUN) recipes/profile_alignment.py $(ARGS)

@@ -10,6 +10,8 @@ import importlib
 _WHERE = {
     "CODIConfig": "latent.methods",
     "CODITrainer": "latent.methods",
+    "ConceptConfig": "concept",
+    "ConceptTrainer": "concept",
     "HRPOConfig": "hrpo",
     "HRPOTrainer": "hrpo",
     "KAVAConfig": "latent.methods",

@@ -23,6 +23,8 @@ class CompactProgress(ProgressCallback):
         "loss/kv": "kv",
         "loss/ce": "ce",
         "kv/loss": "kv",
+        "concept/ratio": "ratio",
+        "concept/perplexity": "perplexity",
     }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
@@ -113,6 +115,14 @@ KV_CURVES = (
     ("kv/k", "keys: 1 - cosine"),
     ("kv/v", "values: 1 - cosine"),
     ("kv/attn", "attention rows: KL(teacher || student)"),
+)
+CONCEPT_CURVES = (
+    ("accuracy", "held-out accuracy"),
+    ("loss/ce", "cross-entropy"),
+    ("concept/ratio", "tokens for each concept, in training"),
+    ("concept/probability", "mean probability of a concept"),
+    ("concept/perplexity", "perplexity of the codewords"),
+    ("loss/usage", "KL(use of the codewords || uniform)"),
 )
 
 

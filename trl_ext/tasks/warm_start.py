@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from patches import fused_lm_head
 
-from . import arithmetic, equations
+from . import arithmetic, equations, facts
 
 
 def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
@@ -49,6 +49,22 @@ def tiny_with_steps(
     code = [inspect.getsource(equations), inspect.getsource(arithmetic.tiny_config)]
     settings = [seed, held_out, steps, asdict(size), torch.__version__, *code, _RECIPE]
     return _cached(cache, "tiny-steps", settings, train)
+
+
+def tiny_with_facts(
+    cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: facts.Size | None = None
+) -> str:
+    """Folder of the tiny model after `steps` of SFT on facts and their repetition; cached like `tiny_warm_start`."""
+    size = size or facts.SMALL
+
+    def train(folder: Path) -> None:
+        rows = facts.split(held_out, seed, size)[0]
+        rows = Dataset.from_dict({"text": [row["prompt"] + row["completion"] for row in rows]})
+        tokenizer = facts.tokenizer()
+        sft(folder, facts.config(tokenizer, size), tokenizer, rows, steps, 64, 4e-3, seed, progress)
+
+    settings = [seed, held_out, steps, asdict(size), torch.__version__, inspect.getsource(facts), _RECIPE]
+    return _cached(cache, "tiny-facts", settings, train)
 
 
 _RECIPE = "AdamW 0.9 0.98, decay 0.01, warm-up of a tenth, cosine, loss on the completion"

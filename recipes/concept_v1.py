@@ -1,0 +1,70 @@
+"""What online concept compression is measured against: plain LoRA fine-tuning, and a concept for every N tokens.
+
+    python recipes/concept_v1.py                                             # both, the embedded default
+    python recipes/concept_v1.py --baseline fixed --stride 8 --concepts_per_stride 2
+    python recipes/concept_v1.py --baseline lora --model_name Qwen/Qwen3-0.6B --dataset openai/gsm8k --dataset_config main
+
+The same rows, steps, LoRA and evaluation as recipes/concept_v2.py, from the same configuration files, into
+`lora/` and `fixed/` of the output directory.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from accelerate import PartialState
+from trl import TrlParser
+
+from trl_ext import ConceptConfig
+from trl_ext.concept.recipe import EMBEDDED, ScriptArguments, refuse_resume, run
+from trl_ext.flags import chosen, one_of
+from trl_ext.tasks.data import DataArguments
+
+
+CONFIGS = Path(__file__).parent / "configs"
+# In place of what a configuration for concepts decided by the head says
+BASELINES = {
+    "lora": {"use_concepts": False},
+    "fixed": {
+        "segmenter": "fixed",
+        "ratio_weight": 0.0,
+        "calibrate_null": False,
+        "warm_start_share": 0.0,
+        "max_tail": None,
+    },
+}
+
+
+@dataclass
+class BaselineArguments(ScriptArguments):
+    """`ScriptArguments` and which baseline."""
+
+    baseline: str = field(default="both", metadata={"help": f"{', '.join(BASELINES)} or both."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, baseline=(*BASELINES, "both"))
+
+
+def main() -> None:
+    parser = TrlParser((BaselineArguments, DataArguments, ConceptConfig))
+    _, config, others = chosen(sys.argv[1:], CONFIGS, "concept", EMBEDDED)
+    parser.set_defaults(output_dir="runs/concept_v1")
+    script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    names = list(BASELINES) if script.baseline == "both" else [script.baseline]
+    if len(names) > 1:
+        refuse_resume(args)
+    runs = {}
+    for name in names:
+        folder = Path(args.output_dir) / name if len(names) > 1 else args.output_dir
+        runs[name] = replace(args, preset=None, output_dir=str(folder), **BASELINES[name])
+    run((script, data, args), runs, "Baselines of concept tokens")
+
+
+if __name__ == "__main__":
+    main()
+    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there

@@ -1,0 +1,41 @@
+"""Online concept compression: a language model whose middle layers read discrete concepts only, made of its own tokens.
+
+    make train-concept                                  # the embedded default; with a GPU, Qwen3-0.6B on GSM8K
+    python recipes/concept_v2.py --preset literal --output_dir runs/concept_literal
+    python recipes/concept_v2.py --model_name Qwen/Qwen3-0.6B --dataset openai/gsm8k --dataset_config main --lora_r 32
+    python recipes/concept_v2.py --resume_from_checkpoint latest
+
+Every field of TRL's SFTConfig and of ConceptConfig is a flag; `--config FILE.yaml` sets many. Writes the model (`final/`),
+`summary.json`, `curves.png` and `concepts.html`, which shows held-out texts with the ends of their concepts and the
+codewords, into the output directory.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from accelerate import PartialState
+from trl import TrlParser
+
+from trl_ext import ConceptConfig
+from trl_ext.concept.recipe import EMBEDDED, ScriptArguments, run
+from trl_ext.flags import chosen
+from trl_ext.tasks.data import DataArguments
+
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, DataArguments, ConceptConfig))
+    _, config, others = chosen(sys.argv[1:], CONFIGS, "concept", EMBEDDED)
+    script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    run((script, data, args), {"concepts": args}, "Concept tokens")
+
+
+if __name__ == "__main__":
+    main()
+    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there

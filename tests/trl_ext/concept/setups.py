@@ -1,0 +1,71 @@
+"""Rows and trainers that these tests share."""
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from trl_ext import ConceptConfig, ConceptTrainer
+
+
+ROWS = [
+    {"prompt": f"{a}+{b}=", "completion": f"{a}+{b}={a + b}; {'so ' * (a % 3)}##{a + b}"}
+    for a in range(1, 6)
+    for b in (2, 9, 14, 7)
+]
+CASES = {
+    "literal": {},
+    "stable": {"preset": "stable", "target_ratio": 3.0, "warm_start_share": 0.5},
+    "threshold": {"segmenter": "threshold", "gate": "factorised", "calibrate_null": True, "ratio_weight": 0.3},
+    "fixed": {"segmenter": "fixed", "stride": 3, "num_codebooks": 2, "usage_weight": 0.2},
+    "autoregressive": {
+        "segmenter": "autoregressive", "max_tail": 5, "gate": "factorised", "ratio_weight": 0.5, "usage_weight": 0.1,
+        "boundary_keeps_token": True,
+    },
+}  # fmt: skip
+
+
+def base(family="qwen3", layers=4, std=0.1):
+    config = tiny.config(family)
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+    return net
+
+
+def settings(folder, **changes):
+    return {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
+        "save_strategy": "no", "gradient_checkpointing": False, **changes,
+    }  # fmt: skip
+
+
+SPLIT = {"n_shallow": 1, "n_deep": 1, "num_concepts": 16}
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def trainer(folder, peft=False, family="qwen3", model=None, rows=ROWS, tokenizer=None, callbacks=None, **changes):
+    torch.manual_seed(0)
+    return ConceptTrainer(
+        base(family) if model is None else model,
+        ConceptConfig(**settings(folder, **{**SPLIT, **changes})),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:8]),
+        processing_class=tokenizer or tiny.tokenizer(()),
+        peft_config=lora() if peft else None,
+        callbacks=callbacks,
+    )
+
+
+def trained(trainer) -> dict[str, torch.Tensor]:
+    trainer.train()
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}

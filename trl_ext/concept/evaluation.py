@@ -1,0 +1,140 @@
+"""What a model that compresses keeps of a text, and what it costs."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from unsloth_ext.concept.accounting import cost
+from unsloth_ext.concept.modules import has_concepts
+from unsloth_ext.mode import evaluating
+from unsloth_ext.residual import backbone_of
+
+from ..tasks.evaluation import wilson_interval
+from ..tasks.reward import make_reward
+
+
+@dataclass
+class ConceptEvaluation:
+    """Results over n texts. NLLs are nats a token; a model without concepts has only the first figures.
+
+    Attributes:
+        accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
+        nll: of every token. nll_boundary, nll_tail: of those that follow a concept, and of the others.
+        nll_random: with other concepts, drawn uniformly, in the same places.
+        ratio: tokens for each concept, decided as in inference.
+        perplexity: exp of the entropy of the codewords' use, mean over codebooks. used: share of codewords used at all.
+        macs, kv: multiplications and bytes of keys and values, as shares of the same model's without concepts, for texts
+            of this mean length.
+    """
+
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    nll: float
+    nll_boundary: float | None = None
+    nll_tail: float | None = None
+    nll_random: float | None = None
+    ratio: float | None = None
+    perplexity: float | None = None
+    used: float | None = None
+    macs: float | None = None
+    kv: float | None = None
+
+    def numbers(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate_concepts(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    delimiter: str | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> ConceptEvaluation:
+    """Of rows with `prompt`, `completion` and `answer`, plain texts.
+
+    Args:
+        delimiter: what stands before the answer in a completion; None: the completion itself is the answer.
+    """
+    backbone, head = backbone_of(model), model.get_output_embeddings()
+    compresses = has_concepts(model)
+    generator = torch.Generator().manual_seed(0)
+    sums: dict[str, float] = dict.fromkeys(("tokens", "nll", "boundary", "made", "random", "concepts", "real"), 0.0)
+    counts, right = 0, 0
+    with evaluating(model):
+        for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
+            part = rows[start : start + batch_size]
+            texts = [a + b for a, b in zip(part["prompt"], part["completion"])]
+            batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+            ids, real = batch["input_ids"], batch["attention_mask"].bool()
+            out = backbone(ids, attention_mask=batch["attention_mask"], use_cache=False)
+            scored = real[:, 1:]
+            nll = _nll(head(out.last_hidden_state), ids) * scored
+            sums["tokens"] += scored.sum().item()
+            sums["real"] += real.sum().item()
+            sums["nll"] += nll.sum().item()
+            right += _right(model, tokenizer, part, delimiter, max_new_tokens)
+            if not compresses:
+                continue
+            config, choice = backbone.concept_config, out.choice
+            made = choice.concept[:, :-1] & scored
+            sums["boundary"] += nll[made].sum().item()
+            sums["made"] += made.sum().item()
+            sums["concepts"] += choice.concept.sum().item()
+            drawn = torch.randint(config.num_concepts, choice.ids.shape, generator=generator).to(ids.device)
+            drawn = drawn.masked_fill(~choice.concept[..., None], config.null)
+            other = backbone(ids, attention_mask=batch["attention_mask"], concepts=drawn, use_cache=False)
+            sums["random"] += (_nll(head(other.last_hidden_state), ids) * scored).sum().item()
+            counts = counts + torch.stack(
+                [torch.bincount(found, minlength=config.num_concepts) for found in choice.ids[choice.concept].T]
+            )
+    n = len(rows)
+    low, high = wilson_interval(right, n)
+    found = ConceptEvaluation(n, right / n, low, high, sums["nll"] / sums["tokens"])
+    if not compresses:
+        return found
+    found.ratio = sums["real"] / max(sums["concepts"], 1)
+    found.nll_boundary = sums["boundary"] / max(sums["made"], 1)
+    found.nll_tail = (sums["nll"] - sums["boundary"]) / max(sums["tokens"] - sums["made"], 1)
+    found.nll_random = sums["random"] / sums["tokens"]
+    share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    found.perplexity = (-torch.special.xlogy(share, share).sum(-1)).mean().exp().item()
+    found.used = (counts > 0).double().mean().item()
+    length = round(sums["real"] / n)
+    ours, dense = cost(model.config, config, found.ratio, length), cost(model.config, None, tokens=length)
+    found.macs, found.kv = ours.macs / dense.macs, ours.kv / dense.kv
+    return found
+
+
+def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1)."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+
+
+def _right(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    part: dict[str, list[str]],
+    delimiter: str | None,
+    max_new_tokens: int,
+) -> int:
+    """How many answers are right, written greedily."""
+    batch = tokenizer(part["prompt"], padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    out = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
+        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    if delimiter is None:
+        return sum(text.strip() == answer.strip() for text, answer in zip(texts, part["answer"]))
+    return int(sum(make_reward(delimiter)(texts, answer=part["answer"])))

@@ -1,0 +1,206 @@
+"""What the recipes for concept tokens share: flags, data, and one run of training with what it shows."""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl.data_utils import apply_chat_template, is_conversational
+
+from unsloth_ext.concept.model import ConceptModel
+
+from ..flags import at_least
+from ..kv_distill.data import completions
+from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
+from ..report import CONCEPT_CURVES
+from ..tasks import facts, warm_start
+from ..tasks.data import DataArguments
+from ..tasks.evaluation import AccuracyCallback
+from .config import ConceptConfig
+from .evaluation import ConceptEvaluation, evaluate_concepts
+from .looks import write_page
+from .trainer import ConceptTrainer
+
+
+EMBEDDED = ("tiny",)
+PAGE_TEXTS = 12
+
+
+@dataclass
+class ScriptArguments(RecipeArguments):
+    """What the recipes add to the trainer's configuration."""
+
+    base_steps: int = field(
+        default=facts.SMALL.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny model."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in evaluation."})
+    answer_delimiter: str = field(default="####", metadata={"help": "Stands before the answer in a completion."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, base_steps=1, max_new_tokens=1)
+
+
+@dataclass
+class Task:
+    """A model's folder or hub id, its tokenizer, and rows with `prompt`, `completion`, `answer`."""
+
+    base: str
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    held_out: Dataset
+    delimiter: str | None
+
+
+def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> Task:
+    """The embedded default, or what the flags name."""
+    check_tiny(script.model_name, data.dataset)
+    if script.model_name == "tiny":
+        base = warm_start.tiny_with_facts(
+            Path(script.cache_dir),
+            seed=script.warm_start_seed,
+            held_out=script.eval_size,
+            steps=script.base_steps,
+            progress=not args.disable_tqdm,
+        )
+        train, held_out = facts.split(script.eval_size, script.warm_start_seed)
+        return Task(base, AutoTokenizer.from_pretrained(base), train, held_out, None)
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    examples, *both = data.split(
+        train_size=script.train_size, eval_dataset=script.eval_dataset, eval_size=script.eval_size, seed=args.seed
+    )
+    train, held_out = (
+        plain(completions(rows, tokenizer, script.answer_delimiter, examples), tokenizer) for rows in both
+    )
+    return Task(script.model_name, tokenizer, train, held_out, script.answer_delimiter)
+
+
+def plain(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Conversations as texts, without the special token that the tokenizer puts before every text."""
+    if not is_conversational(rows[0]):
+        return rows
+    bos = tokenizer.bos_token or ""
+
+    def text(row: dict[str, Any]) -> dict[str, str]:
+        made = apply_chat_template({name: row[name] for name in ("prompt", "completion")}, tokenizer)
+        return {**made, "prompt": made["prompt"].removeprefix(bos)}
+
+    return rows.map(text)
+
+
+def train(
+    task: Task, script: ScriptArguments, args: ConceptConfig, console: Console, output: Path, resume: str | None
+) -> tuple[ConceptTrainer, ConceptEvaluation, AccuracyCallback]:
+    """One run: the trained model in `output / "final"`."""
+    how = {
+        "delimiter": task.delimiter,
+        "max_new_tokens": script.max_new_tokens,
+        "batch_size": script.eval_batch,
+        "progress": not args.disable_tqdm and args.process_index == 0,
+    }
+    accuracy = AccuracyCallback(
+        script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)
+    )
+    lora = LoraConfig(
+        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    ) if script.lora_r else None  # fmt: skip
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(task.base, trust_remote_code=args.trust_remote_code)
+    trainer = ConceptTrainer(
+        model,
+        args,
+        train_dataset=task.train,
+        eval_dataset=task.held_out if args.eval_strategy != "no" else None,
+        processing_class=task.tokenizer,
+        peft_config=lora,
+        callbacks=[accuracy],
+    )
+    compact_progress(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    after = evaluate_concepts(trainer.model, task.tokenizer, task.held_out, **how)
+    trainer.save_model(str(output / "final"))
+    return trainer, after, accuracy
+
+
+def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) -> ConceptEvaluation:
+    """Of the model before it has concepts."""
+    model = AutoModelForCausalLM.from_pretrained(task.base, trust_remote_code=args.trust_remote_code)
+    model.to("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
+    return evaluate_concepts(
+        model, task.tokenizer, task.held_out, delimiter=task.delimiter, max_new_tokens=script.max_new_tokens,
+        batch_size=script.eval_batch, progress=not args.disable_tqdm,
+    )  # fmt: skip
+
+
+SHOWN = (
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("nll", "NLL, nats a token", "{:.3f}"),
+    ("nll_boundary", "  after a concept", "{:.3f}"),
+    ("nll_tail", "  after other tokens", "{:.3f}"),
+    ("nll_random", "  with random concepts", "{:.3f}"),
+    ("ratio", "tokens for each concept", "{:.2f}"),
+    ("perplexity", "perplexity of the codewords", "{:.1f}"),
+    ("used", "codewords used", "{:.0%}"),
+    ("macs", "multiplications (counted)", "{:.0%}"),
+    ("kv", "keys and values (counted)", "{:.0%}"),
+)
+
+
+def comparison(rows: dict[str, ConceptEvaluation], console: Console) -> None:
+    """Evaluations side by side; what a model without concepts has not is left empty."""
+    table = Table(title=f"Held-out texts: {next(iter(rows.values())).n}", title_justify="left")
+    for head in ("", *rows):
+        table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for name, label, form in SHOWN:
+        values = [getattr(r, name) for r in rows.values()]
+        if any(value is not None for value in values):
+            table.add_row(label, *("" if value is None else form.format(value) for value in values))
+    console.print(table)
+
+
+def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> None:
+    """Train `runs` by name, one after the other, and show them beside the model that they began with.
+
+    Args:
+        parser_result: script, data and trainer's arguments; the last one's output folder holds everything.
+        runs: by name. One alone trains in the output folder itself.
+    """
+    script, data, args = parser_result
+    started = time.time()
+    console, output, resume = start(args, script.model_name, EMBEDDED)
+    task = load(script, data, args)
+    output.mkdir(parents=True, exist_ok=True)
+    rows = {"without concepts, before": base_evaluation(task, script, args)}
+    for name, config in runs.items():
+        trainer, after, accuracy = train(task, script, config, console, Path(config.output_dir), resume)
+        rows[name] = after
+        if not trainer.is_world_process_zero():
+            continue
+        if config.use_concepts:
+            texts = [row["prompt"] + row["completion"] for row in task.held_out.select(range(min(PAGE_TEXTS, after.n)))]
+            page = Path(config.output_dir) / "concepts.html"
+            write_page(
+                page, ConceptModel(trainer.model, task.tokenizer), texts, f"{title}: {name}, {script.model_name}"
+            )
+            console.print(f"Written: {page}")
+        finish(
+            trainer, console, started, (title, name, script.model_name, data.dataset), accuracy, after, CONCEPT_CURVES,
+            base=rows["without concepts, before"].numbers(), script=asdict(script), data=asdict(data),
+        )  # fmt: skip
+    if args.process_index == 0:
+        comparison(rows, console)
+
+
+def refuse_resume(args: ConceptConfig) -> None:
+    """Exits: several runs have several checkpoints."""
+    if args.resume_from_checkpoint:
+        sys.exit("--resume_from_checkpoint: name one run with --baseline, and resume it")

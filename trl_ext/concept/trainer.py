@@ -1,0 +1,215 @@
+"""SFT of a model that compresses while it reads.
+
+What differs from SFT, and where: the model is given concepts before PEFT wraps it; `compute_loss` says how the gate decides
+at this step and adds the ratio and usage losses; head and embedding may have a learning rate of their own. Everything else is
+the parent's; `use_concepts=False` is the parent.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from patches import fused_lm_head
+from unsloth_ext.concept.forward import ConceptOutput
+from unsloth_ext.concept.modules import (
+    attach_concepts,
+    check_adapter,
+    has_concepts,
+    remember_concepts,
+    with_concept_modules,
+)
+from unsloth_ext.mode import evaluating
+from unsloth_ext.residual import backbone_of
+
+from ..checkpointing import SafeCheckpointMixin
+from ..creation import check_name, preparing_models, with_adapter
+from ..parameter_groups import split_by_role
+from .config import ConceptConfig
+from .losses import everywhere, ratio_loss, usage_kl_to_uniform
+
+
+logger = logging.get_logger(__name__)
+
+
+class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
+    """Same constructor as `SFTTrainer`. A model without concepts is given them, before PEFT wraps it.
+
+    Raises:
+        ValueError: at construction, for a model whose layers cannot be split as asked for, or whose adapter leaves the
+            concepts untrained.
+    """
+
+    _tag_names = ["trl", "concept-tokens"]
+    _name = "Concept tokens"
+
+    def __init__(self, model: Any, args: ConceptConfig | None = None, *others: Any, **keywords: Any):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = ConceptConfig(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, ConceptConfig):
+            raise ValueError(f"args is a {type(args).__name__}; concept tokens need a ConceptConfig")
+        check_name(model)
+        fused_lm_head.ensure()
+        if not args.use_concepts:
+            model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
+            super().__init__(model, args, *others, **keywords)
+            return
+        lora = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
+        if lora is not None:
+            vars(lora).update(with_concept_modules(lora))
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # no nn.DataParallel, whose replicas would decide each for itself
+        if not isinstance(model, str):
+            prepare(model, args)
+            model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
+        with preparing_models(super().__init__, lambda loaded: prepare(loaded, args)):
+            super().__init__(model, args, *others, **keywords)
+        if is_peft_model(self.model):
+            remember_concepts(self.model)
+        self._calibrated = False
+        self._seen: ConceptOutput | None = None
+        backbone_of(self.model).register_forward_hook(self._see)
+
+    def _see(self, _: Any, __: Any, output: ConceptOutput) -> None:
+        self._seen = output
+
+    # -- how the gate decides now ------------------------------------------------------------------------------------
+
+    @property
+    def _warm_steps(self) -> int:
+        return round(self.args.warm_start_share * self.state.max_steps)
+
+    @contextlib.contextmanager
+    def _deciding(self) -> Iterator[None]:
+        """The gate as of this step for the block; evaluation decides as inference does."""
+        args, gate = self.args, backbone_of(self.model).concept_gate
+        kept = vars(gate).copy()
+        if self.model.training:
+            done = self.state.global_step / max(1, self.state.max_steps)
+            end = args.temperature if args.temperature_end is None else args.temperature_end
+            gate.temperature = args.temperature * (end / args.temperature) ** done
+            if self.state.global_step < self._warm_steps:
+                config = backbone_of(self.model).concept_config
+                gate.segment_as = replace(
+                    config, segmenter="fixed", stride=round(args.target_ratio), concepts_per_stride=1, max_tail=None,
+                    max_nulls=None,
+                )  # fmt: skip
+        try:
+            yield
+        finally:
+            vars(gate).update(kept)
+
+    @torch.no_grad()
+    def _calibrate(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Move the NULL bias so that one token in R of this step's first batch becomes a concept."""
+        backbone = backbone_of(self.model)
+        with evaluating(self.model):
+            backbone(**{k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids") if k in inputs})
+        logit = self._seen.choice.probability[self._seen.valid].logit().float()
+        backbone.concept_head.bias[-1] += self.accelerator.gather(shift(logit, self.args)).mean()
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.args.use_concepts:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        args, training = self.args, self.model.training
+        mode = "train" if training else "eval"
+        if training and args.calibrate_null and self.state.global_step == self._warm_steps and not self._calibrated:
+            self._calibrate(model, inputs)
+            self._calibrated = True  # of this step's micro-batches the first
+        with self._deciding():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            temperature = backbone_of(self.model).concept_gate.temperature
+        loss, outputs = result if return_outputs else (result, None)
+        terms, metrics = self._terms()
+        steps = self.current_gradient_accumulation_steps if training and num_items_in_batch is not None else 1
+        logged = self._metrics[mode]
+        logged["loss/ce"].append(self.accelerator.gather(loss.detach()).mean().item() * steps)
+        if training:
+            logged["concept/temperature"].append(temperature)
+        for name, value in metrics.items():
+            logged[name].append(value.item())
+        for weight, term in terms:
+            loss = loss + weight * term / steps
+        self._seen = None
+        return (loss, outputs) if return_outputs else loss
+
+    def _terms(self) -> tuple[list[tuple[float, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Weighted terms of the forward just seen, and what to log of it; both of all processes."""
+        choice, valid, args = self._seen.choice, self._seen.valid, self.args
+        config = backbone_of(self.model).concept_config
+        sums = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.probability.dtype)
+        tokens, concepts = self._everywhere(sums)
+        made = concepts / tokens
+        probability = self._everywhere((choice.probability * valid).sum()) / tokens
+        codes = choice.logits[choice.concept][:, :-1].unflatten(-1, (config.num_codebooks, -1))
+        use = self._everywhere(codes.softmax(-1).sum(0)) + torch.finfo(codes.dtype).tiny
+        counts = torch.stack(
+            [torch.bincount(ids, minlength=config.num_concepts) for ids in choice.ids[choice.concept].T]
+        )
+        counts = self.accelerator.reduce(counts, "sum").to(use.dtype) + torch.finfo(use.dtype).tiny
+        usage = usage_kl_to_uniform(use)
+        ratio = ratio_loss(made, probability, args.target_ratio)
+        metrics = {
+            "concept/ratio": tokens / concepts.clamp(min=1),
+            "concept/probability": probability.detach(),
+            "concept/perplexity": (torch.tensor(config.num_concepts).log() - usage_kl_to_uniform(counts)).exp(),
+            "loss/ratio": ratio.detach(),
+            "loss/usage": usage.detach(),
+        }
+        terms = [(args.ratio_weight, ratio), (args.usage_weight, usage)]
+        return [(weight, term) for weight, term in terms if weight], metrics
+
+    def _everywhere(self, local: torch.Tensor) -> torch.Tensor:
+        return everywhere(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)
+
+    # -- learning rates -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.args.use_concepts and self.args.concept_learning_rate is not None:
+            split_by_role(optimizer, self.model, {"concept_": self.args.concept_learning_rate})
+        return optimizer
+
+
+def prepare(model: PreTrainedModel, args: ConceptConfig) -> None:
+    """Give a model its concepts, unless it has them.
+
+    Raises:
+        ValueError: its adapter would leave them untrained, or was made before them.
+    """
+    if not has_concepts(model):
+        if is_peft_model(model):
+            raise ValueError("the model is wrapped by PEFT and has no concepts: pass the bare model with peft_config")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            attach_concepts(model, args.online(model.config.num_hidden_layers))
+        return
+    if is_peft_model(model):
+        check_adapter(model)
+    kept = backbone_of(model).concept_config
+    for name, value in vars(args.online(model.config.num_hidden_layers)).items():
+        if getattr(kept, name) != value:
+            logger.warning(f"the model was made with {name}={getattr(kept, name)!r} and keeps it; asked for: {value!r}")
+
+
+def shift(logit: torch.Tensor, args: ConceptConfig) -> torch.Tensor:
+    """What to add to the NULL bias so that of tokens with these logits (n,) one in R becomes a concept."""
+    if args.segmenter != "threshold":
+        return logit.quantile(1 - 1 / args.target_ratio)
+    low, high = logit.min() - 20, logit.max() + 20  # their probabilities add up to the concepts: by bisection
+    for _ in range(60):
+        middle = (low + high) / 2
+        more = (logit - middle).sigmoid().mean() > 1 / args.target_ratio
+        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+    return middle

@@ -1,0 +1,101 @@
+"""Facts to remember word for word, for concept tokens without a hub: `Ada 9 gloves . Noah 4 maps .`, and the same again.
+
+A fact is four tokens and holds log2(16 * 8 * 12) = 10.6 bits: who cannot carry these across cannot write the second half.
+Everything but a new fact can be predicted; a model's loss says how much of the text it still knows.
+"""
+
+import random
+from dataclasses import dataclass
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+
+NAMES = [
+    "Ada",
+    "Ben",
+    "Cora",
+    "Dan",
+    "Emma",
+    "Finn",
+    "Gwen",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Liam",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+]
+NUMBERS = ["2", "3", "4", "5", "6", "7", "8", "9"]
+THINGS = ["apples", "books", "coins", "doors", "eggs", "forks", "gloves", "hats", "jars", "keys", "lamps", "maps"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A task and the model for it."""
+
+    facts: int = 6
+    rows: int = 20_000
+    layers: int = 6
+    width: int = 64
+    warm_start_steps: int = 300
+
+
+SMALL = Size()
+
+
+def texts(number: int, seed: int, facts: int) -> list[list[str]]:
+    """Distinct lists of facts about different people."""
+    rng, found = random.Random(seed), {}
+    while len(found) < number:
+        row = tuple(f"{name} {rng.choice(NUMBERS)} {rng.choice(THINGS)} ." for name in rng.sample(NAMES, facts))
+        found[row] = list(row)
+    return list(found.values())
+
+
+def split(held_out: int, seed: int, size: Size | None = None) -> tuple[Dataset, Dataset]:
+    """(training, held-out) rows: `prompt` the facts, `completion` the same once more, `answer` what of it counts."""
+    size = size or SMALL
+    found = texts(size.rows + held_out, seed, size.facts)
+
+    def rows(some: list[list[str]]) -> Dataset:
+        halves = [" ".join(facts) for facts in some]
+        return Dataset.from_dict({"prompt": halves, "completion": [f" {half}" for half in halves], "answer": halves})
+
+    return rows(found[held_out:]), rows(found[:held_out])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word."""
+    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", ".", *NUMBERS, *NAMES, *THINGS]
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # puts the spaces back
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left",
+    )  # fmt: skip
+
+
+def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen3Config:
+    """The model's, without weights. They start five times as large as usual: copying is then learnt within 200 steps."""
+    size = size or SMALL
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        intermediate_size=3 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=size.width // 4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
