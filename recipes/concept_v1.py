@@ -35,6 +35,7 @@ BASELINES = {
         "calibrate_null": False,
         "warm_start_share": 0.0,
         "max_tail": None,
+        "max_nulls": None,
     },
 }
 

@@ -1,6 +1,6 @@
 """A run that saves at every step and resumes from the newest whole checkpoint, for test_kill.py to kill.
 
-python -m tests.trl_ext.kill_worker hrpo|latent|kv FOLDER
+python -m tests.trl_ext.kill_worker hrpo|latent|kv|concept FOLDER
 """
 
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
@@ -30,6 +31,8 @@ def main() -> None:
         trainer = hrpo.hrpo(folder, **saving, num_iterations=2, beta=0.02)
     elif method == "kv":
         trainer = kv.trainer(folder / "out", peft=True, **saving)
+    elif method == "concept":
+        trainer = concept.trainer(folder / "out", peft=True, **saving, **concept.CASES["stable"])
     else:
         trainer = latent.trainer(folder / "out", **saving, projection_dropout=0.1, **latent.CASES["kv"])
     trainer.add_callback(Announce())

@@ -31,6 +31,8 @@ def start(method, folder, case, processes):
         ("latent", "kv", "loss/kv"),
         ("kv", "default", "kv/attn"),
         ("kv", "note", "kv/k"),
+        ("concept", "stable", "loss/ratio"),
+        ("concept", "autoregressive", "concept/ratio"),
     ],
 )
 def test_two_processes_are_one(tmp_path, method, case, term):

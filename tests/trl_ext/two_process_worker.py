@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
 
@@ -26,6 +27,11 @@ def main() -> None:
     if method == "latent":
         trainer = latent.trainer(folder, **sizes, **latent.CASES[case])
         named = dict(trainer.model.named_parameters())
+    elif method == "concept":
+        # One codeword: what each process would sample is its own
+        plain = {"optim": "sgd", "learning_rate": 0.1, "num_concepts": 1, **concept.CASES[case]}
+        trainer = concept.trainer(folder, rows=ROWS, **plain, **sizes)
+        named = dict(trainer.model.named_parameters())
     else:
         # SGD: AdamW would turn the rounding of gradients that should be zero into whole steps
         plain = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
@@ -35,7 +41,7 @@ def main() -> None:
     evaluated = trainer.evaluate()
     if trainer.is_world_process_zero():
         steps = [
-            {k: v for k, v in e.items() if k.startswith(("loss", "grad", "kv/")) and "target" not in k}
+            {k: v for k, v in e.items() if k.startswith(("loss", "grad", "kv/", "concept/")) and "target" not in k}
             for e in trainer.state.log_history
         ]
         torch.save(torch.cat([p.detach().flatten() for p in named.values() if p.requires_grad]), folder / "weights.pt")

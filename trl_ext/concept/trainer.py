@@ -1,8 +1,8 @@
 """SFT of a model that compresses while it reads.
 
 What differs from SFT, and where: the model is given concepts before PEFT wraps it; `compute_loss` says how the gate decides
-at this step and adds the ratio and usage losses; head and embedding may have a learning rate of their own. Everything else is
-the parent's; `use_concepts=False` is the parent.
+at this step and adds the ratio and usage losses; head and embedding may have a learning rate of their own. The rest is the
+parent's; `use_concepts=False` is the parent.
 """
 
 import contextlib
@@ -114,7 +114,8 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         with evaluating(self.model):
             backbone(**{k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids") if k in inputs})
         logit = self._seen.choice.probability[self._seen.valid].logit().float()
-        backbone.concept_head.bias[-1] += self.accelerator.gather(shift(logit, self.args)).mean()
+        together = self.accelerator.gather(self.accelerator.pad_across_processes(logit, pad_index=torch.nan))
+        backbone.concept_head.bias[-1] += shift(together[~together.isnan()], self.args)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,6 @@ class ConceptCache:
 
 
 def used_first(used: torch.Tensor, least: int = 0) -> torch.Tensor:
-    """Indices (B, n) of the slots `used` (B, T) bool, in their order; n as in the fullest row, at least `least`; others fill
-    up with any."""
+    """Indices (B, n) of the slots `used` (B, T) bool, in their order; n as in the fullest row, at least `least`, the others
+    filled up with any."""
     return (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(least, int(used.sum(1).max()))]

@@ -33,7 +33,7 @@ class ConceptHead(nn.Linear):
 
 
 class ConceptEmbedding(nn.Embedding):
-    """Concepts (..., C) long, one codeword of each codebook, to what the middle layers read (..., d). `<NULL>` has no row."""
+    """Concepts (..., C) long, a codeword of each codebook, to what the middle layers read (..., d). `<NULL>` has no row."""
 
     def __init__(self, d: int, config: OnlineConceptConfig, std: float, **like):
         self.num_concepts = config.num_concepts

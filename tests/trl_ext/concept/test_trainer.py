@@ -121,7 +121,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, peft, case):
 
 
 def test_accumulated_steps_are_one_batch(tmp_path):
-    """Cross-entropy: every token weighs the same, wherever it falls; SGD, 1e-6. A concept of one codeword is never drawn."""
+    """Cross-entropy: every token weighs the same, wherever it falls; SGD, 1e-6. One codeword leaves nothing to be drawn."""
     changes = {"segmenter": "fixed", "num_concepts": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     one, many = (
         setups.trainer(
@@ -142,7 +142,7 @@ def test_packed_rows_are_the_rows_alone(tmp_path):
     alone = setups.trainer(tmp_path, **changes)
     for trainer in (packed, alone):
         trainer.model.eval()
-    batch = packed.data_collator([{k: v for k, v in packed.train_dataset[i].items()} for i in range(2)])
+    batch = packed.data_collator([packed.train_dataset[i] for i in range(2)])
     assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() > 4
     found = packed.compute_loss(packed.model, dict(batch))
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
@@ -158,7 +158,7 @@ def test_packed_rows_are_the_rows_alone(tmp_path):
 
 
 def test_the_gate_follows_its_schedule(tmp_path):
-    """Stride 3 for half of the steps, then calibrated once; temperature from 1 to 0.3; evaluation by the head throughout."""
+    """Stride 3 for half of the steps, then calibrated once; temperature from 1 to 0.3; evaluation always by the head."""
     from transformers import TrainerCallback
 
     seen = []

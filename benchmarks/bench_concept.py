@@ -1,0 +1,202 @@
+"""What online concept compression keeps, over seeds: the literal objective, each addition, and what one would do instead.
+
+    make bench-concept                                            # with the other parts
+    python benchmarks/bench_concept.py --seeds 0 --only literal stable
+
+The facts of recipes/concept_v2.py: the same tiny model, rows, steps and LoRA in every run. Figures are held out and under the
+rule of inference. Results so far are kept in benchmarks/results/concept_<device>.json: a run that is there is not repeated
+without --fresh.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import setups
+
+
+ROOT = Path(__file__).parents[1]
+STEPS = 300
+HELD_OUT = 500
+R = 4
+STABLE = {"preset": "stable"}
+# (a) the literal objective, (b) with each addition, alone and left out, (c) to (f) what one would do instead
+RUNS: dict[str, dict] = {
+    "literal": {},
+    "literal + two-sided gate": {"gate": "factorised"},
+    "literal + ratio loss": {"ratio_weight": 1.0},
+    "literal + usage KL": {"usage_weight": 0.1},
+    "literal + calibrated NULL": {"calibrate_null": True},
+    "literal + warm start": {"warm_start_share": 0.2},
+    "literal + temperature to 0.3": {"temperature_end": 0.3},
+    "literal + at most 4 tokens": {"max_tail": 4},
+    "literal + boundary keeps token": {"boundary_keeps_token": True},
+    "stable": STABLE,
+    "stable - two-sided gate": {**STABLE, "gate": "LITERAL"},
+    "stable - ratio loss": {**STABLE, "ratio_weight": "OFF"},
+    "stable - usage KL": {**STABLE, "usage_weight": "OFF"},
+    "stable - calibrated NULL": {**STABLE, "calibrate_null": "OFF"},
+    "stable - warm start": {**STABLE, "warm_start_share": "OFF"},
+    "stable - temperature": {**STABLE, "temperature_end": "OFF"},
+    "stable + at most 8 tokens": {**STABLE, "max_tail": 8},
+    "stable + boundary keeps token": {**STABLE, "boundary_keeps_token": True},
+    "stable, one codebook of 4096": {**STABLE, "num_codebooks": 1, "num_concepts": 4096},
+    "stable, threshold": {**STABLE, "segmenter": "threshold"},
+    "stable, entropy": {**STABLE, "segmenter": "entropy"},
+    "stable, autoregressive": {**STABLE, "segmenter": "autoregressive", "max_tail": 8},
+    "fixed stride": {"segmenter": "fixed", "stride": R, "usage_weight": 0.1, "temperature_end": 0.3},
+    "random boundaries": {"gate": "factorised", "usage_weight": 0.1, "temperature_end": 0.3},
+    "LoRA, all layers": {"use_concepts": False},
+    "LoRA, layers of equal cost": {"use_concepts": False},
+}
+OFF = {"gate": "literal", "ratio_weight": 0.0, "usage_weight": 0.0, "calibrate_null": False, "warm_start_share": 0.0,
+       "temperature_end": None}  # fmt: skip
+
+
+def fields(name: str) -> dict:
+    """A run's configuration; a preset is written out, and what is left out of it taken away."""
+    from trl_ext.concept.config import PRESETS
+
+    found = dict(RUNS[name])
+    preset = PRESETS[found.pop("preset", "literal")]
+    return {**preset, **{k: OFF[k] if v in ("OFF", "LITERAL") else v for k, v in found.items()}}
+
+
+def run(name: str, seed: int, steps: int, base: str, out: str | None = None) -> dict:
+    """One run; figures of the evaluation."""
+    torch.set_num_threads(1)
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from trl_ext import ConceptConfig, ConceptTrainer
+    from trl_ext.concept.evaluation import evaluate_concepts
+    from trl_ext.tasks import facts
+    from unsloth_ext import backbone_of
+    from unsloth_ext.concept.accounting import equal_depth
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        train, held_out = facts.split(HELD_OUT, 0)
+        set_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        args = ConceptConfig(
+            **{
+                "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 64, "seed": seed,
+                "learning_rate": 4e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98, "n_shallow": 1,
+                "n_deep": 1, "num_concepts": 32, "num_codebooks": 3, "target_ratio": R, "completion_only_loss": False,
+                "max_length": None, "use_cpu": not setups.CUDA, "bf16": False, "report_to": "none", "save_strategy": "no",
+                "gradient_checkpointing": False, "disable_tqdm": True, "logging_steps": 10, **fields(name),
+            }
+        )  # fmt: skip
+        if name == "LoRA, layers of equal cost":
+            prune(model, equal_depth(model.config, args.online(model.config.num_hidden_layers), R))
+        trainer = ConceptTrainer(
+            model,
+            args,
+            train_dataset=train,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        if name == "random boundaries":
+            backbone_of(trainer.model).concept_gate.rescore = lambda score: 1 / R - torch.rand_like(score)
+        started = time.time()
+        trainer.train()
+        seconds = time.time() - started
+        found = evaluate_concepts(trainer.model, tokenizer, held_out, max_new_tokens=30, batch_size=250)
+    kept = ("loss/ce", "concept/ratio", "concept/perplexity")
+    curve = [{k: e[k] for k in ("step", *kept) if k in e} for e in trainer.state.log_history if "loss" in e]
+    return {**found.numbers(), "ms_per_step": 1000 * seconds / steps, "curve": curve}
+
+
+def prune(model: torch.nn.Module, layers: int) -> None:
+    """Fewer layers, evenly spread with the first and the last among them, in place."""
+    places = torch.linspace(0, model.config.num_hidden_layers - 1, layers).round().long().tolist()
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in places)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = i
+    model.config.num_hidden_layers = layers
+    model.config.layer_types = ["full_attention"] * layers
+
+
+COLUMNS = (
+    ("accuracy", "accuracy", ".0%"),
+    ("nll", "NLL", ".3f"),
+    ("nll_boundary", "after a concept", ".3f"),
+    ("nll_tail", "after others", ".3f"),
+    ("nll_random", "random concepts", ".3f"),
+    ("ratio", "tokens/concept", ".2f"),
+    ("perplexity", "perplexity", ".1f"),
+    ("used", "used", ".0%"),
+    ("macs", "MACs", ".0%"),
+    ("kv", "KV", ".0%"),
+    ("ms_per_step", "ms/step", ".0f"),
+)
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """Mean, and lowest to highest of several."""
+    if any(value is None for value in values):
+        return ""
+    mean = format(statistics.mean(values), form)
+    return mean if min(values) == max(values) else f"{mean} ({min(values):{form}}..{max(values):{form}})"
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    lines = [f"| {' | '.join(['', *(label for _, label, _ in COLUMNS)])} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for name, runs in results.items():
+        cells = [spread([run[key] for run in runs.values()], form) for key, _, form in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--cache", default="runs/cache")
+    parser.add_argument("--fresh", action="store_true")
+    options = parser.parse_args()
+    from trl_ext.report import write_between
+    from trl_ext.tasks import facts, warm_start
+
+    path = setups.RESULTS / f"concept_{setups.device_name()}.json"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    base = warm_start.tiny_with_facts(
+        Path(options.cache), seed=0, held_out=HELD_OUT, steps=facts.SMALL.warm_start_steps, progress=False
+    )
+    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
+    jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run, n, s, options.steps, base): (n, s) for n, s in jobs}
+        for done in as_completed(running):
+            name, seed = running[done]
+            last = done.result()
+            results.setdefault(name, {})[str(seed)] = last
+            ratio = "" if last["ratio"] is None else f", {last['ratio']:.2f} tokens/concept"
+            print(f"seed {seed}  {name}: accuracy {last['accuracy']:.3f}, NLL {last['nll']:.3f}{ratio}", flush=True)
+            setups.write("concept", {"command": "make bench-concept", "results": results})
+    done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in RUNS if n in results}
+    markdown = table(done)
+    Console().print(markdown, markup=False, soft_wrap=True)
+    if path.name == "concept_cpu.json":
+        seeds = min(len(runs) for runs in done.values())
+        note = f"{seeds} seeds, {HELD_OUT} held-out texts, {options.steps} steps; mean (lowest..highest)."
+        write_between(ROOT / "docs/concept_tokens.md", "learning", f"{note}\n\n{markdown}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What is counted against what torch counts, and against the figures of the method's theory."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config
+
+from unsloth_ext import OnlineConceptConfig, backbone_of
+from unsloth_ext.concept.accounting import cost, equal_depth
+
+from .test_forward import FAMILIES, model
+
+
+def test_qwen3_of_0_6b():
+    """(4, 20, 4) at R = 4: 0.61 of the multiplications and 0.36 of the keys and values, as 13 of 28 layers cost."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    ours, whole = cost(config, OnlineConceptConfig(), 4.0), cost(config)
+    assert ours.macs / whole.macs == pytest.approx(0.61, abs=0.005)
+    assert ours.kv / whole.kv == pytest.approx(0.36, abs=0.005)
+    assert equal_depth(config, OnlineConceptConfig(), 4.0) == 13
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"boundary_keeps_token": True, "num_codebooks": 2}, {"segmenter": "entropy"}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_multiplications_are_those_that_are_made(family, settings):
+    """Exactly, of 24 tokens and 6 concepts: every product of the layers and the heads, by torch's counter."""
+    net = model(family, (2, 2, 1), torch.float32, **{"segmenter": "fixed", "stride": 4, **(settings or {})})
+    if settings is None:
+        del backbone_of(net).forward
+    if (settings or {}).get("segmenter") == "entropy":
+        backbone_of(net).concept_gate.segment_as = OnlineConceptConfig(segmenter="fixed", stride=4)
+    ids = torch.randint(3, 60, (1, 24))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(ids, use_cache=False)
+    found = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    concepts = None if settings is None else backbone_of(net).concept_config
+    wanted = cost(net.config, concepts, 4.0)
+    assert found / 2 / 24 == wanted.macs
+
+
+def test_keys_and_values_are_those_that_are_held():
+    """To 2%, after a text of 40: the tail is counted as half a stride long."""
+    net = model("qwen3", segmenter="fixed", stride=4)
+    ids = torch.randint(3, 60, (1, 40))
+    held = net(ids, use_cache=True).past_key_values.num_bytes() / 8 / 40
+    assert held == pytest.approx(cost(net.config, backbone_of(net).concept_config, 4.0, 40).kv, rel=0.02)
