@@ -1,6 +1,6 @@
 """Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without. HRPO: rollout and
 training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. KV
-distillation: `gpu_kv.py`. Ends with a table and `results/gpu_check_<device>.json`.
+distillation: `gpu_kv.py`. Concept tokens: `gpu_concept.py`. Ends with a table and `results/gpu_check_<device>.json`.
 
     python benchmarks/gpu_check.py [--rehearse]
 
@@ -52,6 +52,7 @@ def backend(name: str, rehearse: bool) -> dict:
         base.get_input_embeddings().weight[0] = 0  # and pad is never sampled, which Unsloth would take for padding
     base.save_pretrained(folder)
     setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
+    import gpu_concept
     import gpu_kv
     import gpu_latent
 
@@ -63,6 +64,8 @@ def backend(name: str, rehearse: bool) -> dict:
             report[f"{precision} {method}"] = gpu_latent.train(folder, method, precision)
         for case in gpu_kv.CASES:
             report[f"{precision} KV {case}"] = gpu_kv.train(folder, case, precision)
+        for case in gpu_concept.CASES:
+            report[f"{precision} concepts {case}"] = gpu_concept.train(folder, case, precision)
     for result in report.values():
         result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
     report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]

@@ -1,0 +1,114 @@
+"""What gpu_check.py asks of concept tokens: finite losses, LoRA, head and embedding learn, decoding and FlexAttention agree
+with the forward of whole texts in SDPA."""
+
+import time
+
+import setups
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
+
+from trl_ext import ConceptConfig, ConceptTrainer
+from unsloth_ext import backbone_of
+from unsloth_ext.concept import flex
+
+
+CASES = {"literal": {}, "stable": {"preset": "stable", "max_tail": 8, "num_codebooks": 2}}
+# Of hidden states, relative to their root mean square: token by token, and by FlexAttention, against a text at once
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "4bit": 0.1}
+STEPS = 3
+WRITTEN = 24
+
+
+def train(folder: str, case: str, precision: str) -> dict:
+    """A few steps; what they say about agreement and learning."""
+    base = AutoModelForCausalLM.from_pretrained(folder).config
+    torch.manual_seed(1)
+    layers = {"num_hidden_layers": 4, "layer_types": None, "max_position_embeddings": 4096}
+    made = AutoModelForCausalLM.from_config(Qwen2Config(**{**base.to_dict(), **layers}))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+    deeper = f"{folder}/concept_base"
+    made.save_pretrained(deeper)
+    loading: dict = {"dtype": "float32" if precision == "float32" else "bfloat16"}
+    if precision == "4bit":
+        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(deeper, device_map="cuda" if setups.CUDA else "cpu", **loading)
+    args = ConceptConfig(
+        learning_rate=1e-3,
+        n_shallow=1,
+        n_deep=1,
+        num_concepts=64,
+        target_ratio=3.0,
+        gradient_checkpointing=False,
+        **setups.few_steps(precision, STEPS),
+        **CASES[case],
+    )
+    rows = [
+        {"prompt": "What is 12 plus 7? " * (1 + i % 3), "completion": "12 + 7 = 19. " * (1 + i % 4) + f"#### {19 + i}"}
+        for i in range(24)
+    ]
+    trainer = ConceptTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=setups.tokenizer(base.vocab_size - 64),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer._named_trained = lambda: dict(trainer.model.named_parameters())
+    started = time.perf_counter()
+    learned = setups.watched(trainer, ["lora_", "concept_head", "concept_embedding"])
+    seconds = round((time.perf_counter() - started) / STEPS, 3)
+    with trainer.compute_loss_context_manager():
+        deviation = max(written(trainer), skipped(trainer))
+    return {
+        **learned,
+        "seconds_per_step": seconds,
+        "deviation": deviation,
+        "bound": BOUNDS[precision],
+        "trainer": trl.SFTTrainer.__name__,
+    }
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Root mean square of the difference, as a share of what was wanted."""
+    return ((found - wanted).float().square().mean() / wanted.float().square().mean()).sqrt().item()
+
+
+def some(trainer: ConceptTrainer, tokens: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The decoder, a batch of two texts, and concepts for a third of their tokens."""
+    backbone = backbone_of(trainer.model.eval())
+    config, generator = backbone.concept_config, torch.Generator().manual_seed(0)
+    ids = torch.randint(300, 1000, (2, tokens), generator=generator)
+    concepts = torch.randint(config.num_concepts, (2, tokens, config.num_codebooks), generator=generator)
+    concepts[torch.rand(2, tokens, generator=generator) > 1 / 3] = config.null
+    return backbone, ids.to(trainer.args.device), concepts.to(trainer.args.device)
+
+
+@torch.no_grad()
+def written(trainer: ConceptTrainer) -> float:
+    """Token by token against a text at once."""
+    backbone, ids, concepts = some(trainer, 2 * WRITTEN)
+    whole = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
+    out = backbone(ids[:, :WRITTEN], concepts=concepts[:, :WRITTEN], use_cache=True)
+    more = backbone(ids[:, WRITTEN:], concepts=concepts[:, WRITTEN:], past_key_values=out.past_key_values)
+    return off(torch.cat([out.last_hidden_state, more.last_hidden_state], dim=1), whole)
+
+
+def skipped(trainer: ConceptTrainer) -> float:
+    """FlexAttention, as long texts have it on a GPU, against SDPA: states and the embedding's gradient."""
+    if not setups.CUDA:
+        return 0.0
+    backbone, ids, concepts = some(trainer, flex.FLEX_FROM)
+    found, kept = [], flex.FLEX_FROM
+    for start in (kept, 10 * kept):
+        flex.FLEX_FROM = start
+        states = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
+        weight = next(p for n, p in trainer.model.named_parameters() if "concept_embedding" in n and p.requires_grad)
+        found.append((states.detach(), torch.autograd.grad(states.float().square().sum(), weight)[0]))
+    flex.FLEX_FROM = kept
+    return max(off(a, b) for a, b in zip(*found, strict=True))
