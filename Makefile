@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept profile-alignment eval-latent bench-latent bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner profile-alignment eval-latent bench-latent bench-concept bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ train-kv: $(READY)  ## KV alignment: the embedded default on a CPU, Qwen2.5-7B t
 train-concept: $(READY)  ## concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU
 	@$(RUN) recipes/concept_v2.py $(call LATENT,concept) $(ARGS)
 
+train-planner: $(READY)  ## planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU
+	@$(RUN) recipes/planner_executor.py $(call LATENT,planner) $(ARGS)
+
 profile-alignment: $(READY)  ## teacher against student before training: shapes, cosines, attention; ARGS="--mode both"
 	@$(RUN) recipes/profile_alignment.py $(ARGS)
 
@@ -101,6 +104,11 @@ bench-learning: $(READY)  ## held-out accuracy over seeds: warm start, GRPO, HRP
 
 bench-latent: $(READY)  ## held-out accuracy over seeds: SFT with and without steps, pause tokens, CODI, PCCoT, KaVa
 	@$(RUN) benchmarks/bench_latent.py $(ARGS)
+
+bench-concept: $(READY)  ## concept tokens: what is kept over seeds, wall time, the planner and its switches
+	@$(RUN) -m benchmarks.bench_concept $(ARGS)
+	@$(RUN) -m benchmarks.bench_concept_speed
+	@$(RUN) -m benchmarks.bench_planner $(ARGS)
 
 bench-kv: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
 	@$(RUN) benchmarks/bench_kv.py $(ARGS)

@@ -20,6 +20,8 @@ _WHERE = {
     "KVDistillTrainer": "kv_distill",
     "PCCoTConfig": "latent.methods",
     "PCCoTTrainer": "latent.methods",
+    "PlannerExecutorConfig": "planner",
+    "PlannerExecutorTrainer": "planner",
 }
 __all__ = sorted(_WHERE)
 

@@ -124,6 +124,24 @@ CONCEPT_CURVES = (
     ("concept/perplexity", "perplexity of the codewords"),
     ("loss/usage", "KL(use of the codewords || uniform)"),
 )
+PLANNER_CURVES = (
+    ("accuracy", "held-out texts written exactly"),
+    ("loss/executor", "executor: cross-entropy"),
+    ("loss/planner", "planner: cross-entropy on the best plan"),
+    ("loss/commitment", "1 - cos(expected, chosen codeword)"),
+    ("loss/usage", "KL(use of the concepts || uniform)"),
+    ("loss/quota", "quota"),
+)
+MONITOR_CURVES = (
+    ("monitor/delta_nll_null", "NLL without a plan, minus under it"),
+    ("monitor/delta_nll_random", "NLL of a random plan, minus under its own"),
+    ("em/margin", "best plan's margin over the second"),
+    ("em/flip_rate", "plans that changed in an E-step"),
+    ("em/staleness", "nats that a new plan is better"),
+    ("monitor/cos", "cos(expected, chosen codeword)"),
+    ("monitor/l2", "L2 between them"),
+    ("monitor/planner_grad_norm", "gradient that reaches the plans"),
+)
 
 
 def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
@@ -136,7 +154,8 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
     series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in curves}
     series["accuracy"] = accuracy
     shown = [(name, label) for name, label in curves if len(series[name]) > 1]
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
+    rows = max(2, -(-len(shown) // 3))
+    figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.25 * rows), layout="constrained", sharex=True)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for axis, (name, label) in zip(axes.flat, shown, strict=False):

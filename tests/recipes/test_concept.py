@@ -98,7 +98,10 @@ def files(tmp_path):
 def test_a_model_and_data_of_ones_own(run, files, chat):
     if chat:
         tokenizer = tiny.tokenizer(())
-        tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.role }} {{ m.content }}<eos>{% endfor %}"
+            "{% if add_generation_prompt %}assistant {% endif %}"
+        )
         tokenizer.save_pretrained(files / "model")
     config = files / "own.yaml"
     own = {

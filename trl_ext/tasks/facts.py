@@ -99,3 +99,21 @@ def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def sentences(held_out: int, seed: int, facts: int) -> tuple[Dataset, Dataset]:
+    """(training, held-out) rows whose `completion` is so many facts, after an empty `prompt`: to be written from a plan.
+
+    Raises:
+        ValueError: more than half of all single facts would be held out.
+    """
+    most = len(NAMES) * len(NUMBERS) * len(THINGS) if facts == 1 else 20_000 + held_out
+    if held_out > most // 2:
+        raise ValueError(f"eval_size={held_out}: there are {most} facts in all, hold out at most {most // 2}")
+    found = texts(most, seed, facts)
+
+    def rows(some: list[list[str]]) -> Dataset:
+        whole = [" ".join(row) for row in some]
+        return Dataset.from_dict({"prompt": [""] * len(whole), "completion": whole, "answer": whole})
+
+    return rows(found[held_out:]), rows(found[:held_out])

@@ -23,6 +23,9 @@ from .vocabulary import BOS, PlannerVocabulary
 
 
 HEAD = "unified_head"
+# Standard deviation of the first logits. Gumbel noise has 1.3: below that, plans are noise to begin with, and the executor
+# learns to write without them before the planner can make them mean anything (docs/log.md)
+FIRST_LOGITS = 3.0
 
 
 class SharedBackboneUnifiedHead(nn.Module):
@@ -81,8 +84,8 @@ def concept_embeds(backbone: nn.Module, plan: torch.Tensor) -> torch.Tensor:
 def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) -> PreTrainedModel:
     """Give a causal LM its `SharedBackboneUnifiedHead`, in place. Attach before PEFT wraps the model.
 
-    New rows are as large as token embeddings, with their root mean square; <BOS> is the model's own where it has one.
-    Draws from the global RNG. Nothing is frozen here.
+    New rows are as large as token embeddings, with their root mean square, and concepts large enough for logits that noise
+    does not drown; <BOS> is the model's own where it has one. Draws from the global RNG. Nothing is frozen here.
 
     Raises:
         ValueError: the model plans already, is wrapped by PEFT, runs Unsloth's fast forwards, or its attention is not SDPA
@@ -107,6 +110,10 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
     std = weight.detach().float().square().mean().sqrt().item()
     head = SharedBackboneUnifiedHead(weight.shape[1], config, std, **like)
+    scale = getattr(getattr(backbone, "norm", None), "weight", torch.ones(1)).detach().float().square().mean().sqrt()
+    sharp = FIRST_LOGITS / (weight.shape[1] ** 0.5 * scale.item())
+    for i in range(len(config.types)):
+        head.table.data[head.vocabulary.outputs(i)] *= max(1.0, sharp / std)
     bos = model.config.get_text_config().bos_token_id
     if bos is not None:
         with torch.no_grad():

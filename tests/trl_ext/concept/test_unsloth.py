@@ -25,7 +25,9 @@ def test_unsloths_trainer_trains_as_trls_does(tmp_path):
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     after = setups.trained(trainer)
     assert found["trained"] == sorted(n for n in after if not torch.equal(after[n], before[n]))
-    assert any("lora_B" in name for name in found["trained"]) and any("concept_head" in name for name in found["trained"])
+    assert any("lora_B" in name for name in found["trained"]) and any(
+        "concept_head" in name for name in found["trained"]
+    )
     first = next(entry for entry in trainer.state.log_history if "loss/ce" in entry)
     assert {name for name in first if name.startswith(("concept/", "loss"))} == found["losses"].keys()
     for name in ("concept/ratio", "concept/probability", "loss/ratio", "loss/usage"):

@@ -23,7 +23,9 @@ def test_qwen3_of_0_6b():
     assert equal_depth(config, OnlineConceptConfig(), 4.0) == 13
 
 
-@pytest.mark.parametrize("settings", [None, {}, {"boundary_keeps_token": True, "num_codebooks": 2}, {"segmenter": "entropy"}])
+@pytest.mark.parametrize(
+    "settings", [None, {}, {"boundary_keeps_token": True, "num_codebooks": 2}, {"segmenter": "entropy"}]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_multiplications_are_those_that_are_made(family, settings):
     """Exactly, of 24 tokens and 6 concepts: every product of the layers and the heads, by torch's counter."""
@@ -35,7 +37,9 @@ def test_multiplications_are_those_that_are_made(family, settings):
     ids = torch.randint(3, 60, (1, 24))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(ids, use_cache=False)
-    found = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    found = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    )
     concepts = None if settings is None else backbone_of(net).concept_config
     wanted = cost(net.config, concepts, 4.0)
     assert found / 2 / 24 == wanted.macs

@@ -87,12 +87,20 @@ def test_lengths():
     assert plan_lengths(plans()).tolist() == [[2, 1], [0, 4], [3, 0], [3, 4]]
 
 
-def test_new_rows_are_as_large_as_embeddings_and_bos_is_the_models_own():
-    net = tiny.model()
+@pytest.mark.parametrize("std, larger", [(0.02, True), (1.0, False)])
+def test_new_rows_are_as_large_as_embeddings_and_logits_larger_than_noise(std, larger):
+    """Logits of normed states start with a standard deviation of 3, or more where embeddings are that large; 5%. <BOS> is
+    the model's own."""
+    net = tiny.model(std=std)
+    with torch.no_grad():
+        net.model.norm.weight.fill_(0.7)
     weight = net.get_input_embeddings().weight
     net = attach_planner(net, config(sizes=((500, 3),)))
     head = backbone_of(net).unified_head
-    assert abs(head.table[5:].std() / weight.square().mean().sqrt() - 1) < 0.02
+    states = net.model.norm(torch.randn(500, 32, generator=torch.Generator().manual_seed(3)))
+    assert abs(head(states, 0).std() / (3 if larger else std * 0.7 * 32**0.5) - 1) < 0.05
+    rows = list(range(1, 5))  # <PLAN>, <NULL>, <DROPPED>, <SEP>
+    assert abs(head.table[rows].std() / weight.square().mean().sqrt() - 1) < 0.25
     assert torch.equal(head.table[BOS], weight[net.config.bos_token_id])
     assert head.type_embedding.shape == (2, 32) and not head.type_embedding.any()
     assert net.config.planner == asdict(config(sizes=((500, 3),)))

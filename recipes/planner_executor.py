@@ -1,0 +1,166 @@
+"""A planner writes a short plan in typed concepts, an executor writes the text from the plan alone: one backbone for both.
+
+    make train-planner                                  # the embedded default; with a GPU, Qwen3-0.6B on GSM8K
+    python recipes/planner_executor.py --training hard_em --output_dir runs/planner_em
+    python recipes/planner_executor.py --types '[{"name": "what", "num_concepts": 64, "quota": 4}]' --multi_token true
+    python recipes/planner_executor.py --resume_from_checkpoint latest
+
+Every field of TRL's SFTConfig and of PlannerExecutorConfig is a flag; `--config FILE.yaml` sets many. Writes the model
+(`final/`), `summary.json`, `curves.png` and `monitors.png` into the output directory, and shows held-out texts beside what was
+written from their plans and from random ones.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from accelerate import PartialState
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import TrlParser
+
+from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
+from trl_ext.concept.recipe import plain
+from trl_ext.flags import at_least, chosen
+from trl_ext.kv_distill.data import completions
+from trl_ext.planner.advice import PlannerMonitorCallback
+from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
+from trl_ext.recipe import RecipeArguments, check_tiny, compact_progress, finish, start
+from trl_ext.report import MONITOR_CURVES, PLANNER_CURVES, plot_curves
+from trl_ext.tasks import facts
+from trl_ext.tasks.data import DataArguments
+from trl_ext.tasks.evaluation import AccuracyCallback
+
+
+CONFIGS = Path(__file__).parent / "configs"
+EMBEDDED = ("tiny",)
+TINY = facts.Size(layers=2, width=64)
+
+
+@dataclass
+class ScriptArguments(RecipeArguments):
+    """What the recipe adds to the trainer's configuration."""
+
+    facts: int = field(default=1, metadata={"help": "Facts of a tiny text; 10.6 bits each."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest text in evaluation."})
+    answer_delimiter: str = field(default="####", metadata={"help": "Stands before the answer in a completion."})
+    monitor_every: int = field(
+        default=50, metadata={"help": "Steps between the monitors that need passes of their own."}
+    )
+    auto: bool = field(default=False, metadata={"help": "Let the monitors act on what they see, not only advise."})
+    show: int = field(default=12, metadata={"help": "Held-out texts shown."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, facts=1, max_new_tokens=1, monitor_every=1, show=0)
+
+
+def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConfig):
+    """A model, its tokenizer, training and held-out rows, and what stands before an answer."""
+    check_tiny(script.model_name, data.dataset)
+    if script.model_name == "tiny":
+        tokenizer = facts.tokenizer()
+        set_seed(args.seed)
+        model = AutoModelForCausalLM.from_config(facts.config(tokenizer, TINY))
+        return model, tokenizer, *facts.sentences(script.eval_size, script.warm_start_seed, script.facts), None
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    examples, *both = data.split(
+        train_size=script.train_size, eval_dataset=script.eval_dataset, eval_size=script.eval_size, seed=args.seed
+    )
+    rows = (plain(completions(some, tokenizer, script.answer_delimiter, examples), tokenizer) for some in both)
+    model = AutoModelForCausalLM.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+    return model, tokenizer, *rows, script.answer_delimiter
+
+
+def show(before: PlanEvaluation, after: PlanEvaluation, console: Console) -> None:
+    """Figures before and after training, then the samples."""
+    table = Table(title=f"Held-out texts: {after.n}", title_justify="left")
+    for head in ("", "before", "after"):
+        table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    per_type = lambda values: ", ".join(f"{name} {value:.1f}" for name, value in values.items())  # noqa: E731
+    for label, value in (
+        ("written exactly, from the plan", lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"),
+        ("  from a random plan", lambda e: f"{e.random_accuracy:.1%}"),
+        ("NLL under the plan, nats a token", lambda e: f"{e.nll:.3f}"),
+        ("  without a plan", lambda e: f"{e.nll_null:.3f}"),
+        ("  another text's plan", lambda e: f"{e.nll_shuffled:.3f}"),
+        ("  a random plan", lambda e: f"{e.nll_random:.3f}"),
+        ("concepts of a plan", lambda e: per_type(e.lengths)),
+        ("perplexity of their use", lambda e: per_type(e.perplexity)),
+        ("plans that differ", lambda e: f"{e.distinct:.0%}"),
+        ("bits of a plan", lambda e: f"{e.bits:.1f}"),
+        ("tokens for each concept", lambda e: f"{e.ratio:.2f}"),
+        ("ms to plan, to write", lambda e: f"{e.plan_ms:.1f}, {e.write_ms:.1f}"),
+    ):
+        table.add_row(label, value(before), value(after))
+    console.print(table)
+    samples = Table(title="Held-out texts", title_justify="left", show_lines=True)
+    for head in ("text", "plan", "written from it", "written from a random one"):
+        samples.add_column(head)
+    for text, plan, written, unplanned in after.samples:
+        shown = " | ".join(" ".join(map(str, codes)) for codes in plan)
+        samples.add_row(text.strip(), shown, written.strip(), unplanned.strip())
+    if after.samples:
+        console.print(samples)
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, DataArguments, PlannerExecutorConfig))
+    _, config, others = chosen(sys.argv[1:], CONFIGS, "planner", EMBEDDED)
+    script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    started = time.time()
+    console, output, resume = start(args, script.model_name, EMBEDDED)
+    model, tokenizer, train, held_out, delimiter = load(script, data, args)
+    output.mkdir(parents=True, exist_ok=True)
+    how = {
+        "mode": args.mode,
+        "delimiter": delimiter,
+        "max_new_tokens": script.max_new_tokens,
+        "batch_size": script.eval_batch,
+        "show": script.show,
+        "progress": not args.disable_tqdm and args.process_index == 0,
+    }
+    accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_plans(model, tokenizer, held_out, **how))
+    monitor = PlannerMonitorCallback(auto=script.auto, every=script.monitor_every)
+    lora = LoraConfig(
+        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    ) if script.lora_r else None  # fmt: skip
+    trainer = PlannerExecutorTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[accuracy, monitor],
+    )
+    compact_progress(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    after = evaluate_plans(trainer.model, tokenizer, held_out, **how)
+    trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
+    show(accuracy.before, after, console)
+    title = ("Planner and executor", script.model_name, data.dataset)
+    types = [kind.name for kind in args.planner().types]
+    looked = (*MONITOR_CURVES, *((f"monitor/entropy_{name}", f"entropy of a concept of type {name}") for name in types))
+    plot_curves(output / "monitors.png", trainer.state.log_history, [], ", ".join(title), looked)
+    console.print(f"Written: {output / 'monitors.png'}")
+    finish(
+        trainer, console, started, title, accuracy, after, PLANNER_CURVES, applied=monitor.applied, samples=after.samples,
+        script=asdict(script), data=asdict(data),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
+    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there

@@ -1,0 +1,84 @@
+"""The planner's recipe as a person runs it: small, whole, and with what one can get wrong."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from unsloth_ext import PlannerExecutorModel
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "planner_executor.py"
+SMALL = [
+    "--max_steps", "2", "--eval_size", "12", "--eval_every", "1", "--disable_tqdm", "true", "--monitor_every", "1",
+    "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def start(*argv):
+        monkeypatch.setattr(sys, "argv", ["planner_executor.py", *SMALL, "--output_dir", "out", *map(str, argv)])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+
+    return start
+
+
+def summary():
+    return json.loads(Path("out/summary.json").read_text())
+
+
+@pytest.mark.parametrize("training", ["soft", "hard_em"])
+def test_whole_run_resume_and_what_it_leaves(run, capsys, training):
+    run("--training", training)
+    first = summary()
+    assert first["steps"] == 2 and first["n_eval"] == 12 and set(first["accuracy_curve"]) == {"0", "1", "2"}
+    assert first["after"]["nll"] > 0 and len(first["samples"]) == 12
+    shown = capsys.readouterr().out
+    assert "from a random plan" in shown and "written from it" in shown and "bits of a plan" in shown
+    assert Path("out/curves.png").stat().st_size > 10_000 and Path("out/monitors.png").stat().st_size > 10_000
+    assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {".safetensors", ".json", ".md", ".jinja"}
+    loaded = PlannerExecutorModel.from_pretrained("out/final")
+    text, plan, written, _ = first["samples"][0]
+    codes = [[code for code in row if code >= 0] for row in loaded.plan(text)[0].tolist()]
+    assert codes == plan
+    assert loaded.generate(text, max_new_tokens=12, do_sample=False) == written
+    run("--training", training, "--max_steps", "3", "--resume_from_checkpoint", "latest")
+    assert summary()["steps"] == 3 and summary()["accuracy_before"] == first["accuracy_after"]
+
+
+def test_a_model_and_data_of_ones_own(run, tmp_path):
+    """LoRA, prompts that the planner reads, completions that the executor writes, answers behind a delimiter."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer(()).save_pretrained(tmp_path / "model")
+    rows = [{"question": f"{a} and {a}?", "answer": f"{a}+{a}={2 * a}\n#### {2 * a}"} for a in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = {
+        "model_name": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "max_new_tokens": 6, "lora_r": 4,
+        "use_cpu": "true", "bf16": "false", "report_to": "none", "auto": "true",
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text("\n".join(f"{k}: {v}" for k, v in own.items()))
+    run("--config", tmp_path / "own.yaml")
+    assert summary()["n_eval"] == 12
+    assert json.loads(Path("out/final/adapter_config.json").read_text())["planner"]["types"][0]["num_concepts"] == 256
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--training", "hard"), "training='hard'"),
+        (("--types", "[{"), "is not JSON"),
+        (("--model_name", "tiny", "--dataset", "rows.jsonl"), "belong together"),
+        (("--resume_from_checkpoint", "latest"), "no complete checkpoint"),
+        (("--facts", "0"), "facts=0"),
+    ],
+)
+def test_wrong_flags_end_before_training(run, flags, message):
+    with pytest.raises((SystemExit, ValueError), match=message):
+        run(*flags)
+    assert not list(Path().glob("out/checkpoint-*"))

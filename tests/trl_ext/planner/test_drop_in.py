@@ -1,0 +1,164 @@
+"""What one expects of an SFTTrainer: callbacks, metrics of one's own, pushing, several evaluation sets, the constructor."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers.trainer
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from tests import tiny
+from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
+from unsloth_ext import PlannerExecutorModel
+
+from . import setups
+
+
+def test_compute_metrics_sees_logits_and_labels(tmp_path):
+    """Their cross-entropy, shifted as a causal LM's is, is the evaluation's: 1e-5."""
+    seen = {}
+
+    def metrics(prediction) -> dict:
+        logits, labels = (torch.from_numpy(x) for x in (prediction.predictions, prediction.label_ids))
+        seen["shape"] = tuple(logits.shape)
+        ce = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100)
+        return {"ce": ce.item()}
+
+    trainer = setups.trainer(tmp_path, per_device_eval_batch_size=8)
+    trainer.compute_metrics = metrics
+    found = trainer.evaluate()
+    assert seen["shape"][0] == 8 and found["eval_ce"] == pytest.approx(found["eval_loss/executor"], abs=1e-5)
+
+
+def test_several_gpus_in_one_process_are_not_data_parallel(tmp_path):
+    """Two GPUs, as a process sees them that was not launched."""
+    args = PlannerExecutorConfig(**setups.settings(tmp_path))
+    assert args.n_gpu <= 1  # which finds the devices out
+    args._n_gpu = 2
+    rows = Dataset.from_list(setups.ROWS)
+    trainer = PlannerExecutorTrainer(tiny.model(), args, train_dataset=rows, processing_class=tiny.tokenizer(()))
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    trainer.train()
+
+
+def test_callbacks_and_several_evaluation_sets(tmp_path):
+    class Count(TrainerCallback):
+        steps = evaluations = 0
+
+        def on_step_end(self, *_, **__):
+            self.steps += 1
+
+        def on_evaluate(self, *_, **__):
+            self.evaluations += 1
+
+    count = Count()
+    trainer = setups.trainer(tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset.select(range(4))}
+    trainer.add_callback(count)
+    trainer.train()
+    assert count.steps == 4 and count.evaluations == 4
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_a_loss", "eval_b_loss", "eval_loss/executor", "eval_delta_nll_null"} <= logged
+
+
+def test_evaluation_takes_rows_as_they_come(tmp_path):
+    trainer = setups.trainer(tmp_path)
+    fresh = trainer.evaluate(Dataset.from_list(setups.ROWS[:8]))
+    assert fresh["eval_loss"] == trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+
+
+def test_pushing_uploads_the_adapter_card_and_no_pickle(tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            uploaded[repo_id] = {str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()}
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_, **__: Hub())
+    trainer = setups.trainer(tmp_path / "pushed", peft=True)
+    trainer.train()
+    trainer.push_to_hub()
+    (files,) = uploaded.values()
+    assert {"adapter_model.safetensors", "README.md", "tokenizer_config.json"} <= files
+    assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    assert "Planner-executor" in card and "planner-executor" in card
+
+
+def test_the_constructor_is_sfttrainers(tmp_path, monkeypatch):
+    """Arguments by position, by keyword, and a model by name."""
+    rows, tokenizer = Dataset.from_list(setups.ROWS), tiny.tokenizer(())
+    args = PlannerExecutorConfig(**setups.settings(tmp_path / "a"))
+    trainer = PlannerExecutorTrainer(tiny.model(), args, None, rows, rows, tokenizer)
+    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == len(rows)
+    assert inspect.signature(PlannerExecutorTrainer.__init__).parameters.keys() <= {
+        *inspect.signature(SFTTrainer.__init__).parameters, "others", "keywords",
+    }  # fmt: skip
+    tiny.model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lora = setups.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    named = PlannerExecutorTrainer(str(tmp_path / "model"), args, train_dataset=rows, peft_config=lora)
+    named.train()
+    assert lora.modules_to_save is None  # the caller's stays as it is
+    assert any("unified_head" in name for name, p in named.model.named_parameters() if p.requires_grad)
+
+
+def test_conversations_are_prompt_and_completion(tmp_path):
+    tokenizer = tiny.tokenizer(())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}q {{ m.content }} a {% else %}{{ m.content }}<eos>{% endif %}"
+        "{% endfor %}"
+    )
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{a}+1"}],
+            "completion": [{"role": "assistant", "content": f"{a + 1}"}],
+        }
+        for a in range(1, 9)
+    ]
+    trainer = setups.trainer(tmp_path, rows=rows, tokenizer=tokenizer, max_steps=1)
+    row = trainer.train_dataset[0]
+    assert [tokenizer.decode(row[name]) for name in ("plan_ids", "text_ids")] == ["q 1+1 a ", "2<eos>"]
+    trainer.train()
+
+
+SCRIPT = """
+import sys
+from unsloth_ext import PlannerExecutorModel
+for folder in sys.argv[1:]:
+    print(PlannerExecutorModel.from_pretrained(folder).plan(["1+9=", "2++3="]).tolist())
+"""
+
+
+def test_what_is_saved_loads_in_a_fresh_process(tmp_path):
+    """Final folders and checkpoints, with LoRA and without; plans are the trained model's."""
+    folders, wanted = [], []
+    for peft in (True, False):
+        here = tmp_path / str(peft)
+        base = tiny.model(std=0.15)
+        base.save_pretrained(here / "base")
+        base.name_or_path = base.config._name_or_path = str(here / "base")
+        trainer = setups.trainer(here / "run", peft, model=base, max_steps=6, learning_rate=3e-2, save_strategy="steps",
+                                 save_steps=6)  # fmt: skip
+        trainer.train()
+        trainer.save_model(str(here / "final"))
+        plans = PlannerExecutorModel(trainer.model.eval(), tiny.tokenizer(())).plan(["1+9=", "2++3="]).tolist()
+        folders += [here / "final", here / "run" / "checkpoint-6"]
+        wanted += [str(plans)] * 2
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, folders)],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().split("\n")[-4:] == wanted and len(set(wanted)) == 2
+    for folder in folders:
+        assert not {f.suffix for f in folder.iterdir()} & {".bin", ".pt", ".pkl"}

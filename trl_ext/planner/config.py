@@ -1,0 +1,203 @@
+"""What planning and executing add to SFT's configuration."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
+
+from ..flags import at_least, must_be_off, one_of
+from .data import MODES
+
+
+TRAININGS = ("soft", "hard_em")
+
+
+@dataclass
+class PlannerExecutorConfig(SFTConfig):
+    """The executor's cross-entropy, and
+
+        soft      commitment_weight L_commitment + usage_weight L_usage + eos_weight L_eos + quota_weight L_quota
+        hard_em   planner_weight times the planner's cross-entropy on the best plans found
+
+    A field of the one is ignored by the other, but for those that would be asked for in vain. `use_planner=False` is SFT.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "types"]
+
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "For hard_em only: in soft training transformers drops the cache with it (not where multi_token "
+                  "types are written in parallel, in one pass)."},
+    )  # fmt: skip
+    use_planner: bool = field(default=True, metadata={"help": "False: plain SFT, of the same rows."})
+    types: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={"help": "Types of concepts as a JSON list: '[{\"name\": \"plan\", \"num_concepts\": 256, "
+                  "\"quota\": 16}]', which is the default."},
+    )  # fmt: skip
+    ordering: str = field(default="sequential", metadata={"help": f"Of types: {' or '.join(ORDERINGS)}."})
+    multi_token: bool = field(default=False, metadata={"help": "All concepts of a type in one pass, from queries."})
+    mode: str = field(
+        default="generate",
+        metadata={"help": "'generate': the planner reads the prompt; 'reconstruct': the text that is to be written."},
+    )
+    training: str = field(default="soft", metadata={"help": "'soft', by Gumbel straight-through, or 'hard_em'."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of the Gumbel softmax; in hard_em, of the candidates that are sampled."}
+    )
+    temperature_end: float | None = field(
+        default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
+    )
+    commitment_weight: float = field(default=0.1, metadata={"help": "Weight of 1 - cos(expected, chosen codeword)."})
+    usage_weight: float = field(default=0.1, metadata={"help": "Weight of KL(use of the concepts || uniform)."})
+    usage_decay: float = field(default=0.9, metadata={"help": "Share of the past in the average of that use."})
+    eos_weight: float = field(
+        default=0.0, metadata={"help": "Weight of -log p(end) at the last slot of plans that found no end."}
+    )
+    target_length: list[float] | None = field(
+        default=None, metadata={"help": "Expected concepts of each type, or one number for all; None: as it comes."}
+    )
+    quota_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that holds plans at their target."})
+    quota_rate: float = field(default=0.1, metadata={"help": "Of the dual ascent: how fast its multipliers move."})
+    word_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the text's tokens the executor does not read."}
+    )
+    z_dropout: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of plans replaced by the null plan, which learns by this alone: at 0 its NLL means little."
+        },
+    )
+    num_candidates: int = field(
+        default=4, metadata={"help": "New plans for a row in an E-step; the old one comes on top."}
+    )
+    num_beams: int = field(default=1, metadata={"help": "How many of them come from a beam search; 1: the greedy one."})
+    e_step_every: int = field(default=4, metadata={"help": "M: steps from one E-step to the next."})
+    adaptive_e_step: bool = field(
+        default=False, metadata={"help": "M halves while plans are stale and doubles while they are not."}
+    )
+    staleness_threshold: float = field(
+        default=1.0, metadata={"help": "Nats that a new plan is better than the cached one: above it M halves, below a "
+                               "quarter of it M doubles."}
+    )  # fmt: skip
+    max_e_step_every: int = field(default=64, metadata={"help": "M goes no higher by itself."})
+    planner_weight: float = field(default=1.0, metadata={"help": "Weight of -log p(plan | text); 1 is EM's own."})
+    length_curriculum: list[int] | None = field(
+        default=None, metadata={"help": "Train on so many tokens of each text, one after another, such as 64 128."}
+    )
+    length_curriculum_nll: float = field(
+        default=2.0,
+        metadata={"help": "The next length comes when the last 64 tokens of this one cost fewer nats each."},
+    )
+    length_curriculum_share: float = field(
+        default=0.5, metadata={"help": "By this share of the steps texts are whole, whatever they cost."}
+    )
+    planner_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the new embeddings; None: the learning rate."}
+    )
+    allow_pickle_checkpoint: bool = field(
+        default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.types, str):
+            try:
+                self.types = json.loads(self.types)
+            except ValueError as error:
+                raise ValueError(f"types={self.types!r} is not JSON: {error}") from error
+        if isinstance(self.types, dict):
+            self.types = [self.types]
+        super().__post_init__()
+        one_of(self, mode=MODES, training=TRAININGS)
+        planner = self.planner()
+        at_least(self, num_candidates=1, num_beams=0, e_step_every=1, max_e_step_every=1)
+        for name in ("commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        for name in ("temperature", "temperature_end", "quota_rate", "staleness_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: more than 0")
+        for name in ("usage_decay", "word_dropout", "z_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to less than 1")
+        if self.planner_learning_rate is not None and not 0 <= self.planner_learning_rate < math.inf:
+            raise ValueError(f"planner_learning_rate={self.planner_learning_rate}: 0 or more")
+        if self.num_beams > self.num_candidates:
+            raise ValueError(f"num_beams={self.num_beams}: of num_candidates={self.num_candidates}, so at most as many")
+        self.targets(planner)
+        self._check_curriculum()
+        if not self.use_planner:
+            return
+        if self.training == "hard_em" and self.target_length is not None:
+            raise ValueError(
+                "target_length: hard_em's plans have no expected length to pull at; use training='soft', or set the quota"
+            )
+        must_be_off(
+            self,
+            packing="plans are of one row each",
+            eval_packing="plans are of one row each",
+            padding_free="plans are of one row each",
+            assistant_only_loss="the executor writes all of the completion, or of the text",
+            use_liger_kernel="the loss is that of two passes of the backbone, not of its forward",
+        )
+        if self.completion_only_loss is False and self.mode == "generate":
+            raise ValueError(
+                "completion_only_loss=False: the prompt is told from the completion by its labels; leave it unset, or set "
+                "mode='reconstruct'"
+            )
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ValueError("dataset_kwargs: skip_prepare_dataset leaves rows without a plan's part; leave it out")
+        if self.training == "soft" and not (planner.multi_token and len(planner.groups) == 1):
+            must_be_off(
+                self,
+                gradient_checkpointing="transformers drops the cache in training with it, and concepts would not see the "
+                "text; hard_em can do with it",
+            )
+        for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)!r}: the executor's loss knows only {only!r}")
+
+    def planner(self) -> PlannerConfig:
+        """The model's part of these fields.
+
+        Raises:
+            ValueError: see `PlannerConfig`.
+        """
+        given = {} if self.types is None else {"types": self.types}
+        return PlannerConfig(ordering=self.ordering, multi_token=self.multi_token, **given)
+
+    def targets(self, planner: PlannerConfig) -> list[float] | None:
+        """`target_length`, one for each type.
+
+        Raises:
+            ValueError: there are more or fewer, or one is beyond its quota.
+        """
+        if self.target_length is None:
+            return None
+        given = self.target_length if isinstance(self.target_length, list | tuple) else [self.target_length]
+        given = list(given) * len(planner.types) if len(given) == 1 else list(given)
+        if len(given) != len(planner.types):
+            raise ValueError(
+                f"target_length={self.target_length}: one number, or one for each of {len(planner.types)} types"
+            )
+        for target, kind in zip(given, planner.types):
+            if not 0 < target <= kind.quota:
+                raise ValueError(
+                    f"target_length={self.target_length}: of type {kind.name!r} more than 0 and at most its quota, "
+                    f"{kind.quota}"
+                )
+        return given
+
+    def _check_curriculum(self) -> None:
+        lengths = self.length_curriculum
+        if lengths is not None and (not lengths or lengths[0] < 1 or sorted(set(lengths)) != list(lengths)):
+            raise ValueError(f"length_curriculum={lengths}: lengths of at least 1 that grow")
+        if not 0 < self.length_curriculum_share <= 1:
+            raise ValueError(f"length_curriculum_share={self.length_curriculum_share}: more than 0, at most 1")
+        if not 0 <= self.length_curriculum_nll < math.inf:
+            raise ValueError(f"length_curriculum_nll={self.length_curriculum_nll}: 0 nats or more")

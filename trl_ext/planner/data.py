@@ -1,0 +1,114 @@
+"""From SFT's rows to what the planner reads and what the executor writes."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn import functional as F
+
+
+MODES = ("generate", "reconstruct")
+SAMPLE_ID = "sample_id"
+COLUMNS = ("plan_ids", "text_ids", "text_labels", SAMPLE_ID)
+HASHED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RowSplitter:
+    """Of tokenized rows what the planner reads, `plan_ids`, and what the executor writes, `text_ids` and `text_labels`.
+
+    Attributes:
+        mode: `"generate"`, the prompt and what follows it, or `"reconstruct"`, the whole row both times.
+        eos_token_id: ends a text; one that holds nothing else is empty.
+        name: of the dataset, for errors.
+    """
+
+    mode: str
+    eos_token_id: int | None
+    name: str
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """From `input_ids` and `labels`.
+
+        Raises:
+            ValueError: nothing to read, or nothing to write.
+        """
+        ids, labels = row["input_ids"], row["labels"]
+        start = 0
+        if self.mode == "generate":
+            start = next((i for i, label in enumerate(labels) if label != -100), len(labels))
+        read, text = (ids[:start], ids[start:]) if self.mode == "generate" else (ids, ids)
+        where = f"{self.name} dataset, row {row[SAMPLE_ID]}"
+        if not read and self.mode == "generate":
+            raise ValueError(
+                f"{where}: the planner has no prompt to read, by its labels; give rows a prompt and a completion, or set "
+                "mode='reconstruct'. With truncation_mode='keep_end', raise max_length"
+            )
+        if all(token == self.eos_token_id for token in text):
+            raise ValueError(f"{where}: its text is empty; leave the row out")
+        return {"plan_ids": read, "text_ids": text, "text_labels": labels[start:] if start else text}
+
+
+def prepare(
+    dataset: Dataset | IterableDataset, splitter: RowSplitter, parents: Callable[[Any], Any]
+) -> Dataset | IterableDataset:
+    """`parents(dataset)`, SFT's preparation, and the columns of `COLUMNS` beside it. Rows keep the number they came with.
+
+    Raises:
+        ValueError: see `RowSplitter`; there is no row, or none that fits max_length.
+    """
+    if set(COLUMNS) <= set(dataset.column_names or ()):
+        return parents(dataset)
+    dataset = parents(dataset.map(lambda _, index: {SAMPLE_ID: index}, with_indices=True))
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"{splitter.name} dataset: no row is left, every prompt fills max_length; raise it")
+    return dataset.map(splitter)
+
+
+@dataclass(frozen=True)
+class PlannerCollator:
+    """Another collator, which pads on the right, for both texts of a row.
+
+    Returns, for B rows (long; masks 0 or 1):
+        plan_input_ids, plan_attention_mask (B, U): what the planner reads.
+        input_ids, attention_mask (B, T): what the executor writes.
+        labels (B, T + 1): -100, then a label for each token; shifted as a causal LM's are, the first token has its own.
+        sample_id (B).
+    """
+
+    inner: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        text = self.inner([{"input_ids": row["text_ids"], "labels": row["text_labels"]} for row in rows])
+        read = self.inner([{"input_ids": row["plan_ids"]} for row in rows])
+        return {
+            "plan_input_ids": read["input_ids"],
+            "plan_attention_mask": read["attention_mask"],
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "labels": F.pad(text["labels"], (1, 0), value=-100),
+            SAMPLE_ID: torch.tensor([row[SAMPLE_ID] for row in rows]),
+        }
+
+
+def cut(batch: dict[str, torch.Tensor], length: int | None, mode: str) -> dict[str, torch.Tensor]:
+    """The batch with texts of at most so many tokens; the planner's are cut with them where it reads the text itself."""
+    if length is None:
+        return batch
+    ends = {"input_ids": length, "attention_mask": length, "labels": length + 1}
+    if mode == "reconstruct":
+        ends |= {"plan_input_ids": length, "plan_attention_mask": length}
+    return {name: value[:, : ends[name]] if name in ends else value for name, value in batch.items()}
+
+
+def content_hash(dataset: Dataset) -> str:
+    """Of how many rows there are, and of the tokens of some, evenly spread."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    step = max(1, len(dataset) // HASHED_ROWS)
+    for row in dataset.select(range(0, len(dataset), step)).select_columns([SAMPLE_ID, "plan_ids", "text_ids"]):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,183 @@
+"""Hard EM: the best of some plans for each text, found now and then and kept.
+
+E-step    z* = argmax over candidates of S(z) = log p(y | z) + log p(z | u)
+M-step    -log p(y | z*) - log p(z* | u) goes down
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from unsloth_ext.mode import evaluating
+from unsloth_ext.planner.config import PlannerConfig
+from unsloth_ext.planner.executor import executor_prefix, text_nll
+from unsloth_ext.planner.planning import plan, plan_log_prob
+
+from . import monitors
+
+
+TOKENS_PER_PASS = 2**13  # of texts that are scored together, unless one copy of the batch has more
+
+
+class PlanCache(nn.Module):
+    """z* by sample id, on the CPU.
+
+    Attributes:
+        plans: (N, n, Q) int32. known: (N,) bool.
+    """
+
+    def __init__(self, rows: int, types: int, quota: int):
+        super().__init__()
+        self.register_buffer("plans", torch.full((rows, types, quota), -1, dtype=torch.int32))
+        self.register_buffer("known", torch.zeros(rows, dtype=torch.bool))
+
+    def get(self, sample_id: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Plans (B, n, Q) long, -1 where there is none, and which are known (B,), both where `sample_id` is."""
+        ids = sample_id.cpu()
+        return self.plans[ids].long().to(sample_id.device), self.known[ids].to(sample_id.device)
+
+    def put(self, sample_id: torch.Tensor, plans: torch.Tensor) -> None:
+        """Ids below 0 are passed over."""
+        kept = sample_id >= 0
+        ids = sample_id[kept].cpu()
+        self.plans[ids] = plans[kept].to(self.plans)
+        self.known[ids] = True
+
+
+@dataclass(frozen=True)
+class EStep:
+    """What an E-step found for B rows with K candidates. The first is the plan that was cached, where there was one.
+
+    Attributes:
+        plans: (B, n, Q), the best. old: (B, n, Q), before. known: (B,) bool, rows that had one.
+        scores: (B, K), S(z), nats; -inf where there was no old plan.
+    """
+
+    plans: torch.Tensor
+    old: torch.Tensor
+    known: torch.Tensor
+    scores: torch.Tensor
+    candidates: torch.Tensor
+
+    @property
+    def best(self) -> torch.Tensor:
+        """(B,)"""
+        return self.scores.amax(1)
+
+    def sums(self) -> torch.Tensor:
+        """(6,): of staleness, flips and margins the sums over rows that have them, each with how many these are."""
+        known = self.known
+        gap = monitors.staleness_gap(self.scores[known, 0], self.best[known]) * known.sum()
+        flips = monitors.flip_rate(self.old, self.plans, known) * known.sum()
+        # The same plan twice has no margin to itself
+        same = (self.candidates[:, :, None] == self.candidates[:, None]).flatten(3).all(-1)
+        again = same.tril(-1).any(-1) & ~(same[:, :, 0] & ~known[:, None])
+        distinct = self.scores.masked_fill(again, -torch.inf)
+        two = (distinct != -torch.inf).sum(1) > 1
+        margin = monitors.top1_margin(distinct[two]) * two.sum() if two.any() else two.sum()
+        return torch.stack([x.double() for x in (gap, known.sum(), flips, known.sum(), margin, two.sum())])
+
+
+@torch.no_grad()
+def e_step(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    old: torch.Tensor,
+    known: torch.Tensor,
+    samples: int,
+    beams: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> EStep:
+    """The best of the old plan, `samples` samples and `beams` beams for each row, in evaluation mode. Of equals the first.
+
+    Args:
+        model: a causal LM with a planner, wrapped or not.
+        batch: as of `PlannerCollator`.
+        old (B, n, Q) long, known (B,) bool: plans so far, and where there are any.
+        temperature, generator: of the samples.
+    """
+    read = batch["plan_input_ids"], batch["plan_attention_mask"]
+    rows = len(old)
+    found = [old[:, None]]
+    if samples:
+        drawn = plan(model, *read, do_sample=True, temperature=temperature, num_return_sequences=samples,
+                     generator=generator)  # fmt: skip
+        found.append(drawn.unflatten(0, (rows, samples)))
+    if beams:
+        best = plan(model, *read, num_beams=beams, num_return_sequences=beams)
+        found.append(best.unflatten(0, (rows, beams)))
+    candidates = torch.cat(found, dim=1)
+    scores = score_plans(model, batch, candidates)
+    scores[:, 0] = scores[:, 0].masked_fill(~known, -torch.inf)
+    chosen = candidates[torch.arange(rows, device=old.device), scores.argmax(1)]
+    return EStep(chosen, old, known, scores, candidates)
+
+
+@torch.no_grad()
+def score_plans(model: nn.Module, batch: dict[str, torch.Tensor], plans: torch.Tensor) -> torch.Tensor:
+    """S(z) = log p(y | z) + log p(z | u), nats, (B, K) of plans (B, K, n, Q), in evaluation mode.
+
+    Args:
+        batch: as of `PlannerCollator`; tokens without a label do not count.
+    """
+    rows, width = batch["input_ids"].shape
+    together = max(1, TOKENS_PER_PASS // (rows * width))
+    scored = batch["labels"][:, 1:] != -100
+    found = []
+    with evaluating(model):
+        for some in plans.split(together, dim=1):
+            times = some.shape[1]
+            u, mask, ids, valid, counted = (
+                x.repeat_interleave(times, dim=0)
+                for x in (batch["plan_input_ids"], batch["plan_attention_mask"], batch["input_ids"],
+                          batch["attention_mask"], scored)
+            )  # fmt: skip
+            flat = some.flatten(0, 1)
+            nll = text_nll(model, executor_prefix(model, flat), ids, valid) * counted
+            found.append((plan_log_prob(model, u, mask, flat) - nll.sum(1)).unflatten(0, (rows, times)))
+    return torch.cat(found, dim=1)
+
+
+def number_of_plans(config: PlannerConfig) -> int:
+    """How many there are under these settings."""
+    total = 1
+    for kind in config.types:
+        total *= sum(kind.num_concepts**length for length in range(kind.quota + 1))
+    return total
+
+
+class EStepSchedule(nn.Module):
+    """When the next E-step is: every M steps, M = `e_step_every` times a scale, between 1 and `most`.
+
+    With `adaptive` (v3.1, switch 3), the scale halves after an E-step whose staleness is above the threshold, and doubles
+    when it is below a quarter of it.
+
+    Attributes:
+        scale: a power of two. last: the step of the last E-step, -1 before the first.
+    """
+
+    def __init__(self, adaptive: bool, threshold: float, most: int):
+        super().__init__()
+        self.adaptive, self.threshold, self.most = adaptive, threshold, most
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("last", torch.full((), -1, dtype=torch.long))
+
+    def interval(self, every: int) -> int:
+        """M."""
+        return max(1, min(round(every * self.scale.item()), max(every, self.most)))
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether all rows of step `step`, from 0, get an E-step."""
+        return self.last < 0 or step - self.last >= self.interval(every)
+
+    def done(self, step: int, every: int, staleness: float | None) -> None:
+        """After an E-step at step `step`; None where no row had a plan before."""
+        self.last.fill_(step)
+        if not self.adaptive or staleness is None:
+            return
+        if staleness > self.threshold and self.interval(every) > 1:
+            self.scale *= 0.5
+        elif staleness < self.threshold / 4 and self.interval(every) < self.most:
+            self.scale *= 2

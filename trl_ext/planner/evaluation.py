@@ -1,0 +1,155 @@
+"""What a plan is worth: texts written from it, and from worse ones."""
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from unsloth_ext.mode import evaluating
+from unsloth_ext.planner.executor import executor_prefix, text_nll
+from unsloth_ext.planner.model import PlannerExecutorModel
+from unsloth_ext.planner.vocabulary import plan_lengths
+from unsloth_ext.residual import backbone_of
+
+from ..tasks.evaluation import wilson_interval
+from ..tasks.reward import make_reward
+from . import monitors
+
+
+@dataclass
+class PlanEvaluation:
+    """Results over n texts, greedy plans. NLLs are nats a token, the text's end among them.
+
+    Attributes:
+        accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
+        random_accuracy: the same from random plans of the same lengths.
+        nll: of the texts under their plans; nll_null without a plan, nll_shuffled under another text's, nll_random.
+        lengths: mean number of concepts, by type. perplexity: exp of the entropy of the concepts' use, by type.
+        distinct: plans that no other text has, as a share of the texts.
+        bits: log2 V of every concept of a mean plan. ratio: tokens of a text for each of its concepts.
+        plan_ms, write_ms: wall time of a text, planned and written in batches.
+        samples: the first texts, with what was written: (text, plan, from the plan, from a random plan).
+    """
+
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    random_accuracy: float
+    nll: float
+    nll_null: float
+    nll_shuffled: float
+    nll_random: float
+    lengths: dict[str, float]
+    perplexity: dict[str, float]
+    distinct: float
+    bits: float
+    ratio: float
+    plan_ms: float
+    write_ms: float
+    samples: list[tuple[str, list[list[int]], str, str]] = field(repr=False)
+
+    def numbers(self) -> dict[str, object]:
+        """Everything but the samples."""
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+
+@torch.no_grad()
+def evaluate_plans(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    mode: str = "generate",
+    delimiter: str | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    show: int = 12,
+    progress: bool = False,
+) -> PlanEvaluation:
+    """Of rows with `prompt`, `completion` and `answer`, plain texts.
+
+    Args:
+        mode: `"generate"`: the planner reads the prompt, the completion is written; `"reconstruct"`: it reads both, both
+            are written.
+        delimiter: what stands before the answer in a text; None: the text itself is the answer.
+        show: how many samples to keep.
+    """
+    planner, generator = PlannerExecutorModel(model, tokenizer), torch.Generator().manual_seed(0)
+    types = backbone_of(model).planner_config.types
+    sizes = [kind.num_concepts for kind in types]
+    names = ("nll", "null", "shuffled", "random")
+    sums, tokens, right, by_chance = dict.fromkeys(names, 0.0), 0, 0, 0
+    plans, samples, clock = [], [], {"plan": 0.0, "write": 0.0}
+    how = {"max_new_tokens": max_new_tokens, "do_sample": False,
+           "eos_token_id": model.generation_config.eos_token_id or tokenizer.eos_token_id}  # fmt: skip
+
+    def timed(name, work):
+        started = time.perf_counter()
+        out = work()
+        clock[name] += time.perf_counter() - started
+        return out
+
+    with evaluating(model):
+        for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
+            part = rows[start : start + batch_size]
+            whole = [a + b for a, b in zip(part["prompt"], part["completion"])]
+            read, texts = (whole, whole) if mode == "reconstruct" else (part["prompt"], part["completion"])
+            own = timed("plan", lambda read=read: planner.plan(read))
+            written = timed("write", lambda own=own: planner.execute(own, **how))
+            drawn = monitors.random_like(own, sizes, generator)
+            unplanned = planner.execute(drawn, **how)
+            answers = texts if delimiter is None else part["answer"]
+            right += _right(written, answers, delimiter)
+            by_chance += _right(unplanned, answers, delimiter)
+            ended = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+            batch = tokenizer.pad({"input_ids": ended}, padding_side="right", return_tensors="pt").to(model.device)
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            tokens += mask.sum().item()
+            others = monitors.shuffled(own, generator) if len(own) > 1 else own
+            null = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+            for name, prefix in zip(names, (own, own, others, drawn)):
+                slots = executor_prefix(model, prefix, null if name == "null" else None)
+                sums[name] += text_nll(model, slots, ids, mask).sum().item()
+            plans.append(own.cpu())
+            for i in range(max(0, min(len(texts), show - len(samples)))):
+                shown = [[code for code in codes if code >= 0] for codes in own[i].tolist()]
+                samples.append((texts[i], shown, written[i], unplanned[i]))
+    together = torch.cat(plans)
+    lengths = plan_lengths(together).double().mean(0).tolist()
+    n = len(rows)
+    low, high = wilson_interval(right, n)
+    return PlanEvaluation(
+        n=n,
+        accuracy=right / n,
+        low=low,
+        high=high,
+        random_accuracy=by_chance / n,
+        nll=sums["nll"] / tokens,
+        nll_null=sums["null"] / tokens,
+        nll_shuffled=sums["shuffled"] / tokens,
+        nll_random=sums["random"] / tokens,
+        lengths={kind.name: length for kind, length in zip(types, lengths)},
+        perplexity={kind.name: _perplexity(together[:, i], kind.num_concepts) for i, kind in enumerate(types)},
+        distinct=len(together.flatten(1).unique(dim=0)) / n,
+        bits=sum(length * torch.tensor(float(size)).log2().item() for length, size in zip(lengths, sizes)),
+        ratio=tokens / n / max(sum(lengths), 1e-9),
+        plan_ms=1000 * clock["plan"] / n,
+        write_ms=1000 * clock["write"] / n,
+        samples=samples,
+    )
+
+
+def _right(texts: list[str], answers: list[str], delimiter: str | None) -> int:
+    if delimiter is None:
+        return sum(text.strip() == answer.strip() for text, answer in zip(texts, answers))
+    return int(sum(make_reward(delimiter)(texts, answer=answers)))
+
+
+def _perplexity(ids: torch.Tensor, size: int) -> float:
+    counts = torch.bincount(ids[ids >= 0], minlength=size).double()
+    share = counts / counts.sum().clamp(min=1)
+    return (-torch.special.xlogy(share, share).sum()).exp().item()

@@ -1,0 +1,122 @@
+"""Terms beside the executor's cross-entropy, by row; means over rows are the trainer's."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unsloth_ext.planner.head import concept_embeds
+from unsloth_ext.planner.passes import teacher_forced
+from unsloth_ext.planner.planning import SoftPlan
+from unsloth_ext.planner.vocabulary import plan_lengths
+from unsloth_ext.residual import backbone_of
+
+from ..concept.losses import usage_kl_to_uniform
+
+
+def commitment_loss(soft: SoftPlan) -> torch.Tensor:
+    """(B,), 1 - cos(e_soft, sg(e_hard)), the mean over a plan's concepts; 0 for an empty plan."""
+    alive = soft.ids >= 0
+    cosine = F.cosine_similarity(soft.soft.float(), soft.hard.detach().float(), dim=-1)
+    return ((1 - cosine) * alive).sum((1, 2)) / alive.sum((1, 2)).clamp(min=1)
+
+
+def loss_eos(soft: SoftPlan, quotas: list[int]) -> torch.Tensor:
+    """(B,), -log p(<EOS>) at the last slot of types that ran into their quota without an end, the mean over types."""
+    lengths = plan_lengths(soft.ids)
+    total = torch.zeros(len(lengths), device=lengths.device)
+    for i, quota in enumerate(quotas):
+        if soft.log_probs[i].shape[1] == quota:  # some row went so far
+            total = total - torch.where(lengths[:, i] == quota, soft.log_probs[i][:, -1, -1], 0)
+    return total / len(quotas)
+
+
+def expected_use(soft: SoftPlan, i: int) -> torch.Tensor:
+    """(V_i,), how often each concept of type `i` is expected where plans have one."""
+    log_probs = soft.log_probs[i][..., :-1]
+    alive = soft.ids[:, i, : log_probs.shape[1]] >= 0
+    return (log_probs.softmax(-1) * alive[..., None]).sum((0, 1))
+
+
+def hard_use(plan: torch.Tensor, i: int, size: int) -> torch.Tensor:
+    """(V_i,), how often each of `size` concepts of type `i` is in plans (B, n, Q)."""
+    ids = plan[:, i]
+    return torch.bincount(ids[ids >= 0], minlength=size).float()
+
+
+def plan_predictions(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, plan: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """What the planner says about plans (B, n, Q) that are given, in one pass with gradients.
+
+    Returns:
+        log p(plan | text) (B,); of each type log-probabilities (B, quota_i, V_i + 1), and where they were asked for
+        (B, quota_i) bool: at each concept, and at the end where the type is shorter than its quota.
+    """
+    embeds = concept_embeds(backbone_of(model), plan)
+    every, opens = [], []
+    total = torch.zeros(len(plan), device=plan.device)
+    for i, logits in enumerate(teacher_forced(model, input_ids, attention_mask, embeds, plan >= 0)):
+        log_probs = logits.log_softmax(-1)
+        ids = plan[:, i, : logits.shape[1]]
+        chosen = log_probs.gather(-1, ids.where(ids >= 0, logits.shape[2] - 1)[..., None])[..., 0]
+        open_ = torch.arange(logits.shape[1], device=plan.device) <= plan_lengths(plan)[:, i, None]
+        total = total + (chosen * open_).sum(1)
+        every.append(log_probs.detach())
+        opens.append(open_)
+    return total, every, opens
+
+
+class UsageAverage(nn.Module):
+    """Moving average of how the concepts of each type are used, over steps.
+
+    Attributes:
+        decay: share of the past.
+        average: of each type (V_i,), the weights of its steps adding up to `weight`.
+    """
+
+    def __init__(self, sizes: list[int], decay: float):
+        super().__init__()
+        self.decay = decay
+        for i, size in enumerate(sizes):
+            self.register_buffer(f"average_{i}", torch.zeros(size))
+            self.register_buffer(f"weight_{i}", torch.zeros(()))
+
+    def share(self, i: int, use: torch.Tensor | None = None) -> torch.Tensor:
+        """(V_i,) that adds up to 1 (0 before anything was used), with `use` (V_i,) as the newest step.
+
+        Its value is the average's, its gradient that of the newest step alone, in full: otherwise it would shrink as the
+        memory grows.
+        """
+        average, weight = getattr(self, f"average_{i}"), getattr(self, f"weight_{i}")
+        if use is None:
+            return average / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+        now = _share(use.float())
+        average, weight = average.to(now.device), weight.to(now.device)
+        mixed = (self.decay * average + (1 - self.decay) * now.detach()) / (self.decay * weight + 1 - self.decay)
+        return mixed + (now - now.detach())
+
+    def loss(self, uses: list[torch.Tensor]) -> torch.Tensor:
+        """KL(share || uniform), nats, the mean over types; of a type that is not used nothing is asked."""
+        terms = [
+            usage_kl_to_uniform(self.share(i, use)) if use.detach().sum() > 0 else use.sum()
+            for i, use in enumerate(uses)
+        ]
+        return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def update(self, uses: list[torch.Tensor]) -> None:
+        """After a step, of all its micro-batches and processes."""
+        for i, use in enumerate(uses):
+            if use.sum() > 0:
+                for name, new in (("average", _share(use.float())), ("weight", torch.ones(()))):
+                    getattr(self, f"{name}_{i}").mul_(self.decay).add_((1 - self.decay) * new)
+
+    def perplexity(self, i: int) -> float:
+        """Of the average: 1 where one concept is all, V_i where all are used alike; 0 before any was."""
+        share = self.share(i)
+        return float(torch.special.entr(share).sum().exp()) if share.any() else 0.0
+
+
+def _share(use: torch.Tensor) -> torch.Tensor:
+    use = use + torch.finfo(use.dtype).tiny  # log 0 has no gradient
+    return use / use.sum()

@@ -1,0 +1,163 @@
+"""What is watched while planner and executor learn.
+
+Functions of tensors, on their device and without gradients. Results are scalars, in fp32 or what is wider; a mean over
+nothing is 0. Plans are (B, n, Q) long, concepts from the front of each type and -1 behind its end.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    values = _wide(values)
+    if mask is None:
+        return values.sum() / max(values.numel(), 1)
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)  # what is masked may be infinite
+
+
+# -- does the executor use the plan -------------------------------------------------------------------------------------
+
+
+def delta_nll(nll_bad: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+    """Mean of NLL(y | bad plan) - NLL(y | plan), nats. Near 0: the executor does not use its plan.
+
+    Args:
+        nll_bad (B,), nll (B,): of the same texts, sums or means over their tokens.
+    """
+    return _mean(_wide(nll_bad) - _wide(nll))
+
+
+def nll_by_bucket(nll: torch.Tensor, mask: torch.Tensor, width: int = 64) -> dict[str, torch.Tensor]:
+    """Mean NLL of the tokens 0 to `width` - 1 of their texts, of the next `width`, ...: "0-64", "64-128", ...
+
+    Only of buckets with tokens, for which it waits for the device, once.
+
+    Args:
+        nll (B, T): nats. mask (B, T) bool: tokens that count; column t is position t.
+    """
+    mask = mask.bool()
+    rest = -nll.shape[1] % width
+    sums = F.pad(_wide(nll).masked_fill(~mask, 0), (0, rest)).unflatten(1, (-1, width)).sum((0, 2))
+    counts = F.pad(mask, (0, rest)).unflatten(1, (-1, width)).sum((0, 2))
+    means = sums / counts.clamp(min=1)
+    return {f"{i * width}-{(i + 1) * width}": means[i] for i, count in enumerate(counts.tolist()) if count}
+
+
+def shuffled(plan: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Each text gets another text's plan (B, n, Q), by a random cycle through all rows. Plans may be alike all the same.
+
+    Raises:
+        ValueError: there is no other row.
+    """
+    rows = len(plan)
+    if rows < 2:
+        raise ValueError(f"plan has {rows} rows: at least 2, or none could have another's plan")
+    cycle = torch.randperm(rows, generator=generator, device=_device(plan, generator)).to(plan.device)
+    return torch.empty_like(plan).index_copy(0, cycle, plan[cycle.roll(1)])
+
+
+def random_like(plan: torch.Tensor, sizes: list[int], generator: torch.Generator | None = None) -> torch.Tensor:
+    """Plans (B, n, Q) as long as these, of concepts drawn uniformly from each type's vocabulary.
+
+    Args:
+        sizes: V_i of the n types.
+
+    Raises:
+        ValueError: there are more or fewer sizes than types.
+    """
+    if len(sizes) != plan.shape[1]:
+        raise ValueError(f"sizes={sizes}: plan has {plan.shape[1]} types")
+    shape, device = plan[:, 0].shape, _device(plan, generator)
+    drawn = [torch.randint(size, shape, generator=generator, device=device) for size in sizes]
+    return torch.where(plan >= 0, torch.stack(drawn, dim=1).to(plan.device), plan)
+
+
+def _device(plan: torch.Tensor, generator: torch.Generator | None) -> torch.device:
+    return plan.device if generator is None else generator.device
+
+
+# -- does the E-step settle ---------------------------------------------------------------------------------------------
+
+
+def top1_margin(scores: torch.Tensor) -> torch.Tensor:
+    """Mean of the best candidate's score minus the second's, nats, over rows that have two.
+
+    Args:
+        scores (B, K): S(z); -inf where there is no candidate.
+
+    Raises:
+        ValueError: K = 1.
+    """
+    if scores.shape[1] < 2:
+        raise ValueError(f"scores {tuple(scores.shape)}: at least 2 candidates, or there is no margin")
+    best, second = _wide(scores).topk(2, dim=1).values.unbind(1)
+    return _mean(best - second, second != -torch.inf)
+
+
+def flip_rate(old: torch.Tensor, new: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of rows whose plan changed.
+
+    Args:
+        old, new (B, n, Q) long. known (B,) bool: rows that have an old plan; None: all.
+    """
+    return _mean((old != new).flatten(1).any(1), known)
+
+
+def staleness_gap(cached: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """Mean of S(best) - S(cached), nats, both (B,) and scored now. At least 0 where the cached plan was a candidate."""
+    return _mean(_wide(best) - _wide(cached))
+
+
+# -- does the planner learn ---------------------------------------------------------------------------------------------
+
+
+def entropy_and_max_prob(log_probs: torch.Tensor, open: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean entropy, nats, and mean largest probability of one type's predictions.
+
+    Args:
+        log_probs (B, J, V + 1): may be -inf. open (B, J) bool: predictions that were made.
+    """
+    probs = _wide(log_probs).exp()
+    return _mean(torch.special.entr(probs).sum(-1), open), _mean(probs.amax(-1), open)
+
+
+def cosine_and_l2(soft: torch.Tensor, hard: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cosine and mean distance of expected and chosen codeword.
+
+    Args:
+        soft, hard (B, n, Q, d). mask (B, n, Q) bool: where there is a concept.
+    """
+    soft, hard = _wide(soft), _wide(hard)
+    return _mean(F.cosine_similarity(soft, hard, dim=-1), mask), _mean((soft - hard).norm(dim=-1), mask)
+
+
+class GradientNorm:
+    """L2 norm of the gradient that reaches tensors, all since the last `pop` taken as one vector.
+
+    Waits for no device before `pop`. Gradients are those of backward: under loss scaling, scaled.
+    """
+
+    def __init__(self):
+        self._square: torch.Tensor | float | None = None
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """To be called before backward, on each micro-batch's tensor. Does nothing where gradients are off."""
+        if not torch.is_grad_enabled():
+            return
+        if self._square is None:
+            self._square = 0.0
+        if tensor.requires_grad:  # if it is detached, the norm is 0, which is what there is to tell
+            tensor.register_hook(self._add)
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        square = _wide(gradient).square().sum()
+        self._square = square if self._square is None else self._square + square
+
+    def pop(self) -> float | None:
+        """The norm; 0 if no gradient came, None if nothing was watched."""
+        square, self._square = self._square, None
+        return None if square is None else float(square) ** 0.5

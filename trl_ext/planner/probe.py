@@ -1,0 +1,48 @@
+"""A closer look at one batch: what the executor makes of plans that are not the text's own."""
+
+import torch
+from torch import nn
+
+from unsloth_ext.mode import evaluating
+from unsloth_ext.planner.executor import executor_prefix, text_nll
+from unsloth_ext.planner.planning import plan
+from unsloth_ext.residual import backbone_of
+
+from . import monitors
+
+
+ROWS = 16
+
+
+@torch.no_grad()
+def probe(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, float]:
+    """Of the first 16 rows, under greedy plans:
+
+        monitor/delta_nll_null, ..._shuffled (of two rows or more), ..._random      what another plan costs, nats per token
+        monitor/nll_0-64, ...                                                       nats per token, by position
+
+    Args:
+        batch: as of `PlannerCollator`, on the model's device.
+        generator: of random plans and of the order.
+    """
+    batch = {name: value[:ROWS] for name, value in batch.items()}
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    scored = batch["labels"][:, 1:] != -100
+    sizes = [kind.num_concepts for kind in backbone_of(model).planner_config.types]
+
+    def nll(plans: torch.Tensor, null: bool = False) -> torch.Tensor:
+        everywhere = torch.full((len(ids),), null, device=ids.device)
+        return text_nll(model, executor_prefix(model, plans, everywhere), ids, mask) * scored
+
+    def per_token(values: torch.Tensor) -> torch.Tensor:
+        return values.sum(1) / scored.sum(1).clamp(min=1)
+
+    with evaluating(model):
+        own = plan(model, batch["plan_input_ids"], batch["plan_attention_mask"])
+        good = nll(own)
+        bad = {"null": nll(own, null=True), "random": nll(monitors.random_like(own, sizes, generator))}
+        if len(ids) > 1:
+            bad["shuffled"] = nll(monitors.shuffled(own, generator))
+    found = {f"delta_nll_{name}": monitors.delta_nll(per_token(x), per_token(good)) for name, x in bad.items()}
+    found |= {f"nll_{name}": value for name, value in monitors.nll_by_bucket(good, scored).items()}
+    return {f"monitor/{name}": value.item() for name, value in found.items()}

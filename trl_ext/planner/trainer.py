@@ -1,0 +1,429 @@
+"""SFT of a model that plans in concepts and writes from its plan alone.
+
+What differs from SFT, and where: the model is given its planner before PEFT wraps it; `_prepare_dataset` and the collator
+tell what the planner reads from what the executor writes; `compute_loss` plans, softly or with the best plan that an E-step
+has found, and executes; after each step's last backward gradients are averaged over processes, and the averages that the
+losses need go on. Everything else is the parent's; `use_planner=False` is the parent.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+from transformers.modeling_outputs import CausalLMOutput
+from trl import SFTTrainer
+
+from patches import fused_lm_head
+from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
+from unsloth_ext.planner.head import HEAD, remember_planner, with_planner_modules
+from unsloth_ext.planner.planning import plan, plan_soft
+from unsloth_ext.planner.vocabulary import plan_lengths
+from unsloth_ext.residual import backbone_of, unwrapped
+from unsloth_ext.states import logits_of
+
+from ..checkpointing import SafeCheckpointMixin
+from ..concept.losses import everywhere
+from ..creation import check_name, preparing_models, with_adapter
+from ..parameter_groups import split_by_role
+from . import monitors
+from .advice import PlannerMonitorCallback
+from .config import PlannerExecutorConfig
+from .curriculum import LengthCurriculum
+from .data import COLUMNS, SAMPLE_ID, PlannerCollator, RowSplitter, content_hash, cut, prepare
+from .em import EStep, EStepSchedule, PlanCache, e_step, number_of_plans
+from .gradients import average_gradients
+from .losses import UsageAverage, commitment_loss, expected_use, hard_use, loss_eos, plan_predictions
+from .preparation import attach, check_given, check_method
+from .probe import probe
+from .quota import PlannerQuotaController
+from .state import check_state, load_state, save_state
+
+
+Batch = Logged = dict[str, torch.Tensor]
+
+
+class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
+    """Same constructor as `SFTTrainer`. A model without a planner is given one, before PEFT wraps it.
+
+    With `peft_config` the base, its embedding and its LM head stay as they are; without one the whole model is trained.
+
+    Attributes:
+        planner_state: what a checkpoint keeps beside the weights.
+        last_e_step: the `EStep` of the last batch that had one.
+
+    Raises:
+        ValueError: at construction, for rows without a plan's part, a model that cannot plan or whose adapter leaves the
+            planner untrained, DeepSpeed and FSDP.
+    """
+
+    _tag_names = ["trl", "planner-executor"]
+    _name = "Planner-executor"
+
+    def __init__(self, model: Any, args: PlannerExecutorConfig | None = None, *others: Any, **keywords: Any):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PlannerExecutorConfig(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, PlannerExecutorConfig):
+            raise ValueError(f"args is a {type(args).__name__}; planning needs a PlannerExecutorConfig")
+        check_name(model)
+        fused_lm_head.ensure()
+        if not args.use_planner:
+            model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
+            super().__init__(model, args, *others, **keywords)
+            return
+        given = dict(
+            zip(("data_collator", "train_dataset", "eval_dataset", "processing_class", "compute_loss_func"), others)
+        )
+        check_given({**given, **keywords}, args)
+        lora = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
+        if lora is not None:
+            check_method(lora)
+            vars(lora).update(with_planner_modules(lora))
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # no nn.DataParallel, whose replicas would plan each for itself
+        if not isinstance(model, str):
+            attach(model, args)
+            model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
+        with preparing_models(super().__init__, lambda loaded: attach(loaded, args)):
+            super().__init__(model, args, *others, **keywords)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP shard weights behind the model's own forward, which planning goes around; launch with "
+                "DDP (accelerate launch --multi_gpu) or in one process"
+            )
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "router_aux_loss_coef: the executor's loss has no part that balances experts; set it to 0.0"
+            )
+        if is_peft_model(self.model):
+            remember_planner(self.model)
+        self.data_collator = PlannerCollator(self.data_collator)
+        # The loss is ours: counted in tokens, of labels that are shifted
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.planner_state = self._new_state()
+        self.last_e_step: EStep | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self._gradient_norm = monitors.GradientNorm()
+        self._introduce()
+
+    def _new_state(self) -> nn.ModuleDict:
+        args, config = self.args, backbone_of(self.model).planner_config
+        state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_decay)})
+        targets = args.targets(config)
+        if targets is not None:
+            quotas = [kind.quota for kind in config.types]
+            state["quota"] = PlannerQuotaController(targets, quotas, args.quota_rate)
+        if args.length_curriculum is not None:
+            state["curriculum"] = LengthCurriculum(
+                args.length_curriculum, args.length_curriculum_nll, args.length_curriculum_share
+            )
+        if args.training == "hard_em":
+            self._possible_plans = number_of_plans(config)
+            if args.num_beams > self._possible_plans:
+                raise ValueError(
+                    f"num_beams={args.num_beams}: there are only {self._possible_plans} plans under these quotas"
+                )
+            rows = max(self.train_dataset[SAMPLE_ID]) + 1
+            state["cache"] = PlanCache(rows, len(config.types), config.max_quota)
+            state["schedule"] = EStepSchedule(args.adaptive_e_step, args.staleness_threshold, args.max_e_step_every)
+        return state
+
+    # -- callbacks --------------------------------------------------------------------------------------------------
+
+    def _introduce(self) -> None:
+        """To the callback that asks for probes."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PlannerMonitorCallback):
+                callback.trainer = self
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        super().add_callback(callback)
+        if self.args.use_planner:
+            self._introduce()
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        if self.args.use_planner:
+            self._introduce()
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        parents = super()._prepare_dataset
+        if not args.use_planner:
+            return parents(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        splitter = RowSplitter(args.mode, self._tokenizer.eos_token_id, dataset_name)
+        return prepare(
+            dataset, splitter, lambda x: parents(x, processing_class, args, packing, formatting_func, dataset_name)
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.args.use_planner:
+            self._signature_columns = list(COLUMNS)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if not self.args.use_planner:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        length = self.planner_state["curriculum"].length if "curriculum" in self.planner_state else None
+        batches = (cut(batch, length, self.args.mode) for batch in epoch_iterator)
+        samples, items = super().get_batch_samples(batches, num_batches, device)
+        self._sums.clear()
+        rows = torch.tensor(sum(len(batch["input_ids"]) for batch in samples), device=device)
+        self._step_rows = self.accelerator.gather(rows).sum().item() if self._across_processes() else rows.item()
+        return samples, items
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.args.use_planner:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scored = inputs["labels"][:, 1:] != -100
+        if not self.model.training:
+            with self.accelerator.autocast():
+                return self._evaluated(model, inputs, scored, return_outputs)
+        per_item, share, steps = 1 / scored.sum().clamp(min=1), 1.0, 1
+        if num_items_in_batch is not None:  # its part of the whole step, which the processes' mean makes whole
+            processes = self.accelerator.num_processes if self._across_processes() else 1
+            per_item = processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            share = len(scored) * processes / self._step_rows
+            steps = self.current_gradient_accumulation_steps
+        make = self._soft_loss if self.args.training == "soft" else self._em_loss
+        with self.accelerator.autocast():
+            loss, parts, means = make(model, inputs, scored, per_item, share)
+        self._log_means(
+            {name: x * steps for name, x in parts.items()} | {name: x * share * steps for name, x in means.items()}
+        )
+        self._metrics["train"]["planner/temperature"].append(self.temperature)
+        self._note(tokens=inputs["attention_mask"].sum())
+        return (loss, CausalLMOutput()) if return_outputs else loss
+
+    def _soft_loss(
+        self, model: nn.Module, inputs: Batch, scored: torch.Tensor, per_item: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, Logged, Logged]:
+        """The loss, and what to log: parts that micro-batches add up, and means over rows."""
+        args, types = self.args, backbone_of(model).planner_config.types
+        soft = plan_soft(model, inputs["plan_input_ids"], inputs["plan_attention_mask"], self.temperature)
+        self._gradient_norm.watch(soft.embeds)
+        executor = self._executor_nll(model, inputs, soft, scored).sum() * per_item
+        uses = [expected_use(soft, i) for i in range(len(types))]
+        terms = {
+            "commitment": (args.commitment_weight, commitment_loss(soft).mean()),
+            "eos": (args.eos_weight, loss_eos(soft, [kind.quota for kind in types]).mean()),
+            "usage": (args.usage_weight, self.planner_state["usage"].loss([self._everywhere(use) for use in uses])),
+        }
+        if "quota" in self.planner_state:
+            lengths, rows = soft.expected_lengths.sum(0), torch.tensor(len(scored), device=scored.device)
+            mean = self._everywhere(lengths) / self._everywhere(rows)
+            terms["quota"] = (args.quota_weight, self.planner_state["quota"].loss(mean))
+            self._note(lengths=lengths, rows=rows)
+        self._note(use=torch.cat(uses))
+        means = {f"loss/{name}": term for name, (_, term) in terms.items()}
+        means["monitor/cos"], means["monitor/l2"] = monitors.cosine_and_l2(soft.soft, soft.hard, soft.ids >= 0)
+        opens = [soft.open[:, i, : log_probs.shape[1]] for i, log_probs in enumerate(soft.log_probs)]
+        means |= self._about_types(soft.expected_lengths, soft.log_probs, opens)
+        loss = executor + share * sum(weight * term for weight, term in terms.values() if weight)
+        return loss, {"loss/executor": executor}, means
+
+    def _em_loss(
+        self, model: nn.Module, inputs: Batch, scored: torch.Tensor, per_item: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, Logged, Logged]:
+        """As `_soft_loss`: the M-step, on the best plans known."""
+        types = backbone_of(model).planner_config.types
+        plans = self._best_plans(model, inputs)
+        executor = self._executor_nll(model, inputs, plans, scored).sum() * per_item
+        read = inputs["plan_input_ids"], inputs["plan_attention_mask"]
+        likely, log_probs, opens = plan_predictions(model, *read, plans)
+        planner = -likely.sum() * per_item
+        self._note(use=torch.cat([hard_use(plans, i, kind.num_concepts) for i, kind in enumerate(types)]))
+        parts = {"loss/executor": executor, "loss/planner": planner}
+        means = self._about_types(plan_lengths(plans).float(), log_probs, opens)
+        return executor + self.args.planner_weight * planner, parts, means
+
+    def _about_types(self, lengths: torch.Tensor, log_probs: Any, opens: list[torch.Tensor]) -> Logged:
+        found = {}
+        for i, kind in enumerate(backbone_of(self.model).planner_config.types):
+            found[f"planner/expected_length_{kind.name}"] = lengths[:, i].mean()
+            seen = monitors.entropy_and_max_prob(log_probs[i], opens[i])
+            found[f"monitor/entropy_{kind.name}"], found[f"monitor/max_prob_{kind.name}"] = seen
+        return found
+
+    def _executor_nll(self, model: nn.Module, inputs: Batch, plans: Any, scored: torch.Tensor) -> torch.Tensor:
+        """(B, T), after some plans and words were dropped; 0 where nothing is scored."""
+        ids, args = inputs["input_ids"], self.args
+        null = torch.rand(len(ids), device=ids.device) < args.z_dropout if args.z_dropout else None
+        dropped = torch.rand(ids.shape, device=ids.device) < args.word_dropout if args.word_dropout else None
+        nll = text_nll(model, executor_prefix(model, plans, null), ids, inputs["attention_mask"], dropped) * scored
+        if "curriculum" in self.planner_state:
+            at = self.planner_state["curriculum"].bucket
+            counted = scored[:, at] if null is None else scored[:, at] & ~null[:, None]
+            self._note(bucket=torch.stack([(nll[:, at] * counted).sum(), counted.sum()]))
+        return nll
+
+    @property
+    def temperature(self) -> float:
+        """Of this step."""
+        args = self.args
+        end = args.temperature if args.temperature_end is None else args.temperature_end
+        return args.temperature * (end / args.temperature) ** (self.state.global_step / max(1, self.state.max_steps))
+
+    def _everywhere(self, local: torch.Tensor) -> torch.Tensor:
+        return everywhere(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)
+
+    def _across_processes(self) -> bool:
+        return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
+
+    def _log_means(self, values: Logged, mode: str = "train") -> None:
+        """Means over processes; waits for the device once."""
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        for name, mean in zip(values, self.accelerator.reduce(stacked, "mean").tolist()):
+            self._metrics[mode][name].append(mean)
+
+    # -- E-step -----------------------------------------------------------------------------------------------------
+
+    def _best_plans(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
+        """z* (B, n, Q) of the batch's rows, after an E-step for all, when it is due, or for those that never had one."""
+        args, cache, ids = self.args, self.planner_state["cache"], inputs[SAMPLE_ID]
+        plans, known = cache.get(ids)
+        due = self.planner_state["schedule"].due(self.state.global_step, args.e_step_every)
+        rows = (~known | due).nonzero()[:, 0]
+        sums = torch.zeros(6, device=ids.device)
+        if len(rows):
+            beams = min(args.num_beams, self._possible_plans)  # which a callback may have raised
+            found = self.last_e_step = e_step(
+                model, {name: value[rows] for name, value in inputs.items()}, plans[rows], known[rows],
+                max(0, args.num_candidates - beams), beams, self.temperature,
+            )  # fmt: skip
+            plans, sums = plans.index_copy(0, rows, found.plans), found.sums()
+        self._note(e_step=sums)
+        new = torch.full_like(ids, -1).index_copy(0, rows, ids[rows])
+        # A row may come to another process in the next epoch
+        same = (self.accelerator.pad_across_processes(x, pad_index=-1) for x in (new, plans))
+        cache.put(*(self.accelerator.gather(x) for x in same))
+        return plans
+
+    # -- the end of a step ------------------------------------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.args.use_planner and self.accelerator.sync_gradients:
+            if self.accelerator.num_processes > 1:
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                average_gradients(trained, lambda x: self.accelerator.reduce(x, "mean"))
+            self._end_step()
+        return loss
+
+    @torch.no_grad()
+    def _note(self, **sums: torch.Tensor) -> None:
+        """Add to what this process knows of this step. Every process notes the same names."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value.double()
+
+    def _everyones(self) -> dict[str, torch.Tensor]:
+        """What was noted since the last time, by all processes together, on the CPU."""
+        sums, self._sums = self._sums, {}
+        together = self.accelerator.reduce(torch.cat([x.flatten() for x in sums.values()]), "sum").cpu()
+        return dict(zip(sums, together.split([x.numel() for x in sums.values()])))
+
+    def _end_step(self) -> None:
+        """What goes on from step to step does, by what all micro-batches and processes made of this one."""
+        state, args, step, metrics = self.planner_state, self.args, self.state.global_step, self._metrics["train"]
+        types = backbone_of(self.model).planner_config.types
+        norm = self._gradient_norm.pop()
+        if norm is not None:
+            self._note(norm=torch.tensor(norm, device=args.device))
+        sums = self._everyones()
+        self._total_train_tokens += int(sums["tokens"])
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if norm is not None:
+            metrics["monitor/planner_grad_norm"].append(sums["norm"].item() / self.accelerator.num_processes)
+        state["usage"].update(sums["use"].float().split([kind.num_concepts for kind in types]))
+        for i, kind in enumerate(types):
+            metrics[f"planner/perplexity_{kind.name}"].append(state["usage"].perplexity(i))
+        if "quota" in state:
+            state["quota"].update(sums["lengths"] / sums["rows"])
+        if "curriculum" in state:
+            metrics["planner/length"].append(state["curriculum"].length or 0)
+            state["curriculum"].update(*sums["bucket"].tolist(), step + 1, self.state.max_steps)
+        if "schedule" in state:
+            due = state["schedule"].due(step, args.e_step_every)
+            found = zip(("em/staleness", "em/flip_rate", "em/margin"), sums["e_step"].view(3, 2))
+            means = {name: (total / count).item() for name, (total, count) in found if count}
+            for name, mean in means.items():
+                metrics[name].append(mean)
+            metrics["em/interval"].append(state["schedule"].interval(args.e_step_every))
+            if due:
+                state["schedule"].done(step, args.e_step_every, means.get("em/staleness"))
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluated(self, model: nn.Module, inputs: Batch, scored: torch.Tensor, return_outputs: bool) -> Any:
+        """The executor's cross-entropy under greedy plans; logged beside it what it is without a plan."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        plans = plan(model, inputs["plan_input_ids"], inputs["plan_attention_mask"])
+        prefix = executor_prefix(model, plans)
+        null = executor_prefix(model, plans, torch.ones_like(ids[:, 0], dtype=torch.bool))
+        nll, without = ((text_nll(model, p, ids, mask) * scored).sum() for p in (prefix, null))
+        rows = torch.tensor(len(ids), device=ids.device)
+        sums = torch.stack([nll, without, scored.sum(), rows, *plan_lengths(plans).sum(0)]).double()
+        nll_all, null_all, tokens, rows, *lengths = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = self._metrics["eval"]
+        metrics["loss/executor"].append(nll_all / max(1, tokens))
+        metrics["nll_null"].append(null_all / max(1, tokens))
+        metrics["delta_nll_null"].append((null_all - nll_all) / max(1, tokens))
+        for kind, length in zip(backbone_of(model).planner_config.types, lengths):
+            metrics[f"planner/expected_length_{kind.name}"].append(length / rows)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        loss = nll / scored.sum().clamp(min=1)
+        if not return_outputs:
+            return loss
+        logits = logits_of(unwrapped(model), executor_forward(model, prefix, ids, mask))
+        return loss, CausalLMOutput(logits=F.pad(logits, (0, 0, 0, 1)))  # the last predicts nothing, as everywhere
+
+    def probe(self, inputs: Batch) -> dict[str, float]:
+        """What other plans cost, and NLL by position, of the first 16 rows of a batch of the collator's: see `probe`.
+
+        Draws from no RNG of the run; each process by itself.
+
+        Raises:
+            ValueError: the run does not plan.
+        """
+        if not self.args.use_planner:
+            raise ValueError("use_planner=False: there is no plan to probe")
+        with self.accelerator.autocast():
+            return probe(self.model, self._prepare_inputs(inputs), torch.Generator().manual_seed(self.args.seed))
+
+    # -- learning rate and checkpoints ------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.args.use_planner and self.args.planner_learning_rate is not None:
+            split_by_role(optimizer, self.model, {HEAD: self.args.planner_learning_rate})
+        return optimizer
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        args = self.args
+        found = {**self.model.config.planner, "mode": args.mode, "training": args.training}
+        return found | ({"dataset": content_hash(self.train_dataset)} if args.training == "hard_em" else {})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.use_planner and self.args.should_save:
+            save_state(output_dir, self.planner_state, self._settings())
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        super()._check_checkpoint(checkpoint)
+        if self.args.use_planner:
+            check_state(checkpoint, self.planner_state, self._settings())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.use_planner:
+            load_state(checkpoint, self.planner_state)
