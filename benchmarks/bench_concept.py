@@ -3,9 +3,9 @@
     make bench-concept                                            # with the other parts
     python benchmarks/bench_concept.py --seeds 0 --only literal stable
 
-The facts of recipes/concept_v2.py: the same tiny model, rows, steps and LoRA in every run. Figures are held out and under the
-rule of inference. Results so far are kept in benchmarks/results/concept_<device>.json: a run that is there is not repeated
-without --fresh.
+The facts of recipes/concept_v2.py: the same tiny model, rows, steps and LoRA in every run. Figures are held out and under
+the rule of inference. Results so far are kept in benchmarks/results/concept_<device>.json: a run that is there is not
+repeated without --fresh.
 """
 
 import argparse
@@ -92,8 +92,8 @@ def run(name: str, seed: int, steps: int, base: str, out: str | None = None) -> 
         args = ConceptConfig(
             **{
                 "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 64, "seed": seed,
-                "learning_rate": 4e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98, "n_shallow": 1,
-                "n_deep": 1, "num_concepts": 32, "num_codebooks": 3, "target_ratio": R, "completion_only_loss": False,
+                "learning_rate": 4e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98, 
+                "n_shallow": 1, "n_deep": 1, "num_concepts": 32, "num_codebooks": 3, "target_ratio": R, "completion_only_loss": False,
                 "max_length": None, "use_cpu": not setups.CUDA, "bf16": False, "report_to": "none", "save_strategy": "no",
                 "gradient_checkpointing": False, "disable_tqdm": True, "logging_steps": 10, **fields(name),
             }

@@ -97,10 +97,11 @@ def main() -> None:
         held = {name: num_bytes(cache) for name, cache in caches.items()}
         # Every repetition writes on a copy of what was read: the text would grow otherwise
         pending = {name: [copy.deepcopy(cache) for _ in range(options.repeats + 1)] for name, cache in caches.items()}
+        more = ids[:, length:]
         writing = setups.interleaved(
-            {name: lambda name=name, net=net: write(net, pending[name].pop(), ids[:, length:]) for name, net in nets.items()},
+            {name: lambda name=name, net=net: write(net, pending[name].pop(), more) for name, net in nets.items()},
             options.repeats,
-        )  # fmt: skip
+        )
         whole = cost(config(28), None, tokens=length)
         results[str(length)] = {
             name: {

@@ -6,8 +6,8 @@
     python recipes/planner_executor.py --resume_from_checkpoint latest
 
 Every field of TRL's SFTConfig and of PlannerExecutorConfig is a flag; `--config FILE.yaml` sets many. Writes the model
-(`final/`), `summary.json`, `curves.png` and `monitors.png` into the output directory, and shows held-out texts beside what was
-written from their plans and from random ones.
+(`final/`), `summary.json`, `curves.png` and `monitors.png` into the output directory, and shows held-out texts beside what
+was written from their plans and from random ones.
 """
 
 import os
@@ -88,9 +88,9 @@ def show(before: PlanEvaluation, after: PlanEvaluation, console: Console) -> Non
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
     per_type = lambda values: ", ".join(f"{name} {value:.1f}" for name, value in values.items())  # noqa: E731
     for label, value in (
-        ("written exactly, from the plan", lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"),
+        ("written right", lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"),
         ("  from a random plan", lambda e: f"{e.random_accuracy:.1%}"),
-        ("NLL under the plan, nats a token", lambda e: f"{e.nll:.3f}"),
+        ("NLL, nats a token", lambda e: f"{e.nll:.3f}"),
         ("  without a plan", lambda e: f"{e.nll_null:.3f}"),
         ("  another text's plan", lambda e: f"{e.nll_shuffled:.3f}"),
         ("  a random plan", lambda e: f"{e.nll_random:.3f}"),

@@ -105,7 +105,7 @@ def evaluate_plans(
             answers = texts if delimiter is None else part["answer"]
             right += _right(written, answers, delimiter)
             by_chance += _right(unplanned, answers, delimiter)
-            ended = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+            ended = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
             batch = tokenizer.pad({"input_ids": ended}, padding_side="right", return_tensors="pt").to(model.device)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             tokens += mask.sum().item()

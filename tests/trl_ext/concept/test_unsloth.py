@@ -17,8 +17,8 @@ pytestmark = [
 
 
 def test_unsloths_trainer_trains_as_trls_does(tmp_path):
-    """The same parameters move (left to itself it would ignore `peft_config`); every figure of the first step is finite, and
-    those that no draw enters are TRL's to 1e-5 relative, since the two shuffle alike until then."""
+    """The same parameters move (left to itself it would ignore `peft_config`); the figures of the first step are
+    TRL's, to 1e-5 relative those that no draw enters, since the two shuffle alike until then."""
     found = run("concept")
     assert found["parent"] == "UnslothSFTTrainer"
     trainer = setups.trainer(tmp_path, peft=True, family="qwen2", **setups.CASES["autoregressive"])
