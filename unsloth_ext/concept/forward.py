@@ -1,8 +1,9 @@
 """The forward of a model with concepts. Whole texts go through at once: what decoding token by token would compute, without
 a loop over tokens.
 
-Slot t of the deep layers holds middle(concept_t) where token t became a concept, its shallow state where it did not. Logits of
-position t are read at slot t, which also covers a tail that has just become empty. Rotary positions stay those of the text.
+Slot t of the deep layers holds middle(concept_t) where token t became a concept, and its shallow state where it did not.
+Logits of position t are read at slot t, which also covers a tail that has just become empty. Rotary positions stay those of
+the text.
 """
 
 import contextlib
