@@ -3,9 +3,9 @@
     make bench-concept                                            # with the other parts
     python -m benchmarks.bench_planner --seeds 0 --only soft multi_token
 
-The facts of recipes/planner_executor.py: a tiny model from random weights writes a fact that it never saw from a plan of four
-concepts. Held out; results so far are kept in benchmarks/results/planner_<device>.json: a run that is there is not repeated
-without --fresh.
+The facts of recipes/planner_executor.py: a tiny model from random weights writes a fact that it never saw from a plan of
+four concepts. Held out; results so far are kept in benchmarks/results/planner_<device>.json: a run that is there is not
+repeated without --fresh.
 """
 
 import argparse
