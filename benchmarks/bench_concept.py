@@ -136,6 +136,7 @@ COLUMNS = (
     ("nll_tail", "after others", ".3f"),
     ("nll_random", "random concepts", ".3f"),
     ("ratio", "tokens/concept", ".2f"),
+    ("tail", "tail", ".1f"),
     ("perplexity", "perplexity", ".1f"),
     ("used", "used", ".0%"),
     ("macs", "MACs", ".0%"),
@@ -155,7 +156,7 @@ def spread(values: list[float | None], form: str) -> str:
 def table(results: dict[str, dict[str, dict]]) -> str:
     lines = [f"| {' | '.join(['', *(label for _, label, _ in COLUMNS)])} |", "|---" + "|---:" * len(COLUMNS) + "|"]
     for name, runs in results.items():
-        cells = [spread([run[key] for run in runs.values()], form) for key, _, form in COLUMNS]
+        cells = [spread([run.get(key) for run in runs.values()], form) for key, _, form in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

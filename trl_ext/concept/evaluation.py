@@ -26,6 +26,8 @@ class ConceptEvaluation:
         nll: of every token. nll_boundary, nll_tail: of those that follow a concept, and of the others.
         nll_random: with other concepts, drawn uniformly, in the same places.
         ratio: tokens for each concept, decided as in inference.
+        tail: tokens that the deep layers still see beside the concepts, the mean over positions. Where it is long, what the
+            concepts hold is of no matter: a gate can satisfy a ratio with many concepts in one place and none in another.
         perplexity: exp of the entropy of the codewords' use, mean over codebooks. used: share of codewords used at all.
         macs, kv: multiplications and bytes of keys and values, as shares of the same model's without concepts, for texts
             of this mean length.
@@ -40,6 +42,7 @@ class ConceptEvaluation:
     nll_tail: float | None = None
     nll_random: float | None = None
     ratio: float | None = None
+    tail: float | None = None
     perplexity: float | None = None
     used: float | None = None
     macs: float | None = None
@@ -68,7 +71,9 @@ def evaluate_concepts(
     backbone, head = backbone_of(model), model.get_output_embeddings()
     compresses = has_concepts(model)
     generator = torch.Generator().manual_seed(0)
-    sums: dict[str, float] = dict.fromkeys(("tokens", "nll", "boundary", "made", "random", "concepts", "real"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(
+        ("tokens", "nll", "boundary", "made", "random", "concepts", "real", "tail"), 0.0
+    )
     counts, right = 0, 0
     with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
@@ -90,6 +95,9 @@ def evaluate_concepts(
             sums["boundary"] += nll[made].sum().item()
             sums["made"] += made.sum().item()
             sums["concepts"] += choice.concept.sum().item()
+            times = torch.arange(ids.shape[1], device=ids.device)
+            since = times - torch.where(choice.concept, times, -1).cummax(1).values
+            sums["tail"] += ((since + config.boundary_keeps_token) * real).sum().item()
             drawn = torch.randint(config.num_concepts, choice.ids.shape, generator=generator).to(ids.device)
             drawn = drawn.masked_fill(~choice.concept[..., None], config.null)
             other = backbone(ids, attention_mask=batch["attention_mask"], concepts=drawn, use_cache=False)
@@ -103,6 +111,7 @@ def evaluate_concepts(
     if not compresses:
         return found
     found.ratio = sums["real"] / max(sums["concepts"], 1)
+    found.tail = sums["tail"] / sums["real"]
     found.nll_boundary = sums["boundary"] / max(sums["made"], 1)
     found.nll_tail = (sums["nll"] - sums["boundary"]) / max(sums["tokens"] - sums["made"], 1)
     found.nll_random = sums["random"] / sums["tokens"]
@@ -110,7 +119,8 @@ def evaluate_concepts(
     found.perplexity = (-torch.special.xlogy(share, share).sum(-1)).mean().exp().item()
     found.used = (counts > 0).double().mean().item()
     length = round(sums["real"] / n)
-    ours, dense = cost(model.config, config, found.ratio, length), cost(model.config, None, tokens=length)
+    ours = cost(model.config, config, found.ratio, length, found.tail)
+    dense = cost(model.config, None, tokens=length)
     found.macs, found.kv = ours.macs / dense.macs, ours.kv / dense.kv
     return found
 

@@ -148,6 +148,7 @@ SHOWN = (
     ("nll_tail", "  after other tokens", "{:.3f}"),
     ("nll_random", "  with random concepts", "{:.3f}"),
     ("ratio", "tokens for each concept", "{:.2f}"),
+    ("tail", "tokens in the tail", "{:.1f}"),
     ("perplexity", "perplexity of the codewords", "{:.1f}"),
     ("used", "codewords used", "{:.0%}"),
     ("macs", "multiplications (counted)", "{:.0%}"),

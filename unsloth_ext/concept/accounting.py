@@ -28,13 +28,21 @@ class Cost:
         return self.layers + self.attention + self.lm_head + self.concept_head
 
 
-def cost(model: Any, concepts: OnlineConceptConfig | None = None, ratio: float = 4.0, tokens: int = 0) -> Cost:
+def cost(
+    model: Any,
+    concepts: OnlineConceptConfig | None = None,
+    ratio: float = 4.0,
+    tokens: int = 0,
+    tail: float | None = None,
+) -> Cost:
     """Cost of a text of so many `tokens`, its mean token; 0 leaves attention out.
 
     Args:
         model: a transformers config of a llama, qwen2 or qwen3.
         concepts: None: the model as it is.
         ratio: tokens for each concept.
+        tail: tokens since the last concept, the mean over a text; None: those of evenly spread concepts. A gate that is not
+            held to it may have few concepts or many and long tails all the same.
     """
     d, head = model.hidden_size, getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     queries, values = model.num_attention_heads * head, model.num_key_value_heads * head
@@ -45,7 +53,8 @@ def cost(model: Any, concepts: OnlineConceptConfig | None = None, ratio: float =
         layers = model.num_hidden_layers
         return Cost(layers * layer, layers * score(tokens / 2), lm_head, 0, layers * 2 * values)
     shallow, middle, deep = (len(part) for part in concepts.parts)
-    made, tail = 1 / ratio, (ratio - 1) / 2
+    made = 1 / ratio
+    tail = (ratio - 1) / 2 if tail is None else tail
     doubled = made if concepts.boundary_keeps_token else 0.0  # slots that hold the token beside its concept
     runs = shallow + middle * made + deep * (1 + doubled)
     seen = (

@@ -51,3 +51,16 @@ def test_keys_and_values_are_those_that_are_held():
     ids = torch.randint(3, 60, (1, 40))
     held = net(ids, use_cache=True).past_key_values.num_bytes() / 8 / 40
     assert held == pytest.approx(cost(net.config, backbone_of(net).concept_config, 4.0, 40).kv, rel=0.02)
+
+
+def test_a_long_tail_costs_keys_and_values():
+    """One concept for every 4 tokens, all at the beginning: the deep layer holds the rest of the text."""
+    net = model("qwen3", segmenter="null")
+    concepts = torch.full((1, 40), 12)
+    concepts[0, :10] = 3
+    ids = torch.randint(3, 60, (1, 40))
+    backbone_of(net)(ids, concepts=concepts, use_cache=True)
+    held = backbone_of(net)(ids, concepts=concepts, use_cache=True).past_key_values.num_bytes() / 8 / 40
+    config = backbone_of(net).concept_config
+    assert held == pytest.approx(cost(net.config, config, 4.0, 40, tail=30).kv, rel=1e-6)
+    assert held > 1.1 * cost(net.config, config, 4.0, 40).kv

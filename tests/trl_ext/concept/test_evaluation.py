@@ -1,0 +1,75 @@
+"""What an evaluation says, against each text by itself."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests import tiny
+from trl_ext.concept.evaluation import evaluate_concepts
+from trl_ext.tasks import facts
+from unsloth_ext import OnlineConceptConfig, attach_concepts, backbone_of
+
+from . import setups
+
+
+def made(keeps):
+    net = setups.base()
+    attach_concepts(net, OnlineConceptConfig(1, 2, 1, 16, 2, gate="factorised", max_tail=5, boundary_keeps_token=keeps))
+    with torch.no_grad():
+        backbone_of(net).concept_head.bias[-1] += torch.tensor(16.0).log()  # p near 1/2
+    return net.eval()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_every_figure_is_the_texts_own(keeps):
+    """1e-5: of texts of different lengths, in batches of 3."""
+    net, tokenizer = made(keeps), tiny.tokenizer(())
+    rows = setups.Dataset.from_list([{**row, "answer": row["completion"]} for row in setups.ROWS[:8]])
+    found = evaluate_concepts(net, tokenizer, rows, batch_size=3, max_new_tokens=4)
+    nll, after, others, tails, codes, written = [], [], [], [], [], 0
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+        out = backbone_of(net)(ids, use_cache=False)
+        each = F.cross_entropy(net.lm_head(out.last_hidden_state)[0, :-1], ids[0, 1:], reduction="none")
+        concept = out.choice.concept[0]
+        nll += each.tolist()
+        after += each[concept[:-1]].tolist()
+        others += each[~concept[:-1]].tolist()
+        codes.append(out.choice.ids[0, concept])
+        tail = 0
+        for is_concept in concept.tolist():
+            tail = 0 if is_concept else tail + 1
+            tails.append(tail + keeps)
+        prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        new = net.generate(prompt, do_sample=False, max_new_tokens=4, pad_token_id=0, eos_token_id=1)[
+            0, prompt.shape[1] :
+        ]
+        written += tokenizer.decode(new, skip_special_tokens=True).strip() == row["completion"].strip()
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    codes = torch.cat(codes)
+    share = [codes[:, k].bincount(minlength=16) / len(codes) for k in (0, 1)]
+    entropy = mean([-torch.special.xlogy(s, s).sum().item() for s in share])
+    for name, value in {
+        "nll": mean(nll), "nll_boundary": mean(after), "nll_tail": mean(others), "tail": mean(tails),
+        "ratio": (len(nll) + 8) / len(codes), "perplexity": torch.tensor(entropy).exp().item(),
+        "used": mean([(s > 0).float().mean().item() for s in share]), "accuracy": written / 8,
+    }.items():  # fmt: skip
+        assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+    assert 1 < found.ratio < 6 and found.nll_random != found.nll
+
+
+def test_a_model_without_concepts_has_the_first_figures_only():
+    net, tokenizer = setups.base().eval(), tiny.tokenizer(())
+    rows = setups.Dataset.from_list([{"prompt": "1+1=", "completion": "2 ##2", "answer": "2"}] * 2)
+    found = evaluate_concepts(net, tokenizer, rows, delimiter="##", max_new_tokens=3)
+    assert found.n == 2 and found.nll > 0 and found.ratio is None and found.kv is None
+
+
+def test_a_model_that_repeats_is_right():
+    """Exactness is the text's, whatever spaces stand around it."""
+    tokenizer = facts.tokenizer()
+    train, _ = facts.split(1, 0, facts.Size(rows=4))
+    net = setups.base()
+    net.generate = lambda input_ids, **_: torch.cat([input_ids, input_ids], dim=1)
+    net.resize_token_embeddings(len(tokenizer))
+    assert evaluate_concepts(net, tokenizer, train.select(range(4))).accuracy == 1.0
