@@ -40,8 +40,8 @@ RUNS: dict[str, dict] = {
     "types in parallel": {"ordering": "parallel"},
     "both": {"multi_token": True, "ordering": "parallel"},
     "length curriculum 2, 4": {"length_curriculum": [2, 4]},
-    "hard-EM from scratch": {"training": "hard_em", "target_length": None},
-    "hard-EM, M by staleness": {"training": "hard_em", "target_length": None, "adaptive_e_step": True},
+    "hard-EM from scratch": {"training": "hard_em"},
+    "hard-EM, M by staleness": {"training": "hard_em", "adaptive_e_step": True},
 }
 
 

@@ -47,7 +47,7 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys, training):
     text, plan, written, _ = first["samples"][0]
     codes = [[code for code in row if code >= 0] for row in loaded.plan(text)[0].tolist()]
     assert codes == plan
-    assert loaded.generate(text, max_new_tokens=12, do_sample=False) == written
+    assert loaded.generate(text, max_new_tokens=6, do_sample=False) == written
     run("--training", training, "--max_steps", "3", "--resume_from_checkpoint", "latest")
     assert summary()["steps"] == 3 and summary()["accuracy_before"] == first["accuracy_after"]
 

@@ -32,7 +32,7 @@ def start(method, folder, case, processes):
         ("kv", "default", "kv/attn"),
         ("kv", "note", "kv/k"),
         ("concept", "stable", "loss/ratio"),
-        ("concept", "autoregressive", "concept/ratio"),
+        pytest.param("concept", "autoregressive", "concept/ratio", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_are_one(tmp_path, method, case, term):

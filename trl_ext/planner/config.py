@@ -59,7 +59,8 @@ class PlannerExecutorConfig(SFTConfig):
         default=0.0, metadata={"help": "Weight of -log p(end) at the last slot of plans that found no end."}
     )
     target_length: list[float] | None = field(
-        default=None, metadata={"help": "Expected concepts of each type, or one number for all; None: as it comes."}
+        default=None,
+        metadata={"help": "Soft only: expected concepts of each type, or one number for all; None: as it comes."},
     )
     quota_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that holds plans at their target."})
     quota_rate: float = field(default=0.1, metadata={"help": "Of the dual ascent: how fast its multipliers move."})
@@ -133,10 +134,6 @@ class PlannerExecutorConfig(SFTConfig):
         self._check_curriculum()
         if not self.use_planner:
             return
-        if self.training == "hard_em" and self.target_length is not None:
-            raise ValueError(
-                "target_length: hard_em's plans have no expected length to pull at; use training='soft', or set the quota"
-            )
         must_be_off(
             self,
             packing="plans are of one row each",

@@ -114,7 +114,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
     def _new_state(self) -> nn.ModuleDict:
         args, config = self.args, backbone_of(self.model).planner_config
         state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_decay)})
-        targets = args.targets(config)
+        targets = args.targets(config) if args.training == "soft" else None  # a plan that was found has no expectation
         if targets is not None:
             quotas = [kind.quota for kind in config.types]
             state["quota"] = PlannerQuotaController(targets, quotas, args.quota_rate)

@@ -32,6 +32,7 @@ def folders(tmp_path_factory):
     return [start(tmp_path_factory.mktemp("runs") / str(n), n) for n in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(folders, case):
     """Every term of every step to 1e-5, weights and what is kept beside them to 1e-5; ranks alike bit for bit, though in

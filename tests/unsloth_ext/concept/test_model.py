@@ -108,9 +108,9 @@ print(loaded.segments("11+22+33=66;9"), loaded.config)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"segmenter": "autoregressive", "num_codebooks": 2, "boundary_keeps_token": True}]
+    "peft, settings",
+    [(False, {}), (True, {"segmenter": "autoregressive", "num_codebooks": 2, "boundary_keeps_token": True})],
 )
-@pytest.mark.parametrize("peft", [True, False])
 def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, peft, settings):
     ours = saved(tmp_path, peft, **settings)
     assert not {f.suffix for f in (tmp_path / "saved").iterdir()} & {".bin", ".pt", ".pkl"}
