@@ -15,7 +15,7 @@ from unsloth_ext import backbone_of
 from unsloth_ext.concept import flex
 
 
-CASES = {"literal": {}, "stable": {"preset": "stable", "max_tail": 8, "num_codebooks": 2}}
+CASES = {"literal": {}, "stable": {**ConceptConfig.preset_fields("stable"), "num_codebooks": 2}}
 # Of hidden states, relative to their root mean square: token by token, and by FlexAttention, against a text at once
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "4bit": 0.1}
 STEPS = 3

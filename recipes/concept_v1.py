@@ -5,7 +5,7 @@
     python recipes/concept_v1.py --baseline lora --model_name Qwen/Qwen3-0.6B --dataset openai/gsm8k --dataset_config main
 
 The same rows, steps, LoRA and evaluation as recipes/concept_v2.py, from the same configuration files, into
-`lora/` and `fixed/` of the output directory.
+`lora/` and `fixed/` of runs/concept_v1 or what --output_dir names.
 """
 
 import os
@@ -17,12 +17,9 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import PartialState
-from trl import TrlParser
 
-from trl_ext import ConceptConfig
-from trl_ext.concept.recipe import EMBEDDED, ScriptArguments, refuse_resume, run
-from trl_ext.flags import chosen, one_of
-from trl_ext.tasks.data import DataArguments
+from trl_ext.concept.recipe import ScriptArguments, parse, refuse_resume, run
+from trl_ext.flags import one_of
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -52,17 +49,16 @@ class BaselineArguments(ScriptArguments):
 
 
 def main() -> None:
-    parser = TrlParser((BaselineArguments, DataArguments, ConceptConfig))
-    _, config, others = chosen(sys.argv[1:], CONFIGS, "concept", EMBEDDED)
-    parser.set_defaults(output_dir="runs/concept_v1")
-    script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    # Not where the configuration file puts the run that these are measured against
+    flags = ["--output_dir", "runs/concept_v1", *sys.argv[1:]]
+    script, data, args = parse(flags, BaselineArguments, CONFIGS)
     names = list(BASELINES) if script.baseline == "both" else [script.baseline]
     if len(names) > 1:
         refuse_resume(args)
     runs = {}
     for name in names:
         folder = Path(args.output_dir) / name if len(names) > 1 else args.output_dir
-        runs[name] = replace(args, preset=None, output_dir=str(folder), **BASELINES[name])
+        runs[name] = replace(args, output_dir=str(folder), **BASELINES[name])
     run((script, data, args), runs, "Baselines of concept tokens")
 
 

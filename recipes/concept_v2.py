@@ -18,21 +18,15 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import PartialState
-from trl import TrlParser
 
-from trl_ext import ConceptConfig
-from trl_ext.concept.recipe import EMBEDDED, ScriptArguments, run
-from trl_ext.flags import chosen
-from trl_ext.tasks.data import DataArguments
+from trl_ext.concept.recipe import ScriptArguments, parse, run
 
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, DataArguments, ConceptConfig))
-    _, config, others = chosen(sys.argv[1:], CONFIGS, "concept", EMBEDDED)
-    script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    script, data, args = parse(sys.argv[1:], ScriptArguments, CONFIGS)
     run((script, data, args), {"concepts": args}, "Concept tokens")
 
 

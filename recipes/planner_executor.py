@@ -90,6 +90,7 @@ def show(before: PlanEvaluation, after: PlanEvaluation, console: Console) -> Non
     for label, value in (
         ("written right", lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"),
         ("  from a random plan", lambda e: f"{e.random_accuracy:.1%}"),
+        ("tokens that are the likeliest", lambda e: f"{e.token_accuracy:.1%}"),
         ("NLL, nats a token", lambda e: f"{e.nll:.3f}"),
         ("  without a plan", lambda e: f"{e.nll_null:.3f}"),
         ("  another text's plan", lambda e: f"{e.nll_shuffled:.3f}"),
@@ -97,7 +98,7 @@ def show(before: PlanEvaluation, after: PlanEvaluation, console: Console) -> Non
         ("concepts of a plan", lambda e: per_type(e.lengths)),
         ("perplexity of their use", lambda e: per_type(e.perplexity)),
         ("plans that differ", lambda e: f"{e.distinct:.0%}"),
-        ("bits of a plan", lambda e: f"{e.bits:.1f}"),
+        ("bits of a plan, bits it tells", lambda e: f"{e.bits:.1f}, {e.told:.1f}"),
         ("tokens for each concept", lambda e: f"{e.ratio:.2f}"),
         ("ms to plan, to write", lambda e: f"{e.plan_ms:.1f}, {e.write_ms:.1f}"),
     ):

@@ -27,6 +27,13 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
 
 
+def chosen_preset(config: Path, flags: list[str]) -> str | None:
+    """The preset that flags or else the configuration file name."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--preset", default=read_config(config).get("preset"))
+    return peek.parse_known_args(flags)[0].preset
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of a configuration file.
 

@@ -29,7 +29,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, tmp_path, cache):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(facts, "SMALL", facts.Size(facts=3, rows=400, layers=4, width=32))
+    monkeypatch.setattr(facts, "SMALL", facts.Size(facts=3, fillers=2, rows=400, layers=4, width=32))
 
     def start(recipe, *argv):
         monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *SMALL, *map(str, argv)])
@@ -69,6 +69,20 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys):
     assert summary()["steps"] == 3 and summary()["accuracy_before"] == first["accuracy_after"]
 
 
+def test_flags_win_over_the_preset_and_the_preset_over_no_flags(run, monkeypatch):
+    from trl_ext.concept import recipe
+
+    found = []
+    monkeypatch.setattr(recipe, "run", lambda parsed, *_: found.append(parsed[2]))
+    for flags in ((), ("--warm_start_share", "0.0", "--gate", "literal"), ("--preset", "literal")):
+        run("concept_v2", *flags)
+    assert [(a.gate, a.warm_start_share, a.ratio_weight, a.max_tail) for a in found] == [
+        ("factorised", 0.2, 1.0, 8), ("literal", 0.0, 1.0, 8), ("literal", 0.0, 0.0, None),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no preset 'best'"):
+        run("concept_v2", "--preset", "best")
+
+
 def test_the_baselines_train_beside_each_other(run, capsys):
     run("concept_v1")
     lora, fixed = summary("out/lora"), summary("out/fixed")
@@ -77,8 +91,8 @@ def test_the_baselines_train_beside_each_other(run, capsys):
     assert Path("out/fixed/concepts.html").exists() and not Path("out/lora/concepts.html").exists()
     with pytest.raises(SystemExit, match="name one run with --baseline"):
         run("concept_v1", "--resume_from_checkpoint", "latest")
-    run("concept_v1", "--baseline", "fixed", "--stride", "6", "--concepts_per_stride", "2", "--output_dir", "alone")
-    assert summary("alone")["after"]["ratio"] == 3.0
+    run("concept_v1", "--baseline", "fixed", "--stride", "7", "--concepts_per_stride", "2", "--output_dir", "alone")
+    assert summary("alone")["after"]["ratio"] == 3.5
     with pytest.raises(ValueError, match="baseline='none'"):
         run("concept_v1", "--baseline", "none")
 

@@ -1,6 +1,6 @@
 """A run that saves at every step and resumes from the newest whole checkpoint, for test_kill.py to kill.
 
-python -m tests.trl_ext.kill_worker hrpo|latent|kv|concept FOLDER
+python -m tests.trl_ext.kill_worker hrpo|latent|kv|concept|planner|planner_em FOLDER
 """
 
 import sys
@@ -13,6 +13,7 @@ from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
+from tests.trl_ext.planner import setups as planner
 from trl_ext.checkpointing import last_complete_checkpoint
 
 
@@ -33,6 +34,10 @@ def main() -> None:
         trainer = kv.trainer(folder / "out", peft=True, **saving)
     elif method == "concept":
         trainer = concept.trainer(folder / "out", peft=True, **saving, **concept.CASES["stable"])
+    elif method == "planner":
+        trainer = planner.trainer(folder / "out", peft=True, **saving, target_length=[2, 1], word_dropout=0.2)
+    elif method == "planner_em":
+        trainer = planner.trainer(folder / "out", peft=True, **saving, training="hard_em", e_step_every=3)
     else:
         trainer = latent.trainer(folder / "out", **saving, projection_dropout=0.1, **latent.CASES["kv"])
     trainer.add_callback(Announce())

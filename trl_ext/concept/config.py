@@ -8,10 +8,11 @@ from trl import SFTConfig
 
 from unsloth_ext.concept.config import GATES, SEGMENTERS, OnlineConceptConfig
 
-from ..flags import at_least, must_be_off, one_of
+from ..flags import at_least, must_be_off
+from ..presets import Presets
 
 
-# The additions by name (docs/concept_tokens.md has the evidence for each); a field that is given wins
+# The additions that go together (docs/concept_tokens.md has the evidence for each); the limit is twice the default ratio
 PRESETS: dict[str, dict[str, Any]] = {
     "literal": {},
     "stable": {
@@ -21,16 +22,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibrate_null": True,
         "warm_start_share": 0.2,
         "temperature_end": 0.3,
+        "max_tail": 8,
     },
 }
 
 
 @dataclass
-class ConceptConfig(SFTConfig):
+class ConceptConfig(Presets, SFTConfig):
     """loss = cross-entropy + ratio_weight L_ratio + usage_weight L_usage
 
-    The defaults are the literal objective, cross-entropy alone. `use_concepts=False` is SFT.
+    The defaults are the literal objective, cross-entropy alone; `ConceptConfig.preset("stable", ...)` has the additions.
+    `use_concepts=False` is SFT.
     """
+
+    presets = PRESETS
 
     use_concepts: bool = field(default=True, metadata={"help": "False: plain SFT, of the same rows."})
     n_shallow: int = field(default=4, metadata={"help": "Layers that run on every token."})
@@ -62,19 +67,11 @@ class ConceptConfig(SFTConfig):
     concept_learning_rate: float | None = field(
         default=None, metadata={"help": "Of head and embedding; None: the learning rate."}
     )
-    preset: str | None = field(
-        default=None, metadata={"help": f"Additions by name, where a field has its default: {', '.join(PRESETS)}."}
-    )
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
     )
 
     def __post_init__(self) -> None:
-        if self.preset is not None:
-            one_of(self, preset=tuple(PRESETS))
-            for name, value in PRESETS[self.preset].items():
-                if getattr(self, name) == type(self).__dataclass_fields__[name].default:
-                    setattr(self, name, value)
         super().__post_init__()
         at_least(self, n_shallow=1, n_middle=1, n_deep=1)
         self.online(self.n_shallow + (self.n_middle or 1) + self.n_deep)
@@ -96,6 +93,11 @@ class ConceptConfig(SFTConfig):
         if self.segmenter == "fixed" and (self.ratio_weight or self.calibrate_null or self.warm_start_share):
             raise ValueError(
                 "segmenter='fixed' emits by its stride: set ratio_weight=0, calibrate_null=False, warm_start_share=0"
+            )
+        if self.max_tail is not None and self.ratio_weight and self.max_tail <= self.target_ratio:
+            raise ValueError(
+                f"max_tail={self.max_tail}, target_ratio={self.target_ratio}: concepts forced so often leave nothing to "
+                "decide; set max_tail to twice the ratio, or to None"
             )
         must_be_off(self, use_liger_kernel="it replaces the forward that compresses")
 

@@ -1,5 +1,6 @@
 """What a model that compresses keeps of a text, and what it costs."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,9 +24,10 @@ class ConceptEvaluation:
 
     Attributes:
         accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
-        nll: of every token. nll_boundary, nll_tail: of those that follow a concept, and of the others.
+        nll: of every token. token_accuracy: share of tokens that are the likeliest next one. nll_boundary, nll_tail: of those that follow a concept, and of the others.
         nll_random: with other concepts, drawn uniformly, in the same places.
-        ratio: tokens for each concept, decided as in inference.
+        ratio: tokens for each concept, decided as in inference. bits: what concepts can hold at most, C log2 V for each,
+            by tokens: a text with more in it cannot be kept whole.
         tail: tokens that the deep layers still see beside the concepts, the mean over positions. Where it is long, what the
             concepts hold is of no matter: a gate can satisfy a ratio with many concepts in one place and none in another.
         perplexity: exp of the entropy of the codewords' use, mean over codebooks. used: share of codewords used at all.
@@ -38,10 +40,12 @@ class ConceptEvaluation:
     low: float
     high: float
     nll: float
+    token_accuracy: float
     nll_boundary: float | None = None
     nll_tail: float | None = None
     nll_random: float | None = None
     ratio: float | None = None
+    bits: float | None = None
     tail: float | None = None
     perplexity: float | None = None
     used: float | None = None
@@ -72,7 +76,7 @@ def evaluate_concepts(
     compresses = has_concepts(model)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, float] = dict.fromkeys(
-        ("tokens", "nll", "boundary", "made", "random", "concepts", "real", "tail"), 0.0
+        ("tokens", "nll", "hits", "boundary", "made", "random", "concepts", "real", "tail"), 0.0
     )
     counts, right = 0, 0
     with evaluating(model):
@@ -83,7 +87,9 @@ def evaluate_concepts(
             ids, real = batch["input_ids"], batch["attention_mask"].bool()
             out = backbone(ids, attention_mask=batch["attention_mask"], use_cache=False)
             scored = real[:, 1:]
-            nll = _nll(head(out.last_hidden_state), ids) * scored
+            logits = head(out.last_hidden_state)
+            nll = _nll(logits, ids) * scored
+            sums["hits"] += ((logits[:, :-1].argmax(-1) == ids[:, 1:]) & scored).sum().item()
             sums["tokens"] += scored.sum().item()
             sums["real"] += real.sum().item()
             sums["nll"] += nll.sum().item()
@@ -107,10 +113,11 @@ def evaluate_concepts(
             )
     n = len(rows)
     low, high = wilson_interval(right, n)
-    found = ConceptEvaluation(n, right / n, low, high, sums["nll"] / sums["tokens"])
+    found = ConceptEvaluation(n, right / n, low, high, sums["nll"] / sums["tokens"], sums["hits"] / sums["tokens"])
     if not compresses:
         return found
     found.ratio = sums["real"] / max(sums["concepts"], 1)
+    found.bits = config.num_codebooks * math.log2(config.num_concepts) / found.ratio
     found.tail = sums["tail"] / sums["real"]
     found.nll_boundary = sums["boundary"] / max(sums["made"], 1)
     found.nll_tail = (sums["nll"] - sums["boundary"]) / max(sums["tokens"] - sums["made"], 1)

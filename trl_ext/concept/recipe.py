@@ -12,18 +12,19 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl import TrlParser
 from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.concept.model import ConceptModel
 
-from ..flags import at_least
+from ..flags import at_least, chosen, chosen_preset
 from ..kv_distill.data import completions
 from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
 from ..report import CONCEPT_CURVES
 from ..tasks import facts, warm_start
 from ..tasks.data import DataArguments
 from ..tasks.evaluation import AccuracyCallback
-from .config import ConceptConfig
+from .config import PRESETS, ConceptConfig
 from .evaluation import ConceptEvaluation, evaluate_concepts
 from .looks import write_page
 from .trainer import ConceptTrainer
@@ -37,6 +38,7 @@ PAGE_TEXTS = 12
 class ScriptArguments(RecipeArguments):
     """What the recipes add to the trainer's configuration."""
 
+    preset: str | None = field(default=None, metadata={"help": f"Additions by name: {', '.join(PRESETS)}."})
     base_steps: int = field(
         default=facts.SMALL.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny model."}
     )
@@ -46,6 +48,16 @@ class ScriptArguments(RecipeArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, base_steps=1, max_new_tokens=1)
+
+
+def parse(argv: list[str], script_class: type[ScriptArguments], configs: Path) -> tuple:
+    """Script, data and trainer's arguments: flags over the configuration file over the preset that either names."""
+    parser = TrlParser((script_class, DataArguments, ConceptConfig))
+    _, config, others = chosen(argv, configs, "concept", EMBEDDED)
+    preset = chosen_preset(config, others)
+    if preset:
+        parser.set_defaults_with_config(**ConceptConfig.preset_fields(preset))
+    return parser.parse_args_and_config(["--config", str(config), *others])
 
 
 @dataclass
@@ -143,11 +155,13 @@ def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) ->
 
 SHOWN = (
     ("accuracy", "accuracy", "{:.1%}"),
+    ("token_accuracy", "tokens that are the likeliest", "{:.1%}"),
     ("nll", "NLL, nats a token", "{:.3f}"),
     ("nll_boundary", "  after a concept", "{:.3f}"),
     ("nll_tail", "  after other tokens", "{:.3f}"),
     ("nll_random", "  with random concepts", "{:.3f}"),
     ("ratio", "tokens for each concept", "{:.2f}"),
+    ("bits", "bits of concepts for each token", "{:.2f}"),
     ("tail", "tokens in the tail", "{:.1f}"),
     ("perplexity", "perplexity of the codewords", "{:.1f}"),
     ("used", "codewords used", "{:.0%}"),

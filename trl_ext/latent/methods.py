@@ -6,38 +6,28 @@ from typing import Any
 from peft import LoraConfig
 from trl import SFTConfig
 
+from ..presets import Presets
 from .config import LatentArguments
 from .presets import LORA, PRESETS
 from .trainer import LatentTrainer
 
 
-class _Presets:
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Any:
-        """A configuration by name, with the weights, learning rate, weight decay, epochs, schedule and batch of 128 (on one
-        device) it was published with; `preset_lora()` is what goes with it.
+class _Published(Presets):
+    """By name, with the weights, learning rate, weight decay, epochs, schedule and batch of 128 (on one device) it was
+    published with; `preset_lora()` is what goes with it."""
 
-        Raises:
-            ValueError: this method has no preset of that name.
-        """
-        return cls(**{**cls.preset_fields(name), **changes})
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.presets = {name: values for name, (method, values) in PRESETS.items() if method == cls.__name__}
 
     @staticmethod
     def preset_lora() -> LoraConfig:
         """LoRA of every preset: rank 128, alpha 32, dropout 0.1, on all linear layers."""
         return LoraConfig(**LORA, task_type="CAUSAL_LM")
 
-    @classmethod
-    def preset_fields(cls, name: str) -> dict[str, Any]:
-        """The fields that a preset sets."""
-        known = {key: values for key, (method, values) in PRESETS.items() if method == cls.__name__}
-        if name not in known:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(known)}")
-        return known[name]
-
 
 @dataclass
-class CODIConfig(_Presets, LatentArguments, SFTConfig):
+class CODIConfig(_Published, LatentArguments, SFTConfig):
     """CODI (arXiv 2502.21074): latent tokens one after the other, hidden states pulled together in every layer."""
 
     num_latents: int = field(default=6, metadata={"help": "M latent tokens."})
@@ -48,14 +38,14 @@ class CODIConfig(_Presets, LatentArguments, SFTConfig):
 
 
 @dataclass
-class PCCoTConfig(_Presets, LatentArguments, SFTConfig):
+class PCCoTConfig(_Published, LatentArguments, SFTConfig):
     """PCCoT (EMNLP 2025): Jacobi iterations over all latent tokens at once; no projection, no embeddings in L_CODI."""
 
     codi_skip_embeddings: bool = field(default=True, metadata={"help": "Leave the embeddings' output out of L_CODI."})
 
 
 @dataclass
-class KAVAConfig(_Presets, LatentArguments, SFTConfig):
+class KAVAConfig(_Published, LatentArguments, SFTConfig):
     """KaVa (arXiv 2510.02312): PCCoT whose latent keys and values also follow the teacher's compressed ones."""
 
     projection_dim: int | None = field(

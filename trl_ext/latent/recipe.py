@@ -1,6 +1,5 @@
 """What recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py share: flags, data, model, training, and how a run ends."""
 
-import argparse
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from trl import TrlParser
 
 from unsloth_ext.ablations import ABLATIONS
 
-from ..flags import at_least, chosen, read_config
+from ..flags import at_least, chosen, chosen_preset
 from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
 from ..report import LATENT_CURVES, comparison_table
 from ..tasks import equations, warm_start
@@ -75,9 +74,7 @@ def parse(
     """Flags over the configuration file over the preset that either names."""
     parser = TrlParser((ScriptArguments, config_class))
     _, config, others = chosen(argv, configs, method, EMBEDDED)
-    peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--preset", default=read_config(config).get("preset"))
-    preset = peek.parse_known_args(others)[0].preset
+    preset = chosen_preset(config, others)
     if preset:
         parser.set_defaults_with_config(**config_class.preset_fields(preset))
     return parser.parse_args_and_config(["--config", str(config), *others])

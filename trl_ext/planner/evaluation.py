@@ -1,18 +1,21 @@
 """What a plan is worth: texts written from it, and from worse ones."""
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 
 import torch
 from datasets import Dataset
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from unsloth_ext.mode import evaluating
-from unsloth_ext.planner.executor import executor_prefix, text_nll
+from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
 from unsloth_ext.planner.model import PlannerExecutorModel
 from unsloth_ext.planner.vocabulary import plan_lengths
-from unsloth_ext.residual import backbone_of
+from unsloth_ext.residual import backbone_of, unwrapped
+from unsloth_ext.states import logits_of
 
 from ..tasks.evaluation import wilson_interval
 from ..tasks.reward import make_reward
@@ -26,10 +29,12 @@ class PlanEvaluation:
     Attributes:
         accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
         random_accuracy: the same from random plans of the same lengths.
+        token_accuracy: share of their tokens that are the likeliest next one under their plans.
         nll: of the texts under their plans; nll_null without a plan, nll_shuffled under another text's, nll_random.
         lengths: mean number of concepts, by type. perplexity: exp of the entropy of the concepts' use, by type.
         distinct: plans that no other text has, as a share of the texts.
-        bits: log2 V of every concept of a mean plan. ratio: tokens of a text for each of its concepts.
+        bits: log2 V of every concept of a mean plan, all that it can hold. told: what a mean text costs less with its plan
+            than without, bits; much more than `bits` would say that the model without a plan is a poor one. ratio: tokens of a text for each of its concepts.
         plan_ms, write_ms: wall time of a text, planned and written in batches.
         samples: the first texts, with what was written: (text, plan, from the plan, from a random plan).
     """
@@ -39,6 +44,7 @@ class PlanEvaluation:
     low: float
     high: float
     random_accuracy: float
+    token_accuracy: float
     nll: float
     nll_null: float
     nll_shuffled: float
@@ -47,6 +53,7 @@ class PlanEvaluation:
     perplexity: dict[str, float]
     distinct: float
     bits: float
+    told: float
     ratio: float
     plan_ms: float
     write_ms: float
@@ -82,7 +89,7 @@ def evaluate_plans(
     types = backbone_of(model).planner_config.types
     sizes = [kind.num_concepts for kind in types]
     names = ("nll", "null", "shuffled", "random")
-    sums, tokens, right, by_chance = dict.fromkeys(names, 0.0), 0, 0, 0
+    sums, tokens, hits, right, by_chance = dict.fromkeys(names, 0.0), 0, 0, 0, 0
     plans, samples, clock = [], [], {"plan": 0.0, "write": 0.0}
     how = {"max_new_tokens": max_new_tokens, "do_sample": False,
            "eos_token_id": model.generation_config.eos_token_id or tokenizer.eos_token_id}  # fmt: skip
@@ -111,7 +118,11 @@ def evaluate_plans(
             tokens += mask.sum().item()
             others = monitors.shuffled(own, generator) if len(own) > 1 else own
             null = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-            for name, prefix in zip(names, (own, own, others, drawn)):
+            hidden = executor_forward(model, executor_prefix(model, own), ids, mask)
+            logits, real = logits_of(unwrapped(model), hidden[mask.bool()]), ids[mask.bool()]
+            sums["nll"] += F.cross_entropy(logits.float(), real, reduction="sum").item()
+            hits += (logits.argmax(-1) == real).sum().item()
+            for name, prefix in zip(names[1:], (own, others, drawn)):
                 slots = executor_prefix(model, prefix, null if name == "null" else None)
                 sums[name] += text_nll(model, slots, ids, mask).sum().item()
             plans.append(own.cpu())
@@ -128,6 +139,7 @@ def evaluate_plans(
         low=low,
         high=high,
         random_accuracy=by_chance / n,
+        token_accuracy=hits / tokens,
         nll=sums["nll"] / tokens,
         nll_null=sums["null"] / tokens,
         nll_shuffled=sums["shuffled"] / tokens,
@@ -136,6 +148,7 @@ def evaluate_plans(
         perplexity={kind.name: _perplexity(together[:, i], kind.num_concepts) for i, kind in enumerate(types)},
         distinct=len(together.flatten(1).unique(dim=0)) / n,
         bits=sum(length * torch.tensor(float(size)).log2().item() for length, size in zip(lengths, sizes)),
+        told=(sums["null"] - sums["nll"]) / n / math.log(2),
         ratio=tokens / n / max(sum(lengths), 1e-9),
         plan_ms=1000 * clock["plan"] / n,
         write_ms=1000 * clock["write"] / n,

@@ -1,11 +1,15 @@
-"""Facts to remember word for word, for concept tokens without a hub: `Ada 9 gloves . Noah 4 maps .`, and the same again.
+"""Facts to remember word for word, for concept tokens without a hub, and the same again:
 
-A fact is four tokens and holds log2(16 * 8 * 12) = 10.6 bits: who cannot carry these across cannot write the second half.
-Everything but a new fact can be predicted; a model's loss says how much of the text it still knows.
+    Ada 9 gloves . well so then Noah 4 maps . well Mia 6 jars . ...
+
+A fact is four tokens and holds log2(16 * 8 * 12) = 10.6 bits; the words between two facts hold nothing but how many they
+are. So what there is to keep stands in some places and not in others, as in most texts. Who cannot carry it across cannot
+write the second half, all of which can be predicted: a model's loss says how much of the text it still knows.
 """
 
 import random
 from dataclasses import dataclass
+from itertools import cycle, islice, pairwise
 
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -32,13 +36,19 @@ NAMES = [
 ]
 NUMBERS = ["2", "3", "4", "5", "6", "7", "8", "9"]
 THINGS = ["apples", "books", "coins", "doors", "eggs", "forks", "gloves", "hats", "jars", "keys", "lamps", "maps"]
+FILLERS = ["well", "so", "then", "anyway"]  # in this order, and again
 
 
 @dataclass(frozen=True)
 class Size:
-    """A task and the model for it."""
+    """A task and the model for it.
 
-    facts: int = 6
+    Attributes:
+        fillers: words of a half beside its facts, before each so many that every split is as likely.
+    """
+
+    facts: int = 4
+    fillers: int = 16
     rows: int = 20_000
     layers: int = 6
     width: int = 64
@@ -48,22 +58,25 @@ class Size:
 SMALL = Size()
 
 
-def texts(number: int, seed: int, facts: int) -> list[list[str]]:
-    """Distinct lists of facts about different people."""
+def texts(number: int, seed: int, facts: int, fillers: int = 0) -> list[str]:
+    """Distinct texts, each of facts about different people."""
     rng, found = random.Random(seed), {}
     while len(found) < number:
-        row = tuple(f"{name} {rng.choice(NUMBERS)} {rng.choice(THINGS)} ." for name in rng.sample(NAMES, facts))
-        found[row] = list(row)
-    return list(found.values())
+        said = [f"{name} {rng.choice(NUMBERS)} {rng.choice(THINGS)} ." for name in rng.sample(NAMES, facts)]
+        places = sorted(rng.sample(range(fillers + facts), facts))  # of the facts among the words
+        before = [place - last - 1 for last, place in pairwise([-1, *places])]
+        parts = [" ".join([*islice(cycle(FILLERS), n), fact]) for n, fact in zip(before, said)]
+        after = islice(cycle(FILLERS), fillers - sum(before))
+        found[" ".join([*parts, *after])] = None
+    return list(found)
 
 
 def split(held_out: int, seed: int, size: Size | None = None) -> tuple[Dataset, Dataset]:
     """(training, held-out) rows: `prompt` the facts, `completion` the same once more, `answer` what of it counts."""
     size = size or SMALL
-    found = texts(size.rows + held_out, seed, size.facts)
+    found = texts(size.rows + held_out, seed, size.facts, size.fillers)
 
-    def rows(some: list[list[str]]) -> Dataset:
-        halves = [" ".join(facts) for facts in some]
+    def rows(halves: list[str]) -> Dataset:
         return Dataset.from_dict({"prompt": halves, "completion": [f" {half}" for half in halves], "answer": halves})
 
     return rows(found[held_out:]), rows(found[:held_out])
@@ -71,7 +84,7 @@ def split(held_out: int, seed: int, size: Size | None = None) -> tuple[Dataset, 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
-    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", ".", *NUMBERS, *NAMES, *THINGS]
+    pieces = ["<pad>", "<bos>", "<eos>", "<unk>", ".", *NUMBERS, *NAMES, *THINGS, *FILLERS]
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # puts the spaces back
@@ -112,8 +125,7 @@ def sentences(held_out: int, seed: int, facts: int) -> tuple[Dataset, Dataset]:
         raise ValueError(f"eval_size={held_out}: there are {most} facts in all, hold out at most {most // 2}")
     found = texts(most, seed, facts)
 
-    def rows(some: list[list[str]]) -> Dataset:
-        whole = [" ".join(row) for row in some]
+    def rows(whole: list[str]) -> Dataset:
         return Dataset.from_dict({"prompt": [""] * len(whole), "completion": whole, "answer": whole})
 
     return rows(found[held_out:]), rows(found[:held_out])

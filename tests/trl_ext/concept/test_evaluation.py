@@ -26,11 +26,13 @@ def test_every_figure_is_the_texts_own(keeps):
     net, tokenizer = made(keeps), tiny.tokenizer(())
     rows = setups.Dataset.from_list([{**row, "answer": row["completion"]} for row in setups.ROWS[:8]])
     found = evaluate_concepts(net, tokenizer, rows, batch_size=3, max_new_tokens=4)
-    nll, after, others, tails, codes, written = [], [], [], [], [], 0
+    nll, hits, after, others, tails, codes, written = [], [], [], [], [], [], 0
     for row in rows:
         ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
         out = backbone_of(net)(ids, use_cache=False)
-        each = F.cross_entropy(net.lm_head(out.last_hidden_state)[0, :-1], ids[0, 1:], reduction="none")
+        logits = net.lm_head(out.last_hidden_state)[0, :-1]
+        each = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+        hits += (logits.argmax(-1) == ids[0, 1:]).tolist()
         concept = out.choice.concept[0]
         nll += each.tolist()
         after += each[concept[:-1]].tolist()
@@ -50,7 +52,7 @@ def test_every_figure_is_the_texts_own(keeps):
     share = [codes[:, k].bincount(minlength=16) / len(codes) for k in (0, 1)]
     entropy = mean([-torch.special.xlogy(s, s).sum().item() for s in share])
     for name, value in {
-        "nll": mean(nll), "nll_boundary": mean(after), "nll_tail": mean(others), "tail": mean(tails),
+        "nll": mean(nll), "token_accuracy": mean(hits), "bits": len(codes) * 2 * 4 / (len(nll) + 8), "nll_boundary": mean(after), "nll_tail": mean(others), "tail": mean(tails),
         "ratio": (len(nll) + 8) / len(codes), "perplexity": torch.tensor(entropy).exp().item(),
         "used": mean([(s > 0).float().mean().item() for s in share]), "accuracy": written / 8,
     }.items():  # fmt: skip

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from trl_ext import ConceptConfig
 from unsloth_ext import ConceptModel, backbone_of
 
 from . import setups
@@ -209,12 +210,22 @@ def test_a_model_by_its_folder_and_one_that_goes_on(tmp_path, caplog):
     assert all(not torch.equal(after[n], p) for n, p in before.items())
 
 
+def test_what_is_given_beside_a_preset_wins_also_where_it_is_the_default(tmp_path):
+    made = ConceptConfig.preset("stable", **setups.settings(tmp_path), warm_start_share=0.0, max_tail=None)
+    assert (made.warm_start_share, made.max_tail) == (0.0, None)
+    assert (made.gate, made.ratio_weight, made.temperature_end) == ("factorised", 1.0, 0.3)
+    assert ConceptConfig.preset("literal", **setups.settings(tmp_path)).gate == "literal"
+    with pytest.raises(ValueError, match="ConceptConfig has no preset 'best'; it has literal, stable"):
+        ConceptConfig.preset("best")
+
+
 REFUSED = [
     ({"n_shallow": 3}, "n_shallow=3, n_deep=1: of the model's 4 layers none is left"),
     ({"n_middle": 7}, "together 9, the model has 4"),
     ({"n_shallow": 0}, "n_shallow=0: at least 1"),
     ({"segmenter": "words"}, "segmenter='words'"),
-    ({"preset": "best"}, "preset='best'"),
+    ({"gate": "both"}, "gate='both'"),
+    ({"ratio_weight": 1.0, "max_tail": 4}, "max_tail=4, target_ratio=4.0: concepts forced so often"),
     ({"ratio_weight": -1.0}, "ratio_weight=-1.0"),
     ({"usage_weight": math.nan}, "usage_weight=nan"),
     ({"target_ratio": 1.0}, "target_ratio=1.0"),
