@@ -24,7 +24,8 @@ class ConceptEvaluation:
 
     Attributes:
         accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
-        nll: of every token. token_accuracy: share of tokens that are the likeliest next one. nll_boundary, nll_tail: of those that follow a concept, and of the others.
+        nll: of every token. token_accuracy: share of tokens that are the likeliest next one.
+        nll_boundary, nll_tail: of those that follow a concept, and of the others.
         nll_random: with other concepts, drawn uniformly, in the same places.
         ratio: tokens for each concept, decided as in inference. bits: what concepts can hold at most, C log2 V for each,
             by tokens: a text with more in it cannot be kept whole.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 MODES = ("generate", "reconstruct")
@@ -32,12 +33,15 @@ class RowSplitter:
     name: str
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """From `input_ids` and `labels`.
+        """From `input_ids` and `labels`, or Unsloth's `completion_mask`; without either every token is labelled.
 
         Raises:
             ValueError: nothing to read, or nothing to write.
         """
-        ids, labels = row["input_ids"], row["labels"]
+        ids = row["input_ids"]
+        labels, mask = row.get("labels"), row.get("completion_mask") or [1] * len(ids)
+        if labels is None:
+            labels = [token if counts else -100 for token, counts in zip(ids, mask)]
         start = 0
         if self.mode == "generate":
             start = next((i for i, label in enumerate(labels) if label != -100), len(labels))
@@ -56,7 +60,8 @@ class RowSplitter:
 def prepare(
     dataset: Dataset | IterableDataset, splitter: RowSplitter, parents: Callable[[Any], Any]
 ) -> Dataset | IterableDataset:
-    """`parents(dataset)`, SFT's preparation, and the columns of `COLUMNS` beside it. Rows keep the number they came with.
+    """`parents(dataset)`, SFT's preparation, and the columns of `COLUMNS` beside it. Rows keep the number they came with,
+    unless it gets lost, as in Unsloth's: then they are counted anew.
 
     Raises:
         ValueError: see `RowSplitter`; there is no row, or none that fits max_length.
@@ -66,12 +71,14 @@ def prepare(
     dataset = parents(dataset.map(lambda _, index: {SAMPLE_ID: index}, with_indices=True))
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"{splitter.name} dataset: no row is left, every prompt fills max_length; raise it")
+    if dataset.column_names is not None and SAMPLE_ID not in dataset.column_names:
+        dataset = dataset.map(lambda _, index: {SAMPLE_ID: index}, with_indices=True)
     return dataset.map(splitter)
 
 
 @dataclass(frozen=True)
 class PlannerCollator:
-    """Another collator, which pads on the right, for both texts of a row.
+    """TRL's collator, which pads on the right, for both texts of a row.
 
     Returns, for B rows (long; masks 0 or 1):
         plan_input_ids, plan_attention_mask (B, U): what the planner reads.
@@ -80,7 +87,7 @@ class PlannerCollator:
         sample_id (B).
     """
 
-    inner: Any
+    inner: DataCollatorForLanguageModeling
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         text = self.inner([{"input_ids": row["text_ids"], "labels": row["text_labels"]} for row in rows])

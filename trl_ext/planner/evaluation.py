@@ -34,7 +34,8 @@ class PlanEvaluation:
         lengths: mean number of concepts, by type. perplexity: exp of the entropy of the concepts' use, by type.
         distinct: plans that no other text has, as a share of the texts.
         bits: log2 V of every concept of a mean plan, all that it can hold. told: what a mean text costs less with its plan
-            than without, bits; much more than `bits` would say that the model without a plan is a poor one. ratio: tokens of a text for each of its concepts.
+            than without, bits; much more than `bits` would say that the model without a plan is a poor one.
+        ratio: tokens of a text for each of its concepts.
         plan_ms, write_ms: wall time of a text, planned and written in batches.
         samples: the first texts, with what was written: (text, plan, from the plan, from a random plan).
     """

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from patches import fused_lm_head
 from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
@@ -102,7 +103,10 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
             )
         if is_peft_model(self.model):
             remember_planner(self.model)
-        self.data_collator = PlannerCollator(self.data_collator)
+        # Not around the parent's own, which under Unsloth may be another
+        self.data_collator = PlannerCollator(
+            DataCollatorForLanguageModeling(self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        )
         # The loss is ours: counted in tokens, of labels that are shifted
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.planner_state = self._new_state()
