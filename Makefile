@@ -109,6 +109,7 @@ bench-concept: $(READY)  ## concept tokens: what is kept over seeds, wall time, 
 	@$(RUN) -m benchmarks.bench_concept $(ARGS)
 	@$(RUN) -m benchmarks.bench_concept_speed
 	@$(RUN) -m benchmarks.bench_planner $(ARGS)
+	@$(RUN) -m benchmarks.bench_monitors
 
 bench-kv: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
 	@$(RUN) benchmarks/bench_kv.py $(ARGS)

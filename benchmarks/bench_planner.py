@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 1500
 HELD_OUT = 192
 TYPES = [{"name": "first", "num_concepts": 32, "quota": 2}, {"name": "second", "num_concepts": 32, "quota": 2}]
-# Soft planning, each of its parts left out, the switches one by one, and hard-EM from soft planning's middle
+# Soft planning, each of its parts left out, the switches one by one, and hard-EM, alone and from soft planning's middle
 RUNS: dict[str, dict] = {
     "soft": {},
     "soft - quota": {"target_length": None},
@@ -42,6 +42,8 @@ RUNS: dict[str, dict] = {
     "length curriculum 2, 4": {"length_curriculum": [2, 4]},
     "hard-EM from scratch": {"training": "hard_em"},
     "hard-EM, M by staleness": {"training": "hard_em", "adaptive_e_step": True},
+    "soft, then hard-EM": {"training": "hard_em"},
+    "soft, then hard-EM, M by staleness": {"training": "hard_em", "adaptive_e_step": True},
 }
 
 
@@ -59,19 +61,22 @@ def run(name: str, seed: int, steps: int) -> dict:
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(facts.config(tokenizer, facts.Size(layers=2, width=64)))
         train, held_out = facts.sentences(HELD_OUT, 0, 1)
-        args = PlannerExecutorConfig(
-            **{
-                "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 64, "seed": seed,
+        settings = {
+                "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": 64, "seed": seed,
                 "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98,
                 "types": TYPES, "mode": "reconstruct", "target_length": [2, 2], "max_length": None,
                 "use_cpu": not setups.CUDA, "bf16": False, "report_to": "none", "save_strategy": "no",
-                "disable_tqdm": True, "logging_steps": 50, **RUNS[name],
-            }
-        )  # fmt: skip
-        trainer = PlannerExecutorTrainer(model, args, train_dataset=train, processing_class=tokenizer)
-        started = time.time()
-        trainer.train()
-        seconds = time.time() - started
+                "disable_tqdm": True, "logging_steps": 50,
+        }  # fmt: skip
+        half = steps // 2 if name.startswith("soft, then") else 0
+        seconds = 0.0
+        for phase, number in (({}, half), (RUNS[name], steps - half)):
+            if number:
+                args = PlannerExecutorConfig(**{**settings, **phase, "max_steps": number})
+                trainer = PlannerExecutorTrainer(model, args, train_dataset=train, processing_class=tokenizer)
+                started = time.time()
+                trainer.train()
+                seconds += time.time() - started
         found = evaluate_plans(
             trainer.model, tokenizer, held_out, mode="reconstruct", max_new_tokens=6, batch_size=HELD_OUT, show=3
         )
@@ -90,11 +95,14 @@ def run(name: str, seed: int, steps: int) -> dict:
 
 COLUMNS = (
     ("accuracy", "written right", ".0%"),
+    ("token_accuracy", "tokens", ".0%"),
     ("nll", "NLL", ".2f"),
     ("delta_null", "dNLL null", ".2f"),
     ("delta_shuffled", "shuffled", ".2f"),
     ("delta_random", "random", ".2f"),
     ("concepts", "concepts", ".1f"),
+    ("bits", "bits", ".0f"),
+    ("told", "told", ".1f"),
     ("mean_perplexity", "perplexity", ".1f"),
     ("distinct", "distinct", ".0%"),
     ("plan_ms", "ms to plan", ".2f"),

@@ -1,7 +1,8 @@
 """A planner writes a short plan in typed concepts, an executor writes the text from the plan alone: one backbone for both.
 
     make train-planner                                  # the embedded default; with a GPU, Qwen3-0.6B on GSM8K
-    python recipes/planner_executor.py --training hard_em --output_dir runs/planner_em
+    python recipes/planner_executor.py --config recipes/configs/planner_tiny.yaml --model_name runs/planner_tiny/final \
+        --training hard_em --output_dir runs/planner_em                    # go on from a model that plans
     python recipes/planner_executor.py --types '[{"name": "what", "num_concepts": 64, "quota": 4}]' --multi_token true
     python recipes/planner_executor.py --resume_from_checkpoint latest
 
@@ -20,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +39,8 @@ from trl_ext.report import MONITOR_CURVES, PLANNER_CURVES, plot_curves
 from trl_ext.tasks import facts
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback
+from unsloth_ext import PlannerExecutorModel
+from unsloth_ext.planner.model import planner_settings
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -64,20 +68,29 @@ class ScriptArguments(RecipeArguments):
 
 def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConfig):
     """A model, its tokenizer, training and held-out rows, and what stands before an answer."""
-    check_tiny(script.model_name, data.dataset)
-    if script.model_name == "tiny":
+    plans = script.model_name != "tiny" and planner_settings(script.model_name) is not None
+    if not plans:
+        check_tiny(script.model_name, data.dataset)
+    if plans:
+        before = PlannerExecutorModel.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+        model, tokenizer = before.model, before.tokenizer
+    elif script.model_name == "tiny":
         tokenizer = facts.tokenizer()
         set_seed(args.seed)
         model = AutoModelForCausalLM.from_config(facts.config(tokenizer, TINY))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+    if data.dataset == "tiny":
+        if tokenizer.get_vocab() != facts.tokenizer().get_vocab():
+            sys.exit(f"--model_name {script.model_name} --dataset tiny: the model was made for other texts")
         return model, tokenizer, *facts.sentences(script.eval_size, script.warm_start_seed, script.facts), None
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples, *both = data.split(
         train_size=script.train_size, eval_dataset=script.eval_dataset, eval_size=script.eval_size, seed=args.seed
     )
     rows = (plain(completions(some, tokenizer, script.answer_delimiter, examples), tokenizer) for some in both)
-    model = AutoModelForCausalLM.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
     return model, tokenizer, *rows, script.answer_delimiter
 
 
@@ -134,7 +147,7 @@ def main() -> None:
     monitor = PlannerMonitorCallback(auto=script.auto, every=script.monitor_every)
     lora = LoraConfig(
         r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    ) if script.lora_r else None  # fmt: skip
+    ) if script.lora_r and not is_peft_model(model) else None  # fmt: skip
     trainer = PlannerExecutorTrainer(
         model,
         args,

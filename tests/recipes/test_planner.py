@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from unsloth_ext import PlannerExecutorModel
+from trl_ext.tasks import facts
+from unsloth_ext import PlannerConfig, PlannerExecutorModel, attach_planner
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "planner_executor.py"
@@ -66,6 +68,34 @@ def test_a_model_and_data_of_ones_own(run, tmp_path):
     run("--config", tmp_path / "own.yaml")
     assert summary()["n_eval"] == 12
     assert json.loads(Path("out/final/adapter_config.json").read_text())["planner"]["types"][0]["num_concepts"] == 256
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_hard_em_goes_on_from_a_model_that_plans(run, lora):
+    """It begins with what the soft run ended with, adapter or not."""
+    tiny = ("--config", RECIPE.parent / "configs/planner_tiny.yaml")
+    if lora:  # needs a base in a folder
+        model = facts.config(facts.tokenizer(), facts.Size(layers=2, width=32))
+        AutoModelForCausalLM.from_config(model).save_pretrained("base")
+        types = [{"name": "first", "num_concepts": 32, "quota": 2}, {"name": "second", "num_concepts": 32, "quota": 2}]
+        attach_planner(AutoModelForCausalLM.from_pretrained("base"), PlannerConfig(types)).save_pretrained("planning")
+        facts.tokenizer().save_pretrained("planning")
+        run(*tiny, "--model_name", "planning", "--lora_r", lora)
+    else:
+        run()
+    first = summary()
+    run(*tiny, "--model_name", "out/final", "--training", "hard_em", "--output_dir", "more", "--lora_r", lora)
+    more = json.loads(Path("more/summary.json").read_text())
+    assert more["before"]["nll"] == pytest.approx(first["after"]["nll"], rel=1e-5)
+    assert more["before"]["lengths"] == first["after"]["lengths"] and more["after"]["nll"] != more["before"]["nll"]
+    PlannerExecutorModel.from_pretrained("more/final")
+
+
+def test_a_planner_of_other_texts_is_not_for_the_tiny_task(run):
+    attach_planner(tiny.model()).save_pretrained("planning")
+    tiny.tokenizer(()).save_pretrained("planning")
+    with pytest.raises(SystemExit, match="the model was made for other texts"):
+        run("--config", RECIPE.parent / "configs/planner_tiny.yaml", "--model_name", "planning")
 
 
 @pytest.mark.parametrize(

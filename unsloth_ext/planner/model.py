@@ -69,6 +69,12 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
         )
 
 
+def planner_settings(name: str, token: str | None = None) -> dict[str, Any] | None:
+    """How the model of a folder or hub id plans, as it was saved; None: it does not."""
+    adapter = read_json(name, "adapter_config.json", token)
+    return (adapter if adapter is not None else read_json(name, "config.json", token) or {}).get("planner")
+
+
 class PlannerExecutorModel:
     """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to plan and write.
 
@@ -99,7 +105,7 @@ class PlannerExecutorModel:
         base = name if adapter is None else base_of(adapter, name)
         if os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists():
             raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
-        saved = (adapter if adapter is not None else read_json(name, "config.json", token) or {}).get("planner")
+        saved = planner_settings(name, token)
         if not saved:
             raise ValueError(f"{name} does not say how it plans: it was not saved with a planner")
         config = read_settings(saved, name)

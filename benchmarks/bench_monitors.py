@@ -1,0 +1,127 @@
+"""What the monitors of planner and executor cost: a step with all of them over a step with none.
+
+    make bench-concept                     # with the other parts
+    python -m benchmarks.bench_monitors --rounds 3
+
+With: the callback at its default of a probe every 50 steps, and what the trainer computes at every step for the log.
+Without: no callback, and these functions replaced by ones that return zeros. In turn, in one run; random weights, texts of
+random tokens. Writes benchmarks/results/monitors_<device>.json.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from benchmarks import setups
+from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
+from trl_ext.planner import monitors
+from trl_ext.planner.advice import PlannerMonitorCallback
+
+
+TYPES = [{"name": "what", "num_concepts": 256, "quota": 6}, {"name": "how", "num_concepts": 64, "quota": 2}]
+# Size of `setups.qwen2`, training, tokens of a text, batch. The first is so small that Python is most of a step
+CASES = {
+    "0.5M parameters, soft": ("check", "soft", 16, 8),
+    "13M parameters, soft": ("cpu", "soft", 64, 8),
+    "13M parameters, hard-EM": ("cpu", "hard_em", 64, 8),
+}
+if setups.CUDA:
+    CASES = {f"1.5B parameters, {training}": ("1.5b", training, 256, 8) for training in ("soft", "hard_em")}
+EVERY = PlannerMonitorCallback().every
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of the first step to the end of the last."""
+
+    def on_step_end(self, args, state, control, **_):
+        if setups.CUDA:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if state.global_step == 1:
+            self.start = now
+        self.seconds = now - self.start
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """What the trainer itself computes for the monitors is not."""
+    nothing = torch.zeros(())
+    with (
+        mock.patch.object(monitors, "cosine_and_l2", lambda *_: (nothing, nothing)),
+        mock.patch.object(monitors, "entropy_and_max_prob", lambda *_: (nothing, nothing)),
+        mock.patch.object(monitors.GradientNorm, "watch", lambda *_: None),
+    ):
+        yield
+
+
+def seconds_per_step(case: str, watched: bool, steps: int) -> float:
+    """Of a run of `steps` after the first."""
+    size, training, tokens, batch = CASES[case]
+    model = setups.qwen2(size)
+    tokenizer = setups.tokenizer(model.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(300, model.config.vocab_size, (256, tokens), generator=generator).tolist()
+    rows = [{"prompt": "", "completion": "".join(tokenizer.convert_ids_to_tokens(ids))} for ids in drawn]
+    args = PlannerExecutorConfig(
+        **{**setups.few_steps("bfloat16" if setups.CUDA else "float32", steps + 1), "logging_steps": 10},
+        per_device_eval_batch_size=batch,
+        types=TYPES,
+        mode="reconstruct",
+        training=training,
+        max_length=None,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    clock = Clock()
+    callbacks = [clock, PlannerMonitorCallback(every=EVERY)] if watched else [clock]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        trainer = PlannerExecutorTrainer(
+            model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=callbacks
+        )
+        with contextlib.nullcontext() if watched else unwatched():
+            trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("monitor/")}
+    assert ("monitor/delta_nll_null" in logged) == watched
+    return clock.seconds / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2 * EVERY, help="of a run; a probe comes every 50")
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # advice on random weights
+    results = {}
+    for case in CASES:
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(options.rounds):
+            for watched in (True, False):
+                times[watched].append(seconds_per_step(case, watched, options.steps))
+        results[case] = {
+            "ms_per_step": {"with": 1000 * min(times[True]), "without": 1000 * min(times[False])},
+            "with_over_without": setups.quotient(times[True], times[False]),
+        }
+    table = Table(title=f"Monitors, a probe every {EVERY} steps", title_justify="left")
+    for head in ("", "ms/step", "without", "with / without"):
+        table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for case, r in results.items():
+        ratio = r["with_over_without"]
+        table.add_row(
+            case, f"{r['ms_per_step']['with']:.0f}", f"{r['ms_per_step']['without']:.0f}",
+            f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})",
+        )  # fmt: skip
+    Console().print(table)
+    print(setups.write("monitors", {"command": "make bench-concept", "every": EVERY, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
