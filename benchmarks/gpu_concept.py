@@ -2,6 +2,7 @@
 with the forward of whole texts in SDPA."""
 
 import time
+from itertools import pairwise
 
 import setups
 import torch
@@ -91,12 +92,16 @@ def some(trainer: ConceptTrainer, tokens: int) -> tuple[torch.nn.Module, torch.T
 
 @torch.no_grad()
 def written(trainer: ConceptTrainer) -> float:
-    """Token by token against a text at once."""
+    """Half of a text, some tokens more, then token by token, against the text at once."""
     backbone, ids, concepts = some(trainer, 2 * WRITTEN)
     whole = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
-    out = backbone(ids[:, :WRITTEN], concepts=concepts[:, :WRITTEN], use_cache=True)
-    more = backbone(ids[:, WRITTEN:], concepts=concepts[:, WRITTEN:], past_key_values=out.past_key_values)
-    return off(torch.cat([out.last_hidden_state, more.last_hidden_state], dim=1), whole)
+    cuts = [0, WRITTEN, *range(WRITTEN + 5, 2 * WRITTEN + 1)]
+    cache, pieces = None, []
+    for a, b in pairwise(cuts):
+        out = backbone(ids[:, a:b], concepts=concepts[:, a:b], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.last_hidden_state)
+    return off(torch.cat(pieces, dim=1), whole)
 
 
 def skipped(trainer: ConceptTrainer) -> float:

@@ -1,5 +1,6 @@
 """What decoding goes on from: keys and values of layers that hold another number of slots in every row."""
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -10,12 +11,12 @@ from .segmenters import Memory
 class SlotCache:
     """What attention modules write to and read from, in place of a `DynamicCache`.
 
-    While `plan` is None (prefill) keys and values pass through and are kept as they are; `keep` then packs each row. With a
-    plan (decoding, one slot a row) they are written where it says.
+    While `plan` is None (several tokens at once) keys and values are put behind what is there, and `keep` then packs each
+    row. With a plan (decoding, one slot a row) they are written where it says.
 
     Attributes:
         lengths: (B,) long, slots in use; they come first in every row.
-        plan: rows (R,) long that are written, or None for prefill.
+        plan: rows (R,) long that are written, or None. width: slots before those that are written without one.
     """
 
     def __init__(self):
@@ -23,14 +24,17 @@ class SlotCache:
         self.values: dict[int, torch.Tensor] = {}
         self.lengths = torch.zeros(0, dtype=torch.long)
         self.plan: torch.Tensor | None = None
+        self.width = 0
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (R, H, q, D) that the queries of layer `layer_idx` may see."""
         if self.plan is None:
-            self.keys[layer_idx], self.values[layer_idx] = keys, values
-            return keys, values
+            for store, new in ((self.keys, keys), (self.values, values)):
+                there = self.width > 0
+                store[layer_idx] = torch.cat([store[layer_idx][:, :, : self.width], new], dim=2) if there else new
+            return self.keys[layer_idx], self.values[layer_idx]
         slots, most = self.lengths[self.plan] - 1, int(self.lengths[self.plan].max())
         out = []
         for store, new in ((self.keys, keys), (self.values, values)):
@@ -45,8 +49,19 @@ class SlotCache:
             out.append(held[:, :, :most] if whole else held[self.plan, :, :most])
         return out[0], out[1]
 
+    def extend(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Before several tokens at once.
+
+        Returns:
+            (B, P) bool: slots in use, of as many as the fullest row has.
+        """
+        if not len(self.lengths):
+            self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.plan, self.width = None, int(self.lengths.max())
+        return torch.arange(self.width, device=device) < self.lengths[:, None]
+
     def keep(self, used: torch.Tensor) -> None:
-        """After prefill: of each row the slots `used` (B, T) bool, in their order."""
+        """After several tokens at once: of each row the slots `used` (B, S) bool, in their order."""
         self.lengths = used.sum(1)
         order = used_first(used)
         for store in (self.keys, self.values):
@@ -97,11 +112,11 @@ class ConceptCache:
         self.memory: Memory | None = None
         self.seen = 0
 
-    def begin(self, valid: torch.Tensor, kept: torch.Tensor, used: torch.Tensor, memory: Memory | None) -> None:
-        """After prefill, what is kept of the slots (B, S) of shallow, middle and deep layers."""
-        for layers, slots in zip(self.layers, (valid, kept, used)):
+    def keep(self, used: Iterable[torch.Tensor], tokens: int, memory: Memory | None) -> None:
+        """After so many tokens at once, what is kept of the slots (B, S) of shallow, middle and deep layers."""
+        for layers, slots in zip(self.layers, used):
             layers.keep(slots)
-        self.memory, self.seen = memory, valid.shape[1]
+        self.memory, self.seen = memory, self.seen + tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far, as `generate` counts them."""

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache import ConceptCache, SlotCache, used_first
 from .flex import FLEX, flex_from
 from .gate import Choice, decide, given
-from .masks import Slots, causal_mask
+from .masks import Slots, before, causal_mask
 from .segmenters import Memory
 from .texts import Texts
 
@@ -107,8 +107,8 @@ def concept_forward(
     if cache is None and past_key_values is not None and past_key_values.get_seq_length():
         raise ValueError(f"past_key_values: a {type(past_key_values).__name__} cannot hold concepts; leave it out")
     use_cache = not backbone.training and bool(backbone.config.use_cache if use_cache is None else use_cache)
-    if cache is not None and cache.seen:
-        return decode(backbone, embeds, concepts, cache)
+    if cache is not None and cache.seen and embeds.shape[1] == 1:
+        return step(backbone, embeds, concepts, cache)
     if cache is None and use_cache:
         cache = ConceptCache()
     return parallel(backbone, embeds, concepts, attention_mask, position_ids, cache)
@@ -122,33 +122,39 @@ def parallel(
     position_ids: torch.Tensor | None,
     cache: ConceptCache | None,
 ) -> ConceptOutput:
-    """Whole texts; arguments as of `concept_forward`."""
+    """Whole texts, or several tokens that follow what is in the cache, then every one real; arguments as of
+    `concept_forward`."""
     config = backbone.concept_config
     caches = (None, None, None) if cache is None else cache.layers
+    goes_on = cache is not None and cache.seen > 0
     documents = None
-    if attention_mask is None:
+    if attention_mask is None or goes_on:
         valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        if position_ids is not None and (position_ids[:, 1:] == 0).any():
+        if position_ids is not None and not goes_on and (position_ids[:, 1:] == 0).any():
             documents = (position_ids == 0).cumsum(1)
     else:
         valid = attention_mask.bool()
-    if position_ids is None:
+    past = [valid[:, :0] if layers is None else layers.extend(len(valid), valid.device) for layers in caches]
+    if goes_on:
+        position_ids = cache.layers[0].lengths[:, None] + torch.arange(valid.shape[1], device=valid.device)
+    elif position_ids is None:
         position_ids = (valid.cumsum(1) - 1).clamp(min=0)
     position_ids = position_ids.expand_as(valid)
 
-    mask = causal_mask(valid, documents)
+    mask = before(causal_mask(valid, documents), past[0], valid.shape[1])
     shallow = run_layers(backbone, config.parts[0], embeds, mask, position_ids, caches[0])
     memory = None
     if concepts is None:
         texts = Texts(valid, documents)
-        choice, memory = decide(backbone, shallow, texts, Memory.empty(len(texts.used), valid.device))
+        memory = known(cache) if goes_on else Memory.empty(len(texts.used), valid.device)
+        choice, memory = decide(backbone, shallow, texts, memory)
     else:
         choice = given(backbone, concepts, valid)
 
     # One slot at least, that training in several processes runs the middle layers in all of them
     order = used_first(choice.concept, least=int(backbone.training))
     kept = choice.concept.gather(1, order)
-    middle = run_middle(backbone, choice, order, kept, position_ids, documents, caches[1])
+    middle = run_middle(backbone, choice, order, kept, position_ids, documents, past[1], caches[1])
     since = choice.concept.cumsum(1)
     times = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     slots = Slots(times, valid, choice.concept, since, documents)
@@ -171,12 +177,29 @@ def parallel(
         hidden = torch.cat([first, rest], dim=1)
     else:
         hidden = blend(choice, hidden, shallow)
-    deep = run_deep(backbone, hidden, slots, position_ids.gather(1, slots.times), caches[2])
+    positions = position_ids.gather(1, slots.times)
+    if past[2].shape[1]:  # concepts first, then the tail that they had
+        place = torch.arange(past[2].shape[1], device=valid.device).expand_as(past[2])
+        nothing = torch.zeros_like(place)
+        slots = slots.behind(Slots(place - place.shape[1], past[2], place < caches[1].lengths[:, None], nothing))
+    deep = run_deep(backbone, hidden, slots, positions, caches[2])
     if cache is not None:
         tail = (slots.since == since[:, -1:]) & ~slots.concept
-        cache.begin(valid, kept, slots.valid & (slots.concept | tail), memory)
+        used = torch.cat([past[0], valid], 1), torch.cat([past[1], kept], 1), slots.valid & (slots.concept | tail)
+        cache.keep(used, valid.shape[1], memory)
     deep = deep[:, -valid.shape[1] :]
     return ConceptOutput(backbone.norm(deep), past_key_values=cache, shallow=shallow, choice=choice, valid=valid)
+
+
+def known(cache: ConceptCache) -> Memory:
+    """What the segmenter knows of the texts in a cache.
+
+    Raises:
+        ValueError: nothing.
+    """
+    if cache.memory is None:
+        raise ValueError("concepts: the text began with given concepts; give those of the next tokens too")
+    return cache.memory
 
 
 def across(order: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -201,24 +224,27 @@ def run_middle(
     kept: torch.Tensor,
     positions: torch.Tensor,
     documents: torch.Tensor | None,
+    past: torch.Tensor,
     cache: SlotCache | None,
 ) -> torch.Tensor:
-    """(B, n, d): the middle layers on concepts alone, which stand at `order` (B, n) where `kept` (B, n)."""
+    """(B, n, d): the middle layers on concepts alone, which stand at `order` (B, n) where `kept` (B, n), behind those of a
+    cache, `past` (B, P)."""
     embeds = choice.embeds.gather(1, across(order, choice.embeds))
     if not order.shape[1]:
         return embeds
     documents = None if documents is None else documents.gather(1, order)
-    mask = causal_mask(kept, documents)
+    mask = before(causal_mask(kept, documents), past, order.shape[1])
     return run_layers(backbone, backbone.concept_config.parts[1], embeds, mask, positions.gather(1, order), cache)
 
 
 def run_deep(
     backbone: nn.Module, hidden: torch.Tensor, slots: Slots, positions: torch.Tensor, cache: SlotCache | None
 ) -> torch.Tensor:
-    """(B, S, d): the deep layers on slots in the order in which they stand."""
+    """(B, S, d): the deep layers on the last S slots in the order in which they stand; those before are in the cache."""
     layers = backbone.concept_config.parts[2]
     if cache is not None or not flex_from(hidden):
-        return run_layers(backbone, layers, hidden, slots.dense_mask(), positions, cache)
+        mask = slots.dense_mask(slots.times.shape[1] - hidden.shape[1])
+        return run_layers(backbone, layers, hidden, mask, positions, cache)
     # Concepts first: tokens' own blocks are then all that is left to skip, and nearly all of them are
     order = (~slots.concept).to(torch.uint8).argsort(dim=1, stable=True)
     mask = slots.take(order).block_mask()
@@ -226,29 +252,10 @@ def run_deep(
     return torch.empty_like(out).scatter(1, across(order, out), out)
 
 
-def decode(
-    backbone: nn.Module, embeds: torch.Tensor, concepts: torch.Tensor | None, cache: ConceptCache
-) -> ConceptOutput:
-    """Tokens that follow what is in the cache, one by one; arguments as of `concept_forward`, every token real."""
-    found = [
-        step(backbone, embeds[:, t : t + 1], None if concepts is None else concepts[:, t : t + 1], cache)
-        for t in range(embeds.shape[1])
-    ]
-    hidden, shallow = (torch.cat(parts, dim=1) for parts in list(zip(*found))[:2])
-    choices = [choice for _, _, choice in found]
-    names = Choice.__dataclass_fields__
-    together = {
-        name: None if getattr(choices[0], name) is None else torch.cat([getattr(c, name) for c in choices], dim=1)
-        for name in names
-    }
-    valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    return ConceptOutput(hidden, past_key_values=cache, shallow=shallow, choice=Choice(**together), valid=valid)
-
-
 def step(
     backbone: nn.Module, embeds: torch.Tensor, concepts: torch.Tensor | None, cache: ConceptCache
-) -> tuple[torch.Tensor, torch.Tensor, Choice]:
-    """One more token (B, 1, d) for every row: normed state, shallow state, choice."""
+) -> ConceptOutput:
+    """One more token (B, 1, d) for every row; arguments as of `concept_forward`."""
     config = backbone.concept_config
     shallow, middle, deep = cache.layers
     everyone = torch.arange(len(embeds), device=embeds.device)
@@ -257,26 +264,24 @@ def step(
     tokens = run_layers(backbone, config.parts[0], embeds, seen, positions, shallow)
     valid = torch.ones(len(embeds), 1, dtype=torch.bool, device=embeds.device)
     if concepts is None:
-        if cache.memory is None:
-            raise ValueError("concepts: the text began with given concepts; give those of the next tokens too")
-        choice, cache.memory = decide(backbone, tokens, Texts(valid), cache.memory)
+        choice, cache.memory = decide(backbone, tokens, Texts(valid), known(cache))
     else:
         choice = given(backbone, concepts, valid)
     rows = choice.concept[:, 0].nonzero()[:, 0]
-    before = middle.lengths
+    concepts_before = middle.lengths
     hidden = tokens
     if len(rows):
         seen = middle.open(rows)
         read = run_layers(backbone, config.parts[1], choice.embeds[rows], seen, positions[rows], middle)
         if config.boundary_keeps_token:
-            seen = deep.open(rows, before[rows])
+            seen = deep.open(rows, concepts_before[rows])
             run_layers(backbone, config.parts[2], read, seen, positions[rows], deep)
         else:
             hidden = tokens.index_copy(0, rows, read.to(tokens.dtype))
     if config.boundary_keeps_token:
         seen = deep.open(everyone)
     else:
-        seen = deep.open(everyone, torch.where(choice.concept[:, 0], before, deep.lengths))
+        seen = deep.open(everyone, torch.where(choice.concept[:, 0], concepts_before, deep.lengths))
     hidden = run_layers(backbone, config.parts[2], hidden, seen, positions, deep)
     cache.seen += 1
-    return backbone.norm(hidden), tokens, choice
+    return ConceptOutput(backbone.norm(hidden), past_key_values=cache, shallow=tokens, choice=choice, valid=valid)

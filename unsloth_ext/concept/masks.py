@@ -38,10 +38,17 @@ class Slots:
             seen = seen & (self.documents[b, k] == self.documents[b, q])
         return seen | (q == k)
 
-    def dense_mask(self) -> torch.Tensor:
-        """(B, 1, S, S) bool, for SDPA."""
+    def behind(self, past: "Slots") -> "Slots":
+        """These slots, with others of the same texts before them."""
+        both = zip(
+            (past.times, past.valid, past.concept, past.since), (self.times, self.valid, self.concept, self.since)
+        )
+        return Slots(*(torch.cat(parts, dim=1) for parts in both), self.documents)
+
+    def dense_mask(self, first: int = 0) -> torch.Tensor:
+        """(B, 1, S - first, S) bool, for SDPA: what the slots from `first` on see."""
         rows, slots = (torch.arange(n, device=self.times.device) for n in self.times.shape)
-        return self.allowed(rows[:, None, None], slots[:, None], slots)[:, None]
+        return self.allowed(rows[:, None, None], slots[first:, None], slots)[:, None]
 
     def block_mask(self) -> BlockMask:
         """The same for FlexAttention, which skips blocks that nobody sees."""
@@ -50,6 +57,17 @@ class Slots:
         return create_block_mask(
             lambda b, _, q, k: self.allowed(b, q, k), rows, None, slots, slots, device, _compile=device.type == "cuda"
         )
+
+
+def before(mask: torch.Tensor | None, past: torch.Tensor, count: int) -> torch.Tensor | None:
+    """A mask of `count` slots, as of `causal_mask`, with the slots of a cache before them, which all see where they are in
+    use, `past` (B, P) bool."""
+    rows, width = past.shape
+    if not width:
+        return mask
+    if mask is None:
+        mask = torch.ones(count, count, dtype=torch.bool, device=past.device).tril().expand(rows, 1, -1, -1)
+    return torch.cat([past[:, None, None].expand(-1, -1, count, -1), mask], dim=-1)
 
 
 def causal_mask(valid: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor | None:

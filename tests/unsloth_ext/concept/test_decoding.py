@@ -1,5 +1,7 @@
 """Prefill and decode against the parallel forward, row by row and in batches whose rows emit at different times."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -40,13 +42,22 @@ def test_prefill_and_decode_are_the_parallel_forward(family, prompt, settings):
         assert (step(net, cache, ids[:, t], concepts[:, t]) - wanted[:, t]).abs().max() <= 1e-10
 
 
-def test_several_tokens_at_once_go_on_from_a_cache():
-    """1e-10, as a conversation does."""
-    net, concepts = model("qwen3"), patterns()
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"boundary_keeps_token": True, "num_codebooks": 2}])
+@pytest.mark.parametrize("cuts", [(4,), (1, 2, 5, 6, 9), (2, 3, 8)])
+def test_several_tokens_at_once_go_on_from_a_cache(cuts, settings):
+    """1e-10, as a conversation does: pieces of one and of several tokens."""
+    net, concepts = model("qwen3", **settings), codewords(patterns(), settings.get("num_codebooks", 1))
     ids = texts(concepts)
-    _, cache = prefill(net, ids[:, :4], concepts[:, :4])
-    found = backbone_of(net)(ids[:, 4:], past_key_values=cache, concepts=concepts[:, 4:]).last_hidden_state
-    assert (found - states(net, ids, concepts)[:, 4:]).abs().max() <= 1e-10
+    _, cache = prefill(net, ids[:, : cuts[0]], concepts[:, : cuts[0]])
+    pieces = [
+        backbone_of(net)(ids[:, a:b], past_key_values=cache, concepts=concepts[:, a:b]).last_hidden_state
+        for a, b in pairwise((*cuts, T))
+    ]
+    assert (torch.cat(pieces, dim=1) - states(net, ids, concepts)[:, cuts[0] :]).abs().max() <= 1e-10
+    _, once = prefill(net, ids, concepts)
+    assert cache.num_bytes() == once.num_bytes() and cache.seen == once.seen
+    assert all(a.lengths.equal(b.lengths) for a, b in zip(cache.layers, once.layers, strict=True))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -61,7 +72,12 @@ def test_ragged_prompts_go_on_as_alone(side, keeps):
         prompts[i, mask[i]], chosen[i, mask[i]] = ids[i, :n], concepts[i, :n]
     _, cache = prefill(net, prompts, chosen, mask)
     starts = torch.tensor(lengths)
-    for i_step in range(6):
+    both = torch.arange(6)[:, None], starts[:, None] + torch.arange(2)
+    found = backbone_of(net)(ids[both], past_key_values=cache, concepts=concepts[both]).last_hidden_state
+    for i, n in enumerate(lengths):  # two tokens at once, then four more
+        alone = states(net, ids[i : i + 1, : n + 2], concepts[i : i + 1, : n + 2])
+        assert (found[i] - alone[0, -2:]).abs().max() <= 1e-10
+    for i_step in range(2, 6):
         at = (torch.arange(6), starts + i_step)
         found = step(net, cache, ids[at], concepts[at])
         for i, n in enumerate(lengths):
@@ -147,6 +163,12 @@ def test_the_gate_decides_alike_in_training_and_decoding(family, settings):
             assert step_out.choice.concept[:, 0].equal(made[:, t])
             assert step_out.choice.ids[:, 0].equal(whole.choice.ids[:, t])
             assert (step_out.last_hidden_state[:, 0] - whole.last_hidden_state[:, t]).abs().max() <= 1e-10
+    out, pieces = backbone(ids[:, :2], use_cache=True), []
+    for a, b in pairwise((2, 5, 6, T)):
+        pieces.append(backbone(ids[:, a:b], past_key_values=out.past_key_values))
+        assert pieces[-1].choice.concept.equal(made[:, a:b]) and pieces[-1].choice.ids.equal(whole.choice.ids[:, a:b])
+    together = torch.cat([piece.last_hidden_state for piece in pieces], dim=1)
+    assert (together - whole.last_hidden_state[:, 2:]).abs().max() <= 1e-10
     for side in ("left", "right"):
         mask = torch.ones_like(ids)
         mask[::2, slice(0, 3) if side == "left" else slice(T - 3, T)] = 0
