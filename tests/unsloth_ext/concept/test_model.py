@@ -56,6 +56,18 @@ def test_generate_is_the_parallel_forwards_greedy_loop(family):
         assert (beams.sequences_scores[row] - wanted).abs() <= 1e-4  # generate keeps its scores in fp32
 
 
+def test_a_conversation_goes_on_from_its_cache():
+    """Equal tokens: the second turn on the first one's cache, whose last token it has not seen, and all read anew."""
+    net = model("qwen3", gate="factorised", max_tail=6)
+    ids = torch.randint(3, 48, (3, 9), generator=torch.Generator().manual_seed(7))
+    undecided(net, ids)
+    first = net.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, **PLAIN)
+    assert first.past_key_values.seen == 13
+    asked = torch.cat([first.sequences, ids[:, :6]], dim=1)
+    kept = net.generate(asked, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False, **PLAIN)
+    assert kept.equal(net.generate(asked, max_new_tokens=5, do_sample=False, **PLAIN))
+
+
 def test_sampled_sequences_and_what_generate_cannot():
     net = model("qwen3")
     ids, mask = prompts()
