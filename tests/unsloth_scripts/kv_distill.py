@@ -9,25 +9,9 @@ import tempfile
 
 import torch
 import trl
-from unsloth import FastLanguageModel
 
-from tests import tiny
 from tests.trl_ext.kv_distill import setups
-
-
-def refusal(**changes) -> str:
-    try:
-        setups.trainer(tempfile.mkdtemp(), family="qwen2", **changes)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def fast_model():
-    folder = tempfile.mkdtemp()
-    tiny.model("qwen2").save_pretrained(folder)
-    tiny.tokenizer(()).save_pretrained(folder)
-    return FastLanguageModel.from_pretrained(folder, 128, torch.float32, load_in_4bit=False)[0]
+from tests.unsloth_scripts.refusals import fast_model, refusal
 
 
 def main() -> dict:
@@ -35,13 +19,14 @@ def main() -> dict:
     before = {n: p.detach().clone() for n, p in trainer._named_trained().items()}
     after = setups.trained(trainer)
     first = next(entry for entry in trainer.state.log_history if "kv/loss" in entry)
-    fast = fast_model()
+    fast, _ = fast_model()
+    trainers = lambda **given: setups.trainer(tempfile.mkdtemp(), family="qwen2", **given)  # noqa: E731
     return {
         "parent": trl.SFTTrainer.__name__,
         "losses": {name: value for name, value in first.items() if name.startswith(("kv/", "loss"))},
         "trained": sorted(name for name in after if not torch.equal(after[name], before[name])),
-        "fast": [refusal(model=fast), refusal(given_teacher=fast)],
-        "name": refusal(model="some/model"),
+        "fast": [refusal(trainers, model=fast), refusal(trainers, given_teacher=fast)],
+        "name": refusal(trainers, model="some/model"),
     }
 
 

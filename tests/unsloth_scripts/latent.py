@@ -7,33 +7,11 @@ from tests import unsloth_on_cpu  # noqa: F401 - before all else
 import json
 import tempfile
 
-import torch
 import trl
-from unsloth import FastLanguageModel
 
-from tests import tiny
 from tests.trl_ext.latent import setups
+from tests.unsloth_scripts.refusals import fast_model, refusal
 from unsloth_ext import LatentConfig, attach_latent
-
-
-def refusal() -> str:
-    folder = tempfile.mkdtemp()
-    tiny.model("qwen2").save_pretrained(folder)
-    tiny.tokenizer(()).save_pretrained(folder)
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, 128, torch.float32, load_in_4bit=False)
-    try:
-        attach_latent(model, tokenizer, LatentConfig(2, 1))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def no_names() -> str:
-    try:
-        setups.trainer(tempfile.mkdtemp(), model="some/model")
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 if __name__ == "__main__":
@@ -47,7 +25,10 @@ if __name__ == "__main__":
                 "parent": trl.SFTTrainer.__name__,
                 "losses": losses,
                 "trained": trained,
-                "refusals": [refusal(), no_names()],
+                "refusals": [
+                    refusal(attach_latent, *fast_model(), LatentConfig(2, 1)),
+                    refusal(setups.trainer, tempfile.mkdtemp(), model="some/model"),
+                ],
             }
         )
     )

@@ -9,29 +9,13 @@ import tempfile
 
 import torch
 import trl
-from unsloth import FastLanguageModel
 
-from tests import tiny
 from tests.trl_ext.planner import setups
+from tests.unsloth_scripts.refusals import fast_model, refusal
 
 
 # The latter draws nothing: its one candidate is the greedy plan
 TRAININGS = {"soft": {"target_length": 1.5}, "hard_em": {"training": "hard_em", "num_candidates": 1, "z_dropout": 0.0}}
-
-
-def refusal(**changes) -> str:
-    try:
-        setups.trainer(tempfile.mkdtemp(), **changes)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def fast_model():
-    folder = tempfile.mkdtemp()
-    tiny.model("qwen2").save_pretrained(folder)
-    tiny.tokenizer(()).save_pretrained(folder)
-    return FastLanguageModel.from_pretrained(folder, 128, torch.float32, load_in_4bit=False)[0]
 
 
 def train(case: str) -> dict:
@@ -47,11 +31,12 @@ def train(case: str) -> dict:
 
 
 def main() -> dict:
+    trainers = lambda **given: setups.trainer(tempfile.mkdtemp(), **given)  # noqa: E731
     return {
         "parent": trl.SFTTrainer.__name__,
         **{case: train(case) for case in TRAININGS},
-        "fast": refusal(model=fast_model()),
-        "name": refusal(model="some/model"),
+        "fast": refusal(trainers, model=fast_model()[0]),
+        "name": refusal(trainers, model="some/model"),
     }
 
 
