@@ -62,7 +62,10 @@ class ConceptConfig(Presets, SFTConfig):
     )
     calibrate_null: bool = field(
         default=False,
-        metadata={"help": "Set the NULL bias once, before the head decides, so that one token in R becomes a concept."},
+        metadata={
+            "help": "Set the NULL bias before the first step, and again before the head decides, so that one token in R "
+            "would become a concept."
+        },
     )
     concept_learning_rate: float | None = field(
         default=None, metadata={"help": "Of head and embedding; None: the learning rate."}

@@ -74,7 +74,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             super().__init__(model, args, *others, **keywords)
         if is_peft_model(self.model):
             remember_concepts(self.model)
-        self._calibrated = False
+        self._calibrated: int | None = None  # the last step at which the NULL bias was set
         self._seen: ConceptOutput | None = None
         backbone_of(self.model).register_forward_hook(self._see)
 
@@ -109,11 +109,11 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
 
     @torch.no_grad()
     def _calibrate(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Move the NULL bias so that one token in R of this step's first batch becomes a concept."""
+        """Move the NULL bias so that one token in R of this step's first batch would become a concept."""
         backbone = backbone_of(self.model)
         with evaluating(self.model):
             backbone(**{k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids") if k in inputs})
-        logit = self._seen.choice.probability[self._seen.valid].logit().float()
+        logit = self._seen.choice.logit[self._seen.valid].float()
         together = self.accelerator.gather(self.accelerator.pad_across_processes(logit, pad_index=torch.nan))
         backbone.concept_head.bias[-1] += shift(together[~together.isnan()], self.args)
 
@@ -124,9 +124,10 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         args, training = self.args, self.model.training
         mode = "train" if training else "eval"
-        if training and args.calibrate_null and self.state.global_step == self._warm_steps and not self._calibrated:
+        step = self.state.global_step
+        if training and args.calibrate_null and step in (0, self._warm_steps) and self._calibrated != step:
             self._calibrate(model, inputs)
-            self._calibrated = True  # of this step's micro-batches the first
+            self._calibrated = step  # of this step's micro-batches the first
         with self._deciding():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             temperature = backbone_of(self.model).concept_gate.temperature
@@ -148,7 +149,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         """Weighted terms of the forward just seen, and what to log of it; both of all processes."""
         choice, valid, args = self._seen.choice, self._seen.valid, self.args
         config = backbone_of(self.model).concept_config
-        sums = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.probability.dtype)
+        sums = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.logit.dtype)
         tokens, concepts = self._everywhere(sums)
         made = concepts / tokens
         probability = self._everywhere((choice.probability * valid).sum()) / tokens

@@ -164,6 +164,10 @@ def _publish(folder: Path, make: Callable[[Path], None]) -> None:
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         make(part)
-        part.replace(folder)
+        try:
+            part.replace(folder)
+        except OSError:
+            if not folder.exists():  # or another run, which began at the same time, has made it
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

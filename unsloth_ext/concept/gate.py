@@ -23,7 +23,7 @@ class Choice:
             one that it would be, else 0.
         weight (B, T): 1 where there is a concept and else 0, with the gradient of the probability; None: a choice that has
             none.
-        probability (B, T): of being a concept; None where concepts were given.
+        logit (B, T): of being a concept; None where concepts were given.
         logits (B, T, C V + 1): of the head, at least fp32; None where concepts were given.
     """
 
@@ -31,8 +31,13 @@ class Choice:
     ids: torch.Tensor
     embeds: torch.Tensor
     weight: torch.Tensor | None = None
-    probability: torch.Tensor | None = None
+    logit: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+
+    @property
+    def probability(self) -> torch.Tensor | None:
+        """(B, T), of being a concept."""
+        return None if self.logit is None else self.logit.sigmoid()
 
 
 def given(backbone: nn.Module, ids: torch.Tensor, valid: torch.Tensor) -> Choice:
@@ -75,7 +80,6 @@ def decide(
     concept = texts.back(found) & texts.valid
     if lengths is not None:
         logit = logit + lengths[(texts.back(length) - 1).clamp(0, len(lengths) - 1)]
-    probability = logit.sigmoid()
 
     picked = codes[concept]
     if training:
@@ -93,10 +97,10 @@ def decide(
     if not two_sided:
         embeds = embeds * concept[..., None]
         ids = ids * concept[..., None]
-        return Choice(concept, ids, embeds, None, probability, logits), memory
-    hard = concept.to(probability.dtype)
-    weight = hard + (probability - probability.detach())
-    return Choice(concept, ids * concept[..., None], embeds, weight, probability, logits), memory
+        return Choice(concept, ids, embeds, None, logit, logits), memory
+    probability = logit.sigmoid()
+    weight = concept.to(probability.dtype) + (probability - probability.detach())
+    return Choice(concept, ids * concept[..., None], embeds, weight, logit, logits), memory
 
 
 def expected_embedding(backbone: nn.Module, noisy: torch.Tensor, null: torch.Tensor | None) -> torch.Tensor:

@@ -159,7 +159,8 @@ def test_packed_rows_are_the_rows_alone(tmp_path):
 
 
 def test_the_gate_follows_its_schedule(tmp_path):
-    """Stride 3 for half of the steps, then calibrated once; temperature from 1 to 0.3; evaluation always by the head."""
+    """Stride 3 for half of the steps, calibrated before them and after; temperature from 1 to 0.3; evaluation always by the
+    head."""
     from transformers import TrainerCallback
 
     seen = []
@@ -175,15 +176,28 @@ def test_the_gate_follows_its_schedule(tmp_path):
     trainer.train()
     log = [e for e in trainer.state.log_history if "concept/temperature" in e]
     assert [e["concept/temperature"] for e in log] == pytest.approx([0.3 ** (i / 8) for i in range(8)])
-    assert len(set(seen[:5])) == 1 and seen[5] != seen[4] and len(set(seen[5:])) == 1
+    assert seen[1] != seen[0] and seen[5] != seen[4] and len(set(seen[1:5])) == len(set(seen[5:])) == 1
     lengths = [len(r["input_ids"]) for r in trainer.train_dataset]
     by_stride = sum(lengths) / sum(n // 3 for n in lengths)
     assert all(e["concept/ratio"] == pytest.approx(by_stride, rel=0.1) for e in log[:4])
     evals = [e for e in trainer.state.log_history if "eval_concept/ratio" in e]
-    assert evals[0]["eval_concept/ratio"] < 1.2  # the head's own decision, not the stride
-    assert evals[-1]["eval_concept/ratio"] == pytest.approx(3, rel=0.35)  # of 8 rows, calibrated on 4 others
+    for found in evals:  # of 8 rows, calibrated on 4 others; the head's own decision, not the stride
+        assert found["eval_concept/ratio"] == pytest.approx(3, rel=0.35) and found["eval_concept/ratio"] != by_stride
     gate = backbone_of(trainer.model).concept_gate
     assert gate.temperature == 1.0 and gate.segment_as is None
+
+
+@pytest.mark.parametrize("segmenter", ["null", "threshold"])
+def test_a_head_that_is_sure_is_calibrated_too(tmp_path, segmenter):
+    """As one with 4,096 codewords is from the start: where p is 1 in fp32, its logit still tells tokens apart."""
+    trainer = setups.trainer(tmp_path, learning_rate=0.0, **{**setups.CASES["stable"], "segmenter": segmenter})
+    backbone = backbone_of(trainer.model)
+    with torch.no_grad():
+        backbone.concept_head.bias[:-1] += 50
+    trainer.train()
+    assert backbone.concept_head.bias.isfinite().all()
+    log = [e["concept/ratio"] for e in trainer.state.log_history if "concept/ratio" in e]
+    assert all(1.5 < ratio < 6 for ratio in log[2:])  # at R = 3, of 4 rows
 
 
 def test_concepts_have_a_learning_rate_of_their_own(tmp_path):
