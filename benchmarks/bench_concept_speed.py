@@ -18,7 +18,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 from benchmarks import setups
-from unsloth_ext import OnlineConceptConfig, attach_concepts, backbone_of
+from trl_ext.report import write_between
+from unsloth_ext import OnlineConceptConfig, attach_concepts
 from unsloth_ext.concept.accounting import cost, equal_depth
 
 
@@ -80,7 +81,6 @@ def main() -> None:
     concepts = OnlineConceptConfig(4, 20, 4, num_concepts=4096, segmenter="fixed", stride=RATIO)
     fewer = equal_depth(config(28), concepts, RATIO)
     nets = {"without concepts": model(28), "concepts": model(28, concepts), f"{fewer} layers": model(fewer)}
-    assert backbone_of(nets["concepts"]).concept_config.stride == RATIO
     results = {}
     for length in options.lengths:
         generator = torch.Generator().manual_seed(0)
@@ -131,7 +131,30 @@ def main() -> None:
         "concept_speed",
         {"command": "make bench-concept", "batch": options.batch, "new": options.new, "results": results},
     )
+    if not setups.CUDA:
+        write_between(ROOT / "docs/concept_tokens.md", "speed", markdown(results, options))
     print(path)
+
+
+def markdown(results: dict, options: argparse.Namespace) -> str:
+    """The table of the documentation."""
+    spread = lambda q: f"{q['median']:.2f} ({q['lowest']:.2f} to {q['highest']:.2f})"  # noqa: E731
+    lines = [
+        f"How many times as fast as the same model without concepts, of {options.repeats} rounds the median (lowest to "
+        f"highest); {options.new} tokens written, batch {options.batch}, two CPU cores.",
+        "",
+        "| tokens read | | reading | writing | keys, values | multiplications |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for length, rows in results.items():
+        whole = rows["without concepts"]["kv_bytes"]
+        for name, r in rows.items():
+            if name != "without concepts":
+                lines.append(
+                    f"| {length} | {name} | {spread(r['read_speedup'])} | {spread(r['write_speedup'])} | "
+                    f"{r['kv_bytes'] / whole:.0%} | {r['macs']:.0%} |"
+                )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

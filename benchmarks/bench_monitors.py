@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -26,8 +27,10 @@ from benchmarks import setups
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.planner import monitors
 from trl_ext.planner.advice import PlannerMonitorCallback
+from trl_ext.report import write_between
 
 
+ROOT = Path(__file__).parents[1]
 TYPES = [{"name": "what", "num_concepts": 256, "quota": 6}, {"name": "how", "num_concepts": 64, "quota": 2}]
 # Size of `setups.qwen2`, training, tokens of a text, batch. The first is so small that Python is most of a step
 CASES = {
@@ -120,6 +123,11 @@ def main() -> None:
             f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})",
         )  # fmt: skip
     Console().print(table)
+    if not setups.CUDA:
+        shown = (f"{case}: {r['with_over_without']['median'] - 1:.1%}" for case, r in results.items())
+        write_between(
+            ROOT / "docs/concept_tokens.md", "monitors", f"Share of a step on two CPU cores: {'; '.join(shown)}."
+        )
     print(setups.write("monitors", {"command": "make bench-concept", "every": EVERY, "results": results}))
 
 

@@ -35,13 +35,11 @@ RUNS: dict[str, dict] = {
     "soft - quota": {"target_length": None},
     "soft - usage": {"usage_weight": 0.0},
     "soft - commitment": {"commitment_weight": 0.0},
-    "soft + word dropout 0.3": {"word_dropout": 0.3},
     "all concepts of a type at once": {"multi_token": True},
     "types in parallel": {"ordering": "parallel"},
     "both": {"multi_token": True, "ordering": "parallel"},
     "length curriculum 2, 4": {"length_curriculum": [2, 4]},
     "hard-EM from scratch": {"training": "hard_em"},
-    "hard-EM, M by staleness": {"training": "hard_em", "adaptive_e_step": True},
     "soft, then hard-EM": {"training": "hard_em"},
     "soft, then hard-EM, M by staleness": {"training": "hard_em", "adaptive_e_step": True},
 }
