@@ -21,7 +21,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "usage_weight": 0.1,
         "calibrate_null": True,
         "warm_start_share": 0.2,
-        "temperature_end": 0.3,
         "max_tail": 8,
     },
 }

@@ -16,7 +16,10 @@ ROWS = [
 ]
 CASES = {
     "literal": {},
-    "stable": {**ConceptConfig.preset_fields("stable"), "target_ratio": 3.0, "warm_start_share": 0.5, "max_tail": 6},
+    "stable": {
+        **ConceptConfig.preset_fields("stable"), "target_ratio": 3.0, "warm_start_share": 0.5, "max_tail": 6,
+        "temperature_end": 0.3,
+    },
     "threshold": {"segmenter": "threshold", "gate": "factorised", "calibrate_null": True, "ratio_weight": 0.3},
     "fixed": {"segmenter": "fixed", "stride": 3, "num_codebooks": 2, "usage_weight": 0.2},
     "autoregressive": {
