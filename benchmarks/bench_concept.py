@@ -127,7 +127,8 @@ COLUMNS = (
     ("nll", "NLL", ".3f"),
     ("nll_boundary", "after a concept", ".3f"),
     ("nll_tail", "after others", ".3f"),
-    ("nll_random", "random concepts", ".3f"),
+    ("nll_tail_random", "the same, random concepts", ".3f"),
+    ("nll_random", "all, random concepts", ".3f"),
     ("ratio", "tokens/concept", ".2f"),
     ("tail", "tail", ".1f"),
     ("perplexity", "perplexity", ".1f"),
@@ -147,9 +148,11 @@ def spread(values: list[float | None], form: str) -> str:
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    lines = [f"| {' | '.join(['', *(label for _, label, _ in COLUMNS)])} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    every = [run for runs in results.values() for run in runs.values()]
+    columns = [column for column in COLUMNS if any(run.get(column[0]) is not None for run in every)]
+    lines = [f"| {' | '.join(['', *(label for _, label, _ in columns)])} |", "|---" + "|---:" * len(columns) + "|"]
     for name, runs in results.items():
-        cells = [spread([run.get(key) for run in runs.values()], form) for key, _, form in COLUMNS]
+        cells = [spread([run.get(key) for run in runs.values()], form) for key, _, form in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@
 
 With: the callback at its default of a probe every 50 steps, and what the trainer computes at every step for the log.
 Without: no callback, and these functions replaced by ones that return zeros. In turn, in one run; random weights, texts of
-random tokens. Writes benchmarks/results/monitors_<device>.json.
+random letters. Writes benchmarks/results/monitors_<device>.json.
 """
 
 import argparse
@@ -72,9 +72,8 @@ def seconds_per_step(case: str, watched: bool, steps: int) -> float:
     size, training, tokens, batch = CASES[case]
     model = setups.qwen2(size)
     tokenizer = setups.tokenizer(model.config.vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(300, model.config.vocab_size, (256, tokens), generator=generator).tolist()
-    rows = [{"prompt": "", "completion": "".join(tokenizer.convert_ids_to_tokens(ids))} for ids in drawn]
+    letters = (97 + torch.randint(26, (256, tokens), generator=torch.Generator().manual_seed(0))).tolist()
+    rows = [{"prompt": "", "completion": "".join(map(chr, codes))} for codes in letters]  # a token each
     args = PlannerExecutorConfig(
         **{**setups.few_steps("bfloat16" if setups.CUDA else "float32", steps + 1), "logging_steps": 10},
         per_device_eval_batch_size=batch,

@@ -26,7 +26,8 @@ class ConceptEvaluation:
         accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
         nll: of every token. token_accuracy: share of tokens that are the likeliest next one.
         nll_boundary, nll_tail: of those that follow a concept, and of the others.
-        nll_random: with other concepts, drawn uniformly, in the same places.
+        nll_random: with other concepts, drawn uniformly, in the same places. nll_tail_random: the same of tokens that
+            do not follow one: where it is no larger than nll_tail, concepts carry nothing to other tokens.
         ratio: tokens for each concept, decided as in inference. bits: what concepts can hold at most, C log2 V for each,
             by tokens: a text with more in it cannot be kept whole.
         tail: tokens that the deep layers still see beside the concepts, the mean over positions. Where it is long, what the
@@ -45,6 +46,7 @@ class ConceptEvaluation:
     nll_boundary: float | None = None
     nll_tail: float | None = None
     nll_random: float | None = None
+    nll_tail_random: float | None = None
     ratio: float | None = None
     bits: float | None = None
     tail: float | None = None
@@ -77,7 +79,7 @@ def evaluate_concepts(
     compresses = has_concepts(model)
     generator = torch.Generator().manual_seed(0)
     sums: dict[str, float] = dict.fromkeys(
-        ("tokens", "nll", "hits", "boundary", "made", "random", "concepts", "real", "tail"), 0.0
+        ("tokens", "nll", "hits", "boundary", "made", "random", "others", "concepts", "real", "tail"), 0.0
     )
     counts, right = 0, 0
     with evaluating(model):
@@ -108,7 +110,9 @@ def evaluate_concepts(
             drawn = torch.randint(config.num_concepts, choice.ids.shape, generator=generator).to(ids.device)
             drawn = drawn.masked_fill(~choice.concept[..., None], config.null)
             other = backbone(ids, attention_mask=batch["attention_mask"], concepts=drawn, use_cache=False)
-            sums["random"] += (_nll(head(other.last_hidden_state), ids) * scored).sum().item()
+            random = _nll(head(other.last_hidden_state), ids) * scored
+            sums["random"] += random.sum().item()
+            sums["others"] += random[~made].sum().item()
             counts = counts + torch.stack(
                 [torch.bincount(found, minlength=config.num_concepts) for found in choice.ids[choice.concept].T]
             )
@@ -123,6 +127,7 @@ def evaluate_concepts(
     found.nll_boundary = sums["boundary"] / max(sums["made"], 1)
     found.nll_tail = (sums["nll"] - sums["boundary"]) / max(sums["tokens"] - sums["made"], 1)
     found.nll_random = sums["random"] / sums["tokens"]
+    found.nll_tail_random = sums["others"] / max(sums["tokens"] - sums["made"], 1)
     share = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     found.perplexity = (-torch.special.xlogy(share, share).sum(-1)).mean().exp().item()
     found.used = (counts > 0).double().mean().item()

@@ -160,6 +160,7 @@ SHOWN = (
     ("nll_boundary", "  after a concept", "{:.3f}"),
     ("nll_tail", "  after other tokens", "{:.3f}"),
     ("nll_random", "  with random concepts", "{:.3f}"),
+    ("nll_tail_random", "    after other tokens", "{:.3f}"),
     ("ratio", "tokens for each concept", "{:.2f}"),
     ("bits", "bits of concepts for each token", "{:.2f}"),
     ("tail", "tokens in the tail", "{:.1f}"),

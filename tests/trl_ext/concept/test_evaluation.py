@@ -61,6 +61,26 @@ def test_every_figure_is_the_texts_own(keeps):
     assert 1 < found.ratio < 6 and found.nll_random != found.nll
 
 
+def test_what_random_concepts_cost_is_told_by_who_reads_them():
+    """1e-5: all tokens, and those that do not follow a concept."""
+    net, tokenizer = made(False), tiny.tokenizer(())
+    rows = setups.Dataset.from_list([{**row, "answer": row["completion"]} for row in setups.ROWS[:8]])
+    found = evaluate_concepts(net, tokenizer, rows, batch_size=8, max_new_tokens=1)
+    texts = [tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"] for row in rows]
+    drawn = torch.randint(16, (8, max(ids.shape[1] for ids in texts), 2), generator=torch.Generator().manual_seed(0))
+    every, others = [], []
+    for ids, codes in zip(texts, drawn):
+        concept = backbone_of(net)(ids, use_cache=False).choice.concept[0]
+        codes = codes[: len(concept)].masked_fill(~concept[:, None], 16)
+        logits = net.lm_head(backbone_of(net)(ids, concepts=codes[None], use_cache=False).last_hidden_state)[0, :-1]
+        each = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+        every += each.tolist()
+        others += each[~concept[:-1]].tolist()
+    assert found.nll_random == pytest.approx(sum(every) / len(every), rel=1e-5)
+    assert found.nll_tail_random == pytest.approx(sum(others) / len(others), rel=1e-5)
+    assert found.nll_tail_random != pytest.approx(found.nll_tail, rel=1e-3)
+
+
 def test_a_model_without_concepts_has_the_first_figures_only():
     net, tokenizer = setups.base().eval(), tiny.tokenizer(())
     rows = setups.Dataset.from_list([{"prompt": "1+1=", "completion": "2 ##2", "answer": "2"}] * 2)
