@@ -1,7 +1,7 @@
 """What the monitors of planner and executor cost: a step with all of them over a step with none.
 
     make bench-concept                     # with the other parts
-    python -m benchmarks.bench_monitors --rounds 3
+    python -m benchmarks.bench_monitors --rounds 5
 
 With: the callback at its default of a probe every 50 steps, and what the trainer computes at every step for the log.
 Without: no callback, and these functions replaced by ones that return zeros. In turn, in one run; random weights, texts of
@@ -35,8 +35,8 @@ TYPES = [{"name": "what", "num_concepts": 256, "quota": 6}, {"name": "how", "num
 # Size of `setups.qwen2`, training, tokens of a text, batch. The first is so small that Python is most of a step
 CASES = {
     "0.5M parameters, soft": ("check", "soft", 16, 8),
-    "13M parameters, soft": ("cpu", "soft", 64, 8),
-    "13M parameters, hard-EM": ("cpu", "hard_em", 64, 8),
+    "13M parameters, soft": ("cpu", "soft", 32, 8),
+    "13M parameters, hard-EM": ("cpu", "hard_em", 32, 8),
 }
 if setups.CUDA:
     CASES = {f"1.5B parameters, {training}": ("1.5b", training, 256, 8) for training in ("soft", "hard_em")}
@@ -98,8 +98,8 @@ def seconds_per_step(case: str, watched: bool, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2 * EVERY, help="of a run; a probe comes every 50")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=EVERY, help="of a run; a probe comes every 50")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # advice on random weights
     results = {}
