@@ -1,7 +1,7 @@
 """What online concept compression keeps, over seeds: the literal objective, each addition, and what one would do instead.
 
     make bench-concept                                            # with the other parts
-    python benchmarks/bench_concept.py --seeds 0 --only literal stable
+    python benchmarks/bench_concept.py --seeds 0 --only literal preset
 
 The facts of recipes/concept_v2.py: the same tiny model, rows, steps and LoRA in every run. Figures are held out and under
 the rule of inference. Results so far are kept in benchmarks/results/concept_<device>.json: a run that is there is not
@@ -30,35 +30,38 @@ ROOT = Path(__file__).parents[1]
 STEPS = 600
 HELD_OUT = 500
 R = 4
+PRESET = PRESETS["stable"]
 LABELS = {
+    "codebook_init": "codewords from states",
     "gate": "two-sided gate",
     "ratio_weight": "ratio loss",
     "usage_weight": "usage KL",
     "calibrate_null": "calibrated NULL",
     "warm_start_share": "warm start",
-    "temperature_end": "temperature to 0.3",
     "max_tail": "at most 8 tokens",
 }
-EVERY = {**PRESETS["stable"], "temperature_end": 0.3}  # the preset leaves the last one out: see the table
-QUIET = {"usage_weight": 0.1, "temperature_end": 0.3}  # of the additions those that have nothing to do with where
+OTHERS: dict[str, dict] = {
+    "temperature to 0.3": {"temperature_end": 0.3},
+    "boundary keeps token": {"boundary_keeps_token": True},
+}
+CODEWORDS = {name: PRESET[name] for name in ("codebook_init", "usage_weight")}  # what has nothing to do with where
 # (a) the literal objective, (b) each addition, alone and left out, and some more, (c) to (f) what one would do instead
 RUNS: dict[str, dict] = {
     "literal": {},
-    **{f"literal + {label}": {name: EVERY[name]} for name, label in LABELS.items()},
-    "literal + boundary keeps token": {"boundary_keeps_token": True},
-    "all": EVERY,
+    **{f"literal + {label}": {name: PRESET[name]} for name, label in LABELS.items()},
+    **{f"literal + {label}": changes for label, changes in OTHERS.items()},
+    "preset": PRESET,
     **{
-        f"all - {label}": {other: value for other, value in EVERY.items() if other != name}
+        f"preset - {label}": {other: value for other, value in PRESET.items() if other != name}
         for name, label in LABELS.items()
     },
-    "all + boundary keeps token": {**EVERY, "boundary_keeps_token": True},
-    "all + at most 48 NULLs": {**EVERY, "max_nulls": 48},
-    "all, 4096 codewords": {**EVERY, "num_concepts": 4096},
-    "all, threshold": {**EVERY, "segmenter": "threshold"},
-    "all, entropy": {**EVERY, "segmenter": "entropy"},
-    "all, autoregressive": {**EVERY, "segmenter": "autoregressive"},
-    "fixed stride": {**QUIET, "segmenter": "fixed", "stride": R},
-    "random boundaries": {**QUIET, "gate": "factorised"},
+    **{f"preset + {label}": {**PRESET, **changes} for label, changes in OTHERS.items()},
+    "preset + at most 48 NULLs": {**PRESET, "max_nulls": 48},
+    "preset, 256 codewords": {**PRESET, "num_concepts": 256},
+    "preset, two codebooks of 32": {**PRESET, "num_codebooks": 2},
+    **{f"preset, {name}": {**PRESET, "segmenter": name} for name in ("threshold", "entropy", "autoregressive")},
+    "fixed stride": {**CODEWORDS, "segmenter": "fixed", "stride": R},
+    "random boundaries": {**CODEWORDS, "gate": "factorised"},
     "LoRA, all layers": {"use_concepts": False},
     "LoRA, layers of equal cost": {"use_concepts": False},
 }

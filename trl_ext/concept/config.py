@@ -12,10 +12,12 @@ from ..flags import at_least, must_be_off
 from ..presets import Presets
 
 
+CODEBOOK_INITS = ("random", "kmeans")
 # The additions that go together (docs/concept_tokens.md has the evidence for each); the limit is twice the default ratio
 PRESETS: dict[str, dict[str, Any]] = {
     "literal": {},
     "stable": {
+        "codebook_init": "kmeans",
         "gate": "factorised",
         "ratio_weight": 1.0,
         "usage_weight": 0.1,
@@ -52,6 +54,9 @@ class ConceptConfig(Presets, SFTConfig):
     target_ratio: float = field(default=4.0, metadata={"help": "R: tokens for each concept, what additions aim at."})
     ratio_weight: float = field(default=0.0, metadata={"help": "Weight of the ratio loss (H-Net's)."})
     usage_weight: float = field(default=0.0, metadata={"help": "Weight of KL(use of the codewords || uniform)."})
+    codebook_init: str = field(
+        default="random", metadata={"help": "random, or kmeans: codewords from the states of training texts."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Of the Gumbel softmax."})
     temperature_end: float | None = field(
         default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
@@ -77,6 +82,8 @@ class ConceptConfig(Presets, SFTConfig):
         super().__post_init__()
         at_least(self, n_shallow=1, n_middle=1, n_deep=1)
         self.online(self.n_shallow + (self.n_middle or 1) + self.n_deep)
+        if self.codebook_init not in CODEBOOK_INITS:
+            raise ValueError(f"codebook_init={self.codebook_init!r}: choose one of {', '.join(CODEBOOK_INITS)}")
         for name in ("ratio_weight", "usage_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")

@@ -9,15 +9,17 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from patches import fused_lm_head
+from unsloth_ext.concept.codebook import set_codebook
 from unsloth_ext.concept.forward import ConceptOutput
 from unsloth_ext.concept.modules import (
     attach_concepts,
@@ -37,6 +39,8 @@ from .losses import everywhere, ratio_loss, usage_kl_to_uniform
 
 
 logger = logging.get_logger(__name__)
+DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
+STATES_PER_CODEWORD, LEAST_STATES = 16, 8192  # that codewords are made of
 
 
 class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
@@ -67,10 +71,15 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             vars(lora).update(with_concept_modules(lora))
         if args.n_gpu > 1:
             args._n_gpu = 1  # no nn.DataParallel, whose replicas would decide each for itself
+        self._fresh = False  # whether the model has been given its concepts here
+
+        def give(model: PreTrainedModel) -> None:
+            self._fresh |= prepare(model, args)
+
         if not isinstance(model, str):
-            prepare(model, args)
+            give(model)
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
-        with preparing_models(super().__init__, lambda loaded: prepare(loaded, args)):
+        with preparing_models(super().__init__, give):
             super().__init__(model, args, *others, **keywords)
         if is_peft_model(self.model):
             remember_concepts(self.model)
@@ -107,15 +116,32 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         finally:
             vars(gate).update(kept)
 
+    def _look(self, inputs: dict[str, Any]) -> ConceptOutput:
+        return backbone_of(self.model)(**{k: inputs[k] for k in DECODER_INPUTS if k in inputs}, use_cache=False)
+
+    @torch.no_grad()
+    def _make_codebook(self) -> None:
+        """Codewords out of shallow states of the training texts; the same in every process."""
+        backbone, size = backbone_of(self.model), self.args.per_device_train_batch_size
+        wanted = max(LEAST_STATES, STATES_PER_CODEWORD * backbone.concept_config.num_concepts)
+        rows, states, found = iter(self.train_dataset.shuffle(seed=self.args.seed)), [], 0
+        with evaluating(self.model):
+            while found < wanted and (part := list(islice(rows, size))):
+                seen = self._look(self._prepare_inputs(self.data_collator(part)))
+                states.append(seen.shallow[seen.valid])
+                found += len(states[-1])
+        set_codebook(backbone, torch.cat(states)[:wanted], self.args.seed)
+        for parameter in [*backbone.concept_head.parameters(), *backbone.concept_embedding.parameters()]:
+            parameter.copy_(broadcast(parameter.data))
+
     @torch.no_grad()
     def _calibrate(self, model: Any, inputs: dict[str, Any]) -> None:
         """Move the NULL bias so that one token in R of this step's first batch would become a concept."""
-        backbone = backbone_of(self.model)
         with evaluating(self.model):
-            backbone(**{k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids") if k in inputs})
-        logit = self._seen.choice.logit[self._seen.valid].float()
+            seen = self._look(inputs)
+        logit = seen.choice.logit[seen.valid].float()
         together = self.accelerator.gather(self.accelerator.pad_across_processes(logit, pad_index=torch.nan))
-        backbone.concept_head.bias[-1] += shift(together[~together.isnan()], self.args)
+        backbone_of(self.model).concept_head.bias[-1] += shift(together[~together.isnan()], self.args)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -125,6 +151,9 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         args, training = self.args, self.model.training
         mode = "train" if training else "eval"
         step = self.state.global_step
+        if training and args.codebook_init == "kmeans" and self._fresh and step == 0:
+            self._make_codebook()
+            self._fresh = False
         if training and args.calibrate_null and step in (0, self._warm_steps) and self._calibrated != step:
             self._calibrate(model, inputs)
             self._calibrated = step  # of this step's micro-batches the first
@@ -184,8 +213,11 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         return optimizer
 
 
-def prepare(model: PreTrainedModel, args: ConceptConfig) -> None:
+def prepare(model: PreTrainedModel, args: ConceptConfig) -> bool:
     """Give a model its concepts, unless it has them.
+
+    Returns:
+        Whether it had none.
 
     Raises:
         ValueError: its adapter would leave them untrained, or was made before them.
@@ -196,13 +228,14 @@ def prepare(model: PreTrainedModel, args: ConceptConfig) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             attach_concepts(model, args.online(model.config.num_hidden_layers))
-        return
+        return True
     if is_peft_model(model):
         check_adapter(model)
     kept = backbone_of(model).concept_config
     for name, value in vars(args.online(model.config.num_hidden_layers)).items():
         if getattr(kept, name) != value:
             logger.warning(f"the model was made with {name}={getattr(kept, name)!r} and keeps it; asked for: {value!r}")
+    return False
 
 
 def shift(logit: torch.Tensor, args: ConceptConfig) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_the_gate_follows_its_schedule(tmp_path):
 
     trainer = setups.trainer(
         tmp_path, callbacks=[Watch()], eval_strategy="steps", eval_steps=2, max_steps=8, learning_rate=0.0,
-        **setups.CASES["stable"],
+        **{**setups.CASES["stable"], "codebook_init": "random"},  # four rows say little about lumps of states
     )  # fmt: skip
     trainer.train()
     log = [e for e in trainer.state.log_history if "concept/temperature" in e]
@@ -190,7 +190,8 @@ def test_the_gate_follows_its_schedule(tmp_path):
 @pytest.mark.parametrize("segmenter", ["null", "threshold"])
 def test_a_head_that_is_sure_is_calibrated_too(tmp_path, segmenter):
     """As one with 4,096 codewords is from the start: where p is 1 in fp32, its logit still tells tokens apart."""
-    trainer = setups.trainer(tmp_path, learning_rate=0.0, **{**setups.CASES["stable"], "segmenter": segmenter})
+    case = {**setups.CASES["stable"], "segmenter": segmenter, "codebook_init": "random"}
+    trainer = setups.trainer(tmp_path, learning_rate=0.0, **case)
     backbone = backbone_of(trainer.model)
     with torch.no_grad():
         backbone.concept_head.bias[:-1] += 50
@@ -198,6 +199,36 @@ def test_a_head_that_is_sure_is_calibrated_too(tmp_path, segmenter):
     assert backbone.concept_head.bias.isfinite().all()
     log = [e["concept/ratio"] for e in trainer.state.log_history if "concept/ratio" in e]
     assert all(1.5 < ratio < 6 for ratio in log[2:])  # at R = 3, of 4 rows
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_codewords_out_of_the_training_texts(tmp_path, peft):
+    """They explain most of the shallow states' variance, random ones none; a model that has its concepts keeps them."""
+
+    def explained(trainer):
+        backbone, batch = backbone_of(trainer.model.eval()), batch_of(trainer, range(20))
+        with torch.no_grad():
+            out = backbone(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            states = out.shallow[out.valid]
+            codes = backbone.concept_embedding(backbone.concept_head(states)[:, None, :-1].argmax(-1))
+        return 1 - (states - codes).square().sum() / (states - states.mean(0)).square().sum()
+
+    still = {"learning_rate": 0.0, "segmenter": "fixed", "stride": 3}
+    drawn = setups.trainer(tmp_path / "a", peft, **still)
+    drawn.train()
+    made = setups.trainer(tmp_path / "b", peft, **still, codebook_init="kmeans")
+    made.train()
+    assert explained(drawn) < 0 and explained(made) > 0.5
+    kept = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    on = setups.trainer(tmp_path / "c", model=made.model, **still, codebook_init="kmeans")
+    assert all(torch.equal(p, kept[n]) for n, p in setups.trained(on).items())
+
+
+def test_too_few_texts_for_the_codewords_are_refused_before_the_first_step(tmp_path):
+    trainer = setups.trainer(tmp_path, codebook_init="kmeans", num_concepts=4096)
+    with pytest.raises(ValueError, match="num_concepts=4096: the training texts have only"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_concepts_have_a_learning_rate_of_their_own(tmp_path):
@@ -239,6 +270,7 @@ REFUSED = [
     ({"n_shallow": 0}, "n_shallow=0: at least 1"),
     ({"segmenter": "words"}, "segmenter='words'"),
     ({"gate": "both"}, "gate='both'"),
+    ({"codebook_init": "pca"}, "codebook_init='pca': choose one of random, kmeans"),
     ({"ratio_weight": 1.0, "max_tail": 4}, "max_tail=4, target_ratio=4.0: concepts forced so often"),
     ({"ratio_weight": -1.0}, "ratio_weight=-1.0"),
     ({"usage_weight": math.nan}, "usage_weight=nan"),

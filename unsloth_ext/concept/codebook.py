@@ -1,0 +1,98 @@
+"""A first codebook out of a model's own states. Then the middle layers read from the first step nearly what they read
+without concepts, and the head tells the codewords apart, where logits of random weights drown in their Gumbel noise."""
+
+import torch
+from torch import nn
+
+from .config import OnlineConceptConfig
+
+
+CONFIDENCE = 0.9  # of the likeliest codeword, mean over states: sharper, and no gradient is left between codewords
+ROUNDS = 15  # of k-means
+AT_ONCE = 4096  # states whose logits are held
+
+
+@torch.no_grad()
+def set_codebook(backbone: nn.Module, states: torch.Tensor, seed: int = 0) -> None:
+    """Make head and embedding anew, in place: codewords are the centres m of k-means, their logits beta (h m - |m|^2 / 2),
+    those of a mixture of equal spheres, with beta such that the likeliest has a probability of 0.9.
+
+    Several codebooks share out the principal components of the states, every C-th to each, so that their embeddings add up
+    to the state. `<NULL>` has the same logit everywhere, the mean of what all codewords of the first codebook have
+    together; for the entropy segmenter, which does not compare the two, it stays as it is.
+
+    Args:
+        states (n, d): what the head reads.
+
+    Raises:
+        ValueError: fewer different states than codewords.
+    """
+    config: OnlineConceptConfig = backbone.concept_config
+    head, embedding = backbone.concept_head, backbone.concept_embedding
+    states = states.float()
+    generator = torch.Generator(states.device).manual_seed(seed)
+    components = torch.linalg.eigh(states.T.cov()).eigenvectors.flip(-1) if config.num_codebooks > 1 else None
+    for c in range(config.num_codebooks):
+        basis = None if components is None else components[:, c :: config.num_codebooks]
+        points = states if basis is None else states @ basis
+        centres = kmeans(points, config.num_concepts, generator)
+        beta = sharpness(points, centres)
+        if c == 0 and config.segmenter != "entropy":
+            head.weight[-1] = 0
+            head.bias[-1] = mean_together(points, centres, beta)
+        codes = slice(c * config.num_concepts, (c + 1) * config.num_concepts)
+        head.bias[codes] = (-beta / 2 * centres.square().sum(-1)).to(head.bias.dtype)
+        centres = centres if basis is None else centres @ basis.T
+        head.weight[codes] = (beta * centres).to(head.weight.dtype)
+        embedding.weight[codes] = centres.to(embedding.weight.dtype)
+
+
+def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
+    """Centres (number, d) of points (n, d): seeded as k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds.
+
+    Raises:
+        ValueError: fewer different points than centres.
+    """
+    centres = points[torch.randint(len(points), (1,), generator=generator, device=points.device)]
+    distance = (points - centres).square().sum(-1)
+    same = 1e-9 * points.square().sum(-1).mean()
+    while len(centres) < number:
+        distance[distance <= same] = 0
+        if not distance.any():
+            raise ValueError(
+                f"num_concepts={number}: the training texts have only {len(centres)} different states to make codewords "
+                "of; lower it, or set codebook_init='random'"
+            )
+        found = points[torch.multinomial(distance, 1, generator=generator)]
+        distance = distance.minimum((points - found).square().sum(-1))
+        centres = torch.cat([centres, found])
+    for _ in range(ROUNDS):
+        nearest = torch.cat([affinity(part, centres).argmax(-1) for part in points.split(AT_ONCE)])
+        counts = nearest.bincount(minlength=number)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
+def affinity(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """(n, number): largest where the distance is smallest."""
+    return points @ centres.T - centres.square().sum(-1) / 2
+
+
+def sharpness(points: torch.Tensor, centres: torch.Tensor) -> float:
+    """The beta at which the softmax of beta times the affinity is as sure as `CONFIDENCE`: bisected as its logarithm."""
+    some = points[:: max(1, len(points) // AT_ONCE)]
+    found = affinity(some, centres)
+    scale = found.std().log10().item()
+    low, high = -scale - 6, -scale + 6
+    for _ in range(50):
+        middle = (low + high) / 2
+        sure = (10**middle * found).softmax(-1).amax(-1).mean() > CONFIDENCE
+        low, high = (low, middle) if sure else (middle, high)
+    return 10**middle
+
+
+def mean_together(points: torch.Tensor, centres: torch.Tensor, beta: float) -> torch.Tensor:
+    """Of log sum exp over the centres, the mean over points."""
+    parts = points.split(AT_ONCE)
+    return sum((beta * affinity(part, centres)).logsumexp(-1).sum() for part in parts) / len(points)
