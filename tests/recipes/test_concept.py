@@ -74,10 +74,10 @@ def test_flags_win_over_the_preset_and_the_preset_over_no_flags(run, monkeypatch
 
     found = []
     monkeypatch.setattr(recipe, "run", lambda parsed, *_: found.append(parsed[2]))
-    for flags in ((), ("--warm_start_share", "0.0", "--gate", "literal"), ("--preset", "literal")):
+    for flags in ((), ("--calibrate_null", "false", "--gate", "literal"), ("--preset", "literal")):
         run("concept_v2", *flags)
-    assert [(a.gate, a.warm_start_share, a.ratio_weight, a.max_tail) for a in found] == [
-        ("factorised", 0.2, 1.0, 8), ("literal", 0.0, 1.0, 8), ("literal", 0.0, 0.0, None),
+    assert [(a.gate, a.calibrate_null, a.ratio_weight, a.codebook_init) for a in found] == [
+        ("factorised", True, 1.0, "kmeans"), ("literal", False, 1.0, "kmeans"), ("literal", False, 0.0, "random"),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no preset 'best'"):
         run("concept_v2", "--preset", "best")

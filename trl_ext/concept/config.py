@@ -13,7 +13,7 @@ from ..presets import Presets
 
 
 CODEBOOK_INITS = ("random", "kmeans")
-# The additions that go together (docs/concept_tokens.md has the evidence for each); the limit is twice the default ratio
+# The additions that go together (docs/concept_tokens.md has the evidence for each)
 PRESETS: dict[str, dict[str, Any]] = {
     "literal": {},
     "stable": {
@@ -23,7 +23,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "usage_weight": 0.1,
         "calibrate_null": True,
         "warm_start_share": 0.2,
-        "max_tail": 8,
     },
 }
 

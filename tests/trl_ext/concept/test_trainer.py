@@ -256,9 +256,9 @@ def test_a_model_by_its_folder_and_one_that_goes_on(tmp_path, caplog):
 
 
 def test_what_is_given_beside_a_preset_wins_also_where_it_is_the_default(tmp_path):
-    made = ConceptConfig.preset("stable", **setups.settings(tmp_path), warm_start_share=0.0, max_tail=None)
-    assert (made.warm_start_share, made.max_tail) == (0.0, None)
-    assert (made.gate, made.ratio_weight, made.usage_weight) == ("factorised", 1.0, 0.1)
+    made = ConceptConfig.preset("stable", **setups.settings(tmp_path), calibrate_null=False, gate="literal")
+    assert (made.calibrate_null, made.gate) == (False, "literal")
+    assert (made.codebook_init, made.ratio_weight, made.usage_weight) == ("kmeans", 1.0, 0.1)
     assert ConceptConfig.preset("literal", **setups.settings(tmp_path)).gate == "literal"
     with pytest.raises(ValueError, match="ConceptConfig has no preset 'best'; it has literal, stable"):
         ConceptConfig.preset("best")
