@@ -96,6 +96,12 @@ def seconds_per_step(case: str, watched: bool, steps: int) -> float:
     return clock.seconds / steps
 
 
+def sentence(results: dict[str, dict], rounds: int) -> str:
+    shares = {case: {k: f"{v - 1:.1%}" for k, v in r["with_over_without"].items()} for case, r in results.items()}
+    shown = (f"{case}: {s['median']} ({s['lowest']} to {s['highest']})" for case, s in shares.items())
+    return f"Share of a step on two CPU cores, the median of {rounds} rounds (lowest to highest): {'; '.join(shown)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -123,10 +129,7 @@ def main() -> None:
         )  # fmt: skip
     Console().print(table)
     if not setups.CUDA:
-        shown = (f"{case}: {r['with_over_without']['median'] - 1:.1%}" for case, r in results.items())
-        write_between(
-            ROOT / "docs/concept_tokens.md", "monitors", f"Share of a step on two CPU cores: {'; '.join(shown)}."
-        )
+        write_between(ROOT / "docs/concept_tokens.md", "monitors", sentence(results, options.rounds))
     print(setups.write("monitors", {"command": "make bench-concept", "every": EVERY, "results": results}))
 
 
