@@ -10,6 +10,7 @@ from .config import OnlineConceptConfig
 CONFIDENCE = 0.9  # of the likeliest codeword, mean over states: sharper, and no gradient is left between codewords
 ROUNDS = 15  # of k-means
 AT_ONCE = 4096  # states whose logits are held
+SAME = 1e-5  # of the mean square: states that are no further apart are one, since distances come out of products
 
 
 @torch.no_grad()
@@ -27,9 +28,13 @@ def set_codebook(backbone: nn.Module, states: torch.Tensor, seed: int = 0) -> No
     Raises:
         ValueError: fewer different states than codewords.
     """
+    with torch.autocast(states.device.type, enabled=False):  # a trainer's bf16 is too coarse for distances
+        _set_codebook(backbone, states.float(), seed)
+
+
+def _set_codebook(backbone: nn.Module, states: torch.Tensor, seed: int) -> None:
     config: OnlineConceptConfig = backbone.concept_config
     head, embedding = backbone.concept_head, backbone.concept_embedding
-    states = states.float()
     generator = torch.Generator(states.device).manual_seed(seed)
     components = torch.linalg.eigh(states.T.cov()).eigenvectors.flip(-1) if config.num_codebooks > 1 else None
     for c in range(config.num_codebooks):
@@ -53,19 +58,21 @@ def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> tor
     Raises:
         ValueError: fewer different points than centres.
     """
-    centres = points[torch.randint(len(points), (1,), generator=generator, device=points.device)]
-    distance = (points - centres).square().sum(-1)
-    same = 1e-9 * points.square().sum(-1).mean()
-    while len(centres) < number:
+    squares = points.square().sum(-1)
+    same = SAME * squares.mean()
+    found = points[torch.randint(len(points), (1,), generator=generator, device=points.device)]
+    seeds, distance = [found], torch.full_like(squares, torch.inf)
+    while len(seeds) < number:
+        distance = distance.minimum(squares + found.square().sum() - 2 * (points @ found[0]))
         distance[distance <= same] = 0
         if not distance.any():
             raise ValueError(
-                f"num_concepts={number}: the training texts have only {len(centres)} different states to make codewords "
+                f"num_concepts={number}: the training texts have only {len(seeds)} different states to make codewords "
                 "of; lower it, or set codebook_init='random'"
             )
         found = points[torch.multinomial(distance, 1, generator=generator)]
-        distance = distance.minimum((points - found).square().sum(-1))
-        centres = torch.cat([centres, found])
+        seeds.append(found)
+    centres = torch.cat(seeds)
     for _ in range(ROUNDS):
         nearest = torch.cat([affinity(part, centres).argmax(-1) for part in points.split(AT_ONCE)])
         counts = nearest.bincount(minlength=number)[:, None]

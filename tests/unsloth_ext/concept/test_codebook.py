@@ -63,3 +63,14 @@ def test_fewer_states_than_codewords_are_refused():
     states = torch.randn(V - 1, 32, generator=generator()).repeat(9, 1)
     with pytest.raises(ValueError, match=f"num_concepts={V}: the training texts have only {V - 1} different states"):
         set_codebook(net, states)
+
+
+def test_a_trainers_autocast_changes_nothing():
+    """Bit for bit."""
+    made = []
+    for enabled in (False, True):
+        net = backbone_of(model("qwen3", num_codebooks=2)).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            set_codebook(net, torch.randn(200, 32, generator=generator()))
+        made.append((net.concept_head.weight, net.concept_head.bias, net.concept_embedding.weight))
+    assert all(torch.equal(a, b) for a, b in zip(*made))
