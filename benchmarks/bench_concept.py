@@ -151,9 +151,10 @@ def spread(values: list[float | None], form: str) -> str:
     return mean if min(values) == max(values) else f"{mean} ({min(values):{form}}..{max(values):{form}})"
 
 
-def table(results: dict[str, dict[str, dict]]) -> str:
+def table(results: dict[str, dict[str, dict]], columns: tuple[tuple[str, str, str], ...]) -> str:
+    """Of runs by name and seed, in Markdown; without the columns (key, label, format) that no run has."""
     every = [run for runs in results.values() for run in runs.values()]
-    columns = [column for column in COLUMNS if any(run.get(column[0]) is not None for run in every)]
+    columns = [column for column in columns if any(run.get(column[0]) is not None for run in every)]
     lines = [f"| {' | '.join(['', *(label for _, label, _ in columns)])} |", "|---" + "|---:" * len(columns) + "|"]
     for name, runs in results.items():
         cells = [spread([run.get(key) for run in runs.values()], form) for key, _, form in columns]
@@ -191,7 +192,7 @@ def main() -> None:
             print(f"seed {seed}  {name}: accuracy {last['accuracy']:.3f}, NLL {last['nll']:.3f}{ratio}", flush=True)
             setups.write("concept", {"command": "make bench-concept", "results": results})
     done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in RUNS if n in results}
-    markdown = table(done)
+    markdown = table(done, COLUMNS)
     Console().print(markdown, markup=False, soft_wrap=True)
     if path.name == "concept_cpu.json":
         seeds = min(len(runs) for runs in done.values())

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import setups
-from benchmarks.bench_concept import spread
+from benchmarks.bench_concept import table
 
 
 ROOT = Path(__file__).parents[1]
@@ -109,14 +109,6 @@ COLUMNS = (
 )
 
 
-def table(results: dict[str, dict[str, dict]]) -> str:
-    lines = [f"| {' | '.join(['', *(label for _, label, _ in COLUMNS)])} |", "|---" + "|---:" * len(COLUMNS) + "|"]
-    for name, runs in results.items():
-        cells = [spread([run[key] for run in runs.values()], form) for key, _, form in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -141,7 +133,7 @@ def main() -> None:
             print(f"seed {seed}  {name}: {last['accuracy']:.3f}, dNLL null {last['delta_null']:.3f}", flush=True)
             setups.write("planner", {"command": "make bench-concept", "results": results})
     done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in RUNS if n in results}
-    markdown = table(done)
+    markdown = table(done, COLUMNS)
     Console().print(markdown, markup=False, soft_wrap=True)
     if path.name == "planner_cpu.json":
         seeds = min(len(runs) for runs in done.values())

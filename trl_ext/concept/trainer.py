@@ -135,7 +135,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             parameter.copy_(broadcast(parameter.data))
 
     @torch.no_grad()
-    def _calibrate(self, model: Any, inputs: dict[str, Any]) -> None:
+    def _calibrate(self, inputs: dict[str, Any]) -> None:
         """Move the NULL bias so that one token in R of this step's first batch would become a concept."""
         with evaluating(self.model):
             seen = self._look(inputs)
@@ -155,7 +155,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             self._make_codebook()
             self._fresh = False
         if training and args.calibrate_null and step in (0, self._warm_steps) and self._calibrated != step:
-            self._calibrate(model, inputs)
+            self._calibrate(inputs)
             self._calibrated = step  # of this step's micro-batches the first
         with self._deciding():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
