@@ -21,6 +21,8 @@ def start(method, folder, case, processes):
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=250
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    if case == "codebook":
+        return torch.load(folder / "weights.pt", weights_only=True)
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 
@@ -45,3 +47,9 @@ def test_two_processes_are_one(tmp_path, method, case, term):
             assert both[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), name
     assert two[0]["eval"] == pytest.approx(one[0]["eval"], rel=1e-5)
     assert (one[1] - two[1]).abs().max() <= 1e-4
+
+
+def test_codewords_are_those_of_the_first_process(tmp_path):
+    """k-means went elsewhere in the second; bit for bit."""
+    first, second = start("concept", tmp_path / "2", "codebook", 2)
+    assert first.abs().max() > 0 and torch.equal(first, second)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
+from trl_ext.concept import trainer as concept_trainer
 
 
 # The first, for evaluation, of equal lengths: its mean is over batches
@@ -18,6 +19,12 @@ ROWS = [
     for a in range(1, 6)
     for b in range(1, 5)
 ]
+
+
+def rounding(rank: int) -> None:
+    """As if this process's arithmetic had led k-means elsewhere."""
+    made = concept_trainer.set_codebook
+    concept_trainer.set_codebook = lambda backbone, states, seed: made(backbone, states, seed + rank)
 
 
 def main() -> None:
@@ -29,7 +36,8 @@ def main() -> None:
         named = dict(trainer.model.named_parameters())
     elif method == "concept":
         # One codeword: what each process would sample is its own
-        plain = {"optim": "sgd", "learning_rate": 0.1, "num_concepts": 1, **concept.CASES[case]}
+        cases = {**concept.CASES, "codebook": {"codebook_init": "kmeans", "num_concepts": 8}}
+        plain = {"optim": "sgd", "learning_rate": 0.1, "num_concepts": 1, **cases[case]}
         trainer = concept.trainer(folder, rows=ROWS, **plain, **sizes)
         named = dict(trainer.model.named_parameters())
     else:
@@ -37,7 +45,16 @@ def main() -> None:
         plain = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
         trainer = kv.trainer(folder, rows=ROWS, **plain, **sizes, **kv.CASES[case])
         named = trainer._named_trained()
+    if case == "codebook":
+        rounding(dist.get_rank())
     trainer.train()
+    if case == "codebook":
+        weights = torch.cat([p.detach().flatten() for n, p in named.items() if "concept_" in n])
+        every = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, weights)
+        if trainer.is_world_process_zero():
+            torch.save(torch.stack(every), folder / "weights.pt")
+        return
     evaluated = trainer.evaluate()
     if trainer.is_world_process_zero():
         steps = [
