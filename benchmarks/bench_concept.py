@@ -1,32 +1,25 @@
 """What online concept compression keeps, over seeds: the literal objective, each addition, and what one would do instead.
 
     make bench-concept                                            # with the other parts
-    python benchmarks/bench_concept.py --seeds 0 --only literal all
+    python -m benchmarks.bench_concept --seeds 0 --only literal all
 
 The facts of recipes/concept_v2.py: the same tiny model, rows, steps and LoRA in every run. Figures are held out and under
 the rule of inference. Results so far are kept in benchmarks/results/concept_<device>.json: a run that is there is not
 repeated without --fresh.
 """
 
-import argparse
 import contextlib
-import json
-import multiprocessing
 import os
-import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from benchmarks import setups
+from benchmarks.over_seeds import ROOT, compare
 from trl_ext.concept.config import PRESETS
 
 
-ROOT = Path(__file__).parents[1]
 STEPS = 600
 HELD_OUT = 500
 R = 4
@@ -69,7 +62,15 @@ RUNS: dict[str, dict] = {
 }
 
 
-def run(name: str, seed: int, steps: int, base: str) -> dict:
+def base() -> str:
+    """Folder of the model that all start from."""
+    from trl_ext.tasks import facts, warm_start
+
+    steps = facts.SMALL.warm_start_steps
+    return warm_start.tiny_with_facts(ROOT / "runs/cache", seed=0, held_out=HELD_OUT, steps=steps, progress=False)
+
+
+def run(name: str, seed: int, steps: int) -> dict:
     """One run; figures of the evaluation."""
     torch.set_num_threads(1)
     from peft import LoraConfig
@@ -82,10 +83,10 @@ def run(name: str, seed: int, steps: int, base: str) -> dict:
     from unsloth_ext.concept.accounting import equal_depth
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base())
         train, held_out = facts.split(HELD_OUT, 0)
         set_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base())
         args = ConceptConfig(
             **{
                 "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 64, "seed": seed,
@@ -143,62 +144,9 @@ COLUMNS = (
 )
 
 
-def spread(values: list[float | None], form: str) -> str:
-    """Mean, and lowest to highest of several."""
-    if any(value is None for value in values):
-        return ""
-    mean = format(statistics.mean(values), form)
-    return mean if min(values) == max(values) else f"{mean} ({min(values):{form}}..{max(values):{form}})"
-
-
-def table(results: dict[str, dict[str, dict]], columns: tuple[tuple[str, str, str], ...]) -> str:
-    """Of runs by name and seed, in Markdown; without the columns (key, label, format) that no run has."""
-    every = [run for runs in results.values() for run in runs.values()]
-    columns = [column for column in columns if any(run.get(column[0]) is not None for run in every)]
-    lines = [f"| {' | '.join(['', *(label for _, label, _ in columns)])} |", "|---" + "|---:" * len(columns) + "|"]
-    for name, runs in results.items():
-        cells = [spread([run.get(key) for run in runs.values()], form) for key, _, form in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--cache", default="runs/cache")
-    parser.add_argument("--fresh", action="store_true")
-    options = parser.parse_args()
-    from trl_ext.report import write_between
-    from trl_ext.tasks import facts, warm_start
-
-    path = setups.RESULTS / f"concept_{setups.device_name()}.json"
-    if options.fresh:
-        path.unlink(missing_ok=True)
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
-    base = warm_start.tiny_with_facts(
-        Path(options.cache), seed=0, held_out=HELD_OUT, steps=facts.SMALL.warm_start_steps, progress=False
-    )
-    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
-    jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(run, n, s, options.steps, base): (n, s) for n, s in jobs}
-        for done in as_completed(running):
-            name, seed = running[done]
-            last = done.result()
-            results.setdefault(name, {})[str(seed)] = last
-            ratio = "" if last["ratio"] is None else f", {last['ratio']:.2f} tokens/concept"
-            print(f"seed {seed}  {name}: accuracy {last['accuracy']:.3f}, NLL {last['nll']:.3f}{ratio}", flush=True)
-            setups.write("concept", {"command": "make bench-concept", "results": results})
-    done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in RUNS if n in results}
-    markdown = table(done, COLUMNS)
-    Console().print(markdown, markup=False, soft_wrap=True)
-    if path.name == "concept_cpu.json":
-        seeds = min(len(runs) for runs in done.values())
-        note = f"{seeds} seeds, {HELD_OUT} held-out texts, {options.steps} steps; mean (lowest..highest)."
-        write_between(ROOT / "docs/concept_tokens.md", "learning", f"{note}\n\n{markdown}")
-    print(path)
+    base()  # before two processes want it
+    compare(__doc__, "concept", list(RUNS), run, STEPS, COLUMNS, f"{HELD_OUT} held-out texts", "learning")
 
 
 if __name__ == "__main__":

@@ -8,24 +8,17 @@ four concepts. Held out; results so far are kept in benchmarks/results/planner_<
 repeated without --fresh.
 """
 
-import argparse
 import contextlib
-import json
-import multiprocessing
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from benchmarks import setups
-from benchmarks.bench_concept import table
+from benchmarks.over_seeds import compare
 
 
-ROOT = Path(__file__).parents[1]
 STEPS = 1500
 HELD_OUT = 192
 TYPES = [{"name": "first", "num_concepts": 32, "quota": 2}, {"name": "second", "num_concepts": 32, "quota": 2}]
@@ -109,38 +102,5 @@ COLUMNS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--fresh", action="store_true")
-    options = parser.parse_args()
-    from trl_ext.report import write_between
-
-    path = setups.RESULTS / f"planner_{setups.device_name()}.json"
-    if options.fresh:
-        path.unlink(missing_ok=True)
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
-    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
-    jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(run, n, s, options.steps): (n, s) for n, s in jobs}
-        for done in as_completed(running):
-            name, seed = running[done]
-            last = done.result()
-            results.setdefault(name, {})[str(seed)] = last
-            print(f"seed {seed}  {name}: {last['accuracy']:.3f}, dNLL null {last['delta_null']:.3f}", flush=True)
-            setups.write("planner", {"command": "make bench-concept", "results": results})
-    done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in RUNS if n in results}
-    markdown = table(done, COLUMNS)
-    Console().print(markdown, markup=False, soft_wrap=True)
-    if path.name == "planner_cpu.json":
-        seeds = min(len(runs) for runs in done.values())
-        note = f"{seeds} seeds, {HELD_OUT} held-out facts, {options.steps} steps; mean (lowest..highest)."
-        write_between(ROOT / "docs/concept_tokens.md", "planner", f"{note}\n\n{markdown}")
-    print(path)
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, "planner", list(RUNS), run, STEPS, COLUMNS, f"{HELD_OUT} held-out facts", "planner")

@@ -1,0 +1,84 @@
+"""Runs by name over seeds, in two processes, results kept as they come, and their table on a page of the documentation."""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import setups
+from trl_ext.report import write_between
+
+
+ROOT = Path(__file__).parents[1]
+Columns = tuple[tuple[str, str, str], ...]  # key of a run, label, format
+
+
+def compare(
+    about: str,
+    name: str,
+    names: list[str],
+    run: Callable[[str, int, int], dict],
+    steps: int,
+    columns: Columns,
+    held_out: str,
+    section: str,
+) -> None:
+    """A command line that runs what is missing of benchmarks/results/<name>_<device>.json, and makes the table of all.
+
+    Args:
+        about: the script's docstring.
+        run: (name, seed, steps) to figures, a function of its module.
+        held_out: so many of what; said above the table.
+        section: of docs/concept_tokens.md, which is written on a CPU.
+    """
+    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--only", nargs="*", default=names, choices=names)
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    options = parser.parse_args()
+    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
+    jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run, n, s, options.steps): (n, s) for n, s in jobs}
+        for done in as_completed(running):
+            n, seed = running[done]
+            results.setdefault(n, {})[str(seed)] = done.result()
+            print(f"seed {seed}  {table({n: {seed: done.result()}}, columns).splitlines()[-1]}", flush=True)
+            setups.write(name, {"command": "make bench-concept", "results": results})
+    done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in names if n in results}
+    markdown = table(done, columns)
+    Console().print(markdown, markup=False, soft_wrap=True)
+    if not setups.CUDA:
+        seeds = min(len(runs) for runs in done.values())
+        note = f"{seeds} seeds, {held_out}, {options.steps} steps; mean (lowest..highest)."
+        write_between(ROOT / "docs/concept_tokens.md", section, f"{note}\n\n{markdown}")
+    print(path)
+
+
+def table(results: dict[str, dict], columns: Columns) -> str:
+    """Of runs by name and seed, in Markdown; without the columns that no run has."""
+    every = [run for runs in results.values() for run in runs.values()]
+    columns = tuple(column for column in columns if any(run.get(column[0]) is not None for run in every))
+    lines = [f"| {' | '.join(['', *(label for _, label, _ in columns)])} |", "|---" + "|---:" * len(columns) + "|"]
+    for name, runs in results.items():
+        cells = [spread([run.get(key) for run in runs.values()], form) for key, _, form in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """Mean, and lowest to highest of several."""
+    if any(value is None for value in values):
+        return ""
+    mean = format(statistics.mean(values), form)
+    return mean if min(values) == max(values) else f"{mean} ({min(values):{form}}..{max(values):{form}})"
