@@ -7,9 +7,8 @@ from itertools import pairwise
 import setups
 import torch
 import trl
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_ext import ConceptConfig, ConceptTrainer
 from unsloth_ext import backbone_of
@@ -35,10 +34,7 @@ def train(folder: str, case: str, precision: str) -> dict:
                 parameter.normal_(std=0.1)
     deeper = f"{folder}/concept_base"
     made.save_pretrained(deeper)
-    loading: dict = {"dtype": "float32" if precision == "float32" else "bfloat16"}
-    if precision == "4bit":
-        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(deeper, device_map="cuda" if setups.CUDA else "cpu", **loading)
+    model = AutoModelForCausalLM.from_pretrained(deeper, **setups.loading(precision))
     args = ConceptConfig(
         learning_rate=1e-3,
         n_shallow=1,
@@ -49,14 +45,10 @@ def train(folder: str, case: str, precision: str) -> dict:
         **setups.few_steps(precision, STEPS),
         **CASES[case],
     )
-    rows = [
-        {"prompt": "What is 12 plus 7? " * (1 + i % 3), "completion": "12 + 7 = 19. " * (1 + i % 4) + f"#### {19 + i}"}
-        for i in range(24)
-    ]
     trainer = ConceptTrainer(
         model,
         args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=setups.reasoned(),
         processing_class=setups.tokenizer(base.vocab_size - 64),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )

@@ -6,9 +6,8 @@ import time
 import setups
 import torch
 import trl
-from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
 
@@ -44,26 +43,18 @@ def teacher_folder(folder: str) -> str:
 
 def train(folder: str, case: str, precision: str) -> dict:
     """A few steps; what they say about agreement and learning."""
-    loading: dict = {
-        "dtype": "float32" if precision == "float32" else "bfloat16", "device_map": "cuda" if setups.CUDA else "cpu",
-    }  # fmt: skip
-    taught = dict(loading)
-    if precision == "4bit":
-        taught["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     args = KVDistillConfig(
         learning_rate=1e-3,
         **setups.few_steps(precision, STEPS),
-        teacher_model_init_kwargs=taught,
+        teacher_model_init_kwargs=setups.loading(precision),
         **CASES[case],
     )
-    rows = [
-        {"prompt": "What is 12 plus 7? " * (1 + i % 3), "completion": "12 + 7 = 19. " * (1 + i % 4) + f"#### {19 + i}"}
-        for i in range(24)
-    ]
     trainer = KVDistillTrainer(
-        AutoModelForCausalLM.from_pretrained(folder, **loading),
+        AutoModelForCausalLM.from_pretrained(
+            folder, **setups.loading("float32" if precision == "float32" else "bfloat16")
+        ),
         args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=setups.reasoned(),
         processing_class=setups.tokenizer(AutoModelForCausalLM.from_pretrained(folder).config.vocab_size - 64),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         teacher_model=teacher_folder(folder),

@@ -7,7 +7,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import trl_ext
 from unsloth_ext import latent_phase
@@ -23,9 +23,6 @@ STEPS = 3
 
 def train(folder: str, method: str, precision: str) -> dict:
     """A few steps; what they say about agreement and learning."""
-    loading: dict = {"dtype": "float32" if precision == "float32" else "bfloat16"}
-    if precision == "4bit":
-        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
     args = getattr(trl_ext, f"{method}Config")(
         num_latents=6,
         projection_dim=None if method == "PCCoT" else 64,
@@ -37,7 +34,7 @@ def train(folder: str, method: str, precision: str) -> dict:
         {"question": "What is 12 plus 7? " * (1 + i % 3), "steps": ["12+7=19"] * (1 + i % 4), "answer": str(19 + i)}
         for i in range(24)
     ]
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cuda" if setups.CUDA else "cpu", **loading)
+    model = AutoModelForCausalLM.from_pretrained(folder, **setups.loading(precision))
     trainer = getattr(trl_ext, f"{method}Trainer")(
         model,
         args,

@@ -6,10 +6,9 @@ import time
 import setups
 import torch
 import trl
-from datasets import Dataset
 from gpu_concept import BOUNDS, STEPS, off
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from unsloth_ext import execute_plan, executor_forward, executor_prefix, plan_log_probs, plan_soft
@@ -28,18 +27,11 @@ WRITTEN = 16
 
 def train(folder: str, case: str, precision: str) -> dict:
     """A few steps; what they say about agreement and learning."""
-    loading: dict = {"dtype": "float32" if precision == "float32" else "bfloat16"}
-    if precision == "4bit":
-        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cuda" if setups.CUDA else "cpu", **loading)
-    rows = [
-        {"prompt": "What is 12 plus 7? " * (1 + i % 3), "completion": "12 + 7 = 19. " * (1 + i % 4) + f"#### {19 + i}"}
-        for i in range(24)
-    ]
+    model = AutoModelForCausalLM.from_pretrained(folder, **setups.loading(precision))
     trainer = PlannerExecutorTrainer(
         model,
         PlannerExecutorConfig(learning_rate=1e-3, types=TYPES, **setups.few_steps(precision, STEPS), **CASES[case]),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=setups.reasoned(),
         processing_class=setups.tokenizer(model.config.vocab_size - 64),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,6 +57,27 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def loading(precision: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: float32, bfloat16 or 4bit, on this device."""
+    found = {"dtype": "float32" if precision == "float32" else "bfloat16", "device_map": "cuda" if CUDA else "cpu"}
+    if precision == "4bit":
+        found["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return found
+
+
+def reasoned() -> Dataset:
+    """Questions and answers of several lengths."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": "What is 12 plus 7? " * (1 + i % 3),
+                "completion": "12 + 7 = 19. " * (1 + i % 4) + f"#### {19 + i}",
+            }
+            for i in range(24)
+        ]
+    )
 
 
 def few_steps(precision: str, steps: int) -> dict[str, Any]:
