@@ -84,7 +84,7 @@ train-kava: $(READY)  ## KaVa: the embedded default on a CPU, Qwen2.5-0.5B on GS
 train-kv: $(READY)  ## KV alignment: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; ARGS="--flag value"
 	@$(RUN) recipes/kv_distill.py $(call LATENT,kv) $(ARGS)
 
-train-concept: $(READY)  ## concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU
+train-concept: $(READY) $(SMOLLM2)  ## concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU; MODEL=smollm2
 	@$(RUN) recipes/concept_v2.py $(call LATENT,concept) $(ARGS)
 
 train-planner: $(READY)  ## planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU

@@ -22,12 +22,15 @@ from benchmarks.over_seeds import compare
 STEPS = 1500
 HELD_OUT = 192
 TYPES = [{"name": "first", "num_concepts": 32, "quota": 2}, {"name": "second", "num_concepts": 32, "quota": 2}]
+FOUR = [{"name": name, "num_concepts": 32, "quota": 1} for name in ("first", "second", "third", "fourth")]
 # Soft planning, each of its parts left out, the switches one by one, and hard-EM, alone and from soft planning's middle
 RUNS: dict[str, dict] = {
     "soft": {},
     "soft - quota": {"target_length": None},
     "soft - usage": {"usage_weight": 0.0},
     "soft - commitment": {"commitment_weight": 0.0},
+    "soft, use averaged over 10 steps": {"usage_window": 40.0},
+    "four types of one concept": {"types": FOUR, "target_length": None},
     "all concepts of a type at once": {"multi_token": True},
     "types in parallel": {"ordering": "parallel"},
     "both": {"multi_token": True, "ordering": "parallel"},
@@ -78,7 +81,7 @@ def run(name: str, seed: int, steps: int) -> dict:
         "delta_shuffled": numbers["nll_shuffled"] - numbers["nll"],
         "delta_random": numbers["nll_random"] - numbers["nll"],
         "concepts": sum(numbers["lengths"].values()),
-        "mean_perplexity": sum(numbers["perplexity"].values()) / len(TYPES),
+        "mean_perplexity": sum(numbers["perplexity"].values()) / len(numbers["perplexity"]),
         "ms_per_step": 1000 * seconds / steps,
         "samples": found.samples,
     }

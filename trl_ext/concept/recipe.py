@@ -30,7 +30,7 @@ from .looks import write_page
 from .trainer import ConceptTrainer
 
 
-EMBEDDED = ("tiny",)
+EMBEDDED = ("tiny", "smollm2")
 PAGE_TEXTS = 12
 
 
@@ -84,7 +84,8 @@ def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> T
         )
         train, held_out = facts.split(script.eval_size, script.warm_start_seed)
         return Task(base, AutoTokenizer.from_pretrained(base), train, held_out, None)
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+    base = warm_start.smollm2(Path(script.cache_dir)) if script.model_name == "smollm2" else script.model_name
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples, *both = data.split(
@@ -93,7 +94,7 @@ def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> T
     train, held_out = (
         plain(completions(rows, tokenizer, script.answer_delimiter, examples), tokenizer) for rows in both
     )
-    return Task(script.model_name, tokenizer, train, held_out, script.answer_delimiter)
+    return Task(base, tokenizer, train, held_out, script.answer_delimiter)
 
 
 def plain(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

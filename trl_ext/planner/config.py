@@ -53,8 +53,12 @@ class PlannerExecutorConfig(SFTConfig):
         default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
     )
     commitment_weight: float = field(default=0.1, metadata={"help": "Weight of 1 - cos(expected, chosen codeword)."})
-    usage_weight: float = field(default=0.1, metadata={"help": "Weight of KL(use of the concepts || uniform)."})
-    usage_decay: float = field(default=0.9, metadata={"help": "Share of the past in the average of that use."})
+    usage_weight: float = field(default=0.3, metadata={"help": "Weight of KL(use of the concepts || uniform)."})
+    usage_window: float = field(
+        default=4.0,
+        metadata={"help": "That use is averaged over so many concepts for each codeword; a step of as many stands for "
+                  "itself."},
+    )  # fmt: skip
     eos_weight: float = field(
         default=0.0, metadata={"help": "Weight of -log p(end) at the last slot of plans that found no end."}
     )
@@ -119,11 +123,11 @@ class PlannerExecutorConfig(SFTConfig):
         for name in ("commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
-        for name in ("temperature", "temperature_end", "quota_rate", "staleness_threshold"):
+        for name in ("temperature", "temperature_end", "quota_rate", "usage_window", "staleness_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: more than 0")
-        for name in ("usage_decay", "word_dropout", "z_dropout"):
+        for name in ("word_dropout", "z_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to less than 1")
         if self.planner_learning_rate is not None and not 0 <= self.planner_learning_rate < math.inf:

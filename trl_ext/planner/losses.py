@@ -67,16 +67,20 @@ def plan_predictions(
 
 
 class UsageAverage(nn.Module):
-    """Moving average of how the concepts of each type are used, over steps.
+    """Moving average of how the concepts of each type are used, over steps: over about as many concepts as `window` for each
+    codeword, so that a step of so many stands for itself.
+
+    Fewer say little: a planner that is sure of itself cannot use 4,096 codewords in 100 concepts. More are out of date, and
+    hold a planner back that has moved on.
 
     Attributes:
-        decay: share of the past.
+        window: concepts for each codeword.
         average: of each type (V_i,), the weights of its steps adding up to `weight`.
     """
 
-    def __init__(self, sizes: list[int], decay: float):
+    def __init__(self, sizes: list[int], window: float):
         super().__init__()
-        self.decay = decay
+        self.window = window
         for i, size in enumerate(sizes):
             self.register_buffer(f"average_{i}", torch.zeros(size))
             self.register_buffer(f"weight_{i}", torch.zeros(()))
@@ -90,10 +94,14 @@ class UsageAverage(nn.Module):
         average, weight = getattr(self, f"average_{i}"), getattr(self, f"weight_{i}")
         if use is None:
             return average / weight.clamp(min=torch.finfo(weight.dtype).tiny)
-        now = _share(use.float())
+        now, part = _share(use.float()), self._part(use)
         average, weight = average.to(now.device), weight.to(now.device)
-        mixed = (self.decay * average + (1 - self.decay) * now.detach()) / (self.decay * weight + 1 - self.decay)
+        mixed = ((1 - part) * average + part * now.detach()) / ((1 - part) * weight + part)
         return mixed + (now - now.detach())
+
+    def _part(self, use: torch.Tensor) -> torch.Tensor:
+        """Of the average, what is the newest step's."""
+        return (use.detach().sum().float() / (self.window * len(use))).clamp(max=1)
 
     def loss(self, uses: list[torch.Tensor]) -> torch.Tensor:
         """KL(share || uniform), nats, the mean over types; of a type that is not used nothing is asked."""
@@ -108,8 +116,9 @@ class UsageAverage(nn.Module):
         """After a step, of all its micro-batches and processes."""
         for i, use in enumerate(uses):
             if use.sum() > 0:
+                part = self._part(use)
                 for name, new in (("average", _share(use.float())), ("weight", torch.ones(()))):
-                    getattr(self, f"{name}_{i}").mul_(self.decay).add_((1 - self.decay) * new)
+                    getattr(self, f"{name}_{i}").mul_(1 - part).add_(part * new)
 
     def perplexity(self, i: int) -> float:
         """Of the average: 1 where one concept is all, V_i where all are used alike; 0 before any was."""

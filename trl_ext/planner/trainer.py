@@ -117,7 +117,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
 
     def _new_state(self) -> nn.ModuleDict:
         args, config = self.args, backbone_of(self.model).planner_config
-        state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_decay)})
+        state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_window)})
         targets = args.targets(config) if args.training == "soft" else None  # a plan that was found has no expectation
         if targets is not None:
             quotas = [kind.quota for kind in config.types]

@@ -83,15 +83,15 @@ def test_predictions_of_a_given_plan(way):
 
 
 def test_the_average_of_use_is_a_moving_one_with_the_newest_steps_gradient():
-    """1e-6: (1 - decay) sum decay^age share over its weights."""
-    average = UsageAverage([3, 2], 0.8)
-    steps = [torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 8.0]), torch.tensor([0.0, 3.0, 1.0])]
+    """1e-6: of a step as much as it has of the window, and of the past the rest."""
+    average = UsageAverage([3, 2], 10.0)
+    steps = [torch.tensor([4.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 10.0]), torch.tensor([0.0, 2.0, 1.0])]
     assert average.perplexity(0) == 0
     for use in steps[:2]:
         average.update([use, torch.zeros(2)])
     last = steps[2].clone().requires_grad_()
     shares = [use / use.sum() for use in steps]
-    weights = [0.2 * 0.8**age for age in (2, 1, 0)]
+    weights = [0.2 * 0.6 * 0.9, 0.4 * 0.9, 0.1]  # 6, 12 and 3 concepts of 30
     wanted = sum(w * s for w, s in zip(weights, shares)) / sum(weights)
     share = average.share(0, last)
     assert (share - wanted).abs().max() <= 1e-6
@@ -105,3 +105,11 @@ def test_the_average_of_use_is_a_moving_one_with_the_newest_steps_gradient():
     assert (average.share(0) - wanted).abs().max() <= 1e-6
     assert average.perplexity(0) == pytest.approx(math.exp(-(wanted * wanted.log()).sum()), rel=1e-5)
     assert average.perplexity(1) == 0
+
+
+def test_a_step_of_enough_concepts_stands_for_itself():
+    """1e-6."""
+    average = UsageAverage([3], 4.0)
+    average.update([torch.tensor([7.0, 3.0, 2.0])])
+    average.update([torch.tensor([1.0, 2.0, 27.0])])
+    assert (average.share(0) - torch.tensor([1.0, 2.0, 27.0]) / 30).abs().max() <= 1e-6

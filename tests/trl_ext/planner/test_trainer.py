@@ -16,7 +16,7 @@ from . import setups
 
 
 SOFT = {"commitment_weight": 0.3, "usage_weight": 0.2, "eos_weight": 0.4, "target_length": [2.0, 1.0], "quota_weight": 0.7,
-        "z_dropout": 0.3, "word_dropout": 0.3}  # fmt: skip
+        "z_dropout": 0.3, "word_dropout": 0.3, "usage_window": 20.0}  # fmt: skip
 CASES = {"soft": SOFT, "hard_em": {"training": "hard_em", "planner_weight": 0.6, "z_dropout": 0.0, "num_beams": 4}}
 
 
@@ -49,7 +49,10 @@ def test_the_soft_loss_is_its_terms(tmp_path, way, peft):
     shares = []
     for i, start in enumerate((torch.arange(1.0, 6), torch.arange(1.0, 5))):
         use = losses.expected_use(soft, i)
-        shares.append((0.9 * 0.1 * start / start.sum() + 0.1 * use / use.sum()) / (0.9 * 0.1 + 0.1))
+        old, new = (float(x.sum()) / (20 * len(x)) for x in (start, use.detach()))
+        old *= 1 - new
+        assert 0 < new < 1
+        shares.append((old * start / start.sum() + new * use / use.sum()) / (old + new))
     wanted = {
         "executor": cross_entropy(trainer, batch, soft, null, dropped) / batch["attention_mask"].sum(),
         "commitment": losses.commitment_loss(soft).mean(),
@@ -234,7 +237,7 @@ def test_use_is_averaged_over_steps(tmp_path):
     from trl_ext.planner import trainer as module
 
     seen = []
-    trainer = setups.trainer(tmp_path, gradient_accumulation_steps=2, usage_decay=0.5, max_steps=3)
+    trainer = setups.trainer(tmp_path, gradient_accumulation_steps=2, usage_window=20.0, max_steps=3)
     inner = module.expected_use
     module.expected_use = lambda soft, i: seen.append(inner(soft, i).detach()) or inner(soft, i)
     try:
@@ -243,12 +246,14 @@ def test_use_is_averaged_over_steps(tmp_path):
         module.expected_use = inner
     assert len(seen) == 3 * 2 * 2
     for i in range(2):
-        average = 0
+        average = weight = 0
         for step in range(3):
             use = sum(seen[step * 4 + micro * 2 + i] for micro in range(2))
-            average = 0.5 * average + 0.5 * use / use.sum()
+            part = min(1, use.sum() / (20 * len(use)))
+            average = (1 - part) * average + part * use / use.sum()
+            weight = (1 - part) * weight + part
         found = trainer.planner_state["usage"].share(i)
-        assert (found - average / average.sum()).abs().max() <= 1e-5
+        assert part < 1 and (found - average / weight).abs().max() <= 1e-5
         share = (average / average.sum()).clamp(min=1e-12)
         name = f"planner/perplexity_{'ab'[i]}"
         assert setups.logged(trainer, name)[-1] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
