@@ -67,8 +67,8 @@ def plan_predictions(
 
 
 class UsageAverage(nn.Module):
-    """Moving average over steps of how the concepts of each type are used: over about `window` concepts for each codeword, so
-    that a step of so many stands for itself.
+    """Moving average over steps of how the concepts of each type are used: of about `window` concepts for each codeword. A
+    step of so many stands for itself.
 
     Fewer say little: a planner that is sure of itself cannot use 4,096 codewords in 100 concepts. More are out of date, and
     hold a planner back that has moved on.
