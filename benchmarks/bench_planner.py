@@ -38,6 +38,7 @@ RUNS: dict[str, dict] = {
     "hard-EM from scratch": {"training": "hard_em"},
     "soft, then hard-EM": {"training": "hard_em"},
     "soft, then hard-EM, M by staleness": {"training": "hard_em", "adaptive_e_step": True},
+    "both, then hard-EM": {"training": "hard_em", "multi_token": True, "ordering": "parallel"},
 }
 
 
@@ -62,9 +63,10 @@ def run(name: str, seed: int, steps: int) -> dict:
                 "use_cpu": not setups.CUDA, "bf16": False, "report_to": "none", "save_strategy": "no",
                 "disable_tqdm": True, "logging_steps": 50,
         }  # fmt: skip
-        half = steps // 2 if name.startswith("soft, then") else 0
+        half = steps // 2 if ", then" in name else 0
+        soft = {k: v for k, v in RUNS[name].items() if k in ("multi_token", "ordering")}
         seconds = 0.0
-        for phase, number in (({}, half), (RUNS[name], steps - half)):
+        for phase, number in ((soft, half), (RUNS[name], steps - half)):
             if number:
                 args = PlannerExecutorConfig(**{**settings, **phase, "max_steps": number})
                 trainer = PlannerExecutorTrainer(model, args, train_dataset=train, processing_class=tokenizer)

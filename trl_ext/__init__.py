@@ -1,4 +1,5 @@
-"""Training side: trainers and configs that are drop-ins for TRL's. Names are made on first use, from the TRL that is live.
+"""Training side: trainers and configs that are drop-ins for TRL's, and what they measure. Names are made on first use, from
+the TRL that is live.
 
 `trl.GRPOTrainer` may be TRL's own class or the one that Unsloth generated; `HRPOTrainer` subclasses whichever it is at the
 moment the name is asked for, so import Unsloth, if at all, before you use these names.
@@ -12,6 +13,7 @@ _WHERE = {
     "CODITrainer": "latent.methods",
     "ConceptConfig": "concept",
     "ConceptTrainer": "concept",
+    "GradientNorm": "planner.monitors",
     "HRPOConfig": "hrpo",
     "HRPOTrainer": "hrpo",
     "KAVAConfig": "latent.methods",
@@ -22,6 +24,22 @@ _WHERE = {
     "PCCoTTrainer": "latent.methods",
     "PlannerExecutorConfig": "planner",
     "PlannerExecutorTrainer": "planner",
+    "PlannerMonitorCallback": "planner.advice",
+    "PlannerQuotaController": "planner.quota",
+    "advise": "planner.advice",
+    "commitment_loss": "planner.losses",
+    "cosine_and_l2": "planner.monitors",
+    "delta_nll": "planner.monitors",
+    "entropy_and_max_prob": "planner.monitors",
+    "evaluate_concepts": "concept.evaluation",
+    "evaluate_plans": "planner.evaluation",
+    "flip_rate": "planner.monitors",
+    "loss_eos": "planner.losses",
+    "nll_by_bucket": "planner.monitors",
+    "ratio_loss": "concept.losses",
+    "staleness_gap": "planner.monitors",
+    "top1_margin": "planner.monitors",
+    "usage_kl_to_uniform": "concept.losses",
 }
 __all__ = sorted(_WHERE)
 
