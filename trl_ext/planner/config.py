@@ -52,7 +52,7 @@ class PlannerExecutorConfig(SFTConfig):
     temperature_end: float | None = field(
         default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
     )
-    commitment_weight: float = field(default=0.1, metadata={"help": "Weight of 1 - cos(expected, chosen codeword)."})
+    commitment_weight: float = field(default=0.0, metadata={"help": "Weight of 1 - cos(expected, chosen codeword)."})
     usage_weight: float = field(default=0.3, metadata={"help": "Weight of KL(use of the concepts || uniform)."})
     usage_window: float = field(
         default=4.0,
