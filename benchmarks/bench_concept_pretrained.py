@@ -1,0 +1,129 @@
+"""Online concept compression of a pretrained model: SmolLM2-135M, 22 of its 30 layers on concepts, against LoRA on all
+layers and on as many as cost the same.
+
+    make bench-concept-pretrained ARGS="--dataset train.jsonl --eval_dataset test.jsonl"  # GSM8K's files
+    make bench-concept-pretrained ARGS="--steps 20 --only preset"                            # on questions made by code
+
+The loss is of whole texts, and so are the figures, held out and under the rule of inference. Results so far are kept in
+benchmarks/results/concept_pretrained_<device>.json: a run that is there is not repeated without --fresh.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from datasets import disable_progress_bars
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from benchmarks import setups
+from benchmarks.bench_concept import CODEWORDS, PRESET, prune
+from benchmarks.over_seeds import ROOT, table
+from trl_ext import ConceptConfig
+from trl_ext.concept.recipe import ScriptArguments, load, train
+from trl_ext.report import write_between
+from trl_ext.tasks.data import DataArguments
+from unsloth_ext.concept.accounting import equal_depth
+
+
+R = 4
+STEPS = 150
+HELD_OUT = 64
+RUNS: dict[str, dict] = {
+    "LoRA, all layers": {"use_concepts": False},
+    "LoRA, layers of equal cost": {"use_concepts": False},
+    "preset": PRESET,
+    "preset - codewords from states": {k: v for k, v in PRESET.items() if k != "codebook_init"},
+    "fixed stride": {**CODEWORDS, "segmenter": "fixed", "stride": R},
+    "literal": {},
+}
+COLUMNS = (
+    ("nll", "NLL", ".3f"),
+    ("token_accuracy", "tokens", ".1%"),
+    ("nll_boundary", "after a concept", ".3f"),
+    ("nll_tail", "after others", ".3f"),
+    ("nll_tail_random", "the same, random concepts", ".3f"),
+    ("ratio", "tokens/concept", ".2f"),
+    ("tail", "tail", ".1f"),
+    ("perplexity", "perplexity", ".0f"),
+    ("macs", "MACs", ".0%"),
+    ("kv", "KV", ".0%"),
+    ("ms_per_step", "ms/step", ".0f"),
+)
+
+
+def run(name: str, seed: int, steps: int, data: DataArguments, eval_dataset: str | None) -> dict:
+    """One run; figures of the evaluation."""
+    with tempfile.TemporaryDirectory() as output:
+        args = ConceptConfig(
+            **{
+                "output_dir": output, "max_steps": steps, "per_device_train_batch_size": 4, "seed": seed,
+                "learning_rate": 5e-4, "concept_learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
+                "n_shallow": 4, "n_deep": 4, "num_concepts": 512, "target_ratio": R, "completion_only_loss": False,
+                "max_length": 192, "use_cpu": not setups.CUDA, "bf16": setups.CUDA, "report_to": "none",
+                "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True, "logging_steps": 10,
+                **RUNS[name],
+            }
+        )  # fmt: skip
+        script = ScriptArguments(
+            model_name="smollm2", cache_dir=str(ROOT / "runs/cache"), train_size=4 * steps, eval_size=HELD_OUT,
+            eval_dataset=eval_dataset, eval_every=0, eval_batch=8, max_new_tokens=1, lora_r=16,
+        )  # fmt: skip
+        task = load(script, data, args)
+        if name == "LoRA, layers of equal cost":
+            model = AutoModelForCausalLM.from_pretrained(task.base)
+            prune(model, equal_depth(model.config, args.online(model.config.num_hidden_layers), R))
+            task.base = f"{output}/pruned"
+            model.save_pretrained(task.base)
+        started = time.time()
+        trainer, found, _ = train(task, script, args, Console(quiet=True), Path(output), None)
+    curve = [
+        {k: e[k] for k in ("step", "loss", "loss/ce", "concept/ratio") if k in e} for e in trainer.state.log_history
+    ]
+    seconds = trainer.state.log_history[-1].get("train_runtime", time.time() - started)
+    return {**found.numbers(), "ms_per_step": 1000 * seconds / steps, "curve": [e for e in curve if "loss" in e]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dataset", default="gsm_symbolic")
+    parser.add_argument("--eval_dataset")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    options = parser.parse_args()
+    disable_progress_bars()
+    path = setups.RESULTS / f"concept_pretrained_{setups.device_name()}.json"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    data = DataArguments(dataset=options.dataset)
+    for seed in options.seeds:
+        for name in options.only:
+            if str(seed) in results.get(name, {}):
+                continue
+            with (
+                open(os.devnull, "w") as nowhere,
+                contextlib.redirect_stderr(nowhere),
+                contextlib.redirect_stdout(nowhere),
+            ):
+                last = run(name, seed, options.steps, data, options.eval_dataset)
+            results.setdefault(name, {})[str(seed)] = last
+            print(f"seed {seed}  {table({name: {seed: last}}, COLUMNS).splitlines()[-1]}", flush=True)
+            what = {"dataset": Path(options.dataset).name, "steps": options.steps}
+            setups.write("concept_pretrained", {"command": "make bench-concept-pretrained", **what, "results": results})
+    markdown = table({name: results[name] for name in RUNS if name in results}, COLUMNS)
+    Console().print(markdown, markup=False, soft_wrap=True)
+    if not setups.CUDA:
+        note = f"{HELD_OUT} held-out texts, {options.steps} steps of 4."
+        write_between(ROOT / "docs/concept_tokens.md", "pretrained", f"{note}\n\n{markdown}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
