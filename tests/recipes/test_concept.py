@@ -83,6 +83,18 @@ def test_flags_win_over_the_preset_and_the_preset_over_no_flags(run, monkeypatch
         run("concept_v2", "--preset", "best")
 
 
+@pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("concept_*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_names_its_command(config, monkeypatch):
+    from trl_ext.concept.recipe import ScriptArguments, parse
+
+    assert config.read_text().startswith(("# python recipes/concept_v2.py", "# make train-concept"))
+    # This machine may have no GPU
+    flags = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
+    script, _, args = parse(flags, ScriptArguments, config.parent)
+    assert script.preset == "stable" and args.codebook_init == "kmeans"
+    assert script.model_name == {"concept_gsm8k": "Qwen/Qwen3-0.6B"}.get(config.stem, config.stem.split("_")[1])
+
+
 def test_the_baselines_train_beside_each_other(run, capsys):
     run("concept_v1")
     lora, fixed = summary("out/lora"), summary("out/fixed")

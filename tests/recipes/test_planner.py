@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
+from trl import TrlParser
 
 from tests import tiny
+from trl_ext import PlannerExecutorConfig
 from trl_ext.tasks import facts
+from trl_ext.tasks.data import DataArguments
 from unsloth_ext import PlannerConfig, PlannerExecutorModel, attach_planner
 
 
@@ -52,6 +55,16 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys, training):
     assert loaded.generate(text, max_new_tokens=6, do_sample=False) == written
     run("--training", training, "--max_steps", "3", "--resume_from_checkpoint", "latest")
     assert summary()["steps"] == 3 and summary()["accuracy_before"] == first["accuracy_after"]
+
+
+@pytest.mark.parametrize("config", sorted(RECIPE.parent.glob("configs/planner_*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_names_its_command(config):
+    assert config.read_text().startswith("# python recipes/planner_executor.py")
+    script_class = runpy.run_path(str(RECIPE), run_name="recipe")["ScriptArguments"]
+    # This machine may have no GPU
+    flags = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
+    script, _, args = TrlParser((script_class, DataArguments, PlannerExecutorConfig)).parse_args_and_config(flags)
+    assert len(args.planner().types) == 2 and script.model_name in ("tiny", "Qwen/Qwen3-0.6B")
 
 
 def test_a_model_and_data_of_ones_own(run, tmp_path):
