@@ -38,8 +38,11 @@ RUNS: dict[str, dict] = {
     "preset": PRESET,
     "preset - codewords from states": {k: v for k, v in PRESET.items() if k != "codebook_init"},
     "fixed stride": {**CODEWORDS, "segmenter": "fixed", "stride": R},
+    "fixed stride, two codebooks, token kept": {
+        **CODEWORDS, "segmenter": "fixed", "stride": R, "num_codebooks": 2, "boundary_keeps_token": True,
+    },
     "literal": {},
-}
+}  # fmt: skip
 COLUMNS = (
     ("nll", "NLL", ".3f"),
     ("token_accuracy", "tokens", ".1%"),
