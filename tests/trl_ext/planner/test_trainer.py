@@ -224,12 +224,12 @@ def test_the_quota_is_reached(tmp_path):
     changes = {"max_steps": 24, "lr_scheduler_type": "constant", "usage_weight": 0.0, "per_device_train_batch_size": 12,
                "types": [{"name": "a", "num_concepts": 4, "quota": 6}]}  # fmt: skip
     ends = {}
-    for target in (None, 2.0, 5.0):
+    for target in (None, 1.0, 5.0):
         trainer = setups.trainer(tmp_path, target_length=target, **changes)
         trainer.train()
         ends[target] = sum(setups.logged(trainer, "planner/expected_length_a")[-5:]) / 5
-    assert abs(ends[2.0] - 2.0) <= 0.3 and abs(ends[5.0] - 5.0) <= 0.3, ends
-    assert min(abs(ends[None] - target) for target in (2.0, 5.0)) > 0.4, ends
+    assert abs(ends[1.0] - 1.0) <= 0.3 and abs(ends[5.0] - 5.0) <= 0.3, ends
+    assert min(abs(ends[None] - target) for target in (1.0, 5.0)) > 0.4, ends
 
 
 def test_use_is_averaged_over_steps(tmp_path):
