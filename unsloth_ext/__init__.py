@@ -54,6 +54,7 @@ _WHERE = {
     "kv_similarity": "latent.probe",
     "latent_generate": "latent.model",
     "latent_phase": "latent.phase",
+    "minimind_config": "minimind.presets",
     "plan": "planner.planning",
     "plan_lengths": "planner.vocabulary",
     "plan_log_prob": "planner.planning",

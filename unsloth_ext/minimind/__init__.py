@@ -1,0 +1,1 @@
+"""MiniMind's architectures in stock classes."""
