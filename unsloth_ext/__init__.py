@@ -54,6 +54,7 @@ _WHERE = {
     "kv_similarity": "latent.probe",
     "latent_generate": "latent.model",
     "latent_phase": "latent.phase",
+    "load_minimind": "minimind.convert",
     "minimind_config": "minimind.presets",
     "plan": "planner.planning",
     "plan_lengths": "planner.vocabulary",
