@@ -83,10 +83,11 @@ def run(name: str, seed: int, steps: int) -> dict:
     from unsloth_ext.concept.accounting import equal_depth
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        tokenizer = AutoTokenizer.from_pretrained(base())
+        folder = base()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         train, held_out = facts.split(HELD_OUT, 0)
         set_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(base())
+        model = AutoModelForCausalLM.from_pretrained(folder)
         args = ConceptConfig(
             **{
                 "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 64, "seed": seed,

@@ -2,15 +2,13 @@
 layers and on as many as cost the same.
 
     make bench-concept-pretrained ARGS="--dataset train.jsonl --eval_dataset test.jsonl"  # GSM8K's files
-    make bench-concept-pretrained ARGS="--steps 20 --only preset"                            # on questions made by code
+    make bench-concept-pretrained ARGS="--steps 20 --only preset"                          # on questions made by code
 
 The loss is of whole texts, and so are the figures, held out and under the rule of inference. Results so far are kept in
 benchmarks/results/concept_pretrained_<device>.json: a run that is there is not repeated without --fresh.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import setups
 from benchmarks.bench_concept import CODEWORDS, PRESET, prune
-from benchmarks.over_seeds import ROOT, table
+from benchmarks.over_seeds import ROOT, arguments, so_far, table
 from trl_ext import ConceptConfig
 from trl_ext.concept.recipe import ScriptArguments, load, train
 from trl_ext.report import write_between
@@ -88,19 +86,12 @@ def run(name: str, seed: int, steps: int, data: DataArguments, eval_dataset: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = arguments(__doc__, list(RUNS), STEPS, [0])
     parser.add_argument("--dataset", default="gsm_symbolic")
     parser.add_argument("--eval_dataset")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
     options = parser.parse_args()
     disable_progress_bars()
-    path = setups.RESULTS / f"concept_pretrained_{setups.device_name()}.json"
-    if options.fresh:
-        path.unlink(missing_ok=True)
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    path, results = so_far("concept_pretrained", options.fresh)
     data = DataArguments(dataset=options.dataset)
     for seed in options.seeds:
         for name in options.only:

@@ -36,16 +36,8 @@ def compare(
         held_out: so many of what; said above the table.
         section: of docs/concept_tokens.md, which is written on a CPU.
     """
-    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--only", nargs="*", default=names, choices=names)
-    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
-    options = parser.parse_args()
-    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
-    if options.fresh:
-        path.unlink(missing_ok=True)
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    options = arguments(about, names, steps, [0, 1, 2]).parse_args()
+    path, results = so_far(name, options.fresh)
     workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
     jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -63,6 +55,24 @@ def compare(
         note = f"{seeds} seeds, {held_out}, {options.steps} steps; mean (lowest..highest)."
         write_between(ROOT / "docs/concept_tokens.md", section, f"{note}\n\n{markdown}")
     print(path)
+
+
+def arguments(about: str, names: list[str], steps: int, seeds: list[int]) -> argparse.ArgumentParser:
+    """What to run: seeds, steps, some of the names, and whether results so far count."""
+    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--only", nargs="*", default=names, choices=names)
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    return parser
+
+
+def so_far(name: str, fresh: bool) -> tuple[Path, dict[str, dict]]:
+    """The file of results on this device, and what is in it."""
+    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
+    if fresh:
+        path.unlink(missing_ok=True)
+    return path, json.loads(path.read_text())["results"] if path.exists() else {}
 
 
 def table(results: dict[str, dict], columns: Columns) -> str:
