@@ -9,6 +9,7 @@ import importlib
 
 
 _WHERE = {
+    "AutoAdaptiveValueTracker": "spo",
     "CODIConfig": "latent.methods",
     "CODITrainer": "latent.methods",
     "ConceptConfig": "concept",
@@ -26,6 +27,8 @@ _WHERE = {
     "PlannerExecutorTrainer": "planner",
     "PlannerMonitorCallback": "planner.advice",
     "PlannerQuotaController": "planner.quota",
+    "SPOConfig": "spo",
+    "SPOTrainer": "spo",
     "advise": "planner.advice",
     "commitment_loss": "planner.losses",
     "cosine_and_l2": "planner.monitors",

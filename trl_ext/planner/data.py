@@ -1,7 +1,5 @@
 """From SFT's rows to what the planner reads and what the executor writes."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 MODES = ("generate", "reconstruct")
 SAMPLE_ID = "sample_id"
 COLUMNS = ("plan_ids", "text_ids", "text_labels", SAMPLE_ID)
-HASHED_ROWS = 64
+HASHED = (SAMPLE_ID, "plan_ids", "text_ids")  # by which a dataset is known
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,3 @@ def cut(batch: dict[str, torch.Tensor], length: int | None, mode: str) -> dict[s
     if mode == "reconstruct":
         ends |= {"plan_input_ids": length, "plan_attention_mask": length}
     return {name: value[:, : ends[name]] if name in ends else value for name, value in batch.items()}
-
-
-def content_hash(dataset: Dataset) -> str:
-    """Of how many rows there are, and of the tokens of some, evenly spread."""
-    digest = hashlib.sha256(str(len(dataset)).encode())
-    step = max(1, len(dataset) // HASHED_ROWS)
-    for row in dataset.select(range(0, len(dataset), step)).select_columns([SAMPLE_ID, "plan_ids", "text_ids"]):
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()

@@ -30,12 +30,13 @@ from unsloth_ext.states import logits_of
 from ..checkpointing import SafeCheckpointMixin
 from ..concept.losses import everywhere
 from ..creation import check_name, preparing_models, with_adapter
+from ..fingerprint import content_hash
 from ..parameter_groups import split_by_role
 from . import monitors
 from .advice import PlannerMonitorCallback
 from .config import PlannerExecutorConfig
 from .curriculum import LengthCurriculum
-from .data import COLUMNS, SAMPLE_ID, PlannerCollator, RowSplitter, content_hash, cut, prepare
+from .data import COLUMNS, HASHED, SAMPLE_ID, PlannerCollator, RowSplitter, cut, prepare
 from .em import EStep, EStepSchedule, PlanCache, e_step, number_of_plans
 from .gradients import average_gradients
 from .losses import UsageAverage, commitment_loss, expected_use, hard_use, loss_eos, plan_predictions
@@ -415,7 +416,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         """What a checkpoint must agree with."""
         args = self.args
         found = {**self.model.config.planner, "mode": args.mode, "training": args.training}
-        return found | ({"dataset": content_hash(self.train_dataset)} if args.training == "hard_em" else {})
+        return found | ({"dataset": content_hash(self.train_dataset, HASHED)} if args.training == "hard_em" else {})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from trl_ext.planner.data import content_hash, cut
+from trl_ext.fingerprint import content_hash
+from trl_ext.planner.data import HASHED, cut
 
 from . import setups
 
@@ -109,15 +110,15 @@ def test_cut_texts(tmp_path):
 
 
 def test_the_hash_is_of_the_content(tmp_path):
-    ours = content_hash(setups.trainer(tmp_path).train_dataset)
-    assert ours == content_hash(setups.trainer(tmp_path / "b").train_dataset)
+    ours = content_hash(setups.trainer(tmp_path).train_dataset, HASHED)
+    assert ours == content_hash(setups.trainer(tmp_path / "b").train_dataset, HASHED)
     others = [
         setups.ROWS[:-1],
         [*setups.ROWS[:-1], {"prompt": "9=", "completion": "9"}],
         [setups.ROWS[1], setups.ROWS[0], *setups.ROWS[2:]],
     ]
     for rows in others:
-        assert ours != content_hash(setups.trainer(tmp_path, rows=rows).train_dataset)
+        assert ours != content_hash(setups.trainer(tmp_path, rows=rows).train_dataset, HASHED)
 
 
 def test_iterable_rows_are_planned_softly_and_refused_by_hard_em(tmp_path):

@@ -1,0 +1,115 @@
+"""What each prompt's reward is expected to be: a Beta distribution whose memory shortens as the policy moves."""
+
+import torch
+from torch import nn
+
+
+RHO_MODES = ("kl", "constant")
+
+
+class AutoAdaptiveValueTracker(nn.Module):
+    """Beta(a, b) of each prompt's reward in [0, 1], or of all rewards (arXiv 2509.13232, section 3).
+
+    v = a / (a + b) before the update is the baseline; then a <- rho a + r, b <- rho b + 1 - r, with
+    rho = clip(2^(-D / D_half), rho_min, rho_max) and D the policy's movement since the last visit. It begins as N0 =
+    1 / (1 - rho_min) visits of `initial_value`, and a + b stays between N0 and 1 / (1 - rho_max).
+
+    Args:
+        rho_mode: "kl", or "constant" for rho_const at every visit.
+        rho_const: rho where D is unknown, as at a first visit.
+        D_half: nats a token at which half of what was known is forgotten.
+        prompts: how many are tracked; 1 for one value of all rewards.
+        rho_min, rho_max: bounds of rho.
+        initial_value: expected reward before any visit.
+
+    Attributes:
+        a, b: (prompts,), float64.
+
+    Raises:
+        ValueError: a value that is out of its range.
+    """
+
+    def __init__(
+        self,
+        rho_mode: str = "kl",
+        rho_const: float = 0.9,
+        D_half: float = 0.06,
+        prompts: int = 1,
+        rho_min: float = 0.875,
+        rho_max: float = 0.96,
+        initial_value: float = 0.5,
+    ):
+        super().__init__()
+        if rho_mode not in RHO_MODES:
+            raise ValueError(f"rho_mode={rho_mode!r}: choose one of {', '.join(RHO_MODES)}")
+        if not 0 <= rho_min <= rho_max < 1:
+            raise ValueError(f"rho_min={rho_min}, rho_max={rho_max}: 0 <= rho_min <= rho_max < 1")
+        if not 0 <= rho_const < 1:
+            raise ValueError(f"rho_const={rho_const}: from 0 to below 1")
+        if D_half <= 0:
+            raise ValueError(f"D_half={D_half}: more than 0 nats a token")
+        if not 0 <= initial_value <= 1:
+            raise ValueError(f"initial_value={initial_value}: an expected reward, from 0 to 1")
+        if prompts < 1:
+            raise ValueError(f"prompts={prompts}: at least 1")
+        self.rho_mode, self.rho_const, self.D_half = rho_mode, rho_const, D_half
+        self.rho_min, self.rho_max = rho_min, rho_max
+        visits = 1 / (1 - rho_min)
+        self.register_buffer("a", torch.full((prompts,), visits * initial_value, dtype=torch.float64))
+        self.register_buffer("b", torch.full((prompts,), visits * (1 - initial_value), dtype=torch.float64))
+
+    def value(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Expected reward of `rows` (N,), int; None: of every prompt. Float64."""
+        a, b = (self.a, self.b) if rows is None else (self.a[rows], self.b[rows])
+        return a / (a + b)
+
+    def rho(self, divergence: torch.Tensor) -> torch.Tensor:
+        """What is kept of the past, (N,) float64, by D (N,) in nats a token; NaN where D is unknown."""
+        if self.rho_mode == "constant":
+            return torch.full_like(divergence, self.rho_const, dtype=torch.float64)
+        kept = torch.exp2(-divergence.double() / self.D_half).clamp(self.rho_min, self.rho_max)
+        return kept.nan_to_num(nan=self.rho_const)
+
+    def update(self, rows: torch.Tensor, rewards: torch.Tensor, divergence: torch.Tensor | None = None) -> torch.Tensor:
+        """One visit of each of `rows`. A row that occurs several times is one visit with the means of what is known.
+
+        Args:
+            rows: (N,), int.
+            rewards: (N,), in [0, 1]; NaN where it is unknown, which is no visit.
+            divergence: (N,), D; NaN where it is unknown; None: everywhere.
+
+        Returns:
+            rho of each of `rows`, (N,).
+
+        Raises:
+            ValueError: a reward outside [0, 1].
+        """
+        check_rewards(rewards)
+        divergence = torch.full_like(rewards, torch.nan) if divergence is None else divergence
+        visited, place = rows.unique(return_inverse=True)
+        rewards, divergence = (_means(x.double(), place, len(visited)) for x in (rewards, divergence))
+        rho = self.rho(divergence)
+        known = ~rewards.isnan()
+        here, kept, rewards = visited[known], rho[known], rewards[known]
+        self.a[here] = kept * self.a[here] + rewards
+        self.b[here] = kept * self.b[here] + 1 - rewards
+        return rho[place]
+
+
+def check_rewards(rewards: torch.Tensor) -> None:
+    """Raises a ValueError that names a reward outside [0, 1]; NaN is none."""
+    outside = rewards[(rewards < 0) | (rewards > 1)]
+    if len(outside):
+        raise ValueError(
+            f"a reward is {outside[0].item():g}: SPO tracks the chance of success, so the weighted sum of a completion's "
+            "rewards must be from 0 to 1; scale the reward function, or set reward_weights"
+        )
+
+
+def _means(values: torch.Tensor, place: torch.Tensor, groups: int) -> torch.Tensor:
+    """Means of what is not NaN in each group; NaN where nothing is."""
+    known = ~values.isnan()
+    sums, counts = values.new_zeros(2, groups)
+    sums.index_add_(0, place[known], values[known])
+    counts.index_add_(0, place[known], torch.ones_like(values[known]))
+    return sums / counts

@@ -1,0 +1,231 @@
+"""SPO on TRL's GRPOTrainer. What differs, and where:
+
+- the sampler draws prompts by how uncertain their outcome is;
+- `_advantages` puts reward minus tracked value, whitened over all processes, in the place of GRPO's;
+- checkpoints hold the tracker, the sampler and the last responses, in `spo_state.safetensors` with `spo_state.json`.
+
+Every process keeps the same state: what one of them has sampled is gathered.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
+
+from ..checkpointing import CheckpointError
+from ..fingerprint import content_hash
+from ..grpo_checkpointing import GRPOCheckpointMixin
+from ..one_sample import OwnAdvantages
+from .config import SPOConfig
+from .memory import Response, batch_of, pack, unpack
+from .sampler import PrioritizedSampler
+
+
+ROW = "spo_row"  # the column that says which row of the dataset an example is
+TENSORS, SETTINGS = "spo_state.safetensors", "spo_state.json"
+
+
+class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
+    """Single-stream Policy Optimization (arXiv 2509.13232): a drop-in for TRL's `GRPOTrainer` without groups.
+
+    A = r - v, whitened over the rollout, where v is what the prompt's earlier rewards let expect
+    (`AutoAdaptiveValueTracker`). Rewards must be from 0 to 1.
+
+    Attributes:
+        tracker: the `AutoAdaptiveValueTracker`.
+
+    Raises:
+        ValueError: at construction, for a training dataset that is not a `Dataset` or has fewer rows than a rollout.
+    """
+
+    _tag_names = ["trl", "spo"]
+    _name = "SPO"
+    _paper = {
+        "title": "Single-stream Policy Optimization",
+        "id": "2509.13232",
+        "citation": (
+            "@article{xu2025single,\n  title = {Single-stream Policy Optimization},\n  author = {Zhongwen Xu and Zihan "
+            "Ding},\n  year = 2025,\n  eprint = {arXiv:2509.13232},\n}"
+        ),
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        if given.get("args") is None:
+            name = given["model"] if isinstance(given["model"], str) else given["model"].config._name_or_path
+            given["args"] = SPOConfig(f"{name.split('/')[-1]}-SPO")
+        config, dataset = given["args"], given.get("train_dataset")
+        if not isinstance(config, SPOConfig):
+            raise ValueError(f"args is a {type(config).__name__}; SPO needs an SPOConfig")
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"train_dataset is a {type(dataset).__name__}: SPO remembers every row; give a datasets.Dataset"
+            )
+        if len(dataset) < config.generation_batch_size:
+            raise ValueError(
+                f"train_dataset has {len(dataset)} rows and a rollout takes {config.generation_batch_size} different ones "
+                "(generation_batch_size); give more rows or a smaller rollout"
+            )
+        given["train_dataset"] = dataset.add_column(ROW, list(range(len(dataset))))
+        super().__init__(**given)
+        self.tracker = config.tracker(len(dataset)).to(self.accelerator.device)
+        self._memory: dict[int, Response] = {}
+        self._sampler: PrioritizedSampler | None = None
+
+    # -- prompts ----------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns.append(ROW)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        if not self.shuffle_dataset:
+            return super()._get_train_sampler(dataset)
+        rows = len(self.train_dataset if dataset is None else dataset)
+        self._sampler = PrioritizedSampler(
+            lambda: self.tracker.value().expand(rows),
+            rows,
+            self.args.generation_batch_size,
+            self.num_iterations * self.args.steps_per_generation,
+            self.args.seed,
+            self.args.sampling_epsilon,
+        )
+        return self._sampler
+
+    # -- advantages -------------------------------------------------------------------------------------------------
+
+    def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:
+        device, count = self.accelerator.device, len(inputs)
+        rows = self.accelerator.gather(torch.tensor([row[ROW] for row in inputs], device=device))
+        whole = self.args.value_tracker == "global"
+        tracked = torch.zeros_like(rows) if whole else rows
+        # The value of all rewards has moved since the last rollout, that of a prompt since its last visit
+        keys = torch.arange(len(rows), device=device) if whole else rows
+        divergence = None
+        if self.args.rho_mode == "kl":
+            divergence = self.accelerator.gather(self._divergence(self._local(keys, count).tolist()))
+            self._remember(keys.tolist(), output)
+        value = self.tracker.value(tracked)
+        rho = self.tracker.update(tracked, rewards, divergence)
+        known = ~rewards.isnan()
+        for name, x in (("value", value[known]), ("rho", rho[known])):
+            self._metrics["train"][f"spo/{name}"].append(x.mean().item())
+        if divergence is not None:
+            self._metrics["train"]["spo/divergence"].append(divergence.nanmean().item())
+        return self._local(whitened(rewards - value), count).float()
+
+    @torch.no_grad()
+    def _divergence(self, keys: list[int]) -> torch.Tensor:
+        """Mean |change of log-prob| of the last response to each of `keys`, nats a token, (B,); NaN where there is none."""
+        found = torch.full((len(keys),), torch.nan, device=self.accelerator.device)
+        known = [i for i, key in enumerate(keys) if key in self._memory]
+        most = int(self.accelerator.gather(torch.tensor([len(known)], device=found.device)).max())
+        if most == 0:
+            return found
+        # Each process asks its model equally often, as sharded ones need
+        responses = [self._memory[keys[i]] for i in known] + [_ANY] * (most - len(known))
+        batch = batch_of(responses, self._tokenizer.pad_token_id)
+        ids, attention, before, mask = (x.to(found.device) for x in batch)
+        change = (self._log_probs(ids, attention, mask.shape[1]) - before).abs()
+        change[mask == 0] = torch.nan
+        found[known] = change.nanmean(1)[: len(known)]  # tokens of tools are NaN before
+        return found
+
+    @torch.no_grad()
+    def _remember(self, keys: list[int], output: dict[str, Any]) -> None:
+        mask = output["completion_mask"]
+        prompt, completion = output["prompt_ids"], output["completion_ids"]
+        log_probs = output.get("old_per_token_logps")
+        if log_probs is None:
+            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            log_probs = self._log_probs(torch.cat([prompt, completion], dim=1), attention, completion.shape[1])
+        if "tool_mask" in output:
+            log_probs = log_probs.masked_fill(output["tool_mask"] == 0, torch.nan)
+        ours = (prompt, output["prompt_mask"], completion, log_probs.float(), mask)
+        prompts, heres, completions, log_probs, masks = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1, pad_first=left)).cpu()
+            for x, left in zip(ours, (True, True, False, False, False), strict=True)
+        )
+        for i, key in enumerate(keys):
+            told = masks[i].bool()
+            if told.any():
+                self._memory[key] = Response(prompts[i][heres[i].bool()], completions[i][told], log_probs[i][told])
+
+    def _log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+        """Of the last `length` tokens under the policy as it is, (B, length)."""
+        size = self.args.per_device_train_batch_size
+        return self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, length, size)[0]
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {"dataset": content_hash(self.train_dataset, ["prompt"]), "value_tracker": self.args.value_tracker}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        tensors = {f"tracker.{name}": x for name, x in self.tracker.state_dict().items()}
+        tensors |= {f"memory.{name}": x for name, x in pack(self._memory).items()}
+        if self._sampler is not None:
+            over = float(self.state.epoch).is_integer()  # the next epoch draws anew
+            tensors |= {f"sampler.{name}": x for name, x in self._sampler.state_dict(over).items()}
+        save_file({name: x.contiguous() for name, x in tensors.items()}, Path(output_dir, TENSORS))
+        Path(output_dir, SETTINGS).write_text(json.dumps(self._settings(), indent=1) + "\n")
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        super()._check_checkpoint(checkpoint)
+        for name in (TENSORS, SETTINGS):
+            if not (checkpoint / name).is_file():
+                raise CheckpointError(f"{checkpoint / name} is missing: the checkpoint was not written by SPO")
+        with safe_open(checkpoint / TENSORS, framework="pt") as tensors:
+            tracked = tensors.get_slice("tracker.a").get_shape()[0]
+            drawn = "sampler.draws" in tensors.keys()  # noqa: SIM118 - not a dict
+        if tracked != len(self.tracker.a):
+            raise CheckpointError(
+                f"{checkpoint / TENSORS} tracks {tracked} value(s), this run {len(self.tracker.a)}: another dataset or "
+                "value_tracker"
+            )
+        if drawn != self.shuffle_dataset:
+            raise CheckpointError(f"{checkpoint / TENSORS}: shuffle_dataset was {drawn}, is {self.shuffle_dataset}")
+        saved = json.loads((checkpoint / SETTINGS).read_text())
+        for name, value in self._settings().items():
+            if saved.get(name) != value:
+                raise CheckpointError(
+                    f"{checkpoint / SETTINGS} has {name}={saved.get(name)!r}, this run {value!r}: values belong to the "
+                    "rows of one dataset"
+                )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, x in load_file(Path(checkpoint, TENSORS)).items():
+            part, _, name = name.partition(".")
+            parts.setdefault(part, {})[name] = x
+        self.tracker.load_state_dict(parts["tracker"])
+        self._memory = unpack(parts["memory"])
+        if self._sampler is not None:
+            self._sampler.load_state_dict(parts["sampler"])
+
+
+_ANY = Response(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1))
+
+
+def whitened(values: torch.Tensor) -> torch.Tensor:
+    """(values - mean) / (standard deviation + 1e-8) over what is not NaN; 0 elsewhere, and where all are alike. (N,)"""
+    known = values[~values.isnan()]
+    spread = known.std() if len(known) > 1 else known.new_zeros(())
+    if spread < 1e-8:
+        return torch.zeros_like(values)
+    return ((values - known.mean()) / (spread + 1e-8)).nan_to_num(nan=0.0)
