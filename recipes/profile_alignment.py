@@ -29,9 +29,9 @@ from trl_ext.flags import at_least, one_of
 from trl_ext.kv_distill.data import completions
 from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment
 from trl_ext.kv_distill.segments import SegmentFinder
-from trl_ext.kv_distill.trainer import check_vocabularies
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
+from trl_ext.teacher import check_vocabularies
 from unsloth_ext import DelimiterMatcher, MapProjectionAligner
 from unsloth_ext.alignment.aligner import MODES
 

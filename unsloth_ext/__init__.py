@@ -66,6 +66,7 @@ _WHERE = {
     "soft_embedding": "states",
     "text_log_prob": "planner.executor",
     "text_nll": "planner.executor",
+    "train_tokenizer": "minimind.tokenizer",
     "with_concept_modules": "concept.modules",
     "with_latent_modules": "latent.config",
     "with_planner_modules": "planner.head",

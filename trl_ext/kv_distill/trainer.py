@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -25,6 +25,7 @@ from unsloth_ext.unsloth_decoding import on_unsloth
 
 from ..checkpointing import CheckpointError, SafeCheckpointMixin
 from ..creation import check_name, with_adapter
+from ..teacher import check_vocabularies, load_teacher
 from .config import KVDistillConfig
 from .segments import TEACHER, SegmentCollator, add_segments
 from .teacher_text import TEXTS, prepare_both
@@ -91,7 +92,9 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         if not args.lambda_kv:
             return
         self.data_collator = SegmentCollator(self.data_collator)
-        self.teacher = self._load_teacher(teacher_model)
+        self.teacher = load_teacher(
+            teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code, self.accelerator.device
+        )
         check_vocabularies(self._tokenizer, self.teacher, teacher_processing_class)
         for side in (self.model, self.teacher):
             check_sdpa(side)
@@ -122,19 +125,6 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             )
         self._structural_loss = args.structural_loss()
         self._first_spread: dict[str, float] = {}
-
-    def _load_teacher(self, teacher: PreTrainedModel | str) -> PreTrainedModel:
-        given = dict(self.args.teacher_model_init_kwargs or {})
-        if isinstance(teacher, str):
-            given.setdefault("dtype", "auto")
-            teacher = AutoModelForCausalLM.from_pretrained(
-                teacher, trust_remote_code=self.args.trust_remote_code, **given
-            )
-        elif given:
-            raise ValueError("teacher_model_init_kwargs: the teacher_model that was given is loaded already")
-        if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
-            teacher.to(self.accelerator.device)
-        return teacher.eval().requires_grad_(False)
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -300,25 +290,3 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         if self.aligner is not None:
             saved = MapProjectionAligner.from_pretrained(Path(resume_from_checkpoint, ALIGNER))
             self.aligner.load_state_dict(saved.state_dict())
-
-
-def check_vocabularies(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedModel, given: PreTrainedTokenizerBase | None
-) -> None:
-    """Raises a ValueError that names a token to which the teacher's tokenizer gives another id than the student's."""
-    name = teacher.config._name_or_path
-    rows = teacher.get_input_embeddings().weight.shape[0]
-    if rows < len(student):
-        raise ValueError(f"the teacher has {rows} embeddings and the student's tokenizer {len(student)} tokens")
-    if given is None and name and (Path(name, "tokenizer_config.json").exists() or not Path(name).exists()):
-        given = AutoTokenizer.from_pretrained(name)
-    if given is None:  # a model made in memory
-        return
-    theirs = given.get_vocab()
-    for token, index in student.get_vocab().items():
-        if theirs.get(token) != index:
-            raise ValueError(
-                f"teacher and student read different tokens: {token!r} is {index} to the student's tokenizer and "
-                f"{theirs.get(token, 'unknown')} to the teacher's ({name or type(given).__name__}). Keys and values are "
-                "compared token by token; take a teacher with the student's vocabulary"
-            )

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from trl_ext import KVDistillConfig
 from trl_ext.checkpointing import CheckpointError
-from trl_ext.kv_distill.trainer import check_vocabularies
 
 from . import setups
 
@@ -66,15 +65,6 @@ def test_other_vocabularies_are_refused_by_token_and_the_same_are_taken(tmp_path
     setups.trainer(tmp_path, given_teacher=str(tmp_path / "teacher"))  # has one token more
     with pytest.raises(ValueError, match=r"read different tokens: '(##|1#)' is \d+ to the student"):
         setups.trainer(tmp_path, given_teacher=str(tmp_path / "teacher"), tokenizer=tiny.tokenizer(("1#", "##")))
-
-
-def test_a_tokenizer_that_is_given_is_the_teachers(tmp_path):
-    """Also of a model whose name is no folder here, which would otherwise be asked of the hub."""
-    teacher = setups.teacher()
-    teacher.config._name_or_path = "us/teacher"
-    check_vocabularies(tiny.tokenizer(()), teacher, tiny.tokenizer(()))
-    with pytest.raises(ValueError, match="read different tokens"):
-        check_vocabularies(tiny.tokenizer(("1#", "##")), teacher, tiny.tokenizer(("##", "1#")))
 
 
 def test_a_teacher_by_name_keeps_its_dtype(tmp_path):

@@ -1,0 +1,38 @@
+"""The last stage: talk to it. Tokens stream as they come, out of a KV cache.
+
+    python recipes/minimind/chat.py [--model_name FOLDER] [--say "What is 7+5-3?" --say ...] [--field value ...]
+
+Without --say it reads what you type, until an empty line.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from trl_ext.minimind.chat import Dialogue
+from trl_ext.minimind.stage import StageArguments, load_model, parse
+
+
+@dataclass
+class Arguments(StageArguments):
+    say: list[str] | None = field(default=None, metadata={"help": "What to say, turn by turn, instead of typing it."})
+    system: str | None = field(default=None, metadata={"help": "The system message."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Of an answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0: the most probable token."})
+
+
+def typed() -> Iterator[str]:
+    while text := input("> ").strip():
+        yield text
+
+
+def main() -> None:
+    (stage,) = parse(__file__, Arguments)
+    dialogue = Dialogue(*load_model(stage.model_name), stage.max_new_tokens, stage.temperature, stage.system)
+    for text in stage.say or (typed() if sys.stdin.isatty() else filter(None, map(str.strip, sys.stdin))):
+        print(f"user: {text}\nassistant: ", end="", flush=True)
+        dialogue.say(text, stream=True)
+
+
+if __name__ == "__main__":
+    main()

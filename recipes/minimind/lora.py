@@ -1,0 +1,49 @@
+"""Stage 4: something new to say, in low-rank adapters beside frozen weights.
+
+    python recipes/minimind/lora.py [--model_name FOLDER --dataset lora_identity.jsonl] [--field value ...]
+
+Held out: nats a token of the assistant's.
+"""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from trl_ext.flags import at_least
+from trl_ext.minimind import metrics
+from trl_ext.minimind.stage import StageArguments, load_model, parse, resumable, run
+
+
+@dataclass
+class Arguments(StageArguments):
+    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA on all linear layers."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, lora_r=1)
+
+
+def main() -> None:
+    stage, args = parse(__file__, Arguments, SFTConfig)
+    train, held_out = stage.load("lora", "sft")
+    model, tokenizer = load_model(stage.model_name)
+
+    def make_trainer():
+        return resumable(SFTTrainer)(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=stage.lora_r, lora_alpha=stage.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
+
+    run(__file__, stage, args, make_trainer, {"response loss": metrics.loss, **metrics.sums(stage, tokenizer)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Stage 6: reinforcement with a critic (PPO).
+
+    python recipes/minimind/ppo.py [--model_name FOLDER --dataset FILE.jsonl --reward_model HUB_ID] [--field value ...]
+
+Held out: questions answered rightly; with a reward model, its mean reward.
+"""
+
+from trl_ext import PPOConfig, PPOTrainer
+from trl_ext.minimind import rl
+from trl_ext.minimind.stage import load_model, parse, run
+
+
+def main() -> None:
+    stage, args = parse(__file__, rl.RLArguments, PPOConfig)
+    train, held_out = stage.load("rl", "rl")
+    model, tokenizer = load_model(stage.model_name)
+    reward = stage.reward()
+
+    def make_trainer():
+        return PPOTrainer(model, reward, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+
+    run(__file__, stage, args, make_trainer, rl.measures(stage, args, held_out, tokenizer))
+
+
+if __name__ == "__main__":
+    main()

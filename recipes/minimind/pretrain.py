@@ -1,0 +1,46 @@
+"""Stage 2: a language model from nothing, on plain text.
+
+    python recipes/minimind/pretrain.py [--preset minimind2-small --dataset pretrain_hq.jsonl] [--field value ...]
+
+Held out: perplexity.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from trl_ext.minimind import metrics
+from trl_ext.minimind.stage import StageArguments, parse, resumable, run
+from unsloth_ext import minimind_config
+
+
+@dataclass
+class Arguments(StageArguments):
+    preset: str = field(default="tiny", metadata={"help": "Size and architecture: see docs/minimind.md."})
+    tokenizer: str = field(default="runs/minimind/tokenizer/final", metadata={"help": "Folder or hub id."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.model_name = self.tokenizer  # what the stage begins with
+
+
+def main() -> None:
+    stage, args = parse(__file__, Arguments, SFTConfig)
+    train, held_out = stage.load("pretrain", "pretrain")
+
+    def make_trainer():
+        set_seed(args.seed)
+        return resumable(SFTTrainer)(
+            AutoModelForCausalLM.from_config(minimind_config(stage.preset)),
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=AutoTokenizer.from_pretrained(stage.tokenizer),
+        )
+
+    run(__file__, stage, args, make_trainer, {"perplexity": metrics.perplexity})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""The end of the chain: each stage's held-out metric, a plot and a sample dialogue, out of what the stages have left.
+
+python recipes/minimind/report.py [--run_dir runs/minimind]
+"""
+
+from trl_ext.minimind.report import report
+from trl_ext.minimind.stage import StageArguments, parse
+
+
+def main() -> None:
+    (stage,) = parse(__file__, StageArguments)
+    report(stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Stage 3: dialogues; only what the assistant says is trained.
+
+    python recipes/minimind/sft.py [--model_name FOLDER --dataset sft_mini_512.jsonl] [--field value ...]
+
+Held out: nats a token of the assistant's; on the embedded default also sums answered rightly.
+"""
+
+from trl import SFTConfig, SFTTrainer
+
+from trl_ext.minimind import metrics
+from trl_ext.minimind.stage import StageArguments, load_model, parse, resumable, run
+
+
+def main() -> None:
+    stage, args = parse(__file__, StageArguments, SFTConfig)
+    train, held_out = stage.load("sft", "sft")
+    model, tokenizer = load_model(stage.model_name)
+
+    def make_trainer():
+        return resumable(SFTTrainer)(
+            model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+        )
+
+    run(__file__, stage, args, make_trainer, {"response loss": metrics.loss, **metrics.sums(stage, tokenizer)})
+
+
+if __name__ == "__main__":
+    main()

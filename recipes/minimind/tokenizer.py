@@ -1,0 +1,45 @@
+"""Stage 1: a byte-level BPE tokenizer from any text.
+
+    python recipes/minimind/tokenizer.py [--dataset pretrain.jsonl] [--vocab_size 6400]
+
+Held out: bytes of text that a token stands for, on average.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from trl_ext.minimind.stage import StageArguments, parse, show
+from trl_ext.report import write_summary
+from unsloth_ext import train_tokenizer
+
+
+@dataclass
+class Arguments(StageArguments):
+    vocab_size: int = field(default=6400, metadata={"help": "Tokens, three special ones and 256 bytes among them."})
+    output_dir: str = field(default="runs/minimind/tokenizer", metadata={"help": "Where the tokenizer is saved."})
+
+
+def bytes_per_token(tokenizer, rows) -> float:
+    texts = list(rows["text"])
+    return sum(len(text.encode()) for text in texts) / sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+
+
+def main() -> None:
+    (stage,) = parse(__file__, Arguments)
+    started = time.time()
+    train, held_out = stage.load("pretrain", "pretrain")
+    tokenizer = train_tokenizer((row["text"] for row in train), stage.vocab_size)
+    output = Path(stage.output_dir, "final")
+    tokenizer.save_pretrained(output)
+    before, after = {"bytes per token": 1.0}, {"bytes per token": bytes_per_token(tokenizer, held_out)}
+    show("tokenizer", before, after, Console())
+    write_summary(
+        output.parent, stage="tokenizer", before=before, after=after, steps=0, seconds=round(time.time() - started, 1)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Rewards: the number behind the delimiter, or a reward model's sigmoid."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+from tests.trl_ext.minimind import setups
+from trl_ext.minimind.rl import RewardModel, RLArguments
+
+
+def reward_model(folder, labels=1, template=True):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(setups.tokenizer()), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_labels=labels, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    net = Qwen3ForSequenceClassification(config)
+    with torch.no_grad():
+        net.score.weight.normal_()
+    net.save_pretrained(folder)
+    tokenizer = setups.tokenizer()
+    tokenizer.save_pretrained(folder)
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    return str(folder)
+
+
+def test_the_number_of_the_reference():
+    reward = RLArguments().reward()
+    said = [[{"role": "assistant", "content": text}] for text in ("7+5=12####12", "####11", "12")]
+    assert reward(completions=said, answer=["12"] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_a_reward_model_gives_its_sigmoid_whatever_the_batch(tmp_path):
+    """Padded batches against single rows, 1e-5."""
+    reward = RewardModel(reward_model(tmp_path), batch_size=2)
+    prompts = [setups.turns("Hello!"), setups.turns("What is 7+5-3?"), setups.turns("7")]
+    said = [[{"role": "assistant", "content": text}] for text in ("Hello! Hello!", "9", "7+5=12")]
+    found = reward(prompts=prompts, completions=said, answer=[""] * 3)
+    for value, prompt, answer in zip(found, prompts, said, strict=True):
+        ids = reward.tokenizer.apply_chat_template(prompt + answer, return_tensors="pt", return_dict=True)["input_ids"]
+        assert value == pytest.approx(reward.model(input_ids=ids).logits[0, 0].sigmoid().item(), abs=1e-5)
+    assert len({round(value, 4) for value in found}) == 3
+
+
+def test_what_is_no_reward_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="2 logits"):
+        RewardModel(reward_model(tmp_path / "two", labels=2))
+    with pytest.raises(ValueError, match="no chat template"):
+        RewardModel(reward_model(tmp_path / "plain", template=False))

@@ -1,0 +1,74 @@
+"""SFT with another loss at each trained token.
+
+TRL's `compute_loss` has the model score the trained tokens, adds up what it returns as `log_probs` and divides by the
+trained tokens of the whole step, over micro-batches and processes. Both distillations give it a score of their own and
+leave everything else (scale, a student's mixture-of-experts loss, metrics, evaluation) to it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from patches import fused_lm_head
+
+from ..checkpointing import SafeCheckpointMixin
+from ..creation import on_unsloths_trainer
+
+
+class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
+    """Same constructor as `SFTTrainer`.
+
+    Raises:
+        ValueError: at construction, where TRL would compute the loss in another way: `compute_loss_func`, context or
+            sequence parallelism, Unsloth's trainer.
+    """
+
+    _config_class: type[SFTConfig]
+
+    def __init__(self, model: Any, args: SFTConfig | None = None, *others: Any, **keywords: Any):
+        args = self._checked(model, args)
+        if on_unsloths_trainer():
+            raise ValueError(
+                "Unsloth's trainer, live since Unsloth was imported, computes losses in ways of its own: do not import it"
+            )
+        fused_lm_head.ensure()
+        super().__init__(model, args, *others, **keywords)
+        if self._is_sft:
+            return
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func: the distillation's loss takes its place; leave it unset")
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError(
+                "parallelism_config: a sequence must be whole in one process; set cp_size and sp_size to 1"
+            )
+
+    @property
+    def _is_sft(self) -> bool:
+        """Whether the loss is the parent's, untouched."""
+        return False
+
+    def _checked(self, model: Any, args: SFTConfig | None) -> SFTConfig:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = self._config_class(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, self._config_class):
+            raise ValueError(f"args is a {type(args).__name__}; {self._name} needs a {self._config_class.__name__}")
+        return args
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._is_sft:
+            model = functools.partial(self._call, model, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _call(self, model, num_items_in_batch, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:  # for logits that the user asked for
+            return model(**inputs)
+        return self._score(model, num_items_in_batch, **inputs)
+
+    def _score(self, model, num_items_in_batch: torch.Tensor | None, **inputs: Any) -> FusedCausalLMOutput:
+        """Of the forward with these inputs, labels among them: `log_probs` is minus the loss of each trained token."""
+        raise NotImplementedError

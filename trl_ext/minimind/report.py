@@ -1,0 +1,94 @@
+"""How the chain ends: a table of held-out metrics, a plot, and a sample dialogue."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .chat import Dialogue
+from .stage import StageArguments, load_model, summaries
+
+
+STAGES = ("tokenizer", "pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
+# Each stage that talks, and what to say to it
+DIALOGUES = {
+    "sft": ("What is 7+5-3?", "Hello!"),
+    "lora": ("Who are you?", "Who built you?"),
+    "spo": ("What is 7+5-3?", "How much is 9-4+8-2?"),
+    "reason": ("Calculate 6+8+9.",),
+}
+
+
+def report(stage: StageArguments) -> None:
+    """Prints the table and the dialogues; leaves `report.json` and `report.png` in `run_dir`.
+
+    Raises:
+        SystemExit: no stage has left a summary there.
+    """
+    folder, console = Path(stage.run_dir), Console()
+    found = summaries(folder)
+    found = {name: found[name] for name in STAGES if name in found}
+    if not found:
+        raise SystemExit(f"{folder} has no stage's summary.json; run `make minimind`")
+    console.print(table(found))
+    plot(folder / "report.png", found)
+    said = {name: dialogue(folder / name / "final", DIALOGUES[name]) for name in DIALOGUES if name in found}
+    for name, messages in said.items():
+        for message in messages:
+            console.print(f"[{name}] {message['role']}: {message['content']}", markup=False, highlight=False)
+    stages = {name: {k: v for k, v in s.items() if k != "history"} for name, s in found.items()}
+    (folder / "report.json").write_text(json.dumps({"stages": stages, "dialogues": said}, indent=1) + "\n")
+    console.print(f"Written: {folder / 'report.json'}, {folder / 'report.png'}")
+
+
+def table(found: dict[str, dict[str, Any]]) -> Table:
+    """A row for each metric of each stage."""
+    made = Table(title="MiniMind, stage by stage, held out", title_justify="left")
+    for heading in ("stage", "metric", "before", "after", "s"):
+        made.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
+    for name, summary in found.items():
+        for i, metric in enumerate(summary["after"]):
+            before, after = (f"{summary[side][metric]:.4g}" for side in ("before", "after"))
+            first = i == 0
+            made.add_row(name if first else "", metric, before, after, f"{summary['seconds']:.0f}" if first else "")
+    made.add_section()
+    made.add_row("", "", "", "all", f"{sum(summary['seconds'] for summary in found.values()):.0f}")
+    return made
+
+
+def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
+    """What each stage trains on, over its steps: its loss, or for reinforcement its reward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {name: summary for name, summary in found.items() if summary.get("history")}
+    figure, axes = pyplot.subplots(3, 3, figsize=(12, 9), layout="constrained")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, (name, summary) in zip(axes.flat, shown.items(), strict=False):
+        label = "reward" if any("reward" in entry for entry in summary["history"]) else "loss"
+        points = [(entry["step"], entry[label]) for entry in summary["history"] if label in entry]
+        axis.plot(*zip(*points, strict=True), color="#2b5d9b", linewidth=1.5)
+        metric = next(iter(summary["after"]))
+        change = " -> ".join(f"{summary[side][metric]:.3g}" for side in ("before", "after"))
+        axis.set_title(f"{name}: {label}\nheld-out {metric} {change}", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("step")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def dialogue(folder: Path, turns: tuple[str, ...]) -> list[dict[str, str]]:
+    """What a stage's model answers to each turn, each in a dialogue of its own."""
+    model, tokenizer = load_model(str(folder))
+    found = []
+    for text in turns:
+        talk = Dialogue(model, tokenizer, max_new_tokens=64)
+        talk.say(text)
+        found += talk.messages
+    return found

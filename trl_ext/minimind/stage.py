@@ -1,0 +1,197 @@
+"""What the stages of a small language model share: flags, data, the model of the stage before, and how a stage ends."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl import TrlParser
+
+from patches import fused_lm_head
+
+from ..checkpointing import SafeCheckpointMixin
+from ..flags import at_least, read_config
+from ..recipe import compact_progress, start
+from ..report import plot_curves, write_summary
+from ..tasks.data import DataError
+from .data import load_minimind_data
+from .embedded import write_embedded
+
+
+EMBEDDED = "embedded"
+CURVES = (
+    ("accuracy", "held-out accuracy"),
+    ("loss", "loss"),
+    ("reward", "sampled reward"),
+    ("rewards/accuracies", "preference accuracy, training"),
+    ("completions/mean_length", "completion length, tokens"),
+    ("loss/kl", "KL(teacher || student)"),
+    ("spo/value", "tracked value"),
+    ("ppo/value_loss", "critic's loss"),
+)
+
+
+@dataclass
+class StageArguments:
+    """What a stage adds to its trainer's configuration."""
+
+    model_name: str = field(default="", metadata={"help": "Hub id or folder of the model to begin with."})
+    dataset: str = field(default=EMBEDDED, metadata={"help": "A JSONL file as MiniMind publishes it, or 'embedded'."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of the file."}
+    )
+    train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
+    eval_size: int = field(default=300, metadata={"help": "Number of held-out rows."})
+    run_dir: str = field(
+        default="runs/minimind", metadata={"help": "Where the stages' folders and the embedded default's data are."}
+    )
+    embedded_seed: int = field(default=0, metadata={"help": "Of the embedded default's data."})
+
+    def __post_init__(self) -> None:
+        at_least(self, train_size=1, eval_size=1)
+
+    def file(self, kind: str) -> Path:
+        """Where the embedded default's rows of a kind are; written on first use."""
+        folder = Path(self.run_dir, f"data-{self.embedded_seed}")
+        if not (folder / "whole").exists():
+            write_embedded(folder, self.embedded_seed)
+            (folder / "whole").touch()
+        return folder / f"{kind}.jsonl"
+
+    def load(self, name: str, kind: str) -> tuple[Dataset, Dataset]:
+        """(training, held-out) rows of a `kind` of `load_minimind_data`; the embedded default's are called `name`.
+
+        Raises:
+            DataError: from `load_minimind_data`, or too few rows on a side.
+        """
+        if self.dataset == EMBEDDED:
+            train, held_out = (load_minimind_data(self.file(f"{name}{side}"), kind) for side in ("", "_eval"))
+        elif self.eval_dataset:
+            train, held_out = (load_minimind_data(file, kind) for file in (self.dataset, self.eval_dataset))
+        else:
+            rows = load_minimind_data(self.dataset, kind)
+            first = len(rows) - self.eval_size
+            if first < 1:
+                raise DataError(
+                    f"dataset {self.dataset} has {len(rows)} row(s), of which eval_size={self.eval_size} are held out"
+                )
+            train, held_out = rows.select(range(first)), rows.select(range(first, len(rows)))
+        held_out = held_out.select(range(min(self.eval_size, len(held_out))))
+        return train.select(range(min(self.train_size or len(train), len(train)))), held_out
+
+
+def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any, ...]:
+    """Flags over a configuration file, by default `configs/<recipe>_tiny.yaml` beside the recipe.
+
+    A model that a stage of the embedded default has not left yet is made by running that stage's recipe first.
+    """
+    path, parser = Path(recipe), TrlParser((stage, *configs))
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", type=Path, default=path.parent / "configs" / f"{path.stem}_tiny.yaml")
+    given, flags = peek.parse_known_args(sys.argv[1:])
+    read_config(given.config)  # says what is wrong with the file
+    parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
+    for name in (parsed[0].model_name, getattr(parsed[-1], "teacher_model_name_or_path", None)):
+        _ensure(name, parsed[0], path.parent)
+    return parsed
+
+
+def _ensure(name: str | None, stage: StageArguments, recipes: Path) -> None:
+    folder = Path(name or "")
+    if not name or folder.exists() or not folder.is_relative_to(stage.run_dir):
+        return
+    before = folder.relative_to(stage.run_dir).parts[0]
+    script = recipes / f"{before}.py"
+    if not script.exists() or stage.dataset != EMBEDDED:
+        sys.exit(f"--model_name {name}: there is no such folder; run recipes/minimind/{before}.py first")
+    print(f"{name} is not there yet: running {script.name}", flush=True)
+    done = subprocess.run([sys.executable, str(script), "--run_dir", stage.run_dir], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with fp32 weights, which bf16 is computed from where the configuration says so, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+
+
+def resumable(trainer: type[Trainer], mixin: type = SafeCheckpointMixin) -> type[Trainer]:
+    """A stock trainer whose checkpoints hold no pickle and resume exactly."""
+    return type(trainer.__name__, (mixin, trainer), {})
+
+
+def run(
+    recipe: str,
+    stage: StageArguments,
+    args: TrainingArguments,
+    make_trainer: Callable[[], Trainer],
+    measures: dict[str, Callable[[Trainer], float]],
+) -> None:
+    """Measure, train, measure again; leaves `final/`, `summary.json` and `curves.png` in `args.output_dir`.
+
+    Args:
+        measures: held-out metrics by name; the first is the stage's own.
+    """
+    started = time.time()
+    console, output, resume = start(args, stage.model_name, ())
+    output.mkdir(parents=True, exist_ok=True)
+    fused_lm_head.ensure()
+    trainer = make_trainer()
+    compact_progress(trainer)
+    before = measured(trainer, measures)
+    trainer.train(resume_from_checkpoint=resume)
+    after = measured(trainer, measures)
+    trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
+    show(Path(recipe).stem, before, after, console)
+    state = trainer.state
+    plot_curves(output / "curves.png", state.log_history, [], f"{Path(recipe).stem}, {stage.dataset}", CURVES)
+    write_summary(
+        output,
+        stage=Path(recipe).stem,
+        before=before,
+        after=after,
+        steps=state.global_step,
+        seconds=round(time.time() - started, 1),
+        history=[entry for entry in state.log_history if "loss" in entry or "reward" in entry],
+    )
+    console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
+
+
+def measured(trainer: Trainer, measures: dict[str, Callable[[Trainer], float]]) -> dict[str, float]:
+    """Each metric, leaving the training's random state alone."""
+    with torch.random.fork_rng():
+        return {name: measure(trainer) for name, measure in measures.items()}
+
+
+def show(title: str, before: dict[str, float], after: dict[str, float], console: Console) -> None:
+    """Metrics before and after, side by side."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("held out", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "held out" else "right")
+    for name in after:
+        table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
+    console.print(table)
+
+
+def summaries(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What the stages of a run have left, by stage."""
+    return {file.parent.name: json.loads(file.read_text()) for file in run_dir.glob("*/summary.json")}

@@ -1,0 +1,100 @@
+"""A byte-level BPE tokenizer of MiniMind's kind, trained from any text, and its chat template."""
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from .presets import STRETCHED_TO, VOCABULARY
+
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as the presets have them
+SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte is a token
+
+# ChatML. Only an assistant's content and the token that ends it are generated; the header and the newline behind are not.
+CHAT_TEMPLATE = (
+    "{% if tools %}{{ raise_exception('tools: write them into the system content') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('role ' ~ message.role ~ ': system, user, assistant or tool') }}"
+    "{% elif message.content is not string %}"
+    "{{ raise_exception('the content of role ' ~ message.role ~ ' is no text') }}"
+    "{% elif message.tool_calls or message.reasoning_content %}"
+    "{{ raise_exception('tool_calls, reasoning_content: write them into the content') }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' ~ message.role ~ '\\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content ~ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message.content ~ '<|im_end|>' }}"
+    "{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+logger = logging.get_logger(__name__)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A tokenizer whose `decode(encode(text))` is the text, whatever it is: all bytes are tokens, nothing is unknown.
+
+    Digits and newlines are tokens of their own: digits for sums; newlines so that a turn's header never shares a token
+    with what is said, and a tokenized prompt is always the beginning of the tokenized conversation.
+
+    Args:
+        texts: read once, not kept. The same texts in the same order give the same tokenizer.
+        vocab_size: tokens, the 3 special ones and 256 bytes among them. Where the texts have too few different words for
+            so many, a warning says how many there are.
+
+    Raises:
+        ValueError: vocab_size is below 259, no text has a character, or one of the texts is no string.
+    """
+    if vocab_size < SMALLEST:
+        raise ValueError(f"vocab_size={vocab_size}: at least {SMALLEST}, {len(SPECIAL_TOKENS)} special and 256 bytes")
+    if isinstance(texts, str):
+        raise ValueError("texts is one string, which would be read letter by letter; give a list of texts")
+    characters = 0
+
+    def checked() -> Iterator[str]:
+        nonlocal characters
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"text {i} is no string but {text!r:.60}")
+            characters += len(text)
+            yield text
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(checked(), trainer)
+    if not characters:
+        raise ValueError("there is no text to train a tokenizer on")
+    if backend.get_vocab_size() < vocab_size:
+        logger.warning(
+            f"the tokenizer has {backend.get_vocab_size()} tokens, not {vocab_size}: there are no more pairs to merge in "
+            f"{characters} characters of text; give more text, or this vocab_size"
+        )
+    end, start, stop = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=end,
+        unk_token=end,  # MiniMind's; never made
+        bos_token=start,
+        eos_token=stop,
+        model_max_length=STRETCHED_TO,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
