@@ -22,6 +22,7 @@ from . import versions
 NAMES = (
     "base_model_forward",
     "fused_lm_head",
+    "granite_router_logits",
     "grpo_accumulated_loss",
     "llama_fast_forward",
     "peft_module_check",

@@ -25,6 +25,8 @@ _WHERE = {
     "LogitsDistillTrainer": "distill",
     "PCCoTConfig": "latent.methods",
     "PCCoTTrainer": "latent.methods",
+    "PPOConfig": "ppo",
+    "PPOTrainer": "ppo",
     "PlannerExecutorConfig": "planner",
     "PlannerExecutorTrainer": "planner",
     "PlannerMonitorCallback": "planner.advice",

@@ -1,5 +1,6 @@
 """GRPO's rollouts and loss with a baseline of one's own, for which one completion a prompt is enough."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class OneSampleConfig(GRPOConfig):
         given, evaluations = self.num_generations, self.num_generations_eval
         if given == 1:  # GRPO refuses a group of one, which has no baseline of its own
             rows = self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
-            self.num_generations = self.generation_batch_size or rows
+            self.num_generations = self.generation_batch_size or rows * int(os.environ.get("WORLD_SIZE", "1"))
             if self.num_generations < 2:
                 raise ValueError(
                     f"per_device_train_batch_size={self.per_device_train_batch_size}: a rollout of one completion has "

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import TrlParser
 
-from patches import fused_lm_head
+from patches import fused_lm_head, granite_router_logits
 
 from ..checkpointing import SafeCheckpointMixin
 from ..flags import at_least, read_config
@@ -153,6 +153,7 @@ def run(
     console, output, resume = start(args, stage.model_name, ())
     output.mkdir(parents=True, exist_ok=True)
     fused_lm_head.ensure()
+    granite_router_logits.ensure()
     trainer = make_trainer()
     compact_progress(trainer)
     before = measured(trainer, measures)

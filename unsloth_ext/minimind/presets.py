@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import GraniteMoeSharedConfig, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
+from patches import granite_router_logits
+
 
 VOCABULARY = 6400
 TRAINED_ON, STRETCHED_TO = 2048, 32768  # positions, and what YaRN by 16 stretches them to
@@ -37,10 +39,11 @@ def _second(hidden: int, layers: int, inner: int) -> LlamaConfig:
 
 def _second_moe() -> GraniteMoeSharedConfig:
     head = 640 // 8
+    granite_router_logits.ensure()
     return GraniteMoeSharedConfig(
         **_shape(640, 8, 1728, 2, 1e-5), rope_parameters=_rope(), num_local_experts=4, num_experts_per_tok=2,
-        shared_intermediate_size=1728, attention_multiplier=head**-0.5, embedding_multiplier=1.0,
-        residual_multiplier=1.0, logits_scaling=1.0, router_aux_loss_coef=0.01,
+        num_experts=4, shared_intermediate_size=1728, attention_multiplier=head**-0.5, embedding_multiplier=1.0,
+        residual_multiplier=1.0, logits_scaling=1.0, router_aux_loss_coef=_auxiliary(0.01, 8, 2),
     )  # fmt: skip
 
 
@@ -52,8 +55,14 @@ def _third_moe() -> Qwen3MoeConfig:
     # Normalised, the one expert's weight would be 1 whatever the router says, and the router without the LM loss's gradient
     return Qwen3MoeConfig(
         **_shape(768, 8, 2432, 4, 1e-6), head_dim=96, rope_parameters=_rope(), num_experts=4, num_experts_per_tok=1,
-        moe_intermediate_size=2432, norm_topk_prob=False, router_aux_loss_coef=5e-4,
+        moe_intermediate_size=2432, norm_topk_prob=False, router_aux_loss_coef=_auxiliary(5e-4, 8, 1),
     )  # fmt: skip
+
+
+def _auxiliary(alpha: float, layers: int, chosen: int) -> float:
+    """MiniMind adds alpha E sum_i f_i P_i of every layer, with shares f that sum to 1; transformers' load-balancing loss is of
+    all layers together, with shares that sum to the number of experts chosen. Balanced, both are then the same."""
+    return alpha * layers / chosen
 
 
 def _rope() -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""GraniteMoeShared's router logits, which transformers 5.17 does not record: with `output_router_logits` its causal LM fails
+on an auxiliary loss that is the integer 0, and TRL's trainers find none. To be removed once transformers records them."""
+
+import functools
+from typing import Any
+
+from .registry import Patch, Site, apply
+
+
+NAME = "granite_router_logits"
+
+
+def ensure() -> None:
+    """Apply this patch."""
+    apply(NAME)
+
+
+def _sites(*owners: Any) -> list[Site]:
+    from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedModel
+
+    return [(owner, "forward") for owner in owners or (GraniteMoeSharedModel,)]
+
+
+def _wrap(original: Any) -> Any:
+    from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedTopKRouter
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        found = []
+        routers = [module for module in self.modules() if isinstance(module, GraniteMoeSharedTopKRouter)]
+        handles = [router.register_forward_hook(lambda _, __, out: found.append(out[2])) for router in routers]
+        try:
+            outputs = original(self, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(outputs, tuple):  # asked for without names
+            outputs.router_logits = tuple(found)
+        return outputs
+
+    return forward
+
+
+PATCH = Patch(
+    name=NAME,
+    package="transformers",
+    target="transformers.models.granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedModel.forward",
+    parameters=("self", "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="MiniMind2-MoE: the auxiliary loss that keeps its experts in use",
+)

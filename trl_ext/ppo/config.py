@@ -1,0 +1,61 @@
+"""What PPO adds to GRPO's configuration."""
+
+from dataclasses import dataclass, field
+
+from ..flags import one_of
+from ..one_sample import OneSampleConfig
+
+
+@dataclass
+class PPOConfig(OneSampleConfig):
+    """`GRPOConfig` with the values that MiniMind publishes for PPO; learning rates stay GRPO's.
+
+    GRPO's fields that PPO knows by another name: `num_iterations` are the epochs over a rollout, `epsilon` the clipping of
+    the policy's ratio, `beta` the coefficient of the KL to the reference (k3; times the ratio, so that its gradient is the
+    KL's own, unless `use_bias_correction_kl=False`).
+    """
+
+    beta: float = field(default=0.02, metadata={"help": "Coefficient of the KL to the reference; 0: no reference."})
+    num_iterations: int = field(default=2, metadata={"help": "Epochs over each rollout."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of the next token's value."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    vf_coef: float = field(default=0.5, metadata={"help": "Coefficient of the value loss; 0: the critic never learns."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "How far from the rollout's values the clipped value loss lets them go."}
+    )
+    target_kl: float | None = field(
+        default=0.25,
+        metadata={
+            "help": "A step is dropped, and what is left of its rollout, when the policy is already further than this from "
+            "the one that sampled: mean of 0.5 * (change of log-prob)^2, in nats a token. None: never."
+        },
+    )
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic. None: the policy's."}
+    )
+    allow_pickle_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint that holds pickled optimizer state (TRL's or transformers' own)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, loss_type=("dapo",), importance_sampling_level=("token",))
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: from 0 to 1")
+        for name in ("vf_coef", "critic_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}: 0 or more")
+        for name in ("cliprange_value", "target_kl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: more than 0")
+        batches, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        if self.target_kl is not None and batches % step and step % batches:
+            raise ValueError(
+                f"gradient_accumulation_steps={step}: some steps would mix two rollouts of {batches} batches each "
+                "(steps_per_generation * num_iterations), of which target_kl may stop one; let one divide the other, or "
+                "set target_kl=None"
+            )

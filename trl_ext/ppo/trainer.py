@@ -1,0 +1,251 @@
+"""PPO on TRL's GRPOTrainer. What differs, and where:
+
+- `_advantages` puts generalized advantages, whitened over all tokens of the rollout, in the place of GRPO's;
+- `_compute_loss` adds the value loss to the parent's token-level clipped loss and KL;
+- `training_step` decides, once a step's gradients are there, whether the step is taken;
+- the critic is in the optimizer, averaged across processes, clipped by itself, and in checkpoints under `critic/`.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from ..checkpointing import CheckpointError
+from ..grpo_checkpointing import GRPOCheckpointMixin
+from ..one_sample import OwnAdvantages
+from .advantages import clipped_value_loss, generalized_advantages, moments
+from .config import PPOConfig
+from .critic import critic_of, load_critic, ready, values_before
+
+
+CRITIC = "critic"
+STOPPED = "stopped"  # on the batches of a rollout that has been left; checkpoints carry it with them
+
+
+class PPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
+    """Proximal Policy Optimization (arXiv 1707.06347): TRL's `GRPOTrainer` with a critic. Same constructor, and:
+
+    loss = policy + beta * KL (k3) + vf_coef * value, each a mean over the tokens of a whole step. Dropped steps count as
+    steps: schedule, logs and checkpoints go on, and nothing is computed in what is left of the rollout.
+
+    Args:
+        critic_model: a token classifier with one label, its hub id or folder; a language model's gets a new head. None:
+            the policy's backbone, adapters merged, with a head of zeros. All of it learns, without dropout.
+
+    Attributes:
+        critic: the model that values tokens.
+
+    Raises:
+        ValueError: at construction, for an architecture without a stock token classifier, images, DeepSpeed or FSDP.
+    """
+
+    _tag_names = ["trl", "ppo"]
+    _name = "PPO"
+    _paper = {
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": (
+            "@article{schulman2017proximal,\n  title = {Proximal Policy Optimization Algorithms},\n  author = {John "
+            "Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},\n  year = 2017,\n  "
+            "eprint = {arXiv:1707.06347},\n}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        *others: Any,
+        critic_model: PreTrainedModel | str | None = None,
+        **keywords: Any,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if args is None:
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        if not isinstance(args, PPOConfig):
+            raise ValueError(f"args is a {type(args).__name__}; PPO needs a PPOConfig")
+        given = (
+            inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **keywords).arguments
+        )
+        adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
+        if args.beta and not name and not adapted:
+            raise ValueError(
+                f"beta={args.beta}: the reference is loaded by the model's name, and this one, made in memory, has none; "
+                "save it and give the folder, or set beta=0"
+            )
+        super().__init__(model, reward_funcs, args, *others, **keywords)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "PPO's critic is trained beside the policy by one optimizer, which DeepSpeed and FSDP shard; use neither"
+            )
+        if self._is_vlm:
+            raise ValueError(
+                "processing_class is a processor: PPO's critic reads text alone; use a text model's tokenizer"
+            )
+        if critic_model is None:
+            critic_model = critic_of(self.model)
+        elif isinstance(critic_model, str):
+            critic_model = load_critic(critic_model, self.model.dtype, args.trust_remote_code)
+        ready(critic_model, len(self._tokenizer), self.accelerator.device)
+        if args.gradient_checkpointing:
+            critic_model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        self.critic = critic_model
+        self._divergences: list[torch.Tensor] = []  # of the coming step's batches: (sum, tokens)
+        self._dropping = False
+
+    # -- rollout ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:
+        values, mask = self._values(output), _mask(output)
+        rewards = self._local(rewards, len(inputs))
+        mask = mask * (~rewards.isnan()).unsqueeze(1)
+        args = self.args
+        advantages = generalized_advantages(rewards.nan_to_num(), values, mask, args.gamma, args.gae_lambda)
+        returns = advantages + values
+        output["values"], output["returns"] = values, returns.masked_fill(mask == 0, torch.nan)
+        mean, variance = moments(advantages, mask, self._total)
+        metrics = self._metrics["train"]
+        metrics["ppo/value"].append(moments(values, mask, self._total)[0].item())
+        explained = 1 - variance / moments(returns, mask, self._total)[1]
+        metrics["ppo/explained_variance"].append(explained.where(explained.isfinite(), torch.nan).item())
+        return (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+    def _values(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Value before each token of the completions, (B, C), float32."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        size, length = self.args.per_device_train_batch_size, inputs["completion_ids"].shape[1]
+        with self.accelerator.autocast():
+            chunks = zip(ids.split(size), attention.split(size), strict=True)
+            return torch.cat([values_before(self.critic, *chunk, length) for chunk in chunks])
+
+    def _total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, the same bits on all: what they decide by it they decide alike."""
+        return self.accelerator.gather(x.unsqueeze(0)).sum(0)
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._log_probs = found[0].detach()
+        return found
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        if STOPPED in inputs:  # a loss that nothing learns from; the critic's, which no DDP waits for
+            return 0 * next(self.critic.parameters()).sum()
+        loss = super()._compute_loss(model, inputs)
+        if "returns" not in inputs:  # evaluation
+            return loss
+        mask = _mask(inputs)
+        divergence = 0.5 * (self._log_probs - inputs.get("old_per_token_logps", self._log_probs)).square()
+        self._divergences.append(torch.stack([(divergence * mask).sum(), mask.sum()]))
+        return loss + self.args.vf_coef * self._value_loss(inputs) if self.args.vf_coef else loss
+
+    def _value_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """This batch's part of the mean over the step's tokens, which the processes' mean makes whole. As the parent's."""
+        learnt = ~inputs["returns"].isnan()
+        returns = inputs["returns"].nan_to_num()
+        losses = clipped_value_loss(self._values(inputs), inputs["values"], returns, self.args.cliprange_value) * learnt
+        total, tokens = self._total(torch.stack([losses.detach().sum(), learnt.sum()]))
+        self._metrics["train"]["ppo/value_loss"].append((total / tokens.clamp(min=1)).item())
+        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return losses.sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * share)
+
+    # -- step -------------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self._divergences:  # Trainer zeroes the policy's only
+            self.critic.zero_grad()
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._before_step()
+        return loss
+
+    def _before_step(self) -> None:
+        """Decides whether the step is taken; the critic's gradients are then the processes' mean."""
+        self._dropping = STOPPED in self._buffered_inputs[0]
+        if self._divergences:
+            total, tokens = self._total(torch.stack(self._divergences).sum(0))
+            self._divergences.clear()
+            divergence = (total / tokens.clamp(min=1)).item()
+            self._metrics["train"]["ppo/approx_kl"].append(divergence)
+            if self.args.target_kl is not None and divergence > self.args.target_kl:
+                self._dropping = True
+                for batch in self._buffered_inputs:
+                    batch[STOPPED] = True
+        self._metrics["train"]["ppo/stopped"].append(float(self._dropping))
+        if self._dropping or not self.args.vf_coef or self.accelerator.num_processes == 1:
+            return
+        for parameter in self.critic.parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(gradient, "mean")
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        norm = super()._clip_grad_norm(model)
+        nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        return norm
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        known = {p for group in optimizer.param_groups for p in group["params"]}
+        if next(self.critic.parameters()) in known:
+            return optimizer
+        rate = self.args.critic_learning_rate
+        rate = self.args.learning_rate if rate is None else rate
+        decayed = set(self.get_decay_parameter_names(self.critic))
+        for decays in (True, False):
+            params = [p for name, p in self.critic.named_parameters() if (name in decayed) == decays]
+            decay = self.args.weight_decay if decays else 0.0
+            optimizer.add_param_group({"params": params, "lr": rate, "weight_decay": decay})
+        optimizer.register_step_pre_hook(self._drop)
+        return optimizer
+
+    def _drop(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Without gradients no moment moves and no weight decays. As late as this, for a loss scaler needs them."""
+        if self._dropping:
+            optimizer.zero_grad()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _named_trained(self) -> dict[str, nn.Parameter]:
+        return {**super()._named_trained(), **dict(self.critic.named_parameters(prefix=CRITIC))}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.critic.save_pretrained(Path(output_dir or self.args.output_dir, CRITIC))
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        super()._check_checkpoint(checkpoint)
+        folder = checkpoint / CRITIC
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise CheckpointError(f"{folder} holds no critic: the checkpoint was not written by PPO, or is damaged")
+        kind, made = type(self.critic).__name__, json.loads((folder / "config.json").read_text()).get("architectures")
+        if made != [kind]:
+            raise CheckpointError(f"{folder} is of another critic: a {made}, this run's a {kind}")
+        with torch.device("meta"):
+            saved = type(self.critic)(type(self.critic.config).from_pretrained(folder)).state_dict()
+        here = self.critic.state_dict()
+        for name in here | saved:
+            shapes = [tuple(x[name].shape) if name in x else "no such tensor" for x in (saved, here)]
+            if shapes[0] != shapes[1]:
+                raise CheckpointError(f"{folder} is of another critic: {name} is {shapes[0]}, this run's {shapes[1]}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(self.critic).from_pretrained(Path(resume_from_checkpoint, CRITIC), dtype=self.critic.dtype)
+        self.critic.load_state_dict(saved.state_dict())
+
+
+def _mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which tokens of the completions the policy wrote, (B, C)."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
