@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -89,6 +89,21 @@ train-concept: $(READY) $(SMOLLM2)  ## concept tokens, compressed online: the em
 
 train-planner: $(READY)  ## planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU
 	@$(RUN) recipes/planner_executor.py $(call LATENT,planner) $(ARGS)
+
+# Each stage begins with what an earlier one has left
+MINIMIND := tokenizer pretrain sft lora dpo ppo grpo spo distill reason
+
+minimind: $(READY)  ## a small language model through every stage, from its tokenizer to a dialogue: the embedded default
+	@rm -rf runs/minimind
+	@for stage in $(MINIMIND); do $(RUN) recipes/minimind/$$stage.py || exit 1; done
+	@$(RUN) recipes/minimind/report.py
+
+minimind-gpu: $(READY)  ## the same at the published size, with MiniMind's files in dataset/
+	@for stage in $(MINIMIND); do $(RUN) recipes/minimind/$$stage.py --config recipes/minimind/configs/$$stage.yaml $(ARGS) || exit 1; done
+	@$(RUN) recipes/minimind/report.py --config recipes/minimind/configs/report.yaml
+
+chat: $(READY)  ## talk to what `make minimind` has left: ARGS="--say 'What is 7+5-3?'"
+	@$(RUN) recipes/minimind/chat.py $(ARGS)
 
 profile-alignment: $(READY)  ## teacher against student before training: shapes, cosines, attention; ARGS="--mode both"
 	@$(RUN) recipes/profile_alignment.py $(ARGS)

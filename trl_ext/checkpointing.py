@@ -5,12 +5,17 @@ Beside the model, a checkpoint holds `optimizer.safetensors` (state by parameter
 without a whole one was being written when the process died. transformers' own files (optimizer.pt, scheduler.pt,
 rng_state.pth, scaler.pt, training_args.bin) are pickles and are neither written nor, unless asked for by name, read.
 
+Models that transformers saves in another form than it trains them, mixtures of experts above all, are read by
+`from_pretrained`: Trainer would pass over the tensors whose names it does not know.
+
 Under FSDP and DeepSpeed, which shard the optimizer, its state keeps their formats and is read only when asked for by name.
 
 On resume the command line's learning rates win: only the scheduler's position is restored, parameters that are new get
 fresh optimizer state, and those that are gone are forgotten.
 """
 
+import copy
+import functools
 import json
 import random
 import re
@@ -23,6 +28,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -114,12 +121,15 @@ class SafeCheckpointMixin:
             self._check_same_model(checkpoint)
 
     def _check_same_model(self, checkpoint: Path) -> None:
+        if self._is_converted():
+            self._converted(checkpoint, device_map="meta")
+            return
         if isinstance(self.model, PeftModel):
             wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self.model).items()}
             files = [checkpoint / "adapter_model.safetensors"]
         else:
             wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-            files = sorted(checkpoint.glob("model*.safetensors"))
+            files = _weights(checkpoint)
         saved: dict[str, tuple[int, ...]] = {}
         for file in files:
             if not file.exists():
@@ -138,6 +148,40 @@ class SafeCheckpointMixin:
         if missing:
             kind = "a model without thinking modules" if "thinking" in missing[0] else "another model, or damaged"
             raise CheckpointError(f"{checkpoint} has no {missing[0]}: it was saved by {kind}")
+
+    def _is_converted(self) -> bool:
+        """Whether a full model is saved in another form than it has in memory, as experts are that it holds as one tensor."""
+        model = self.model
+        return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
+
+    def _converted(self, checkpoint: Path, device_map: str | None = None) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors by this model's names, each as exact as it was saved; on "meta", their shapes alone."""
+        ours = self.model.state_dict()
+        dtype = functools.reduce(torch.promote_types, {p.dtype for p in self.model.parameters()})
+        try:
+            found, info = type(self.model).from_pretrained(
+                checkpoint, config=copy.deepcopy(self.model.config), dtype=dtype, device_map=device_map,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint} is of another model, or damaged: {error}") from error
+        state = found.state_dict()
+        attached = ours.keys() - state.keys()  # modules that this model has and its class does not
+        for file in _weights(checkpoint):
+            with safe_open(file, framework="pt") as tensors:
+                state |= {name: tensors.get_tensor(name) for name in attached & set(tensors.keys())}
+        differing = [
+            (n, state[n].shape, ours[n].shape) for n in attached & state.keys() if state[n].shape != ours[n].shape
+        ]
+        for name, theirs, here in sorted([*info["mismatched_keys"], *differing]):
+            raise CheckpointError(
+                f"{checkpoint} is of another model: it has {name} {tuple(theirs)}, this one has {tuple(here)}"
+            )
+        for name in sorted(info["unexpected_keys"] - ours.keys()):
+            raise CheckpointError(f"{checkpoint} is of another model: it has {name}, this one has no such tensor")
+        for name in sorted(info["missing_keys"] | (attached - state.keys())):
+            raise CheckpointError(f"{checkpoint} has no {name}: it was saved by another model, or damaged")
+        return state
 
     def _pickle_allowed(self) -> bool:
         return getattr(self.args, "allow_pickle_checkpoint", False)
@@ -211,6 +255,21 @@ class SafeCheckpointMixin:
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self._load_converted(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_converted(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_converted(self, checkpoint: str) -> bool:
+        """Loads the model where Trainer would load a part of it; False where it would not."""
+        if not self._own_format() or not self._is_converted():
+            return False
+        self.model.load_state_dict(self._converted(Path(checkpoint)))
+        return True
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._own_format() or not Path(checkpoint, "optimizer.safetensors").exists():
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -270,6 +329,11 @@ class SafeCheckpointMixin:
             super()._load_scaler(checkpoint)
         else:
             self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
+
+
+def _weights(checkpoint: Path) -> list[Path]:
+    """Files of a full model."""
+    return sorted(checkpoint.glob("model*.safetensors"))
 
 
 def _write_json(path: Path, value: Any) -> None:

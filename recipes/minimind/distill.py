@@ -18,7 +18,9 @@ def main() -> None:
     def make_trainer():
         return LogitsDistillTrainer(model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
 
-    run(__file__, stage, args, make_trainer, {**metrics.sums(stage, tokenizer), "loss": metrics.loss})
+    loss = metrics.loss if args.alpha == 1 else metrics.part("ce")
+    measures = {"response loss": loss, **metrics.sums(stage, tokenizer)}
+    run(__file__, stage, args, make_trainer, measures)
 
 
 if __name__ == "__main__":

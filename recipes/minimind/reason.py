@@ -29,7 +29,11 @@ def main() -> None:
             model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
         )
 
-    measures = {"response loss": metrics.loss, **metrics.sums(stage, tokenizer, "<answer>", 60)}
+    measures = {
+        "loss of text": metrics.part("text"),
+        "loss of tags": metrics.part("tags"),
+        **metrics.sums(stage, tokenizer, "<answer>", 60),
+    }
     run(__file__, stage, args, make_trainer, measures)
 
 

@@ -173,6 +173,8 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.aligner is not None:  # Trainer zeroes the model's only, and a loss scaler may skip the step
+            self.aligner.zero_grad()
         if self.args.lambda_kv and samples:
             times = sum(self._times(batch["segment_ids"].to(device)) for batch in samples)
             self._step_times = self.accelerator.gather(times).sum() if self._across_processes() else times
@@ -253,7 +255,6 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             rate = self.args.learning_rate if rate is None else rate
             optimizer.add_param_group({"params": learning, "lr": rate, "weight_decay": 0.0})
             optimizer.register_step_pre_hook(lambda *_: self._average_gradients(learning))
-            optimizer.register_step_post_hook(lambda *_: self.aligner.zero_grad())  # Trainer zeroes the model's only
         return optimizer
 
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:

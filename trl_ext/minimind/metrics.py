@@ -21,6 +21,11 @@ def loss(trainer: Trainer) -> float:
     return trainer.evaluate()["eval_loss"]
 
 
+def part(name: str) -> Callable[[Trainer], float]:
+    """One of the terms that a distillation logs beside its loss, nats a token."""
+    return lambda trainer: trainer.evaluate()[f"eval_loss/{name}"]
+
+
 def perplexity(trainer: Trainer) -> float:
     """exp(nats a token)."""
     return math.exp(loss(trainer))
