@@ -15,7 +15,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -128,6 +128,9 @@ bench-concept: $(READY)  ## concept tokens: what is kept over seeds, wall time, 
 
 bench-concept-pretrained: $(READY) $(VENV)/.smollm2  ## concept tokens on SmolLM2-135M; ARGS="--dataset train.jsonl --eval_dataset test.jsonl"
 	@$(RUN) -m benchmarks.bench_concept_pretrained $(ARGS)
+
+bench-minimind: $(READY)  ## MiniMind's stages over seeds, each against its control; PPO, GRPO, CISPO and SPO at equal generated tokens
+	@$(RUN) -m benchmarks.bench_minimind $(ARGS)
 
 bench-kv: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
 	@$(RUN) benchmarks/bench_kv.py $(ARGS)

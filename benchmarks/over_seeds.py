@@ -57,11 +57,12 @@ def compare(
     print(path)
 
 
-def arguments(about: str, names: list[str], steps: int, seeds: list[int]) -> argparse.ArgumentParser:
-    """What to run: seeds, steps, some of the names, and whether results so far count."""
+def arguments(about: str, names: list[str], steps: int | None, seeds: list[int]) -> argparse.ArgumentParser:
+    """What to run: seeds, steps where they can be chosen, some of the names, and whether results so far count."""
     parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
-    parser.add_argument("--steps", type=int, default=steps)
+    if steps is not None:
+        parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
     return parser

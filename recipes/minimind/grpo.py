@@ -1,4 +1,4 @@
-"""Stage 7: reinforcement against the mean of a group (GRPO), or with --loss_type cispo CISPO.
+"""Stage 7: reinforcement against the mean of a group (GRPO), or CISPO (--loss_type cispo --epsilon_high 5.0).
 
     python recipes/minimind/grpo.py [--model_name FOLDER --dataset FILE.jsonl --reward_model HUB_ID] [--field value ...]
 
@@ -16,14 +16,21 @@ def main() -> None:
     stage, args = parse(__file__, rl.RLArguments, GRPOConfig)
     train, held_out = stage.load("rl", "rl")
     model, tokenizer = load_model(stage.model_name)
-    reward = stage.reward()
+    reward, budget = stage.reward(), rl.TokenBudget(stage.max_generated_tokens)
 
     def make_trainer():
         return resumable(GRPOTrainer, GRPOCheckpointMixin)(
-            model, reward, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
+            model,
+            reward,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[budget],
         )
 
-    run(__file__, stage, args, make_trainer, rl.measures(stage, args, held_out, tokenizer))
+    measures = rl.measures(stage, args, held_out, tokenizer)
+    run(__file__, stage, args, make_trainer, measures, generated_tokens=lambda: budget.generated)
 
 
 if __name__ == "__main__":

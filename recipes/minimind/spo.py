@@ -14,12 +14,21 @@ def main() -> None:
     stage, args = parse(__file__, rl.RLArguments, SPOConfig)
     train, held_out = stage.load("rl", "rl")
     model, tokenizer = load_model(stage.model_name)
-    reward = stage.reward()
+    reward, budget = stage.reward(), rl.TokenBudget(stage.max_generated_tokens)
 
     def make_trainer():
-        return SPOTrainer(model, reward, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+        return SPOTrainer(
+            model,
+            reward,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[budget],
+        )
 
-    run(__file__, stage, args, make_trainer, rl.measures(stage, args, held_out, tokenizer))
+    measures = rl.measures(stage, args, held_out, tokenizer)
+    run(__file__, stage, args, make_trainer, measures, generated_tokens=lambda: budget.generated)
 
 
 if __name__ == "__main__":

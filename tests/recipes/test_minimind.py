@@ -130,20 +130,11 @@ def test_own_files_are_split_and_a_bad_row_is_named(whole, monkeypatch, tmp_path
 
 def test_the_dialogue(whole):
     """In a process of its own, what is said on the command line and what is typed."""
-    command = [
-        sys.executable,
-        str(RECIPES / "chat.py"),
-        "--model_name",
-        str(whole / "sft" / "final"),
-        "--max_new_tokens",
-        "8",
-    ]
-    said = subprocess.run(
-        [*command, "--say", "Hello!", "What is 7+5?"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    typed = subprocess.run(
-        command, input="Hello!\nWhat is 7+5?\n", capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    model = str(whole / "sft" / "final")
+    command = [sys.executable, str(RECIPES / "chat.py"), "--model_name", model, "--max_new_tokens", "8"]
+    given = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
+    said = subprocess.run([*command, "--say", "Hello!", "What is 7+5?"], **given)
+    typed = subprocess.run(command, input="Hello!\nWhat is 7+5?\n", **given)
     assert said.stdout == typed.stdout and said.stdout.count("assistant: ") == 2
 
 

@@ -2,12 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 from trl import GRPOConfig
 
+from ..flags import at_least
 from ..tasks.reward import make_reward
 from . import metrics
 from .embedded import DELIMITER
@@ -23,11 +31,33 @@ class RLArguments(StageArguments):
         metadata={"help": "Hub id or folder of a reward model (one logit), whose sigmoid is the reward; without one, 1 for "
                   "the number of the reference behind answer_delimiter, else 0."},
     )  # fmt: skip
+    max_generated_tokens: int | None = field(
+        default=None, metadata={"help": "Stop when so many tokens have been sampled, as methods are compared fairly."}
+    )
     answer_delimiter: str = field(default=DELIMITER, metadata={"help": "Text before the number that is rewarded."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, max_generated_tokens=1)
 
     def reward(self) -> Callable[..., list[float]]:
         """From 0 to 1 for each completion."""
         return RewardModel(self.reward_model) if self.reward_model else make_reward(self.answer_delimiter)
+
+
+class TokenBudget(TrainerCallback):
+    """Ends training when the rollouts of all processes have so many tokens; None: never. Counts what is logged.
+
+    Attributes:
+        generated: tokens so far, exact with `logging_steps=1`.
+    """
+
+    def __init__(self, most: int | None):
+        self.most, self.generated = most, 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        self.generated += round(logs.get("completions/mean_length", 0) * args.generation_batch_size)
+        control.should_training_stop |= self.most is not None and self.generated >= self.most
 
 
 class RewardModel:

@@ -143,11 +143,13 @@ def run(
     args: TrainingArguments,
     make_trainer: Callable[[], Trainer],
     measures: dict[str, Callable[[Trainer], float]],
+    **more: Callable[[], Any],
 ) -> None:
     """Measure, train, measure again; leaves `final/`, `summary.json` and `curves.png` in `args.output_dir`.
 
     Args:
         measures: held-out metrics by name; the first is the stage's own.
+        more: for the summary, asked for at the end.
     """
     started = time.time()
     console, output, resume = start(args, stage.model_name, ())
@@ -172,6 +174,7 @@ def run(
         after=after,
         steps=state.global_step,
         seconds=round(time.time() - started, 1),
+        **{name: value() for name, value in more.items()},
         history=[entry for entry in state.log_history if "loss" in entry or "reward" in entry],
     )
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")

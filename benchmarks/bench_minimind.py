@@ -1,0 +1,105 @@
+"""MiniMind's stages over seeds, each against its control; reinforcement at equal generated tokens.
+
+    make bench-minimind                                            # about half an hour a seed on two cores
+    python -m benchmarks.bench_minimind --seeds 0 --only grpo spo
+
+Runs the recipes themselves on the embedded default, with other data, other weights and other samples for each seed. Held
+out; results so far are kept in benchmarks/results/minimind_<device>.json: a run that is there is not repeated without
+--fresh, as long as the models that it begins with are in runs/bench_minimind.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from benchmarks import setups
+from benchmarks.over_seeds import ROOT, arguments, so_far, spread
+from trl_ext.report import write_between
+
+
+TOKENS = 80_000  # generated, in all rollouts of a run
+RECIPES = ROOT / "recipes" / "minimind"
+FOLDER = ROOT / "runs" / "bench_minimind"
+RL = ["--max_generated_tokens", str(TOKENS), "--max_steps", "1000", "--logging_steps", "1"]
+# Name: recipe, flags. In this order, for some begin with what others leave
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "tokenizer": ("tokenizer", []),
+    "pretrain": ("pretrain", []),
+    "sft": ("sft", []),
+    "lora": ("lora", []),
+    "dpo": ("dpo", []),
+    "dpo, mean": ("dpo", ["--loss_type", "sigmoid_norm"]),
+    "grpo": ("grpo", RL),
+    "cispo": ("grpo", [*RL, "--loss_type", "cispo", "--epsilon_high", "5.0"]),
+    "ppo": ("ppo", RL),
+    "spo": ("spo", RL),
+    "spo, prompts in order": ("spo", [*RL, "--shuffle_dataset", "false"]),
+    "spo, one value for all": ("spo", [*RL, "--value_tracker", "global"]),
+    "spo, constant rho": ("spo", [*RL, "--rho_mode", "constant"]),
+    "distill": ("distill", []),
+    "distill, no teacher": ("distill", ["--alpha", "1"]),
+    "reason": ("reason", []),
+    "reason, tags weigh 1": ("reason", ["--tag_weight", "1"]),
+}
+KEEP = {"tokenizer", "pretrain", "sft", "grpo"}  # in the folders that others begin with
+
+
+def run(name: str, seed: int) -> dict:
+    """One run; its summary without the history."""
+    recipe, flags = RUNS[name]
+    folder = FOLDER / str(seed)
+    config = yaml.safe_load((RECIPES / "configs" / f"{recipe}_tiny.yaml").read_text())
+    moved = {k: v.replace("runs/minimind", str(folder)) for k, v in config.items() if "runs/minimind" in str(v)}
+    moved["output_dir"] = str(folder / (recipe if name in KEEP else name.replace(", ", "_").replace(" ", "_")))
+    moved["embedded_seed"] = str(seed)
+    if recipe != "tokenizer":
+        moved |= {"seed": str(seed), "disable_tqdm": "true"}
+    given = [part for key, value in moved.items() for part in (f"--{key}", value)]
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / f"{recipe}.py"), *given, *flags],
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {done.stderr[-2000:]}")
+    summary = json.loads(Path(moved["output_dir"], "summary.json").read_text())
+    return {key: value for key, value in summary.items() if key != "history"}
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """A row for each metric of each run, mean (lowest..highest) over seeds, in Markdown."""
+    lines = ["| stage | held out | before | after | steps | s |", "|---|---|---:|---:|---:|---:|"]
+    for name in (n for n in RUNS if n in results):
+        runs = list(results[name].values())
+        for i, metric in enumerate(runs[0]["after"]):
+            form = ".1%" if "accuracy" in metric else ".3g"
+            sides = [spread([run[side][metric] for run in runs], form) for side in ("before", "after")]
+            rest = [spread([run[key] for run in runs], ".0f") if i == 0 else "" for key in ("steps", "seconds")]
+            lines.append(f"| {'' if i else name} | {metric} | {' | '.join([*sides, *rest])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments(__doc__, list(RUNS), None, [0, 1, 2]).parse_args()
+    _, results = so_far("minimind", options.fresh)
+    for seed in options.seeds:
+        for name in (n for n in RUNS if n in options.only and str(seed) not in results.get(n, {})):
+            found = results.setdefault(name, {})[str(seed)] = run(name, seed)
+            print(f"seed {seed}  {name}: {found['before']} -> {found['after']}", flush=True)
+            setups.write("minimind", {"command": "make bench-minimind", "generated_tokens": TOKENS, "results": results})
+    markdown = table(results)
+    Console().print(markdown, markup=False, soft_wrap=True)
+    if not setups.CUDA:
+        seeds = min(len(runs) for runs in results.values())
+        note = (
+            f"{seeds} seeds, 300 held-out rows, reinforcement at {TOKENS:,} generated tokens; mean (lowest..highest)."
+        )
+        write_between(ROOT / "docs/minimind.md", "stages", f"{note}\n\n{markdown}")
+
+
+if __name__ == "__main__":
+    main()
