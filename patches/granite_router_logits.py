@@ -1,5 +1,6 @@
-"""GraniteMoeShared's router logits, which transformers 5.17 does not record: with `output_router_logits` its causal LM fails
-on an auxiliary loss that is the integer 0, and TRL's trainers find none. To be removed once transformers records them."""
+"""GraniteMoeShared's router logits, which transformers 5.17 does not record: with `output_router_logits` its causal LM
+fails on an auxiliary loss that is the integer 0, and TRL's trainers find none. To be removed once transformers has them.
+"""
 
 import functools
 from typing import Any

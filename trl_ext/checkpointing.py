@@ -150,12 +150,15 @@ class SafeCheckpointMixin:
             raise CheckpointError(f"{checkpoint} has no {missing[0]}: it was saved by {kind}")
 
     def _is_converted(self) -> bool:
-        """Whether a full model is saved in another form than it has in memory, as experts are that it holds as one tensor."""
+        """Whether a full model is saved in another form than it has in memory: experts one by one, that it has as one."""
         model = self.model
         return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
 
     def _converted(self, checkpoint: Path, device_map: str | None = None) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors by this model's names, each as exact as it was saved; on "meta", their shapes alone."""
+        files = _weights(checkpoint)
+        if not files:  # from_pretrained would take an adapter's base instead
+            raise CheckpointError(f"{checkpoint}/model.safetensors is missing: this is a whole model, and needs one")
         ours = self.model.state_dict()
         dtype = functools.reduce(torch.promote_types, {p.dtype for p in self.model.parameters()})
         try:
@@ -167,7 +170,7 @@ class SafeCheckpointMixin:
             raise CheckpointError(f"{checkpoint} is of another model, or damaged: {error}") from error
         state = found.state_dict()
         attached = ours.keys() - state.keys()  # modules that this model has and its class does not
-        for file in _weights(checkpoint):
+        for file in files:
             with safe_open(file, framework="pt") as tensors:
                 state |= {name: tensors.get_tensor(name) for name in attached & set(tensors.keys())}
         differing = [

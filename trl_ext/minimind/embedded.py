@@ -74,15 +74,16 @@ def write_embedded(folder: Path, seed: int = 0, sizes: Sizes | None = None) -> N
 
 
 def texts(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """Stories, and sums worked without a mistake, in turn."""
+    """A story, and twice several sums worked without a mistake, in turn."""
     made = [reasoning_gym.create_dataset(name, size=20_000, seed=rng.randrange(10**9)) for name in STORIES]
     for i in itertools.count():
         row = made[i % len(made)][i]
         answer = row["metadata"].get("answer_cot", row["answer"])
-        yield {"text": f"{row['question'][:600]}\n{str(answer)[:400]}"}
+        yield {"text": f"{row['question'][:300]}\n{str(answer)[:200]}"}
         exact = Demonstrations(guess_short=0, guess_long=0, slip=0, noise=0)
-        worked = (f"{p.prompt}{demonstration(p.terms, rng, exact, DELIMITER)}" for p in rng.sample(problems, 4))
-        yield {"text": "\n".join(worked)}
+        for _ in range(2):
+            worked = (f"{p.prompt}{demonstration(p.terms, rng, exact, DELIMITER)}" for p in rng.sample(problems, 6))
+            yield {"text": "\n".join(worked)}
 
 
 def dialogues(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:

@@ -1,11 +1,13 @@
 """Rewards: the number behind the delimiter, or a reward model's sigmoid."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from tests.trl_ext.minimind import setups
-from trl_ext.minimind.rl import RewardModel, RLArguments
+from trl_ext.minimind.rl import RewardModel, RLArguments, TokenBudget
 
 
 def reward_model(folder, labels=1, template=True):
@@ -48,3 +50,19 @@ def test_what_is_no_reward_model_is_named(tmp_path):
         RewardModel(reward_model(tmp_path / "two", labels=2))
     with pytest.raises(ValueError, match="no chat template"):
         RewardModel(reward_model(tmp_path / "plain", template=False))
+
+
+def test_a_budget_ends_training_when_it_is_used_up():
+    """8 completions a rollout; a log between two rollouts has no length."""
+    args, control = SimpleNamespace(generation_batch_size=8), SimpleNamespace(should_training_stop=False)
+    budget = TokenBudget(60)
+    for length, generated, over in ((2.5, 20, False), (None, 20, False), (4.0, 52, False), (1.0, 60, True)):
+        logs = {"loss": 1.0} if length is None else {"completions/mean_length": length}
+        budget.on_log(args, None, control, logs)
+        assert (budget.generated, control.should_training_stop) == (generated, over)
+    endless = TokenBudget(None)
+    control.should_training_stop = False
+    endless.on_log(args, None, control, {"completions/mean_length": 1e9})
+    assert not control.should_training_stop
+    with pytest.raises(ValueError, match="max_generated_tokens=0"):
+        RLArguments(max_generated_tokens=0)

@@ -1,0 +1,234 @@
+"""Mixtures of experts, which are saved in another form than they are trained in: resumed is uninterrupted, to the bit."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+from patches import fused_lm_head
+from tests import moe, tiny
+from trl_ext.checkpointing import CheckpointError, SafeCheckpointMixin
+
+
+ROWS = Dataset.from_list([{"input_ids": [(5 * i + 3 * j) % 40 + 3 for j in range(4 + i % 5)]} for i in range(24)])
+
+
+class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
+    pass
+
+
+def sft(folder, net, peft=None, **changes):
+    fused_lm_head.ensure()
+    settings = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False,
+        "report_to": "none", "disable_tqdm": True, **changes,
+    }  # fmt: skip
+    return SafeSFTTrainer(
+        net, SFTConfig(**settings), train_dataset=ROWS, eval_dataset=ROWS.select(range(4)),
+        processing_class=tiny.tokenizer(), peft_config=peft,
+    )  # fmt: skip
+
+
+def saved(folder, net, peft=None):
+    """A checkpoint of an untrained model, and its trainer."""
+    trainer = sft(folder, net, peft)
+    trainer.save_model(str(folder / "saved"))
+    trainer.state.save_to_json(str(folder / "saved" / "trainer_state.json"))
+    return trainer, folder / "saved"
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def losses(trainer):
+    return [(e["loss"], e["aux_loss"]) for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_is_uninterrupted(tmp_path, kind, dtype):
+    """At step 2 of 4, in a model of other weights that stays the same object; and the experts have learnt by then."""
+    first = moe.model(kind).to(dtype)
+    before = moe.experts(first)
+    whole = sft(tmp_path, first)
+    whole.train()
+    trained = moe.experts(first)
+    net = moe.model(kind, seed=1).to(dtype)
+    parameters = {n: p.data_ptr() for n, p in net.named_parameters()}
+    again = sft(tmp_path, net)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.model is net and {n: p.data_ptr() for n, p in net.named_parameters()} == parameters
+    assert_equal(weights(whole), weights(again))
+    assert losses(again) == losses(whole)
+    state, resumed = whole._named_state(), again._named_state()
+    assert state.keys() == resumed.keys() and all(
+        torch.equal(state[n][k], resumed[n][k]) for n in state for k in state[n]
+    )
+    assert before and all(not torch.equal(before[n], trained[n]) for n in before)
+
+
+def test_tensors_of_another_dtype_keep_it_exactly(tmp_path):
+    """A router in fp32 in a model in bf16."""
+
+    def made(seed):
+        net = moe.model("minimind3-moe", seed=seed).to(torch.bfloat16)
+        for weight in moe.routers(net).values():
+            weight.data = weight.data.float() * 1.001
+        return net
+
+    first, folder = saved(tmp_path, made(0))
+    again = sft(tmp_path, made(1))
+    again._load_from_checkpoint(str(folder))
+    assert_equal(weights(first), weights(again))
+    assert {p.dtype for p in again.model.parameters()} == {torch.float32, torch.bfloat16}
+
+
+def test_modules_that_were_added_to_the_model_are_loaded_too(tmp_path):
+    def made(seed, width=3):
+        net = moe.model("minimind3-moe", seed=seed)
+        net.model.added = torch.nn.Linear(16, width)
+        return net
+
+    first, folder = saved(tmp_path, made(0))
+    again = sft(tmp_path, made(1))
+    again._check_checkpoint(folder)
+    again._load_from_checkpoint(str(folder))
+    assert_equal(weights(first), weights(again))
+    with pytest.raises(CheckpointError, match=r"it has model\.added\.bias \(3,\), this one has \(5,\)"):
+        sft(tmp_path, made(0, width=5))._check_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"it has model\.added\.bias, this one has no such tensor"):
+        sft(tmp_path, moe.model("minimind3-moe"))._check_checkpoint(folder)
+    first.model.model.other = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"saved has no model\.other\.bias"):
+        first._check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+def test_trainer_alone_would_pass_over_the_experts(tmp_path, kind):
+    """A canary: where it fails, transformers reads its own checkpoints, and the mixin need not."""
+    first, folder = saved(tmp_path, moe.model(kind))
+    net = moe.model(kind, seed=1)
+    before = moe.experts(net)
+    Trainer._load_from_checkpoint(sft(tmp_path, net), str(folder))
+    assert torch.equal(net.lm_head.weight, first.model.lm_head.weight)
+    assert_equal(before, moe.experts(net))
+
+
+@pytest.mark.parametrize("kind", moe.KINDS)
+def test_the_best_model_is_loaded_whole(tmp_path, kind):
+    """The first of four by a metric that likes losses: experts too, bit for bit."""
+    net = moe.model(kind)
+    trainer = sft(
+        tmp_path, net, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, greater_is_better=True,
+    )  # fmt: skip
+    kept, save = {}, trainer._save_checkpoint
+
+    def keep(*args):
+        save(*args)
+        kept[trainer.state.global_step] = weights(trainer)
+
+    trainer._save_checkpoint = keep
+    trainer.train()
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert best == 1 and trainer.model is net
+    assert_equal(weights(trainer), kept[best])
+    assert not any(torch.equal(kept[best][n], kept[4][n]) for n in moe.experts(net))
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "4KB"}, {"save_original_format": False}], ids=str)
+def test_in_several_files_or_as_held_in_memory(tmp_path, options):
+    first, folder = saved(tmp_path, moe.model("minimind3-moe"))
+    (folder / "model.safetensors").unlink()
+    first.model.save_pretrained(folder, **options)
+    assert (len(list(folder.glob("model*.safetensors"))) > 2) == ("max_shard_size" in options)
+    again = sft(tmp_path, moe.model("minimind3-moe", seed=1))
+    again._check_checkpoint(folder)
+    again._load_from_checkpoint(str(folder))
+    assert_equal(weights(first), weights(again))
+
+
+LORAS = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "experts": {
+        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "router": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_an_adapter_resumes_too(tmp_path, case):
+    lora = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **LORAS[case])
+    whole = sft(tmp_path, moe.model("minimind3-moe"), lora)
+    start = weights(whole)
+    whole.train()
+    again = sft(tmp_path, moe.model("minimind3-moe"), lora)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(weights(whole), weights(again))
+    assert losses(again) == losses(whole)
+    kind = {"attention": "v_proj.lora_B", "experts": "experts.lora_B", "router": "gate.modules_to_save"}[case]
+    learnt = [n for n, p in weights(whole).items() if kind in n and not torch.equal(p, start[n])]
+    assert learnt, list(start)
+
+
+ANOTHER = [
+    ("minimind3-moe", {"num_local_experts": 8}, r"experts\.down_proj \(4, 16, 16\), this one has \(8, 16, 16\)"),
+    ("minimind2-moe", {"num_local_experts": 8}, r"experts\.down_proj \(4, 16, 24\), this one has \(8, 16, 24\)"),
+    ("minimind3-moe", {"moe_intermediate_size": 8}, r"experts\.down_proj \(4, 16, 16\), this one has \(4, 16, 8\)"),
+    ("minimind3-moe", {"num_hidden_layers": 1}, r"it has model\.layers\.1\..*, this one has no such tensor"),
+    ("minimind3-moe", {"num_hidden_layers": 3}, r"has no model\.layers\.2\."),
+]
+
+
+@pytest.mark.parametrize("kind, changes, message", ANOTHER)
+def test_another_models_checkpoint_is_refused_by_name(tmp_path, kind, changes, message):
+    _, folder = saved(tmp_path, moe.model(kind))
+    other = sft(tmp_path, moe.model(kind, **changes))
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=message):
+        other.train(resume_from_checkpoint=str(folder))
+    assert_equal(before, weights(other))
+
+
+def test_dense_models_and_adapters_are_refused(tmp_path):
+    _, dense = saved(tmp_path / "dense", tiny.model("qwen3"))
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    _, adapter = saved(tmp_path / "lora", moe.model("minimind3-moe"), lora)
+    whole = sft(tmp_path, moe.model("minimind3-moe"))
+    for folder, message in ((dense, r"it has model\.embed_tokens"), (adapter, r"saved/model\.safetensors is missing")):
+        with pytest.raises(CheckpointError, match=message):
+            whole.train(resume_from_checkpoint=str(folder))
+
+
+def test_lost_experts_are_missed(tmp_path):
+    whole, folder = saved(tmp_path, moe.model("minimind3-moe"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for e in range(4):
+        del tensors[f"model.layers.1.mlp.experts.{e}.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.1\.mlp\.experts\.down_proj"):
+        whole.train(resume_from_checkpoint=str(folder))
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]  # one of four: they cannot be joined
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is of another model, or damaged"):
+        whole.train(resume_from_checkpoint=str(folder))
+
+
+def test_dense_models_are_left_to_trainer(tmp_path, monkeypatch):
+    first, folder = saved(tmp_path, tiny.model("qwen3"))
+    again = sft(tmp_path, tiny.model("qwen3", seed=1))
+    monkeypatch.setattr(type(again.model), "from_pretrained", None)  # it is not called
+    again._check_checkpoint(folder)
+    again._load_from_checkpoint(str(folder))
+    assert_equal(weights(first), weights(again))
