@@ -107,7 +107,7 @@ def introductions(problems: list[Problem], rng: random.Random, unseen: bool) -> 
 def preferences(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
     """Worked without a mistake, against a guess or a slip that misses."""
     exact = Demonstrations(guess_short=0, guess_long=0, slip=0, noise=0)
-    poor = Demonstrations(guess_short=0.5, guess_long=0.5, lucky=0, slip=1, noise=0.5)
+    poor = Demonstrations(guess_short=0.7, guess_long=0.9, lucky=0, slip=0.5, noise=0.05)
     while True:
         problem = rng.choice(problems)
         asked = _asked(problem, rng)
