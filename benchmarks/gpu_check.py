@@ -1,7 +1,7 @@
 """Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without. HRPO: rollout and
 training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. KV
-distillation: `gpu_kv.py`. Concept tokens: `gpu_concept.py`. Planner and executor: `gpu_planner.py`. Ends with a table and
-`results/gpu_check_<device>.json`.
+distillation: `gpu_kv.py`. Concept tokens: `gpu_concept.py`. Planner and executor: `gpu_planner.py`. SPO, PPO and
+distillation of logits and reasoning: `gpu_minimind.py`. Ends with a table and `results/gpu_check_<device>.json`.
 
     python benchmarks/gpu_check.py [--rehearse]
 
@@ -56,6 +56,7 @@ def backend(name: str, rehearse: bool) -> dict:
     import gpu_concept
     import gpu_kv
     import gpu_latent
+    import gpu_minimind
     import gpu_planner
 
     report: dict = {}
@@ -70,6 +71,8 @@ def backend(name: str, rehearse: bool) -> dict:
             report[f"{precision} concepts {case}"] = gpu_concept.train(folder, case, precision)
         for case in gpu_planner.CASES:
             report[f"{precision} planner {case}"] = gpu_planner.train(folder, case, precision)
+        for case in gpu_minimind.CASES if name == "stock" else ():  # Unsloth's trainers are refused
+            report[f"{precision} {case}"] = gpu_minimind.train(folder, case, precision)
     for result in report.values():
         result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
     report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]
