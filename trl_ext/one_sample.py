@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from trl import GRPOConfig
 
 from patches import fused_lm_head
@@ -51,6 +52,12 @@ class OwnAdvantages:
             )
         fused_lm_head.ensure()
         super().__init__(*args, **kwargs)
+        prompts = self.args.generation_batch_size // self.num_generations
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO trains no step of it
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows and a rollout takes {prompts} different ones "
+                "(generation_batch_size / num_generations); give more rows or a smaller rollout"
+            )
 
     def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:
         """Advantages of this process's completions, (B,) or (B, C).

@@ -9,28 +9,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_ext.grpo_checkpointing import GRPOCheckpointMixin
 from trl_ext.minimind import rl
-from trl_ext.minimind.stage import load_model, parse, resumable, run
+from trl_ext.minimind.stage import resumable
 
 
 def main() -> None:
-    stage, args = parse(__file__, rl.RLArguments, GRPOConfig)
-    train, held_out = stage.load("rl", "rl")
-    model, tokenizer = load_model(stage.model_name)
-    reward, budget = stage.reward(), rl.TokenBudget(stage.max_generated_tokens)
-
-    def make_trainer():
-        return resumable(GRPOTrainer, GRPOCheckpointMixin)(
-            model,
-            reward,
-            args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=[budget],
-        )
-
-    measures = rl.measures(stage, args, held_out, tokenizer)
-    run(__file__, stage, args, make_trainer, measures, generated_tokens=lambda: budget.generated)
+    rl.run(__file__, GRPOConfig, resumable(GRPOTrainer, GRPOCheckpointMixin))
 
 
 if __name__ == "__main__":

@@ -7,28 +7,10 @@ Held out: questions answered rightly; with a reward model, its mean reward.
 
 from trl_ext import PPOConfig, PPOTrainer
 from trl_ext.minimind import rl
-from trl_ext.minimind.stage import load_model, parse, run
 
 
 def main() -> None:
-    stage, args = parse(__file__, rl.RLArguments, PPOConfig)
-    train, held_out = stage.load("rl", "rl")
-    model, tokenizer = load_model(stage.model_name)
-    reward, budget = stage.reward(), rl.TokenBudget(stage.max_generated_tokens)
-
-    def make_trainer():
-        return PPOTrainer(
-            model,
-            reward,
-            args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=[budget],
-        )
-
-    measures = rl.measures(stage, args, held_out, tokenizer)
-    run(__file__, stage, args, make_trainer, measures, generated_tokens=lambda: budget.generated)
+    rl.run(__file__, PPOConfig, PPOTrainer)
 
 
 if __name__ == "__main__":

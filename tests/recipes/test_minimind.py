@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +13,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trl_ext.minimind import setups
-from trl_ext.minimind import embedded, stage
+from trl_ext.minimind import embedded, rl, stage
+from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.report import STAGES
 
 
@@ -129,13 +131,22 @@ def test_own_files_are_split_and_a_bad_row_is_named(whole, monkeypatch, tmp_path
 
 
 def test_the_dialogue(whole):
-    """In a process of its own, what is said on the command line and what is typed."""
+    """What is typed, in a process of its own."""
     model = str(whole / "sft" / "final")
     command = [sys.executable, str(RECIPES / "chat.py"), "--model_name", model, "--max_new_tokens", "8"]
-    given = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
-    said = subprocess.run([*command, "--say", "Hello!", "What is 7+5?"], **given)
-    typed = subprocess.run(command, input="Hello!\nWhat is 7+5?\n", **given)
-    assert said.stdout == typed.stdout and said.stdout.count("assistant: ") == 2
+    turns = ("Hello!", "What is 7+5?")
+    typed = subprocess.run(command, input="\n".join(turns), capture_output=True, text=True, check=True, cwd=ROOT)
+    talk = Dialogue(*stage.load_model(model), max_new_tokens=8)
+    found = re.findall(r"user: (.*)\nassistant: ([^\0]*?)(?=user: |\Z)", typed.stdout)
+    assert [(said, answer.strip()) for said, answer in found] == [(said, talk.say(said).strip()) for said in turns]
+
+
+def test_what_is_said_on_the_command_line(whole, monkeypatch, capsys):
+    argv = ["chat.py", "--model_name", str(whole / "sft" / "final"), "--max_new_tokens", "8", "--say", "Hello!", "7+5?"]
+    monkeypatch.setattr(sys, "argv", argv)
+    module("chat").main()
+    said = capsys.readouterr().out
+    assert said.index("user: Hello!") < said.index("user: 7+5?") and said.count("assistant: ") == 2
 
 
 def test_a_stage_runs_what_it_needs_first(tmp_path, monkeypatch):
@@ -170,7 +181,7 @@ def test_every_shipped_config_loads_and_names_its_command(config, monkeypatch):
         found.extend(parent(*args))
         raise Parsed
 
-    monkeypatch.setattr(recipe, "parse", parse)
+    monkeypatch.setattr(recipe if hasattr(recipe, "parse") else rl, "parse", parse)
     cpu = ["--use_cpu", "true", "--bf16", "false"] if "bf16: true" in text else []
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--config", str(config), *cpu])
     with pytest.raises(Parsed):

@@ -13,13 +13,14 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from ..flags import at_least
 from ..tasks.reward import make_reward
 from . import metrics
 from .embedded import DELIMITER
-from .stage import StageArguments
+from .stage import StageArguments, load_model, parse
+from .stage import run as run_stage
 
 
 @dataclass
@@ -101,3 +102,25 @@ def measures(
     if stage.reward_model:
         return {"reward": lambda trainer: trainer.evaluate()["eval_reward"]}
     return {"accuracy": metrics.accuracy(held_out, tokenizer, stage.answer_delimiter, args.max_completion_length)}
+
+
+def run(recipe: str, config: type[GRPOConfig], trainer: type[GRPOTrainer]) -> None:
+    """A reinforcement stage with this trainer, as `stage.run`."""
+    stage, args = parse(recipe, RLArguments, config)
+    train, held_out = stage.load("rl", "rl")
+    model, tokenizer = load_model(stage.model_name)
+    reward, budget = stage.reward(), TokenBudget(stage.max_generated_tokens)
+
+    def make_trainer() -> GRPOTrainer:
+        return trainer(
+            model,
+            reward,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[budget],
+        )
+
+    found = measures(stage, args, held_out, tokenizer)
+    run_stage(recipe, stage, args, make_trainer, found, generated_tokens=lambda: budget.generated)

@@ -69,11 +69,6 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
             raise ValueError(
                 f"train_dataset is a {type(dataset).__name__}: SPO remembers every row; give a datasets.Dataset"
             )
-        if len(dataset) < config.generation_batch_size:
-            raise ValueError(
-                f"train_dataset has {len(dataset)} rows and a rollout takes {config.generation_batch_size} different ones "
-                "(generation_batch_size); give more rows or a smaller rollout"
-            )
         given["train_dataset"] = dataset.add_column(ROW, list(range(len(dataset))))
         super().__init__(**given)
         self.tracker = config.tracker(len(dataset)).to(self.accelerator.device)

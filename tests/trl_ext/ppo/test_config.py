@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.trl_ext.ppo import setups
 from trl_ext.ppo import PPOConfig
 
 
@@ -42,3 +43,9 @@ def test_defaults_are_the_published_ones(tmp_path):
     assert (args.epsilon, args.beta, args.num_iterations, args.target_kl) == (0.2, 0.02, 2, 0.25)
     assert (args.num_generations, args.loss_type) == (1, "dapo")
     assert PPOConfig(str(tmp_path), **QUIET, num_generations=4).num_generations == 4
+
+
+def test_fewer_rows_than_a_rollout_takes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"3 rows and a rollout takes 4 different ones"):
+        setups.ppo(tmp_path, rows=3)
+    setups.ppo(tmp_path, rows=2, num_generations=2)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.trl_ext.hrpo.test_two_processes import free_port
+from tests.trl_ext.spo import setups
 
 
 def run(folder, processes, tracker):
     folder.mkdir()
+    setups.base_folder(folder)  # before two processes make it at once
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
@@ -24,7 +26,7 @@ def run(folder, processes, tracker):
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("tracker", ["prompt", "global"])
+@pytest.mark.parametrize("tracker", ["prompt", pytest.param("global", marks=pytest.mark.slow)])
 def test_two_processes_are_one(tmp_path, tracker):
     """Rewards of the drawn prompts exactly; tracker, D and losses to 1e-5and weights to 1e-5; resumed, to the bit."""
     (one, first), (two, second) = (run(tmp_path / str(n), n, tracker) for n in (1, 2))
