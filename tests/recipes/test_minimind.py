@@ -157,11 +157,17 @@ def test_a_stage_runs_what_it_needs_first(tmp_path, monkeypatch):
         returncode = 3
 
     monkeypatch.setattr(stage.subprocess, "run", lambda command, check: commands.append(command) or Done)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.py"])
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, tmp_path, "dpo", [])
-    assert stopped.value.code == 3 and commands[0][1].endswith("recipes/minimind/sft.py")
-    with pytest.raises(SystemExit, match=r"there is no such folder; run recipes/minimind/sft\.py first"):
-        run(monkeypatch, tmp_path, "dpo", ["--dataset", "mine.jsonl"])
+        module("dpo").main()
+    assert stopped.value.code == 3 and commands == [[sys.executable, str(RECIPES / "sft.py")]]
+    Done.returncode = 0
+    for flags in ([], ["--dataset", "mine.jsonl"], ["--run_dir", "elsewhere", "--model_name", "elsewhere/sft/final"]):
+        monkeypatch.setattr(sys, "argv", ["dpo.py", *flags])
+        with pytest.raises(SystemExit, match=r"there is no such folder; run recipes/minimind/sft\.py first"):
+            module("dpo").main()
+    assert len(commands) == 2  # not for one's own data, nor elsewhere
 
 
 @pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda file: file.stem)

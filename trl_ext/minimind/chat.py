@@ -15,6 +15,7 @@ class Dialogue:
         system: the system message; None for none.
 
     Attributes:
+        model: on the GPU, where there is one.
         messages: all turns, `role` and `content`.
     """
 
@@ -28,7 +29,7 @@ class Dialogue:
     ):
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: 0 or more")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
         self.messages = [{"role": "system", "content": system}] if system else []
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         self.generation = GenerationConfig(

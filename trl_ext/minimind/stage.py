@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from ..flags import at_least, read_config
 from ..recipe import compact_progress, start
 from ..report import plot_curves, write_summary
 from ..tasks.data import DataError
+from ..tasks.warm_start import publish
 from .data import load_minimind_data
 from .embedded import write_embedded
 
@@ -70,9 +72,8 @@ class StageArguments:
     def file(self, kind: str) -> Path:
         """Where the embedded default's rows of a kind are; written on first use."""
         folder = Path(self.run_dir, f"data-{self.embedded_seed}")
-        if not (folder / "whole").exists():
-            write_embedded(folder, self.embedded_seed)
-            (folder / "whole").touch()
+        if not folder.exists():
+            publish(folder, lambda part: write_embedded(part, self.embedded_seed))
         return folder / f"{kind}.jsonl"
 
     def load(self, name: str, kind: str) -> tuple[Dataset, Dataset]:
@@ -119,12 +120,14 @@ def _ensure(name: str | None, stage: StageArguments, recipes: Path) -> None:
         return
     before = folder.relative_to(stage.run_dir).parts[0]
     script = recipes / f"{before}.py"
-    if not script.exists() or stage.dataset != EMBEDDED:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and script.exists() and stage.dataset == EMBEDDED and stage.run_dir == StageArguments.run_dir:
+        print(f"{name} is not there yet: running {script.name}", flush=True)
+        done = subprocess.run([sys.executable, str(script)], check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
+    if not folder.exists():
         sys.exit(f"--model_name {name}: there is no such folder; run recipes/minimind/{before}.py first")
-    print(f"{name} is not there yet: running {script.name}", flush=True)
-    done = subprocess.run([sys.executable, str(script), "--run_dir", stage.run_dir], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

