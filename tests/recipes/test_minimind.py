@@ -95,7 +95,12 @@ def test_the_report_holds_every_stage_and_a_dialogue(whole):
     assert (whole / "report.png").stat().st_size > 20_000
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "lora", "dpo", "grpo", "spo", "ppo", "distill", "reason"])
+IN_THEIR_OWN_TESTS = ("sft", "lora", "spo", "ppo", "distill", "reason")  # or as pretraining does
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrain", "dpo", "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_THEIR_OWN_TESTS)]
+)
 def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, name):
     """Weights after 4 steps, bit for bit, and after 2, a checkpoint, and 2 more."""
     few = [*FEW[name], *QUIET, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
