@@ -30,9 +30,9 @@ def start(method, folder, case, processes):
     "method,case,term",
     [
         ("latent", "sequential", "loss/codi"),
-        ("latent", "kv", "loss/kv"),
+        pytest.param("latent", "kv", "loss/kv", marks=pytest.mark.slow),
         ("kv", "default", "kv/attn"),
-        ("kv", "note", "kv/k"),
+        pytest.param("kv", "note", "kv/k", marks=pytest.mark.slow),
         ("concept", "stable", "loss/ratio"),
         pytest.param("concept", "autoregressive", "concept/ratio", marks=pytest.mark.slow),
     ],

@@ -17,7 +17,9 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("mode, source", [("rollout", "projection"), ("soft_bptt", "soft_embedding")])
+@pytest.mark.parametrize(
+    "mode, source", [("rollout", "projection"), pytest.param("soft_bptt", "soft_embedding", marks=pytest.mark.slow)]
+)
 def test_two_ranks_agree(tmp_path, mode, source):
     setups.base_folder(tmp_path)
     call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
