@@ -52,3 +52,13 @@ def with_adapter(
         return model, peft_config
     set_seed(seed)
     return get_peft_model(model, peft_config), None
+
+
+def name_of(model: PreTrainedModel | str) -> str:
+    """Where a model, or the path of one, comes from; empty if nobody knows."""
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
+def default_args(model: PreTrainedModel | str, config_class: type, name: str) -> Any:
+    """A trainer's configuration where none is given: as TRL's, it leaves files in a folder named after model and method."""
+    return config_class(f"{name_of(model).split('/')[-1]}-{name.replace(' ', '-')}")

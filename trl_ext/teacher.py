@@ -1,10 +1,28 @@
 """A teacher, another causal LM: loaded, frozen, and checked to read the student's tokens."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+
+@dataclass
+class TeacherConfig(SFTConfig):
+    """SFT's configuration with a teacher."""
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the teacher, unless teacher_model is given."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
+                  "quantization_config."},
+    )  # fmt: skip
 
 
 def load_teacher(

@@ -32,7 +32,7 @@ from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import backbone_of
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import check_name, preparing_models, with_adapter
+from ..creation import check_name, default_args, preparing_models, with_adapter
 from ..parameter_groups import split_by_role
 from .config import ConceptConfig
 from .losses import everywhere, ratio_loss, usage_kl_to_uniform
@@ -55,9 +55,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
     _name = "Concept tokens"
 
     def __init__(self, model: Any, args: ConceptConfig | None = None, *others: Any, **keywords: Any):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = ConceptConfig(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        args = default_args(model, ConceptConfig, self._name) if args is None else args
         if not isinstance(args, ConceptConfig):
             raise ValueError(f"args is a {type(args).__name__}; concept tokens need a ConceptConfig")
         check_name(model)

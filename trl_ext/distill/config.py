@@ -2,33 +2,24 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import SFTConfig
+
+from ..teacher import TeacherConfig
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 @dataclass
-class LogitsDistillConfig(SFTConfig):
+class LogitsDistillConfig(TeacherConfig):
     """loss = alpha CE + (1 - alpha) T^2 KL(softmax(teacher / T) || softmax(student / T)), mean per trained token
 
     `alpha=1` is SFT: no teacher is needed. The defaults are MiniMind's.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
-
     alpha: float = field(default=0.5, metadata={"help": "Share of cross-entropy, 0 to 1; the teacher has the rest."})
     temperature: float = field(default=1.5, metadata={"help": "T: of both distributions that are compared."})
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the teacher, unless teacher_model is given."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
-                  "quantization_config."},
-    )  # fmt: skip
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
     )

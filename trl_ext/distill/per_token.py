@@ -15,7 +15,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from patches import fused_lm_head
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import on_unsloths_trainer
+from ..creation import default_args, on_unsloths_trainer
 
 
 class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
@@ -52,9 +52,7 @@ class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
         return False
 
     def _checked(self, model: Any, args: SFTConfig | None) -> SFTConfig:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = self._config_class(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        args = default_args(model, self._config_class, self._name) if args is None else args
         if not isinstance(args, self._config_class):
             raise ValueError(f"args is a {type(args).__name__}; {self._name} needs a {self._config_class.__name__}")
         return args

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoProcessor
 from trl import SFTTrainer
 
-from ..creation import preparing_models
+from ..creation import name_of, preparing_models
 from .config import ReasoningDistillConfig
 from .per_token import PerTokenTrainer
 from .tags import add_tags, check_tags_are_trained, give_embeddings
@@ -49,10 +49,9 @@ class ReasoningDistillTrainer(PerTokenTrainer):
     ):
         args = self._checked(model, args)
         if processing_class is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
             revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
             processing_class = AutoProcessor.from_pretrained(
-                name, revision=revision, trust_remote_code=args.trust_remote_code
+                name_of(model), revision=revision, trust_remote_code=args.trust_remote_code
             )
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         ids, added = add_tags(tokenizer, args.tags)

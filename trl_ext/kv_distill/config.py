@@ -4,24 +4,23 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import SFTConfig
-
 from unsloth_ext.alignment.aligner import DIRECTIONS, MODES, ROPE_SPACES
 from unsloth_ext.alignment.heads import INITS
 from unsloth_ext.alignment.loss import StructuralKVLoss
 from unsloth_ext.alignment.time_warping import SegmentTimeWarper
 
 from ..flags import must_be_off, one_of
+from ..teacher import TeacherConfig
 
 
 @dataclass
-class KVDistillConfig(SFTConfig):
+class KVDistillConfig(TeacherConfig):
     """loss = loss_ce + lambda_kv (alpha_k L_K + alpha_v L_V + alpha_attn L_attn + alpha_norm L_norm)
 
     `lambda_kv=0` is SFT: no teacher is needed.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "ratio_map", "alpha_map"]
+    _VALID_DICT_FIELDS = [*TeacherConfig._VALID_DICT_FIELDS, "ratio_map", "alpha_map"]
 
     lambda_kv: float = field(default=1.0, metadata={"help": "Weight of the structural loss beside cross-entropy."})
     alpha_k: float = field(default=1.0, metadata={"help": "Weight of the keys' directions."})
@@ -61,14 +60,6 @@ class KVDistillConfig(SFTConfig):
     answer_delimiter: str = field(
         default="####", metadata={"help": "Ends the reasoning in a completion; what follows is the answer."}
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the teacher, unless teacher_model is given."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
-                  "quantization_config."},
-    )  # fmt: skip
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
     )

@@ -24,7 +24,8 @@ from unsloth_ext.kv.tap import check_sdpa
 from unsloth_ext.unsloth_decoding import on_unsloth
 
 from ..checkpointing import CheckpointError, SafeCheckpointMixin
-from ..creation import check_name, with_adapter
+from ..creation import check_name, default_args, with_adapter
+from ..gradients import average_gradients
 from ..teacher import check_vocabularies, load_teacher
 from .config import KVDistillConfig
 from .segments import TEACHER, SegmentCollator, add_segments
@@ -68,9 +69,7 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **keywords: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = KVDistillConfig(f"{name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        args = default_args(model, KVDistillConfig, self._name) if args is None else args
         if not isinstance(args, KVDistillConfig):
             raise ValueError(f"args is a {type(args).__name__}; KV distillation needs a KVDistillConfig")
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -254,15 +253,10 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
             rate = self.args.aligner_learning_rate
             rate = self.args.learning_rate if rate is None else rate
             optimizer.add_param_group({"params": learning, "lr": rate, "weight_decay": 0.0})
-            optimizer.register_step_pre_hook(lambda *_: self._average_gradients(learning))
+            if self.accelerator.num_processes > 1:
+                mean = functools.partial(self.accelerator.reduce, reduction="mean")
+                optimizer.register_step_pre_hook(lambda *_: average_gradients(learning, mean))
         return optimizer
-
-    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(gradient, "mean")
 
     def _named_trained(self) -> dict[str, nn.Parameter]:
         ours = {} if self.aligner is None else dict(self.aligner.named_parameters(prefix=ALIGNER))

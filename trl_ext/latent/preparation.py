@@ -23,16 +23,12 @@ from unsloth_ext.latent.config import (
 )
 from unsloth_ext.residual import backbone_of
 
+from ..creation import name_of
 from .config import LatentArguments
 from .data import learned_positions
 
 
 logger = logging.get_logger(__name__)
-
-
-def name_of(model: Any) -> str:
-    """Where a model, or the path of one, comes from; empty if nobody knows."""
-    return model if isinstance(model, str) else model.config._name_or_path
 
 
 def tokenizer_of(model: Any, args: LatentArguments, given: Any) -> PreTrainedTokenizerBase:

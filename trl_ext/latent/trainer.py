@@ -23,11 +23,11 @@ from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import check_name, preparing_models, with_adapter
+from ..creation import check_name, default_args, preparing_models, with_adapter
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss
-from .preparation import Preparation, name_of, tokenizer_of
+from .preparation import Preparation, tokenizer_of
 
 
 class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
@@ -55,7 +55,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         **keywords: Any,
     ):
         if args is None and self._config_class is not None:
-            args = self._config_class(f"{name_of(model).split('/')[-1]}-{self._name}")
+            args = default_args(model, self._config_class, self._name)
         if not isinstance(args, LatentArguments):
             raise ValueError(f"args is a {type(args).__name__}; latent distillation needs one of its own configs")
         if data_collator is not None:

@@ -29,8 +29,9 @@ from unsloth_ext.states import logits_of
 
 from ..checkpointing import SafeCheckpointMixin
 from ..concept.losses import everywhere
-from ..creation import check_name, preparing_models, with_adapter
+from ..creation import check_name, default_args, preparing_models, with_adapter
 from ..fingerprint import content_hash
+from ..gradients import average_gradients
 from ..parameter_groups import split_by_role
 from . import monitors
 from .advice import PlannerMonitorCallback
@@ -38,7 +39,6 @@ from .config import PlannerExecutorConfig
 from .curriculum import LengthCurriculum
 from .data import COLUMNS, HASHED, SAMPLE_ID, PlannerCollator, RowSplitter, cut, prepare
 from .em import EStep, EStepSchedule, PlanCache, e_step, number_of_plans
-from .gradients import average_gradients
 from .losses import UsageAverage, commitment_loss, expected_use, hard_use, loss_eos, plan_predictions
 from .preparation import attach, check_given, check_method
 from .probe import probe
@@ -67,9 +67,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
     _name = "Planner-executor"
 
     def __init__(self, model: Any, args: PlannerExecutorConfig | None = None, *others: Any, **keywords: Any):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = PlannerExecutorConfig(f"{name.split('/')[-1]}-{self._name}")
+        args = default_args(model, PlannerExecutorConfig, self._name) if args is None else args
         if not isinstance(args, PlannerExecutorConfig):
             raise ValueError(f"args is a {type(args).__name__}; planning needs a PlannerExecutorConfig")
         check_name(model)

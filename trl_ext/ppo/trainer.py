@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from ..checkpointing import CheckpointError
+from ..creation import default_args, name_of
+from ..gradients import average_gradients
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..one_sample import OwnAdvantages
 from .advantages import clipped_value_loss, generalized_advantages, moments
@@ -67,16 +69,14 @@ class PPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         critic_model: PreTrainedModel | str | None = None,
         **keywords: Any,
     ):
-        name = model if isinstance(model, str) else model.config._name_or_path
-        if args is None:
-            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        args = default_args(model, PPOConfig, self._name) if args is None else args
         if not isinstance(args, PPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; PPO needs a PPOConfig")
         given = (
             inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **keywords).arguments
         )
         adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
-        if args.beta and not name and not adapted:
+        if args.beta and not name_of(model) and not adapted:
             raise ValueError(
                 f"beta={args.beta}: the reference is loaded by the model's name, and this one, made in memory, has none; "
                 "save it and give the folder, or set beta=0"
@@ -185,9 +185,7 @@ class PPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         self._metrics["train"]["ppo/stopped"].append(float(self._dropping))
         if self._dropping or not self.args.vf_coef or self.accelerator.num_processes == 1:
             return
-        for parameter in self.critic.parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(gradient, "mean")
+        average_gradients(list(self.critic.parameters()), lambda x: self.accelerator.reduce(x, "mean"))
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)

@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from ..checkpointing import CheckpointError
+from ..creation import default_args
 from ..fingerprint import content_hash
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..one_sample import OwnAdvantages
@@ -60,8 +61,7 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         given = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         given.pop("self")
         if given.get("args") is None:
-            name = given["model"] if isinstance(given["model"], str) else given["model"].config._name_or_path
-            given["args"] = SPOConfig(f"{name.split('/')[-1]}-SPO")
+            given["args"] = default_args(given["model"], SPOConfig, self._name)
         config, dataset = given["args"], given.get("train_dataset")
         if not isinstance(config, SPOConfig):
             raise ValueError(f"args is a {type(config).__name__}; SPO needs an SPOConfig")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from trl_ext.planner import gradients
+from trl_ext import gradients
 
 
 def test_means_over_processes(monkeypatch):

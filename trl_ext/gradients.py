@@ -1,4 +1,4 @@
-"""Gradients of several processes where DDP sees no forward: the passes of planner and executor go below its wrapper."""
+"""Gradients of several processes where DDP sees no forward, as of a critic beside the policy."""
 
 from collections.abc import Callable
 
