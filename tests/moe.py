@@ -2,8 +2,9 @@
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from tests import tiny
 from unsloth_ext import minimind_config
 
 
@@ -24,13 +25,7 @@ def config(kind: str, **changes) -> PreTrainedConfig:
 
 def model(kind: str, seed: int = 0, std: float = 0.3, **changes) -> PreTrainedModel:
     """A random one whose router has opinions."""
-    torch.manual_seed(seed)
-    net = AutoModelForCausalLM.from_config(config(kind, **changes))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=std)
-    return net
+    return tiny.from_config(config(kind, **changes), seed, std)
 
 
 def routers(net: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

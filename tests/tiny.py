@@ -62,13 +62,18 @@ def config(family: str, vocab_size: int = 64):
 
 def model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.3):
     """A random causal LM whose weights are large enough for its outputs to depend on its inputs."""
+    return from_config(config(family), seed, std, dtype).eval()
+
+
+def from_config(config, seed: int = 0, std: float = 0.3, dtype: torch.dtype = torch.float32):
+    """One of any configuration, in training mode; matrices have standard deviation `std`."""
     torch.manual_seed(seed)
-    net = AutoModelForCausalLM.from_config(config(family)).to(dtype)
+    net = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=std)
-    return net.eval()
+    return net
 
 
 def loud_gates(backbone, seed: int = 0) -> None:

@@ -37,6 +37,7 @@ def test_nothing_is_lost_in_silence(case):
     assert case in run("grpo")["errors"]
 
 
+@pytest.mark.slow
 @pytest.mark.unsloth
 @unsloth[1]
 def test_saved_models_say_the_same_in_a_fresh_process():

@@ -135,6 +135,7 @@ def test_own_files_are_split_and_a_bad_row_is_named(whole, monkeypatch, tmp_path
         run(monkeypatch, whole, "sft", [*own, "--eval_size", "300"])
 
 
+@pytest.mark.slow
 def test_the_dialogue(whole):
     """What is typed, in a process of its own."""
     model = str(whole / "sft" / "final")

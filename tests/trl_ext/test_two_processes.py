@@ -1,26 +1,16 @@
 """Two ranks (DDP on gloo) with half the rows each give the losses, deviations and weights of one with all of them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.trl_ext.hrpo.test_two_processes import free_port
+from tests.processes import launch
 
 
 def start(method, folder, case, processes):
     folder.mkdir()
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
-    command += ["-m", "tests.trl_ext.two_process_worker", method, str(folder), case, str(4 // processes)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.trl_ext.two_process_worker", method, folder, case, 4 // processes, processes=processes)
     if case == "codebook":
         return torch.load(folder / "weights.pt", weights_only=True)
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
@@ -33,7 +23,7 @@ def start(method, folder, case, processes):
         pytest.param("latent", "kv", "loss/kv", marks=pytest.mark.slow),
         ("kv", "default", "kv/attn"),
         pytest.param("kv", "note", "kv/k", marks=pytest.mark.slow),
-        ("concept", "stable", "loss/ratio"),
+        pytest.param("concept", "stable", "loss/ratio", marks=pytest.mark.slow),
         pytest.param("concept", "autoregressive", "concept/ratio", marks=pytest.mark.slow),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.processes import leave
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
@@ -68,5 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
+    leave()

@@ -17,6 +17,7 @@ from ..tasks.arithmetic import Demonstrations, Problem, demonstration, split_pro
 
 
 DELIMITER = "####"
+EXACT = Demonstrations(guess_short=0, guess_long=0, slip=0, noise=0)
 STORIES = ("gsm_symbolic", "needle_haystack", "sentence_reordering", "word_sorting", "syllogism", "time_intervals")
 ASKED = ("{}?", "What is {}?", "Calculate {}.", "How much is {}?", "{} is what?")
 NAME, MAKER = "MiniMind", "this recipe"
@@ -80,9 +81,8 @@ def texts(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator
         row = made[i % len(made)][i]
         answer = row["metadata"].get("answer_cot", row["answer"])
         yield {"text": f"{row['question'][:300]}\n{str(answer)[:200]}"}
-        exact = Demonstrations(guess_short=0, guess_long=0, slip=0, noise=0)
         for _ in range(2):
-            worked = (f"{p.prompt}{demonstration(p.terms, rng, exact, DELIMITER)}" for p in rng.sample(problems, 6))
+            worked = (f"{p.prompt}{demonstration(p.terms, rng, EXACT, DELIMITER)}" for p in rng.sample(problems, 6))
             yield {"text": "\n".join(worked)}
 
 
@@ -106,12 +106,11 @@ def introductions(problems: list[Problem], rng: random.Random, unseen: bool) -> 
 
 def preferences(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
     """Worked without a mistake, against a guess or a slip that misses."""
-    exact = Demonstrations(guess_short=0, guess_long=0, slip=0, noise=0)
     poor = Demonstrations(guess_short=0.7, guess_long=0.9, lucky=0, slip=0.5, noise=0.05)
     while True:
         problem = rng.choice(problems)
         asked = _asked(problem, rng)
-        right, wrong = (demonstration(problem.terms, rng, how, DELIMITER) for how in (exact, poor))
+        right, wrong = (demonstration(problem.terms, rng, how, DELIMITER) for how in (EXACT, poor))
         if right.rpartition(DELIMITER)[2] != wrong.rpartition(DELIMITER)[2]:
             yield {"chosen": _turns(asked, right)["conversations"], "rejected": _turns(asked, wrong)["conversations"]}
 
@@ -124,10 +123,9 @@ def questions(problems: list[Problem], rng: random.Random, unseen: bool) -> Iter
 
 def reasoning(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
     """Worked between the tags of reasoning models."""
-    exact = Demonstrations(guess_short=0, guess_long=0, slip=0, noise=0)
     while True:
         problem = rng.choice(problems)
-        work, _, answer = demonstration(problem.terms, rng, exact, DELIMITER).partition(DELIMITER)
+        work, _, answer = demonstration(problem.terms, rng, EXACT, DELIMITER).partition(DELIMITER)
         yield _turns(_asked(problem, rng), f"<think>\n{work}\n</think>\n<answer>\n{answer}\n</answer>")
 
 

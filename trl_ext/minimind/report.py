@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .chat import Dialogue
-from .stage import StageArguments, load_model, summaries
+from .stage import StageArguments, load_model
 
 
 STAGES = ("tokenizer", "pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
@@ -28,8 +28,8 @@ def report(stage: StageArguments) -> None:
         SystemExit: no stage has left a summary there.
     """
     folder, console = Path(stage.run_dir), Console()
-    found = summaries(folder)
-    found = {name: found[name] for name in STAGES if name in found}
+    files = {name: folder / name / "summary.json" for name in STAGES}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if not found:
         raise SystemExit(f"{folder} has no stage's summary.json; run `make minimind`")
     console.print(table(found))

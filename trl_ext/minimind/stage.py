@@ -1,7 +1,6 @@
 """What the stages of a small language model share: flags, data, the model of the stage before, and how a stage ends."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -197,8 +196,3 @@ def show(title: str, before: dict[str, float], after: dict[str, float], console:
     for name in after:
         table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
     console.print(table)
-
-
-def summaries(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """What the stages of a run have left, by stage."""
-    return {file.parent.name: json.loads(file.read_text()) for file in run_dir.glob("*/summary.json")}

@@ -3,7 +3,6 @@
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from trl_ext import ConceptConfig, ConceptTrainer
@@ -32,13 +31,7 @@ CASES = {
 def base(family="qwen3", layers=4, std=0.1):
     config = tiny.config(family)
     config = type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
-    torch.manual_seed(0)
-    net = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=std)
-    return net
+    return tiny.from_config(config, 0, std)
 
 
 def settings(folder, **changes):

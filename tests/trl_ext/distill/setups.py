@@ -1,9 +1,8 @@
 """Rows, models and trainers that these tests share."""
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
 from tests import tiny
 from trl_ext.distill import (
@@ -44,13 +43,7 @@ def moe_config(**changes):
 
 
 def model(config, seed=0, std=0.1):
-    torch.manual_seed(seed)
-    net = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=std)
-    return net
+    return tiny.from_config(config, seed, std)
 
 
 def student(**changes):

@@ -4,14 +4,13 @@ Run as a script it is one of the ranks: FOLDER.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+
+from tests.processes import launch, leave
 
 from . import setups
 
@@ -41,15 +40,8 @@ def run(method, folder, rows):
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """The folder of both methods, run by two processes."""
-    from tests.trl_ext.hrpo.test_two_processes import free_port
-
     folder = tmp_path_factory.mktemp("2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    command += ["-m", "tests.trl_ext.distill.test_two_processes", str(folder)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.trl_ext.distill.test_two_processes", folder, processes=2)
     return folder
 
 
@@ -72,4 +64,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in METHODS:
         run(name, Path(sys.argv[1]), 2)
-    dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
+    leave()

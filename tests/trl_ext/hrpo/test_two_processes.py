@@ -1,20 +1,12 @@
 """Two ranks (DDP on gloo): they end with the same weights, ratio 1 at the first inner step, and resume exactly."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 
+from tests.processes import launch
+
 from . import setups
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -22,12 +14,7 @@ def free_port() -> str:
 )
 def test_two_ranks_agree(tmp_path, mode, source):
     setups.base_folder(tmp_path)
-    call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    call += ["-m", "tests.trl_ext.hrpo.two_process_worker", str(tmp_path), mode, source]
-    done = subprocess.run(
-        call, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.trl_ext.hrpo.two_process_worker", tmp_path, mode, source, processes=2)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["equal_on_both"] and result["resume_equal"]
     assert (

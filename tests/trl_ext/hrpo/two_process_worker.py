@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.processes import leave
 from tests.trl_ext.hrpo import setups
 
 
@@ -39,4 +40,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
+    leave()

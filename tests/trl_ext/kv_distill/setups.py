@@ -3,7 +3,6 @@
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from trl_ext import KVDistillConfig, KVDistillTrainer
@@ -39,13 +38,7 @@ def teacher(family="qwen3", std=0.2, **changes):
     config = tiny.config(family)
     changes = {"num_hidden_layers": 4, "layer_types": None, **WIDE, **changes}
     config = type(config)(**{**config.to_dict(), **changes})
-    torch.manual_seed(7)
-    net = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=std)
-    return net
+    return tiny.from_config(config, 7, std)
 
 
 def settings(folder, **changes):

@@ -2,9 +2,9 @@
 
 import functools
 
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import Qwen3Config
 
+from tests import tiny
 from unsloth_ext import train_tokenizer
 
 
@@ -14,17 +14,11 @@ def tokenizer():
 
 
 def model(seed: int = 0, std: float = 0.3):
-    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    net = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=std)
-    return net.eval()
+    return tiny.from_config(config, seed, std).eval()
 
 
 def save(folder):

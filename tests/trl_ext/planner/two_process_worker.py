@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from tests.processes import leave
 from tests.trl_ext.planner import setups
 from unsloth_ext.planner import tape, writers
 
@@ -60,5 +60,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
+    leave()

@@ -1,26 +1,16 @@
 """Two ranks (DDP on gloo) with half of each rollout are one with all of it, dropped steps included."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.trl_ext.hrpo.test_two_processes import free_port
+from tests.processes import launch
 
 
 def run(folder, processes):
     folder.mkdir()
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
-    command += ["-m", "tests.trl_ext.ppo.two_process_worker", str(folder), str(4 // processes)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("tests.trl_ext.ppo.two_process_worker", folder, 4 // processes, processes=processes)
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 

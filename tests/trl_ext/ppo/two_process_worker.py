@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.processes import leave
 from tests.trl_ext.ppo import setups
 
 
@@ -46,5 +47,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()  # after what uses it is gone; left to the interpreter's exit it sometimes aborts
+    leave()

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from tests.processes import leave
 from tests.trl_ext.spo import setups
 
 
@@ -42,5 +42,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
