@@ -104,8 +104,10 @@ def skipped(trainer: ConceptTrainer) -> float:
     found, kept = [], flex.FLEX_FROM
     for start in (kept, 10 * kept):
         flex.FLEX_FROM = start
+        torch.manual_seed(0)
         states = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
         weight = next(p for n, p in trainer.model.named_parameters() if "concept_embedding" in n and p.requires_grad)
-        found.append((states.detach(), torch.autograd.grad(states.float().square().sum(), weight)[0]))
+        weighted = states.float() * torch.randn_like(states, dtype=torch.float32)  # their squares sum to d, by the norm
+        found.append((states.detach(), torch.autograd.grad(weighted.sum(), weight)[0]))
     flex.FLEX_FROM = kept
     return max(off(a, b) for a, b in zip(*found, strict=True))

@@ -44,7 +44,8 @@ def qwen2(size: str) -> torch.nn.Module:
     )
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).to("cuda" if CUDA else "cpu")
+    with torch.device("cuda" if CUDA else "cpu"):  # a billion random numbers take a CPU a while
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import torch
+from torch import nn
 
 
 def unsloth_can_run() -> tuple[bool, str]:
@@ -19,3 +20,14 @@ def unsloth_can_run() -> tuple[bool, str]:
     if torch.cuda.is_available():
         return True, f"unsloth is installed and {torch.cuda.get_device_name()} is visible"
     return False, "no CUDA device is visible"
+
+
+def without_block_compile(model: nn.Module) -> None:
+    """Let decoder layers that Unsloth compiles whole in training run as they are written, from now on.
+
+    Once it has given LoRA to one model, Unsloth compiles the layers of all models of that class, stock ones too. What looks
+    inside a layer is in its graph; checkpointing's recomputation, after the look, would compile another one and fail.
+    """
+    for module in model.modules():
+        if getattr(type(module).forward, "_unsloth_block_compiled", False):
+            module.__dict__["_unsloth_block_mode"] = 0  # unsloth.models._block_compile._OFF

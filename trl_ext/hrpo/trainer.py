@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class HRPOMixin(GRPOCheckpointMixin):
             given["peft_config"] = copy.deepcopy(given["peft_config"])
             vars(given["peft_config"]).update(with_thinking_modules(given["peft_config"]))
         self._attach(given)
-        with self._attaching():
+        with self._attaching(), self._lambda_in_float32(given["model"]):
             super().__init__(**given)
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
@@ -134,6 +135,15 @@ class HRPOMixin(GRPOCheckpointMixin):
         """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
         config = self.hrpo.thinking_config()
         return preparing_models(super().__init__, lambda model: attach_thinking(model, config))
+
+    @contextlib.contextmanager
+    def _lambda_in_float32(self, model: nn.Module | str) -> Iterator[None]:
+        """While the parent constructs: it casts what trains beside 4- or 8-bit weights to bf16, losing Lambda's steps."""
+        kept = None if isinstance(model, str) else backbone_of(model).thinking_residual_Lambda.Lambda.detach().clone()
+        yield
+        now = backbone_of(self.model).thinking_residual_Lambda.Lambda
+        if now.dtype == torch.bfloat16:
+            now.data = now.float() if kept is None else kept.to(now.device)
 
     # -- rollout ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..backend import without_block_compile
 from ..residual import backbone_of
 from .compression import CompressedKV, KVScoring, compress_kv
 
@@ -79,6 +80,7 @@ def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
         ValueError: the model's attention is not SDPA.
     """
     check_sdpa(model)
+    without_block_compile(model)
     config = backbone_of(model).config
     before = config._attn_implementation
     token = _OBSERVER.set(observer)

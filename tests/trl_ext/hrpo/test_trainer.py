@@ -7,10 +7,11 @@ import pytest
 import torch
 import trl
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from tests import tiny
 from trl_ext import HRPOConfig, HRPOTrainer
-from unsloth_ext import attach_thinking, backbone_of, has_thinking
+from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of, has_thinking
 from unsloth_ext.recompute import SavedThinking, previous_hidden, thinking_keywords
 from unsloth_ext.states import project
 
@@ -65,6 +66,25 @@ def test_every_mode_trains_and_saves_and_loads(tmp_path, source, mode):
     assert any("thinking_residual_Lambda" in name for name in saved)
     thinking = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["thinking"]
     assert thinking["thinking_source"] == source
+
+
+@pytest.mark.parametrize("given", ["name", "model", "adapter"])
+def test_beside_4_bit_weights_lambda_moves_by_less_than_bf16_can_tell(tmp_path, given):
+    """TRL casts what trains beside them to bf16: Lambda, at about 4, would then move by 1/64 or not at all. What it was
+    given with is kept to the bit."""
+    four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.bfloat16}
+    name = setups.base_folder(tmp_path)
+    model = None if given == "name" else FastThinkingModel.from_pretrained(name, 128, load_in_4bit=True)[0]
+    if given == "adapter":
+        model = FastThinkingModel.get_peft_model(model, r=4)
+    wanted = model and backbone_of(model).thinking_residual_Lambda.Lambda.detach().clone()
+    changes = {"lr_residual_lambda": 1e-4, "bf16": True, **({"model_init_kwargs": four_bit} if model is None else {})}
+    trainer = setups.hrpo(tmp_path, model=model, peft=given != "adapter", **changes)
+    moving = backbone_of(trainer.model).thinking_residual_Lambda.Lambda
+    assert moving.dtype == torch.float32 and (wanted is None or torch.equal(moving, wanted))
+    before = moving.detach().clone()
+    trainer.train()
+    assert 0 < (moving - before).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("source, mode", [m for m in MODES if m[1] in ("frozen", "rollout", "soft_bptt")])
