@@ -29,6 +29,7 @@ import setups
 # full forward round differently, and the random weights carry it on: 0.02 to 0.07; with the states lost it is 0.75 to 1.4
 PRECISIONS = {"float32": 1e-3, "bfloat16": 0.15, "4bit": 0.15}
 MODES = [
+    ("projection", "frozen"),
     ("projection", "rollout"),
     ("projection", "jacobi"),
     ("soft_embedding", "frozen"),
@@ -103,6 +104,7 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
     from trl_ext import HRPOConfig, HRPOTrainer
     from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
 
+    projects = source == "projection" and mode != "frozen"  # a gradient reaches the projection
     deviations, largest = [], hrpo.ratio_deviation
 
     def watched(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -139,14 +141,15 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
         processing_class=tokenizer,
     )
     with mock.patch.object(hrpo, "ratio_deviation", watched):
-        learned = setups.watched(trainer, [*LEARNS, *(["thinking_projection"] if source == "projection" else [])])
+        learned = setups.watched(trainer, [*LEARNS, *(["thinking_projection"] if projects else [])])
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         **learned,
         "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
         "deviation": max(deviations),
         "largest_deviation": max(entry["thinking/ratio_deviation"] for entry in steps),
-        "bound": PRECISIONS[precision],
+        # Unsloth trains float32 weights under bf16 autocast, on a GPU
+        "bound": PRECISIONS["bfloat16" if name == "unsloth" and setups.CUDA else precision],
         "trainer": f"{HRPOTrainer.__mro__[1].__name__}",
         "thinking_fraction": steps[0]["thinking/fraction"],
     }
@@ -155,12 +158,10 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
 def process(name: str, precision: str, rehearse: bool) -> dict:
     """`backend` in a process of its own: Unsloth, once imported, has patched all of it."""
     call = [sys.executable, __file__, "--backend", name, "--precision", precision]
-    variables = {"UNSLOTH_COMPILE_LOCATION": f"unsloth_compiled_cache/{precision}"}
-    if precision == "float32":
-        variables["UNSLOTH_MIXED_PRECISION"] = "bfloat16"  # its word for: no autocast, which float32 has by default
+    cache = {"UNSLOTH_COMPILE_LOCATION": f"unsloth_compiled_cache/{precision}"}
     done = subprocess.run(
         [*call, *(["--rehearse"] if rehearse else [])], stdout=subprocess.PIPE, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **variables},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **cache},
     )  # fmt: skip
     if done.returncode:
         return {precision: {"passed": False, "error": f"exit status {done.returncode}"}}

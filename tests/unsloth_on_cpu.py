@@ -2,7 +2,7 @@
 
 `UNSLOTH_ALLOW_CPU=1` is Unsloth's own switch for machines without a driver. What is left to do by hand: give it one
 "device", put its rotary cache on the CPU, replace its Triton kernels with torch twins, and let it rewrite TRL's trainer.
-Not covered: CUDA graphs, flash attention and xformers, 4-bit weights, `torch.compile`.
+Not covered: CUDA graphs, flash attention and xformers, 4-bit weights, and, unless `ON_CPU_COMPILE=1`, `torch.compile`.
 """
 
 import atexit
@@ -15,12 +15,13 @@ import types
 
 _cache = tempfile.mkdtemp(prefix="unsloth_compiled_cache")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+_eager = "0" if os.environ.get("ON_CPU_COMPILE") == "1" else "1"
 os.environ.update(
     UNSLOTH_ALLOW_CPU="1",
-    UNSLOTH_COMPILE_DISABLE="1",
+    UNSLOTH_COMPILE_DISABLE=_eager,
     UNSLOTH_DISABLE_STATISTICS="1",
     UNSLOTH_COMPILE_LOCATION=_cache,
-    TORCHDYNAMO_DISABLE="1",
+    TORCHDYNAMO_DISABLE=_eager,
     HF_HUB_OFFLINE="1",
     ACCELERATE_MIXED_PRECISION="no",
     OMP_NUM_THREADS="1",  # tiny models: a thousand times faster than with many threads

@@ -27,4 +27,5 @@ def clip_each_role(optimizer: torch.optim.Optimizer, max_norm: float) -> dict[st
     by_role: dict[str, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
         by_role.setdefault(group["role"], []).extend(group["params"])
-    return {role: nn.utils.clip_grad_norm_(params, max_norm) for role, params in by_role.items()}
+    # torch's norm of no gradient at all is on the CPU
+    return {role: nn.utils.clip_grad_norm_(params, max_norm).to(params[0].device) for role, params in by_role.items()}
