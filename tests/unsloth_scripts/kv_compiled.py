@@ -1,4 +1,4 @@
-"""KV distillation of a stock model whose layers Unsloth compiles whole, as it does on a GPU after LoRA on one such model."""
+"""KV distillation of a stock model whose layers Unsloth compiles whole, as on a GPU after LoRA on one such model."""
 
 import os
 
