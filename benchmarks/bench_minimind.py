@@ -72,14 +72,14 @@ def run(name: str, seed: int) -> dict:
 
 def table(results: dict[str, dict[str, dict]]) -> str:
     """A row for each metric of each run, mean (lowest..highest) over seeds, in Markdown."""
-    lines = ["| stage | held out | before | after | steps | s |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| stage | held out | before | after | steps |", "|---|---|---:|---:|---:|"]
     for name in (n for n in RUNS if n in results):
         runs = list(results[name].values())
         for i, metric in enumerate(runs[0]["after"]):
             form = ".1%" if "accuracy" in metric else ".3g"
             sides = [spread([run[side][metric] for run in runs], form) for side in ("before", "after")]
-            rest = [spread([run[key] for run in runs], ".0f") if i == 0 else "" for key in ("steps", "seconds")]
-            lines.append(f"| {'' if i else name} | {metric} | {' | '.join([*sides, *rest])} |")
+            steps = "" if i else spread([run["steps"] for run in runs], ".0f")
+            lines.append(f"| {'' if i else name} | {metric} | {' | '.join([*sides, steps])} |")
     return "\n".join(lines)
 
 

@@ -30,4 +30,4 @@ def test_the_rehearsal_passes_on_both_backends():
     done = gpu_check("--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("stock", "unsloth"))]
-    assert len(lines) == 30 and all(line.endswith("ok") for line in lines)
+    assert len(lines) == 36 and all(line.endswith("ok") for line in lines)
