@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -11,3 +12,10 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost, and sums keep one o
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage():
+    """Trainers collect garbage, and each time would walk through all that was ever imported."""
+    gc.collect()
+    gc.freeze()

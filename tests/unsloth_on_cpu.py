@@ -6,6 +6,7 @@ Not covered: CUDA graphs, flash attention and xformers, 4-bit weights, and, unle
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -91,3 +92,4 @@ def _prepare() -> None:
 
 
 _prepare()
+gc.freeze()  # Unsloth collects garbage ten times for each model; what was imported is none
