@@ -1,6 +1,6 @@
 """MiniMind's stages over seeds, each against its control; reinforcement at equal generated tokens.
 
-    make bench-minimind                                            # about half an hour a seed on two cores
+    make bench-minimind                                            # about 20 minutes a seed on two cores
     python -m benchmarks.bench_minimind --seeds 0 --only grpo spo
 
 Runs the recipes themselves on the embedded default, with other data, other weights and other samples for each seed. Held

@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -25,9 +26,10 @@ from unittest import mock
 import setups
 
 
-# (precision, bound on the mean of |p_train / p_rollout - 1| over the scored tokens of a step). In bf16 a cached step and a
-# full forward round differently, and the random weights carry it on: 0.02 to 0.07; with the states lost it is 0.75 to 1.4
-PRECISIONS = {"float32": 1e-3, "bfloat16": 0.15, "4bit": 0.15}
+PRECISIONS = ("float32", "bfloat16", "4bit")
+# Of |p_train / p_rollout - 1| over the scored tokens of a step: the largest where all is float32. In bf16 a cached step and
+# a full forward round differently, and random weights carry it on: there the mean, 0.02 to 0.11; states lost, 0.75 to 1.4
+LARGEST, MEAN = 1e-3, 0.15
 MODES = [
     ("projection", "frozen"),
     ("projection", "rollout"),
@@ -66,20 +68,16 @@ def backend(name: str, precision: str, rehearse: bool) -> dict:
     import gpu_minimind
     import gpu_planner
 
-    cases: dict[str, Callable[[], dict]] = {}
-    for source, mode in MODES:
-        cases[f"{source} {mode}"] = lambda s=source, m=mode: train(folder, name, precision, s, m)
-    for method in gpu_latent.METHODS:
-        cases[method] = lambda m=method: gpu_latent.train(folder, m, precision)
-    for module, prefix in ((gpu_kv, "KV "), (gpu_concept, "concepts "), (gpu_planner, "planner "), (gpu_minimind, "")):
-        if module is gpu_minimind and name == "unsloth":
-            continue  # Unsloth's trainers are refused
-        for case in module.CASES:
-            cases[prefix + case] = lambda m=module, c=case: m.train(folder, c, precision)
+    modules = {gpu_latent: "", gpu_kv: "KV ", gpu_concept: "concepts ", gpu_planner: "planner "}
+    if name == "stock":
+        modules[gpu_minimind] = ""  # Unsloth's trainers are refused
+    cases = {f"{source} {mode}": partial(train, folder, name, precision, source, mode) for source, mode in MODES}
+    for module, prefix in modules.items():
+        cases |= {f"{prefix}{case}": partial(module.train, folder, case, precision) for case in module.CASES}
     report: dict = {}
     for case, run in cases.items():
-        report[f"{precision} {case}"] = checked(run)
-        print(f"{name:8} {precision} {case:36} {verdict(report[f'{precision} {case}'])}", file=sys.stderr, flush=True)
+        result = report[f"{precision} {case}"] = checked(run)
+        print(f"{name:8} {precision} {case:36} {verdict(result)}", file=sys.stderr, flush=True)
     report["live patches"] = [patch.name for patch in patches.status().values() if patch.live]
     return report
 
@@ -105,10 +103,11 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
     from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
 
     projects = source == "projection" and mode != "frozen"  # a gradient reaches the projection
-    deviations, largest = [], hrpo.ratio_deviation
+    exact = precision == "float32" and not (name == "unsloth" and setups.CUDA)  # there it trains under bf16 autocast
+    means, largest = [], hrpo.ratio_deviation
 
-    def watched(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        deviations.append(((new - rollout).exp() - 1).abs()[mask != 0].mean().item())
+    def mean_too(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        means.append(((new - rollout).exp() - 1).abs()[mask != 0].mean().item())
         return largest(new, rollout, mask)
 
     four_bit = precision == "4bit"
@@ -140,16 +139,14 @@ def train(folder: str, name: str, precision: str, source: str, mode: str) -> dic
         train_dataset=Dataset.from_list([{"prompt": "What is 12 plus 7? " * (1 + i % 3)} for i in range(24)]),
         processing_class=tokenizer,
     )
-    with mock.patch.object(hrpo, "ratio_deviation", watched):
+    with mock.patch.object(hrpo, "ratio_deviation", mean_too):
         learned = setups.watched(trainer, [*LEARNS, *(["thinking_projection"] if projects else [])])
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         **learned,
         "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
-        "deviation": max(deviations),
-        "largest_deviation": max(entry["thinking/ratio_deviation"] for entry in steps),
-        # Unsloth trains float32 weights under bf16 autocast, on a GPU
-        "bound": PRECISIONS["bfloat16" if name == "unsloth" and setups.CUDA else precision],
+        "deviation": max(entry["thinking/ratio_deviation"] for entry in steps) if exact else max(means),
+        "bound": LARGEST if exact else MEAN,
         "trainer": f"{HRPOTrainer.__mro__[1].__name__}",
         "thinking_fraction": steps[0]["thinking/fraction"],
     }

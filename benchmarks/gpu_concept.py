@@ -102,12 +102,13 @@ def skipped(trainer: ConceptTrainer) -> float:
         return 0.0
     backbone, ids, concepts = some(trainer, flex.FLEX_FROM)
     found, kept = [], flex.FLEX_FROM
+    weights = torch.randn(
+        *ids.shape, backbone.config.hidden_size, device=ids.device
+    )  # normed states' own squares are alike
     for start in (kept, 10 * kept):
         flex.FLEX_FROM = start
-        torch.manual_seed(0)
         states = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
         weight = next(p for n, p in trainer.model.named_parameters() if "concept_embedding" in n and p.requires_grad)
-        weighted = states.float() * torch.randn_like(states, dtype=torch.float32)  # their squares sum to d, by the norm
-        found.append((states.detach(), torch.autograd.grad(weighted.sum(), weight)[0]))
+        found.append((states.detach(), torch.autograd.grad((states.float() * weights).sum(), weight)[0]))
     flex.FLEX_FROM = kept
     return max(off(a, b) for a, b in zip(*found, strict=True))

@@ -14,7 +14,7 @@ from unsloth_ext import latent_phase
 from unsloth_ext.latent.model import question_batch
 
 
-METHODS = ("CODI", "PCCoT", "KAVA")
+CASES = ("CODI", "PCCoT", "KAVA")
 # Root mean square deviation of latent hidden states, over that of the states: rows in a padded batch and by themselves.
 # States of the wrong rows are off by 1.4; in bf16 the random weights carry rounding from one latent token to the next
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.7, "4bit": 0.7}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import torch
 from torch import nn
@@ -28,6 +29,9 @@ def without_block_compile(model: nn.Module) -> None:
     Once it has given LoRA to one model, Unsloth compiles the layers of all models of that class, stock ones too. What looks
     inside a layer is in its graph; checkpointing's recomputation, after the look, would compile another one and fail.
     """
+    blocks = sys.modules.get("unsloth.models._block_compile")
+    if blocks is None:
+        return
     for module in model.modules():
-        if getattr(type(module).forward, "_unsloth_block_compiled", False):
-            module.__dict__["_unsloth_block_mode"] = 0  # unsloth.models._block_compile._OFF
+        if getattr(type(module).forward, blocks._MARK, False):
+            module.__dict__["_unsloth_block_mode"] = blocks._OFF
