@@ -18,6 +18,7 @@ import torch
 from benchmarks import setups
 from benchmarks.over_seeds import ROOT, compare
 from trl_ext.concept.config import PRESETS
+from unsloth_ext.user_errors import in_sentences
 
 
 STEPS = 600
@@ -151,4 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

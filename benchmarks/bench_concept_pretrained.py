@@ -25,6 +25,7 @@ from trl_ext.concept.recipe import ScriptArguments, load, train
 from trl_ext.report import write_between
 from trl_ext.tasks.data import DataArguments
 from unsloth_ext.concept.accounting import equal_depth
+from unsloth_ext.user_errors import in_sentences
 
 
 R = 4
@@ -116,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

@@ -21,6 +21,7 @@ from benchmarks import setups
 from trl_ext.report import write_between
 from unsloth_ext import OnlineConceptConfig, attach_concepts
 from unsloth_ext.concept.accounting import cost, equal_depth
+from unsloth_ext.user_errors import in_sentences
 
 
 RATIO = 4
@@ -158,4 +159,5 @@ def markdown(results: dict, options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

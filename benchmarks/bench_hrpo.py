@@ -21,6 +21,7 @@ import patches
 from trl_ext import HRPOConfig, HRPOTrainer
 from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, hybrid_generate
 from unsloth_ext.decoding import hybrid_decode
+from unsloth_ext.user_errors import in_sentences
 
 
 DELIMITER = "####"
@@ -209,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

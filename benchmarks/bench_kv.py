@@ -26,6 +26,7 @@ from unsloth_ext import CompressedCache, LatentConfig, attach_latent, compressed
 from unsloth_ext.kv.compression import take
 from unsloth_ext.kv.scores import kava_redundancy
 from unsloth_ext.latent.config import thinking_with
+from unsloth_ext.user_errors import in_sentences
 
 
 LENGTHS = (512, 1024, 2048)
@@ -294,4 +295,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

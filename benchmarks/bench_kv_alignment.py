@@ -25,6 +25,8 @@ import torch
 import yaml
 from rich.console import Console
 
+from unsloth_ext.user_errors import in_sentences
+
 
 ROOT = Path(__file__).parents[1]
 GROUPS: dict[str, dict] = {
@@ -246,4 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

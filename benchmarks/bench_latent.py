@@ -32,6 +32,7 @@ from trl_ext.latent.recipe import ScriptArguments
 from trl_ext.report import write_between
 from trl_ext.tasks import equations, warm_start
 from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.user_errors import in_sentences
 
 
 ALONE = 50  # questions answered one by one, to see what a single one takes
@@ -209,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

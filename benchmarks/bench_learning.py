@@ -29,6 +29,7 @@ from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext.fast_model import LINEAR_LAYERS
+from unsloth_ext.user_errors import in_sentences
 
 
 ROOT = Path(__file__).parents[1]
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks import setups
 from benchmarks.over_seeds import ROOT, arguments, so_far, spread
 from trl_ext.report import write_between
+from unsloth_ext.user_errors import in_sentences
 
 
 TOKENS = 80_000  # generated, in all rollouts of a run
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

@@ -28,6 +28,7 @@ from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.planner import monitors
 from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.report import write_between
+from unsloth_ext.user_errors import in_sentences
 
 
 ROOT = Path(__file__).parents[1]
@@ -134,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     main()

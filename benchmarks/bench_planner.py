@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import setups
 from benchmarks.over_seeds import compare
+from unsloth_ext.user_errors import in_sentences
 
 
 STEPS = 1500
@@ -108,4 +109,5 @@ COLUMNS = (
 
 
 if __name__ == "__main__":
+    in_sentences()
     compare(__doc__, "planner", list(RUNS), run, STEPS, COLUMNS, f"{HELD_OUT} held-out facts", "planner")

@@ -25,6 +25,8 @@ from unittest import mock
 
 import setups
 
+from unsloth_ext.user_errors import in_sentences
+
 
 PRECISIONS = ("float32", "bfloat16", "4bit")
 # Of |p_train / p_rollout - 1| over the scored tokens of a step: the largest where all is float32. In bf16 a cached step and
@@ -200,4 +202,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    in_sentences()
     sys.exit(main())

@@ -17,6 +17,11 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from accelerate import PartialState
 
 from trl_ext.concept.recipe import ScriptArguments, parse, run

@@ -11,12 +11,16 @@ decoding of the same weights.
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
 
 from unsloth_ext.backend import unsloth_can_run
 
@@ -73,13 +77,13 @@ def main() -> None:
     args, data = TrlParser((EvalArguments, DataArguments)).parse_args_and_config()
     unknown = set(args.thinking) - {"on", "off", *ABLATIONS}
     if unknown:
-        sys.exit(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}, off")
+        raise ValueError(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}, off")
     rows = rows_of(args, data)
     model, tokenizer = FastThinkingModel.from_pretrained(
         args.checkpoint, max_seq_length=128 if data.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit
     )
     if not has_thinking(model):
-        sys.exit(f"{args.checkpoint} has no thinking modules")
+        raise ValueError(f"{args.checkpoint} has no thinking modules")
     results = {}
     for thinking in args.thinking:
         results[thinking] = evaluate(

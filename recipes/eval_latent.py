@@ -12,12 +12,16 @@ picture of their keys and values against the teacher's (`latent.png`). Everythin
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
 
 from rich.console import Console
 from rich.table import Table
@@ -94,14 +98,16 @@ def main() -> None:
     (args,) = TrlParser(EvalArguments).parse_args_and_config()
     unknown = set(args.latents) - set(LATENTS)
     if unknown:
-        sys.exit(f"--latents {' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
+        raise ValueError(f"--latents {' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
     rows = rows_of(args)
     thinker = LatentModel.from_pretrained(args.checkpoint)
     model, tokenizer = thinker.model, thinker.tokenizer
     trained = backbone_of(model).latent_config.num_latents
     fewer = args.num_latents or sorted({max(1, trained * i // 4) for i in range(1, 5)})
     if not all(1 <= m <= trained for m in fewer):
-        sys.exit(f"--num_latents {' '.join(map(str, fewer))}: the model was trained with {trained}; 1 to {trained}")
+        raise ValueError(
+            f"--num_latents {' '.join(map(str, fewer))}: the model was trained with {trained}; 1 to {trained}"
+        )
     how = {
         "answer_prompt": args.answer_prompt,
         "max_new_tokens": args.max_new_tokens,

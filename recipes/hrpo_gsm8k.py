@@ -19,6 +19,11 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext.flags import at_least, chosen
 from unsloth_ext.backend import unsloth_can_run
 
@@ -77,7 +82,7 @@ def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
 def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     """(training, held-out) rows with `prompt` and `answer`."""
     if script.model_name == "tiny" and data.dataset != "tiny":
-        sys.exit(f"--dataset {data.dataset}: the tiny model can read its own sums only; leave --dataset out")
+        raise ValueError(f"--dataset {data.dataset}: the tiny model can read its own sums only; leave --dataset out")
     if data.dataset == "tiny":
         train, held_out = arithmetic.split_problems(script.eval_size, script.warm_start_seed)
         return arithmetic.as_dataset(train), arithmetic.as_dataset(held_out)

@@ -19,6 +19,11 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from accelerate import PartialState
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

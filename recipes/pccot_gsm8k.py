@@ -12,6 +12,11 @@ at the adapter closer.
 
 from pathlib import Path
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from accelerate import PartialState
 
 from trl_ext import PCCoTConfig, PCCoTTrainer

@@ -20,6 +20,11 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import LoraConfig
@@ -83,7 +88,7 @@ def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConf
         model = AutoModelForCausalLM.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
     if data.dataset == "tiny":
         if tokenizer.get_vocab() != facts.tokenizer().get_vocab():
-            sys.exit(f"--model_name {script.model_name} --dataset tiny: the model was made for other texts")
+            raise ValueError(f"--model_name {script.model_name} --dataset tiny: the model was made for other texts")
         return model, tokenizer, *facts.sentences(script.eval_size, script.warm_start_seed, script.facts), None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

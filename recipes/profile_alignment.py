@@ -11,12 +11,16 @@ second. Writes `profile.json` and `profile.png` (map of heads, attention side by
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
 
 import torch
 from rich.console import Console
@@ -103,7 +107,9 @@ def load(args: ProfileArguments, data: DataArguments):
 def batches(args: ProfileArguments, tokenizer, rows) -> list[dict[str, torch.Tensor]]:
     """Two, tokenized, with segments."""
     if len(rows) < 2 * args.batch_size:
-        sys.exit(f"{len(rows)} rows; --batch_size {args.batch_size} needs {2 * args.batch_size} for its two batches")
+        raise ValueError(
+            f"{len(rows)} rows; --batch_size {args.batch_size} needs {2 * args.batch_size} for its two batches"
+        )
     find = SegmentFinder(DelimiterMatcher(tokenizer, args.answer_delimiter))
     made = []
     for start in (0, args.batch_size):
@@ -129,7 +135,7 @@ def batches(args: ProfileArguments, tokenizer, rows) -> list[dict[str, torch.Ten
 def main() -> None:
     args, data = TrlParser((ProfileArguments, DataArguments)).parse_args_and_config()
     if data.dataset == "tiny" and args.teacher != "tiny":
-        sys.exit(f"--teacher {args.teacher}: the tiny task is the tiny teacher's; give a --dataset")
+        raise ValueError(f"--teacher {args.teacher}: the tiny task is the tiny teacher's; give a --dataset")
     args.answer_delimiter = args.answer_delimiter or ("#" if data.dataset == "tiny" else "####")
     console = Console()
     teacher, student, tokenizer, rows = load(args, data)

@@ -2,7 +2,6 @@
 Unsloth must precede."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +37,16 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of a configuration file.
 
     Raises:
-        SystemExit: no such file, or it is not a YAML mapping.
+        ValueError: no such file, or it is not a YAML mapping.
     """
     if not path.is_file():
-        sys.exit(f"--config {path}: there is no such file")
+        raise ValueError(f"--config {path}: there is no such file")
     try:
         found = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        sys.exit(f"--config {path}: {error}")
+        raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(found, dict):
-        sys.exit(f"--config {path}: not `field: value` lines")
+        raise ValueError(f"--config {path}: not `field: value` lines")
     return found
 
 

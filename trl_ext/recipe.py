@@ -1,6 +1,5 @@
 """What the training recipes share: flags, what is checked before anything is loaded, and how a run ends."""
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,20 +41,26 @@ def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -
     one).
 
     Raises:
-        SystemExit: an embedded model in several processes, or no checkpoint to resume from.
+        ValueError: an embedded model in several processes, or no checkpoint to resume from.
     """
     if args.world_size > 1 and model_name in embedded:
-        sys.exit(f"--model_name {model_name} trains in one process; give a hub id or a folder to accelerate launch")
+        raise ValueError(
+            f"--model_name {model_name} trains in one process; give a hub id or a folder to accelerate launch"
+        )
     output, resume = Path(args.output_dir), args.resume_from_checkpoint
     if resume == "latest":
-        resume = last_complete_checkpoint(output) or sys.exit(f"no complete checkpoint in {output} to resume from")
+        resume = last_complete_checkpoint(output)
+        if resume is None:
+            raise ValueError(f"no complete checkpoint in {output} to resume from")
     return Console(quiet=args.process_index > 0), output, str(resume) if resume else None
 
 
 def check_tiny(model_name: str, dataset: str) -> None:
-    """Exits where only one of model and task is the tiny one, which can read nothing else and be read by nothing else."""
+    """Raises a ValueError where only one of model and task is the tiny one: each can be used with nothing else."""
     if (model_name == "tiny") != (dataset == "tiny"):
-        sys.exit(f"--model_name {model_name} --dataset {dataset}: the tiny model and the tiny task belong together")
+        raise ValueError(
+            f"--model_name {model_name} --dataset {dataset}: the tiny model and the tiny task belong together"
+        )
 
 
 def compact_progress(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ import patches
 from patches import versions
 
 from .backend import unsloth_can_run
+from .user_errors import in_sentences
 
 
 def main() -> int:
@@ -56,4 +57,5 @@ def _patches_table(console: Console, use_unsloth: bool) -> None:
 
 
 if __name__ == "__main__":
+    in_sentences()
     sys.exit(main())

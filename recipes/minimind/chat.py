@@ -9,6 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.stage import StageArguments, load_model, parse
 

@@ -5,6 +5,11 @@
 Held out: nats a token of the assistant's; on the embedded default also sums answered rightly. --alpha 1 is the control.
 """
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext import LogitsDistillConfig, LogitsDistillTrainer
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import StageArguments, load_model, parse, run

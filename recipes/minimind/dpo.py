@@ -5,6 +5,11 @@
 Held out: pairs of which the chosen answer is the more probable.
 """
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext.minimind import metrics

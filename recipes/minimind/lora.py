@@ -7,6 +7,11 @@ Held out: nats a token of the assistant's.
 
 from dataclasses import dataclass, field
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 

@@ -5,6 +5,11 @@
 Held out: questions answered rightly; with a reward model, its mean reward.
 """
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext import PPOConfig, PPOTrainer
 from trl_ext.minimind import rl
 

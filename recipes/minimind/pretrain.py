@@ -7,6 +7,11 @@ Held out: perplexity.
 
 from dataclasses import dataclass, field
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 

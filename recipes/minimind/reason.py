@@ -7,6 +7,11 @@ Held out: nats a token of the assistant's; on the embedded default also sums ans
 
 from dataclasses import dataclass, field
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext import ReasoningDistillConfig, ReasoningDistillTrainer
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import StageArguments, load_model, parse, run

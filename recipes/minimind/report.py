@@ -3,6 +3,11 @@
 python recipes/minimind/report.py [--run_dir runs/minimind]
 """
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext.minimind.report import report
 from trl_ext.minimind.stage import StageArguments, parse
 

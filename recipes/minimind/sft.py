@@ -5,6 +5,11 @@
 Held out: nats a token of the assistant's; on the embedded default also sums answered rightly.
 """
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl import SFTConfig, SFTTrainer
 
 from trl_ext.minimind import metrics

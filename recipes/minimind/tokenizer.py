@@ -9,6 +9,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from rich.console import Console
 
 from trl_ext.minimind.stage import StageArguments, parse, show

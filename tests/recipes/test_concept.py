@@ -101,7 +101,7 @@ def test_the_baselines_train_beside_each_other(run, capsys):
     assert lora["after"]["ratio"] is None and fixed["after"]["ratio"] == 4.0
     assert lora["base"] == fixed["base"] and "lora" in capsys.readouterr().out
     assert Path("out/fixed/concepts.html").exists() and not Path("out/lora/concepts.html").exists()
-    with pytest.raises(SystemExit, match="name one run with --baseline"):
+    with pytest.raises(ValueError, match="name one run with --baseline"):
         run("concept_v1", "--resume_from_checkpoint", "latest")
     run("concept_v1", "--baseline", "fixed", "--stride", "7", "--concepts_per_stride", "2", "--output_dir", "alone")
     assert summary("alone")["after"]["ratio"] == 3.5

@@ -171,7 +171,7 @@ def test_a_stage_runs_what_it_needs_first(tmp_path, monkeypatch):
     Done.returncode = 0
     for flags in ([], ["--dataset", "mine.jsonl"], ["--run_dir", "elsewhere", "--model_name", "elsewhere/sft/final"]):
         monkeypatch.setattr(sys, "argv", ["dpo.py", *flags])
-        with pytest.raises(SystemExit, match=r"there is no such folder; run recipes/minimind/sft\.py first"):
+        with pytest.raises(ValueError, match=r"there is no such folder; run recipes/minimind/sft\.py first"):
             module("dpo").main()
     assert len(commands) == 2  # not for one's own data, nor elsewhere
 
@@ -205,5 +205,5 @@ def test_every_shipped_config_loads_and_names_its_command(config, monkeypatch):
 def test_unknown_flags_and_missing_configs_end_before_anything_is_loaded(monkeypatch):
     with pytest.raises(ValueError, match="learning_raet"):
         run(monkeypatch, Path("runs/minimind"), "tokenizer", ["--learning_raet", "1"])
-    with pytest.raises(SystemExit, match=r"nope\.yaml: there is no such file"):
+    with pytest.raises(ValueError, match=r"nope\.yaml: there is no such file"):
         run(monkeypatch, Path("runs/minimind"), "tokenizer", ["--config", "nope.yaml"])

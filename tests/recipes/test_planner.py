@@ -107,7 +107,7 @@ def test_hard_em_goes_on_from_a_model_that_plans(run, lora):
 def test_a_planner_of_other_texts_is_not_for_the_tiny_task(run):
     attach_planner(tiny.model()).save_pretrained("planning")
     tiny.tokenizer(()).save_pretrained("planning")
-    with pytest.raises(SystemExit, match="the model was made for other texts"):
+    with pytest.raises(ValueError, match="the model was made for other texts"):
         run("--config", RECIPE.parent / "configs/planner_tiny.yaml", "--model_name", "planning")
 
 

@@ -1,6 +1,5 @@
 """What the recipes for concept tokens share: flags, data, and one run of training with what it shows."""
 
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,6 +217,6 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
 
 
 def refuse_resume(args: ConceptConfig) -> None:
-    """Exits: several runs have several checkpoints."""
+    """Raises a ValueError: several runs have several checkpoints."""
     if args.resume_from_checkpoint:
-        sys.exit("--resume_from_checkpoint: name one run with --baseline, and resume it")
+        raise ValueError("--resume_from_checkpoint: name one run with --baseline, and resume it")

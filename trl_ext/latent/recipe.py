@@ -102,10 +102,12 @@ def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dic
         if both > len(train.usable):
             console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
         if not train.usable:
-            sys.exit(f"every question of {script.dataset} is held out in {script.eval_dataset}: nothing to train on")
+            raise ValueError(
+                f"every question of {script.dataset} is held out in {script.eval_dataset}: nothing to train on"
+            )
     else:
         if len(train.usable) <= script.eval_size:
-            sys.exit(
+            raise ValueError(
                 f"dataset {script.dataset} has {len(train.usable)} usable rows; --eval_size {script.eval_size} leaves none "
                 "to train on"
             )

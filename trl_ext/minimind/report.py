@@ -25,13 +25,13 @@ def report(stage: StageArguments) -> None:
     """Prints the table and the dialogues; leaves `report.json` and `report.png` in `run_dir`.
 
     Raises:
-        SystemExit: no stage has left a summary there.
+        ValueError: no stage has left a summary there.
     """
     folder, console = Path(stage.run_dir), Console()
     files = {name: folder / name / "summary.json" for name in STAGES}
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if not found:
-        raise SystemExit(f"{folder} has no stage's summary.json; run `make minimind`")
+        raise ValueError(f"{folder} has no stage's summary.json; run `make minimind`")
     console.print(table(found))
     plot(folder / "report.png", found)
     said = {name: dialogue(folder / name / "final", DIALOGUES[name]) for name in DIALOGUES if name in found}

@@ -126,7 +126,7 @@ def _ensure(name: str | None, stage: StageArguments, recipes: Path) -> None:
         if done.returncode:
             sys.exit(done.returncode)
     if not folder.exists():
-        sys.exit(f"--model_name {name}: there is no such folder; run recipes/minimind/{before}.py first")
+        raise ValueError(f"--model_name {name}: there is no such folder; run recipes/minimind/{before}.py first")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,128 @@
+"""What a user got wrong ends a command with one sentence and exit status 2; a bug keeps its traceback.
+
+A recipe calls `in_sentences()` before its heavy imports, so that what goes wrong in them is said in the same way. Nothing
+here imports more than the standard library.
+"""
+
+import dis
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
+
+
+STATUS = 2
+SHOW_TRACEBACK = "LATENT_TRACEBACK"
+"""Set this environment variable to 1, or give `--traceback`, and user errors show their traceback too."""
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = tuple(str(ROOT / name) + os.sep for name in ("patches", "unsloth_ext", "trl_ext", "recipes", "benchmarks"))
+# Libraries whose deliberate errors, outside a model's forward pass, are about what they were given
+THEIRS = (
+    "trl",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "tokenizers",
+    "unsloth",
+    "unsloth_zoo",
+)
+DELIBERATE = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
+IN_A_MODEL = {"_call_impl", "generate"}
+PATIENCE = 5.0  # seconds that other ranks wait for the launcher to end them, once the first has said what is wrong
+
+explainers: list[Callable[[BaseException], tuple[str, int] | None]] = []
+"""Asked first, in turn: a sentence and an exit status for an error, or None."""
+
+
+def in_sentences() -> None:
+    """From now on an uncaught error that `sentence` knows is printed by it on stderr, and the process exits with 2.
+
+    Of several processes the first one speaks. The flag `--traceback` is taken out of `sys.argv` and shows the rest.
+    """
+    if "--traceback" in sys.argv:
+        sys.argv.remove("--traceback")
+        os.environ[SHOW_TRACEBACK] = "1"
+    usual = sys.excepthook
+    if getattr(usual, "speaks", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        found = explained(error)
+        if found is None:
+            usual(kind, error, trace)
+            return
+        text, status = found
+        if os.environ.get(SHOW_TRACEBACK, "0") == "1":
+            usual(kind, error, trace)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(PATIENCE)
+            text = f"rank {rank}: {text}"
+        sys.stdout.flush()
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+        sys.exit(status)
+
+    hook.speaks = True
+    sys.excepthook = hook
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """The sentence and exit status of a user's error; None for a bug."""
+    for explain in explainers:
+        if found := explain(error):
+            return found
+    text = sentence(error)
+    return text and (text, STATUS)
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to say of a user's error, on one line; None for a bug.
+
+    A user's error is one that our packages raise on purpose, a file or package that is not there, and what TRL,
+    transformers and their kin raise on purpose outside a model's forward pass: they check settings, names and files. An
+    error that no `raise` made (`int("x")`), that comes out of torch, or that is of a kind nobody writes for users
+    (TypeError, KeyError) is a bug.
+    """
+    if isinstance(error, ModuleNotFoundError) and _is_absent(error.name):
+        package = error.name.split(".")[0]
+        return f"the package {package!r} is not installed in {sys.executable}; `make setup` makes .venv, which has it"
+    frames = list(walk_tb(error.__traceback__))
+    if not frames:
+        return None
+    frame, _ = frames[-1]
+    file = frame.f_code.co_filename
+    ours = file.startswith(OURS)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if not text or not _is_raised(error.__traceback__) or not (isinstance(error, DELIBERATE) or _is_our_kind(error)):
+        return None
+    if ours:
+        return text
+    package = frame.f_globals.get("__name__", "").split(".")[0]
+    if package in THEIRS and not any(each.f_code.co_name in IN_A_MODEL for each, _ in frames):
+        return f"{text} (from {package}; --traceback shows where)"
+    return None
+
+
+def _is_absent(name: str | None) -> bool:
+    package = (name or "").split(".")[0]
+    return bool(package) and importlib.util.find_spec(package) is None
+
+
+def _is_our_kind(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("patches", "unsloth_ext", "trl_ext")
+
+
+def _is_raised(trace: TracebackType) -> bool:
+    """Whether the innermost frame stands at a `raise`."""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
