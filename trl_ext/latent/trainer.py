@@ -30,6 +30,10 @@ from .losses import codi_loss, cross_entropy, kv_loss
 from .preparation import Preparation, tokenizer_of
 
 
+# Terms of the loss; each is a mean over: the student's tokens, the teacher's, rows, and what is kept of the traces
+COUNTED = ("ce_student", "ce_teacher", "codi", "kv")
+
+
 class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
     """Self-distillation of explicit into latent reasoning. Same constructor as `SFTTrainer`.
 
@@ -76,7 +80,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         )
         with preparing_models(super().__init__, prepare):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
-        self.model_accepts_loss_kwargs = False  # its means are over the micro-batch
+        self.model_accepts_loss_kwargs = True  # the loss is a micro-batch's part of the whole step's
         if is_peft_model(self.model):
             remember_latent(self.model)
 
@@ -105,8 +109,27 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # Unsloth's counts labels alone
+        return samples, self._get_num_items_in_batch(samples, device)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """What each term of the loss is a mean over, in all micro-batches of all processes: (4,) fp32, by `COUNTED`."""
+        counts = [self._counts(batch, device) for batch in batch_samples]
+        return self._all_sum(torch.stack(counts).sum(0)) if counts else None
+
+    def _counts(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+        traces = batch["trace_mask"].sum(1).clamp(max=self._prepared.settings.num_latents)
+        asked = [(batch[labels][:, at:] != -100).sum() for labels, at in (("labels", 1), ("teacher_labels", 0))]
+        return torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum()]).to(device, torch.float32)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
+        share, steps = dict.fromkeys(COUNTED, 1.0), 1
+        if mode == "train" and num_items_in_batch is not None:
+            here = self._all_sum(self._counts(inputs, num_items_in_batch.device))
+            share = dict(zip(COUNTED, here / num_items_in_batch.clamp(min=1), strict=True))
+            steps = self.current_gradient_accumulation_steps
         bare = unwrapped(model)  # these passes come before the one that DDP counts
         with self.accelerator.autocast():
             question = inputs["question_ids"], inputs["question_mask"]
@@ -138,9 +161,9 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
                 terms["codi"] = (args.w_codi, distance)
         if kept:
             terms["kv"] = (args.w_kv, self._kv_distance(latent_kv, kept))
-        loss = sum(weight * value for weight, value in terms.values() if weight)
+        loss = sum(weight * share[name] * value for name, (weight, value) in terms.items() if weight)
         for name, (_, value) in terms.items():
-            logged = self.accelerator.gather(value.detach()).mean().item()
+            logged = (self.accelerator.gather(value.detach()).mean() * share[name] * steps).item()
             if not math.isfinite(logged):
                 raise FloatingPointError(
                     f"loss/{name} is {logged} after {self.state.global_step} steps: the model's weights hold NaN, or it "

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from tests import tiny
 from unsloth_ext import backbone_of
@@ -145,3 +146,42 @@ def test_evaluation_and_logging(tmp_path):
     weights = {"ce_student": 1, "ce_teacher": 1, "codi": 1, "kv": 1}
     total = sum(weights[t] * metrics[f"eval_loss/{t}"] for t in terms)
     assert abs(metrics["eval_loss"] - total) <= 1e-4
+
+
+UNEVEN = [
+    {"question": f"{i}=", "steps": ["1" * (1 + 3 * i), "2" * (24 - i)], "answer": "7" * length}
+    for i, length in enumerate((1, 2, 3, 5, 8, 12, 18, 24))
+]
+
+
+def step_of(folder, case: dict, size: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Gradients and logged losses of one step over the eight rows of `UNEVEN`, `size` at a time."""
+    trainer = setups.trainer(
+        folder, rows=UNEVEN, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1,
+        max_grad_norm=0.0, **case,
+    )  # fmt: skip
+    found = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, model, **__):
+            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    return found, {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}
+
+
+@pytest.mark.parametrize("case", ["sequential", "jacobi", "kv"])
+def test_micro_batches_add_up_to_the_batch(tmp_path, case):
+    """Answers of 1 to 24 tokens, traces of 1 to 22: one step on eight rows, eight at once or one or two at a time. Gradients
+    to 1e-4 of the largest, losses to 1e-5. Without standard deviations, which are a micro-batch's own."""
+    case = {**setups.CASES[case], "kv_std_mode": "none", "codi_std_mode": "none"}
+    whole, losses = step_of(tmp_path / "8", case, 8)
+    assert losses.keys() >= {"loss", "loss/ce_student", "loss/ce_teacher", "loss/codi"}
+    for size in (1, 2):
+        parts, logged = step_of(tmp_path / str(size), case, size)
+        largest = max(g.abs().max() for g in whole.values())
+        assert whole.keys() == parts.keys() and largest > 1e-3
+        for name, gradient in whole.items():
+            assert (parts[name] - gradient).abs().max() <= 1e-4 * largest, name
+        assert logged == pytest.approx(losses, rel=1e-5)
