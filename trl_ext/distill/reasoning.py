@@ -9,12 +9,13 @@ from transformers import AutoProcessor
 from trl import SFTTrainer
 
 from ..creation import name_of, preparing_models
+from ..exact_means import ExactMeans
 from .config import ReasoningDistillConfig
 from .per_token import PerTokenTrainer
 from .tags import add_tags, check_tags_are_trained, give_embeddings
 
 
-class ReasoningDistillTrainer(PerTokenTrainer):
+class ReasoningDistillTrainer(ExactMeans, PerTokenTrainer):
     """loss = sum_t w_t NLL_t / N, with w_t = `tag_weight` where the target is a tag and 1 at other trained tokens
 
     N counts the trained tokens of a whole step, in all micro-batches and processes, whatever they weigh: a tag's gradient
@@ -24,8 +25,8 @@ class ReasoningDistillTrainer(PerTokenTrainer):
     the model's embeddings, before PEFT wraps it. Under LoRA the embeddings of new tokens are trained too
     (`trainable_token_indices`), also those of a head that is not tied; `AutoPeftModelForCausalLM` loads such an adapter.
 
-    Same constructor as `SFTTrainer`. Logs `loss/tags` and `loss/text`, the mean NLL of tags and of other trained tokens, by
-    micro-batch as SFT logs its entropy.
+    Same constructor as `SFTTrainer`. Logs `loss/tags` and `loss/text`, the mean NLL of tags and of other trained tokens
+    since the last log.
 
     Raises:
         ValueError: at construction, for a PEFT method or a wrapped model that would leave new tokens untrained, a train
@@ -84,7 +85,4 @@ class ReasoningDistillTrainer(PerTokenTrainer):
 
     def _log_terms(self, log_probs: torch.Tensor, **where: torch.Tensor) -> None:
         for name, mask in where.items():
-            sums = torch.stack([-(log_probs * mask).sum(), mask.sum()])
-            total, count = self.accelerator.reduce(sums, "sum").tolist()
-            if count:
-                self._metrics["train" if self.model.training else "eval"][f"loss/{name}"].append(total / count)
+            self._add_to_mean(f"loss/{name}", -(log_probs * mask).sum(), mask.sum())

@@ -32,6 +32,7 @@ from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking
 from unsloth_ext.states import Warper
 
 from ..creation import preparing_models
+from ..exact_means import ExactMeans
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
 from .config import HRPOArguments
@@ -41,7 +42,7 @@ from .monitors import GateMonitor, ratio_deviation
 logger = logging.get_logger(__name__)
 
 
-class HRPOMixin(GRPOCheckpointMixin):
+class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
 
     Same constructor, callbacks, logging and files as the parent, plus the fields of `HRPOConfig`. Any causal LM will do;
@@ -278,10 +279,11 @@ class HRPOMixin(GRPOCheckpointMixin):
     def _record_monitors(self, inputs: dict[str, Any], new_logps: torch.Tensor, scored: torch.Tensor) -> None:
         """Gates and ratio of one loss; new_logps (B, C) are its log-probs, scored (B, C) masks the tokens it counts."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in self.monitor.means().items():
-            metrics[name].append(self.accelerator.gather(value).nanmean().item())
-        deviation = ratio_deviation(new_logps, inputs["rollout_logps"], scored)
-        metrics["thinking/ratio_deviation"].append(self.accelerator.gather(deviation).max().item())
+        for name, (total, count) in self.monitor.sums().items():
+            self._add_to_mean(name, total, count)
+        deviation = self.accelerator.gather(ratio_deviation(new_logps, inputs["rollout_logps"], scored)).max().item()
+        # The largest since the last log, not a mean of largest ones
+        metrics["thinking/ratio_deviation"] = [max([deviation, *metrics["thinking/ratio_deviation"]])]
 
     # -- optimizer --------------------------------------------------------------------------------------------------
 

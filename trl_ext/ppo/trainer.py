@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 
 from ..checkpointing import CheckpointError
 from ..creation import default_args, name_of
+from ..exact_means import ExactMeans
 from ..gradients import average_gradients
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..one_sample import OwnAdvantages
@@ -31,7 +32,7 @@ CRITIC = "critic"
 STOPPED = "stopped"  # on the batches of a rollout that has been left; checkpoints carry it with them
 
 
-class PPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
+class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     """Proximal Policy Optimization (arXiv 1707.06347): TRL's `GRPOTrainer` with a critic. Same constructor, and:
 
     loss = policy + beta * KL (k3) + vf_coef * value, each a mean over the tokens of a whole step. Dropped steps count as
@@ -155,8 +156,7 @@ class PPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         learnt = ~inputs["returns"].isnan()
         returns = inputs["returns"].nan_to_num()
         losses = clipped_value_loss(self._values(inputs), inputs["values"], returns, self.args.cliprange_value) * learnt
-        total, tokens = self._total(torch.stack([losses.detach().sum(), learnt.sum()]))
-        self._metrics["train"]["ppo/value_loss"].append((total / tokens.clamp(min=1)).item())
+        self._add_to_mean("ppo/value_loss", losses.sum(), learnt.sum())
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return losses.sum() / (inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes * share)
 

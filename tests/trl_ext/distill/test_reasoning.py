@@ -48,9 +48,21 @@ def test_tags_weigh_more_and_count_as_one(tmp_path, weight):
     assert is_tag.sum() == 16 and (~is_tag).sum() > 16
     wanted = (nll * torch.where(is_tag, weight, 1.0)).sum() / len(nll)
     assert loss_of(trainer, batch) == pytest.approx(wanted.item(), rel=1e-5)
-    logged = trainer._metrics["train"]
-    assert logged["loss/tags"] == [pytest.approx(nll[is_tag].mean().item(), rel=1e-5)]
-    assert logged["loss/text"] == [pytest.approx(nll[~is_tag].mean().item(), rel=1e-5)]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["loss/tags"] == pytest.approx(nll[is_tag].mean().item(), rel=1e-5)
+    assert trainer.state.log_history[-1]["loss/text"] == pytest.approx(nll[~is_tag].mean().item(), rel=1e-5)
+
+
+def test_logged_means_count_tokens_not_micro_batches(tmp_path):
+    """One row at a time or all eight at once: the same figures in the log, to 1e-5. Rows differ in length."""
+    logged = {}
+    for size in (1, 8):
+        trainer = setups.reasoning(
+            tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1
+        )
+        trainer.train()
+        logged[size] = {name: trainer.state.log_history[0][name] for name in ("loss", "loss/tags", "loss/text")}
+    assert logged[1] == pytest.approx(logged[8], rel=1e-5)
 
 
 def test_it_is_not_the_tutorials(tmp_path):
