@@ -35,6 +35,8 @@ _WHERE = {
     "ReasoningDistillTrainer": "distill",
     "SPOConfig": "spo",
     "SPOTrainer": "spo",
+    "RolloutDiagnostics": "rollout_diagnostics",
+    "ThinkingProjectionMonitor": "hrpo.monitors",
     "advise": "planner.advice",
     "commitment_loss": "planner.losses",
     "cosine_and_l2": "planner.monitors",

@@ -11,6 +11,9 @@ from trl import GRPOConfig
 
 from patches import fused_lm_head
 
+from .rollout_diagnostics import RolloutDiagnostics
+from .sampling import rollout_config, warn_of_truncation
+
 
 @dataclass
 class OneSampleConfig(GRPOConfig):
@@ -52,6 +55,8 @@ class OwnAdvantages:
             )
         fused_lm_head.ensure()
         super().__init__(*args, **kwargs)
+        warn_of_truncation(self.args if self.use_vllm else rollout_config(self))
+        self.add_callback(RolloutDiagnostics())
         prompts = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO trains no step of it
             raise ValueError(

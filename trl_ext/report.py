@@ -98,6 +98,10 @@ HRPO_CURVES = (
     ("thinking/embeds_ratio", "gate: mean a (token embedding)"),
     ("thinking/hidden_ratio", "gate: mean sqrt(1 - a^2) (thinking state)"),
     ("completions/mean_length", "completion length, tokens"),
+    ("completions/delimiter_rate", "completions with the delimiter"),
+    ("frac_reward_zero_std", "groups with one reward for all"),
+    ("thinking/projection_mean_change", "projection: mean |W - W_0|"),
+    ("thinking/projection_grad_norm", "projection: norm of its gradient"),
 )
 LATENT_CURVES = (
     ("accuracy", "held-out accuracy, latent tokens"),

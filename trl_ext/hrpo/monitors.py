@@ -2,9 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerState
+
+from unsloth_ext.residual import backbone_of
 
 
 class GateMonitor:
@@ -14,12 +19,7 @@ class GateMonitor:
         self.backbone = backbone
         self._log_a: torch.Tensor | None = None
         self._sums: list[torch.Tensor] = []
-        self._start = self._projection().detach().clone()
-
-    def _projection(self) -> torch.Tensor:
-        weights = dict(self.backbone.thinking_projection.named_parameters())
-        trained = [name for name in weights if "modules_to_save" in name]  # PEFT keeps the original beside it
-        return weights[trained[0] if trained else "weight"]
+        self._start = projection_weight(backbone).detach().clone()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -55,10 +55,59 @@ class GateMonitor:
         self._sums.clear()
         return {"thinking/embeds_ratio": (embeds, count), "thinking/hidden_ratio": (hidden, count)}
 
-    def projection_change(self) -> float:
-        """Norm of W - W_0 over the norm of W_0."""
-        now = self._projection().detach()
-        return ((now - self._start.to(now.device)).norm() / self._start.norm().clamp(min=1e-12)).item()
+    def projection_change(self) -> dict[str, float]:
+        """How far W is from W_0, the one at the trainer's construction: the norm of the difference over the norm of W_0, and
+        the mean absolute difference."""
+        now = projection_weight(self.backbone).detach()
+        relative = (now - self._start.to(now.device)).norm() / self._start.norm().clamp(min=1e-12)
+        return {
+            "thinking/projection_change": relative.item(),
+            "thinking/projection_mean_change": mean_change(now, self._start),
+        }
+
+
+class ThinkingProjectionMonitor(TrainerCallback):
+    """Prints, every so many steps, how far the thinking projection has moved since training began (the mean absolute change
+    of its weight) and the norm of the gradient that the optimizer is given. The first should grow from 0, the second not be
+    0. `HRPOTrainer` logs both as `thinking/projection_mean_change` and `thinking/projection_grad_norm`.
+
+    Args:
+        every: steps between two lines.
+    """
+
+    def __init__(self, every: int = 10):
+        if every < 1:
+            raise ValueError(f"every={every}: at least 1")
+        self.every = every
+        self._start: torch.Tensor | None = None
+        self._norm: float | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
+        self._start = projection_weight(backbone_of(model)).detach().clone()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
+        if (state.global_step + 1) % self.every == 0:  # the gradient is gone when the step ends
+            gradient = projection_weight(backbone_of(model)).grad
+            self._norm = None if gradient is None else gradient.norm().item()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        change = mean_change(projection_weight(backbone_of(model)).detach(), self._start)
+        norm = "No gradient!" if self._norm is None else f"gradient norm {self._norm:.3e}"
+        tqdm.write(f"step {state.global_step}: thinking_projection: mean change {change:.3e}, {norm}")
+
+
+def projection_weight(backbone: nn.Module) -> torch.Tensor:
+    """The thinking projection's weight (d, d) that trains: under PEFT the adapter's, not the original beside it."""
+    weights = dict(backbone.thinking_projection.named_parameters())
+    trained = [name for name in weights if "modules_to_save" in name]
+    return weights[trained[0] if trained else "weight"]
+
+
+def mean_change(now: torch.Tensor, start: torch.Tensor) -> float:
+    """Mean absolute difference of two tensors."""
+    return (now - start.to(now.device)).abs().mean().item()
 
 
 def ratio_deviation(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

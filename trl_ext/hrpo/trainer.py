@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from patches import fused_lm_head
@@ -35,6 +35,8 @@ from ..creation import preparing_models
 from ..exact_means import ExactMeans
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
+from ..rollout_diagnostics import RolloutDiagnostics
+from ..sampling import rollout_config, warn_of_truncation
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
 
@@ -93,9 +95,12 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self.matcher = DelimiterMatcher(
             self._tokenizer, self.hrpo.answer_delimiter, self.model.config.get_text_config().vocab_size
         )
-        self.warper = Warper.of(GenerationConfig(**self.generation_kwargs))
+        decoding = rollout_config(self)
+        warn_of_truncation(decoding)
+        self.warper = Warper.of(decoding)
         self.fields = saved_fields(self.hrpo.recompute, backbone.thinking_config.thinking_source)
         self.monitor = GateMonitor(backbone)
+        self.add_callback(RolloutDiagnostics(self.hrpo.answer_delimiter))
 
     # -- construction -----------------------------------------------------------------------------------------------
 
@@ -190,9 +195,16 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
                 out["thinking_hidden"] = saved.hidden
             out["rollout_logps"] = _fit(self._trace.log_probs, length)
             mode = "train" if self.model.training else "eval"
-            shares = self.accelerator.gather(torch.stack([saved.mask.sum(), out["completion_mask"].sum()]))
-            thinking, total = shares.view(-1, 2).sum(0).tolist()
+            real = out["completion_mask"].bool()
+            ends = torch.isin(out["completion_ids"], torch.tensor(self.eos_token_ids, device=real.device))
+            # EOS ends the thinking too; any other token that does not think stands at the delimiter or behind it
+            delimited = (real & ~ends & ~saved.mask).any(1)
+            counts = torch.stack(
+                [saved.mask.sum(), real.sum(), delimited.sum(), torch.as_tensor(len(real)).to(real.device)]
+            )
+            thinking, total, with_delimiter, rows = self.accelerator.gather(counts).view(-1, 4).sum(0).tolist()
             self._metrics[mode]["thinking/fraction"].append(thinking / max(total, 1))
+            self._metrics[mode]["completions/delimiter_rate"].append(with_delimiter / rows)
             return out
         finally:
             self._trace = None
@@ -320,7 +332,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.thinking and self.model.training:
-            self._metrics["train"]["thinking/projection_change"].append(self.monitor.projection_change())
+            for name, value in self.monitor.projection_change().items():
+                self._metrics["train"][name].append(value)
         super().log(logs, *args, **kwargs)
 
 

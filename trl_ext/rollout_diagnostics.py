@@ -1,0 +1,79 @@
+"""What goes wrong in a reinforcement run without an error, said once in a sentence."""
+
+from collections import deque
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+WINDOW = 10  # logs in a row
+
+
+class RolloutDiagnostics(TrainerCallback):
+    """Reads the logs of a `GRPOTrainer` or of one of ours, and warns when ten in a row show that nothing can be learnt.
+
+    Args:
+        delimiter: the text that ends the thinking, where there is one.
+    """
+
+    def __init__(self, delimiter: str | None = None):
+        self.delimiter = delimiter
+        self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self._thinking: list[float] = []  # the first logs' shares
+        self._said: set[str] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "reward" not in logs or not state.is_world_process_zero:
+            return
+        self._recent.append(logs)
+        if len(self._thinking) < WINDOW and "thinking/fraction" in logs:
+            self._thinking.append(logs["thinking/fraction"])
+        if len(self._recent) == WINDOW:
+            for name, sentence in self._signs().items():
+                if name not in self._said:
+                    self._said.add(name)
+                    logger.warning(f"step {state.global_step}: {sentence}")
+
+    def _signs(self) -> dict[str, str]:
+        found = {}
+        rewards = self._series("reward")
+        if all(share == 1 for share in self._series("frac_reward_zero_std")):
+            found["variance"] = (
+                f"in the last {WINDOW} logs all completions of a prompt had the same reward (mean {_mean(rewards):.3g}), so "
+                "no advantage was other than 0 and nothing was learnt; make the task easier or harder, raise "
+                "num_generations or temperature, or check reward_funcs on a few completions (log_completions=True)"
+            )
+        elif min(rewards) == max(rewards):
+            found["reward"] = (
+                f"the reward was {rewards[0]:.3g} in each of the last {WINDOW} logs; check reward_funcs on a few "
+                "completions (log_completions=True)"
+            )
+        if not any(self._series("completions/delimiter_rate", 1.0)):
+            found["delimiter"] = (
+                f"no completion of the last {WINDOW} logs has the delimiter {self.delimiter!r}, so all of each is thinking "
+                "and a reward for what stands behind it is 0; ask for it in the prompt, show examples, raise "
+                "max_completion_length, or set answer_delimiter to what the model writes"
+            )
+        first, now = _mean(self._thinking), _mean(self._series("thinking/fraction"))
+        if len(self._thinking) == WINDOW and now < 0.1 * first:
+            found["thinking"] = (
+                f"the share of thinking tokens fell from {first:.1%} to {now:.1%}: the model writes the delimiter at once; "
+                "reward the working too, lower the learning rate, or set beta above 0"
+            )
+        return found
+
+    def _series(self, name: str, missing: float = 0.0) -> list[float]:
+        return [logs.get(name) if logs.get(name) is not None else missing for logs in self._recent]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
