@@ -56,8 +56,8 @@ class GateMonitor:
         return {"thinking/embeds_ratio": (embeds, count), "thinking/hidden_ratio": (hidden, count)}
 
     def projection_change(self) -> dict[str, float]:
-        """How far W is from W_0, the one at the trainer's construction: the norm of the difference over the norm of W_0, and
-        the mean absolute difference."""
+        """How far W is from W_0, the one at the trainer's construction: norm of the difference over norm of W_0, and mean
+        absolute difference."""
         now = projection_weight(self.backbone).detach()
         relative = (now - self._start.to(now.device)).norm() / self._start.norm().clamp(min=1e-12)
         return {
