@@ -48,7 +48,7 @@ class RolloutDiagnostics(TrainerCallback):
         rewards = self._series("reward")
         if all(share == 1 for share in self._series("frac_reward_zero_std")):
             found["variance"] = (
-                f"in the last {WINDOW} logs all completions of a prompt had the same reward (mean {_mean(rewards):.3g}), so "
+                f"in the last {WINDOW} logs all completions of a prompt had the same reward (mean {_mean(rewards):.3g}): "
                 "no advantage was other than 0 and nothing was learnt; make the task easier or harder, raise "
                 "num_generations or temperature, or check reward_funcs on a few completions (log_completions=True)"
             )

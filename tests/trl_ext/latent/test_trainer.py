@@ -173,7 +173,7 @@ def step_of(folder, case: dict, size: int) -> tuple[dict[str, torch.Tensor], dic
 
 @pytest.mark.parametrize("case", ["sequential", "jacobi", "kv"])
 def test_micro_batches_add_up_to_the_batch(tmp_path, case):
-    """Answers of 1 to 24 tokens, traces of 1 to 22: one step on eight rows, eight at once or one or two at a time. Gradients
+    """Answers of 1 to 24 tokens, traces of 1 to 22: a step on eight rows, eight at once or one or two at a time. Gradients
     to 1e-4 of the largest, losses to 1e-5. Without standard deviations, which are a micro-batch's own."""
     case = {**setups.CASES[case], "kv_std_mode": "none", "codi_std_mode": "none"}
     whole, losses = step_of(tmp_path / "8", case, 8)
