@@ -4,17 +4,15 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..tasks.data import DataError, read_json_rows, read_table
+from ..tasks.files import DataError, answer_text, number_in, read_rows
 from .data import COLUMNS, LatentDataError
 
 
 STEP = re.compile(r"<<[^<>]*>>")
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass
@@ -86,22 +84,14 @@ def load_rows(
     Raises:
         DataError: no such file, none of these shapes, or not one usable row.
     """
-    if Path(name).suffix in (".jsonl", ".json"):
-        found = read_json_rows(name)[:size]
-        columns = dict.fromkeys(column for _, row in found for column in row)
-    else:
-        table = read_table(name, split=split, config=config)
-        columns = dict.fromkeys(table.column_names)
-        lines = Path(name).suffix == ".txt"
-        table = table if size is None else table.select(range(min(size, len(table))))
-        found = ((f"line {i + 1}" if lines else f"row {i}", row) for i, row in enumerate(table))
+    columns, found = read_rows(name, split=split, config=config, size=size)
     shapes: tuple[tuple[set[str], Callable], ...] = (
         (set(COLUMNS), _row_of_columns),
         ({"question", "cot", "answer"}, _row_of_cot),
         ({"question", "answer"}, row_of_gsm8k),
         ({"text"}, _row_of_text),
     )
-    make = next((make for needed, make in shapes if needed <= columns.keys()), None)
+    make = next((make for needed, make in shapes if needed <= set(columns)), None)
     if make is None:
         wanted = "question and answer, with steps or cot, or text"
         raise DataError(f"dataset {name} has the columns {', '.join(columns)}; it needs {wanted}")
@@ -109,6 +99,8 @@ def load_rows(
     for place, row in tqdm(found, f"Reading {name}", delay=2):
         rows.read += 1
         where = f"dataset {name}, {place}"
+        if "answer" in row:
+            row = {**row, "answer": answer_text(row["answer"])}
         with rows.checking():
             rows.usable.append({**make(row, where, need_steps), "_where": where})
     rows.need_one()
@@ -152,8 +144,8 @@ def _row_of_columns(row: dict[str, Any], where: str, need_steps: bool) -> dict[s
     for column in ("question", "answer"):
         if not row[column].strip():
             raise LatentDataError(where, f"{column} is empty", row[column])
-    if NUMBER.search(row["answer"]) is None:
-        raise LatentDataError(where, "no number in the answer", row["answer"])
+    if number_in(row["answer"]) is None:
+        raise LatentDataError(where, "not one number in the answer", row["answer"])
     steps = row.get("steps") or []
     if not isinstance(steps, list) or not all(isinstance(step, str) and step.strip() for step in steps):
         raise LatentDataError(where, "steps is not a list of texts", steps)
@@ -174,9 +166,9 @@ def _row(question: str, solution: str, where: str, need_steps: bool, annotations
         raise LatentDataError(where, "no '####' before the answer", solution)
     if not question.strip():
         raise LatentDataError(where, "question is empty", question)
-    number = NUMBER.search(answer)
+    number = number_in(answer)
     if number is None:
-        raise LatentDataError(where, "no number after '####'", answer)
+        raise LatentDataError(where, "not one number after '####'", answer)
     steps = STEP.findall(working)
     if not steps and not annotations_only:
         steps = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n", working) if part.strip()]
@@ -185,5 +177,5 @@ def _row(question: str, solution: str, where: str, need_steps: bool, annotations
     return {
         "question": question.strip(),
         "steps": steps,
-        "answer": number[0].replace(",", "").replace("$", ""),
+        "answer": number,
     }

@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks.data import DataError, check_file
+from ..tasks.files import DataError, check_file, read_json_rows
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -91,24 +91,9 @@ class Place:
 
 
 def _rows(name: str, kind: str) -> Iterator[dict[str, Any]]:
-    row_of, found = KINDS[kind][0], False
-    with Path(name).open("rb") as file:  # as bytes: only "\n" ends a line, others may stand in a text
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"dataset {name}, line {number}"
-            try:
-                row = json.loads(line.decode())
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: no JSON: {error.msg} at character {error.pos + 1}") from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: no UTF-8: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: no JSON object: {row!r:.100}")
-            yield row_of(Place(where), row)
-            found = True
-    if not found:
-        raise DataError(f"dataset {name} has no rows")
+    row_of = KINDS[kind][0]
+    for place, row in read_json_rows(name):
+        yield row_of(Place(f"dataset {name}, {place}"), row)
 
 
 def _pretrain(place: Place, row: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ..checkpointing import SafeCheckpointMixin
 from ..flags import at_least, read_config
 from ..recipe import compact_progress, start
 from ..report import plot_curves, write_summary
-from ..tasks.data import DataError
+from ..tasks.files import DataError
 from ..tasks.warm_start import publish
 from .data import load_minimind_data
 from .embedded import write_embedded

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+
+from .files import FORMATS, DataError, answer_text, number_in, read_rows
 
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 SYSTEM_PROMPT = (
     "Solve the problem step by step. Write your reasoning first; then, on a line of its own, write {delimiter} "
     "followed by the final number and nothing else."
@@ -70,29 +71,37 @@ class DataArguments:
         Raises:
             DataError: too few rows are left on a side.
         """
-        local = Path(self.dataset).suffix != ""
+        local = Path(self.dataset).suffix in FORMATS  # a hub id may have a dot too
         train = self.rows(split="train", size=None if local else train_size, seed=seed)
         examples, train = train[: self.num_fewshot], train[self.num_fewshot :]
         if eval_dataset or not local:
             source = replace(self, dataset=eval_dataset or self.dataset)
             held_out = source.rows(split="test", size=eval_size, seed=seed + HELD_OUT_SEED)
         else:
+            if len(train) < eval_size + 2:
+                raise DataError(
+                    f"dataset {self.dataset} has {len(train)} row(s) beside num_fewshot={self.num_fewshot}, of which "
+                    f"eval_size={eval_size} are held out: fewer than two are left to train on; lower eval_size, or name an "
+                    "eval_dataset"
+                )
             train, held_out = train[:-eval_size], train[-eval_size:]
-        held_out = without(held_out, examples)
-        train = without(train, held_out)[:train_size]
-        check_rows(self.dataset, train)
-        check_rows(eval_dataset or self.dataset, held_out)
-        return examples, train, held_out
+        unseen, new = without(held_out, examples), without(train, held_out)
+        for name, before, left, others in (
+            (eval_dataset or self.dataset, held_out, unseen, "shown in every prompt"),
+            (self.dataset, train, new, "held out"),
+        ):
+            if len(left) < 2:
+                raise DataError(
+                    f"dataset {name}: the questions of {len(before) - len(left)} of its {len(before)} rows are {others} as "
+                    f"well, so {len(left)} row(s) are left and at least two are needed; take the duplicates out"
+                )
+        return examples, new[:train_size], unseen
 
 
 def without(rows: list[dict], others: list[dict]) -> list[dict]:
     """The rows whose question is not among those of `others`."""
     seen = {row["question"] for row in others}
     return [row for row in rows if row["question"] not in seen]
-
-
-class DataError(ValueError):
-    """A dataset cannot be used; the message names the file, the column or the row."""
 
 
 def load_rows(
@@ -112,72 +121,11 @@ def load_rows(
     """
     if is_generator(name):
         return _generated(name, size or 1000, seed, options)
-    table = read_table(name, split=split, config=config)
+    columns, rows = read_rows(name, split=split, config=config, size=size)
     for column in ("question", "answer"):
-        if column not in table.column_names:
-            raise DataError(f"dataset {name} has no column {column!r}; it has {', '.join(table.column_names)}")
-    if size is not None:
-        table = table.select(range(min(size, len(table))))
-    return [_gsm8k_row(name, i, row) for i, row in enumerate(table)]
-
-
-def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
-    """A local file (`.jsonl`, `.json`, `.parquet`, or `.txt`, whose lines become the column `text`), or a hub dataset.
-
-    Raises:
-        DataError: no such file, or it cannot be read.
-    """
-    path = Path(name)
-    if path.suffix not in FORMATS:
-        if path.is_file() or path.suffix in (".csv", ".tsv"):
-            raise DataError(f"dataset {name}: give a {', '.join(FORMATS)} file or a hub id")
-        try:
-            return load_dataset(name, config, split=split)
-        except Exception as error:
-            raise DataError(f"dataset {name}: {error.__cause__ or error}") from error
-    check_file(name)
-    try:
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:
-        raise DataError(f"dataset {name} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
-
-
-def check_file(name: str) -> None:
-    """Raises a DataError if there is no such file or nothing in it."""
-    if not Path(name).is_file():
-        raise DataError(f"dataset {name}: there is no such file")
-    if not Path(name).stat().st_size:
-        raise DataError(f"dataset {name}: the file is empty")
-
-
-def read_json_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of a `.jsonl` or `.json` file (objects line by line, or one list of them), each with its place: "line 3". Unlike
-    a table, columns may mix types.
-
-    Raises:
-        DataError: no such file, or something in it is no JSON object.
-    """
-    check_file(name)
-    try:
-        text = Path(name).read_text()
-        if Path(name).suffix == ".json" and text.lstrip().startswith("["):
-            rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text))]
-        else:
-            lines = enumerate(text.splitlines(), start=1)
-            rows = [(f"line {i}", _json_line(f"line {i}", line)) for i, line in lines if line.strip()]
-    except ValueError as error:
-        raise DataError(f"dataset {name} cannot be read: {error}") from error
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"dataset {name}, {place}: no JSON object: {row!r:.100}")
-    return rows
-
-
-def _json_line(place: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        if column not in columns:
+            raise DataError(f"dataset {name} has no column {column!r}; it has {', '.join(columns)}")
+    return [_gsm8k_row(f"dataset {name}, {place}", row) for place, row in rows]
 
 
 def is_generator(name: str) -> bool:
@@ -201,16 +149,16 @@ def _working(row: dict) -> str:
     return f"{expression} = {row['answer']}" if expression else ""
 
 
-def _gsm8k_row(name: str, index: int, row: dict) -> dict:
-    question, answer = row["question"], row["answer"]
+def _gsm8k_row(where: str, row: dict) -> dict:
+    question, answer = row.get("question"), answer_text(row.get("answer"))
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"dataset {name}, row {index}: the question is empty")
-    solution, _, number = str(answer).rpartition("####")
-    number = number.strip().replace(",", "")
-    try:
-        float(number)
-    except ValueError:
-        raise DataError(f"dataset {name}, row {index}: no number behind '####' in the answer {answer!r:.120}") from None
+        raise DataError(f"{where}: the question is empty, or no text: {question!r:.120}")
+    if not isinstance(answer, str):
+        raise DataError(f"{where}: the answer is neither a text nor a number: {answer!r:.120}")
+    solution, _, behind = answer.rpartition("####")
+    number = number_in(behind)
+    if number is None:
+        raise DataError(f"{where}: not one number behind '####' in the answer {answer!r:.120}")
     return {"question": question, "answer": number, "solution": solution.strip()}
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from tests import tiny
 from trl_ext.latent.data import LatentDataError, LatentTokenizer
 from trl_ext.latent.sources import load_rows, row_of_aug, row_of_gsm8k
-from trl_ext.tasks.data import DataError
+from trl_ext.tasks.files import DataError
 
 
 def test_equations_and_sentences():
@@ -40,7 +40,7 @@ def test_gsm8ks_own_annotations():
     [
         (lambda: row_of_aug("no bars #### 3", "a.txt, line 4"), "a.txt, line 4: no '||'"),
         (lambda: row_of_aug("Q||<<1=1>> 3", "a.txt, line 4"), "no '####'"),
-        (lambda: row_of_aug("Q||<<1=1>> #### three", "a.txt, line 4"), "no number after '####'"),
+        (lambda: row_of_aug("Q||<<1=1>> #### three", "a.txt, line 4"), "not one number after '####'"),
         (lambda: row_of_aug("Q|| #### 3", "a.txt, line 4"), "no step"),
         (lambda: row_of_gsm8k({"question": "Q", "answer": "It is 3.\n#### 3"}, "b, row 2"), "b, row 2: no step"),
         (lambda: row_of_gsm8k({"question": "Q"}, "b, row 2"), "b, row 2: answer is not a text: None"),
@@ -59,7 +59,7 @@ AUG = ["2+3+4=||<<2+3=5>> <<5+4=9>> #### 9", "no bars", "5||<<1=1>> #### none", 
 SHAPES = {
     "aug.txt": lambda path: path.write_text("\n".join(AUG) + "\n"),
     "steps.jsonl": lambda path: lines(
-        path, [GOOD, {**GOOD, "steps": []}, {**GOOD, "answer": 9}, {**GOOD, "question": " "}]
+        path, [GOOD, {**GOOD, "steps": []}, {**GOOD, "answer": True}, {**GOOD, "question": " "}]
     ),
     "cot.json": lambda path: lines(path, [COT, {**COT, "cot": " "}]),
     "gsm8k.parquet": lambda path: Dataset.from_list([ANNOTATED, {**ANNOTATED, "answer": "#### 1"}]).to_parquet(path),
@@ -67,7 +67,7 @@ SHAPES = {
 BAD = {
     "aug.txt": {
         "no '||' between question and steps": "line 2",
-        "no number after '####'": "line 3",
+        "not one number after '####'": "line 3",
         "no step before '####'": "line 4",
     },
     "steps.jsonl": {"no step": "line 2", "answer is not a text": "line 3", "question is empty": "line 4"},
@@ -123,11 +123,11 @@ def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
     [
         ('{"prompt": "x"}\n', "has the columns prompt; it needs question and answer"),
         ('{"question": "x", "answer": "3"}\n', "0 of 1 rows usable"),
-        ("{not json\n", "cannot be read: line 1: "),
+        ("{not json\n", "line 1: no JSON: "),
         ("[1, 2]\n", "line 1: no JSON object: [1, 2]"),
         ("", "the file is empty"),
         ('{"text": 3}\n', "text is not a text: 3"),
-        ('{"question": "x", "steps": ["a"], "answer": "b"}\n', "no number in the answer: 'b'"),
+        ('{"question": "x", "steps": ["a"], "answer": "b"}\n', "not one number in the answer: 'b'"),
         ('{"question": "x", "steps": [1], "answer": "3"}\n', "steps is not a list of texts: [1]"),
     ],
 )

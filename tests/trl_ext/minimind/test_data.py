@@ -8,7 +8,7 @@ from datasets import config as datasets_config
 from trl.data_utils import extract_prompt, is_conversational
 
 from trl_ext.minimind import load_minimind_data
-from trl_ext.tasks.data import DataError
+from trl_ext.tasks.files import DataError
 from unsloth_ext.minimind.tokenizer import train_tokenizer
 
 
@@ -145,8 +145,8 @@ def test_our_template_renders_what_is_loaded(tmp_path):
 
 Q, A = user("q"), assistant("a")
 BAD = {  # kind, bad row, what the error says of it behind the line, and behind "conversations" where it begins with "["
-    "broken JSON": ("sft", '{"conversations": [', "no JSON: Expecting value at character 21"),
-    "no UTF-8": ("pretrain", '{"text": "\ud800"}', "no UTF-8: 'utf-8' codec can't decode byte"),
+    "broken JSON": ("sft", '{"conversations": [', "no JSON: Expecting value at character 20"),
+    "no UTF-8": ("pretrain", '{"text": "\ud800"}', "no UTF-8 .byte 0xed at position 11.; save the file as UTF-8"),
     "no object": ("sft", "[1, 2]", r"no JSON object: \[1, 2\]"),
     "no text": ("pretrain", {"txt": "a"}, "text: is missing"),
     "text null": ("pretrain", {"text": None}, "text: is missing"),

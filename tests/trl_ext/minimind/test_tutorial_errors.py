@@ -14,7 +14,7 @@ from tests.trl_ext.hrpo.setups import arguments, base_folder, prompts
 from tests.trl_ext.minimind import setups
 from trl_ext.distill.config import TAGS, ReasoningDistillConfig
 from trl_ext.minimind import data
-from trl_ext.tasks.data import DataError
+from trl_ext.tasks.files import DataError
 
 
 @pytest.fixture(autouse=True)

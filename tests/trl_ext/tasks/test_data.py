@@ -5,7 +5,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_ext.tasks.data import DataArguments, DataError, chat_dataset, check_rows, is_generator, load_rows
+from trl_ext.tasks.data import DataArguments, chat_dataset, check_rows, is_generator, load_rows
+from trl_ext.tasks.files import DataError
 
 
 GOOD = [
@@ -45,9 +46,9 @@ def test_generators_are_seeded_and_exact():
     [
         ([{"problem": "x", "answer": "#### 1"}], "no column 'question'.*problem"),
         ([{"question": "x", "solution": "#### 1"}], "no column 'answer'"),
-        ([*GOOD, {"question": "x", "answer": "no idea"}], "row 2.*no idea"),
-        ([*GOOD, {"question": "x", "answer": "#### many"}], "row 2.*many"),
-        ([*GOOD, {"question": " ", "answer": "#### 3"}], "row 2.*question is empty"),
+        ([*GOOD, {"question": "x", "answer": "no idea"}], "line 3.*no idea"),
+        ([*GOOD, {"question": "x", "answer": "#### many"}], "line 3.*many"),
+        ([*GOOD, {"question": " ", "answer": "#### 3"}], "line 3.*question is empty"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
@@ -62,7 +63,7 @@ def test_missing_broken_and_empty_files(tmp_path):
     with pytest.raises(DataError, match=r"cut\.parquet cannot be read"):
         load(str(tmp_path / "cut.parquet"))
     (tmp_path / "cut.jsonl").write_text('{"question": "x", "ans')
-    with pytest.raises(DataError, match=r"cut\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"cut\.jsonl, line 1: no JSON"):
         load(str(tmp_path / "cut.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError):
@@ -116,5 +117,19 @@ def test_generated_questions_are_on_one_side():
 
 def test_a_file_without_rows_to_train_on_is_named(tmp_path):
     data = DataArguments(dataset=jsonl(tmp_path, [question(i) for i in range(5)]))
-    with pytest.raises(DataError, match=r"rows\.jsonl has 0 row"):
+    with pytest.raises(DataError, match=r"rows\.jsonl has 5 row.*eval_size=5.*lower eval_size"):
         data.split(train_size=None, eval_dataset=None, eval_size=5, seed=0)
+
+
+def test_duplicates_that_leave_nothing_are_named(tmp_path):
+    data = DataArguments(dataset=jsonl(tmp_path, [question(1)] * 60))
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: the questions of 50 of its 50 rows are held out.*0 row.*duplicates"
+    ):
+        data.split(train_size=None, eval_dataset=None, eval_size=10, seed=0)
+    data = DataArguments(
+        dataset=jsonl(tmp_path, [question(1)] * 30 + [question(i) for i in range(2, 20)]), num_fewshot=1
+    )
+    with pytest.raises(DataError, match=r"29 of its 29 rows are shown in every prompt"):
+        held = jsonl(tmp_path / "..", [question(1)] * 29)
+        data.split(train_size=None, eval_dataset=held, eval_size=29, seed=0)

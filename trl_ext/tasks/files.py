@@ -1,0 +1,152 @@
+"""One reader for all data files, and one reading of the number in an answer."""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+
+FORMATS = (".jsonl", ".json", ".parquet", ".txt")
+NUMBER = re.compile(r"(?<![\w.,])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?!\w|\.\d)")
+OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by how such a file begins
+
+
+class DataError(ValueError):
+    """A dataset cannot be used; the message names the file, the column or the row."""
+
+
+def number_in(text: str) -> str | None:
+    """The one number in an answer, without thousands separators and a dollar sign: "18" of "$18.", "3.5" of "3.5 km".
+
+    None where there is no number or more than one; `nan` and `1_000` are none.
+    """
+    found = NUMBER.findall(text)
+    return found[0].replace(",", "").replace("$", "") if len(found) == 1 else None
+
+
+def answer_text(value: Any) -> Any:
+    """A number in a column of answers as its text, 18 and 18.0 as "18"; anything else, NaN too, as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return str(int(value) if value == int(value) else value)
+
+
+def check_file(name: str) -> None:
+    """Raises a DataError if there is no such file or nothing in it."""
+    if not Path(name).is_file():
+        raise DataError(f"dataset {name}: there is no such file")
+    if not Path(name).stat().st_size:
+        raise DataError(f"dataset {name}: the file is empty")
+
+
+def read_lines(name: str) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank. Only a newline ends a line: other characters that Python
+    takes for line ends may stand in a text. The mark that some editors write at the beginning of UTF-8 is left out.
+
+    Raises:
+        DataError: no such file, nothing in it, or a line is no UTF-8.
+    """
+    check_file(name)
+    with Path(name).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                if line[:2] in OTHER_ENCODINGS:
+                    raise DataError(f"dataset {name} is {OTHER_ENCODINGS[line[:2]]}; save it as UTF-8")
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"dataset {name}, line {number}: no UTF-8 (byte 0x{line[error.start]:02x} at position "
+                    f"{error.start + 1}); save the file as UTF-8"
+                ) from error
+            if text.strip():
+                yield number, text
+
+
+def read_json_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a `.jsonl` or `.json` file (objects line by line, or one list of them), each with its place: "line 3". Unlike
+    a table, columns may mix types.
+
+    Raises:
+        DataError: no such file, no row, or something in it is no JSON object.
+    """
+    rows = 0
+    for place, row in _json_values(name):
+        if not isinstance(row, dict):
+            raise DataError(f"dataset {name}, {place}: no JSON object: {row!r:.100}")
+        rows += 1
+        yield place, row
+    if not rows:
+        raise DataError(f"dataset {name} has no rows")
+
+
+def _json_values(name: str) -> Iterator[tuple[str, Any]]:
+    lines = read_lines(name)
+    first = next(lines, None)
+    if first is None:
+        return
+    if Path(name).suffix == ".json" and first[1].lstrip().startswith("["):
+        text = "\n".join([first[1], *(line for _, line in lines)])
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"dataset {name}: no JSON: {error}") from error
+        yield from ((f"row {i}", value) for i, value in enumerate(values))
+        return
+    for number, line in itertools.chain([first], lines):
+        try:
+            yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"dataset {name}, line {number}: no JSON: {error.msg} at character {error.pos + 1}"
+            ) from error
+
+
+def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
+    """A `.parquet` file, or a hub dataset.
+
+    Raises:
+        DataError: no such file, or it cannot be read.
+    """
+    path = Path(name)
+    if path.suffix == ".parquet":
+        check_file(name)
+        try:
+            return load_dataset("parquet", data_files=str(path), split="train")
+        except Exception as error:
+            raise DataError(f"dataset {name} cannot be read as .parquet: {error.__cause__ or error}") from error
+    if path.is_file() or path.suffix in (".csv", ".tsv"):
+        raise DataError(f"dataset {name}: give a {', '.join(FORMATS)} file or a hub id")
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:
+        raise DataError(f"dataset {name}: {error.__cause__ or error}") from error
+
+
+def read_rows(
+    name: str, *, split: str, config: str | None = None, size: int | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:
+    """The columns, and the first `size` rows (all without it), each with its place in the file ("line 3", "row 2").
+
+    Args:
+        name: a `.jsonl`, `.json`, `.parquet` or `.txt` file (whose lines become the column `text`), or a hub id.
+        split, config: of a hub dataset.
+
+    Raises:
+        DataError: see `read_json_rows`, `read_lines` and `read_table`.
+    """
+    suffix = Path(name).suffix
+    if suffix in (".jsonl", ".json"):
+        rows = list(read_json_rows(name))[:size]
+        return tuple(dict.fromkeys(column for _, row in rows for column in row)), rows
+    if suffix == ".txt":
+        return ("text",), [(f"line {number}", {"text": line}) for number, line in read_lines(name)][:size]
+    table = read_table(name, split=split, config=config)
+    table = table if size is None else table.select(range(min(size, len(table))))
+    return tuple(table.column_names), [(f"row {i}", row) for i, row in enumerate(table)]
