@@ -6,9 +6,9 @@ from datasets import Dataset
 from rich.console import Console
 
 from tests import tiny
-from trl_ext.tasks.files import DataError
 from trl_ext.tasks.dry_run import check_rewards, dry_run
 from trl_ext.tasks.evaluation import Evaluation, evaluate, wilson_interval
+from trl_ext.tasks.files import DataError
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import attach_thinking, backbone_of
 

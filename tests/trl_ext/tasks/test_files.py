@@ -61,9 +61,10 @@ def test_every_reader_refuses_it_alike(read, content, message):
 @pytest.mark.parametrize(
     "text, number",
     [
-        ("18", "18"), (" $1,203. ", "1203"), ("-3.5 km", "-3.5"), ("-$4", "-4"), (".5", ".5"), ("12%", "12"), ("1e5", "1e5"),
-        ("nan", None), ("inf", None), ("1_000", None), ("3 or 4", None), ("1/2", None), ("x2", None), ("", None), ("5km", None),
-        ("1.2.3", None),
+        ("18", "18"), (" $1,203. ", "1203"), ("-3.5 km", "-3.5"), ("-$4", "-4"), (".5", ".5"), ("12%", "12"),
+        ("1e5", "1e5"),
+        ("nan", None), ("inf", None), ("1_000", None), ("3 or 4", None), ("1/2", None), ("x2", None), ("", None),
+        ("5km", None), ("1.2.3", None),
     ],
 )  # fmt: skip
 def test_the_number_in_an_answer(text, number):
@@ -95,7 +96,7 @@ def test_json_lists_and_places(tmp_path):
     (tmp_path / "a.json").write_text(f"[{json.dumps(ROW)},\n {json.dumps(ROW)}]")
     assert list(read_json_rows(str(tmp_path / "a.json"))) == [("row 0", ROW), ("row 1", ROW)]
     (tmp_path / "a.json").write_text("[1, 2")
-    with pytest.raises(DataError, match="a.json: no JSON"):
+    with pytest.raises(DataError, match=r"a\.json: no JSON"):
         list(read_json_rows(str(tmp_path / "a.json")))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\ntwo\x85\n")
     with pytest.raises(DataError, match=r"a\.txt, line 3: no UTF-8 \(byte 0x85 at position 4\)"):
