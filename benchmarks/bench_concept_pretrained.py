@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 from datasets import disable_progress_bars
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks import setups
@@ -25,6 +24,7 @@ from trl_ext.concept.recipe import ScriptArguments, load, train
 from trl_ext.report import write_between
 from trl_ext.tasks.data import DataArguments
 from unsloth_ext.concept.accounting import equal_depth
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -79,7 +79,7 @@ def run(name: str, seed: int, steps: int, data: DataArguments, eval_dataset: str
             prune(model, equal_depth(model.config, args.online(model.config.num_hidden_layers), R))
             task.base = f"{output}/pruned"
             model.save_pretrained(task.base)
-        trainer, found, _ = train(task, script, args, Console(quiet=True), Path(output), None)
+        trainer, found, _ = train(task, script, args, PlainConsole(quiet=True), Path(output), None)
     curve = [
         {k: e[k] for k in ("step", "loss", "loss/ce", "concept/ratio") if k in e} for e in trainer.state.log_history
     ]
@@ -109,7 +109,7 @@ def main() -> None:
             what = {"dataset": Path(options.dataset).name, "steps": options.steps}
             setups.write("concept_pretrained", {"command": "make bench-concept-pretrained", **what, "results": results})
     markdown = table({name: results[name] for name in RUNS if name in results}, COLUMNS)
-    Console().print(markdown, markup=False, soft_wrap=True)
+    PlainConsole().print(markdown)
     if not setups.CUDA:
         note = f"{HELD_OUT} held-out texts, {options.steps} steps of 4."
         write_between(ROOT / "docs/concept_tokens.md", "pretrained", f"{note}\n\n{markdown}")

@@ -13,7 +13,6 @@ import copy
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
@@ -21,6 +20,7 @@ from benchmarks import setups
 from trl_ext.report import write_between
 from unsloth_ext import OnlineConceptConfig, attach_concepts
 from unsloth_ext.concept.accounting import cost, equal_depth
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -127,7 +127,7 @@ def main() -> None:
                 name, f"{r['read_ms']:.0f}", f"{r['write_ms_per_token']:.1f}", f"{r['read_speedup']['median']:.2f}",
                 f"{r['write_speedup']['median']:.2f}", f"{r['kv_bytes'] / 2**20:.1f}", f"{r['macs']:.0%}",
             )  # fmt: skip
-        Console().print(table)
+        PlainConsole().print(table)
     path = setups.write(
         "concept_speed",
         {"command": "make bench-concept", "batch": options.batch, "new": options.new, "results": results},

@@ -23,8 +23,8 @@ from typing import Any
 import setups
 import torch
 import yaml
-from rich.console import Console
 
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -238,7 +238,7 @@ def main() -> None:
         group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0]))) for group in RUNS if group in results
     }
     markdown = table(done)
-    Console().print(markdown, markup=False, soft_wrap=True)
+    PlainConsole().print(markdown)
     if path.name == "kv_alignment_cpu.json":
         seeds = min(len(runs) for runs in done.values())
         note = f"{seeds} seeds, {HELD_OUT} held-out questions; mean, lowest and highest."

@@ -21,7 +21,6 @@ from pathlib import Path
 import setups
 import yaml
 from datasets import Dataset, disable_progress_bars
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -32,6 +31,7 @@ from trl_ext.latent.recipe import ScriptArguments
 from trl_ext.report import write_between
 from trl_ext.tasks import equations, warm_start
 from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -202,7 +202,7 @@ def main() -> None:
     found = read(path)
     done = {variant: found[variant] for variant in VARIANTS if variant in found}
     markdown = table(done)
-    Console().print(markdown, markup=False)
+    PlainConsole().print(markdown)
     seeds = min(len(runs) for runs in done.values())
     if path.name == "latent_cpu.json":
         write_between(ROOT / "docs/latent.md", "latent", f"{seeds} seeds, {note}.\n\n{markdown}")

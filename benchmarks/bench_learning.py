@@ -18,7 +18,6 @@ import setups
 import trl
 import yaml
 from peft import LoraConfig
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import patches
@@ -28,6 +27,7 @@ from trl_ext.report import write_between
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.fast_model import LINEAR_LAYERS
 from unsloth_ext.user_errors import in_sentences
 
@@ -143,7 +143,7 @@ def main() -> None:
             print(f"seed {seed}  {name}: greedy {last['greedy']:.3f} sampled {last['sampled']:.3f}", flush=True)
             gc.collect()
     markdown = table(results)
-    Console().print(markdown, markup=False)
+    PlainConsole().print(markdown)
     note = f"{options.seeds} seeds, {options.steps} steps of 48 x 8 completions, {options.held_out} held-out problems"
     path = setups.write("learning", {"command": "make bench-learning", "setting": note, "results": results})
     write_between(ROOT / "docs/hrpo.md", "learning", f"{note}.\n\n{markdown}")

@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from benchmarks import setups
 from benchmarks.over_seeds import ROOT, arguments, so_far, spread
 from trl_ext.report import write_between
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -93,7 +93,7 @@ def main() -> None:
             print(f"seed {seed}  {name}: {found['before']} -> {found['after']}", flush=True)
             setups.write("minimind", {"command": "make bench-minimind", "generated_tokens": TOKENS, "results": results})
     markdown = table(results)
-    Console().print(markdown, markup=False, soft_wrap=True)
+    PlainConsole().print(markdown)
     if not setups.CUDA:
         seeds = min(len(runs) for runs in results.values())
         note = (

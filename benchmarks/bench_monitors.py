@@ -19,7 +19,6 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -28,6 +27,7 @@ from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.planner import monitors
 from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.report import write_between
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -128,7 +128,7 @@ def main() -> None:
             case, f"{r['ms_per_step']['with']:.0f}", f"{r['ms_per_step']['without']:.0f}",
             f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})",
         )  # fmt: skip
-    Console().print(table)
+    PlainConsole().print(table)
     if not setups.CUDA:
         write_between(ROOT / "docs/concept_tokens.md", "monitors", sentence(results, options.rounds))
     print(setups.write("monitors", {"command": "make bench-concept", "every": EVERY, "results": results}))

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks import setups
 from trl_ext.report import write_between
+from unsloth_ext.console import PlainConsole
 
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +48,7 @@ def compare(
             setups.write(name, {"command": "make bench-concept", "results": results})
     done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in names if n in results}
     markdown = table(done, columns)
-    Console().print(markdown, markup=False, soft_wrap=True)
+    PlainConsole().print(markdown)
     if not setups.CUDA:
         seeds = min(len(runs) for runs in done.values())
         note = f"{seeds} seeds, {held_out}, {options.steps} steps; mean (lowest..highest)."

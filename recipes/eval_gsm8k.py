@@ -23,12 +23,12 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from unsloth_ext.backend import unsloth_can_run
+from unsloth_ext.console import PlainConsole
 
 
 if unsloth_can_run()[0]:
     import unsloth  # noqa: F401 - before transformers, or its models stay stock
 
-from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
@@ -104,7 +104,7 @@ def main() -> None:
     for thinking, r in results.items():
         accuracy = f"{r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})"
         table.add_row(thinking, accuracy, f"{r.format_rate:.1%}", f"{r.mean_length:.1f}", f"{r.thinking_share:.1%}")
-    Console().print(table)
+    PlainConsole().print(table)
     folder = Path(args.checkpoint)
     output = Path(args.output) if args.output else (folder if folder.is_dir() else Path()) / "eval.json"
     output.write_text(json.dumps({name: result.numbers() for name, result in results.items()}, indent=2) + "\n")

@@ -23,7 +23,6 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from rich.console import Console
 from rich.table import Table
 from trl import TrlParser
 
@@ -35,6 +34,7 @@ from trl_ext.latent.looks import plot_similarity, probe
 from trl_ext.latent.sources import load_rows
 from trl_ext.tasks import equations
 from unsloth_ext import LatentModel, kv_similarity
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.latent.config import thinking_with
 from unsloth_ext.residual import backbone_of
 
@@ -114,7 +114,7 @@ def main() -> None:
         "batch_size": args.batch_size,
         "progress": True,
     }
-    console = Console()
+    console = PlainConsole()
     results = {name: evaluate_answers(model, tokenizer, rows, latents=name, **how) for name in args.latents}
     console.print(accuracy_table(results, f"{args.checkpoint}: {len(rows)} questions", "latent tokens"))
     by_number = {}

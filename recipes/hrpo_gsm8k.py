@@ -26,6 +26,7 @@ in_sentences()
 
 from trl_ext.flags import at_least, chosen
 from unsloth_ext.backend import unsloth_can_run
+from unsloth_ext.console import PlainConsole
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,7 +35,6 @@ if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_ca
     import unsloth  # noqa: F401 - before trl, or its trainers stay stock
 
 from accelerate import PartialState
-from rich.console import Console
 from transformers import set_seed
 from trl import TrlParser
 
@@ -92,7 +92,7 @@ def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     return (chat_dataset(rows, args.answer_delimiter, examples) for rows in (train, held_out))
 
 
-def load_model(script: ScriptArguments, args: HRPOConfig, console: Console):
+def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole):
     """The policy with LoRA and thinking modules, and its tokenizer."""
     cache, name = Path(script.cache_dir), script.model_name
     if name == "tiny":

@@ -28,7 +28,6 @@ in_sentences()
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import LoraConfig
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -45,6 +44,7 @@ from trl_ext.tasks import facts
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback
 from unsloth_ext import PlannerExecutorModel
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.planner.model import planner_settings
 
 
@@ -99,7 +99,7 @@ def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConf
     return model, tokenizer, *rows, script.answer_delimiter
 
 
-def show(before: PlanEvaluation, after: PlanEvaluation, console: Console) -> None:
+def show(before: PlanEvaluation, after: PlanEvaluation, console: PlainConsole) -> None:
     """Figures before and after training, then the samples."""
     table = Table(title=f"Held-out texts: {after.n}", title_justify="left")
     for head in ("", "before", "after"):

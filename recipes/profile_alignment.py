@@ -23,7 +23,6 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -38,6 +37,7 @@ from trl_ext.tasks.data import DataArguments
 from trl_ext.teacher import check_vocabularies
 from unsloth_ext import DelimiterMatcher, MapProjectionAligner
 from unsloth_ext.alignment.aligner import MODES
+from unsloth_ext.console import PlainConsole
 
 
 SHOWN = {
@@ -137,7 +137,7 @@ def main() -> None:
     if data.dataset == "tiny" and args.teacher != "tiny":
         raise ValueError(f"--teacher {args.teacher}: the tiny task is the tiny teacher's; give a --dataset")
     args.answer_delimiter = args.answer_delimiter or ("#" if data.dataset == "tiny" else "####")
-    console = Console()
+    console = PlainConsole()
     teacher, student, tokenizer, rows = load(args, data)
     first, second = batches(args, tokenizer, rows)
 

@@ -101,3 +101,27 @@ def test_every_public_name_resolves():
             assert getattr(package, name) is not None
         with pytest.raises(AttributeError, match="no_such_name"):
             package.no_such_name  # noqa: B018
+
+
+SCREEN = ROOT / "unsloth_ext" / "console.py"
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "recipes", "benchmarks"])
+def test_nothing_is_printed_as_markup(folder):
+    """One module makes the console. A panel's title is markup whatever the console says, so it has to be a `Text`."""
+    for file in (ROOT / folder).rglob("*.py"):
+        if file == SCREEN:
+            continue
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names = {alias.name for alias in node.names}
+                assert node.module not in ("rich.console", "rich.markup", "rich.prompt", "rich.progress"), file
+                assert node.module != "rich" or not names & {"print", "inspect", "get_console", "console"}, file
+            if not isinstance(node, ast.Call):
+                continue
+            how = {keyword.arg: keyword.value for keyword in node.keywords}
+            assert "markup" not in how and getattr(node.func, "attr", "") != "from_markup", f"{file}:{node.lineno}"
+            if getattr(node.func, "id", "") == "Panel":
+                for name in how.keys() & {"title", "subtitle"}:
+                    assert not isinstance(how[name], ast.Constant | ast.JoinedStr), f"{file}:{node.lineno}"

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import ProgressCallback, Trainer, TrainingArguments
+
+from unsloth_ext.console import PlainConsole
 
 from .checkpointing import last_complete_checkpoint
 from .flags import at_least
@@ -36,7 +37,7 @@ class RecipeArguments:
         at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, lora_r=0)
 
 
-def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -> tuple[Console, Path, str | None]:
+def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -> tuple[PlainConsole, Path, str | None]:
     """The console, the output folder, and the checkpoint that `resume_from_checkpoint` asks for (`latest`: the newest whole
     one).
 
@@ -52,7 +53,7 @@ def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -
         resume = last_complete_checkpoint(output)
         if resume is None:
             raise ValueError(f"no complete checkpoint in {output} to resume from")
-    return Console(quiet=args.process_index > 0), output, str(resume) if resume else None
+    return PlainConsole(quiet=args.process_index > 0), output, str(resume) if resume else None
 
 
 def check_tiny(model_name: str, dataset: str) -> None:
@@ -71,7 +72,7 @@ def compact_progress(trainer: Trainer) -> None:
 
 def finish(
     trainer: Trainer,
-    console: Console,
+    console: PlainConsole,
     started: float,
     title: tuple[str, ...],
     measured: AccuracyCallback,

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback
+
+from unsloth_ext.console import PlainConsole
 
 
 class CompactProgress(ProgressCallback):
@@ -34,7 +36,7 @@ class CompactProgress(ProgressCallback):
                 self.training_bar.set_postfix(shown)
 
 
-def before_after_table(before: Any, after: Any, console: Console) -> None:
+def before_after_table(before: Any, after: Any, console: PlainConsole) -> None:
     """Two `Evaluation`s side by side."""
     table = Table(title=f"Held-out problems: {after.n}", title_justify="left")
     for heading in ("", "before", "after"):
@@ -48,7 +50,7 @@ def before_after_table(before: Any, after: Any, console: Console) -> None:
     console.print(table)
 
 
-def comparison_table(rows: dict[str, tuple[Any, Any]], console: Console) -> None:
+def comparison_table(rows: dict[str, tuple[Any, Any]], console: PlainConsole) -> None:
     """`LatentEvaluation`s before and after training by name; None where there is none."""
     n = next(after.n for _, after in rows.values())
     table = Table(title=f"Held-out questions: {n}", title_justify="left")
@@ -148,13 +150,20 @@ MONITOR_CURVES = (
 )
 
 
-def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
-    """Small multiples over training steps; one that was never logged stays out."""
+def pyplot_for_files() -> ModuleType:
+    """matplotlib's pyplot, drawing without a screen; a `$` in a title is a dollar, for names and paths may hold one."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
+    """Small multiples over training steps; one that was never logged stays out."""
+    pyplot = pyplot_for_files()
     series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in curves}
     series["accuracy"] = accuracy
     shown = [(name, label) for name, label in curves if len(series[name]) > 1]
@@ -172,6 +181,7 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
         axis.set_title(label, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+        axis.locator_params("x", integer=True)
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(title)

@@ -4,27 +4,28 @@ first version that nobody tested (unless the override is set)."""
 import importlib.util
 import sys
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import patches
 from patches import versions
 
 from .backend import unsloth_can_run
+from .console import PlainConsole
 from .user_errors import in_sentences
 
 
 def main() -> int:
-    console = Console(soft_wrap=True)
+    console = PlainConsole()
     problems = {package: problem for package in versions.TESTED if (problem := versions.version_problem(package))}
     _versions_table(console, problems)
     use_unsloth, why = unsloth_can_run()
-    console.print(f"backend: [bold]{'unsloth' if use_unsloth else 'transformers + peft'}[/] ({why})")
+    console.print(f"backend: {'unsloth' if use_unsloth else 'transformers + peft'} ({why})")
     _patches_table(console, use_unsloth)
     if not problems:
-        console.print("[green]all versions are tested together")
+        console.print("all versions are tested together", style="green")
         return 0
-    console.print(f"[red]{next(iter(problems.values()))}")
+    console.print(next(iter(problems.values())), style="red")
     if versions.untested_allowed():
         console.print(f"{versions.ALLOW_UNTESTED}=1: going on untested")
         return 0
@@ -32,18 +33,18 @@ def main() -> int:
     return 1
 
 
-def _versions_table(console: Console, problems: dict[str, str]) -> None:
+def _versions_table(console: PlainConsole, problems: dict[str, str]) -> None:
     table = Table(title="versions", title_justify="left")
     for heading in ("package", "found", "tested", ""):
         table.add_column(heading)
     for package, wanted in versions.TESTED.items():
         found = versions.installed_version(package)
-        state = "[red]untested" if package in problems else "ok" if found else "not installed (optional)"
+        state = Text("untested", style="red") if package in problems else "ok" if found else "not installed (optional)"
         table.add_row(package, str(found or "-"), str(wanted), state)
     console.print(table)
 
 
-def _patches_table(console: Console, use_unsloth: bool) -> None:
+def _patches_table(console: PlainConsole, use_unsloth: bool) -> None:
     table = Table(title="patches", title_justify="left")
     table.add_column("name", no_wrap=True)
     for heading in ("replaces", "applies here", "needed for"):

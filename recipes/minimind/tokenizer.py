@@ -14,11 +14,11 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from rich.console import Console
 
 from trl_ext.minimind.stage import StageArguments, parse, show
 from trl_ext.report import write_summary
 from unsloth_ext import train_tokenizer
+from unsloth_ext.console import PlainConsole
 
 
 @dataclass
@@ -40,7 +40,7 @@ def main() -> None:
     output = Path(stage.output_dir, "final")
     tokenizer.save_pretrained(output)
     before, after = {"bytes per token": 1.0}, {"bytes per token": bytes_per_token(tokenizer, held_out)}
-    show("tokenizer", before, after, Console())
+    show("tokenizer", before, after, PlainConsole())
     write_summary(
         output.parent, stage="tokenizer", before=before, after=after, steps=0, seconds=round(time.time() - started, 1)
     )

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.concept.model import ConceptModel
+from unsloth_ext.console import PlainConsole
 
 from ..flags import at_least, chosen, chosen_preset
 from ..kv_distill.data import completions
@@ -110,7 +110,7 @@ def plain(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def train(
-    task: Task, script: ScriptArguments, args: ConceptConfig, console: Console, output: Path, resume: str | None
+    task: Task, script: ScriptArguments, args: ConceptConfig, console: PlainConsole, output: Path, resume: str | None
 ) -> tuple[ConceptTrainer, ConceptEvaluation, AccuracyCallback]:
     """One run: the trained model in `output / "final"`."""
     how = {
@@ -171,7 +171,7 @@ SHOWN = (
 )
 
 
-def comparison(rows: dict[str, ConceptEvaluation], console: Console) -> None:
+def comparison(rows: dict[str, ConceptEvaluation], console: PlainConsole) -> None:
     """Evaluations side by side; what a model without concepts has not is left empty."""
     table = Table(title=f"Held-out texts: {next(iter(rows.values())).n}", title_justify="left")
     for head in ("", *rows):

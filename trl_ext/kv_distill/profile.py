@@ -11,6 +11,8 @@ from unsloth_ext.alignment.aligner import NAMES, MapProjectionAligner
 from unsloth_ext.alignment.capture import captured_kvq, stacked
 from unsloth_ext.alignment.loss import StructuralKVLoss, attention_rows
 
+from ..report import pyplot_for_files
+
 
 @dataclass
 class AlignmentProfile:
@@ -78,11 +80,7 @@ def profile_alignment(
 
 def plot_profiles(path: Path, profiles: dict[str, AlignmentProfile], title: str) -> None:
     """A row for each aligner: its head map of keys, and the attention of teacher and student side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_for_files()
     figure, axes = pyplot.subplots(
         len(profiles), 3, figsize=(13, 4 * len(profiles)), layout="constrained", squeeze=False
     )

@@ -13,6 +13,8 @@ from unsloth_ext.latent.phase import latent_phase
 from unsloth_ext.latent.probe import KVSimilarity, probe_latents
 from unsloth_ext.mode import evaluating
 
+from ..report import pyplot_for_files
+
 
 RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*(?:>>)?\s*$")
 
@@ -69,11 +71,7 @@ def _share(results: list[list[int]], seen: list[set[int]]) -> float | None:
 def plot_similarity(path: Path, found: KVSimilarity, title: str) -> None:
     """Cosines of latent and explicit keys and values: by slot and token of the trace, and by layer and slot with what the
     compression keeps; means over the rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_for_files()
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 7), layout="constrained")
     for column, name in enumerate(("keys", "values")):
         by_token = _mean(getattr(found, name).mean(0), found.trace_mask[:, None])

@@ -9,11 +9,11 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import TrlParser
 
 from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.console import PlainConsole
 
 from ..flags import at_least, chosen, chosen_preset
 from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
@@ -80,7 +80,7 @@ def parse(
     return parser.parse_args_and_config(["--config", str(config), *others])
 
 
-def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dict[str, Any]]]:
+def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, list[dict[str, Any]]]:
     """Training rows and held-out ones, which need no steps; the unusable ones are counted on the screen."""
     check_tiny(script.model_name, script.dataset)
     if script.dataset == "tiny":
@@ -95,7 +95,7 @@ def load_data(script: ScriptArguments, console: Console) -> tuple[Rows, list[dic
             size=script.eval_size,
             need_steps=False,
         )
-        console.print(found.report(), markup=False, highlight=False)
+        console.print(found.report())
         held_out = found.usable
         both = len(train.usable)
         train.usable = without(train.usable, held_out)
@@ -143,7 +143,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
     if args.eval_strategy != "no":  # its loss is the teacher's too
         with_steps = Rows("held-out", [row for row in held_out if row["steps"]])
         datasets["eval_dataset"] = Dataset.from_list(with_steps.map(tokenize))
-    console.print(train.report(), markup=False, highlight=False)
+    console.print(train.report())
     output.mkdir(parents=True, exist_ok=True)
 
     how = {

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from unsloth_ext.console import PlainConsole
+
+from ..report import pyplot_for_files
 from .chat import Dialogue
 from .stage import StageArguments, load_model
 
@@ -27,7 +29,7 @@ def report(stage: StageArguments) -> None:
     Raises:
         ValueError: no stage has left a summary there.
     """
-    folder, console = Path(stage.run_dir), Console()
+    folder, console = Path(stage.run_dir), PlainConsole()
     files = {name: folder / name / "summary.json" for name in STAGES}
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     if not found:
@@ -37,7 +39,7 @@ def report(stage: StageArguments) -> None:
     said = {name: dialogue(folder / name / "final", DIALOGUES[name]) for name in DIALOGUES if name in found}
     for name, messages in said.items():
         for message in messages:
-            console.print(f"[{name}] {message['role']}: {message['content']}", markup=False, highlight=False)
+            console.print(f"[{name}] {message['role']}: {message['content']}")
     stages = {name: {k: v for k, v in s.items() if k != "history"} for name, s in found.items()}
     (folder / "report.json").write_text(json.dumps({"stages": stages, "dialogues": said}, indent=1) + "\n")
     console.print(f"Written: {folder / 'report.json'}, {folder / 'report.png'}")
@@ -60,11 +62,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
 
 def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
     """What each stage trains on, over its steps: its loss, or for reinforcement its reward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_for_files()
     shown = {name: summary for name, summary in found.items() if summary.get("history")}
     figure, axes = pyplot.subplots(3, 3, figsize=(12, 9), layout="constrained")
     for axis in axes.flat[len(shown) :]:
@@ -78,6 +76,7 @@ def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
         axis.set_title(f"{name}: {label}\nheld-out {metric} {change}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+        axis.locator_params("x", integer=True)
         axis.set_xlabel("step")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

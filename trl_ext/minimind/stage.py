@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
 from trl import TrlParser
 
 from patches import fused_lm_head, granite_router_logits
+from unsloth_ext.console import PlainConsole
 
 from ..checkpointing import SafeCheckpointMixin
 from ..flags import at_least, read_config
@@ -188,7 +188,7 @@ def measured(trainer: Trainer, measures: dict[str, Callable[[Trainer], float]]) 
         return {name: measure(trainer) for name, measure in measures.items()}
 
 
-def show(title: str, before: dict[str, float], after: dict[str, float], console: Console) -> None:
+def show(title: str, before: dict[str, float], after: dict[str, float], console: PlainConsole) -> None:
     """Metrics before and after, side by side."""
     table = Table(title=title, title_justify="left")
     for heading in ("held out", "before", "after"):

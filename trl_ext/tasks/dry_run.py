@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets import Dataset
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from unsloth_ext.console import PlainConsole
 
 from .data import DataError
 from .evaluation import Evaluation
@@ -43,7 +44,7 @@ def check_rewards(name: str, rewards: list) -> list[float]:
 
 
 def dry_run(
-    rows: Dataset, sampled: Evaluation, reward: Callable[..., list[float]], delimiter: str, console: Console
+    rows: Dataset, sampled: Evaluation, reward: Callable[..., list[float]], delimiter: str, console: PlainConsole
 ) -> DryRun:
     """Score the gold answers and the sampled completions of `rows` (columns `prompt`, `answer`), and show one.
 
@@ -68,11 +69,13 @@ def dry_run(
     table.add_row(f"{result.parse_rate:.1%}", histogram, f"{result.gold_reward:.2f}")
     console.print(table)
     sample = Text(f"{_shown(rows[0]['prompt'])}\n").append(sampled.completions[0], style="bold")
-    console.print(Panel(sample, title=f"sample (answer {answers[0]}, reward {rewards[0]:g})", title_align="left"))
+    title = Text(f"sample (answer {answers[0]}, reward {rewards[0]:g})")  # a plain string would be markup here
+    console.print(Panel(sample, title=title, title_align="left", expand=False))
     if len(result.rewards) == 1:
         console.print(
-            f"[yellow]Every sampled reward is {rewards[0]:g}: groups without variance teach nothing. Expect no progress "
-            "until that changes (an easier task, a better start, more samples)."
+            f"Every sampled reward is {rewards[0]:g}: groups without variance teach nothing. Expect no progress "
+            "until that changes (an easier task, a better start, more samples).",
+            style="yellow",
         )
     return result
 

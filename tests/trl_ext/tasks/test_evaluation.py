@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from rich.console import Console
 
 from tests import tiny
 from trl_ext.tasks.dry_run import check_rewards, dry_run
@@ -11,6 +10,7 @@ from trl_ext.tasks.evaluation import Evaluation, evaluate, wilson_interval
 from trl_ext.tasks.files import DataError
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import attach_thinking, backbone_of
+from unsloth_ext.console import PlainConsole
 
 
 ROWS = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(1, 12, 3)])
@@ -42,9 +42,9 @@ def made_up(texts):
 def test_dry_run_counts_and_warns(capsys):
     rows = ROWS.select(range(2))
     answers = rows["answer"]
-    found = dry_run(rows, made_up([f"## {answers[0]}", "nothing"]), make_reward("##"), "##", Console())
+    found = dry_run(rows, made_up([f"## {answers[0]}", "nothing"]), make_reward("##"), "##", PlainConsole())
     assert found.rewards == {0.0: 1, 1.0: 1} and found.gold_reward == 1.0
-    dry_run(rows, made_up(["x", "y"]), make_reward("##"), "##", Console())
+    dry_run(rows, made_up(["x", "y"]), make_reward("##"), "##", PlainConsole())
     assert "Every sampled reward is 0" in capsys.readouterr().out
 
 
@@ -53,7 +53,7 @@ def test_dry_run_stops_where_nothing_can_be_earned():
         return [0.0] * len(completions)
 
     with pytest.raises(DataError, match="no reward can ever be earned: never"):
-        dry_run(ROWS.select(range(2)), made_up(["x", "y"]), never, "##", Console())
+        dry_run(ROWS.select(range(2)), made_up(["x", "y"]), never, "##", PlainConsole())
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])

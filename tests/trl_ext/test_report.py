@@ -1,0 +1,14 @@
+"""What a run leaves to look at."""
+
+from trl_ext.report import plot_curves, pyplot_for_files
+
+
+def test_a_title_from_outside_and_whole_steps(tmp_path, monkeypatch):
+    pyplot, drawn = pyplot_for_files(), []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    plot_curves(tmp_path / "curves.png", history, [], r"HRPO, $\frac{, [/nope]", (("loss", "loss"),))
+    (figure,) = drawn
+    ticks = figure.axes[0].get_xticks()
+    assert all(tick == int(tick) for tick in ticks) and (tmp_path / "curves.png").stat().st_size > 5_000
+    assert figure.get_suptitle() == r"HRPO, $\frac{, [/nope]"
