@@ -5,6 +5,7 @@ VENV   ?= .venv
 TORCH_ARGS ?=
 ARGS   ?=
 
+RECENT := "import sys; sys.exit(sys.version_info < (3, 11))"
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check -c requirements/core.txt
 READY  := $(VENV)/.ready
@@ -15,7 +16,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean
+.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -23,9 +24,19 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv with the tested versions (every other target does this by itself)
 	@:
 
-$(READY): requirements/core.txt requirements/dev.txt requirements/unsloth-cpu.txt pyproject.toml setup.py
+# A stamp without a Python that runs, as after a move or another Python's removal, is no set-up
+BROKEN := $(if $(wildcard $(READY)),$(shell $(PY) -c $(RECENT) 2>/dev/null || echo broken))
+
+.PHONY: broken
+broken:
+	@echo "$(VENV) has no Python that runs: making it anew"
+	@rm -f $(READY) $(VENV)/.smollm2
+
+$(READY): $(BROKEN) requirements/core.txt requirements/dev.txt requirements/unsloth-cpu.txt pyproject.toml setup.py
+	@$(PY) -c $(RECENT) 2>/dev/null || $(PYTHON) -c $(RECENT) 2>/dev/null || \
+		{ echo "$(PYTHON) is not there or older than Python 3.11; name another one: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "Setting up $(VENV) ($(if $(GPU),CUDA,CPU)); this takes a few minutes the first time"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c $(RECENT) 2>/dev/null || { rm -f $(VENV)/bin/python*; $(PYTHON) -m venv $(VENV); }
 	@$(PIP) torch==2.13.0 $(TORCH_ARGS)
 	@$(PIP) -r requirements/core.txt -r requirements/dev.txt
 	@$(if $(GPU),$(PIP) unsloth==2026.10.9 unsloth_zoo==2026.10.9,$(PIP) -r requirements/unsloth-cpu.txt && $(PIP) --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9)
@@ -51,20 +62,11 @@ lint: $(READY)  ## ruff, as CI runs it
 format: $(READY)  ## ruff, in place
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-train-hrpo: $(READY) $(SMOLLM2)  ## HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; MODEL=smollm2, ARGS="--flag value"
+train-hrpo: $(READY) $(SMOLLM2)  ## HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; MODEL=smollm2, ARGS="--overwrite --flag value"
 	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) $(ARGS)
 
-# Stage 1 leaves the projection as it is; stage 2 goes on from its last checkpoint and trains it at 5e-5
-TWO_STAGE := runs/hrpo_two_stage
-STAGE_1   := $(or $(if $(filter tiny,$(MODEL)),--max_steps 45),$(if $(filter smollm2,$(MODEL)),--max_steps 4),--num_train_epochs 1)
-STAGE_2   := $(or $(if $(filter tiny,$(MODEL)),--max_steps 90),$(if $(filter smollm2,$(MODEL)),--max_steps 8),--num_train_epochs 2)
-
-train-hrpo-two-stage: $(READY) $(SMOLLM2)  ## stage 1 with the projection frozen, stage 2 resumed with it at 5e-5
-	@rm -rf $(TWO_STAGE)
-	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) --output_dir $(TWO_STAGE) --lr_thinking_projection 0 $(STAGE_1) $(ARGS)
-	@mv $(TWO_STAGE)/summary.json $(TWO_STAGE)/summary_stage_1.json
-	@mv $(TWO_STAGE)/curves.png $(TWO_STAGE)/curves_stage_1.png
-	@$(RUN) recipes/hrpo_gsm8k.py --model_name $(MODEL) --output_dir $(TWO_STAGE) --lr_thinking_projection 5e-5 $(STAGE_2) --resume_from_checkpoint latest $(ARGS)
+train-hrpo-two-stage: $(READY) $(SMOLLM2)  ## stage 1 with the projection frozen, stage 2 with it at 5e-5; ARGS="--output_dir mine"
+	@$(RUN) recipes/hrpo_two_stage.py --model_name $(MODEL) $(ARGS)
 
 eval-hrpo: $(READY)  ## accuracy of a checkpoint: ARGS="--checkpoint runs/hrpo_gsm8k/final --thinking zero"
 	@$(RUN) recipes/eval_gsm8k.py $(ARGS)
@@ -90,17 +92,11 @@ train-concept: $(READY) $(SMOLLM2)  ## concept tokens, compressed online: the em
 train-planner: $(READY)  ## planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU
 	@$(RUN) recipes/planner_executor.py $(call LATENT,planner) $(ARGS)
 
-# Each stage begins with what an earlier one has left
-MINIMIND := tokenizer pretrain sft lora dpo ppo grpo spo distill reason
-
-minimind: $(READY)  ## a small language model through every stage, from its tokenizer to a dialogue: the embedded default
-	@rm -rf runs/minimind
-	@for stage in $(MINIMIND); do $(RUN) recipes/minimind/$$stage.py || exit 1; done
-	@$(RUN) recipes/minimind/report.py
+minimind: $(READY)  ## a small language model through every stage, from its tokenizer to a dialogue; ARGS="--overwrite --dpo '--beta 0.2'"
+	@$(RUN) recipes/minimind/all.py $(ARGS)
 
 minimind-gpu: $(READY)  ## the same at the published size, with MiniMind's files in dataset/
-	@for stage in $(MINIMIND); do $(RUN) recipes/minimind/$$stage.py --config recipes/minimind/configs/$$stage.yaml $(ARGS) || exit 1; done
-	@$(RUN) recipes/minimind/report.py --config recipes/minimind/configs/report.yaml
+	@$(RUN) recipes/minimind/all.py --published $(ARGS)
 
 chat: $(READY)  ## talk to what `make minimind` has left: ARGS="--say 'What is 7+5-3?'"
 	@$(RUN) recipes/minimind/chat.py $(ARGS)
@@ -141,5 +137,8 @@ bench-kv-alignment: $(READY)  ## held-out accuracy over seeds: each projection b
 gpu-check: $(READY)  ## the GPU suite: the real Unsloth path, kernels, timings
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)
 
-clean:  ## remove .venv and the runs
-	rm -rf $(VENV) runs build *.egg-info
+clean:  ## remove .venv and what was built; the runs stay
+	rm -rf $(VENV) build *.egg-info
+
+clean-runs:  ## remove runs/, with all that was trained there
+	rm -rf runs

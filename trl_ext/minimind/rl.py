@@ -56,9 +56,20 @@ class TokenBudget(TrainerCallback):
     def __init__(self, most: int | None):
         self.most, self.generated = most, 0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.generated = sum(self._in(entry, args) for entry in state.log_history)  # before the run was resumed
+        if self.most is not None and self.generated >= self.most:
+            raise ValueError(
+                f"no tokens left: {self.generated:,} were sampled before; ask for more with --max_generated_tokens"
+            )
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        self.generated += round(logs.get("completions/mean_length", 0) * args.generation_batch_size)
+        self.generated += self._in(logs, args)
         control.should_training_stop |= self.most is not None and self.generated >= self.most
+
+    @staticmethod
+    def _in(logs: dict[str, Any], args: Any) -> int:
+        return round(logs.get("completions/mean_length", 0) * args.generation_batch_size)
 
 
 class RewardModel:

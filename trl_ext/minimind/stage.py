@@ -1,6 +1,7 @@
 """What the stages of a small language model share: flags, data, the model of the stage before, and how a stage ends."""
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
@@ -24,14 +25,18 @@ from transformers import (
 from trl import TrlParser
 
 from patches import fused_lm_head, granite_router_logits
+from patches.versions import installed_version
 from unsloth_ext.console import PlainConsole
 
 from ..checkpointing import SafeCheckpointMixin
 from ..flags import at_least, read_config
 from ..recipe import compact_progress, start
 from ..report import plot_curves, write_summary
+from ..run_folder import finished
+from ..tasks import arithmetic
 from ..tasks.files import DataError
-from ..tasks.warm_start import publish
+from ..tasks.warm_start import cached
+from . import embedded
 from .data import load_minimind_data
 from .embedded import write_embedded
 
@@ -63,6 +68,10 @@ class StageArguments:
     run_dir: str = field(
         default="runs/minimind", metadata={"help": "Where the stages' folders and the embedded default's data are."}
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
+    )
+    begun: tuple[PlainConsole, Path, str | None] | None = field(default=None, init=False)  # from `start`
     embedded_seed: int = field(default=0, metadata={"help": "Of the embedded default's data."})
 
     def __post_init__(self) -> None:
@@ -70,10 +79,10 @@ class StageArguments:
 
     def file(self, kind: str) -> Path:
         """Where the embedded default's rows of a kind are; written on first use."""
-        folder = Path(self.run_dir, f"data-{self.embedded_seed}")
-        if not folder.exists():
-            publish(folder, lambda part: write_embedded(part, self.embedded_seed))
-        return folder / f"{kind}.jsonl"
+        seed = self.embedded_seed
+        parts = [*map(inspect.getsource, (embedded, arithmetic)), str(installed_version("reasoning-gym"))]
+        folder = cached(Path(self.run_dir), f"data-{seed}", parts, lambda part: write_embedded(part, seed))
+        return Path(folder, f"{kind}.jsonl")
 
     def load(self, name: str, kind: str) -> tuple[Dataset, Dataset]:
         """(training, held-out) rows of a `kind` of `load_minimind_data`; the embedded default's are called `name`.
@@ -100,7 +109,8 @@ class StageArguments:
 def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any, ...]:
     """Flags over a configuration file, by default `configs/<recipe>_tiny.yaml` beside the recipe.
 
-    A model that a stage of the embedded default has not left yet is made by running that stage's recipe first.
+    The stage's output folder is this run's from here on. A model that a stage of the embedded default has not left yet is
+    made by running that stage's recipe first.
     """
     path, parser = Path(recipe), TrlParser((stage, *configs))
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -108,6 +118,8 @@ def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any
     given, flags = peek.parse_known_args(sys.argv[1:])
     read_config(given.config)  # says what is wrong with the file
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
+    if isinstance(parsed[-1], TrainingArguments):
+        parsed[0].begun = start(parsed[-1], parsed[0], ())
     for name in (parsed[0].model_name, getattr(parsed[-1], "teacher_model_name_or_path", None)):
         _ensure(name, parsed[0], path.parent)
     return parsed
@@ -154,8 +166,7 @@ def run(
         more: for the summary, asked for at the end.
     """
     started = time.time()
-    console, output, resume = start(args, stage.model_name, ())
-    output.mkdir(parents=True, exist_ok=True)
+    console, output, resume = stage.begun
     fused_lm_head.ensure()
     granite_router_logits.ensure()
     trainer = make_trainer()
@@ -179,6 +190,7 @@ def run(
         **{name: value() for name, value in more.items()},
         history=[entry for entry in state.log_history if "loss" in entry or "reward" in entry],
     )
+    finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 
 

