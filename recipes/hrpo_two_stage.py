@@ -13,6 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext.run_folder import holds_results
 
 
@@ -30,10 +35,12 @@ def main() -> int:
     given, others = peek.parse_known_args()
     first, second = given.output_dir / "stage_1", given.output_dir / "stage_2"
     if given.resume_from_checkpoint:
-        sys.exit(f"--resume_from_checkpoint: resume the stage itself, recipes/hrpo_gsm8k.py --output_dir {second}")
+        raise ValueError(
+            f"--resume_from_checkpoint: resume the stage itself, recipes/hrpo_gsm8k.py --output_dir {second}"
+        )
     overwrite = given.overwrite.lower() not in ("false", "no", "0")
     if holds_results(second) and not overwrite:
-        sys.exit(f"{second} holds a run: --overwrite deletes what it made, --output_dir names another folder")
+        raise ValueError(f"{second} holds a run: --overwrite deletes what it made, --output_dir names another folder")
     length = ["--max_steps", str(STEPS[given.model_name])] if given.model_name in STEPS else ["--num_train_epochs", "1"]
     stages = (
         (first, "0", []),

@@ -16,6 +16,11 @@ from pathlib import Path
 
 import yaml
 
+from unsloth_ext.user_errors import in_sentences
+
+
+in_sentences()
+
 from trl_ext.run_folder import holds_results
 
 

@@ -47,6 +47,22 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     again = json.loads(Path("out/summary.json").read_text())
     assert again["steps"] == 4 and again["accuracy_before"] == summary["accuracy_after"]
 
+    with pytest.raises(ValueError, match=r"no steps left: .* 4 of 4.*--init_from out/checkpoint-4"):
+        run("--max_steps", "4", "--resume_from_checkpoint", "checkpoint-4")
+    with pytest.raises(ValueError, match=r"out holds run .* finished at step 4"):
+        run("--output_dir", "out")
+    assert json.loads(Path("out/summary.json").read_text()) == again
+
+    # A second stage: its projection begins at the rate asked for, not somewhere down the first one's cosine
+    stage_2 = ["--init_from", "out/final", "--output_dir", "out_2", "--lr_thinking_projection", "5e-5"]
+    run(*stage_2, "--lr_scheduler_type", "cosine", "--warmup_steps", "0")
+    schedule = json.loads(Path("out_2/checkpoint-1/scheduler.json").read_text())
+    assert schedule["last_epoch"] == 1 and 5e-5 in schedule["base_lrs"]
+    assert schedule["_last_lr"][schedule["base_lrs"].index(5e-5)] == pytest.approx(
+        2.5e-5
+    )  # cosine of 2 steps, half way
+    assert json.loads(Path("out_2/summary.json").read_text())["accuracy_before"] == again["accuracy_after"]
+
     recipe(
         monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--thinking", "on", "zero", "off"
     )
