@@ -11,7 +11,7 @@ from unsloth_ext.console import PlainConsole
 
 from .flags import at_least
 from .report import CompactProgress, plot_curves, write_summary
-from .resuming import claim
+from .resuming import claim, explain_the_end
 from .run_folder import finished
 from .tasks.evaluation import AccuracyCallback
 
@@ -55,6 +55,7 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
         raise ValueError(f"--model_name {name} trains in one process; give a hub id or a folder to accelerate launch")
     console = PlainConsole(quiet=args.process_index > 0)
     run, resume = claim(args, script.overwrite, hasattr(script, "init_from"))
+    explain_the_end(Path(args.output_dir))
     console.print(f"Run {run} in {args.output_dir}" + (f", from {resume}" if resume else ""))
     return console, Path(args.output_dir), str(resume) if resume else None
 

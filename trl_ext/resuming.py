@@ -1,10 +1,16 @@
-"""Where a recipe's run begins: its folder claimed, and the checkpoint that it goes on from."""
+"""Where a recipe's run begins, its folder claimed, and what is said where it is cut short: how to go on."""
 
+import errno
 import json
+import shlex
+import signal
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
+
+from unsloth_ext import user_errors
 
 from . import run_folder
 from .checkpointing import STATE_FILE, CheckpointError, broken_file, last_complete_checkpoint, no_steps_left
@@ -93,3 +99,54 @@ def check_steps_left(args: TrainingArguments, checkpoint: Path, second_stage: bo
     raise CheckpointError(
         no_steps_left(step, args.max_steps if args.max_steps > 0 else step) + (hint if second_stage else "")
     )
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from a scheduler."""
+
+
+def explain_the_end(folder: Path) -> None:
+    """From now on a run in this folder that Ctrl-C, SIGTERM or a full disk ends says how to go on with it."""
+
+    def explain(error: BaseException) -> tuple[str, int] | None:
+        found = _ending(error)
+        return found and (f"{found[0]}. {how_to_go_on(folder)}", found[1])
+
+    user_errors.explainers[:] = [explain]
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    if isinstance(error, Terminated):
+        return "Ended by SIGTERM", 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", 128 + signal.SIGINT
+    # safetensors and torch say it in words of their own
+    words = ("No space left on device", "os error 28", "Disk quota exceeded")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in words):
+        return "The disk is full", user_errors.STATUS
+    return None
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The last whole checkpoint, and the command that resumes from it."""
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        return f"There is no whole checkpoint in {folder} yet, and nothing to go on from"
+    command = shlex.join(["python", *_without(run_folder.command_words(), "--resume_from_checkpoint", "--overwrite")])
+    return f"The last whole checkpoint is {last}; go on from it with: {command} --resume_from_checkpoint latest"
+
+
+def _without(words: list[str], *flags: str) -> list[str]:
+    """Words without these flags and their values."""
+    kept, skip = [], False
+    for word in words:
+        if word.startswith("--"):
+            skip = word.partition("=")[0] in flags
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated

@@ -177,14 +177,20 @@ def _description(folder: Path) -> str:
     return f"run {run['id']} ({run['commands'][-1]['command']}; {ended})"
 
 
-def _command() -> dict[str, str]:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+def command_words() -> list[str]:
+    """The command that was typed, without secrets."""
+    words = list(sys.argv)
     for i, word in enumerate(words):
         if (flag := SECRET.match(word)) and flag[1]:
             words[i] = f"{flag[0]}***"
         elif flag and i + 1 < len(words):
             words[i + 1] = "***"
-    return {"command": shlex.join(words), "at": datetime.now().astimezone().isoformat(timespec="seconds")}
+    return words
+
+
+def _command() -> dict[str, str]:
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"command": shlex.join(command_words()), "at": now}
 
 
 def _read(folder: Path) -> dict[str, Any]:

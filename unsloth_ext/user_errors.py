@@ -7,6 +7,7 @@ here imports more than the standard library.
 import dis
 import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -78,6 +79,8 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     for explain in explainers:
         if found := explain(error):
             return found
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", 128 + signal.SIGINT
     text = sentence(error)
     return text and (text, STATUS)
 

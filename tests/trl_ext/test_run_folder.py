@@ -1,20 +1,26 @@
 """A run's folder: one run at a time, nothing lost, nothing of another run resumed."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from tests import tiny
 from tests.processes import launch
 from tests.trl_ext.test_checkpointing import sft
-from trl_ext import run_folder
+from trl_ext import resuming, run_folder
 from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
 from trl_ext.resuming import claim
 from trl_ext.run_folder import FolderError
+from unsloth_ext import user_errors
 
 
 def arguments(folder, resume=None, max_steps=4, epochs=3.0):
@@ -206,3 +212,54 @@ def test_the_first_rank_decides_for_all(tmp_path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first["run"] == run_folder.run_id(tmp_path / "out")
     assert "holds run" in first["again"]
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """What is said when an error ends a run in this folder, by the arguments of its command."""
+    monkeypatch.setattr(user_errors, "explainers", [])
+    usual = signal.getsignal(signal.SIGTERM)
+    resuming.explain_the_end(tmp_path)
+
+    def say(error, *argv):
+        monkeypatch.setattr(sys, "argv", ["recipes/x.py", *argv])
+        return user_errors.explained(error)
+
+    yield say
+    signal.signal(signal.SIGTERM, usual)
+
+
+FULL = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+)
+
+
+@pytest.mark.parametrize(
+    "error, said, status",
+    [
+        (KeyboardInterrupt(), "Interrupted", 130),
+        (resuming.Terminated(), "SIGTERM", 143),
+        *((e, "disk is full", 2) for e in FULL),
+    ],
+)
+def test_what_ends_a_run_says_how_to_go_on(tmp_path, told, error, said, status):
+    text, code = told(error)
+    assert said in text and "no whole checkpoint" in text and code == status
+    ran(tmp_path, 2)
+    (tmp_path / "checkpoint-4").mkdir()  # half written
+    text, _ = told(
+        error, "--overwrite", "--seed", "1", "--resume_from_checkpoint", "checkpoint-1", "--hub_token", "hf_a"
+    )
+    end = "python recipes/x.py --seed 1 --hub_token '***' --resume_from_checkpoint latest"
+    assert text.endswith(f"{tmp_path / 'checkpoint-2'}; go on from it with: {end}")
+
+
+def test_other_errors_are_said_as_always(told):
+    assert told(KeyError("x")) is None
+
+
+def test_sigterm_is_an_interruption(told):
+    with pytest.raises(resuming.Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
