@@ -37,7 +37,7 @@ _WHERE = {
     "SPOTrainer": "spo",
     "RolloutDiagnostics": "rollout_diagnostics",
     "ThinkingProjectionMonitor": "hrpo.monitors",
-    "advise": "planner.advice",
+    "advise": "planner.signs",
     "commitment_loss": "planner.losses",
     "cosine_and_l2": "planner.monitors",
     "delta_nll": "planner.monitors",

@@ -7,6 +7,7 @@ parent's; `use_concepts=False` is the parent.
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -34,6 +35,7 @@ from unsloth_ext.residual import backbone_of
 from ..checkpointing import SafeCheckpointMixin
 from ..creation import check_name, default_args, preparing_models, with_adapter
 from ..parameter_groups import split_by_role
+from ..sums import Sums
 from .config import ConceptConfig
 from .losses import everywhere, ratio_loss, usage_kl_to_uniform
 
@@ -83,6 +85,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             remember_concepts(self.model)
         self._calibrated: int | None = None  # the last step at which the NULL bias was set
         self._seen: ConceptOutput | None = None
+        self._sums = {"train": Sums(), "eval": Sums()}
         backbone_of(self.model).register_forward_hook(self._see)
 
     def _see(self, _: Any, __: Any, output: ConceptOutput) -> None:
@@ -159,44 +162,86 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             temperature = backbone_of(self.model).concept_gate.temperature
         loss, outputs = result if return_outputs else (result, None)
-        terms, metrics = self._terms()
-        steps = self.current_gradient_accumulation_steps if training and num_items_in_batch is not None else 1
-        logged = self._metrics[mode]
-        logged["loss/ce"].append(self.accelerator.gather(loss.detach()).mean().item() * steps)
         if training:
-            logged["concept/temperature"].append(temperature)
-        for name, value in metrics.items():
-            logged[name].append(value.item())
-        for weight, term in terms:
-            loss = loss + weight * term / steps
+            self._temperature = temperature
+        ce, sums = loss.detach(), self._sums[mode]
+        if num_items_in_batch is None:
+            scored = (inputs["labels"][:, 1:] != -100).sum()
+            sums.weigh({"loss/ce": (ce * scored, scored)})
+        else:
+            sums.add(**{"loss/ce": ce})
+        loss = self._with_terms(loss, sums, training and num_items_in_batch is not None)
         self._seen = None
         return (loss, outputs) if return_outputs else loss
 
-    def _terms(self) -> tuple[list[tuple[float, torch.Tensor]], dict[str, torch.Tensor]]:
-        """Weighted terms of the forward just seen, and what to log of it; both of all processes."""
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.use_concepts:
+            counts = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in samples)
+            tokens = torch.as_tensor(sum(counts), dtype=torch.float64, device=device)
+            self._step_tokens = self.accelerator.reduce(tokens, "sum").clamp(min=1)
+        return samples, items
+
+    def _with_terms(self, loss: torch.Tensor, sums: Sums, is_part: bool) -> torch.Tensor:
+        """The loss with the weighted terms of the forward just seen, of all processes; as a part of a step's, by its share
+        of the step's tokens. `sums` gets what there is to log of it."""
         choice, valid, args = self._seen.choice, self._seen.valid, self.args
         config = backbone_of(self.model).concept_config
-        sums = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.logit.dtype)
-        tokens, concepts = self._everywhere(sums)
-        made = concepts / tokens
-        probability = self._everywhere((choice.probability * valid).sum()) / tokens
+        own = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.logit.dtype)
+        tokens, concepts = self._everywhere(own)
+        own_probability = (choice.probability * valid).sum()
         codes = choice.logits[choice.concept][:, :-1].unflatten(-1, (config.num_codebooks, -1))
-        use = self._everywhere(codes.softmax(-1).sum(0)) + torch.finfo(codes.dtype).tiny
+        own_use = codes.softmax(-1).sum(0)
+        use = self._everywhere(own_use) + torch.finfo(codes.dtype).tiny
+        terms = {
+            "ratio": (
+                args.ratio_weight,
+                ratio_loss(concepts / tokens, self._everywhere(own_probability) / tokens, args.target_ratio),
+            ),
+            "usage": (args.usage_weight, usage_kl_to_uniform(use)),
+        }
         counts = torch.stack(
             [torch.bincount(ids, minlength=config.num_concepts) for ids in choice.ids[choice.concept].T]
         )
-        counts = self.accelerator.reduce(counts, "sum").to(use.dtype) + torch.finfo(use.dtype).tiny
-        usage = usage_kl_to_uniform(use)
-        ratio = ratio_loss(made, probability, args.target_ratio)
-        metrics = {
-            "concept/ratio": tokens / concepts.clamp(min=1),
-            "concept/probability": probability.detach(),
-            "concept/perplexity": (torch.tensor(config.num_concepts).log() - usage_kl_to_uniform(counts)).exp(),
-            "loss/ratio": ratio.detach(),
-            "loss/usage": usage.detach(),
+        sums.add(tokens=own[0], concepts=own[1], probability=own_probability, counts=counts, use=own_use)
+        share = tokens.detach() / self._step_tokens if is_part else 1.0
+        for name, (weight, term) in terms.items():
+            if is_part:
+                sums.add(**{f"loss/{name}": share * term.detach()})
+            if weight:
+                loss = loss + weight * share * term
+        return loss
+
+    def _log(self, mode: str) -> None:
+        """Figures of a whole step's tokens, or an evaluation's, by all processes."""
+        sums, means = self._sums[mode].pop(lambda x: self.accelerator.reduce(x, "sum"))
+        tokens, concepts = sums["tokens"].item(), sums["concepts"].item()
+        shape = len(sums["counts"]) // backbone_of(self.model).concept_config.num_concepts, -1
+        counts, use = ((sums[name] + torch.finfo(torch.float64).tiny).view(shape) for name in ("counts", "use"))
+        figures = {name: x.item() / self.accelerator.num_processes for name, x in sums.items() if "loss/" in name}
+        if "loss/ratio" not in figures:
+            of_all = ratio_loss(concepts / tokens, sums["probability"].item() / tokens, self.args.target_ratio)
+            figures |= {"loss/ratio": of_all, "loss/usage": usage_kl_to_uniform(use).item()}
+        figures |= {
+            "concept/ratio": tokens / max(1.0, concepts),
+            "concept/probability": sums["probability"].item() / tokens,
+            "concept/perplexity": math.exp(math.log(counts.shape[1]) - usage_kl_to_uniform(counts).item()),
+            **({"concept/temperature": self._temperature} if mode == "train" else {}),
         }
-        terms = [(args.ratio_weight, ratio), (args.usage_weight, usage)]
-        return [(weight, term) for weight, term in terms if weight], metrics
+        for name, value in {**figures, **means}.items():
+            self._metrics[mode][name].append(value)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.args.use_concepts and self.accelerator.sync_gradients:
+            self._log("train")
+        return loss
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.args.use_concepts:
+            self._log("eval")
+        return output
 
     def _everywhere(self, local: torch.Tensor) -> torch.Tensor:
         return everywhere(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)

@@ -18,7 +18,7 @@ TRAININGS = ("soft", "hard_em")
 
 @dataclass
 class PlannerExecutorConfig(SFTConfig):
-    """The executor's cross-entropy, and
+    """The executor's cross-entropy + signal_weight L_signal + entropy_weight L_entropy, and
 
         soft      commitment_weight L_commitment + usage_weight L_usage + eos_weight L_eos + quota_weight L_quota
         hard_em   planner_weight times the planner's cross-entropy on the best plans found
@@ -52,8 +52,12 @@ class PlannerExecutorConfig(SFTConfig):
     temperature_end: float | None = field(
         default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
     )
-    commitment_weight: float = field(default=0.0, metadata={"help": "Weight of 1 - cos(expected, chosen codeword)."})
-    usage_weight: float = field(default=0.3, metadata={"help": "Weight of KL(use of the concepts || uniform)."})
+    commitment_weight: float = field(
+        default=0.0, metadata={"help": "Soft only: weight of 1 - cos(expected, chosen codeword)."}
+    )
+    usage_weight: float = field(
+        default=0.3, metadata={"help": "Soft only: weight of KL(use of the concepts || uniform)."}
+    )
     usage_window: float = field(
         default=4.0,
         metadata={"help": "That use is averaged over so many concepts for each codeword; a step of as many stands for "
@@ -77,10 +81,32 @@ class PlannerExecutorConfig(SFTConfig):
             "help": "Share of plans replaced by the null plan, which learns by this alone: at 0 its NLL means little."
         },
     )
-    num_candidates: int = field(
-        default=4, metadata={"help": "New plans for a row in an E-step; the old one comes on top."}
+    signal_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of y(X), each word of the text predicted from the plan and the word's place alone; a "
+                  "second pass of the executor."},
+    )  # fmt: skip
+    entropy_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of minus the entropy of the planner's predictions, nats each; it keeps them open."},
     )
-    num_beams: int = field(default=1, metadata={"help": "How many of them come from a beam search; 1: the greedy one."})
+    num_candidates: int = field(
+        default=3,
+        metadata={"help": "Plans that are sampled for a row in an E-step; beams and the old plan come on top."},
+    )
+    num_beams: int = field(
+        default=1, metadata={"help": "Plans of a beam search that come on top of the samples; 1: the greedy one."}
+    )
+    beam_diversity: float = field(
+        default=0.0,
+        metadata={"help": "Nats that a concept costs a beam for each beam before it that has it in the same place; 0: the "
+                  "likeliest plans, however alike."},
+    )  # fmt: skip
+    forced_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of rows that take the best sample of an E-step as their plan, even if the old plan or a "
+                  "beam is better."},
+    )  # fmt: skip
     e_step_every: int = field(default=4, metadata={"help": "M: steps from one E-step to the next."})
     adaptive_e_step: bool = field(
         default=False, metadata={"help": "M halves while plans are stale and doubles while they are not."}
@@ -119,21 +145,24 @@ class PlannerExecutorConfig(SFTConfig):
         super().__post_init__()
         one_of(self, mode=MODES, training=TRAININGS)
         planner = self.planner()
-        at_least(self, num_candidates=1, num_beams=0, e_step_every=1, max_e_step_every=1)
-        for name in ("commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight"):
+        at_least(self, num_candidates=0, num_beams=0, e_step_every=1, max_e_step_every=1)
+        for name in ("commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight",
+                     "signal_weight", "entropy_weight", "beam_diversity"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
         for name in ("temperature", "temperature_end", "quota_rate", "usage_window", "staleness_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: more than 0")
-        for name in ("word_dropout", "z_dropout"):
+        for name in ("word_dropout", "z_dropout", "forced_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to less than 1")
         if self.planner_learning_rate is not None and not 0 <= self.planner_learning_rate < math.inf:
             raise ValueError(f"planner_learning_rate={self.planner_learning_rate}: 0 or more")
-        if self.num_beams > self.num_candidates:
-            raise ValueError(f"num_beams={self.num_beams}: of num_candidates={self.num_candidates}, so at most as many")
+        if self.num_candidates + self.num_beams < 1:
+            raise ValueError("num_candidates=0, num_beams=0: an E-step has nothing to choose from; raise one of them")
+        if self.forced_share and not self.num_candidates:
+            raise ValueError(f"forced_share={self.forced_share}: of samples, and num_candidates=0 draws none; raise it")
         self.targets(planner)
         self._check_curriculum()
         if not self.use_planner:

@@ -47,10 +47,12 @@ class PlanCache(nn.Module):
 
 @dataclass(frozen=True)
 class EStep:
-    """What an E-step found for B rows with K candidates. The first is the plan that was cached, where there was one.
+    """What an E-step found for B rows with K candidates. The first is the plan that was cached, where there was one, then
+    come samples, then beams.
 
     Attributes:
-        plans: (B, n, Q), the best. old: (B, n, Q), before. known: (B,) bool, rows that had one.
+        plans: (B, n, Q), the best, or in rows that were forced the best sample. old: (B, n, Q), before. known: (B,) bool,
+            rows that had one.
         scores: (B, K), S(z), nats; -inf where there was no old plan.
     """
 
@@ -88,6 +90,8 @@ def e_step(
     samples: int,
     beams: int,
     temperature: float = 1.0,
+    diversity: float = 0.0,
+    forced: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> EStep:
     """The best of the old plan, `samples` samples and `beams` beams for each row, in evaluation mode. Of equals the first.
@@ -96,7 +100,8 @@ def e_step(
         model: a causal LM with a planner, wrapped or not.
         batch: as of `PlannerCollator`.
         old (B, n, Q) long, known (B,) bool: plans so far, and where there are any.
-        temperature, generator: of the samples.
+        temperature, generator: of the samples. diversity: of the beams, see `plan`.
+        forced (B,) bool: rows that take the best of the samples that are not their old plan, if there is one.
     """
     read = batch["plan_input_ids"], batch["plan_attention_mask"]
     rows = len(old)
@@ -106,12 +111,18 @@ def e_step(
                      generator=generator)  # fmt: skip
         found.append(drawn.unflatten(0, (rows, samples)))
     if beams:
-        best = plan(model, *read, num_beams=beams, num_return_sequences=beams)
+        best = plan(model, *read, num_beams=beams, num_return_sequences=beams, beam_diversity=diversity)
         found.append(best.unflatten(0, (rows, beams)))
     candidates = torch.cat(found, dim=1)
     scores = score_plans(model, batch, candidates)
     scores[:, 0] = scores[:, 0].masked_fill(~known, -torch.inf)
-    chosen = candidates[torch.arange(rows, device=old.device), scores.argmax(1)]
+    choice = scores.argmax(1)
+    if forced is not None and samples:
+        fresh = (candidates != old[:, None]).flatten(2).any(-1) | ~known[:, None]
+        fresh[:, 0] = fresh[:, 1 + samples :] = False
+        best_fresh = scores.masked_fill(~fresh, -torch.inf).argmax(1)
+        choice = torch.where(forced & fresh.any(1), best_fresh, choice)
+    chosen = candidates[torch.arange(rows, device=old.device), choice]
     return EStep(chosen, old, known, scores, candidates)
 
 

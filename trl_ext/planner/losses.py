@@ -1,9 +1,12 @@
 """Terms beside the executor's cross-entropy, by row; means over rows are the trainer's."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unsloth_ext.planner.executor import executor_prefix, text_nll
 from unsloth_ext.planner.head import concept_embeds
 from unsloth_ext.planner.passes import teacher_forced
 from unsloth_ext.planner.planning import SoftPlan
@@ -43,27 +46,75 @@ def hard_use(plan: torch.Tensor, i: int, size: int) -> torch.Tensor:
     return torch.bincount(ids[ids >= 0], minlength=size).float()
 
 
+def signal_nll(
+    model: nn.Module, batch: dict[str, torch.Tensor], plan: torch.Tensor | SoftPlan, scored: torch.Tensor
+) -> torch.Tensor:
+    """The signal y(X) that is extracted from a text and predicted from its plan: every word, by its place, without the
+    words before it. A sum over the tokens that count, nats.
+
+    Args:
+        batch: as of `PlannerCollator`. scored (B, T) bool: tokens that count.
+    """
+    ids = batch["input_ids"]
+    nothing_read = torch.ones_like(ids, dtype=torch.bool)
+    nll = text_nll(model, executor_prefix(model, plan), ids, batch["attention_mask"], nothing_read)
+    return (nll * scored).sum()
+
+
+def mean_entropy(log_probs: list[torch.Tensor], opens: list[torch.Tensor]) -> torch.Tensor:
+    """Of all types' predictions (B, J_i, V_i + 1), nats, over those that were made (B, J_i)."""
+    total = sum((torch.special.entr(x.exp()).sum(-1) * open_).sum() for x, open_ in zip(log_probs, opens))
+    return total / sum(open_.sum() for open_ in opens)
+
+
 def plan_predictions(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, plan: torch.Tensor
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    plan: torch.Tensor,
+    watch: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What the planner says about plans (B, n, Q) that are given, in one pass with gradients.
 
+    Args:
+        watch: called with each type's logits (B, quota_i, V_i + 1).
+
     Returns:
-        log p(plan | text) (B,); of each type log-probabilities (B, quota_i, V_i + 1), and where they were asked for
-        (B, quota_i) bool: at each concept, and at the end where the type is shorter than its quota.
+        log p(plan | text) (B,); of each type log-probabilities (B, quota_i, V_i + 1), with gradients, and where they were
+        asked for (B, quota_i) bool: at each concept, and at the end where the type is shorter than its quota.
     """
     embeds = concept_embeds(backbone_of(model), plan)
     every, opens = [], []
     total = torch.zeros(len(plan), device=plan.device)
     for i, logits in enumerate(teacher_forced(model, input_ids, attention_mask, embeds, plan >= 0)):
+        watch(logits)
         log_probs = logits.log_softmax(-1)
         ids = plan[:, i, : logits.shape[1]]
         chosen = log_probs.gather(-1, ids.where(ids >= 0, logits.shape[2] - 1)[..., None])[..., 0]
         open_ = torch.arange(logits.shape[1], device=plan.device) <= plan_lengths(plan)[:, i, None]
         total = total + (chosen * open_).sum(1)
-        every.append(log_probs.detach())
+        every.append(log_probs)
         opens.append(open_)
     return total, every, opens
+
+
+@torch.no_grad()
+def expected_and_chosen(
+    model: nn.Module, log_probs: list[torch.Tensor], plan: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codewords (B, n, Q, d) of plans (B, n, Q) that were found: expected of a sample at this temperature, which is
+    `SoftPlan.soft` without its noise, and chosen; any where there is no concept.
+
+    Args:
+        log_probs: of each type (B, quota_i, V_i + 1), as of `plan_predictions`.
+    """
+    head = backbone_of(model).unified_head
+    hard = concept_embeds(backbone_of(model), plan)
+    soft = torch.zeros_like(hard)
+    for i, type_log_probs in enumerate(log_probs):
+        shares = (type_log_probs[..., :-1] / temperature).softmax(-1).to(hard.dtype)
+        soft[:, i, : shares.shape[1]] = shares @ head.concepts(i).to(hard.dtype)
+    return soft, hard
 
 
 class UsageAverage(nn.Module):

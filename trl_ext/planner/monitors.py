@@ -26,7 +26,7 @@ def delta_nll(nll_bad: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
     """Mean of NLL(y | bad plan) - NLL(y | plan), nats. Near 0: the executor does not use its plan.
 
     Args:
-        nll_bad (B,), nll (B,): of the same texts, sums or means over their tokens.
+        nll_bad (N,), nll (N,): of the same texts, or of the same tokens.
     """
     return _mean(_wide(nll_bad) - _wide(nll))
 
@@ -74,6 +74,12 @@ def random_like(plan: torch.Tensor, sizes: list[int], generator: torch.Generator
     shape, device = plan[:, 0].shape, _device(plan, generator)
     drawn = [torch.randint(size, shape, generator=generator, device=device) for size in sizes]
     return torch.where(plan >= 0, torch.stack(drawn, dim=1).to(plan.device), plan)
+
+
+def commonest_share(plan: torch.Tensor) -> torch.Tensor:
+    """Share of the texts that have the plan that most of them have: 1 where all plans (B, n, Q) are alike."""
+    counts = plan.flatten(1).unique(dim=0, return_counts=True)[1]
+    return _wide(counts.max() / len(plan))
 
 
 def _device(plan: torch.Tensor, generator: torch.Generator | None) -> torch.device:

@@ -19,6 +19,7 @@ def probe(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Gen
     """Of the first 16 rows, under greedy plans:
 
         monitor/delta_nll_null, ..._shuffled (of two rows or more), ..._random      what another plan costs, nats per token
+        monitor/commonest_plan                                                      share of the texts that have it
         monitor/nll_0-64, ...                                                       nats per token, by position
 
     Args:
@@ -34,15 +35,13 @@ def probe(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Gen
         everywhere = torch.full((len(ids),), null, device=ids.device)
         return text_nll(model, executor_prefix(model, plans, everywhere), ids, mask) * scored
 
-    def per_token(values: torch.Tensor) -> torch.Tensor:
-        return values.sum(1) / scored.sum(1).clamp(min=1)
-
     with evaluating(model):
         own = plan(model, batch["plan_input_ids"], batch["plan_attention_mask"])
         good = nll(own)
         bad = {"null": nll(own, null=True), "random": nll(monitors.random_like(own, sizes, generator))}
         if len(ids) > 1:
             bad["shuffled"] = nll(monitors.shuffled(own, generator))
-    found = {f"delta_nll_{name}": monitors.delta_nll(per_token(x), per_token(good)) for name, x in bad.items()}
+    found = {f"delta_nll_{name}": monitors.delta_nll(x[scored], good[scored]) for name, x in bad.items()}
+    found["commonest_plan"] = monitors.commonest_share(own)
     found |= {f"nll_{name}": value for name, value in monitors.nll_by_bucket(good, scored).items()}
     return {f"monitor/{name}": value.item() for name, value in found.items()}

@@ -8,10 +8,40 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unsloth_ext.planner.config import PlannerConfig
+
 from ..checkpointing import CheckpointError
+from .config import PlannerExecutorConfig
+from .curriculum import LengthCurriculum
+from .em import EStepSchedule, PlanCache, number_of_plans
+from .losses import UsageAverage
+from .quota import PlannerQuotaController
 
 
 TENSORS, SETTINGS = "planner_state.safetensors", "planner_state.json"
+
+
+def new_state(args: PlannerExecutorConfig, config: PlannerConfig, rows: int) -> nn.ModuleDict:
+    """Of a new run on so many training rows.
+
+    Raises:
+        ValueError: there are fewer plans than beams.
+    """
+    state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_window)})
+    targets = args.targets(config) if args.training == "soft" else None  # a plan that was found has no expectation
+    if targets is not None:
+        state["quota"] = PlannerQuotaController(targets, [kind.quota for kind in config.types], args.quota_rate)
+    if args.length_curriculum is not None:
+        state["curriculum"] = LengthCurriculum(
+            args.length_curriculum, args.length_curriculum_nll, args.length_curriculum_share
+        )
+    if args.training == "hard_em":
+        possible = number_of_plans(config)
+        if args.num_beams > possible:
+            raise ValueError(f"num_beams={args.num_beams}: there are only {possible} plans under these quotas")
+        state["cache"] = PlanCache(rows, len(config.types), config.max_quota)
+        state["schedule"] = EStepSchedule(args.adaptive_e_step, args.staleness_threshold, args.max_e_step_every)
+    return state
 
 
 def save_state(folder: str, state: nn.Module, settings: dict[str, Any]) -> None:

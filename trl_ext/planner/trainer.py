@@ -33,17 +33,25 @@ from ..creation import check_name, default_args, preparing_models, with_adapter
 from ..fingerprint import content_hash
 from ..gradients import average_gradients
 from ..parameter_groups import split_by_role
+from ..sums import Sums
 from . import monitors
 from .advice import PlannerMonitorCallback
 from .config import PlannerExecutorConfig
-from .curriculum import LengthCurriculum
 from .data import COLUMNS, HASHED, SAMPLE_ID, PlannerCollator, RowSplitter, cut, prepare
-from .em import EStep, EStepSchedule, PlanCache, e_step, number_of_plans
-from .losses import UsageAverage, commitment_loss, expected_use, hard_use, loss_eos, plan_predictions
+from .em import EStep, e_step, number_of_plans
+from .losses import (
+    commitment_loss,
+    expected_and_chosen,
+    expected_use,
+    hard_use,
+    loss_eos,
+    mean_entropy,
+    plan_predictions,
+    signal_nll,
+)
 from .preparation import attach, check_given, check_method
 from .probe import probe
-from .quota import PlannerQuotaController
-from .state import check_state, load_state, save_state
+from .state import check_state, load_state, new_state, save_state
 
 
 Batch = Logged = dict[str, torch.Tensor]
@@ -108,33 +116,13 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         )
         # The loss is ours: counted in tokens, of labels that are shifted
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self.planner_state = self._new_state()
+        config = backbone_of(self.model).planner_config
+        rows = max(self.train_dataset[SAMPLE_ID]) + 1 if args.training == "hard_em" else 0
+        self.planner_state, self._possible_plans = new_state(args, config, rows), number_of_plans(config)
         self.last_e_step: EStep | None = None
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums = {"train": Sums(), "eval": Sums()}
         self._gradient_norm = monitors.GradientNorm()
         self._introduce()
-
-    def _new_state(self) -> nn.ModuleDict:
-        args, config = self.args, backbone_of(self.model).planner_config
-        state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_window)})
-        targets = args.targets(config) if args.training == "soft" else None  # a plan that was found has no expectation
-        if targets is not None:
-            quotas = [kind.quota for kind in config.types]
-            state["quota"] = PlannerQuotaController(targets, quotas, args.quota_rate)
-        if args.length_curriculum is not None:
-            state["curriculum"] = LengthCurriculum(
-                args.length_curriculum, args.length_curriculum_nll, args.length_curriculum_share
-            )
-        if args.training == "hard_em":
-            self._possible_plans = number_of_plans(config)
-            if args.num_beams > self._possible_plans:
-                raise ValueError(
-                    f"num_beams={args.num_beams}: there are only {self._possible_plans} plans under these quotas"
-                )
-            rows = max(self.train_dataset[SAMPLE_ID]) + 1
-            state["cache"] = PlanCache(rows, len(config.types), config.max_quota)
-            state["schedule"] = EStepSchedule(args.adaptive_e_step, args.staleness_threshold, args.max_e_step_every)
-        return state
 
     # -- callbacks --------------------------------------------------------------------------------------------------
 
@@ -176,7 +164,6 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         length = self.planner_state["curriculum"].length if "curriculum" in self.planner_state else None
         batches = (cut(batch, length, self.args.mode) for batch in epoch_iterator)
         samples, items = super().get_batch_samples(batches, num_batches, device)
-        self._sums.clear()
         rows = torch.tensor(sum(len(batch["input_ids"]) for batch in samples), device=device)
         self._step_rows = self.accelerator.gather(rows).sum().item() if self._across_processes() else rows.item()
         return samples, items
@@ -190,26 +177,21 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         if not self.model.training:
             with self.accelerator.autocast():
                 return self._evaluated(model, inputs, scored, return_outputs)
-        per_item, share, steps = 1 / scored.sum().clamp(min=1), 1.0, 1
+        per_item, share = 1 / scored.sum().clamp(min=1), 1.0
         if num_items_in_batch is not None:  # its part of the whole step, which the processes' mean makes whole
             processes = self.accelerator.num_processes if self._across_processes() else 1
             per_item = processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
             share = len(scored) * processes / self._step_rows
-            steps = self.current_gradient_accumulation_steps
         make = self._soft_loss if self.args.training == "soft" else self._em_loss
         with self.accelerator.autocast():
-            loss, parts, means = make(model, inputs, scored, per_item, share)
-        self._log_means(
-            {name: x * steps for name, x in parts.items()} | {name: x * share * steps for name, x in means.items()}
-        )
-        self._metrics["train"]["planner/temperature"].append(self.temperature)
-        self._note(tokens=inputs["attention_mask"].sum())
+            loss, parts = make(model, inputs, scored, per_item, share)
+        self._note(**parts, tokens=inputs["attention_mask"].sum())
         return (loss, CausalLMOutput()) if return_outputs else loss
 
     def _soft_loss(
         self, model: nn.Module, inputs: Batch, scored: torch.Tensor, per_item: torch.Tensor, share: float
-    ) -> tuple[torch.Tensor, Logged, Logged]:
-        """The loss, and what to log: parts that micro-batches add up, and means over rows."""
+    ) -> tuple[torch.Tensor, Logged]:
+        """The loss, and its parts to log, which micro-batches add up to the step's."""
         args, types = self.args, backbone_of(model).planner_config.types
         soft = plan_soft(model, inputs["plan_input_ids"], inputs["plan_attention_mask"], self.temperature)
         self._gradient_norm.watch(soft.embeds)
@@ -226,35 +208,58 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
             terms["quota"] = (args.quota_weight, self.planner_state["quota"].loss(mean))
             self._note(lengths=lengths, rows=rows)
         self._note(use=torch.cat(uses))
-        means = {f"loss/{name}": term for name, (_, term) in terms.items()}
-        means["monitor/cos"], means["monitor/l2"] = monitors.cosine_and_l2(soft.soft, soft.hard, soft.ids >= 0)
         opens = [soft.open[:, i, : log_probs.shape[1]] for i, log_probs in enumerate(soft.log_probs)]
-        means |= self._about_types(soft.expected_lengths, soft.log_probs, opens)
+        self._watch_plans(soft.soft, soft.hard, soft.ids, soft.expected_lengths, soft.log_probs, opens)
+        terms |= self._shared_terms(model, inputs, soft, scored, per_item / share, soft.log_probs, opens)
         loss = executor + share * sum(weight * term for weight, term in terms.values() if weight)
-        return loss, {"loss/executor": executor}, means
+        return loss, {"loss/executor": executor, **{f"loss/{name}": share * term for name, (_, term) in terms.items()}}
 
     def _em_loss(
         self, model: nn.Module, inputs: Batch, scored: torch.Tensor, per_item: torch.Tensor, share: float
-    ) -> tuple[torch.Tensor, Logged, Logged]:
+    ) -> tuple[torch.Tensor, Logged]:
         """As `_soft_loss`: the M-step, on the best plans known."""
         types = backbone_of(model).planner_config.types
         plans = self._best_plans(model, inputs)
         executor = self._executor_nll(model, inputs, plans, scored).sum() * per_item
         read = inputs["plan_input_ids"], inputs["plan_attention_mask"]
-        likely, log_probs, opens = plan_predictions(model, *read, plans)
+        likely, log_probs, opens = plan_predictions(model, *read, plans, self._gradient_norm.watch)
         planner = -likely.sum() * per_item
         self._note(use=torch.cat([hard_use(plans, i, kind.num_concepts) for i, kind in enumerate(types)]))
+        soft, hard = expected_and_chosen(model, log_probs, plans, self.temperature)
+        self._watch_plans(soft, hard, plans, plan_lengths(plans), log_probs, opens)
+        terms = self._shared_terms(model, inputs, plans, scored, per_item / share, log_probs, opens)
         parts = {"loss/executor": executor, "loss/planner": planner}
-        means = self._about_types(plan_lengths(plans).float(), log_probs, opens)
-        return executor + self.args.planner_weight * planner, parts, means
+        loss = executor + self.args.planner_weight * planner
+        loss = loss + share * sum(weight * term for weight, term in terms.values())
+        return loss, {**parts, **{f"loss/{name}": share * term for name, (_, term) in terms.items()}}
 
-    def _about_types(self, lengths: torch.Tensor, log_probs: Any, opens: list[torch.Tensor]) -> Logged:
-        found = {}
+    def _shared_terms(
+        self, model: nn.Module, inputs: Batch, plans: Any, scored: torch.Tensor, per_item: torch.Tensor, log_probs: Any,
+        opens: list[torch.Tensor],
+    ) -> dict[str, tuple[float, torch.Tensor]]:  # fmt: skip
+        """Terms of either training that are on, each with its weight."""
+        args, terms = self.args, {}
+        if args.signal_weight:
+            terms["signal"] = args.signal_weight, signal_nll(model, inputs, plans, scored) * per_item
+        if args.entropy_weight:
+            terms["entropy"] = args.entropy_weight, -mean_entropy(log_probs, opens)
+        return terms
+
+    @torch.no_grad()
+    def _watch_plans(
+        self, soft: torch.Tensor, hard: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor, log_probs: Any,
+        opens: list[torch.Tensor],
+    ) -> None:  # fmt: skip
+        """For the monitors: expected and chosen codewords (B, n, Q, d) of plans (B, n, Q), their lengths (B, n), and each
+        type's predictions."""
+        alive, rows = ids >= 0, torch.tensor(len(ids), device=ids.device)
+        cos, l2 = monitors.cosine_and_l2(soft, hard, alive)
+        means = {"monitor/cos": (cos, alive.sum()), "monitor/l2": (l2, alive.sum())}
         for i, kind in enumerate(backbone_of(self.model).planner_config.types):
-            found[f"planner/expected_length_{kind.name}"] = lengths[:, i].mean()
-            seen = monitors.entropy_and_max_prob(log_probs[i], opens[i])
-            found[f"monitor/entropy_{kind.name}"], found[f"monitor/max_prob_{kind.name}"] = seen
-        return found
+            means[f"planner/expected_length_{kind.name}"] = lengths[:, i].double().mean(), rows
+            for name, mean in zip(("entropy", "max_prob"), monitors.entropy_and_max_prob(log_probs[i], opens[i])):
+                means[f"monitor/{name}_{kind.name}"] = mean, opens[i].sum()
+        self._sums["train"].weigh({name: (mean * count, count) for name, (mean, count) in means.items()})
 
     def _executor_nll(self, model: nn.Module, inputs: Batch, plans: Any, scored: torch.Tensor) -> torch.Tensor:
         """(B, T), after some plans and words were dropped; 0 where nothing is scored."""
@@ -281,12 +286,6 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
     def _across_processes(self) -> bool:
         return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
 
-    def _log_means(self, values: Logged, mode: str = "train") -> None:
-        """Means over processes; waits for the device once."""
-        stacked = torch.stack([value.detach().double() for value in values.values()])
-        for name, mean in zip(values, self.accelerator.reduce(stacked, "mean").tolist()):
-            self._metrics[mode][name].append(mean)
-
     # -- E-step -----------------------------------------------------------------------------------------------------
 
     def _best_plans(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
@@ -298,9 +297,10 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         sums = torch.zeros(6, device=ids.device)
         if len(rows):
             beams = min(args.num_beams, self._possible_plans)  # which a callback may have raised
+            forced = torch.rand(len(rows), device=ids.device) < args.forced_share if args.forced_share else None
             found = self.last_e_step = e_step(
                 model, {name: value[rows] for name, value in inputs.items()}, plans[rows], known[rows],
-                max(0, args.num_candidates - beams), beams, self.temperature,
+                args.num_candidates, beams, self.temperature, args.beam_diversity, forced,
             )  # fmt: skip
             plans, sums = plans.index_copy(0, rows, found.plans), found.sums()
         self._note(e_step=sums)
@@ -321,30 +321,34 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
             self._end_step()
         return loss
 
-    @torch.no_grad()
     def _note(self, **sums: torch.Tensor) -> None:
         """Add to what this process knows of this step. Every process notes the same names."""
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
+        self._sums["train"].add(**sums)
 
-    def _everyones(self) -> dict[str, torch.Tensor]:
-        """What was noted since the last time, by all processes together, on the CPU."""
-        sums, self._sums = self._sums, {}
-        together = self.accelerator.reduce(torch.cat([x.flatten() for x in sums.values()]), "sum").cpu()
-        return dict(zip(sums, together.split([x.numel() for x in sums.values()])))
+    def _log(self, mode: str) -> dict[str, torch.Tensor]:
+        """Log the figures of what was noted, by all processes together, and return the sums."""
+        sums, means = self._sums[mode].pop(lambda x: self.accelerator.reduce(x, "sum"))
+        parts = {
+            name: x.item() / self.accelerator.num_processes for name, x in sums.items() if name.startswith("loss/")
+        }
+        for name, value in {**parts, **means}.items():
+            self._metrics[mode][name].append(value)
+        return sums
 
+    @torch.no_grad()
     def _end_step(self) -> None:
         """What goes on from step to step does, by what all micro-batches and processes made of this one."""
         state, args, step, metrics = self.planner_state, self.args, self.state.global_step, self._metrics["train"]
         types = backbone_of(self.model).planner_config.types
         norm = self._gradient_norm.pop()
         if norm is not None:
-            self._note(norm=torch.tensor(norm, device=args.device))
-        sums = self._everyones()
+            self._note(norm=torch.tensor(norm, device=args.device).double().square())
+        sums = self._log("train")
         self._total_train_tokens += int(sums["tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
-        if norm is not None:
-            metrics["monitor/planner_grad_norm"].append(sums["norm"].item() / self.accelerator.num_processes)
+        metrics["planner/temperature"].append(self.temperature)
+        if norm is not None:  # ranks' losses are as many times too large as there are ranks
+            metrics["monitor/planner_grad_norm"].append(sums["norm"].item() ** 0.5 / self.accelerator.num_processes)
         state["usage"].update(sums["use"].float().split([kind.num_concepts for kind in types]))
         for i, kind in enumerate(types):
             metrics[f"planner/perplexity_{kind.name}"].append(state["usage"].perplexity(i))
@@ -365,6 +369,12 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.args.use_planner:
+            self._log("eval")
+        return output
+
     def _evaluated(self, model: nn.Module, inputs: Batch, scored: torch.Tensor, return_outputs: bool) -> Any:
         """The executor's cross-entropy under greedy plans; logged beside it what it is without a plan."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -372,16 +382,16 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         prefix = executor_prefix(model, plans)
         null = executor_prefix(model, plans, torch.ones_like(ids[:, 0], dtype=torch.bool))
         nll, without = ((text_nll(model, p, ids, mask) * scored).sum() for p in (prefix, null))
-        rows = torch.tensor(len(ids), device=ids.device)
-        sums = torch.stack([nll, without, scored.sum(), rows, *plan_lengths(plans).sum(0)]).double()
-        nll_all, null_all, tokens, rows, *lengths = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = self._metrics["eval"]
-        metrics["loss/executor"].append(nll_all / max(1, tokens))
-        metrics["nll_null"].append(null_all / max(1, tokens))
-        metrics["delta_nll_null"].append((null_all - nll_all) / max(1, tokens))
-        for kind, length in zip(backbone_of(model).planner_config.types, lengths):
-            metrics[f"planner/expected_length_{kind.name}"].append(length / rows)
-        metrics["num_tokens"] = [self._total_train_tokens]
+        tokens, rows = scored.sum(), torch.tensor(len(ids), device=ids.device)
+        means = {
+            "loss/executor": (nll, tokens),
+            "nll_null": (without, tokens),
+            "delta_nll_null": (without - nll, tokens),
+        }
+        for kind, length in zip(backbone_of(model).planner_config.types, plan_lengths(plans).sum(0)):
+            means[f"planner/expected_length_{kind.name}"] = length, rows
+        self._sums["eval"].weigh(means)
+        self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
         loss = nll / scored.sum().clamp(min=1)
         if not return_outputs:
             return loss

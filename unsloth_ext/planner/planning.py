@@ -4,6 +4,7 @@ Positions go on behind the text: <PLAN> at U, then every SEP_i at U + 1 and conc
 inside the plan they are as far apart as the executor finds them. No <EOS> is ever read. A type may be empty.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from .head import concept_embeds
 from .passes import read_text, teacher_forced, write
 from .tape import Tape
 from .vocabulary import check_plan, plan_lengths
-from .writers import BeamWriter, HardWriter, SoftWriter
+from .writers import BeamWriter, DiverseWriter, HardWriter, SoftWriter
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def plan(
     num_return_sequences: int = 1,
     num_beams: int = 1,
     generator: torch.Generator | None = None,
+    beam_diversity: float = 0.0,
 ) -> torch.Tensor:
     """Plans without gradients: greedy, sampled, or those of the largest log p(plan | text) that a beam search finds.
 
@@ -122,6 +124,8 @@ def plan(
         input_ids (B, U) long, attention_mask (B, U): texts, padded on either side. Each is read once.
         temperature, generator: of samples.
         num_return_sequences: plans for each text, behind one another; with beams the best first.
+        beam_diversity: nats that a concept costs a beam for each beam before it that has it in the same place (diverse beam
+            search, arXiv 1610.02424, a beam a group); the first beam is the greedy plan then. 0: the likeliest plans.
 
     Returns:
         (B * num_return_sequences, n, Q) long, see `vocabulary`.
@@ -139,6 +143,8 @@ def plan(
             f"num_return_sequences={num_return_sequences} of num_beams={num_beams}: more than there are; set "
             "do_sample=True or more beams"
         )
+    if not 0 <= beam_diversity < math.inf:
+        raise ValueError(f"beam_diversity={beam_diversity}: 0 nats (off) or more")
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
     with evaluating(model):
@@ -152,6 +158,13 @@ def plan(
             writer = HardWriter(head, config, origin, temperature if do_sample else None, generator)
             write(tape, origin, writer, config.groups)
             return writer.plan
+        if beam_diversity:
+            writer = DiverseWriter(head, config, origin, num_beams, beam_diversity)
+            write(tape, origin, writer, config.groups)
+            scores, best = writer.scores.sort(dim=1, descending=True, stable=True)
+            found = writer.plan.unflatten(0, scores.shape)
+            found = found[torch.arange(len(found), device=best.device)[:, None], best]
+            return found[:, :num_return_sequences].flatten(0, 1)
         if config.ordering == "sequential":
             writer = BeamWriter(head, config, origin, num_beams)
             write(tape, origin, writer, config.groups)

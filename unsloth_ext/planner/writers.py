@@ -82,6 +82,35 @@ class BeamWriter(HardWriter):
         return self.put(i, j, (best % choices).flatten(), choices - 1)._replace(order=order)
 
 
+class DiverseWriter(HardWriter):
+    """Plans that differ: K rows for every text, each a greedy plan that pays for every concept that one before it has in
+    the same place (diverse beam search with a beam for a group, arXiv 1610.02424). Where the planner is surer than that,
+    they are alike all the same.
+
+    Attributes:
+        scores: (B / K, K), log p of what was written, what was paid aside.
+    """
+
+    def __init__(
+        self, head: SharedBackboneUnifiedHead, config: PlannerConfig, origin: torch.Tensor, beams: int, diversity: float
+    ):
+        super().__init__(head, config, origin)
+        self.diversity = diversity
+        self.scores = torch.zeros(len(origin) // beams, beams, device=origin.device)
+
+    def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
+        log_probs = logits.log_softmax(-1).unflatten(0, self.scores.shape)
+        alive = self.alive[:, i].view_as(self.scores)
+        paid, choices = torch.zeros_like(log_probs[:, 0]), []
+        for beam in range(log_probs.shape[1]):
+            choice = (log_probs[:, beam] - self.diversity * paid).argmax(-1)
+            paid = paid.scatter_add(1, choice[:, None], alive[:, beam, None].to(paid.dtype))
+            choices.append(choice)
+        choice = torch.stack(choices, dim=1)
+        self.scores = self.scores + log_probs.gather(-1, choice[..., None])[..., 0] * alive
+        return self.put(i, j, choice.flatten(), logits.shape[1] - 1)
+
+
 class _Choices(NamedTuple):
     """Of one prediction of a type, as `SoftPlan` has them; `stay` is log(1 - p(<EOS>))."""
 

@@ -50,6 +50,7 @@ def test_the_loss_is_cross_entropy_and_the_weighted_terms(tmp_path, case, family
     assert abs(loss - wanted) <= 1e-5 * max(1, wanted)
     counts = [choice.ids[choice.concept][:, k].bincount(minlength=16).float() for k in range(args.num_codebooks)]
     entropy = torch.stack([-torch.special.xlogy(c / c.sum(), c / c.sum()).sum() for c in counts]).mean()
+    trainer._log(mode)
     logged = trainer._metrics[mode]
     for name, value in {
         "loss/ce": ce, "loss/ratio": ratio, "loss/usage": usage, "concept/ratio": 1 / made, "concept/probability": p,
@@ -134,6 +135,32 @@ def test_accumulated_steps_are_one_batch(tmp_path):
     assert all((weights[0][n] - weights[1][n]).abs().max() <= 1e-6 for n in weights[0])
     for together, apart in zip(*([e for e in t.state.log_history if "loss/ce" in e] for t in (one, many)), strict=True):
         assert apart["loss/ce"] == pytest.approx(together["loss/ce"], rel=1e-5)
+
+
+def test_figures_are_of_all_a_steps_tokens_and_of_a_whole_evaluation(tmp_path, monkeypatch):
+    """1e-5: micro-batches of 2 and batches of 3 log what one of 8 does; without noise, so that choices are the same."""
+    monkeypatch.setattr("unsloth_ext.concept.gate.gumbel", torch.zeros_like)
+    changes = {**setups.CASES["stable"], "warm_start_share": 0.0, "codebook_init": "random", "calibrate_null": False,
+               "ratio_weight": 1.0, "usage_weight": 0.0, "num_concepts": 16, "max_steps": 1}  # fmt: skip
+    one, many = (
+        setups.trainer(
+            tmp_path, per_device_train_batch_size=n, gradient_accumulation_steps=8 // n, per_device_eval_batch_size=m,
+            **changes,
+        )
+        for n, m in ((8, 8), (2, 3))
+    )  # fmt: skip
+    names = ("concept/ratio", "concept/probability", "concept/perplexity", "loss/ce")
+    before = [trainer.evaluate() for trainer in (one, many)]
+    for name in (*names, "loss/ratio", "loss/usage"):
+        assert before[1][f"eval_{name}"] == pytest.approx(before[0][f"eval_{name}"], rel=1e-5), name
+    assert before[0]["eval_concept/perplexity"] > 1.5, "the case has no teeth"
+    for trainer in (one, many):
+        trainer.train()
+    together, apart = (next(e for e in t.state.log_history if "loss/ce" in e) for t in (one, many))
+    for name in names:
+        assert apart[name] == pytest.approx(together[name], rel=1e-5), name
+    parts = apart["loss/ce"] + apart["loss/ratio"]
+    assert apart["loss"] == pytest.approx(parts, rel=1e-4)
 
 
 def test_packed_rows_are_the_rows_alone(tmp_path):

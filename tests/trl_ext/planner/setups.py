@@ -50,6 +50,12 @@ def batch_of(trainer, indices=range(4)):
     return trainer.data_collator([trainer.train_dataset[i] for i in indices])
 
 
+def figures(trainer, mode="train"):
+    """Of the batches since the last log, as they would be logged at the end of a step or of an evaluation."""
+    sums, means = trainer._sums[mode].pop(lambda x: x)
+    return {name: x.item() for name, x in sums.items() if name.startswith("loss/")} | means
+
+
 def weights(trainer):
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 

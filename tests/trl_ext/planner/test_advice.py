@@ -1,4 +1,4 @@
-"""The table of signs on made-up histories, and the callback in transformers' own loop."""
+"""The callback that reads the signs: by hand, and in transformers' own loop."""
 
 import copy
 import json
@@ -15,147 +15,17 @@ from transformers.utils import logging as hf_logging
 
 from trl_ext.checkpointing import SafeCheckpointMixin
 from trl_ext.planner import advice as module
-from trl_ext.planner.advice import SIGNS, WHOLE, Action, PlannerMonitorCallback, Thresholds, advise, scale_learning_rate
+from trl_ext.planner.advice import PlannerMonitorCallback, scale_learning_rate
+from trl_ext.planner.signs import Thresholds
 
-
-HEALTHY = {
-    "monitor/delta_nll_null": 0.8, "em/margin": 2.0, "em/flip_rate": 0.1, "em/staleness": 0.2,
-    "monitor/entropy_a": 1.5, "monitor/max_prob_a": 0.4, "monitor/entropy_b": 0.1, "monitor/max_prob_b": 0.99,
-    "monitor/cos": 0.8, "monitor/l2": 0.3, "monitor/planner_grad_norm": 0.05,
-}  # fmt: skip
-UNUSED, UNDECIDED, SETTLED, STALE, BLURRED, DEAD, SPIKE = (sign.name for sign in SIGNS)
-ILL = {
-    UNUSED: {"monitor/delta_nll_null": 0.01},
-    UNDECIDED: {"em/margin": 0.02, "em/flip_rate": 0.6},
-    SETTLED: {"em/flip_rate": 0.0},  # type b is certain
-    STALE: {"em/staleness": 3.0},
-    BLURRED: {"monitor/cos": 0.2},
-    DEAD: {"monitor/planner_grad_norm": 0.0},
-}
-FIELDS = {
-    "word_dropout": 0.0, "z_dropout": 0.0, "num_candidates": 4, "e_step_every": 5, "temperature": 1.0,
-    "temperature_end": None, "usage_weight": 0.0, "num_beams": 1,
-}  # fmt: skip
-# What the table does to those, by the first application
-CHANGES = {
-    UNUSED: {"word_dropout": 0.1, "z_dropout": 0.05, "learning_rate": 0.5},
-    UNDECIDED: {"num_candidates": 6, "e_step_every": 2, "learning_rate": 0.5},
-    SETTLED: {"temperature": 1.5, "usage_weight": 0.05, "num_beams": 3},
-    STALE: {"e_step_every": 2, "learning_rate": 0.5},
-    BLURRED: {"temperature_end": 0.5, "temperature": 0.7},
-    DEAD: {},
-    SPIKE: {"temperature": 1.5, "learning_rate": 0.5},
-}
-
-
-def history(sign=None, logs=6, **changes):
-    found = [{**HEALTHY, **ILL.get(sign, {}), **changes, "step": 10 * (i + 1)} for i in range(logs)]
-    if sign == SPIKE:
-        found[-1]["monitor/planner_grad_norm"] = 3.0
-    return found
-
-
-# -- the table ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_healthy_run_is_left_alone():
-    assert advise(history()) == [] and advise([]) == []
-
-
-@pytest.mark.parametrize("sign", CHANGES)
-def test_a_sign_is_seen_and_no_other(sign):
-    given = history(sign)
-    before = copy.deepcopy(given)
-    (found,) = advise(given)
-    row = next(row for row in SIGNS if row.name == sign)
-    assert found.sign == sign and found.actions == row.actions and found.seen and given == before
-    assert sign in str(found) and all(str(action) in str(found) for action in row.actions)
-    assert advise(given) == [found]
-
-
-@pytest.mark.parametrize("sign", CHANGES)
-def test_a_few_values_are_no_sign(sign):
-    assert advise(history(sign, logs=5 if sign == SPIKE else 4)) == []
-    assert advise(history(sign, logs=6 if sign == SPIKE else 5)) != []
-    assert advise(history(sign, logs=3), Thresholds(window=2)) != []
-
-
-def test_values_come_in_logs_of_their_own_and_nan_is_none():
-    mixed = []
-    for i, entry in enumerate(history(UNUSED, logs=5)):
-        mixed += [
-            {"step": i},
-            {"monitor/delta_nll_null": entry["monitor/delta_nll_null"], "step": i},
-            {"em/margin": 2.0, "step": i},
-        ]
-    assert [found.sign for found in advise(mixed)] == [UNUSED]
-    mixed.append({"monitor/delta_nll_null": float("nan"), "step": 9})
-    assert [found.sign for found in advise(mixed)] == [UNUSED]
-    assert advise([{"monitor/delta_nll_null": float("nan"), "step": i} for i in range(9)]) == []
-
-
-def test_only_the_last_window_counts():
-    recovered = history(UNUSED) + history()[-5:]
-    assert advise(recovered) == []
-    assert [found.sign for found in advise(history() + history(UNUSED)[-5:])] == [UNUSED]
-
-
-def test_both_halves_of_a_sign_are_needed():
-    assert advise(history(**{"em/margin": 0.02})) == [] and advise(history(**{"em/flip_rate": 0.6})) == []
-    late = [{**entry, "step": entry["step"] + 1000} for entry in history(SETTLED)]
-    assert advise(late) == [] and advise(late, Thresholds(early=2000))[0].sign == SETTLED
-    for change in ({"monitor/entropy_b": 1.0}, {"monitor/max_prob_b": 0.5}):
-        assert advise(history(SETTLED, **change)) == []
-
-
-def test_a_spike_is_seen_where_gradients_were():
-    dead = history(DEAD, logs=6)
-    dead[-1]["monitor/planner_grad_norm"] = 1.0
-    assert advise(dead) == []
-    endless = history()
-    endless[-1]["monitor/planner_grad_norm"] = float("inf")
-    assert [found.sign for found in advise(endless)] == [SPIKE]
-    assert advise([*endless, *history()[-5:]]) == []
-
-
-def test_cos_has_to_stay_low():
-    now_and_then = history(BLURRED)
-    now_and_then[3]["monitor/cos"] = 0.6
-    assert advise(now_and_then) == []
-    assert advise(history(BLURRED))[0].seen == {"monitor/cos": 0.2, "monitor/l2": 0.3}
-
-
-def test_several_signs_come_in_the_tables_order():
-    everything = {name: value for values in ILL.values() for name, value in values.items()} | {"em/flip_rate": 0.6}
-    found = [x.sign for x in advise(history(**everything))]
-    assert found == [UNUSED, UNDECIDED, STALE, BLURRED, DEAD]
-
-
-def test_actions_stay_within_bounds_and_go_one_way():
-    actions = [action for sign in SIGNS for action in sign.actions if isinstance(action, Action)]
-    assert {action.field for action in actions} == {*FIELDS, "learning_rate"}
-    for action in actions:
-        for value in (
-            (0, 1, 2, 3, 5, 8, 15, 40) if action.field in WHOLE else (0.0, 0.05, 0.1, 0.29, 0.6, 1.0, 1.9, 9.0)
-        ):
-            up = action.factor > 1 or action.delta > 0
-            new, steps = action(value), [value]
-            assert new >= value if up else new <= value
-            assert new == value or action.low <= new <= action.high
-            assert isinstance(new, int) == (action.field in WHOLE)
-            for _ in range(60):
-                steps.append(action(steps[-1]))
-            assert steps[-1] == action(steps[-1])  # comes to rest
-    assert Action("x", factor=0.5, low=1)(0.4) == 0.4 and Action("x", delta=2, high=3)(7) == 7  # beyond: stays
-    assert str(Action("x", delta=0.1, high=0.5)) == "x +0.1, at most 0.5"
-    assert str(Action("x", factor=0.5, low=1)) == "x x 0.5, at least 1"
+from .histories import BLURRED, CHANGES, FIELDS, ILL, SETTLED, SPIKE, STALE, UNUSED, history
 
 
 # -- the callback, by hand ----------------------------------------------------------------------------------------------
 
 
 def parts(schedule="linear", **fields):
-    args = SimpleNamespace(**{**FIELDS, "world_size": 1, "learning_rate": 0.1, **fields})
+    args = SimpleNamespace(**{**FIELDS, "world_size": 1, "learning_rate": 0.1, "training": "soft", **fields})
     layers = nn.Linear(2, 2), nn.Linear(2, 2)
     groups = [{"params": layers[0].parameters()}, {"params": layers[1].parameters(), "lr": 0.3}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
@@ -198,27 +68,31 @@ class Run:
         return copy.deepcopy([vars(self.args), self.optimizer.state_dict(), self.scheduler.state_dict()])
 
 
-@pytest.mark.parametrize("sign", CHANGES)
-def test_advice_alone_changes_nothing(sign, warnings):
-    run = Run(PlannerMonitorCallback())
+@pytest.mark.parametrize("training, sign", CHANGES)
+def test_advice_alone_changes_nothing(training, sign, warnings):
+    run = Run(PlannerMonitorCallback(), *parts(training=training))
     before = run.frozen()
     run.log(history(sign))
     assert run.frozen() == before and run.callback.applied == []
     assert len(warnings) == 1 and sign in warnings[0] and "Applied" not in warnings[0]
 
 
-@pytest.mark.parametrize("sign", CHANGES)
-def test_auto_applies_what_the_table_says(sign, warnings):
-    run = Run(PlannerMonitorCallback(auto=True))
+@pytest.mark.parametrize("training, sign", CHANGES)
+def test_auto_applies_what_the_table_says(training, sign, warnings):
+    run = Run(PlannerMonitorCallback(auto=True), *parts(training=training))
     before, rest = run.fields(), vars(run.args).copy()
     run.log(history(sign))
     after = run.fields()
-    assert {name: after[name] for name in after if after[name] != before[name]} == pytest.approx(CHANGES[sign])
+    assert {name: after[name] for name in after if after[name] != before[name]} == pytest.approx(
+        CHANGES[training, sign]
+    )
     assert rest.keys() == vars(run.args).keys() and run.args.learning_rate == 0.1
     step = 60 if sign == SPIKE else 50
-    told = [{"step": step, "sign": sign, "field": f, "old": before[f], "new": after[f]} for f in CHANGES[sign]]
+    told = [
+        {"step": step, "sign": sign, "field": f, "old": before[f], "new": after[f]} for f in CHANGES[training, sign]
+    ]
     assert sorted(run.callback.applied, key=str) == sorted(told, key=str)
-    assert len(warnings) == 1 and ("Applied" in warnings[0]) == bool(CHANGES[sign])
+    assert len(warnings) == 1 and ("Applied" in warnings[0]) == bool(CHANGES[training, sign])
 
 
 def test_cool_down_of_a_sign(warnings):
@@ -234,15 +108,17 @@ def test_cool_down_of_a_sign(warnings):
 
 
 def test_a_field_is_changed_once_per_cool_down(warnings):
-    run = Run(PlannerMonitorCallback(auto=True, cooldown=200))
+    run = Run(PlannerMonitorCallback(auto=True, cooldown=200), *parts(training="hard_em"))
     both = {**ILL[UNUSED], **ILL[STALE], **ILL[BLURRED]}
     run.log(history(**both))
     assert len(warnings) == 3 and run.fields()["learning_rate"] == 0.5 and run.args.e_step_every == 2
     assert run.args.temperature == pytest.approx(0.7)
+    settled = [{"em/flip_rate": 0.0} for _ in range(5)]
+    run.log(settled, step=240)  # wants temperature up again
+    assert len(warnings) == 4 and run.args.temperature == pytest.approx(0.7) and run.args.num_beams == 3
     spike = [{"monitor/planner_grad_norm": x} for x in (0.1, 0.1, 0.1, 0.1, 0.1, 5.0)]
-    run.log(spike, step=240)  # wants temperature up and a lower rate again
-    assert len(warnings) == 4 and run.args.temperature == pytest.approx(0.7) and run.fields()["learning_rate"] == 0.5
-    assert "Applied" not in warnings[-1]
+    run.log(spike, step=241)  # and a lower rate
+    assert len(warnings) == 5 and run.fields()["learning_rate"] == 0.5 and "Applied" not in warnings[-1]
 
 
 def test_fields_that_are_not_there_or_unset(warnings):
@@ -251,14 +127,17 @@ def test_fields_that_are_not_there_or_unset(warnings):
     run = Run(PlannerMonitorCallback(auto=True, cooldown=10), args, *others)
     run.log(history(BLURRED)[:5])
     assert args.temperature_end == 0.15 and args.temperature == 0.2  # below its bound: not raised to it
+    args.training = "hard_em"
     run.log(history(SETTLED), step=100)
-    assert args.temperature == pytest.approx(0.3) and not hasattr(args, "usage_weight")
+    assert args.temperature == pytest.approx(0.3) and not hasattr(args, "num_beams")
 
 
-def test_there_are_no_more_beams_than_candidates(warnings):
-    run = Run(PlannerMonitorCallback(auto=True, cooldown=10))
-    run.log(history(SETTLED, logs=20))
-    assert [x["new"] for x in run.callback.applied if x["field"] == "num_beams"] == [3, 4]
+def test_looking_around_takes_no_samples_away(warnings):
+    run = Run(PlannerMonitorCallback(auto=True, cooldown=10), *parts(training="hard_em"))
+    run.log(history(SETTLED, logs=90))
+    made = {field: [x["new"] for x in run.callback.applied if x["field"] == field] for field in FIELDS}
+    assert made["num_beams"] == [3, 5, 7, 8] and made["num_candidates"] == [5, 7, 9, 11, 13, 15, 16]
+    assert made["forced_share"] == pytest.approx([0.1, 0.2, 0.3]) and made["usage_weight"] == []
 
 
 def test_other_logs_say_nothing(warnings):
@@ -384,7 +263,7 @@ def made(folder, monitor=None, kind=Watched, held_out=None, **changes):
         str(folder), **{"max_steps": 16, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 8,
                         "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.01,
                         "per_device_eval_batch_size": 3, "dataloader_pin_memory": False, **changes})  # fmt: skip
-    for name, value in FIELDS.items():
+    for name, value in {**FIELDS, "training": "soft"}.items():
         setattr(args, name, value)
     return kind(Net(), args, train_dataset=ROWS, eval_dataset=held_out, monitor=monitor)
 

@@ -11,8 +11,8 @@ from .setups import TYPES, settings
 WRONG = {
     "types": [{"name": "a", "quota": 0}], "ordering": "random", "multi_token": 1, "mode": "write", "training": "em",
     "temperature": 0.0, "temperature_end": -1.0, "commitment_weight": -1, "usage_weight": float("inf"), "eos_weight": -1,
-    "quota_weight": -1, "quota_rate": 0, "usage_window": 0, "word_dropout": 1.0, "z_dropout": -0.1, "num_candidates": 0,
-    "num_beams": 9, "e_step_every": 0, "max_e_step_every": 0, "staleness_threshold": 0, "planner_weight": -1,
+    "quota_weight": -1, "quota_rate": 0, "usage_window": 0, "word_dropout": 1.0, "z_dropout": -0.1, "num_candidates": -1,
+    "num_beams": -1, "e_step_every": 0, "max_e_step_every": 0, "staleness_threshold": 0, "planner_weight": -1,
     "planner_learning_rate": -1, "length_curriculum": [8, 4], "length_curriculum_nll": -1, "length_curriculum_share": 0,
     "target_length": [9.0], "packing": True, "eval_packing": True, "padding_free": True, "assistant_only_loss": True,
     "use_liger_kernel": True, "completion_only_loss": False, "gradient_checkpointing": True, "loss_type": "dft",

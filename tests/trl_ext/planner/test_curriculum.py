@@ -59,15 +59,26 @@ def test_texts_are_cut_while_training_and_not_in_evaluation(tmp_path, training, 
     assert widths[-1][:2] == (False, 9 if mode == "generate" else 13)
 
 
-def test_the_bucket_is_the_executors_on_texts_that_go_so_far(tmp_path):
+@pytest.mark.parametrize("z_dropout", [0.0, 0.5])
+def test_the_bucket_is_the_executors_on_texts_that_go_so_far(tmp_path, monkeypatch, z_dropout):
     """1e-5: the NLL of the last positions of the current length, tokens alike, null plans aside."""
+    from trl_ext.planner import trainer as module
+
+    nulls = []
+    inner = module.executor_prefix
+    monkeypatch.setattr(
+        module, "executor_prefix", lambda net, plans, null=None: nulls.append(null) or inner(net, plans, null)
+    )
     trainer = setups.trainer(tmp_path, length_curriculum=[6], length_curriculum_nll=1e-3, max_steps=1)
     kept = []
     trainer._executor_nll = lambda *args, inner=trainer._executor_nll: kept.append((inner(*args), args)) or kept[-1][0]
     trainer.planner_state["curriculum"].share = 2.0
-    trainer.args.z_dropout = 0.0
+    trainer.args.z_dropout = z_dropout
     trainer.train()
     ((nll, (_, inputs, _, scored)),) = kept
     assert nll.shape[1] == inputs["input_ids"].shape[1] <= 6
-    assert abs(trainer.planner_state["curriculum"].nll - nll.sum() / scored.sum()) <= 1e-5
+    planned = torch.ones_like(scored) if nulls[0] is None else ~nulls[0][:, None].expand_as(scored)
+    assert planned.any() and (z_dropout == 0) == planned.all()
+    wanted = nll[planned].sum() / (scored & planned).sum()
+    assert abs(trainer.planner_state["curriculum"].nll - wanted) <= 1e-5
     assert torch.isfinite(nll).all()

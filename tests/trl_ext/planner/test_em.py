@@ -139,7 +139,7 @@ def test_the_interval_follows_staleness():
     """Halves above the threshold, doubles below a quarter of it, and stays between 1 and the most."""
     schedule = EStepSchedule(adaptive=True, threshold=1.0, most=16)
     seen = []
-    for staleness in (None, 2.0, 0.5, 2.0, 2.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1):
+    for staleness in (None, 2.0, 0.3, 2.0, 2.0, 2.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2):
         schedule.done(0, 4, staleness)
         seen.append(schedule.interval(4))
     assert seen == [4, 2, 2, 1, 1, 1, 2, 4, 8, 16, 16, 16]
