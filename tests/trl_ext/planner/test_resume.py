@@ -17,7 +17,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "per_devic
 CASES = {
     "soft": {"target_length": [2.0, 1.0], "eos_weight": 0.1, "word_dropout": 0.2, "temperature_end": 0.5,
              "length_curriculum": [2, 4], "length_curriculum_nll": 4.0},
-    "hard_em": {"training": "hard_em", "e_step_every": 2, "num_candidates": 3, "adaptive_e_step": True, "z_dropout": 0.2,
+    "hard_em": {"training": "hard_em", "e_step_every": 2, "num_candidates": 2, "adaptive_e_step": True, "z_dropout": 0.2,
                 "staleness_threshold": 1e-6, "length_curriculum": [2, 4]},
     "at once": {"ordering": "parallel", "multi_token": True, "target_length": 1.5},
 }  # fmt: skip

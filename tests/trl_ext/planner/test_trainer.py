@@ -291,7 +291,7 @@ def test_adaptive_intervals(tmp_path):
     for threshold, wanted in ((1e-9, [4.0] * 5 + [2.0] * 2), (1e9, [4.0] * 5 + [8.0] * 2)):
         trainer = setups.trainer(
             tmp_path, training="hard_em", max_steps=7, e_step_every=4, adaptive_e_step=True, learning_rate=5e-2,
-            staleness_threshold=threshold, per_device_train_batch_size=24, num_candidates=8,
+            staleness_threshold=threshold, per_device_train_batch_size=24, num_candidates=7,
         )  # fmt: skip
         trainer.train()
         assert setups.logged(trainer, "em/interval") == wanted

@@ -17,7 +17,7 @@ pytestmark = [
 # The latter draws nothing: its one candidate is the greedy plan
 TRAININGS = {
     "soft": {"target_length": 1.5},
-    "hard_em": {"training": "hard_em", "num_candidates": 1, "z_dropout": 0.0},
+    "hard_em": {"training": "hard_em", "num_candidates": 0, "z_dropout": 0.0},
 }
 
 

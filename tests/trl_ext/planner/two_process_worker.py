@@ -17,7 +17,7 @@ READ = tape.Tape.read
 CASES = {
     "soft": {"target_length": [2.0, 1.0], "eos_weight": 0.2, "usage_weight": 0.2, "length_curriculum": [6]},
     "soft lora": {"peft": True, "target_length": [2.0, 1.0]},
-    "hard_em": {"training": "hard_em", "num_beams": 4, "e_step_every": 2, "adaptive_e_step": True},
+    "hard_em": {"training": "hard_em", "num_beams": 4, "num_candidates": 0, "e_step_every": 2, "adaptive_e_step": True},
 }
 
 
