@@ -16,7 +16,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean clean-runs
+.PHONY: help setup doctor test test-slow mutants lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ test: $(READY)  ## the test suite (under 10 minutes on 2 cores)
 
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m slow --timeout 3000 $(ARGS)
+
+mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)
 
 lint: $(READY)  ## ruff, as CI runs it
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
