@@ -5,6 +5,7 @@ of all of them. So numerators and denominators are added, and figures are made o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -44,3 +45,29 @@ class Sums:
         sums = dict(zip(found, together.split([x.numel() for x in found.values()])))
         divided = {name: sums.pop(name).tolist() for name in list(sums) if name in means}
         return sums, {name: total / count for name, (total, count) in divided.items() if count}
+
+
+class ExactMeans:
+    """Put before a trainer of TRL's, which logs the mean of the numbers that micro-batches gave it: a token of a short one
+    then counts for more than a token of a long one. Figures that are added here are means over everything since the last
+    log."""
+
+    _figures: Sums | None = None
+
+    def _add_to_mean(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
+        """Log `name` as the sum of all totals over the sum of all counts, in all micro-batches and processes; not at all
+        while the counts are 0. Every process must add the same names.
+
+        Args:
+            total, count: scalars of this micro-batch on this process.
+        """
+        if self._figures is None:
+            self._figures = Sums()
+        self._figures.weigh({name: (total, count)})
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._figures is not None:
+            _, means = self._figures.pop(lambda x: self.accelerator.reduce(x, "sum"))
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics.update({name: [value] for name, value in means.items()})
+        super().log(logs, *args, **kwargs)

@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from trl import SFTTrainer
 
 from ..creation import name_of, preparing_models
-from ..exact_means import ExactMeans
+from ..sums import ExactMeans
 from .config import ReasoningDistillConfig
 from .per_token import PerTokenTrainer
 from .tags import add_tags, check_tags_are_trained, give_embeddings

@@ -32,11 +32,11 @@ from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking
 from unsloth_ext.states import Warper
 
 from ..creation import preparing_models
-from ..exact_means import ExactMeans
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
 from ..rollout_diagnostics import RolloutDiagnostics
 from ..sampling import rollout_config, warn_of_truncation
+from ..sums import ExactMeans
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
 

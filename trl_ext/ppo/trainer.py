@@ -19,10 +19,10 @@ from trl import GRPOTrainer
 
 from ..checkpointing import CheckpointError
 from ..creation import default_args, name_of
-from ..exact_means import ExactMeans
 from ..gradients import average_gradients
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..one_sample import OwnAdvantages
+from ..sums import ExactMeans
 from .advantages import clipped_value_loss, generalized_advantages, moments
 from .config import PPOConfig
 from .critic import critic_of, load_critic, ready, values_before
