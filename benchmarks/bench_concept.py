@@ -148,7 +148,7 @@ COLUMNS = (
 
 def main() -> None:
     base()  # before two processes want it
-    compare(__doc__, "concept", list(RUNS), run, STEPS, COLUMNS, f"{HELD_OUT} held-out texts", "learning")
+    compare(__doc__, "concept", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out texts", "learning")
 
 
 if __name__ == "__main__":

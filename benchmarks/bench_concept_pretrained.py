@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import setups
 from benchmarks.bench_concept import CODEWORDS, PRESET, prune
-from benchmarks.over_seeds import ROOT, arguments, so_far, table
+from benchmarks.over_seeds import ROOT, arguments, table
 from trl_ext import ConceptConfig
 from trl_ext.concept.recipe import ScriptArguments, load, train
+from trl_ext.fingerprint import digest
 from trl_ext.report import write_between
 from trl_ext.tasks.data import DataArguments
 from unsloth_ext.concept.accounting import equal_depth
@@ -92,7 +93,10 @@ def main() -> None:
     parser.add_argument("--eval_dataset")
     options = parser.parse_args()
     disable_progress_bars()
-    path, results = so_far("concept_pretrained", options.fresh)
+    what = {"dataset": Path(options.dataset).name, "steps": options.steps}
+    held_out = options.eval_dataset and Path(options.eval_dataset).name
+    made_with = {**what, "eval_dataset": held_out, "runs": digest(RUNS)}
+    path, results = setups.so_far("concept_pretrained", options.fresh, made_with)
     data = DataArguments(dataset=options.dataset)
     for seed in options.seeds:
         for name in options.only:
@@ -106,8 +110,8 @@ def main() -> None:
                 last = run(name, seed, options.steps, data, options.eval_dataset)
             results.setdefault(name, {})[str(seed)] = last
             print(f"seed {seed}  {table({name: {seed: last}}, COLUMNS).splitlines()[-1]}", flush=True)
-            what = {"dataset": Path(options.dataset).name, "steps": options.steps}
-            setups.write("concept_pretrained", {"command": "make bench-concept-pretrained", **what, "results": results})
+            about = {"command": "make bench-concept-pretrained", **what, "made_with": made_with}
+            setups.write("concept_pretrained", {**about, "results": results})
     markdown = table({name: results[name] for name in RUNS if name in results}, COLUMNS)
     PlainConsole().print(markdown)
     if not setups.CUDA:

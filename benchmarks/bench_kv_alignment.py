@@ -11,7 +11,6 @@ repeated (`--fresh` forgets them).
 import argparse
 import dataclasses
 import functools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ import setups
 import torch
 import yaml
 
+from trl_ext.fingerprint import digest
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
@@ -214,10 +214,9 @@ def main() -> None:
     from trl_ext.report import write_between
     from trl_ext.tasks import equations, warm_start
 
-    path = setups.RESULTS / f"kv_alignment_{setups.device_name()}.json"
-    if options.fresh:
-        path.unlink(missing_ok=True)
-    results = json.loads(path.read_text())["results"] if path.exists() else {}
+    config = (ROOT / "recipes/configs/kv_tiny.yaml").read_text()
+    made_with = {"steps": options.steps, "teacher_steps": options.teacher_steps, "runs": digest([GROUPS, config])}
+    path, results = setups.so_far("kv_alignment", options.fresh, made_with)
     teacher = warm_start.tiny_with_steps(
         Path(options.cache), seed=0, held_out=HELD_OUT, steps=options.teacher_steps or equations.TEACHER.warm_start_steps,
         size=equations.TEACHER, progress=False,
@@ -233,7 +232,9 @@ def main() -> None:
             last = done.result()
             results.setdefault(group, {})[str(seed)] = last
             print(f"seed {seed}  {group}: {last['accuracy']:.3f}, {last['ms_per_step']:.0f} ms a step", flush=True)
-            setups.write("kv_alignment", {"command": "make bench-kv-alignment", "results": results})
+            setups.write(
+                "kv_alignment", {"command": "make bench-kv-alignment", "made_with": made_with, "results": results}
+            )
     done = {
         group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0]))) for group in RUNS if group in results
     }

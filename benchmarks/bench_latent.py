@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 import patches
 from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
+from trl_ext.fingerprint import digest
 from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers
 from trl_ext.latent.recipe import ScriptArguments
 from trl_ext.report import write_between
@@ -174,9 +175,10 @@ def main() -> None:
     patches.apply("fused_lm_head")
     disable_progress_bars()
     name = "latent" if options.size == "small" else "latent_large"
-    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
-    if options.fresh:
-        path.unlink(missing_ok=True)
+    configs = [(ROOT / f"recipes/configs/{method}_tiny.yaml").read_text() for method in TRAINERS]
+    made_with = {k: getattr(options, k) for k in ("steps", "sft_steps", "held_out")}
+    made_with["runs"] = digest([VARIANTS, LARGE, configs])
+    path, _ = setups.so_far(name, options.fresh, made_with)
     size = SIZES[options.size]
     note = f"{options.held_out} held-out questions of {size.operations} operations"
     for seed in options.seeds:
@@ -197,7 +199,9 @@ def main() -> None:
             print(f"seed {seed}  {variant}: {accuracy:.3f} in {last['seconds']} s", flush=True)
             results = read(path)
             results.setdefault(variant, {})[str(seed)] = last
-            setups.write(name, {"command": "make bench-latent", "setting": note, "results": results})
+            setups.write(
+                name, {"command": "make bench-latent", "setting": note, "made_with": made_with, "results": results}
+            )
             gc.collect()
     found = read(path)
     done = {variant: found[variant] for variant in VARIANTS if variant in found}

@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks import setups
-from benchmarks.over_seeds import ROOT, arguments, so_far, spread
+from benchmarks.over_seeds import ROOT, arguments, spread
+from trl_ext.fingerprint import digest
 from trl_ext.report import write_between
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
@@ -62,7 +63,7 @@ def run(name: str, seed: int) -> dict:
         moved |= {"seed": str(seed), "disable_tqdm": "true"}
     given = [part for key, value in moved.items() for part in (f"--{key}", value)]
     done = subprocess.run(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), *given, *flags],
+        [sys.executable, str(RECIPES / f"{recipe}.py"), *given, *flags, "--overwrite", "true"],
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     if done.returncode:
@@ -86,12 +87,15 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 def main() -> None:
     options = arguments(__doc__, list(RUNS), None, [0, 1, 2]).parse_args()
-    _, results = so_far("minimind", options.fresh)
+    configs = {file.name: file.read_text() for file in sorted(RECIPES.glob("configs/*_tiny.yaml"))}
+    made_with = {"generated_tokens": TOKENS, "runs": digest([RUNS, configs])}
+    _, results = setups.so_far("minimind", options.fresh, made_with)
     for seed in options.seeds:
         for name in (n for n in RUNS if n in options.only and str(seed) not in results.get(n, {})):
             found = results.setdefault(name, {})[str(seed)] = run(name, seed)
             print(f"seed {seed}  {name}: {found['before']} -> {found['after']}", flush=True)
-            setups.write("minimind", {"command": "make bench-minimind", "generated_tokens": TOKENS, "results": results})
+            about = {"command": "make bench-minimind", "generated_tokens": TOKENS, "made_with": made_with}
+            setups.write("minimind", {**about, "results": results})
     markdown = table(results)
     PlainConsole().print(markdown)
     if not setups.CUDA:

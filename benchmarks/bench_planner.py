@@ -112,4 +112,4 @@ COLUMNS = (
 
 if __name__ == "__main__":
     in_sentences()
-    compare(__doc__, "planner", list(RUNS), run, STEPS, COLUMNS, f"{HELD_OUT} held-out facts", "planner")
+    compare(__doc__, "planner", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out facts", "planner")

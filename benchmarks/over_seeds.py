@@ -1,7 +1,6 @@
 """Runs by name over seeds, in two processes, results kept as they come, and their table on a page of the documentation."""
 
 import argparse
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import setups
+from trl_ext.fingerprint import digest
 from trl_ext.report import write_between
 from unsloth_ext.console import PlainConsole
 
@@ -20,7 +20,7 @@ Columns = tuple[tuple[str, str, str], ...]  # key of a run, label, format
 def compare(
     about: str,
     name: str,
-    names: list[str],
+    runs: dict[str, dict],
     run: Callable[[str, int, int], dict],
     steps: int,
     columns: Columns,
@@ -32,11 +32,14 @@ def compare(
     Args:
         about: the script's docstring.
         run: (name, seed, steps) to figures, a function of its module.
+        runs: what is different in each, by name; results of other settings are not mixed with these.
         held_out: so many of what; said above the table.
         section: of docs/concept_tokens.md, which is written on a CPU.
     """
+    names = list(runs)
     options = arguments(about, names, steps, [0, 1, 2]).parse_args()
-    path, results = so_far(name, options.fresh)
+    made_with = {"steps": options.steps, "held_out": held_out, "runs": digest(runs)}
+    path, results = setups.so_far(name, options.fresh, made_with)
     workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
     jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -45,7 +48,7 @@ def compare(
             n, seed = running[done]
             results.setdefault(n, {})[str(seed)] = done.result()
             print(f"seed {seed}  {table({n: {seed: done.result()}}, columns).splitlines()[-1]}", flush=True)
-            setups.write(name, {"command": "make bench-concept", "results": results})
+            setups.write(name, {"command": "make bench-concept", "made_with": made_with, "results": results})
     done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in names if n in results}
     markdown = table(done, columns)
     PlainConsole().print(markdown)
@@ -65,14 +68,6 @@ def arguments(about: str, names: list[str], steps: int | None, seeds: list[int])
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
     return parser
-
-
-def so_far(name: str, fresh: bool) -> tuple[Path, dict[str, dict]]:
-    """The file of results on this device, and what is in it."""
-    path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
-    if fresh:
-        path.unlink(missing_ok=True)
-    return path, json.loads(path.read_text())["results"] if path.exists() else {}
 
 
 def table(results: dict[str, dict], columns: Columns) -> str:

@@ -171,3 +171,20 @@ def write(name: str, results: dict) -> Path:
     path = RESULTS / f"{name}_{device_name()}.json"
     path.write_text(json.dumps({**header, **results}, indent=2) + "\n")
     return path
+
+
+def so_far(name: str, fresh: bool, made_with: dict[str, Any]) -> tuple[Path, dict[str, dict]]:
+    """The file of results on this device, and what is in it.
+
+    Raises:
+        ValueError: they were made with other settings, and `fresh` does not forget them.
+    """
+    path = RESULTS / f"{name}_{device_name()}.json"
+    if fresh:
+        path.unlink(missing_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else {"made_with": made_with, "results": {}}
+    before = found.get("made_with", {})
+    other = [f"{k}={before.get(k)}, now {v}" for k, v in made_with.items() if before.get(k) != v]
+    if other:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): --fresh forgets these results")
+    return path, found["results"]

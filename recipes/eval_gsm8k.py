@@ -32,6 +32,7 @@ if unsloth_can_run()[0]:
 from rich.table import Table
 from trl import TrlParser
 
+from trl_ext.run_folder import writable_file
 from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without
 from trl_ext.tasks.evaluation import evaluate
@@ -78,6 +79,8 @@ def main() -> None:
     unknown = set(args.thinking) - {"on", "off", *ABLATIONS}
     if unknown:
         raise ValueError(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}, off")
+    folder = Path(args.checkpoint)
+    output = writable_file(args.output or (folder if folder.is_dir() else Path()) / "eval.json", "--output")
     rows = rows_of(args, data)
     model, tokenizer = FastThinkingModel.from_pretrained(
         args.checkpoint, max_seq_length=128 if data.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit
@@ -105,10 +108,8 @@ def main() -> None:
         accuracy = f"{r.accuracy:.1%} ({r.low:.1%} to {r.high:.1%})"
         table.add_row(thinking, accuracy, f"{r.format_rate:.1%}", f"{r.mean_length:.1f}", f"{r.thinking_share:.1%}")
     PlainConsole().print(table)
-    folder = Path(args.checkpoint)
-    output = Path(args.output) if args.output else (folder if folder.is_dir() else Path()) / "eval.json"
     output.write_text(json.dumps({name: result.numbers() for name, result in results.items()}, indent=2) + "\n")
-    print(f"Written: {output}")
+    PlainConsole().print(f"Written: {output}")
 
 
 if __name__ == "__main__":

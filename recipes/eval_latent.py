@@ -32,6 +32,7 @@ from trl_ext.latent.data import LatentCollator, LatentTokenizer
 from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answers
 from trl_ext.latent.looks import plot_similarity, probe
 from trl_ext.latent.sources import load_rows
+from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations
 from unsloth_ext import LatentModel, kv_similarity
 from unsloth_ext.console import PlainConsole
@@ -99,6 +100,8 @@ def main() -> None:
     unknown = set(args.latents) - set(LATENTS)
     if unknown:
         raise ValueError(f"--latents {' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
+    folder = args.output or (args.checkpoint if Path(args.checkpoint).is_dir() else ".")
+    folder = writable_folder(folder, "--output")
     rows = rows_of(args)
     thinker = LatentModel.from_pretrained(args.checkpoint)
     model, tokenizer = thinker.model, thinker.tokenizer
@@ -139,8 +142,6 @@ def main() -> None:
             f"(of another question's results: {looked.by_chance:.1%})"
         )
 
-    folder = Path(args.output or (args.checkpoint if Path(args.checkpoint).is_dir() else "."))
-    folder.mkdir(parents=True, exist_ok=True)
     with_steps = [row for row in rows if row["steps"]][: args.batch_size]
     if with_steps:
         tokens = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, True, None)

@@ -40,8 +40,8 @@ from transformers import set_seed
 from trl import TrlParser
 
 from trl_ext import HRPOConfig, HRPOTrainer
-from trl_ext.recipe import RecipeArguments, compact_progress, finish, start
-from trl_ext.report import HRPO_CURVES, before_after_table
+from trl_ext.recipe import RecipeArguments, finish, start
+from trl_ext.report import HRPO_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.data import DataArguments, chat_dataset
 from trl_ext.tasks.dry_run import dry_run

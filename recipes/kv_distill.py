@@ -32,8 +32,8 @@ from trl import TrlParser
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
-from trl_ext.recipe import RecipeArguments, check_tiny, compact_progress, finish, start
-from trl_ext.report import KV_CURVES, before_after_table
+from trl_ext.recipe import RecipeArguments, check_tiny, finish, start
+from trl_ext.report import KV_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate

@@ -38,8 +38,8 @@ from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
 from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
-from trl_ext.recipe import RecipeArguments, check_tiny, compact_progress, finish, start
-from trl_ext.report import MONITOR_CURVES, PLANNER_CURVES, plot_curves
+from trl_ext.recipe import RecipeArguments, check_tiny, finish, start
+from trl_ext.report import MONITOR_CURVES, PLANNER_CURVES, compact_progress, plot_curves
 from trl_ext.tasks import facts
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback

@@ -32,6 +32,7 @@ from trl_ext.flags import at_least, one_of
 from trl_ext.kv_distill.data import completions
 from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment
 from trl_ext.kv_distill.segments import SegmentFinder
+from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
 from trl_ext.teacher import check_vocabularies
@@ -137,7 +138,7 @@ def main() -> None:
     if data.dataset == "tiny" and args.teacher != "tiny":
         raise ValueError(f"--teacher {args.teacher}: the tiny task is the tiny teacher's; give a --dataset")
     args.answer_delimiter = args.answer_delimiter or ("#" if data.dataset == "tiny" else "####")
-    console = PlainConsole()
+    console, output = PlainConsole(), writable_folder(args.output, "--output")
     teacher, student, tokenizer, rows = load(args, data)
     first, second = batches(args, tokenizer, rows)
 
@@ -172,8 +173,6 @@ def main() -> None:
         table.add_row(name, *(f"{found.metrics[key]:.3f}" for found in profiles.values()))
     table.add_row("not finite", *(str(found.not_finite) for found in profiles.values()))
     console.print(table)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     plot_profiles(output / "profile.png", profiles, f"{args.teacher} to {args.student}")
     (output / "profile.json").write_text(json.dumps({n: p.numbers() for n, p in profiles.items()}, indent=2) + "\n")
     console.print(f"Written: {output / 'profile.json'}, {output / 'profile.png'}")

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from unsloth_ext.console import PlainConsole
 
 from .flags import at_least
-from .report import CompactProgress, plot_curves, write_summary
+from .report import plot_curves, write_summary
 from .resuming import claim, explain_the_end
 from .run_folder import finished
 from .tasks.evaluation import AccuracyCallback
@@ -66,12 +66,6 @@ def check_tiny(model_name: str, dataset: str) -> None:
         raise ValueError(
             f"--model_name {model_name} --dataset {dataset}: the tiny model and the tiny task belong together"
         )
-
-
-def compact_progress(trainer: Trainer) -> None:
-    """A progress bar with a few figures in place of a dictionary on every log."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CompactProgress)
 
 
 def finish(

@@ -6,13 +6,14 @@ from types import ModuleType
 from typing import Any
 
 from rich.table import Table
-from transformers import ProgressCallback
+from transformers import ProgressCallback, Trainer
 
 from unsloth_ext.console import PlainConsole
 
 
 class CompactProgress(ProgressCallback):
-    """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log."""
+    """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log; lines where
+    there is no screen."""
 
     SHOWN = {
         "reward": "reward",
@@ -32,8 +33,18 @@ class CompactProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {short: f"{logs[name]:.3f}" for name, short in self.SHOWN.items() if logs.get(name) is not None}
-            if shown:
+            if shown and self.training_bar.disable:  # as in a file, where bars would be one endless line
+                figures = "  ".join(f"{name} {value}" for name, value in shown.items())
+                print(f"step {state.global_step} of {state.max_steps}  {figures}", flush=True)
+            elif shown:
                 self.training_bar.set_postfix(shown)
+
+
+def compact_progress(trainer: Trainer) -> None:
+    """A progress bar with a few figures in place of a dictionary on every log."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgress)
 
 
 def before_after_table(before: Any, after: Any, console: PlainConsole) -> None:

@@ -50,6 +50,8 @@ def in_sentences() -> None:
     if "--traceback" in sys.argv:
         sys.argv.remove("--traceback")
         os.environ[SHOW_TRACEBACK] = "1"
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # every library's bars; a file would get one endless line of them
     usual = sys.excepthook
     if getattr(usual, "speaks", False):
         return

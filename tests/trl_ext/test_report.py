@@ -1,6 +1,8 @@
 """What a run leaves to look at."""
 
-from trl_ext.report import plot_curves, pyplot_for_files
+from types import SimpleNamespace
+
+from trl_ext.report import CompactProgress, plot_curves, pyplot_for_files
 
 
 def test_a_title_from_outside_and_whole_steps(tmp_path, monkeypatch):
@@ -12,3 +14,11 @@ def test_a_title_from_outside_and_whole_steps(tmp_path, monkeypatch):
     ticks = figure.axes[0].get_xticks()
     assert all(tick == int(tick) for tick in ticks) and (tmp_path / "curves.png").stat().st_size > 5_000
     assert figure.get_suptitle() == r"HRPO, $\frac{, [/nope]"
+
+
+def test_a_file_gets_lines_in_place_of_bars(capsys):
+    progress = CompactProgress()
+    progress.training_bar = SimpleNamespace(disable=True)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=90)
+    progress.on_log(None, state, None, {"loss": 0.5, "reward": 0.25, "epoch": 1.0})
+    assert capsys.readouterr().out == "step 3 of 90  reward 0.250  loss 0.500\n"

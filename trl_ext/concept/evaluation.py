@@ -83,7 +83,9 @@ def evaluate_concepts(
     )
     counts, right = 0, 0
     with evaluating(model):
-        for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
+        for start in tqdm(
+            range(0, len(rows), batch_size), "Evaluating", leave=False, disable=None if progress else True
+        ):
             part = rows[start : start + batch_size]
             texts = [a + b for a, b in zip(part["prompt"], part["completion"])]
             batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)

@@ -18,8 +18,8 @@ from unsloth_ext.console import PlainConsole
 
 from ..flags import at_least, chosen, chosen_preset
 from ..kv_distill.data import completions
-from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
-from ..report import CONCEPT_CURVES
+from ..recipe import RecipeArguments, check_tiny, finish, start
+from ..report import CONCEPT_CURVES, compact_progress
 from ..tasks import facts, warm_start
 from ..tasks.data import DataArguments
 from ..tasks.evaluation import AccuracyCallback

@@ -77,7 +77,9 @@ def evaluate_answers(
     )
     texts, passes, seconds = [], 0, 0.0
     with evaluating(model):
-        for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
+        for start in tqdm(
+            range(0, len(rows), batch_size), "Evaluating", leave=False, disable=None if progress else True
+        ):
             questions = [row["question"] for row in rows[start : start + batch_size]]
             inputs = {k: v.to(model.device) for k, v in question_batch(tokenizer, questions).items()}
             began = time.perf_counter()

@@ -16,8 +16,8 @@ from unsloth_ext.ablations import ABLATIONS
 from unsloth_ext.console import PlainConsole
 
 from ..flags import at_least, chosen, chosen_preset
-from ..recipe import RecipeArguments, check_tiny, compact_progress, finish, start
-from ..report import LATENT_CURVES, comparison_table
+from ..recipe import RecipeArguments, check_tiny, finish, start
+from ..report import LATENT_CURVES, compact_progress, comparison_table
 from ..tasks import equations, warm_start
 from ..tasks.data import without
 from ..tasks.evaluation import AccuracyCallback

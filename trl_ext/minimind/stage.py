@@ -30,8 +30,8 @@ from unsloth_ext.console import PlainConsole
 
 from ..checkpointing import SafeCheckpointMixin
 from ..flags import at_least, read_config
-from ..recipe import compact_progress, start
-from ..report import plot_curves, write_summary
+from ..recipe import start
+from ..report import compact_progress, plot_curves, write_summary
 from ..run_folder import finished
 from ..tasks import arithmetic
 from ..tasks.files import DataError

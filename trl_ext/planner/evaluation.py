@@ -102,7 +102,9 @@ def evaluate_plans(
         return out
 
     with evaluating(model):
-        for start in tqdm(range(0, len(rows), batch_size), "Evaluating", leave=False, disable=not progress):
+        for start in tqdm(
+            range(0, len(rows), batch_size), "Evaluating", leave=False, disable=None if progress else True
+        ):
             part = rows[start : start + batch_size]
             whole = [a + b for a, b in zip(part["prompt"], part["completion"])]
             read, texts = (whole, whole) if mode == "reconstruct" else (part["prompt"], part["completion"])

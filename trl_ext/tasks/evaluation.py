@@ -90,7 +90,7 @@ def evaluate(
     texts, tokens, thought = [], 0, 0
     with evaluating(model):
         batches = range(0, len(rows), batch_size)
-        for start in tqdm(batches, "Evaluating", leave=False, disable=not progress):
+        for start in tqdm(batches, "Evaluating", leave=False, disable=None if progress else True):
             inputs = _tokenize(tokenizer, rows[start : start + batch_size]["prompt"]).to(model.device)
             if hybrid:
                 out, trace = hybrid_generate(

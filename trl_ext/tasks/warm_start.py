@@ -19,6 +19,7 @@ from patches import fused_lm_head
 from patches.versions import installed_version
 
 from ..fingerprint import digest
+from ..report import compact_progress
 from . import arithmetic, equations, facts
 from . import data as task_data
 
@@ -120,6 +121,7 @@ class Taught:
             **self.settings,
         )
         trainer = trl.SFTTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer)
+        compact_progress(trainer)
         trainer.train()
         shutil.rmtree(folder / "trainer", ignore_errors=True)
         model.save_pretrained(folder)
