@@ -111,7 +111,7 @@ def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, 
         ends.append((tmp_path / "out" / "final" / file).read_bytes())
     assert ends[0] == ends[1]
     kinds = {file.suffix for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    assert kinds <= {".safetensors", ".json", ".md", ".jinja", ".png", ".parquet"}
+    assert kinds <= {".safetensors", ".json", ".md", ".jinja", ".png", ".parquet", ".lock"}
 
 
 def test_cispo_is_a_flag_of_grpo(whole, monkeypatch, tmp_path):
@@ -128,6 +128,7 @@ def test_own_files_are_split_and_a_bad_row_is_named(whole, monkeypatch, tmp_path
     run(monkeypatch, whole, "sft", own)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["before"].keys() == {"response loss"}
     file.write_text(file.read_text() + json.dumps({"conversations": setups.turns("7?", "")}) + "\n")
+    own.append("--overwrite")
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 21, conversations\[1\]\.content: is empty"):
         run(monkeypatch, whole, "sft", own)
     with pytest.raises(ValueError, match="eval_size=300 are held out"):
@@ -184,6 +185,7 @@ def test_every_shipped_config_loads_and_names_its_command(config, monkeypatch):
     assert config.stem == name or f"recipes/minimind/{name}.py" in text.splitlines()[0]
     recipe, found = module(name), []
     monkeypatch.setattr(stage, "_ensure", lambda *_: None)
+    monkeypatch.setattr(stage, "start", lambda *_: None)
     parent = stage.parse
 
     class Parsed(Exception):
