@@ -224,3 +224,22 @@ def test_means_and_deviations_are_torchs():
     mask = torch.rand(4, 5) > 0.4
     assert abs(std_of(values, mask) - values[mask].std()) <= 1e-6
     assert abs(masked_mean(values, mask) - values[mask].mean()) <= 1e-6
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1"])
+@pytest.mark.parametrize("scope", ["layer", "global", "token"])
+def test_codi_is_divided_by_the_unit_of_its_loss(loss, scope):
+    """Row by row in fp64: a squared distance by the variance, the others by the standard deviation; 1e-5 relative. The
+    teacher's standard deviation is 3, far from 1, where the two would be the same."""
+    student, teacher = torch.randn(2, 4, 8), 3 * torch.randn(2, 4, 8)
+    found = codi_loss(student, teacher, loss=loss, std_mode="divide_loss", std_scope=scope)
+    total = 0.0
+    for layer in range(2):
+        for row in range(4):
+            of = {"layer": teacher[layer], "global": teacher, "token": teacher[layer, row]}[scope].double().std()
+            apart = (student - teacher)[layer, row].double()
+            each = {"mse": apart**2 / of**2, "l1": apart.abs() / of}.get(loss)
+            if each is None:
+                each = torch.where(apart.abs() < 1, apart**2 / 2, apart.abs() - 0.5) / of
+            total += each.sum().item()
+    assert found.item() == pytest.approx(total / student.numel(), rel=1e-5)

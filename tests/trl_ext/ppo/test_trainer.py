@@ -9,6 +9,7 @@ import trl
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, TrainerCallback
 
 from tests import tiny
+from trl_ext.ppo.critic import critic_of
 
 from . import reference, setups
 from .test_critic import loud
@@ -365,3 +366,24 @@ def test_it_learns(tmp_path):
     trainer.train()
     rewards = setups.logged(trainer, "reward")
     assert sum(rewards[:2]) / 2 < 0.1 and sum(rewards[-3:]) / 3 > 0.5, rewards
+
+
+def test_explained_variance_is_of_the_returns(tmp_path):
+    """1 - Var(returns - values) / Var(returns) over all tokens of the rollout, to 1e-4; values and returns apart."""
+    trainer = setups.ppo(tmp_path, critic_model=loud(critic_of(tiny.model())), max_steps=1)
+    seen = {}
+    advantages = trainer._advantages
+
+    def keep(inputs, output, rewards):
+        result = advantages(inputs, output, rewards)
+        seen.update(values=output["values"], returns=output["returns"])
+        return result
+
+    trainer._advantages = keep
+    trainer.train()
+    real = ~seen["returns"].isnan()
+    values, returns = (seen[name][real].double() for name in ("values", "returns"))
+    assert values.var() > 0.05 and returns.var() > 0.05 and (values.var() / returns.var() - 1).abs() > 0.1
+    wanted = 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)
+    logged = trainer.state.log_history[0]["ppo/explained_variance"]
+    assert logged == pytest.approx(wanted.item(), abs=1e-4)
