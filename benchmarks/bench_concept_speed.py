@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 from benchmarks import setups
 from trl_ext.report import write_between
 from unsloth_ext import OnlineConceptConfig, attach_concepts
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.concept.accounting import cost, equal_depth
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
@@ -73,7 +74,7 @@ def num_bytes(cache: object) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048, 4096])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new", type=int, default=32, help="tokens written; a multiple of 4")

@@ -20,6 +20,7 @@ from public_algorithm import LiteralSession
 import patches
 from trl_ext import HRPOConfig, HRPOTrainer
 from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, hybrid_generate
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.decoding import hybrid_decode
 from unsloth_ext.user_errors import in_sentences
 
@@ -170,7 +171,7 @@ def bench_decode(size: str, batch: int, length: int, repeats: int, warm: bool) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=64 if not setups.CUDA else 256)

@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 import patches
 from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
 from unsloth_ext import CompressedCache, LatentConfig, attach_latent, compressed_trace, latent_phase
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.kv.compression import take
 from unsloth_ext.kv.scores import kava_redundancy
 from unsloth_ext.latent.config import thinking_with
@@ -249,7 +250,7 @@ def bench_decoding(size: str, rows: int, length: int, repeats: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", type=int, default=4 if not setups.CUDA else 8)
     parser.add_argument("--quick", action="store_true", help="256 decoded tokens")

@@ -8,7 +8,6 @@ and in the end the table in docs/kv_alignment.md and docs/kv_alignment.png. Runs
 repeated (`--fresh` forgets them).
 """
 
-import argparse
 import dataclasses
 import functools
 import multiprocessing
@@ -24,6 +23,7 @@ import torch
 import yaml
 
 from trl_ext.fingerprint import digest
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
@@ -203,7 +203,7 @@ def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--teacher_steps", type=int, help="other than the task's")

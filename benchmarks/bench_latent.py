@@ -9,7 +9,6 @@ docs/latent.md, if it was the small size on a CPU. Runs that the file holds alre
 them).
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -32,6 +31,7 @@ from trl_ext.latent.recipe import ScriptArguments
 from trl_ext.report import write_between
 from trl_ext.tasks import equations, warm_start
 from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
@@ -162,7 +162,7 @@ def read(path: Path) -> dict[str, dict[str, dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="other than the configurations'")
     parser.add_argument("--sft_steps", type=int, help="other than the task's, for the warm start")

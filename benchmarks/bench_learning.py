@@ -7,7 +7,6 @@ trains the same LoRA at the same rate on the same prompts. Writes benchmarks/res
 in docs/hrpo.md.
 """
 
-import argparse
 import gc
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from trl_ext.report import write_between
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.fast_model import LINEAR_LAYERS
 from unsloth_ext.user_errors import in_sentences
@@ -113,7 +113,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--held_out", type=int, default=400)

@@ -8,7 +8,6 @@ Without: no callback, and these functions replaced by ones that return zeros. In
 random letters. Writes benchmarks/results/monitors_<device>.json.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -27,6 +26,7 @@ from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.planner import monitors
 from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.report import write_between
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.user_errors import in_sentences
 
@@ -104,7 +104,7 @@ def sentence(results: dict[str, dict], rounds: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=EVERY, help="of a run; a probe comes every 50")
     options = parser.parse_args()

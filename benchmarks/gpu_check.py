@@ -25,6 +25,7 @@ from unittest import mock
 
 import setups
 
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -175,7 +176,7 @@ def verdict(result: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in fp32; writes nothing")
     parser.add_argument("--backend", choices=("stock", "unsloth"), help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import setups
 from trl_ext.fingerprint import digest
 from trl_ext.report import write_between
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
 
 
@@ -61,7 +62,7 @@ def compare(
 
 def arguments(about: str, names: list[str], steps: int | None, seeds: list[int]) -> argparse.ArgumentParser:
     """What to run: seeds, steps where they can be chosen, some of the names, and whether results so far count."""
-    parser = argparse.ArgumentParser(description=about.split("\n\n")[0])
+    parser = CommandLine(description=about.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps)

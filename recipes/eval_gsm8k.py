@@ -30,8 +30,9 @@ if unsloth_can_run()[0]:
     import unsloth  # noqa: F401 - before transformers, or its models stay stock
 
 from rich.table import Table
-from trl import TrlParser
 
+from trl_ext.flags import at_least
+from trl_ext.parser import RecipeParser
 from trl_ext.run_folder import writable_file
 from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without
@@ -63,6 +64,18 @@ class EvalArguments:
     held_out: int = field(default=400, metadata={"help": "The tiny task's number of held-out problems."})
     output: str | None = field(default=None, metadata={"help": "JSON file; default CHECKPOINT/eval.json."})
 
+    def __post_init__(self) -> None:
+        at_least(self, limit=1, max_new_tokens=1, batch_size=1, held_out=1)
+        if not self.answer_delimiter:
+            raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature}: more than 0; the likeliest token is taken without --do_sample"
+            )
+        unknown = set(self.thinking) - {"on", "off", *ABLATIONS}
+        if unknown or not self.thinking:
+            raise ValueError(f"thinking={' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}, off")
+
 
 def rows_of(args: EvalArguments, data: DataArguments):
     """Rows with `prompt` and `answer`."""
@@ -75,10 +88,7 @@ def rows_of(args: EvalArguments, data: DataArguments):
 
 
 def main() -> None:
-    args, data = TrlParser((EvalArguments, DataArguments)).parse_args_and_config()
-    unknown = set(args.thinking) - {"on", "off", *ABLATIONS}
-    if unknown:
-        raise ValueError(f"--thinking {' '.join(sorted(unknown))}: choose from on, {', '.join(ABLATIONS)}, off")
+    args, data = RecipeParser((EvalArguments, DataArguments)).parse_args_and_config()
     folder = Path(args.checkpoint)
     output = writable_file(args.output or (folder if folder.is_dir() else Path()) / "eval.json", "--output")
     rows = rows_of(args, data)

@@ -24,7 +24,6 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from rich.table import Table
-from trl import TrlParser
 
 from trl_ext.flags import at_least
 from trl_ext.latent.config import LatentArguments
@@ -32,6 +31,7 @@ from trl_ext.latent.data import LatentCollator, LatentTokenizer
 from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answers
 from trl_ext.latent.looks import plot_similarity, probe
 from trl_ext.latent.sources import load_rows
+from trl_ext.parser import RecipeParser
 from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations
 from unsloth_ext import LatentModel, kv_similarity
@@ -72,6 +72,9 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         at_least(self, limit=1, max_new_tokens=1, batch_size=1, show=0)
+        unknown = set(self.latents) - set(LATENTS)
+        if unknown or not self.latents:
+            raise ValueError(f"latents={' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
 
 
 def rows_of(args: EvalArguments) -> list[dict]:
@@ -96,10 +99,7 @@ def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str)
 
 
 def main() -> None:
-    (args,) = TrlParser(EvalArguments).parse_args_and_config()
-    unknown = set(args.latents) - set(LATENTS)
-    if unknown:
-        raise ValueError(f"--latents {' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
+    (args,) = RecipeParser(EvalArguments).parse_args_and_config()
     folder = args.output or (args.checkpoint if Path(args.checkpoint).is_dir() else ".")
     folder = writable_folder(folder, "--output")
     rows = rows_of(args)

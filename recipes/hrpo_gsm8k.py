@@ -10,7 +10,6 @@ Every field of TRL's GRPOConfig and of HRPOConfig is a flag; `--config FILE.yaml
 listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from trl_ext.flags import at_least, chosen
+from trl_ext.parser import RecipeParser
 from unsloth_ext.backend import unsloth_can_run
 from unsloth_ext.console import PlainConsole
 
@@ -37,7 +37,6 @@ if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_ca
 
 from accelerate import PartialState
 from transformers import set_seed
-from trl import TrlParser
 
 from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.recipe import RecipeArguments, finish, start
@@ -48,6 +47,7 @@ from trl_ext.tasks.dry_run import dry_run
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import FastThinkingModel
+from unsloth_ext.fast_model import LINEAR_LAYERS
 
 
 @dataclass
@@ -61,13 +61,16 @@ class ScriptArguments(RecipeArguments):
     sft_steps: int = field(default=1500, metadata={"help": "Steps of the tiny model's warm start."})
     max_seq_length: int = field(default=2048, metadata={"help": "Prompt and completion together, in tokens."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
-    lora_r: int = field(default=32, metadata={"help": "Rank of LoRA on all linear layers."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
     init_from: str | None = field(
         default=None,
         metadata={"help": "Begin with the weights of this checkpoint or final/ of an earlier run, as a second stage: "
                   "steps, optimizer and learning rates start anew."},
     )  # fmt: skip
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(LINEAR_LAYERS), metadata={"help": "Names of the layers with LoRA."}
+    )
     dry_run_rows: int = field(default=64, metadata={"help": "Rows sampled before training to look at the rewards."})
 
     def __post_init__(self) -> None:
@@ -79,10 +82,7 @@ class ScriptArguments(RecipeArguments):
 
 def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
     """Flags over the configuration file."""
-    parser = TrlParser((ScriptArguments, DataArguments, HRPOConfig))
-    parser.add_argument(
-        "--group_size", dest="num_generations", type=int, default=argparse.SUPPRESS, help="Same as --num_generations."
-    )
+    parser = RecipeParser((ScriptArguments, DataArguments, HRPOConfig))
     _, config, others = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
     return parser.parse_args_and_config(["--config", str(config), *others])
 
@@ -128,6 +128,8 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole)
         model,
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_modules(),
         use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False,
         random_state=args.seed,
     )

@@ -25,13 +25,12 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from accelerate import PartialState
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import TrlParser
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
+from trl_ext.parser import RecipeParser
 from trl_ext.recipe import RecipeArguments, check_tiny, finish, start
 from trl_ext.report import KV_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import equations, warm_start
@@ -83,7 +82,7 @@ def load_data(script: ScriptArguments, data: DataArguments, args: KVDistillConfi
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, DataArguments, KVDistillConfig))
+    parser = RecipeParser((ScriptArguments, DataArguments, KVDistillConfig))
     _, config, others = chosen(sys.argv[1:], CONFIGS, "kv", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     check_tiny(script.model_name, data.dataset)
@@ -104,16 +103,13 @@ def main() -> None:
         "progress": not args.disable_tqdm and args.process_index == 0,
     }
     accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate(model, tokenizer, held_out, **how))
-    lora = LoraConfig(
-        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    ) if script.lora_r else None  # fmt: skip
     trainer = KVDistillTrainer(
         model,
         args,
         train_dataset=train,
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=script.lora(),
         callbacks=[accuracy],
         teacher_model=teacher,
     )

@@ -27,15 +27,14 @@ in_sentences()
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from peft import LoraConfig
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import TrlParser
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.concept.recipe import plain
 from trl_ext.flags import at_least, chosen
 from trl_ext.kv_distill.data import completions
+from trl_ext.parser import RecipeParser
 from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
 from trl_ext.recipe import RecipeArguments, check_tiny, finish, start
@@ -133,7 +132,7 @@ def show(before: PlanEvaluation, after: PlanEvaluation, console: PlainConsole) -
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, DataArguments, PlannerExecutorConfig))
+    parser = RecipeParser((ScriptArguments, DataArguments, PlannerExecutorConfig))
     _, config, others = chosen(sys.argv[1:], CONFIGS, "planner", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     started = time.time()
@@ -149,16 +148,13 @@ def main() -> None:
     }
     accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_plans(model, tokenizer, held_out, **how))
     monitor = PlannerMonitorCallback(auto=script.auto, every=script.monitor_every)
-    lora = LoraConfig(
-        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    ) if script.lora_r and not is_peft_model(model) else None  # fmt: skip
     trainer = PlannerExecutorTrainer(
         model,
         args,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=None if is_peft_model(model) else script.lora(),
         callbacks=[accuracy, monitor],
     )
     compact_progress(trainer)

@@ -1,6 +1,8 @@
 """Two batches through a teacher and a student, and what an alignment makes of their keys, values and queries. No training.
 
     make profile-alignment                                # the embedded default: the tiny teacher, an untrained student
+    python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B --student Qwen/Qwen2.5-1.5B --mode structured \\
+        --batch_size 2 --seq_length 100               # sums written out, made in code
     python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct \\
         --mode both --dataset openai/gsm8k --dataset_config main --batch_size 4 --seq_length 256
     python recipes/profile_alignment.py --student runs/kv_tiny/final --aligner runs/kv_tiny/final/aligner
@@ -11,6 +13,7 @@ second. Writes `profile.json` and `profile.png` (map of heads, attention side by
 
 import json
 import os
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,13 +28,13 @@ in_sentences()
 import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import TrlParser
 from trl.data_utils import apply_chat_template, is_conversational
 
 from trl_ext.flags import at_least, one_of
 from trl_ext.kv_distill.data import completions
 from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment
 from trl_ext.kv_distill.segments import SegmentFinder
+from trl_ext.parser import RecipeParser
 from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
@@ -57,7 +60,9 @@ SHOWN = {
 class ProfileArguments:
     """What to look at."""
 
-    mode: str = field(default="both", metadata={"help": "'structured', 'flat' or 'both'."})
+    mode: str = field(
+        default="both", metadata={"help": "'structured', 'flat' or 'both'.", "aliases": ["--kv_projection_mode"]}
+    )
     teacher: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
     student: str = field(default="tiny", metadata={"help": "'tiny' (untrained), a hub id or a folder."})
     aligner: str | None = field(default=None, metadata={"help": "Folder of a trained projection, in place of modes."})
@@ -96,13 +101,29 @@ def load(args: ProfileArguments, data: DataArguments):
         student = AutoModelForCausalLM.from_pretrained(args.student, device_map="auto")
     teacher = AutoModelForCausalLM.from_pretrained(teacher, device_map="auto")
     check_vocabularies(tokenizer, teacher, None)
-    if data.dataset == "tiny":
+    if args.teacher == "tiny" and data.dataset == "tiny":
         rows = equations.explicit(equations.split(args.held_out, args.seed)[1])
     else:
-        rows = completions(
-            data.rows(split="train", size=2 * args.batch_size, seed=args.seed), tokenizer, args.answer_delimiter
-        )
+        wanted = 2 * args.batch_size
+        if data.dataset == "tiny":
+            found = sums(wanted, args.seq_length, args.seed)
+        else:
+            found = data.rows(split="train", size=wanted, seed=args.seed)
+        rows = completions(found, tokenizer, args.answer_delimiter)
     return teacher.eval(), student.eval(), tokenizer, rows
+
+
+def sums(count: int, seq_length: int, seed: int) -> list[dict[str, str]]:
+    """Rows with `question`, `solution`, `answer` for any tokenizer: additions of two to about `seq_length / 16` numbers."""
+    rng, found = random.Random(seed), []
+    for _ in range(count):
+        total, *rest = (rng.randint(1, 99) for _ in range(rng.randint(2, max(2, seq_length // 16))))
+        question, steps = "+".join(map(str, (total, *rest))), []
+        for term in rest:
+            steps.append(f"{total}+{term}={total + term}")
+            total += term
+        found.append({"question": f"What is {question}?", "solution": "; ".join(steps), "answer": str(total)})
+    return found
 
 
 def batches(args: ProfileArguments, tokenizer, rows) -> list[dict[str, torch.Tensor]]:
@@ -134,10 +155,9 @@ def batches(args: ProfileArguments, tokenizer, rows) -> list[dict[str, torch.Ten
 
 
 def main() -> None:
-    args, data = TrlParser((ProfileArguments, DataArguments)).parse_args_and_config()
-    if data.dataset == "tiny" and args.teacher != "tiny":
-        raise ValueError(f"--teacher {args.teacher}: the tiny task is the tiny teacher's; give a --dataset")
-    args.answer_delimiter = args.answer_delimiter or ("#" if data.dataset == "tiny" else "####")
+    args, data = RecipeParser((ProfileArguments, DataArguments)).parse_args_and_config()
+    generated = data.dataset == "tiny" and args.teacher != "tiny"
+    args.answer_delimiter = args.answer_delimiter or ("#" if data.dataset == "tiny" and not generated else "####")
     console, output = PlainConsole(), writable_folder(args.output, "--output")
     teacher, student, tokenizer, rows = load(args, data)
     first, second = batches(args, tokenizer, rows)
@@ -166,7 +186,10 @@ def main() -> None:
     for name, each in next(iter(profiles.values())).shapes.items():
         shapes.add_row(name.upper(), *map(str, each))
     console.print(shapes)
-    table = Table(title=f"{args.batch_size} rows of {data.dataset}", title_justify="left")
+    table = Table(
+        title=f"{args.batch_size} rows of {'sums' if generated else data.dataset}",
+        title_justify="left",
+    )
     for heading in ("", *profiles):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for key, name in SHOWN.items():

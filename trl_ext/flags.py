@@ -1,11 +1,12 @@
 """Flags: which configuration file a recipe reads before they are parsed, and how they are checked. Imports nothing that
 Unsloth must precede."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from unsloth_ext.command_line import CommandLine
 
 
 def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
@@ -14,36 +15,57 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     The file is what `--config` names, or `folder/<method>_<model>.yaml` for an embedded model (the first of them without
     any flag) and `folder/<method>_gsm8k.yaml` for any other.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = CommandLine(add_help=False)
     peek.add_argument("--config", type=Path)
     given, others = peek.parse_known_args(argv)
     config = given.config
-    peek.add_argument("--model_name")
+    peek.add_argument("--model_name", "--model_name_or_path", "--student")
     name = peek.parse_known_args(others)[0].model_name
     if name is None and config is not None:
-        name = read_config(config).get("model_name")
+        fields = read_config(config)
+        name = fields.get("model_name", fields.get("model_name_or_path"))
     name = name or embedded[0]
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
 
 
 def chosen_preset(config: Path, flags: list[str]) -> str | None:
     """The preset that flags or else the configuration file name."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek = CommandLine(add_help=False)
     peek.add_argument("--preset", default=read_config(config).get("preset"))
     return peek.parse_known_args(flags)[0].preset
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of which no key occurs twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: {name} is given twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a configuration file.
+    """The fields of a configuration file: YAML in UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
         ValueError: no such file, or it is not a YAML mapping.
     """
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file")
+    data = path.read_bytes()
     try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("a zero byte, so not UTF-8; save the file in that encoding")
+        found = yaml.load(text, _Loader)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"--config {path}, line {line}: not UTF-8; save the file in that encoding") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"--config {path}: not `field: value` lines")
@@ -54,7 +76,7 @@ def at_least(arguments: Any, **lowest: int) -> None:
     """Raises a ValueError that names a field below its lowest value; None is no value."""
     for name, least in lowest.items():
         value = getattr(arguments, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # NaN too
             raise ValueError(f"{name}={value}: at least {least}")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
 from unsloth_ext.console import PlainConsole
@@ -17,7 +18,41 @@ from .tasks.evaluation import AccuracyCallback
 
 
 @dataclass
-class RecipeArguments:
+class LoraArguments:
+    """LoRA, as a recipe's flags say it."""
+
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0: none."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the layers with LoRA; 'all-linear': all of them."},
+    )
+
+    def __post_init__(self) -> None:
+        at_least(self, lora_r=0, lora_alpha=1)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: a share from 0 to less than 1")
+
+    def lora_modules(self) -> str | list[str]:
+        """`lora_target_modules` as PEFT takes them."""
+        return "all-linear" if self.lora_target_modules == ["all-linear"] else self.lora_target_modules
+
+    def lora(self) -> LoraConfig | None:
+        """LoRA as asked for, on a causal language model; None with rank 0."""
+        if not self.lora_r:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_modules(),
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass
+class RecipeArguments(LoraArguments):
     """What a recipe adds to its trainer's configuration."""
 
     model_name: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
@@ -30,15 +65,14 @@ class RecipeArguments:
     eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
     eval_batch: int = field(default=250, metadata={"help": "Problems answered at once in evaluation."})
     warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny task's data and warm start."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
     overwrite: bool = field(
         default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
     )
 
     def __post_init__(self) -> None:
-        at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1, lora_r=0)
+        super().__post_init__()
+        at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1)
 
 
 def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tuple[PlainConsole, Path, str | None]:

@@ -14,6 +14,7 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
+from trl_ext.flags import at_least
 from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.stage import StageArguments, load_model, parse
 
@@ -24,6 +25,10 @@ class Arguments(StageArguments):
     system: str | None = field(default=None, metadata={"help": "The system message."})
     max_new_tokens: int = field(default=256, metadata={"help": "Of an answer."})
     temperature: float = field(default=0.0, metadata={"help": "0: the most probable token."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, max_new_tokens=1, temperature=0)
 
 
 def typed() -> Iterator[str]:

@@ -12,21 +12,21 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_ext.flags import at_least
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import StageArguments, load_model, parse, resumable, run
+from trl_ext.recipe import LoraArguments
 
 
 @dataclass
-class Arguments(StageArguments):
-    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA on all linear layers."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+class Arguments(StageArguments, LoraArguments):
+    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        LoraArguments.__post_init__(self)
         at_least(self, lora_r=1)
 
 
@@ -42,9 +42,7 @@ def main() -> None:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=stage.lora_r, lora_alpha=stage.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
+            peft_config=stage.lora(),
         )
 
     run(__file__, stage, args, make_trainer, {"response loss": metrics.loss, **metrics.sums(stage, tokenizer)})

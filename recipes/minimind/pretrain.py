@@ -32,16 +32,22 @@ class Arguments(StageArguments):
 
 def main() -> None:
     stage, args = parse(__file__, Arguments, SFTConfig)
+    config, tokenizer = minimind_config(stage.preset), AutoTokenizer.from_pretrained(stage.tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer {stage.tokenizer} has {len(tokenizer)} tokens, --preset {stage.preset} embeddings for "
+            f"{config.vocab_size}; recipes/minimind/tokenizer.py --vocab_size {config.vocab_size} makes one that fits"
+        )
     train, held_out = stage.load("pretrain", "pretrain")
 
     def make_trainer():
         set_seed(args.seed)
         return resumable(SFTTrainer)(
-            AutoModelForCausalLM.from_config(minimind_config(stage.preset)),
+            AutoModelForCausalLM.from_config(config),
             args,
             train_dataset=train,
             eval_dataset=held_out,
-            processing_class=AutoTokenizer.from_pretrained(stage.tokenizer),
+            processing_class=tokenizer,
         )
 
     run(__file__, stage, args, make_trainer, {"perplexity": metrics.perplexity})

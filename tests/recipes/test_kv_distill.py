@@ -153,8 +153,24 @@ def test_the_profile_of_own_models_and_a_trained_aligner(run, files, monkeypatch
         (["--batch_size", "40"], "needs 80 for its two batches"),
         (["--batch_size", "0"], "batch_size=0: at least 1"),
         (["--mode", "round"], "mode='round'"),
-        (["--dataset", "tiny"], "give a --dataset"),
+        (["--output", files / "rows.jsonl"], "rows.jsonl"),
     ):
-        monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv), *wrong])
-        with pytest.raises((SystemExit, ValueError), match=message):
+        monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv), *map(str, wrong)])
+        with pytest.raises((ValueError, OSError), match=message):
             runpy.run_path(str(profile), run_name="__main__")
+
+
+def test_the_profile_of_own_models_needs_no_dataset(files, monkeypatch, capsys):
+    """The note's command, word for word but for the names of the models."""
+    profile = RECIPE.with_name("profile_alignment.py")
+    argv = ["--teacher", files / "teacher", "--student", files / "student"]
+    argv += ["--mode", "structured", "--batch_size", "2", "--seq_length", "100"]
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv)])
+    runpy.run_path(str(profile), run_name="__main__")
+    found = json.loads(Path("runs/profile_alignment/profile.json").read_text())
+    assert list(found) == ["structured", "structured, fitted"]
+    assert all(each["not_finite"] == 0 for each in found.values())
+    shape = found["structured"]["shapes"]["k"][0]
+    assert shape[0] == 2 and 40 < shape[3] <= 100
+    assert "2 rows of sums" in capsys.readouterr().out

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import TrlParser
 from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.concept.model import ConceptModel
@@ -18,6 +16,7 @@ from unsloth_ext.console import PlainConsole
 
 from ..flags import at_least, chosen, chosen_preset
 from ..kv_distill.data import completions
+from ..parser import RecipeParser
 from ..recipe import RecipeArguments, check_tiny, finish, start
 from ..report import CONCEPT_CURVES, compact_progress
 from ..tasks import facts, warm_start
@@ -51,7 +50,7 @@ class ScriptArguments(RecipeArguments):
 
 def parse(argv: list[str], script_class: type[ScriptArguments], configs: Path) -> tuple:
     """Script, data and trainer's arguments: flags over the configuration file over the preset that either names."""
-    parser = TrlParser((script_class, DataArguments, ConceptConfig))
+    parser = RecipeParser((script_class, DataArguments, ConceptConfig))
     _, config, others = chosen(argv, configs, "concept", EMBEDDED)
     preset = chosen_preset(config, others)
     if preset:
@@ -122,9 +121,6 @@ def train(
     accuracy = AccuracyCallback(
         script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)
     )
-    lora = LoraConfig(
-        r=script.lora_r, lora_alpha=script.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    ) if script.lora_r else None  # fmt: skip
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(task.base, trust_remote_code=args.trust_remote_code)
     trainer = ConceptTrainer(
@@ -133,7 +129,7 @@ def train(
         train_dataset=task.train,
         eval_dataset=task.held_out if args.eval_strategy != "no" else None,
         processing_class=task.tokenizer,
-        peft_config=lora,
+        peft_config=script.lora(),
         callbacks=[accuracy],
     )
     compact_progress(trainer)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import TrlParser
 
 from unsloth_ext.ablations import ABLATIONS
 from unsloth_ext.console import PlainConsole
 
 from ..flags import at_least, chosen, chosen_preset
+from ..parser import RecipeParser
 from ..recipe import RecipeArguments, check_tiny, finish, start
 from ..report import LATENT_CURVES, compact_progress, comparison_table
 from ..tasks import equations, warm_start
@@ -60,19 +59,12 @@ class ScriptArguments(RecipeArguments):
         super().__post_init__()
         at_least(self, max_new_tokens=1, sft_steps=1)
 
-    def lora(self) -> LoraConfig | None:
-        """LoRA as asked for, on all linear layers."""
-        if not self.lora_r:
-            return None
-        settings = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return LoraConfig(**{**LORA, **settings}, task_type="CAUSAL_LM")
-
 
 def parse(
     argv: list[str], method: str, config_class: type[LatentArguments], configs: Path
 ) -> tuple[ScriptArguments, LatentArguments]:
     """Flags over the configuration file over the preset that either names."""
-    parser = TrlParser((ScriptArguments, config_class))
+    parser = RecipeParser((ScriptArguments, config_class))
     _, config, others = chosen(argv, configs, method, EMBEDDED)
     preset = chosen_preset(config, others)
     if preset:

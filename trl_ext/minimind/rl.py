@@ -118,6 +118,14 @@ def measures(
 def run(recipe: str, config: type[GRPOConfig], trainer: type[GRPOTrainer]) -> None:
     """A reinforcement stage with this trainer, as `stage.run`."""
     stage, args = parse(recipe, RLArguments, config)
+    group = args.num_generations_eval or args.num_generations
+    batch = args.per_device_eval_batch_size * args.world_size
+    if stage.reward_model and batch % group:  # TRL checks it only with an eval_strategy
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size}: a reward model judges completions in "
+            f"groups of num_generations={group}, and {batch} on {args.world_size} process(es) are no whole "
+            "groups; take a multiple"
+        )
     train, held_out = stage.load("rl", "rl")
     model, tokenizer = load_model(stage.model_name)
     reward, budget = stage.reward(), TokenBudget(stage.max_generated_tokens)

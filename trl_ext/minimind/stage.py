@@ -1,6 +1,5 @@
 """What the stages of a small language model share: flags, data, the model of the stage before, and how a stage ends."""
 
-import argparse
 import inspect
 import os
 import subprocess
@@ -22,14 +21,15 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import TrlParser
 
 from patches import fused_lm_head, granite_router_logits
 from patches.versions import installed_version
+from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
 
 from ..checkpointing import SafeCheckpointMixin
-from ..flags import at_least, read_config
+from ..flags import at_least
+from ..parser import RecipeParser
 from ..recipe import start
 from ..report import compact_progress, plot_curves, write_summary
 from ..run_folder import finished
@@ -112,11 +112,10 @@ def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any
     The stage's output folder is this run's from here on. A model that a stage of the embedded default has not left yet is
     made by running that stage's recipe first.
     """
-    path, parser = Path(recipe), TrlParser((stage, *configs))
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    path, parser = Path(recipe), RecipeParser((stage, *configs))
+    peek = CommandLine(add_help=False)
     peek.add_argument("--config", type=Path, default=path.parent / "configs" / f"{path.stem}_tiny.yaml")
     given, flags = peek.parse_known_args(sys.argv[1:])
-    read_config(given.config)  # says what is wrong with the file
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
     if isinstance(parsed[-1], TrainingArguments):
         parsed[0].begun = start(parsed[-1], parsed[0], ())

@@ -60,8 +60,14 @@ def problems(size: int, seed: int) -> Iterator[Problem]:
 
 
 def split_problems(held_out: int, seed: int, pool: int = 20_000) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems: one pool, shuffled, so both have the same mix and share no problem."""
+    """(training, held-out) problems: one pool, shuffled, so both have the same mix and share no problem.
+
+    Raises:
+        ValueError: more than half of the pool would be held out.
+    """
     found = list(problems(pool, seed))
+    if not 1 <= held_out <= len(found) // 2:
+        raise ValueError(f"{held_out} held-out problems: 1 to {len(found) // 2} of {len(found)}")
     random.Random(seed).shuffle(found)
     return found[held_out:], found[:held_out]
 

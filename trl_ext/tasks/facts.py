@@ -72,8 +72,14 @@ def texts(number: int, seed: int, facts: int, fillers: int = 0) -> list[str]:
 
 
 def split(held_out: int, seed: int, size: Size | None = None) -> tuple[Dataset, Dataset]:
-    """(training, held-out) rows: `prompt` the facts, `completion` the same once more, `answer` what of it counts."""
+    """(training, held-out) rows: `prompt` the facts, `completion` the same once more, `answer` what of it counts.
+
+    Raises:
+        ValueError: more rows would be held out than trained on.
+    """
     size = size or SMALL
+    if held_out > size.rows:
+        raise ValueError(f"eval_size={held_out}: hold out at most {size.rows}, as many as are trained on")
     found = texts(size.rows + held_out, seed, size.facts, size.fillers)
 
     def rows(halves: list[str]) -> Dataset:
@@ -118,8 +124,10 @@ def sentences(held_out: int, seed: int, facts: int) -> tuple[Dataset, Dataset]:
     """(training, held-out) rows whose `completion` is so many facts, after an empty `prompt`: to be written from a plan.
 
     Raises:
-        ValueError: more than half of all single facts would be held out.
+        ValueError: more than half of all single facts would be held out, or a text has more facts than there are names.
     """
+    if facts > len(NAMES):
+        raise ValueError(f"facts={facts}: at most {len(NAMES)}, one for each name")
     most = len(NAMES) * len(NUMBERS) * len(THINGS) if facts == 1 else 20_000 + held_out
     if held_out > most // 2:
         raise ValueError(f"eval_size={held_out}: there are {most} facts in all, hold out at most {most // 2}")

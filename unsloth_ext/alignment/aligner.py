@@ -261,9 +261,12 @@ class MapProjectionAligner(nn.Module):
         return aligner
 
 
-def create_structured_aligner(teacher_cfg: Any, student_cfg: Any, **options: Any) -> MapProjectionAligner:
-    """`MapProjectionAligner(teacher_cfg, student_cfg, mode="structured", **options)`."""
-    return MapProjectionAligner(teacher_cfg, student_cfg, mode="structured", **options)
+def create_structured_aligner(
+    teacher_cfg: Any, student_cfg: Any, mode: str = "structured", **options: Any
+) -> MapProjectionAligner:
+    """`MapProjectionAligner(teacher_cfg, student_cfg, mode, **options)`. With `mode=config.kv_projection_mode` one field of
+    a configuration switches between the projection by heads and the flat baseline."""
+    return MapProjectionAligner(teacher_cfg, student_cfg, mode=mode, **options)
 
 
 def create_flat_aligner(teacher_cfg: Any, student_cfg: Any, **options: Any) -> MapProjectionAligner:

@@ -60,6 +60,18 @@ def test_the_notes_snippet_runs_as_written(create, direction):
     assert aligner(k_t, v_t)[2] is None
 
 
+def test_one_field_switches_between_the_modes():
+    for mode, create in (("structured", create_structured_aligner), ("flat", create_flat_aligner)):
+        torch.manual_seed(0)
+        switched = create_structured_aligner(TEACHER, STUDENT, mode=mode)
+        torch.manual_seed(0)
+        wanted = create(TEACHER, STUDENT)
+        assert switched.to_dict() == wanted.to_dict() and switched.to_dict()["mode"] == mode
+        assert all(torch.equal(x, y) for x, y in zip(switched(*kvq(TEACHER), IDS), wanted(*kvq(TEACHER), IDS)))
+    with pytest.raises(ValueError, match="mode='round'"):
+        create_structured_aligner(TEACHER, STUDENT, mode="round")
+
+
 @pytest.mark.parametrize("mode", ["structured", "flat"])
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
 @pytest.mark.parametrize("length", [None, 13, 32])

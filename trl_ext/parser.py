@@ -1,0 +1,258 @@
+"""A recipe's flags: every field of its dataclasses, over a configuration file. Imports TRL, which Unsloth must precede."""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import sys
+import types
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from trl import TrlParser
+
+from unsloth_ext.command_line import CommandLine, did_you_mean, underscored
+
+from .flags import at_least, read_config
+from .other_names import flattened, renamed
+
+
+OURS = ("trl_ext", "unsloth_ext", "__main__")
+# Of TRL's and transformers' fields: below these they end in a division by zero, or are ignored
+LOWEST = {
+    "num_generations": 1,
+    "num_generations_eval": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+    "max_length": 1,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "eval_steps": 0,
+    "save_total_limit": 1,
+    "num_train_epochs": 0,
+    "max_steps": -1,
+    "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "temperature": 0,
+    "beta": 0,
+}
+# What a configuration file says of its dataset is not said of another one
+OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dataset_config")
+
+
+class RecipeParser(CommandLine, TrlParser):
+    """TRL's parser with full names in either spelling, other programs' names, checked configuration files, and our flags
+    first in `--help`; `--help_all` shows the rest.
+
+    Raises:
+        ValueError: from `parse_args_and_config`, for what is wrong with a flag, a file, or the fields together.
+    """
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any):
+        self.types: dict[str, Any] = {}
+        self.shown, self.everything = [], False
+        about = (getattr(sys.modules["__main__"], "__doc__", None) or "").split("\n\n")[0]
+        super().__init__(dataclass_types, description=about, add_help=False, **kwargs)
+        general = self.add_argument_group("general")
+        general.add_argument("-h", "--help", action="help", help="Show our flags and their values here, and exit.")
+        general.add_argument(
+            "--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS,
+            help="Show all flags, TRL's and transformers' too.",
+        )  # fmt: skip
+        general.add_argument("--config", default=argparse.SUPPRESS, help="A YAML file of fields; flags win over it.")
+        general.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="Show where a user's error comes from."
+        )
+        self.shown.append(general)
+        for action in self._actions:  # `--a-b` is read as `--a_b`
+            action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        hints, own = get_type_hints(dtype), _own_fields(dtype)
+        title = dtype.__name__ if len(own) == len(hints) else f"{dtype.__name__}: what is ours"
+        ours, others = self.add_argument_group(title), self.add_argument_group(f"{dtype.__name__}: the rest")
+        for each in dataclasses.fields(dtype):
+            if each.init:
+                self.types[each.name] = hints[each.name]
+                declared = copy(each)  # upstream narrows the type in place
+                declared.type = hints[each.name]
+                self._parse_dataclass_field(ours if each.name in own else others, declared)
+        self.shown.append(ours)
+
+    def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """One instance of each dataclass: flags over what `--config` names."""
+        given = sys.argv[1:] if args is None else args
+        peek = CommandLine(add_help=False)
+        peek.add_argument("--config", type=Path)
+        peek.add_argument("--traceback", action="store_true")
+        options, flags = peek.parse_known_args(self._our_names(given))
+        if options.config:
+            peek.add_argument("--dataset")
+            self._set_from(options.config, peek.parse_known_args(flags)[0].dataset)
+        return self.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        found, others = super().parse_known_args(args, namespace)
+        self.refuse(others)
+        lowest = {name: least for name, least in LOWEST.items() if name in self.types and _is_number(found, name)}
+        at_least(found, **lowest)
+        for name in OF_THE_DATASET:
+            if name in self.types and str(getattr(found, name)).lower() in ("none", "null"):
+                setattr(found, name, None)
+        if "resume_from_checkpoint" in self.types:
+            found.resume_from_checkpoint = _resume(found.resume_from_checkpoint)
+        return found, others
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(f"usage: {self.prog} [--config FILE] [--field value ...]")
+        formatter.add_text(self.description)
+        for group in self._action_groups if self.everything else self.shown:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        if not self.everything:
+            rest = len(self._actions) - sum(len(group._group_actions) for group in self.shown)
+            formatter.add_text(f"{rest} more flags, TRL's and transformers', with --help_all")
+        return formatter.format_help()
+
+    def _our_names(self, argv: Sequence[str]) -> list[str]:
+        """Other programs' flags under our names."""
+        words, found = underscored(argv), []
+        while words:
+            word = words.pop(0)
+            name, equals, value = word[2:].partition("=")
+            if not word.startswith("--") or word == "--" or f"--{name}" in self._option_string_actions:
+                found.append(word)
+                continue
+            if not equals and words and not words[0].startswith("--"):
+                value = words[0]
+            try:
+                ours, new = renamed(name, value or "true", self.types) or (name, value)
+            except ValueError as error:
+                raise ValueError(f"--{error}") from None
+            if ours == name:
+                self.refuse([word])
+            if value and not equals:
+                words.pop(0)
+            found += [f"--{ours}", new] if value or new != "true" else [f"--{ours}"]
+        return found
+
+    def _set_from(self, file: Path, dataset: str | None) -> None:
+        """The file's fields as defaults, each checked against its field's type."""
+        fields = read_config(file)
+        environment = fields.pop("env", {})  # as TRL's parser has it
+        if not isinstance(environment, dict):
+            raise ValueError(f"{file}: env: {environment!r} is not a mapping of environment variables")
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        try:
+            fields = flattened(fields, self.types)
+            for name in fields:
+                if name not in self.types:
+                    raise ValueError(f"{name}: there is no such field{did_you_mean(str(name), self.types)}")
+            if dataset not in (None, fields.get("dataset")):
+                left_out = {name: fields.pop(name) for name in OF_THE_DATASET if name in fields}
+                if left_out and os.environ.get("RANK", "0") == "0":
+                    said = ", ".join(f"{name}={value}" for name, value in left_out.items())
+                    print(f"{file}: {said} left out, as --dataset {dataset} is not {fields.get('dataset')}", flush=True)
+            if "resume_from_checkpoint" in fields:
+                fields["resume_from_checkpoint"] = _resume(fields["resume_from_checkpoint"])
+            actions = {action.dest: action for action in reversed(self._actions)}
+            fields = {name: fitted(name, value, self.types[name], actions[name]) for name, value in fields.items()}
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        self.set_defaults_with_config(**fields)
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: RecipeParser, *_: Any) -> None:
+        parser.everything = True
+        parser.print_help()
+        parser.exit()
+
+
+def fitted(name: str, value: Any, hint: Any, action: argparse.Action) -> Any:
+    """A configuration file's value as its field takes it.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plain = {get_origin(kind) or kind for kind in kinds}
+    if value is None and type(None) in plain:
+        return None
+    if Any in plain or (type(value) in plain and not isinstance(value, list)):
+        return _chosen(name, value, action)
+    if isinstance(value, str) and not plain <= {list, type(None)}:
+        return _chosen(name, _read(name, value, action.type, kinds), action)
+    if isinstance(value, bool):
+        pass
+    elif isinstance(value, int) and float in plain:
+        return float(value)
+    elif isinstance(value, float) and int in plain and value.is_integer():
+        return int(value)
+    elif isinstance(value, int) and bool in plain and value in (0, 1):
+        return bool(value)
+    elif Literal in plain:
+        return _chosen(name, value, action)
+    if list in plain and value is not None:
+        element = next((get_args(kind) for kind in kinds if get_origin(kind) is list), ()) or (Any,)
+        return [fitted(name, each, element[0], action) for each in (value if isinstance(value, list) else [value])]
+    raise ValueError(f"{name}: {_as_yaml(value)} is not {_in_words(kinds)}")
+
+
+def _read(name: str, text: str, reader: Callable[[str], Any] | None, kinds: Sequence[Any]) -> Any:
+    try:
+        return reader(text) if reader else text
+    except (ValueError, TypeError, ArgumentTypeError):
+        raise ValueError(f"{name}: {text!r} is not {_in_words(kinds)}") from None
+
+
+def _chosen(name: str, value: Any, action: argparse.Action) -> Any:
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"{name}: {value!r}: choose one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _in_words(kinds: Sequence[Any]) -> str:
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text (in quotes)",
+        dict: "a mapping",
+    }
+    words |= {list: "a list", type(None): "null"}
+    return " or ".join(dict.fromkeys(words.get(get_origin(kind) or kind, "one of its choices") for kind in kinds))
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _own_fields(dtype: type) -> set[str]:
+    """Those that our classes declare, in place of TRL's too."""
+    ours = [cls for cls in dtype.__mro__ if cls.__module__.split(".")[0] in OURS]
+    return {name for cls in ours for name in inspect.get_annotations(cls)}
+
+
+def _is_number(found: argparse.Namespace, name: str) -> bool:
+    return isinstance(getattr(found, name, None), (int, float))
+
+
+def _resume(value: Any) -> Any:
+    """transformers' true is our latest."""
+    return {"true": "latest", "false": None}.get(str(value).lower(), value)

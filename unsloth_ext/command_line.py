@@ -1,0 +1,60 @@
+"""A command line whose flags are given in full, in either spelling, and whose mistakes are sentences."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class CommandLine(argparse.ArgumentParser):
+    """`argparse` without abbreviations: `--model_n` is an error that names `--model_name`, and does not stand for it.
+
+    `--model-name` and `--model_name` are one flag.
+
+    Raises:
+        ValueError: from `parse_args` and `parse_known_args`, where argparse prints its usage and exits.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        return super().add_argument(*underscored(names), **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        found, others = self.parse_known_args(args, namespace)
+        self.refuse(others)
+        return found
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        return super().parse_known_args(underscored(sys.argv[1:] if args is None else args), namespace)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message.removeprefix("argument "))
+
+    def refuse(self, others: Sequence[str]) -> None:
+        """Raises a ValueError for the first of what no flag has taken."""
+        for other in others:
+            if not other.startswith("--"):
+                raise ValueError(f"{other}: neither a flag nor the value of one; a flag is --name value")
+            name = other[2:].partition("=")[0]
+            known = [option[2:] for action in self._actions for option in action.option_strings]
+            raise ValueError(f"--{name}: there is no such flag{did_you_mean(name, known, '--')}")
+
+
+def underscored(argv: Iterable[str]) -> list[str]:
+    """Flags as fields are written: `--model-name=a-b` becomes `--model_name=a-b`."""
+    found = []
+    for text in argv:
+        name, equals, value = text.partition("=")
+        found.append(name[:2] + name[2:].replace("-", "_") + equals + value if text.startswith("--") else text)
+    return found
+
+
+def did_you_mean(name: str, known: Iterable[str], mark: str = "") -> str:
+    """`; did you mean a or b?` of what begins like it or is spelled nearly so, or nothing."""
+    known = sorted({each for each in known if "-" not in each})
+    near = [each for each in known if each.startswith(name)][:3] if name else []
+    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(mark + each for each in near)}?" if near else ""
