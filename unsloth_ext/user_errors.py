@@ -102,7 +102,7 @@ def sentence(error: BaseException) -> str | None:
     if not frames:
         return None
     frame, _ = frames[-1]
-    file = frame.f_code.co_filename
+    file = os.path.abspath(frame.f_code.co_filename)
     ours = file.startswith(OURS)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
