@@ -8,7 +8,6 @@ All flags of recipes/hrpo_gsm8k.py, which is run twice: into `stage_1/` of the o
 stage.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,9 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
+from trl_ext.flags import chosen
 from trl_ext.run_folder import holds_results
+from unsloth_ext.command_line import CommandLine
 
 
 RECIPE = Path(__file__).parent / "hrpo_gsm8k.py"
@@ -26,9 +27,9 @@ STEPS = {"tiny": 45, "smollm2": 4}  # of a stage; other models train an epoch
 
 
 def main() -> int:
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    name = chosen(sys.argv[1:], RECIPE.parent / "configs", "hrpo", tuple(STEPS))[0]
+    peek = CommandLine(add_help=False)
     peek.add_argument("--output_dir", type=Path, default=Path("runs/hrpo_two_stage"))
-    peek.add_argument("--model_name", default="tiny")
     peek.add_argument("--lr_thinking_projection", default="5e-5")
     peek.add_argument("--resume_from_checkpoint")
     peek.add_argument("--overwrite", nargs="?", const="true", default="false")
@@ -41,14 +42,14 @@ def main() -> int:
     overwrite = given.overwrite.lower() not in ("false", "no", "0")
     if holds_results(second) and not overwrite:
         raise ValueError(f"{second} holds a run: --overwrite deletes what it made, --output_dir names another folder")
-    length = ["--max_steps", str(STEPS[given.model_name])] if given.model_name in STEPS else ["--num_train_epochs", "1"]
+    length = ["--max_steps", str(STEPS[name])] if name in STEPS else ["--num_train_epochs", "1"]
     stages = (
         (first, "0", []),
         (second, given.lr_thinking_projection, ["--init_from", str(first / "final")]),
     )
     for folder, rate, more in stages:
         flags = [
-            "--model_name", given.model_name, *length, *others, "--output_dir", str(folder),
+            *length, *others, "--output_dir", str(folder),
             "--lr_thinking_projection", rate, "--overwrite", str(overwrite), *more,
         ]  # fmt: skip
         done = subprocess.run([sys.executable, str(RECIPE), *flags], check=False)

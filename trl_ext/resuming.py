@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from unsloth_ext import user_errors
+from unsloth_ext.command_line import underscored
 
 from . import run_folder
 from .checkpointing import STATE_FILE, CheckpointError, broken_file, last_complete_checkpoint, no_steps_left
@@ -140,7 +141,7 @@ def how_to_go_on(folder: Path) -> str:
 def _without(words: list[str], *flags: str) -> list[str]:
     """Words without these flags and their values."""
     kept, skip = [], False
-    for word in words:
+    for word in underscored(words):
         if word.startswith("--"):
             skip = word.partition("=")[0] in flags
         if not skip:

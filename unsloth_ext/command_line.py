@@ -2,9 +2,13 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+
+FLAG = re.compile(r"--[\w-]+")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -48,7 +52,7 @@ def underscored(argv: Iterable[str]) -> list[str]:
     found = []
     for text in argv:
         name, equals, value = text.partition("=")
-        found.append(name[:2] + name[2:].replace("-", "_") + equals + value if text.startswith("--") else text)
+        found.append("--" + name[2:].replace("-", "_") + equals + value if FLAG.fullmatch(name) else text)
     return found
 
 

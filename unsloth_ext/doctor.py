@@ -11,6 +11,7 @@ import patches
 from patches import versions
 
 from .backend import unsloth_can_run
+from .command_line import CommandLine
 from .console import PlainConsole
 from .user_errors import in_sentences
 
@@ -59,4 +60,5 @@ def _patches_table(console: PlainConsole, use_unsloth: bool) -> None:
 
 if __name__ == "__main__":
     in_sentences()
+    CommandLine(description=__doc__).parse_args()
     sys.exit(main())

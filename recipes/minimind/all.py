@@ -8,7 +8,6 @@ Each stage is a recipe of its own and takes its own flags, given in one string. 
 embedded default; of a folder that holds stages already only `--overwrite` deletes anything, and only what the stages made.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from trl_ext.run_folder import holds_results
+from unsloth_ext.command_line import CommandLine
 
 
 RECIPES = Path(__file__).parent
@@ -41,9 +41,7 @@ def command(name: str, run_dir: str, published: bool, flags: list[str]) -> list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run_dir", default=RUN_DIR, help="Where the stages' folders are.")
     parser.add_argument("--published", action="store_true", help="MiniMind's published sizes and files.")
     parser.add_argument("--overwrite", action="store_true", help="Delete what earlier stages made, and begin anew.")

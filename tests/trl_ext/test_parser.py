@@ -11,7 +11,7 @@ from trl_ext.latent.recipe import ScriptArguments as LatentScript
 from trl_ext.parser import RecipeParser
 from trl_ext.recipe import RecipeArguments
 from trl_ext.tasks.data import DataArguments
-from unsloth_ext.command_line import CommandLine
+from unsloth_ext.command_line import CommandLine, underscored
 
 
 CPU = ["--output_dir", "x", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
@@ -77,6 +77,12 @@ def test_both_spellings_are_one_flag():
     for flags in (["--model-name", "X"], ["--model_name", "X"], ["--model-name=X"], ["--model_name=X"]):
         assert parse("hrpo", *flags)[0].model_name == "X"
     assert parse("hrpo", "--no-thinking")[2].thinking is False
+    assert underscored(["--pre-train", "--max-steps 1e-4", "-a-b", "c-d"]) == [
+        "--pre_train",
+        "--max-steps 1e-4",
+        "-a-b",
+        "c-d",
+    ]
     assert parse("hrpo", "--answer_delimiter=--a-b--")[2].answer_delimiter == "--a-b--"
 
 

@@ -1,0 +1,121 @@
+"""A tour of what one can get wrong on every recipe's command line: each ends in one sentence and status 2."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from unsloth_ext.user_errors import explained
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+TRAIN = (
+    "hrpo_gsm8k",
+    "codi_gsm8k",
+    "pccot_gsm8k",
+    "kava_gsm8k",
+    "kv_distill",
+    "concept_v1",
+    "concept_v2",
+    "planner_executor",
+)
+STAGES = ("pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
+LATENT, RL = TRAIN[1:4], ("ppo", "grpo", "spo")
+EVERY = (*TRAIN, "eval_gsm8k", "eval_latent", "profile_alignment")
+MINIMIND = tuple(f"minimind/{name}" for name in (*STAGES, "tokenizer", "chat", "report"))
+CHECKPOINT = ("--checkpoint", "nowhere")
+
+TRIES = [
+    *((name, ["--seeed", "1"], "--seeed: there is no such flag") for name in (*EVERY, *MINIMIND)),
+    *((name, ["--config", "none.yaml"], "none.yaml: ") for name in (*EVERY, *MINIMIND)),
+    *((name, ["--config", "latin.yaml"], "latin.yaml, line 1: not UTF-8") for name in (*EVERY, *MINIMIND)),
+    *((name, ["--model_n", "X"], "--model_n: there is no such flag; did you mean --model_name") for name in TRAIN),
+    *((name, ["--eval_size", "0"], "eval_size=0: at least 1") for name in TRAIN),
+    *((name, ["--max_steps", "2.7"], "--max_steps: invalid int value: '2.7'") for name in TRAIN),
+    *((name, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0") for name in TRAIN),
+    *((name, ["--resume_from_checkpoint", "true", "--output_dir", "new"], "") for name in TRAIN),
+    *((name, ["--config", "null.yaml"], "null.yaml: learning_rate: null is not a number") for name in TRAIN),
+    *((f"minimind/{name}", ["--learning_rate", "fast"], "invalid float value: 'fast'") for name in STAGES),
+    *((name, ["--num_latents", "0"], "num_latents=0") for name in LATENT),
+    *((name, ["--w_codi", "-1"], "w_codi=-1.0") for name in LATENT),
+    *((name, ["--preset", "nope"], "no preset 'nope'") for name in (*LATENT, "concept_v2")),
+    *((name, ["--eval_size", "10000000"], "10000000") for name in (*LATENT, "hrpo_gsm8k", "planner_executor")),
+    *((name, ["--dataset", "nowhere.jsonl"], "belong together") for name in LATENT),
+    *((f"minimind/{name}", ["--num_generations", "0"], "num_generations=0: at least 1") for name in RL),
+    ("hrpo_gsm8k", ["--group_size", "7"], "num_generations"),
+    ("hrpo_gsm8k", ["--recompute", "sometimes"], "recompute='sometimes'"),
+    ("hrpo_gsm8k", ["--answer_delimiter", ""], "answer_delimiter=''"),
+    ("hrpo_gsm8k", ["--max_prompt_length", "9"], "max_seq_length"),
+    ("hrpo_gsm8k", ["--dataset_options", "[2]"], "a JSON object"),
+    ("hrpo_gsm8k", ["--model_name", "smollm2", "--dataset", "none.jsonl"], "none.jsonl: there is no such file"),
+    ("hrpo_gsm8k", ["--lr_residual_gate", "-1"], "lr_residual_gate=-1.0"),
+    ("hrpo_gsm8k", ["--eval_strategy", "sometimes"], "--eval_strategy: invalid choice: 'sometimes'"),
+    ("kv_distill", ["--kv_projection_mode", "round"], "kv_projection_mode='round'"),
+    ("kv_distill", ["--T_s", "1"], "T_s=1: at least 3"),
+    ("concept_v1", ["--baseline", "none"], "baseline='none'"),
+    ("concept_v1", ["--resume_from_checkpoint", "latest"], "name one run with --baseline"),
+    ("planner_executor", ["--facts", "100"], "facts=100: at most"),
+    ("planner_executor", ["--types", "[{"], "types="),
+    ("eval_gsm8k", [], "required: --checkpoint"),
+    ("eval_gsm8k", [*CHECKPOINT, "--limit", "-55"], "limit=-55: at least 1"),
+    ("eval_gsm8k", [*CHECKPOINT, "--batch_size", "0"], "batch_size=0: at least 1"),
+    ("eval_gsm8k", [*CHECKPOINT, "--thinking", "sometimes"], "thinking=sometimes: choose from on"),
+    ("eval_gsm8k", [*CHECKPOINT, "--temperature", "0"], "temperature=0.0: more than 0"),
+    ("eval_gsm8k", [*CHECKPOINT, "--output", "."], "a folder; name another --output"),
+    ("eval_gsm8k", [*CHECKPOINT, "--output", "latin.yaml/eval.json"], "latin.yaml"),
+    ("eval_latent", [], "required: --checkpoint"),
+    ("eval_latent", [*CHECKPOINT, "--limit", "-55"], "limit=-55: at least 1"),
+    ("eval_latent", [*CHECKPOINT, "--latents", "some"], "latents=some: choose from on"),
+    ("eval_latent", [*CHECKPOINT, "--output", "latin.yaml"], "latin.yaml"),
+    ("profile_alignment", ["--mode", "round"], "mode='round'"),
+    ("profile_alignment", ["--batch_size", "0"], "batch_size=0: at least 1"),
+    ("profile_alignment", ["--output", "latin.yaml"], "latin.yaml"),
+    ("minimind/chat", ["--temperature", "-1"], "temperature=-1.0: at least 0"),
+    ("minimind/chat", ["--max_new_tokens", "0"], "max_new_tokens=0: at least 1"),
+    ("minimind/report", ["--run_dir", "empty"], "empty has no stage's summary.json"),
+    ("minimind/lora", ["--lora_r", "0"], "lora_r=0: at least 1"),
+    ("minimind/sft", ["--model_name", "runs/minimind/sft/final", "--dataset", "x.jsonl"], "run recipes/minimind/sft.py"),
+    ("minimind/pretrain", ["--tokenizer", "large"], "large has 7000 tokens, --preset tiny embeddings for 6400"),
+    ("minimind/pretrain", ["--tokenizer", "large", "--preset", "nope"], "no MiniMind preset 'nope'"),
+    ("minimind/grpo", ["--model_name", "large", "--reward_model", "r", "--num_generations", "4",
+                       "--per_device_eval_batch_size", "6"], "groups of num_generations=4"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the tries are made."""
+    made = tmp_path_factory.mktemp("tries")
+    (made / "latin.yaml").write_bytes("run_name: é".encode("latin-1"))
+    (made / "null.yaml").write_text("learning_rate: null\noutput_dir: x\n")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(7000)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(made / "large")
+    return made
+
+
+@pytest.mark.parametrize("name, argv, said", TRIES, ids=[f"{name} {' '.join(argv)}" for name, argv, _ in TRIES])
+def test_it_is_one_sentence(name, argv, said, folder, monkeypatch, capfd):
+    script = RECIPES / f"{name}.py"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [str(script), *argv])
+    with pytest.raises(BaseException) as error:
+        runpy.run_path(str(script), run_name="__main__")
+    text, status = explained(error.value) or pytest.fail(f"a bug: {error.value!r}")
+    assert status == 2 and said in text and "\n" not in text and len(text) < 400
+    assert not capfd.readouterr().err
+    assert not list(folder.glob("**/checkpoint-*"))
+
+
+def test_as_a_process(folder):
+    """From a relative path, as a person calls it: two lines at most, nothing but the sentence."""
+    script = os.path.relpath(RECIPES / "eval_gsm8k.py", folder)
+    done = subprocess.run(
+        [sys.executable, script, *CHECKPOINT, "--limit", "-55"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (2, "eval_gsm8k.py: limit=-55: at least 1\n", "")
