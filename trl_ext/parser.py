@@ -159,6 +159,8 @@ class RecipeParser(CommandLine, TrlParser):
             raise ValueError(f"{file}: env: {environment!r} is not a mapping of environment variables")
         os.environ.update({key: str(value) for key, value in environment.items()})
         try:
+            named = self._option_string_actions  # a field's other names among them
+            fields = {named[f"--{key}"].dest if f"--{key}" in named else key: value for key, value in fields.items()}
             fields = flattened(fields, self.types)
             for name in fields:
                 if name not in self.types:

@@ -67,7 +67,7 @@ TRIES = [
     ("eval_gsm8k", [*CHECKPOINT, "--batch_size", "0"], "batch_size=0: at least 1"),
     ("eval_gsm8k", [*CHECKPOINT, "--thinking", "sometimes"], "thinking=sometimes: choose from on"),
     ("eval_gsm8k", [*CHECKPOINT, "--temperature", "0"], "temperature=0.0: more than 0"),
-    ("eval_gsm8k", [*CHECKPOINT, "--output", "."], "a folder; name another --output"),
+    ("eval_gsm8k", [*CHECKPOINT, "--output", "."], "--output .: is a folder"),
     ("eval_gsm8k", [*CHECKPOINT, "--output", "latin.yaml/eval.json"], "latin.yaml"),
     ("eval_latent", [], "required: --checkpoint"),
     ("eval_latent", [*CHECKPOINT, "--limit", "-55"], "limit=-55: at least 1"),
