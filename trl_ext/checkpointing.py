@@ -14,25 +14,25 @@ On resume the command line's learning rates win: only the scheduler's position i
 fresh optimizer state, and those that are gone are forgotten.
 """
 
-import copy
-import functools
+import itertools
 import json
+import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .run_folder import checkpoints, run_id, stamp
+from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
+from .trainable import check_trainable
 
 
 logger = logging.get_logger(__name__)
@@ -43,10 +43,6 @@ OPTIMIZER = ("optimizer.safetensors", "optimizer.json", "scheduler.json")
 RNG = ("rng_state_0.safetensors", "rng_state_0.json")
 NEEDED = {STATE_FILE: ("global_step",), "scheduler.json": ("last_epoch",), RNG[1]: ("python", "numpy")}
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # the last ones are FSDP's, with a pickle beside them
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is broken, incomplete, of another model, or holds pickles nobody asked for."""
 
 
 def broken_file(checkpoint: Path) -> str | None:
@@ -97,7 +93,27 @@ def no_steps_left(step: int, of: int) -> str:
 
 
 class SafeCheckpointMixin:
-    """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it."""
+    """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it.
+
+    Raises:
+        ValueError: at construction, for a model of which nothing would be trained, or whose adapter is frozen.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_trainable(self.model)
+
+    @property
+    def _stock_init(self) -> Callable[..., None]:
+        """The constructor of the trainer that this mixin was put before."""
+        return super().__init__
+
+    def _modules_beside(self) -> dict[str, torch.nn.Module]:
+        """What is trained beside the model, such as a critic, by the name of its folder in a checkpoint.
+
+        Each has `save_pretrained`, and files that `saved_weights` can read. What is attached to the model need not be here.
+        """
+        return {}
 
     # -- which checkpoint -------------------------------------------------------------------------------------------
 
@@ -121,7 +137,8 @@ class SafeCheckpointMixin:
         if not Path(folder).is_dir():
             raise CheckpointError(f"init_from={folder}: there is no such folder")
         if self._own_format():
-            self._check_same_model(Path(folder))
+            check_weights(self.model, Path(folder))
+            self._check_beside(Path(folder))
         self._load_from_checkpoint(str(folder))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -143,74 +160,18 @@ class SafeCheckpointMixin:
                 f"{checkpoint} holds pickled state ({', '.join(pickles)}), which can run code when it is loaded; set "
                 "allow_pickle_checkpoint=True if you trust where it comes from"
             )
-        if self._own_format():
-            self._check_same_model(checkpoint)
-
-    def _check_same_model(self, checkpoint: Path) -> None:
-        if self._is_converted():
-            self._converted(checkpoint, device_map="meta")
+        if not self._own_format():
             return
-        if isinstance(self.model, PeftModel):
-            wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(self.model).items()}
-            files = [checkpoint / "adapter_model.safetensors"]
-        else:
-            wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-            files = _weights(checkpoint)
-        saved: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            if not file.exists():
-                raise CheckpointError(f"{file} is missing: the checkpoint is not one of this kind of model")
-            with safe_open(file, framework="pt") as tensors:
-                saved |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        for name, shape in saved.items():
-            if wanted.get(name) != shape:
-                raise CheckpointError(
-                    f"{checkpoint} is of another model: it has {name} {shape}, this one has "
-                    f"{wanted.get(name, 'no such tensor')}"
-                )
-        # A full model saves tensors that are tied under one name only
-        ours = [n for n in wanted if isinstance(self.model, PeftModel) or "thinking" in n or "latent" in n]
-        missing = [name for name in ours if name not in saved]
-        if missing:
-            kind = "a model without thinking modules" if "thinking" in missing[0] else "another model, or damaged"
-            raise CheckpointError(f"{checkpoint} has no {missing[0]}: it was saved by {kind}")
+        check_weights(self.model, checkpoint)
+        self._check_beside(checkpoint)
+        check_finite([file for file in [checkpoint / OPTIMIZER[0]] if file.exists()])
+        for file in (checkpoint / name for name in ("optimizer.json", "scheduler.json", "scaler.json")):
+            if file.exists():
+                _check_numbers(file)
 
-    def _is_converted(self) -> bool:
-        """Whether a full model is saved in another form than it has in memory: experts one by one, that it has as one."""
-        model = self.model
-        return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
-
-    def _converted(self, checkpoint: Path, device_map: str | None = None) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors by this model's names, each as exact as it was saved; on "meta", their shapes alone."""
-        files = _weights(checkpoint)
-        if not files:  # from_pretrained would take an adapter's base instead
-            raise CheckpointError(f"{checkpoint}/model.safetensors is missing: this is a whole model, and needs one")
-        ours = self.model.state_dict()
-        dtype = functools.reduce(torch.promote_types, {p.dtype for p in self.model.parameters()})
-        try:
-            found, info = type(self.model).from_pretrained(
-                checkpoint, config=copy.deepcopy(self.model.config), dtype=dtype, device_map=device_map,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-        except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint} is of another model, or damaged: {error}") from error
-        state = found.state_dict()
-        attached = ours.keys() - state.keys()  # modules that this model has and its class does not
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                state |= {name: tensors.get_tensor(name) for name in attached & set(tensors.keys())}
-        differing = [
-            (n, state[n].shape, ours[n].shape) for n in attached & state.keys() if state[n].shape != ours[n].shape
-        ]
-        for name, theirs, here in sorted([*info["mismatched_keys"], *differing]):
-            raise CheckpointError(
-                f"{checkpoint} is of another model: it has {name} {tuple(theirs)}, this one has {tuple(here)}"
-            )
-        for name in sorted(info["unexpected_keys"] - ours.keys()):
-            raise CheckpointError(f"{checkpoint} is of another model: it has {name}, this one has no such tensor")
-        for name in sorted(info["missing_keys"] | (attached - state.keys())):
-            raise CheckpointError(f"{checkpoint} has no {name}: it was saved by another model, or damaged")
-        return state
+    def _check_beside(self, checkpoint: Path) -> None:
+        for name, module in self._modules_beside().items():
+            check_weights(module, checkpoint / name)
 
     def _pickle_allowed(self) -> bool:
         return getattr(self.args, "allow_pickle_checkpoint", False)
@@ -232,6 +193,8 @@ class SafeCheckpointMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
+        for name, module in self._modules_beside().items():
+            module.save_pretrained(folder / name)
         (folder / "training_args.bin").unlink(missing_ok=True)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
@@ -259,7 +222,8 @@ class SafeCheckpointMixin:
 
     def _named_trained(self) -> dict[str, torch.nn.Parameter]:
         """Whatever the optimizer may hold, by name."""
-        return dict(self.model.named_parameters())
+        beside = (module.named_parameters(prefix=name) for name, module in self._modules_beside().items())
+        return dict(itertools.chain(self.model.named_parameters(), *beside))
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # under accelerate's wrapper
@@ -286,20 +250,25 @@ class SafeCheckpointMixin:
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
+    # Trainer loads adapters in sub-folders *instead of* the folder's own (transformers 5.17: TRL's "ref" in place of the
+    # trained one), passes over tensors whose names it does not know, and looks at nothing afterwards
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._load_converted(resume_from_checkpoint):
+        if self._own_format():
+            self._load_all(Path(resume_from_checkpoint))
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_converted(self.state.best_model_checkpoint):
+        if self._own_format():
+            self._load_all(Path(self.state.best_model_checkpoint))
+        else:
             super()._load_best_model()
 
-    def _load_converted(self, checkpoint: str) -> bool:
-        """Loads the model where Trainer would load a part of it; False where it would not."""
-        if not self._own_format() or not self._is_converted():
-            return False
-        self.model.load_state_dict(self._converted(Path(checkpoint)))
-        return True
+    def _load_all(self, checkpoint: Path) -> None:
+        load_weights(self.model, checkpoint)
+        for name, module in self._modules_beside().items():
+            load_weights(module, checkpoint / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._own_format() or not Path(checkpoint, "optimizer.safetensors").exists():
@@ -362,10 +331,18 @@ class SafeCheckpointMixin:
             self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
 
 
-def _weights(checkpoint: Path) -> list[Path]:
-    """Files of a full model."""
-    return sorted(checkpoint.glob("model*.safetensors"))
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
+
+
+def _check_numbers(file: Path) -> None:
+    """Raises a CheckpointError that names the entry of a JSON file that is NaN."""
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict | list):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                look(part, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, float) and math.isnan(value):
+            raise CheckpointError(f"{file}: {name} is NaN, so the run had diverged; resume from an earlier checkpoint")
+
+    look(json.loads(file.read_text()), "")

@@ -1,24 +1,48 @@
-"""What GRPO needs beside `SafeCheckpointMixin` to resume exactly: its place in the generation cycle, and the rollouts.
+"""What GRPO needs beside `SafeCheckpointMixin` to resume exactly: its place in the generation cycle, the rollouts, and a
+reference that moves.
 
 TRL counts micro-steps from 0 and keeps rollouts in memory only, so a run resumed inside a cycle would sample anew. Each
-rank writes `rollout_<rank>.safetensors` with its JSON.
+rank writes `rollout_<rank>.safetensors` with its JSON. A reference model that follows the policy (`sync_ref_model`) is in
+`ref_model/`; one that does not is the model that the run begins with, and the reference of a `PeftModel` is an adapter of
+it, saved with the others.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from .checkpointing import SafeCheckpointMixin
+from .saved_weights import CheckpointError, check_weights, load_weights
+
+
+REFERENCE = "ref_model"
 
 
 class GRPOCheckpointMixin(SafeCheckpointMixin):
     """Put before a `GRPOTrainer`."""
 
+    def _moving_reference(self) -> Any:
+        return self.accelerator.unwrap_model(self.ref_model) if self.args.sync_ref_model else None
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        super()._check_checkpoint(checkpoint)
+        if self._moving_reference() is None:
+            return
+        if not self._own_format():
+            raise CheckpointError(
+                "sync_ref_model=True: under DeepSpeed and FSDP checkpoints do not hold the reference model as it was; "
+                "start a new run from the saved model, or set sync_ref_model=False"
+            )
+        check_weights(self._moving_reference(), checkpoint / REFERENCE)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have been here yet
+        if self._moving_reference() is not None and self._own_format() and self.args.should_save:
+            self._moving_reference().save_pretrained(Path(output_dir, REFERENCE))
         rank = self.args.process_index
         tensors, plain = {}, {"step": self._step, "batches": 0}
         if self._step % (self.args.steps_per_generation * self.num_iterations):
@@ -32,6 +56,8 @@ class GRPOCheckpointMixin(SafeCheckpointMixin):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._moving_reference() is not None:
+            load_weights(self._moving_reference(), Path(checkpoint, REFERENCE))
         file = Path(checkpoint or "", f"rollout_{self.args.process_index}.json")
         if checkpoint is None or not file.exists():
             return

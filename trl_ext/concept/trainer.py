@@ -79,7 +79,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         if not isinstance(model, str):
             give(model)
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
-        with preparing_models(super().__init__, give):
+        with preparing_models(self._stock_init, give):
             super().__init__(model, args, *others, **keywords)
         if is_peft_model(self.model):
             remember_concepts(self.model)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoProcessor
-from trl import SFTTrainer
 
 from ..creation import name_of, preparing_models
 from ..sums import ExactMeans
@@ -63,7 +62,7 @@ class ReasoningDistillTrainer(ExactMeans, PerTokenTrainer):
 
         if not isinstance(model, str):
             prepare(model)
-        with preparing_models(SFTTrainer.__init__, prepare):
+        with preparing_models(self._stock_init, prepare):
             super().__init__(
                 model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **keywords
             )

@@ -120,7 +120,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
     def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The parent's arguments by name."""
-        return inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        return inspect.signature(self._stock_init).bind(*args, **kwargs).arguments
 
     def _check_parent(self) -> None:
         import trl
@@ -140,7 +140,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     def _attaching(self) -> contextlib.AbstractContextManager:
         """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
         config = self.hrpo.thinking_config()
-        return preparing_models(super().__init__, lambda model: attach_thinking(model, config))
+        return preparing_models(self._stock_init, lambda model: attach_thinking(model, config))
 
     @contextlib.contextmanager
     def _lambda_in_float32(self, model: nn.Module | str) -> Iterator[None]:

@@ -258,17 +258,10 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
                 optimizer.register_step_pre_hook(lambda *_: average_gradients(learning, mean))
         return optimizer
 
-    def _named_trained(self) -> dict[str, nn.Parameter]:
-        ours = {} if self.aligner is None else dict(self.aligner.named_parameters(prefix=ALIGNER))
-        return {**super()._named_trained(), **ours}
+    def _modules_beside(self) -> dict[str, nn.Module]:
+        return {} if self.aligner is None else {ALIGNER: self.aligner}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.aligner is not None:
-            self.aligner.save_pretrained(Path(output_dir or self.args.output_dir, ALIGNER))
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        super()._check_checkpoint(checkpoint)
+    def _check_beside(self, checkpoint: Path) -> None:
         if self.aligner is None:
             return
         try:
@@ -279,9 +272,4 @@ class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
         for name, value in self.aligner.to_dict().items():
             if theirs[name] != value:
                 raise CheckpointError(f"{checkpoint / ALIGNER} has {name}={theirs[name]!r}, this run {value!r}")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.aligner is not None:
-            saved = MapProjectionAligner.from_pretrained(Path(resume_from_checkpoint, ALIGNER))
-            self.aligner.load_state_dict(saved.state_dict())
+        super()._check_beside(checkpoint)

@@ -78,7 +78,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
         )
-        with preparing_models(super().__init__, prepare):
+        with preparing_models(self._stock_init, prepare):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
         self.model_accepts_loss_kwargs = True  # the loss is a micro-batch's part of the whole step's
         if is_peft_model(self.model):

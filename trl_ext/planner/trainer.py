@@ -97,7 +97,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         if not isinstance(model, str):
             attach(model, args)
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
-        with preparing_models(super().__init__, lambda loaded: attach(loaded, args)):
+        with preparing_models(self._stock_init, lambda loaded: attach(loaded, args)):
             super().__init__(model, args, *others, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(

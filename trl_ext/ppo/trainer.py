@@ -214,33 +214,17 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _named_trained(self) -> dict[str, nn.Parameter]:
-        return {**super()._named_trained(), **dict(self.critic.named_parameters(prefix=CRITIC))}
+    def _modules_beside(self) -> dict[str, nn.Module]:
+        return {**super()._modules_beside(), CRITIC: self.critic}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.critic.save_pretrained(Path(output_dir or self.args.output_dir, CRITIC))
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        super()._check_checkpoint(checkpoint)
+    def _check_beside(self, checkpoint: Path) -> None:
         folder = checkpoint / CRITIC
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise CheckpointError(f"{folder} holds no critic: the checkpoint was not written by PPO, or is damaged")
         kind, made = type(self.critic).__name__, json.loads((folder / "config.json").read_text()).get("architectures")
         if made != [kind]:
             raise CheckpointError(f"{folder} is of another critic: a {made}, this run's a {kind}")
-        with torch.device("meta"):
-            saved = type(self.critic)(type(self.critic.config).from_pretrained(folder)).state_dict()
-        here = self.critic.state_dict()
-        for name in here | saved:
-            shapes = [tuple(x[name].shape) if name in x else "no such tensor" for x in (saved, here)]
-            if shapes[0] != shapes[1]:
-                raise CheckpointError(f"{folder} is of another critic: {name} is {shapes[0]}, this run's {shapes[1]}")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(self.critic).from_pretrained(Path(resume_from_checkpoint, CRITIC), dtype=self.critic.dtype)
-        self.critic.load_state_dict(saved.state_dict())
+        super()._check_beside(checkpoint)
 
 
 def _mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""A trainer with nothing to train says so at construction, whatever else would learn beside it."""
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from tests import tiny
+from tests.trl_ext import test_resume
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.test_checkpointing import sft
+from trl_ext.trainable import check_trainable
+
+
+FROZEN = r"adapter 'default' is frozen.*is_trainable=True"
+
+
+@pytest.mark.parametrize("name", test_resume.RL)
+def test_reinforcement(tmp_path, name):
+    """Also with a reference, whose adapter is added before."""
+    model = test_resume.wrapped(test_resume.AutoModelForCausalLM.from_pretrained(hrpo.base_folder(tmp_path)))
+    model.save_pretrained(tmp_path / "adapter")
+    make = {"hrpo": test_resume.make_hrpo, "spo": test_resume.make_spo, "ppo": test_resume.make_ppo,
+            "grpo": test_resume.make_grpo}[name]  # fmt: skip
+    for beta in (0.0, 0.05):
+        base = test_resume.AutoModelForCausalLM.from_pretrained(hrpo.base_folder(tmp_path))
+        given = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        with pytest.raises(ValueError, match=FROZEN):
+            make(tmp_path, given, None, beta=beta)
+    base = test_resume.AutoModelForCausalLM.from_pretrained(hrpo.base_folder(tmp_path)).requires_grad_(False)
+    if name != "hrpo":  # which trains its thinking modules
+        with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+            make(tmp_path, base, None, beta=0.0)
+
+
+@pytest.mark.parametrize("name", test_resume.SUPERVISED)
+def test_supervised(tmp_path, name):
+    make, changes = test_resume.SUPERVISED[name]
+    first = make(tmp_path, peft=True, **changes)
+    for parameter in first.model.parameters():
+        parameter.requires_grad_(False)
+    first.model.peft_config["default"].inference_mode = True  # as PeftModel.from_pretrained leaves it
+    more = {"tokenizer": first.processing_class} if name == "reasoning" else {}
+    with pytest.raises(ValueError, match=FROZEN):
+        make(tmp_path, model=first.model, peft=False, **more, **changes)
+
+
+def test_other_ways_to_be_frozen(tmp_path):
+    base = tiny.model()
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    injected = test_resume.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=FROZEN):  # what an adapter's folder given as the model becomes
+        sft(tmp_path, injected)
+    loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter", is_trainable=True)
+    check_trainable(loaded)
+    loaded.load_adapter(tmp_path / "adapter", "other")  # frozen, beside the one that learns
+    check_trainable(loaded)
+    by_hand = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter")
+    for name, parameter in by_hand.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    check_trainable(by_hand)
+    merged = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter").merge_and_unload().requires_grad_(True)
+    check_trainable(merged)
+    part = tiny.model().requires_grad_(False)
+    part.lm_head.requires_grad_(True)
+    check_trainable(part)
+    part.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        sft(tmp_path, part)
