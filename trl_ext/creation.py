@@ -6,9 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import trl
+from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, set_seed
+
+from unsloth_ext.hub import load_modules
 
 
 @contextlib.contextmanager
@@ -28,6 +32,37 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any]) 
         yield
     finally:
         names["create_model_from_path"] = create
+
+
+def attach_saved(
+    model: PreTrainedModel, kept: str, attach: Callable[[Any, str], Any], modules: tuple[str, ...], token: str | None
+) -> bool:
+    """Give a model back the modules that its folder has and its class, which does not know them, has left there.
+
+    Args:
+        kept: under which name the model's configuration says how they were made.
+        attach: makes them; called with what the configuration says and the folder's name.
+        modules: their names in the decoder.
+
+    Returns:
+        Whether there were any to give.
+
+    Raises:
+        ValueError: the folder lacks a tensor, holds NaN, or is not known.
+    """
+    saved = None if is_peft_model(model) else getattr(model.config, kept, None)
+    if saved is None:
+        return False
+    name = name_of(model)
+    if not name:
+        raise ValueError(
+            f"the model's configuration speaks of {', '.join(modules)}, which the model lacks, and names no folder: load "
+            f"it from where it was saved, or delete model.config.{kept} to begin with new ones"
+        )
+    with torch.random.fork_rng(devices=[]):  # what is drawn is not kept
+        attach(saved, name)
+    load_modules(model, name, modules, token)
+    return True
 
 
 def on_unsloths_trainer() -> bool:

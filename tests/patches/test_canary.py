@@ -112,6 +112,12 @@ TEXT = [
     ("trl.trainer.grpo_trainer", "self._step", "so is the place in it"),
     ("trl.trainer.grpo_trainer", "self._metrics", "our numbers are logged with the parent's"),
     ("trl.trainer.grpo_trainer", "self._tokenizer", "the delimiter is compiled for it"),
+    (
+        "trl.trainer.grpo_trainer",
+        'model.add_adapter("ref", default_config)',
+        "a PeftModel's reference is an adapter of it",
+    ),
+    ("transformers.trainer", "for subdir_name in adapter_subdirs:", "and is loaded in the trained adapter's place"),
     ("transformers.generation.utils", "_eos_token_tensor", "rows that have ended do not think"),
     ("transformers.generation.utils", "custom_generate", "hybrid decoding rides on generate"),
     ("peft.utils.other", "disable_adapters", "the KL reference does not think"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Trainer
 
 from tests import tiny
 from tests.trl_ext import test_resume
@@ -198,3 +199,47 @@ def test_the_best_models_critic_comes_with_it(tmp_path):
     after = ppo.trained(trainer)
     assert all(torch.equal(after[n], kept[1][n]) for n in after)
     assert any(not torch.equal(kept[1][n], kept[2][n]) for n in after if n.startswith("critic."))
+
+
+GIVEN = {
+    "thinking": (hrpo.hrpo, {"peft": False}, "thinking_"),
+    "concepts": (concept.trainer, {}, "concept_"),
+    "planner": (planner.trainer, {}, "type_embedding"),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_a_saved_models_folder_given_as_the_model_goes_on_with_its_modules(tmp_path, case):
+    """By its path, and loaded by a class that drops them; a folder that lost one, or that nobody knows, is refused."""
+    make, changes, part = GIVEN[case]
+    first = make(tmp_path, **changes)
+    with torch.no_grad():
+        for name, parameter in first.model.named_parameters():
+            if part in name:
+                parameter.fill_(0.125)
+    folder = str(saved(tmp_path / "saved", first))
+    ways = {"path": lambda: folder, "loaded": lambda: AutoModelForCausalLM.from_pretrained(folder)}
+    for way, given in ways.items():
+        torch.manual_seed(1)
+        again = make(tmp_path / way, model=given(), **changes)
+        found = [p for name, p in again.model.named_parameters() if part in name]
+        assert found and all((p == 0.125).all() for p in found), way
+    nowhere = ways["loaded"]()
+    nowhere.config._name_or_path = nowhere.name_or_path = ""
+    with pytest.raises(ValueError, match="names no folder"):
+        make(tmp_path / "nowhere", model=nowhere, **changes)
+    edit(tmp_path / "saved" / MODEL, lambda x: x.pop(next(n for n in sorted(x) if part in n)))
+    with pytest.raises(ValueError, match=part):
+        make(tmp_path / "lost", model=folder, **changes)
+
+
+def test_trainer_alone_would_load_the_reference_in_the_adapters_place(tmp_path):
+    """A canary: where it fails, transformers loads a folder's own adapter beside those of its sub-folders."""
+    trainer, folder = run(tmp_path)
+    again = test_resume.RL["hrpo"](tmp_path, "PeftModel", **test_resume.KL)
+    before = weights(again)
+    Trainer._load_from_checkpoint(again, str(folder))
+    after, trained = weights(again), weights(trainer)
+    lora = [name for name in after if "lora_A.default" in name]
+    assert lora and all(torch.equal(after[name], before[name]) for name in lora)
+    assert not any(torch.equal(after[name], trained[name]) for name in lora)

@@ -23,9 +23,11 @@ from patches import fused_lm_head
 from unsloth_ext.concept.codebook import set_codebook
 from unsloth_ext.concept.forward import ConceptOutput
 from unsloth_ext.concept.modules import (
+    CONCEPT_MODULES,
     attach_concepts,
     check_adapter,
     has_concepts,
+    read_settings,
     remember_concepts,
     with_concept_modules,
 )
@@ -33,7 +35,7 @@ from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import backbone_of
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import check_name, default_args, preparing_models, with_adapter
+from ..creation import attach_saved, check_name, default_args, preparing_models, with_adapter
 from ..parameter_groups import split_by_role
 from ..sums import Sums
 from .config import ConceptConfig
@@ -265,6 +267,11 @@ def prepare(model: PreTrainedModel, args: ConceptConfig) -> bool:
     Raises:
         ValueError: its adapter would leave them untrained, or was made before them.
     """
+    if not has_concepts(model):
+        attach_saved(
+            model, "concepts", lambda saved, name: attach_concepts(model, read_settings(saved, name)), CONCEPT_MODULES,
+            args.hub_token,
+        )  # fmt: skip
     if not has_concepts(model):
         if is_peft_model(model):
             raise ValueError("the model is wrapped by PEFT and has no concepts: pass the bare model with peft_config")

@@ -24,14 +24,14 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from patches import fused_lm_head
-from unsloth_ext.adapter import free_originals, remember_thinking, with_thinking_modules
+from unsloth_ext.adapter import THINKING_MODULES, free_originals, remember_thinking, with_thinking_modules
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
 from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
-from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking
+from unsloth_ext.residual import ThinkingConfig, attach_thinking, backbone_of, has_thinking
 from unsloth_ext.states import Warper
 
-from ..creation import preparing_models
+from ..creation import attach_saved, preparing_models
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
 from ..rollout_diagnostics import RolloutDiagnostics
@@ -134,13 +134,22 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
     def _attach(self, given: dict[str, Any]) -> None:
         """Give a model in memory its thinking modules; `given` are the parent's arguments by name."""
-        if not isinstance(given["model"], str) and not has_thinking(given["model"]):
-            attach_thinking(given["model"], self.hrpo.thinking_config())
+        if not isinstance(given["model"], str):
+            self._give(given["model"])
 
     def _attaching(self) -> contextlib.AbstractContextManager:
         """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
-        config = self.hrpo.thinking_config()
-        return preparing_models(self._stock_init, lambda model: attach_thinking(model, config))
+        return preparing_models(self._stock_init, self._give)
+
+    def _give(self, model: nn.Module) -> None:
+        """Thinking modules: those it was saved with, or new ones; nothing to a model that has them."""
+
+        def attach(saved: dict[str, Any], _: str) -> None:
+            attach_thinking(model, ThinkingConfig(**saved))
+
+        token = getattr(self.hrpo, "hub_token", None)
+        if not has_thinking(model) and not attach_saved(model, "thinking", attach, THINKING_MODULES, token):
+            attach_thinking(model, self.hrpo.thinking_config())
 
     @contextlib.contextmanager
     def _lambda_in_float32(self, model: nn.Module | str) -> Iterator[None]:

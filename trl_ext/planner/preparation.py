@@ -9,9 +9,11 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from unsloth_ext.planner.head import attach_planner, check_adapter
+from unsloth_ext.planner.config import read_settings
+from unsloth_ext.planner.head import HEAD, attach_planner, check_adapter
 from unsloth_ext.residual import backbone_of
 
+from ..creation import attach_saved
 from .config import PlannerExecutorConfig
 
 
@@ -48,6 +50,10 @@ def attach(model: PreTrainedModel, args: PlannerExecutorConfig) -> None:
         ValueError: its adapter would leave the planner untrained, or was made before it.
     """
     config = args.planner()
+    if not hasattr(backbone_of(model), "planner_config"):
+        attach_saved(
+            model, "planner", lambda saved, name: attach_planner(model, read_settings(saved, name)), (HEAD,), args.hub_token
+        )  # fmt: skip
     if not hasattr(backbone_of(model), "planner_config"):
         if is_peft_model(model):
             raise ValueError("the model is wrapped by PEFT and has no planner: pass the bare model with peft_config")
