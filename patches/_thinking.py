@@ -14,8 +14,16 @@ KEYWORDS = (
 
 
 def take_thinking(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Remove our keywords from `kwargs` and return those that were given."""
-    return {key: kwargs.pop(key) for key in KEYWORDS if key in kwargs}
+    """Remove our keywords from `kwargs` and return those that were given.
+
+    Raises:
+        ValueError: states without a mask that says where they belong.
+    """
+    thinking = {key: kwargs.pop(key) for key in KEYWORDS if key in kwargs}
+    given = [key for key, value in thinking.items() if value is not None and value is not False]
+    if given and "thinking_mask" not in given:
+        raise ValueError(f"{', '.join(given)} without thinking_mask: it says which tokens think; without it none would")
+    return thinking
 
 
 def fused_embeddings(
@@ -24,15 +32,40 @@ def fused_embeddings(
     inputs_embeds: torch.Tensor | None,
     thinking: dict[str, Any],
 ) -> torch.Tensor:
-    """Embed `input_ids` (B, T) unless `inputs_embeds` (B, T, d) is given, then fuse the thinking states in.
+    """Embed the tokens, then fuse the thinking states in. Three ways to say which is which:
+
+    | input_ids | inputs_embeds | tokens        | states                                                                |
+    |-----------|---------------|---------------|-----------------------------------------------------------------------|
+    | (B, T)    | -             | input_ids     | thinking_embeds (B, S, d), or the cache                               |
+    | -         | (B, T, d)     | inputs_embeds | thinking_embeds (B, S, d), or the cache                               |
+    | (B, T)    | (B, S, d)     | input_ids     | inputs_embeds, or the cache: the call of the dynamic projection's note |
 
     The maths lives on the model (`backbone.fuse_thinking`, put there by `unsloth_ext.attach_thinking`).
+
+    Raises:
+        ValueError: the model has no thinking modules; in the third way, states are given twice or cannot be states.
     """
     if not hasattr(backbone, "fuse_thinking"):
         raise ValueError(
             f"{type(backbone).__name__} was called with {', '.join(thinking)} but has no thinking modules; call "
             "unsloth_ext.attach_thinking(model) first"
         )
+    embedding = backbone.get_input_embeddings()
+    if input_ids is not None and inputs_embeds is not None:
+        if thinking.get("thinking_embeds") is not None:
+            raise ValueError(
+                "input_ids, inputs_embeds and thinking_embeds: beside input_ids, inputs_embeds are the thinking states, so "
+                "these are given twice; leave one of the three out"
+            )
+        mask, width = thinking["thinking_mask"], embedding.weight.shape[1]
+        if inputs_embeds.shape != (*mask.shape, width) or not inputs_embeds.is_floating_point():
+            raise ValueError(
+                f"inputs_embeds {tuple(inputs_embeds.shape)} {inputs_embeds.dtype} beside input_ids are the thinking "
+                f"states: they need the shape of thinking_mask and the width of an embedding, {(*mask.shape, width)}, "
+                "in floating point. Leave input_ids out if they are the tokens' embeddings"
+            )
+        thinking = {**thinking, "thinking_embeds": inputs_embeds}
+        inputs_embeds = None
     if inputs_embeds is None:
-        inputs_embeds = backbone.get_input_embeddings()(input_ids)
+        inputs_embeds = embedding(input_ids)
     return backbone.fuse_thinking(inputs_embeds, **thinking)

@@ -1,7 +1,8 @@
 """Stock transformers decoders (`LlamaModel.forward` and its like): accept thinking states as keywords.
 
 Works with every architecture whose base model takes `(self, input_ids, ...)` and `inputs_embeds`; the default sites are
-the six families that are tested. `apply("base_model_forward", type(model.base_model))` adds another.
+the six families that are tested. `apply("base_model_forward", type(model.base_model))` adds another, `type(model)` a causal
+LM that would not hand our keywords on.
 """
 
 import functools
@@ -36,7 +37,7 @@ def _wrap(original: Any) -> Any:
         thinking = take_thinking(kwargs)
         if thinking.get("thinking_mask") is None:
             return original(self, input_ids, *args, **kwargs)
-        kwargs["inputs_embeds"] = fused_embeddings(self, input_ids, kwargs.get("inputs_embeds"), thinking)
+        kwargs["inputs_embeds"] = fused_embeddings(self.base_model, input_ids, kwargs.get("inputs_embeds"), thinking)
         return original(self, None, *args, **kwargs)
 
     return forward

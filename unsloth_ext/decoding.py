@@ -1,8 +1,8 @@
 """Hybrid decoding: sample tokens, and feed each thinking token as `fused(E[x], s)` instead of `E[x]` (HRPO, sec. 3).
 
 transformers' own sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`); three hooks ride on it:
-a pre-hook on the LM head sees the hidden state, the last logits processor sees the warped distribution, the last stopping
-criterion sees the sampled token, and a hook on the input embedding fuses the state into the next forward. Greedy and
+a pre-hook on the LM head sees the hidden state, the last logits processor sees the warped distribution, the stopping
+criteria see the sampled token, and a hook on the input embedding fuses the state into the next forward. Greedy and
 sampled decoding, EOS, `num_return_sequences`, streamers, stopping criteria and scores are therefore transformers' own.
 """
 
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from .ablations import ABLATIONS
 from .delimiter import DelimiterMatcher
+from .generation_arguments import check, check_context, refuse_empty, settle
 from .residual import backbone_of, has_thinking
 from .states import Warper, project, soft_embedding
 from .unsloth_decoding import returning_hidden_states, without_decode_graphs
@@ -30,7 +32,7 @@ class ThinkingTrace:
     """What a hybrid decode leaves behind; C is the number of decoded tokens, rows are those of the returned sequences.
 
     Attributes:
-        thinking_mask (B, C) bool: tokens before the delimiter is complete (and before EOS).
+        thinking_mask (B, C) bool: tokens before the delimiter is complete, and before the row ends.
         thinking_states (B, C, d): the state fused into each token, zero where none was; None unless asked for.
         hidden_states (B, C, d): the hidden state that produced each token; None unless asked for.
         log_probs (B, C) fp32: of each token under the distribution it was drawn from; None unless asked for.
@@ -52,12 +54,14 @@ class HybridSession:
         keep: tuple[str, ...] = (),
         ablation: str | None = None,
         streamer: Any = None,
+        synced_gpus: bool | None = None,
     ):
         if not has_thinking(model):
             raise ValueError(f"{type(model).__name__} has no thinking modules; call attach_thinking(model) first")
         if ablation is not None and ablation not in ABLATIONS:
             raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}, off")
-        self.matcher, self.keep, self.ablation, self.streamer = matcher, keep, ablation, streamer
+        self.matcher, self.keep, self.ablation = matcher, keep, ablation
+        self.streamer, self.synced_gpus = streamer, synced_gpus
         self.backbone = backbone_of(model)
         self.embedding = self.backbone.get_input_embeddings()
         self.lm_head = model.get_output_embeddings()
@@ -82,8 +86,9 @@ class HybridSession:
         """Warped scores (B, V) of the token about to be chosen."""
         self._scores = scores
 
-    def see_token(self, tokens: torch.Tensor) -> None:
-        """The chosen tokens (B,). Everything here is queued on the device; nothing waits for it."""
+    def see_token(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
+        """The chosen tokens (B,), and which rows end with them (B,) bool. Everything here is queued on the device; nothing
+        waits for it."""
         if self._matched is None:
             self._matched = torch.zeros_like(tokens)
             self._ended = torch.zeros_like(tokens, dtype=torch.bool)
@@ -91,6 +96,7 @@ class HybridSession:
         if self.eos is not None:
             self._ended = self._ended | (tokens[:, None] == self.eos).any(-1)
         self._masks.append((self._matched != self.matcher.done) & ~self._ended)
+        self._ended = self._ended | done  # by a stop string, say: from the next token on
         if "log_probs" in self.keep:
             self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
         if "hidden_states" in self.keep:
@@ -159,13 +165,17 @@ class _SeeScores(LogitsProcessor):
         return scores
 
 
-class _SeeToken(StoppingCriteria):
-    def __init__(self, session: HybridSession):
+class _SeeingCriteria(StoppingCriteriaList):
+    """The loop's own criteria; what they say is shown to the session."""
+
+    def __init__(self, criteria: StoppingCriteriaList, session: HybridSession):
+        super().__init__(criteria)
         self.session = session
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.session.see_token(input_ids[:, -1])
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.session.see_token(input_ids[:, -1], done)
+        return done
 
 
 def hybrid_decode(
@@ -180,10 +190,12 @@ def hybrid_decode(
     """The `custom_generate` callable: `model.generate(..., custom_generate=hybrid_decode, hybrid=HybridSession(...))`.
 
     Raises:
-        ValueError: no session was given, or the generation config asks for beams or assisted decoding.
+        ValueError: no session was given, or the generation config asks for what thinking states do not survive
+            (`unsloth_ext.generation_arguments`).
     """
     if hybrid is None:
         raise ValueError("custom_generate=hybrid_decode needs hybrid=HybridSession(...); or call hybrid_generate")
+    check("hybrid", generation_config)
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(
@@ -195,7 +207,7 @@ def hybrid_decode(
     if from_logits is not None and generation_config.output_logits:
         raise ValueError("output_logits=True: under Unsloth the raw logits are hidden states here; use output_scores")
     processors = LogitsProcessorList([*logits_processor, _SeeScores(hybrid)])
-    criteria = StoppingCriteriaList([*stopping_criteria, _SeeToken(hybrid)])
+    criteria = _SeeingCriteria(stopping_criteria, hybrid)
     handles = [hybrid.embedding.register_forward_hook(hybrid.fuse)]
     if hybrid.needs_hidden and from_logits is None:
         handles.append(hybrid.lm_head.register_forward_pre_hook(hybrid.see_hidden))
@@ -217,7 +229,10 @@ def _sample(model, input_ids, processors, criteria, generation_config, hybrid, *
     from transformers.integrations.fsdp import is_fsdp_managed_module
 
     # `generate` drops these two for a callable `custom_generate`
-    synced = (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)) and _get_torch_distributed_world_size() > 1
+    synced = hybrid.synced_gpus
+    if synced is None:
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        synced = sharded and _get_torch_distributed_world_size() > 1
     return type(model)._sample(
         model, input_ids, processors, criteria, generation_config, synced, hybrid.streamer, **kwargs
     )
@@ -244,16 +259,36 @@ def hybrid_generate(
         ablation: `"zero"`, `"shuffle"` (another row's state) or `"noise"` (same norm) in the state's place; `"off"` is
             plain `generate`.
         return_trace: also return the `ThinkingTrace`.
-        **generate_kwargs: as for `generate`.
+        **generate_kwargs: as for `generate`; docs/generation.md has what works.
 
     Returns:
         What `generate` returns, or (that, `ThinkingTrace`) with `return_trace`.
+
+    Raises:
+        ValueError: an argument that thinking states do not survive, a prompt without tokens, or one that leaves no room for
+            the answer.
     """
     if ablation == "off":
         if return_trace:
             raise ValueError("ablation='off' is plain generate and leaves no trace")
         return model.generate(input_ids=input_ids, streamer=streamer, **generate_kwargs)
-    session = HybridSession(model, matcher, keep, ablation, streamer)
+    config = settle(model, "hybrid", generate_kwargs)
+    mask = generate_kwargs.get("attention_mask")
+    lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1).tolist()
+    refuse_empty(lengths)
+    check_context(model, lengths, config)
+    session = HybridSession(model, matcher, keep, ablation, streamer, generate_kwargs.pop("synced_gpus", None))
+    tokenizer = generate_kwargs.pop("tokenizer", None)
+    if config.stop_strings is not None:  # `generate` drops the tokenizer for a callable `custom_generate`
+        if tokenizer is None:
+            raise ValueError(
+                f"stop_strings={config.stop_strings!r}: pass the tokenizer beside them, tokenizer=tokenizer"
+            )
+        criteria = [
+            *(generate_kwargs.get("stopping_criteria") or []),
+            StopStringCriteria(tokenizer, config.stop_strings),
+        ]
+        generate_kwargs |= {"stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}
     out = model.generate(
         input_ids=input_ids, streamer=streamer, custom_generate=hybrid_decode, hybrid=session, **generate_kwargs
     )

@@ -1,21 +1,31 @@
 """Incremental search for the answer delimiter, on token ids, without decoding anything.
 
-A Knuth-Morris-Pratt automaton over characters, compiled to one row per state and one column per token of the
-vocabulary: feeding a batch of tokens is one gather, on the device, and finds delimiters that are split over tokens or lie
-inside one.
+A Knuth-Morris-Pratt automaton over the bytes of UTF-8, compiled to one row per state and one column per token of the
+vocabulary: feeding a batch of tokens is one gather, on the device, and finds delimiters that are split over tokens, within
+a character too, or lie inside one token.
 """
+
+import re
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte as a token of its own, as SentencePiece writes it
 
 
 class DelimiterMatcher:
     """Finds `delimiter` in streams of token ids.
 
     Attributes:
-        table: (len(delimiter) + 1, V) int16 on the CPU, `table[state, token]` is the next state. The last state,
-            `done`, is absorbing. Special tokens change nothing: text is decoded without them.
+        table: (bytes of the delimiter + 1, V + 1) int16 on the CPU, `table[state, token]` is the next state. The last
+            state, `done`, is absorbing. Special tokens change nothing: text is decoded without them. Nor do ids behind the
+            tokenizer's, which a model with padded embeddings can sample: the last column stands for all of them.
         done: the state in which the delimiter is complete.
+
+    Args:
+        vocab_size: of the model, where it is known; the table is made as wide.
 
     Raises:
         ValueError: the delimiter is empty, or the tokenizer cannot produce it.
@@ -23,22 +33,30 @@ class DelimiterMatcher:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, delimiter: str, vocab_size: int | None = None):
         if not delimiter:
-            raise ValueError("the answer delimiter is empty")
-        self.delimiter, self.done = delimiter, len(delimiter)
-        self.table = _compile(_token_texts(tokenizer), delimiter, vocab_size or 0)
+            raise ValueError("the answer delimiter is empty: give the text that ends the thinking, such as '####'")
+        wanted = delimiter.encode()
+        self.delimiter, self.done = delimiter, len(wanted)
+        self.table = _compile(_token_bytes(tokenizer), wanted, vocab_size or 0)
         self._tables: dict[torch.device, torch.Tensor] = {}
         ids = tokenizer.encode(delimiter, add_special_tokens=False)
         if not self.complete(torch.tensor([ids], dtype=torch.long)).any():
+            special = [tokenizer.decode([i]) for i in ids if i in set(tokenizer.all_special_ids)]
             raise ValueError(
-                f"the tokenizer cannot produce the delimiter {delimiter!r}: it encodes to {ids}, which decodes to "
-                f"{tokenizer.decode(ids)!r}. Choose a delimiter from its vocabulary"
+                f"the tokenizer cannot produce the delimiter {delimiter!r}: "
+                + (
+                    f"it needs the special tokens {', '.join(special)}, and answers are read without these. "
+                    if special
+                    else f"it encodes to {ids}, which reads {tokenizer.decode(ids)!r} behind other text. "
+                )
+                + "Choose a delimiter of ordinary tokens"
             )
 
     def step(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Next states (B,) long after `tokens` (B,) long; no host synchronisation."""
         if tokens.device not in self._tables:
             self._tables[tokens.device] = self.table.to(tokens.device)
-        return self._tables[tokens.device][state, tokens].long()
+        table = self._tables[tokens.device]
+        return table[state, tokens.clamp(max=table.shape[1] - 1)].long()
 
     def complete(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) bool: whether the delimiter is complete once the token at t is there; for ids (B, T) long."""
@@ -50,18 +68,33 @@ class DelimiterMatcher:
         return out
 
 
-def _token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text that each token adds when it follows another one."""
+def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """What each token adds to a text when it follows another one."""
     special = set(tokenizer.all_special_ids)
     ids = range(len(tokenizer))
-    anchor = next(i for i in ids if i not in special and tokenizer.decode([i]).strip())
+    anchor = next((i for i in ids if i not in special and tokenizer.decode([i]).strip()), None)
+    if anchor is None:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no token that holds text")
     # Behind an anchor: some decoders strip the space of a first token
     head = tokenizer.decode([anchor], clean_up_tokenization_spaces=False)
     pairs = tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
-    return ["" if i in special else text[len(head) :] for i, text in zip(ids, pairs, strict=True)]
+    texts = ["" if i in special else text[len(head) :] for i, text in zip(ids, pairs, strict=True)]
+    return [_part(tokenizer, i) if "\ufffd" in text else text.encode() for i, text in enumerate(texts)]
 
 
-def _compile(texts: list[str], delimiter: str, vocab_size: int) -> torch.Tensor:
+def _part(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """A token that is no whole number of characters: it decodes to the replacement character by itself."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    byte = BYTE.fullmatch(name)
+    if byte:
+        return bytes([int(byte[1], 16)])
+    byte_level = {char: number for number, char in bytes_to_unicode().items()}
+    if all(char in byte_level for char in name):
+        return bytes(byte_level[char] for char in name)
+    return name.encode()
+
+
+def _compile(texts: list[bytes], delimiter: bytes, vocab_size: int) -> torch.Tensor:
     n = len(delimiter)
     failure = [0] * n
     for i in range(1, n):
@@ -70,17 +103,17 @@ def _compile(texts: list[str], delimiter: str, vocab_size: int) -> torch.Tensor:
             k = failure[k - 1]
         failure[i] = k + (delimiter[i] == delimiter[k])
 
-    def run(state: int, text: str) -> int:
-        for char in text:
+    def run(state: int, text: bytes) -> int:
+        for byte in text:
             if state == n:
                 return n
-            while state and char != delimiter[state]:
+            while state and byte != delimiter[state]:
                 state = failure[state - 1]
-            state += char == delimiter[state]
+            state += byte == delimiter[state]
         return state
 
-    # Most tokens hold no character of the delimiter and reset every state
-    table = torch.arange(n + 1, dtype=torch.int16)[:, None].repeat(1, max(len(texts), vocab_size))
+    # Most tokens hold no byte of the delimiter and reset every state
+    table = torch.arange(n + 1, dtype=torch.int16)[:, None].repeat(1, max(len(texts), vocab_size) + 1)
     table[:n, : len(texts)] = 0
     letters = set(delimiter)
     for token, text in enumerate(texts):

@@ -103,7 +103,8 @@ def thinking_keywords(
 def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tensor:
     """(B, length, d): for each of the last `length` positions the final-norm hidden state of the position before it."""
     found = []
-    hook = backbone_of(model).register_forward_hook(lambda _, __, output: found.append(output[0]))
+    # OPT's causal LM calls an inner decoder past its base model
+    hook = model.get_decoder().register_forward_hook(lambda _, __, output: found.append(output[0]))
     try:
         model(**inputs, logits_to_keep=1, use_cache=False)  # the head sees one position
     finally:

@@ -18,10 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-import patches
-
 from .adapter import THINKING_MODULES, join_adapter, remember_thinking
 from .states import NORMS, SOURCES, project
+from .thinking_forward import teach_forward
 
 
 GATE_SCALE = 8.0  # c
@@ -138,12 +137,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The causal LM inside any PEFT or trainer wrapper."""
+    model = unwrapped(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def backbone_of(model: nn.Module) -> nn.Module:
     """The decoder under a causal LM, through any PEFT or trainer wrapper."""
-    model = unwrapped(model)
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.base_model
+    return causal_lm_of(model).base_model
 
 
 def has_thinking(model: nn.Module) -> bool:
@@ -154,11 +156,13 @@ def has_thinking(model: nn.Module) -> bool:
 def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None) -> PreTrainedModel:
     """Give a causal LM its thinking modules, in place, and teach its forward our keywords.
 
-    Any causal LM whose decoder takes `inputs_embeds` will do, wrapped by PEFT or not. The gates and the
-    projection take the embedding's dtype (fp32 under quantisation), Lambda is fp32. Draws from the global RNG.
+    Any causal LM whose decoder takes `inputs_embeds` will do, wrapped by PEFT or not: it is asked by forwards of a short
+    text (`unsloth_ext.thinking_forward`). The gates and the projection take the embedding's dtype (fp32 under
+    quantisation), Lambda is fp32. Draws from the global RNG.
 
     Raises:
-        ValueError: the model has thinking modules already, or no input embeddings of its own.
+        ValueError: the model has thinking modules already, no input embeddings of its own, or a forward in which thinking
+            states would be lost.
     """
     config = config or ThinkingConfig()
     backbone = backbone_of(model)
@@ -167,6 +171,7 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     embedding = backbone.get_input_embeddings()
     if embedding is None:
         raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")
+    teach_forward(causal_lm_of(model), config.thinking_source)
     d, weight = embedding.weight.shape[1], embedding.weight
     like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
     backbone.thinking_residual_gate_r = nn.Linear(d, d, **like)
@@ -185,7 +190,6 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     if isinstance(model, PeftModel):
         join_adapter(model)
         remember_thinking(model, config)
-    patches.apply("base_model_forward", type(backbone))  # a no-op where Unsloth's forward is patched already
     return model
 
 

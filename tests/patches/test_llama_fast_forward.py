@@ -12,6 +12,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="unsloth is not installed"),
 ]
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+LAYOUTS = ("left_padded", "left_packed", "packed", "not_thinking", "notes_call", "notes_recompute")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def report():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["left_padded", "left_packed", "packed", "not_thinking"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_the_stock_models(report, family, layout):
     assert report["forward"][family]["thinking_matters"] > 0.1
     assert report["forward"][family]["fast_calls"] > 0

@@ -15,11 +15,14 @@ def reference(tokenizer, ids: torch.Tensor, delimiter: str) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("delimiter", ["####", "#", "1##2", "ab"])
+@pytest.mark.parametrize("delimiter", ["####", "#", "1##2", "ab", "aabaaaa", "abaab"])
 def test_equals_decoding_the_whole_text(delimiter):
-    tok = tiny.tokenizer(merges=("##", "1#", "###", "####5", "a#b"))
+    """Delimiters that overlap themselves in more than one way, too."""
+    tok = tiny.tokenizer(merges=("##", "1#", "###", "####5", "a#b", "aab", "aaaa", "aabaa", "ba"))
     matcher = DelimiterMatcher(tok, delimiter)
     hashes = [i for i in range(len(tok)) if set("#12ab") & set(tok.decode([i]))] + [0, 1]
+    if not set("#12") & set(delimiter):  # few letters, or such a delimiter would never come
+        hashes = tok.convert_tokens_to_ids(["a", "b", "aab", "ba", "aaaa", "aabaa"])
     ids = torch.tensor(hashes)[torch.randint(len(hashes), (200, 12))]
     assert torch.equal(matcher.complete(ids), reference(tok, ids, delimiter))
     assert matcher.complete(ids).any() and not matcher.complete(ids).all()
@@ -62,3 +65,65 @@ def test_ids_beyond_the_tokenizer_change_nothing():
     matcher = DelimiterMatcher(tiny.tokenizer(), "##", vocab_size=64)
     state = torch.tensor([0, 1, 2])
     assert matcher.step(state, torch.tensor([63, 63, 63])).tolist() == [0, 1, 2]
+
+
+def test_ids_behind_the_tokenizer_need_no_vocabulary_size():
+    """Qwen2.5 has 151,936 rows and 151,665 tokens: rows without a token add no text, wherever they stand."""
+    tok = tiny.tokenizer()
+    matcher = DelimiterMatcher(tok, "##")
+    assert matcher.step(torch.tensor([0, 1, 2]), torch.tensor([len(tok), 10**6, len(tok) + 7])).tolist() == [0, 1, 2]
+    one = tok.convert_tokens_to_ids("#")
+    ids = torch.tensor([[one, len(tok) + 20, one, 5]])
+    assert matcher.complete(ids).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ids_behind_the_tokenizer_on_a_gpu_without_synchronisation():
+    matcher = DelimiterMatcher(tiny.tokenizer(), "##")
+    state, tokens = torch.tensor([0, 1], device="cuda"), torch.tensor([10**6, 5], device="cuda")
+    matcher.step(state, tokens)  # copies the table
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = matcher.step(state, tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.tolist() == [0, 0]
+
+
+def byte_level(merges=()):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("delimiter", ["答案", "🧮", "é#"])
+def test_a_delimiter_whose_characters_are_split_over_byte_tokens(delimiter):
+    tok = byte_level()
+    matcher = DelimiterMatcher(tok, delimiter)
+    assert matcher.done == len(delimiter.encode())
+    ids = torch.tensor([tok.encode(f"a答é# {delimiter[0]}{delimiter} b", add_special_tokens=False)])
+    assert torch.equal(matcher.complete(ids), reference(tok, ids, delimiter)) and matcher.complete(ids)[0, -1]
+
+
+def test_a_delimiter_of_byte_tokens_of_sentencepiece():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "a": 1, "#": 2, **{f"<0x{i:02X}>": i + 3 for i in range(256)}}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    matcher = DelimiterMatcher(tok, "答#")
+    ids = torch.tensor([tok.encode("a答答#a", add_special_tokens=False)])
+    assert torch.equal(matcher.complete(ids), reference(tok, ids, "答#")) and matcher.complete(ids)[0, -1]
+
+
+def test_a_delimiter_of_special_tokens_is_told_why():
+    with pytest.raises(ValueError, match="it needs the special tokens <eos>, and answers are read without these"):
+        DelimiterMatcher(tiny.tokenizer(), "<eos>")

@@ -81,6 +81,11 @@ def compare(family: str, model, stock) -> dict:
     out["left_padded"] = difference(
         model(**left_padded, **states).logits[real], stock(**left_padded, **states).logits[real]
     )
+    note = {"input_ids": ids, "inputs_embeds": hidden, "thinking_mask": mask}
+    out["notes_call"] = difference(model(**note).logits, stock(input_ids=ids, **states).logits)
+    note |= {"recompute_thinking_projection": True, "thinking_hidden_states_cache": hidden.flip(0)}
+    wanted = stock(input_ids=ids, **(recompute | {"thinking_hidden_states_cache": hidden.flip(0)}))
+    out["notes_recompute"] = difference(model(**note).logits, wanted.logits)
     model.train()
     a, b = model(input_ids=ids, **recompute).logits, stock(input_ids=ids, **recompute).logits
     out["left_packed"] = difference(a, b)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
 from ..hub import base_of, load_adapter, load_full, load_modules, read_json
 from ..mode import evaluating
 from ..residual import backbone_of
@@ -69,18 +70,37 @@ class ConceptModel:
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str], **kwargs: Any) -> Any:
-        """What comes after a text, or after each of several; keywords as for `model.generate`."""
+        """What comes after a text, or after each of several.
+
+        Args:
+            **kwargs: as for `model.generate`; docs/generation.md has what works.
+
+        Returns:
+            For a text a text, for texts a list of texts; with `num_return_sequences` > 1 a list in each text's place; with
+            `return_dict_in_generate` what `model.generate` returns.
+
+        Raises:
+            ValueError: an argument that concepts do not survive, a prompt without tokens, or one that leaves no room for
+                what comes after it.
+        """
         if isinstance(prompts, str):
-            return self.generate([prompts], **kwargs)[0]
+            found = self.generate([prompts], **kwargs)
+            return found[0] if isinstance(found, list) else found
         if not len(prompts):
             return []
-        batch = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(
-            self.model.device
-        )
-        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        rows = self.tokenizer(list(prompts))["input_ids"]
+        refuse_empty([len(row) for row in rows])
+        batch = left_padded(self.tokenizer, rows)
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        kwargs = with_tokenizer(self.tokenizer, kwargs)
+        settings = settle(self.model, "concept", kwargs)
+        check_context(self.model, batch["attention_mask"].sum(1).tolist(), settings)
         with evaluating(self.model):
-            out = self.model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **kwargs)
-        return self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            out = self.model.generate(**batch, **kwargs)
+        if settings.return_dict_in_generate:
+            return out
+        texts = self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return grouped(texts, len(prompts))
 
     @torch.no_grad()
     def segments(self, text: str) -> list[tuple[str, list[int]]]:

@@ -1,6 +1,8 @@
 """`LatentModel`: load a model that thinks in latent tokens, and let it answer."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,29 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
 from ..hub import base_of, load_adapter, load_full, load_modules, read_json
 from ..mode import evaluating
 from ..residual import backbone_of
 from .config import LATENT_MODULE, attach_saved, remember_latent
-from .phase import Intervention, latent_phase
+from .phase import Intervention, LatentState, latent_phase
+
+
+@contextlib.contextmanager
+def thinking_again(model: PreTrainedModel | PeftModel, state: LatentState, copies: int) -> Iterator[None]:
+    """While open, the latent inputs stand at their places in every text that begins with question, <bot> and latent tokens:
+    for decoding without a cache."""
+    end = state.attention_mask.shape[1]
+    latents = state.latents.repeat_interleave(copies, dim=0)
+
+    def hook(_: torch.nn.Module, __: tuple, embeds: torch.Tensor) -> torch.Tensor:
+        return torch.cat([embeds[:, : end - latents.shape[1]], latents.to(embeds.dtype), embeds[:, end:]], dim=1)
+
+    handle = backbone_of(model).get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def latent_generate(
@@ -21,7 +41,6 @@ def latent_generate(
     attention_mask: torch.Tensor | None = None,
     *,
     intervene: Intervention | None = None,
-    num_return_sequences: int | None = None,
     return_state: bool = False,
     **generate_kwargs: Any,
 ) -> Any:
@@ -32,23 +51,22 @@ def latent_generate(
         input_ids (B, Q) long: left-padded questions, without <bot>.
         attention_mask (B, Q); None takes every token as real.
         intervene: an ablation, see `latent_phase`.
-        **generate_kwargs: as for `generate`; beams are not supported.
+        **generate_kwargs: as for `generate`; docs/generation.md has what works.
 
     Returns:
         What `generate` returns for the prompt `question <bot> <latent> x M <eot>`, or (that, `LatentState`) with
         `return_state`. A question costs `state.num_forwards` passes and one for each token after it.
 
     Raises:
-        ValueError: num_beams > 1.
+        ValueError: an argument that the latent phase does not survive, or a question that leaves no room for the answer.
     """
-    given = generate_kwargs.get("generation_config") or model.generation_config
-    if (generate_kwargs.get("num_beams", given.num_beams) or 1) > 1:
-        raise ValueError("num_beams > 1: the latent phase's cache serves one sequence a row; sample or decode greedily")
-    copies = (num_return_sequences if num_return_sequences is not None else given.num_return_sequences) or 1
+    settings = settle(model, "latent", generate_kwargs)
+    copies = settings.num_return_sequences or 1
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     backbone = backbone_of(model)
     bot, latent, eot = backbone.latent_token_ids
+    check_context(model, attention_mask.sum(1).tolist(), settings, around=backbone.latent_config.num_latents + 2)
     with evaluating(model), torch.no_grad():
         state = latent_phase(model, input_ids, attention_mask, intervene)
         thought = torch.tensor([bot, *[latent] * backbone.latent_config.num_latents, eot], device=input_ids.device)
@@ -56,10 +74,14 @@ def latent_generate(
         mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
-            state.cache.batch_repeat_interleave(copies)
-        if (given.num_return_sequences or 1) > 1:
             generate_kwargs["num_return_sequences"] = 1  # they are in the batch
-        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=state.cache, **generate_kwargs)
+        inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs}
+        if settings.use_cache:
+            state.cache.batch_repeat_interleave(copies)
+            out = model.generate(past_key_values=state.cache, **inputs)
+        else:
+            with thinking_again(model, state, copies):
+                out = model.generate(**inputs)
     return (out, state) if return_state else out
 
 
@@ -70,10 +92,14 @@ def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]
 
 
 def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, Q) long, padded on the left."""
-    rows = {"input_ids": [question_ids(tokenizer, question) for question in questions]}
-    padded = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-    return {name: padded[name] for name in ("input_ids", "attention_mask")}
+    """`input_ids` and `attention_mask` (B, Q) long, padded on the left.
+
+    Raises:
+        ValueError: a question without tokens.
+    """
+    rows = [question_ids(tokenizer, question) for question in questions]
+    refuse_empty([len(row) for row in rows])
+    return left_padded(tokenizer, rows)
 
 
 class LatentModel:
@@ -134,16 +160,21 @@ class LatentModel:
             questions: a text, texts, or ids (B, Q) as for `latent_generate`, which also takes the keywords.
 
         Returns:
-            For a text its answer, for texts a list of answers; for ids what `latent_generate` returns.
+            For a text its answer, for texts a list of answers; with `num_return_sequences` > 1 a list in each answer's
+            place; for ids, and with `return_dict_in_generate` or `return_state`, what `latent_generate` returns.
         """
         if isinstance(questions, str):
-            return self.generate([questions], **kwargs)[0]
+            found = self.generate([questions], **kwargs)
+            return found[0] if isinstance(found, list) else found
         if not len(questions):
             return []
         if isinstance(questions, torch.Tensor):
             return latent_generate(self.model, questions, **kwargs)
         batch = {k: v.to(self.model.device) for k, v in question_batch(self.tokenizer, list(questions)).items()}
-        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        kwargs = with_tokenizer(self.tokenizer, kwargs)
+        settings = settle(self.model, "latent", kwargs)
         out = latent_generate(self.model, **batch, **kwargs)
+        if settings.return_dict_in_generate or kwargs.get("return_state"):
+            return out
         prompt = batch["input_ids"].shape[1] + 2 + backbone_of(self.model).latent_config.num_latents
-        return self.tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True)
+        return grouped(self.tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True), len(questions))

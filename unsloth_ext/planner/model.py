@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation_arguments import check_context, grouped, left_padded, settle, with_tokenizer
 from ..hub import base_of, load_adapter, load_full, load_modules, read_json
-from ..latent.model import question_batch
+from ..latent.model import question_ids
 from ..mode import evaluating
 from ..residual import backbone_of
 from .config import read_settings
@@ -50,16 +51,17 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
 
     Args:
         plan (B, n, Q) long: see `vocabulary`.
-        **generate_kwargs: as for `generate`.
+        **generate_kwargs: as for `generate`; docs/generation.md has what works.
 
     Returns:
         What `generate` returns for a prompt of embeddings: new tokens only.
 
     Raises:
-        ValueError: `plan` is none under the model's settings; `use_cache=False`, since `generate` forgets embeddings then.
+        ValueError: `plan` is none under the model's settings; an argument that a plan does not survive; more tokens than
+            the model has positions for.
     """
-    if generate_kwargs.setdefault("use_cache", True) is not True:
-        raise ValueError("use_cache=False: the plan is read once and lives in the cache; leave it out")
+    settings = settle(model, "planner", generate_kwargs)
+    check_context(model, [0] * len(plan), settings, around=backbone_of(model).planner_config.max_quota + 1)
     prefix = executor_prefix(model, plan)
     positions = prefix.positions.clone()
     positions[:, -1] = backbone_of(model).planner_config.max_quota
@@ -129,23 +131,32 @@ class PlannerExecutorModel:
     def plan(self, texts: str | list[str], **kwargs: Any) -> torch.Tensor:
         """Plans (B, n, Q) long of texts; keywords as for `unsloth_ext.plan`. Greedy without any."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        batch = question_batch(self.tokenizer, texts)
+        batch = left_padded(self.tokenizer, [question_ids(self.tokenizer, text) for text in texts])
         return plan(self.model, **{k: v.long().to(self.model.device) for k, v in batch.items()}, **kwargs)
 
-    def execute(self, plan: torch.Tensor, **generate_kwargs: Any) -> list[str]:
-        """Texts from plans (B, n, Q); keywords as for `generate`."""
+    def execute(self, plan: torch.Tensor, **generate_kwargs: Any) -> Any:
+        """Texts from plans (B, n, Q); keywords as for `generate`.
+
+        Returns:
+            A text for each plan; with `num_return_sequences` > 1 a list of texts for each; with `return_dict_in_generate`
+            what `execute_plan` returns.
+        """
         if not len(plan):
             return []
-        generate_kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        generate_kwargs = with_tokenizer(self.tokenizer, generate_kwargs)
+        settings = settle(self.model, "planner", generate_kwargs)
         out = execute_plan(self.model, plan, **generate_kwargs)
-        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        if settings.return_dict_in_generate:
+            return out
+        return grouped(self.tokenizer.batch_decode(out, skip_special_tokens=True), len(plan))
 
     def generate(self, texts: str | list[str], **generate_kwargs: Any) -> Any:
         """Greedy plans, then texts from these alone; keywords as for `generate`.
 
         Returns:
-            For a text its answer, for texts a list of answers.
+            For a text its answer, for texts a list of answers, as `execute` returns them.
         """
         if isinstance(texts, str):
-            return self.generate([texts], **generate_kwargs)[0]
+            found = self.generate([texts], **generate_kwargs)
+            return found[0] if isinstance(found, list) else found
         return self.execute(self.plan(texts), **generate_kwargs) if texts else []
