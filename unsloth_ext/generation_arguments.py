@@ -39,68 +39,23 @@ _CACHE = "the cache is made by this model: leave it out"
 _PROMPT = "the prompt is made by this model: leave it out"
 _GUIDANCE = "the second, unguided pass would have no state of its own: leave it out"
 
-WORKS = frozenset(
-    [
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "min_new_tokens",
-        "max_time",
-        "stop_strings",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "renormalize_logits",
-        "num_return_sequences",
-        "early_stopping",
-        "length_penalty",
-        "repetition_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "sequence_bias",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "watermarking_config",
-        "output_scores",
-        "output_logits",
-        "return_dict_in_generate",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "disable_compile",
-        "compile_config",
-    ]
-)
+_EVERYWHERE = """
+    max_length max_new_tokens min_length min_new_tokens max_time stop_strings
+    do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits
+    num_return_sequences early_stopping length_penalty
+    repetition_penalty no_repeat_ngram_size bad_words_ids sequence_bias exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values watermarking_config
+    output_scores output_logits return_dict_in_generate
+    pad_token_id bos_token_id eos_token_id disable_compile compile_config
+"""
+WORKS = frozenset(_EVERYWHERE.split())
 # Settings of what is refused, or of encoder-decoders: `generate` reads none of them here either
-WITHOUT_EFFECT = frozenset(
-    [
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "assistant_ensemble_weight",
-        "max_matching_ngram_size",
-        "speculation_type",
-        "decoder_start_token_id",
-        "max_cache_len",
-        "continuous_batching_config",
-        "diversity_penalty",
-        "is_assistant",
-        "low_memory",
-        "transformers_version",
-    ]
-)
+_NOWHERE = """
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight max_matching_ngram_size speculation_type decoder_start_token_id max_cache_len
+    continuous_batching_config diversity_penalty is_assistant low_memory transformers_version
+"""
+WITHOUT_EFFECT = frozenset(_NOWHERE.split())
 REFUSED = {
     "num_beams": Refusal(("hybrid", "latent"), _BEAMS, (None, 1)),
     "num_beam_groups": Refusal(KINDS, _SEARCH, (None, 1)),
@@ -123,17 +78,8 @@ REFUSED = {
     "encoder_no_repeat_ngram_size": Refusal(("planner",), "the executor reads no text: leave it out", (None, 0)),
 }
 # Of `generate`, and of the model's forward: beside the generation config
-PARAMETERS_THAT_WORK = frozenset(
-    [
-        "generation_config",
-        "logits_processor",
-        "stopping_criteria",
-        "prefix_allowed_tokens_fn",
-        "synced_gpus",
-        "streamer",
-        "tokenizer",
-    ]
-)
+_BESIDE = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus streamer tokenizer"
+PARAMETERS_THAT_WORK = frozenset(_BESIDE.split())
 REFUSED_PARAMETERS = {
     "inputs": Refusal(KINDS, "it has another name here"),
     "assistant_model": Refusal(KINDS, _ASSISTED),

@@ -106,6 +106,23 @@ def test_the_mask_stops_at_the_delimiter_and_at_eos():
             assert trace.thinking_mask[row, t].item() == ("#" not in text and 1 not in seen)
 
 
+def test_a_row_that_ended_before_the_delimiter_thinks_no_more():
+    """No completion holds the delimiter; every row meets one of many EOS tokens, and none is fused behind it."""
+    net, matcher = make()
+    ids, attention = prompts()
+    ends, texts = list(range(1, 12)), tiny.tokenizer().batch_decode([[i] for i in range(64)])
+    torch.manual_seed(0)
+    out, trace = hybrid_generate(
+        net, ids, matcher, attention_mask=attention, return_trace=True, keep=KEEP, max_new_tokens=12, do_sample=True,
+        suppress_tokens=[i for i, text in enumerate(texts) if "#" in text], pad_token_id=0, eos_token_id=ends,
+    )  # fmt: skip
+    completion = out[:, 7:]
+    ended = torch.isin(completion, torch.tensor(ends)).cumsum(1) > 0
+    assert not matcher.complete(completion).any()
+    assert ended[:, :-1].any(1).sum() >= 2 and (~ended).any()
+    assert torch.equal(trace.thinking_mask, ~ended)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_closed_gate_is_plain_generate(source):
     """a = 1: the states are weighted by sqrt(eps) = 1e-4 and, with i = 0, not at all."""

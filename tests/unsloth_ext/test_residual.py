@@ -42,6 +42,16 @@ def test_initial_a_is_uniform_between_the_bounds_at_r_1():
     torch.testing.assert_close(half, a.sqrt(), rtol=1e-5, atol=0)  # a = u^r
 
 
+def test_the_projection_starts_at_a_thousandth_and_the_gates_at_their_own_scale():
+    """Standard deviations to 5%: 0.001, and Xavier's sqrt(6 / 2d) / sqrt(3)."""
+    torch.manual_seed(0)
+    backbone = backbone_of(attach_thinking(tiny.model()))
+    assert backbone.thinking_projection.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    for name in ("thinking_residual_gate_r", "thinking_residual_gate_i"):
+        module = getattr(backbone, name)
+        assert module.weight.std().item() == pytest.approx((1 / 32) ** 0.5, rel=0.05) and not module.bias.any()
+
+
 def test_small_decay_keeps_its_digits():
     """1 - a^2 near a = 1: the plain formula loses it in fp32, expm1 does not."""
     backbone = backbone_of(attach_thinking(tiny.model()))

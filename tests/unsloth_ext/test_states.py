@@ -32,9 +32,20 @@ def test_soft_embedding_reads_few_rows_and_equals_the_dense_product():
     torch.testing.assert_close(soft_embedding(embedding, probs), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_warper_is_what_generate_samples_from():
+SAMPLING = [
+    {"temperature": 0.6, "top_k": 7, "top_p": 0.8, "min_p": 0.05},
+    {"top_k": 7, "top_p": 1.0},
+    {"top_k": 0, "top_p": 0.8},
+    {"top_k": 0, "top_p": 1.0, "min_p": 0.3},
+    {"top_k": 0, "top_p": 1.0, "temperature": 0.6},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_warper_is_what_generate_samples_from(sampling):
+    """Each setting by itself too, where no other hides it."""
     net = tiny.model().eval()
-    config = GenerationConfig(temperature=0.6, top_k=7, top_p=0.8, min_p=0.05, do_sample=True)
+    config = GenerationConfig(**sampling, do_sample=True)
     out = net.generate(
         torch.randint(3, 40, (4, 6)),
         generation_config=config,
@@ -45,11 +56,27 @@ def test_warper_is_what_generate_samples_from():
         pad_token_id=0,
     )
     assert torch.equal(Warper.of(config)(out.logits[0]), out.scores[0])
+    assert not torch.equal(out.logits[0], out.scores[0])
+    assert Warper.of(config).truncates == out.scores[0].isinf().any()
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_logits_of_hidden_states_are_the_models_own(family):
     net = tiny.model(family)
+    ids = torch.randint(3, 40, (2, 6))
+    hidden = net.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family, fields", [("Granite", {"logits_scaling": 3.0}), ("Cohere", {"logit_scale": 0.3})])
+def test_scaling_of_logits_is_applied(family, fields):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1, **fields,
+    )  # fmt: skip
+    net = tiny.from_config(config).eval()
     ids = torch.randint(3, 40, (2, 6))
     hidden = net.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
