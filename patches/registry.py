@@ -26,6 +26,10 @@ NAMES = (
     "grpo_accumulated_loss",
     "llama_fast_forward",
     "peft_module_check",
+    "save_pretrained",
+    "unsloth_export",
+    "unsloth_save_merged",
+    "upload_saved",
 )
 
 _lock = threading.RLock()

@@ -37,8 +37,9 @@ from trl_ext.run_folder import writable_file
 from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without
 from trl_ext.tasks.evaluation import evaluate
-from unsloth_ext import FastThinkingModel, has_thinking
+from unsloth_ext import FastThinkingModel, ThinkingConfig
 from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.hub import saved_settings
 
 
 @dataclass
@@ -53,6 +54,10 @@ class EvalArguments:
     )
     answer_delimiter: str = field(default="####", metadata={"help": "Text that ends the thinking."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest completion."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "Prompt and completion together, in tokens; by default what the model has, at most 2048."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Rows decoded at once."})
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling and of soft embeddings: as in training."})
@@ -62,10 +67,13 @@ class EvalArguments:
         metadata={"help": "Training's seed, where problems are generated."},
     )
     held_out: int = field(default=400, metadata={"help": "The tiny task's number of held-out problems."})
-    output: str | None = field(default=None, metadata={"help": "JSON file; default CHECKPOINT/eval.json."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSON file; by default eval.json, in CHECKPOINT if that is the folder of a thinking model."},
+    )
 
     def __post_init__(self) -> None:
-        at_least(self, limit=1, max_new_tokens=1, batch_size=1, held_out=1)
+        at_least(self, limit=1, max_new_tokens=1, max_seq_length=2, batch_size=1, held_out=1)
         if not self.answer_delimiter:
             raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
         if not self.temperature > 0:
@@ -89,14 +97,21 @@ def rows_of(args: EvalArguments, data: DataArguments):
 
 def main() -> None:
     args, data = RecipeParser((EvalArguments, DataArguments)).parse_args_and_config()
-    folder = Path(args.checkpoint)
-    output = writable_file(args.output or (folder if folder.is_dir() else Path()) / "eval.json", "--output")
+    thinks = saved_settings(args.checkpoint, "hrpo") is not None
+    if not thinks and set(args.thinking) != {"off"}:
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} never learnt to think: its thinking modules would be random; --thinking off "
+            "measures it as it is"
+        )
+    ours = thinks and Path(args.checkpoint).is_dir()
+    output = writable_file(args.output or (Path(args.checkpoint) if ours else Path()) / "eval.json", "--output")
     rows = rows_of(args, data)
     model, tokenizer = FastThinkingModel.from_pretrained(
-        args.checkpoint, max_seq_length=128 if data.dataset == "tiny" else 2048, load_in_4bit=args.load_in_4bit
+        args.checkpoint,
+        max_seq_length=args.max_seq_length,
+        load_in_4bit=args.load_in_4bit,
+        thinking=None if thinks else ThinkingConfig(),  # which nothing asks for
     )
-    if not has_thinking(model):
-        raise ValueError(f"{args.checkpoint} has no thinking modules")
     results = {}
     for thinking in args.thinking:
         results[thinking] = evaluate(

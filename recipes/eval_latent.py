@@ -36,6 +36,7 @@ from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations
 from unsloth_ext import LatentModel, kv_similarity
 from unsloth_ext.console import PlainConsole
+from unsloth_ext.hub import saved_settings
 from unsloth_ext.latent.config import thinking_with
 from unsloth_ext.residual import backbone_of
 
@@ -100,8 +101,9 @@ def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str)
 
 def main() -> None:
     (args,) = RecipeParser(EvalArguments).parse_args_and_config()
-    folder = args.output or (args.checkpoint if Path(args.checkpoint).is_dir() else ".")
-    folder = writable_folder(folder, "--output")
+    thinks = saved_settings(args.checkpoint, "latent") is not None  # or else LatentModel will say what is wrong
+    ours = args.checkpoint if thinks and Path(args.checkpoint).is_dir() else "."
+    folder = writable_folder(args.output or ours, "--output")
     rows = rows_of(args)
     thinker = LatentModel.from_pretrained(args.checkpoint)
     model, tokenizer = thinker.model, thinker.tokenizer

@@ -25,7 +25,7 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.flags import at_least, chosen
@@ -36,6 +36,7 @@ from trl_ext.report import KV_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
+from unsloth_ext.hub import load_tokenizer
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,7 +67,7 @@ def load_tiny(script: ScriptArguments, args: KVDistillConfig):
         progress=not args.disable_tqdm,
         size=equations.TEACHER,
     )
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer = load_tokenizer(teacher)
     set_seed(args.seed)
     student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
     train, held_out = (equations.explicit(rows) for rows in equations.split(script.eval_size, script.warm_start_seed))
@@ -92,7 +93,7 @@ def main() -> None:
         model, teacher, tokenizer, train, held_out = load_tiny(script, args)
     else:
         model, teacher = script.model_name, args.teacher_model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         train, held_out = load_data(script, data, args, tokenizer)
 
     how = {

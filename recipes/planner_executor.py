@@ -28,7 +28,7 @@ in_sentences()
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.concept.recipe import plain
@@ -44,7 +44,7 @@ from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback
 from unsloth_ext import PlannerExecutorModel
 from unsloth_ext.console import PlainConsole
-from unsloth_ext.planner.model import planner_settings
+from unsloth_ext.hub import load_causal_lm, load_tokenizer, saved_settings
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -72,7 +72,7 @@ class ScriptArguments(RecipeArguments):
 
 def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConfig):
     """A model, its tokenizer, training and held-out rows, and what stands before an answer."""
-    plans = script.model_name != "tiny" and planner_settings(script.model_name) is not None
+    plans = script.model_name != "tiny" and saved_settings(script.model_name, "planner") is not None
     if not plans:
         check_tiny(script.model_name, data.dataset)
     if plans:
@@ -83,8 +83,8 @@ def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConf
         set_seed(args.seed)
         model = AutoModelForCausalLM.from_config(facts.config(tokenizer, TINY))
     else:
-        tokenizer = AutoTokenizer.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(script.model_name, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(script.model_name, trust_remote_code=args.trust_remote_code)
+        model = load_causal_lm(script.model_name, trust_remote_code=args.trust_remote_code)
     if data.dataset == "tiny":
         if tokenizer.get_vocab() != facts.tokenizer().get_vocab():
             raise ValueError(f"--model_name {script.model_name} --dataset tiny: the model was made for other texts")

@@ -27,7 +27,7 @@ in_sentences()
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl.data_utils import apply_chat_template, is_conversational
 
 from trl_ext.flags import at_least, one_of
@@ -42,6 +42,7 @@ from trl_ext.teacher import check_vocabularies
 from unsloth_ext import DelimiterMatcher, MapProjectionAligner
 from unsloth_ext.alignment.aligner import MODES
 from unsloth_ext.console import PlainConsole
+from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
 
 SHOWN = {
@@ -93,13 +94,13 @@ def load(args: ProfileArguments, data: DataArguments):
             Path(args.cache_dir), seed=args.seed, held_out=args.held_out, steps=args.teacher_steps, progress=True,
             size=equations.TEACHER,
         )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(teacher if args.student == "tiny" else args.student)
+    tokenizer = load_tokenizer(teacher if args.student == "tiny" else args.student)
     set_seed(args.seed)
     if args.student == "tiny":
         student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
     else:
-        student = AutoModelForCausalLM.from_pretrained(args.student, device_map="auto")
-    teacher = AutoModelForCausalLM.from_pretrained(teacher, device_map="auto")
+        student = load_causal_lm(args.student, device_map="auto")
+    teacher = load_causal_lm(teacher, device_map="auto")
     check_vocabularies(tokenizer, teacher, None)
     if args.teacher == "tiny" and data.dataset == "tiny":
         rows = equations.explicit(equations.split(args.held_out, args.seed)[1])

@@ -30,6 +30,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from patches.save_pretrained import describer
+
+from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
 from .trainable import check_trainable
@@ -191,12 +194,21 @@ class SafeCheckpointMixin:
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
+        kept = read_card(folder)
+        super()._save(output_dir, state_dict)
+        if describer(self.accelerator.unwrap_model(self.model)) is None:  # others write theirs as they are saved
+            write_card_of(self, folder, kept)
         for name, module in self._modules_beside().items():
             module.save_pretrained(folder / name)
         (folder / "training_args.bin").unlink(missing_ok=True)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        before = read_card(self.args.output_dir)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._run_card = complete_run_card(self, before, getattr(self, "_run_card", None))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._own_format():

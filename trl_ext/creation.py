@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
-from unsloth_ext.hub import load_modules
+from unsloth_ext.hub import check_causal_lm, load_modules
+from unsloth_ext.settings_file import METHODS, read_saved
 
 
 @contextlib.contextmanager
@@ -50,10 +52,13 @@ def attach_saved(
     Raises:
         ValueError: the folder lacks a tensor, holds NaN, or is not known.
     """
-    saved = None if is_peft_model(model) else getattr(model.config, kept, None)
+    if is_peft_model(model):
+        return False
+    name, saved = name_of(model), getattr(model.config, kept, None)
+    if saved is None and os.path.isdir(name):
+        saved = read_saved(name, next(method.name for method in METHODS.values() if method.key == kept), token).settings
     if saved is None:
         return False
-    name = name_of(model)
     if not name:
         raise ValueError(
             f"the model's configuration speaks of {', '.join(modules)}, which the model lacks, and names no folder: load "
@@ -70,13 +75,16 @@ def on_unsloths_trainer() -> bool:
     return trl.SFTTrainer.__name__ != "SFTTrainer"
 
 
-def check_name(model: PreTrainedModel | str) -> None:
-    """Raises a ValueError for a model's name, which Unsloth's trainer does not load."""
+def check_name(model: PreTrainedModel | str, method: str | None = None) -> None:
+    """Raises a ValueError for the name of a model that cannot be loaded here, or would lose its method of latent reasoning
+    where that is not `method`; and for any name with Unsloth's trainer, which loads none."""
     if isinstance(model, str) and on_unsloths_trainer():
         raise ValueError(
             f"model={model!r}: Unsloth's trainer, which is live since Unsloth was imported, takes no names; load the model "
             "with AutoModelForCausalLM"
         )
+    if isinstance(model, str):
+        check_causal_lm(model, method)
 
 
 def with_adapter(

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
+
+from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
 
 @dataclass
@@ -40,7 +42,7 @@ def load_teacher(
     given = dict(given or {})
     if isinstance(teacher, str):
         given.setdefault("dtype", "auto")
-        teacher = AutoModelForCausalLM.from_pretrained(teacher, trust_remote_code=trust_remote_code, **given)
+        teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code, **given)
     elif given:
         raise ValueError("teacher_model_init_kwargs: the teacher_model that was given is loaded already")
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
@@ -57,7 +59,7 @@ def check_vocabularies(
     if rows < len(student):
         raise ValueError(f"the teacher has {rows} embeddings and the student's tokenizer {len(student)} tokens")
     if given is None and name and (Path(name, "tokenizer_config.json").exists() or not Path(name).exists()):
-        given = AutoTokenizer.from_pretrained(name)
+        given = load_tokenizer(name)
     if given is None:  # a model made in memory
         return
     theirs = given.get_vocab()

@@ -1,9 +1,8 @@
 """Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off."""
 
-from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.other import _set_trainable
 from torch import nn
 
@@ -14,16 +13,6 @@ THINKING_MODULES = (
     "thinking_residual_Lambda",
     "thinking_projection",
 )
-
-
-@dataclass
-class ThinkingLoraConfig(LoraConfig):
-    """A LoRA config that remembers how the model thinks; plain PEFT reads it as a LoRA config."""
-
-    thinking: dict | None = field(default=None, metadata={"help": "Fields of ThinkingConfig."})
-    latent: dict | None = field(default=None, metadata={"help": "Fields of LatentConfig."})
-    planner: dict | None = field(default=None, metadata={"help": "Fields of PlannerConfig."})
-    concepts: dict | None = field(default=None, metadata={"help": "Fields of OnlineConceptConfig."})
 
 
 def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
@@ -46,21 +35,6 @@ def join_adapter(model: PeftModel) -> None:
     config = model.peft_config[name]
     config.modules_to_save = with_thinking_modules(config)["modules_to_save"]
     _set_trainable(model, name, inference_mode=config.inference_mode, module_names=THINKING_MODULES)
-
-
-def remember_thinking(model: PeftModel, thinking: Any) -> None:
-    """Write a `ThinkingConfig` into the active adapter's config, which is saved beside its weights."""
-    remember(model, thinking=asdict(thinking))
-
-
-def remember(model: PeftModel, **kept: dict) -> None:
-    """Write fields that `ThinkingLoraConfig` adds into the active adapter's config; other PEFT methods have no place."""
-    name = model.active_adapter
-    old = model.peft_config[name]
-    if not isinstance(old, LoraConfig):
-        return
-    settings = {f.name: getattr(old, f.name) for f in fields(old) if f.init}
-    model.peft_config[name] = ThinkingLoraConfig(**{**settings, **kept})
 
 
 class Unloaded(nn.Module):

@@ -1,6 +1,5 @@
-"""What a saved model has beside its base: small files, and modules that its class does not know."""
+"""Models and tokenizers from folders and the hub, whole: what is missing or not right is named."""
 
-import json
 import logging
 import os
 import warnings
@@ -9,40 +8,96 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .residual import backbone_of
+from .settings_file import ADAPTER, TENSORS, held_by, read_saved, safetensors_keys
 
 
-ADAPTER = "adapter_model.safetensors"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any of them
+DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # how their classes are called
 
 
-def read_json(folder: str, filename: str, token: str | None) -> dict | None:
-    """A JSON object in a file of a local folder or a hub repository; None where there is none.
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """A dtype by torch's name for it; None and "auto", the checkpoint's own, stay.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: torch has no such floating-point dtype.
     """
-    path = Path(folder, filename)
-    if not os.path.isdir(folder):
-        try:
-            path = Path(hf_hub_download(folder, filename, token=token))
-        except (EntryNotFoundError, OSError, ValueError):
-            return None
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
+    if dtype is None or dtype == "auto":
+        return dtype
+    found = dtype if isinstance(dtype, torch.dtype) else None
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
+        found = getattr(torch, dtype.removeprefix("torch."))
+    if found is None or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(map(repr, DTYPES))}, 'auto'")
     return found
+
+
+def check_name(
+    name: str, token: str | None = None, files: tuple[str, ...] = ("config.json", "adapter_config.json")
+) -> None:
+    """Raises a ValueError where `name` is neither a folder with one of these files nor a repository of the hub's."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).exists() for file in files):
+            inside = sorted(str(config.parent) for file in files for config in path.glob(f"*/{file}"))
+            raise ValueError(
+                f"{name} holds no model: it has neither {' nor '.join(files)}"
+                + (f"; there is one in {', '.join(inside[:3])}" if inside else "")
+            )
+        return
+    if path.is_file():
+        raise ValueError(f"{name} is a file; give the folder that it is in")
+    here = f"there is no folder {name} in {os.getcwd()}" if not path.is_absolute() else f"there is no folder {name}"
+    if path.is_absolute() or name.startswith((".", "~")) or (len(path.parts) > 1 and path.parent.exists()):
+        raise ValueError(here)
+    why: Exception | None = None
+    for file in files:
+        try:
+            hf_hub_download(name, file, token=token)
+            return
+        except HFValidationError as error:
+            raise ValueError(f"{here}, and it is no name of a model on the hub") from error
+        except GatedRepoError as error:
+            raise ValueError(f"{name} is gated on the hub: accept its terms there and give a token") from error
+        except RepositoryNotFoundError as error:
+            raise ValueError(f"{here}, and no model of that name on the hub") from error
+        except EntryNotFoundError as error:
+            why = why or error
+    if isinstance(why, LocalEntryNotFoundError):
+        raise ValueError(f"{here}, and the hub, where it might be, cannot be reached from here") from why
+    raise ValueError(f"{name} on the hub holds no model: it has neither {' nor '.join(files)}") from why
+
+
+def check_tokenizer(name: str) -> None:
+    """Raises a ValueError for a folder without a tokenizer, of which `AutoTokenizer` makes an empty one."""
+    if os.path.isdir(name) and not any(Path(name, file).exists() for file in TOKENIZERS):
+        raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
+
+
+def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: there is no such folder or model, or no tokenizer in it.
+    """
+    if not os.path.isdir(name):
+        check_name(name, token, ("config.json", "adapter_config.json", "tokenizer_config.json"))
+    check_tokenizer(name)
+    return AutoTokenizer.from_pretrained(name, token=token, **kwargs)
 
 
 def base_of(adapter: dict, name: str) -> str:
@@ -65,37 +120,109 @@ def base_of(adapter: dict, name: str) -> str:
     return base
 
 
-def load_full(name: str, **kwargs: Any) -> PreTrainedModel:
-    """A full model that was saved with modules its class does not know. transformers would print a report of them, so it is
-    asked instead, and only missing tensors are told.
+def check_causal_lm(name: str, method: str | None = None, token: str | None = None, **remote: Any) -> None:
+    """What can be said of a model before it is loaded.
+
+    Args:
+        method: of latent reasoning that the caller attaches.
+        **remote: `trust_remote_code`, `revision`.
 
     Raises:
-        ValueError: tensors of the model itself are missing, not finite, or their file is damaged.
+        ValueError: there is no such model, it is no causal language model, or of another method, which would be lost.
     """
+    check_name(name, token)
+    saved = read_saved(name, method, token)
+    whole = name if saved.adapter is None else base_of(saved.adapter, name)
+    config = AutoConfig.from_pretrained(whole, token=token, **remote)
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    if not known or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is a {config.model_type} model, which is no causal language model")
+
+
+def load_causal_lm(
+    name: str, *, method: str | None = None, token: str | None = None, dtype: Any = None, **kwargs: Any
+) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, with every tensor there.
+
+    Args:
+        method: of latent reasoning that the caller attaches. Its tensors are left to the caller; transformers' report of
+            them is left out.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: see `check_causal_lm`; or tensors are missing or not finite, or their file is damaged.
+    """
+    dtype = as_dtype(dtype)
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
     finally:
         logger.setLevel(level)
     if found["missing_keys"]:
         raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys']))}")
-    check_finite(dict(model.named_parameters()), name)
+    others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
+    if others:
+        logger.warning(
+            f"{name} holds {len(others)} tensors that {type(model).__name__} has no use for: {others[0]} ..."
+        )
+    if len(others) < len(found["unexpected_keys"]):  # of a hub model, the files are here only now
+        read_saved(name, method, token)
+    check_model(model, name)
     return model
+
+
+def check_model(model: PreTrainedModel, name: str) -> None:
+    """Raises a ValueError for NaN or infinity in a model, and for an encoder."""
+    check_finite(dict(model.named_parameters()), name)
+    _check_causal(model, name)
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """An encoder opens as a causal LM as well, and reads what it should predict: raises a ValueError for one."""
+    if any(decoder in kind for kind in model.config.architectures or () for decoder in DECODERS):
+        return
+    ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
+    first = model.eval()(input_ids=ids).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{name} is no causal language model ({', '.join(model.config.architectures or ['?'])}): what it says of a "
+            "token depends on the tokens behind it, as in an encoder"
+        )
 
 
 def check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
     """Raises a ValueError that names a tensor of `name` with NaN or infinity in it."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{name}: {key} holds NaN or infinity")
 
 
+def saved_settings(name: str, method: str, token: str | None = None) -> Any:
+    """The settings of `method` that a model was saved with, or its base if it is an adapter; None: the method is not its.
+
+    Raises:
+        ValueError: there is no such model, or it is of another method.
+    """
+    check_name(name, token)
+    saved = read_saved(name, method, token)
+    if saved.settings or saved.adapter is None:
+        return saved.settings
+    return read_saved(base_of(saved.adapter, name), method, token).settings
+
+
 def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], token: str | None) -> None:
-    """Fill submodules of the decoder, in place, from the safetensors files of a full model, a folder or a hub id.
+    """Fill submodules of the decoder, in place, from the safetensors files of a full model, a folder or a hub id. Those in
+    `latent_reasoning.safetensors` go before.
 
     Raises:
         ValueError: a tensor is missing.
@@ -104,7 +231,7 @@ def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], toke
     wanted = {k: v for k, v in backbone.state_dict().items() if k.split(".")[0] in names}
     folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns="*.safetensors", token=token)
     found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in sorted(Path(folder).glob("*.safetensors"), key=lambda file: (file.name == TENSORS, file)):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 short = key.removeprefix(f"{model.base_model_prefix}.")
@@ -118,8 +245,8 @@ def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], toke
 
 
 def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
-    """`PeftModel.from_pretrained`, without its warning that it does not know the fields `ThinkingLoraConfig` adds, and with
-    every tensor of the adapter there.
+    """`PeftModel.from_pretrained`, with every tensor of the adapter there. In older folders our settings stand in
+    `adapter_config.json`; PEFT's warning of them is left out.
 
     Raises:
         ValueError: the adapter's file is missing or damaged, or lacks tensors; NaN is in it.
@@ -153,8 +280,4 @@ def adapter_keys(name: str, token: str | None) -> set[str]:
     path = Path(name, ADAPTER) if os.path.isdir(name) else Path(hf_hub_download(name, ADAPTER, token=token))
     if not path.exists():
         raise ValueError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return set(tensors.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error})") from error
+    return set(safetensors_keys(path))

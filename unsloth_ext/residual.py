@@ -10,7 +10,8 @@ submodules of the decoder (`model.base_model`), so that optimizers, PEFT and saf
 """
 
 import types
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .adapter import THINKING_MODULES, join_adapter, remember_thinking
+from .adapter import THINKING_MODULES, join_adapter
+from .settings_file import describe_when_saved
 from .states import NORMS, SOURCES, project
 from .thinking_forward import teach_forward
 
@@ -30,7 +32,7 @@ PROJECTION_INIT_STD = 0.001
 
 @dataclass
 class ThinkingConfig:
-    """How a model thinks. Saved with the adapter (or in `config.json` under `"thinking"`).
+    """How a model thinks. Saved in `latent_reasoning.json` (a full model's `config.json` has it too, under `"thinking"`).
 
     Attributes:
         thinking_source: `"projection"`, s = W h / |W h| of the previous hidden state, or `"soft_embedding"`, the
@@ -55,6 +57,22 @@ class ThinkingConfig:
                 f"residual_r_min={self.residual_r_min}, residual_r_max={self.residual_r_max}: need "
                 "0 < residual_r_min < residual_r_max < 1"
             )
+
+
+def read_settings(saved: Any, name: str) -> ThinkingConfig:
+    """What `attach_thinking` wrote into the JSON of `name`.
+
+    Raises:
+        ValueError: something is missing, unknown or of the wrong type.
+    """
+    known = {f.name for f in fields(ThinkingConfig)}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
+        raise ValueError(f"{name}: its thinking settings are not those of this version: {wrong}")
+    try:
+        return ThinkingConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: its thinking settings: {error}") from error
 
 
 class ThinkingResidualLambda(nn.Module):
@@ -189,14 +207,14 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     model.config.thinking = asdict(config)
     if isinstance(model, PeftModel):
         join_adapter(model)
-        remember_thinking(model, config)
+    describe_when_saved(model, backbone)
     return model
 
 
 def drop_thinking(model: PreTrainedModel) -> PreTrainedModel:
     """Take the thinking modules off again, in place: a plain causal LM remains. Merge or unload PEFT first."""
     backbone = backbone_of(model)
-    for name in (*THINKING_MODULES, "thinking_config", "fuse_thinking"):
+    for name in (*THINKING_MODULES, "thinking_config", "fuse_thinking", "describe_saved", "complete_saved"):
         if hasattr(backbone, name):
             delattr(backbone, name)
     if hasattr(model.config, "thinking"):

@@ -12,12 +12,13 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import StageArguments, parse, resumable, run
 from unsloth_ext import minimind_config
+from unsloth_ext.hub import load_tokenizer
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Arguments(StageArguments):
 
 def main() -> None:
     stage, args = parse(__file__, Arguments, SFTConfig)
-    config, tokenizer = minimind_config(stage.preset), AutoTokenizer.from_pretrained(stage.tokenizer)
+    config, tokenizer = minimind_config(stage.preset), load_tokenizer(stage.tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"--tokenizer {stage.tokenizer} has {len(tokenizer)} tokens, --preset {stage.preset} embeddings for "

@@ -33,6 +33,10 @@ UNSLOTH = {
     ("unsloth/models/llama.py", "_build_rope_cache"): "self, device_index",
     ("unsloth/models/llama.py", "_ensure_rope_cache"): "self, device_index",
     ("unsloth/models/llama.py", "_set_cos_sin_cache"): "self, seq_len, device, dtype",
+    ("unsloth/models/_utils.py", "_refuse_model_parallel_export"): "model, method",
+    ("unsloth/save.py", "unsloth_generic_save_pretrained_merged"): (
+        "self, save_directory, tokenizer, save_method, push_to_hub"
+    ),
     ("unsloth/kernels/rms_layernorm.py", "fast_rms_layernorm"): "layernorm, X, gemma, save_output, reuse_grad",
     ("unsloth/kernels/rope_embedding.py", "fast_rope_embedding"): "Q, K, cos, sin, rope_embedding_indices",
     ("unsloth/models/rl.py", "PatchFastRL"): "algorithm, FastLanguageModel",
@@ -56,6 +60,7 @@ UNSLOTH_TEXT = [
     ("unsloth/models/_decode_graphs.py", "if ENABLED is not None:", "that it comes before the environment"),
     ("unsloth/models/rl.py", '"_unsloth_grpo_hidden_states_unsafe"', "the GRPO wrapper steps aside"),
     ("unsloth/models/rl.py", 'os.environ.get("UNSLOTH_ALLOW_CPU", "0") == "1"', "the CPU fixture"),
+    ("unsloth/save.py", "_refuse_model_parallel_export(model, method)", "every export asks it first"),
     ("unsloth/utils/prefix_grouper.py", "return _ENABLED", "shared-prompt deduplication can be turned off"),
     ("unsloth_zoo/rl_replacements.py", "_pack_flat_ids = input_ids[_pack_keep].unsqueeze(0)", "packed row by row"),
     ("unsloth_zoo/rl_replacements.py", "input_ids = left_pack_padding(input_ids,", "left-packed in the batch's order"),
@@ -104,6 +109,9 @@ IMPORTED = {
     "transformers.generation.utils:_get_torch_distributed_world_size": "",
     "transformers.integrations.fsdp:is_fsdp_managed_module": "module",
     "transformers.integrations.deepspeed:is_deepspeed_zero3_enabled": "",
+    "transformers.modeling_utils:PreTrainedModel.save_pretrained": "self, save_directory, is_main_process",
+    "transformers.utils.hub:PushToHubMixin._upload_modified_files": "self, working_dir, repo_id",
+    "peft.peft_model:PeftModel.save_pretrained": "self, save_directory",
     "peft.utils.other:_set_trainable": "model, adapter_name, module_names, inference_mode",
     "peft.utils.other:AuxiliaryTrainingWrapper": None,
 }
@@ -120,6 +128,12 @@ TEXT = [
     ("transformers.trainer", "for subdir_name in adapter_subdirs:", "and is loaded in the trained adapter's place"),
     ("transformers.generation.utils", "_eos_token_tensor", "rows that have ended do not think"),
     ("transformers.generation.utils", "custom_generate", "hybrid decoding rides on generate"),
+    ("trl.trainer.base_trainer", 'os.path.join(self.args.output_dir, "README.md")', "a run's card is completed there"),
+    (
+        "peft.peft_model",
+        'card.data["tags"] = sorted(tags)',
+        "PEFT drops a reader's tags, so the card of before is kept",
+    ),
     ("peft.utils.other", "disable_adapters", "the KL reference does not think"),
 ]
 

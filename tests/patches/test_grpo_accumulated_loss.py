@@ -9,6 +9,7 @@ from patches.grpo_accumulated_loss import thinking_batch, thinking_forwards
 from tests import tiny
 from tests.unsloth_scripts import run
 from unsloth_ext import attach_thinking
+from unsloth_ext.adapter import THINKING_MODULES
 
 
 unsloth = [
@@ -37,11 +38,29 @@ def test_nothing_is_lost_in_silence(case):
     assert case in run("grpo")["errors"]
 
 
+@pytest.mark.unsloth
+@unsloth[1]
+def test_unsloths_exports_keep_the_thinking_modules_or_are_refused():
+    found = run("grpo")["refused"]
+    files = found.pop("files")
+    assert files["modules"] == sorted(THINKING_MODULES) and files["equal"] and files["settings"] and files["card"]
+    assert "but no latent_reasoning.json" in files["lost"]  # what Unsloth writes without our patch
+    names = {"gguf", "push gguf", "push merged", "merged and push", "4-bit", "fp8", "torchao", "ggml", "openvino"}
+    assert found.keys() == names
+    for name, message in found.items():
+        assert "would leave out the modules that this model thinks with" in message, name
+
+
 @pytest.mark.slow
 @pytest.mark.unsloth
 @unsloth[1]
 def test_saved_models_say_the_same_in_a_fresh_process():
-    for kind, found in run("loading", run("grpo")["saved"]).items():
+    report = run("loading", run("grpo")["saved"])
+    for how in (True, False):
+        assert "but no latent_reasoning.json" in report.pop(f"lost {how}")
+    assert report.pop("runs/missing").startswith("there is no folder")
+    assert report.pop("no such/model/at all").startswith("there is no folder")
+    for kind, found in report.items():
         assert found["difference"] <= 1e-5, kind
         assert found["unsloth"] is kind.endswith("True")
         assert found["trainable"] == 6

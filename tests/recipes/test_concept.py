@@ -138,7 +138,7 @@ def test_a_model_and_data_of_ones_own(run, files, chat):
     config.write_text("\n".join(f"{k}: {v}" for k, v in own.items()))
     run("concept_v2", "--config", config)
     assert summary()["n_eval"] == 12 and summary()["after"]["nll"] > 0
-    assert json.loads(Path("out/final/adapter_config.json").read_text())["concepts"]["num_concepts"] == 16
+    assert json.loads(Path("out/final/latent_reasoning.json").read_text())["settings"]["num_concepts"] == 16
 
 
 @pytest.mark.parametrize(

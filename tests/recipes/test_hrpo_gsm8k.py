@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -68,6 +70,28 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     )
     found = json.loads(Path("out/final/eval.json").read_text())
     assert found["on"]["accuracy"] == again["accuracy_after"] and found["off"]["thinking_share"] == 0
+
+    files = sorted(file.name for file in folder.iterdir())  # of the model that the run began with
+    recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
+    assert list(json.loads(Path("eval.json").read_text())) == ["off"]
+    assert sorted(file.name for file in folder.iterdir()) == files, "nothing is written into a folder that is not ours"
+
+
+def test_evaluation_says_what_is_wrong_before_it_begins(monkeypatch, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.setattr("unsloth_ext.FastThinkingModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"never learnt to think.*--thinking off"):
+        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base")
+    with pytest.raises(ValueError, match="--output"):
+        recipe(
+            monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", tmp_path
+        )
+    with pytest.raises(ValueError, match=r"--output .*config.json"):
+        out = tmp_path / "base" / "config.json" / "eval.json"
+        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", out)
+    with pytest.raises(ValueError, match="there is no folder"):
+        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def test_a_model_and_data_of_ones_own(run, tmp_path):
     (tmp_path / "own.yaml").write_text("\n".join(f"{k}: {v}" for k, v in own.items()))
     run("--config", tmp_path / "own.yaml")
     assert summary()["n_eval"] == 12
-    assert json.loads(Path("out/final/adapter_config.json").read_text())["planner"]["types"][0]["num_concepts"] == 256
+    assert (
+        json.loads(Path("out/final/latent_reasoning.json").read_text())["settings"]["types"][0]["num_concepts"] == 256
+    )
 
 
 @pytest.mark.parametrize("lora", [0, 4])

@@ -7,18 +7,21 @@ from tests import unsloth_on_cpu  # noqa: F401 - before all else
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 import trl
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import patches
 from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forwards
+from patches.unsloth_export import allowed
 from tests import tiny
 from tests.unsloth_scripts.fast_forward import difference, load, saved
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of
 from unsloth_ext.residual import THINKING_MODULES
+from unsloth_ext.settings_file import read_saved
 
 
 BETA = 0.1
@@ -209,8 +212,35 @@ def unpacked_difference(packed, expected, inputs) -> float:
     return difference(packed.gather(1, columns)[mask], expected[mask])
 
 
-def save(model) -> str:
-    """A folder with `adapter`, `merged` and what the model says."""
+def merged_files(model, folder) -> dict:
+    """What `save_pretrained_merged` left, and whether its modules are the model's."""
+    kept = load_file(f"{folder}/unsloth/latent_reasoning.safetensors")
+    ours = {
+        k.replace("base_model.model.", "").replace("modules_to_save.default.", ""): v
+        for k, v in model.state_dict().items()
+    }
+    with open(f"{folder}/unsloth/config.json") as config, open(f"{folder}/unsloth/latent_reasoning.json") as settings:
+        said = json.load(config)["thinking"], json.load(settings)["settings"]
+    return {
+        "modules": sorted({name.split(".")[1] for name in kept}),
+        "equal": all(torch.equal(kept[name], ours[name]) for name in kept),
+        "settings": said[0] == said[1] == vars(backbone_of(model).thinking_config),
+        "card": "FastThinkingModel.from_pretrained" in Path(f"{folder}/unsloth/README.md").read_text(),
+        "lost": lost(f"{folder}/lost"),
+    }
+
+
+def lost(folder) -> str:
+    try:
+        read_saved(folder, "hrpo")
+    except ValueError as error:
+        return str(error)
+    return "opened"
+
+
+def save(model) -> tuple[str, dict[str, str]]:
+    """A folder with what the model says, saved as `adapter` and, whole, as `merged` by us, as `unsloth` by Unsloth, and as
+    `lost` by Unsloth without our patches; and what refused exports say."""
     folder = tempfile.mkdtemp()
     ids, mask, hidden = torch.arange(3, 23)[None], torch.ones(1, 5, dtype=torch.bool), torch.randn(1, 5, 32)
     with torch.no_grad():
@@ -219,10 +249,33 @@ def save(model) -> str:
                 parameter.normal_(std=0.1)
         logits = model.eval()(input_ids=ids, **keywords(mask, hidden)).logits
     model.save_pretrained(f"{folder}/adapter")
+    exports = {
+        "gguf": lambda: model.save_pretrained_gguf(f"{folder}/no", tiny.tokenizer()),
+        "push gguf": lambda: model.push_to_hub_gguf("us/model", tiny.tokenizer()),
+        "push merged": lambda: model.push_to_hub_merged("us/model", tiny.tokenizer()),
+        "merged and push": lambda: model.save_pretrained_merged(f"{folder}/no", tiny.tokenizer(), push_to_hub=True),
+        "4-bit": lambda: model.save_pretrained_merged(f"{folder}/no", tiny.tokenizer(), "merged_4bit_forced"),
+        "fp8": lambda: model.save_pretrained_merged(f"{folder}/no", tiny.tokenizer(), "fp8"),
+        "torchao": lambda: model.save_pretrained_torchao(f"{folder}/no", tiny.tokenizer()),
+        "ggml": lambda: model.save_pretrained_ggml(f"{folder}/no", tiny.tokenizer()),
+        "openvino": lambda: model.save_pretrained_openvino(f"{folder}/no", tiny.tokenizer()),
+    }
+    said = {}
+    for name, export in exports.items():
+        try:
+            export()
+        except ValueError as error:
+            said[name] = str(error)
+    assert not os.path.exists(f"{folder}/no")
+    with allowed():
+        model.save_pretrained_merged.__func__.__wrapped__(model, f"{folder}/lost", tiny.tokenizer())
+    model.save_pretrained_merged(f"{folder}/unsloth", tiny.tokenizer())
+    model.save_pretrained_merged(f"{folder}/lora", tiny.tokenizer(), save_method="lora")
+    said["files"] = merged_files(model, folder)
     FastThinkingModel.merge(model).save_pretrained(f"{folder}/merged")
     tiny.tokenizer().save_pretrained(f"{folder}/merged")
     save_file({"ids": ids, "mask": mask, "hidden": hidden, "logits": logits}, f"{folder}/said.safetensors")
-    return folder
+    return folder, said
 
 
 if __name__ == "__main__":
@@ -230,5 +283,5 @@ if __name__ == "__main__":
     patches.apply(NAME)
     loss_checks(report, None, "1")
     loss_checks(report, 2, "0")
-    report["saved"] = save(trainer_of().model)
+    report["saved"], report["refused"] = save(trainer_of().model)
     print(json.dumps(report))

@@ -82,7 +82,7 @@ def mode(source: str, recompute: str, **changes) -> dict:
         "fraction": first["thinking/fraction"],
         "ratios": [first["thinking/embeds_ratio"], first["thinking/hidden_ratio"]],
         "saved": sorted({part for name in tensors for part in name.split(".") if part.startswith("thinking_")}),
-        "thinking": json.loads((folder / "adapter_config.json").read_text())["thinking"],
+        "thinking": json.loads((folder / "latent_reasoning.json").read_text())["settings"],
         "kl": first.get("kl"),
     }
 

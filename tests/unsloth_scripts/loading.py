@@ -18,7 +18,7 @@ if __name__ == "__main__":
     folder = sys.argv[1]
     said = load_file(f"{folder}/said.safetensors")
     report = {}
-    for kind in ("adapter", "merged"):
+    for kind in ("adapter", "merged", "unsloth", "lora"):
         for use_unsloth in (True, False):
             model, _ = FastThinkingModel.from_pretrained(
                 f"{folder}/{kind}",
@@ -41,4 +41,14 @@ if __name__ == "__main__":
                 "unsloth": getattr(backbone_of(model), "_unsloth_fast_path", False),
                 "trainable": len(trainable),
             }
+    for use_unsloth in (True, False):
+        try:
+            FastThinkingModel.from_pretrained(f"{folder}/lost", load_in_4bit=False, use_unsloth=use_unsloth)
+        except ValueError as error:
+            report[f"lost {use_unsloth}"] = str(error)
+    for name in ("runs/missing", "no such/model/at all"):
+        try:
+            FastThinkingModel.from_pretrained(f"{folder}/{name}", load_in_4bit=False, use_unsloth=True)
+        except ValueError as error:
+            report[name] = str(error)
     print(json.dumps(report))

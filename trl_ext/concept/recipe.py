@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.concept.model import ConceptModel
 from unsloth_ext.console import PlainConsole
+from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
 from ..flags import at_least, chosen, chosen_preset
 from ..kv_distill.data import completions
@@ -81,9 +82,9 @@ def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> T
             progress=not args.disable_tqdm,
         )
         train, held_out = facts.split(script.eval_size, script.warm_start_seed)
-        return Task(base, AutoTokenizer.from_pretrained(base), train, held_out, None)
+        return Task(base, load_tokenizer(base), train, held_out, None)
     base = warm_start.smollm2(Path(script.cache_dir)) if script.model_name == "smollm2" else script.model_name
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(base, trust_remote_code=args.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     examples, *both = data.split(
@@ -122,7 +123,7 @@ def train(
         script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)
     )
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(task.base, trust_remote_code=args.trust_remote_code)
+    model = load_causal_lm(task.base, method="concept", trust_remote_code=args.trust_remote_code)
     trainer = ConceptTrainer(
         model,
         args,
@@ -141,7 +142,7 @@ def train(
 
 def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) -> ConceptEvaluation:
     """Of the model before it has concepts."""
-    model = AutoModelForCausalLM.from_pretrained(task.base, trust_remote_code=args.trust_remote_code)
+    model = load_causal_lm(task.base, method="concept", trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     return evaluate_concepts(
         model, task.tokenizer, task.held_out, delimiter=task.delimiter, max_new_tokens=script.max_new_tokens,

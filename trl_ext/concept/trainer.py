@@ -28,7 +28,6 @@ from unsloth_ext.concept.modules import (
     check_adapter,
     has_concepts,
     read_settings,
-    remember_concepts,
     with_concept_modules,
 )
 from unsloth_ext.mode import evaluating
@@ -62,7 +61,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         args = default_args(model, ConceptConfig, self._name) if args is None else args
         if not isinstance(args, ConceptConfig):
             raise ValueError(f"args is a {type(args).__name__}; concept tokens need a ConceptConfig")
-        check_name(model)
+        check_name(model, "concept")
         fused_lm_head.ensure()
         if not args.use_concepts:
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
@@ -83,8 +82,6 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
         with preparing_models(self._stock_init, give):
             super().__init__(model, args, *others, **keywords)
-        if is_peft_model(self.model):
-            remember_concepts(self.model)
         self._calibrated: int | None = None  # the last step at which the NULL bias was set
         self._seen: ConceptOutput | None = None
         self._sums = {"train": Sums(), "eval": Sums()}

@@ -24,11 +24,13 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from patches import fused_lm_head
-from unsloth_ext.adapter import THINKING_MODULES, free_originals, remember_thinking, with_thinking_modules
+from unsloth_ext.adapter import THINKING_MODULES, free_originals, with_thinking_modules
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
+from unsloth_ext.hub import check_causal_lm
 from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
-from unsloth_ext.residual import ThinkingConfig, attach_thinking, backbone_of, has_thinking
+from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking, read_settings
+from unsloth_ext.settings_file import read_json
 from unsloth_ext.states import Warper
 
 from ..creation import attach_saved, preparing_models
@@ -88,7 +90,6 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             super().__init__(**given)
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
-            remember_thinking(self.model, backbone.thinking_config)
             free_originals(backbone)
         if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
             backbone.thinking_projection.requires_grad_(False)
@@ -134,8 +135,15 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
     def _attach(self, given: dict[str, Any]) -> None:
         """Give a model in memory its thinking modules; `given` are the parent's arguments by name."""
-        if not isinstance(given["model"], str):
-            self._give(given["model"])
+        name = given["model"]
+        if not isinstance(name, str):
+            self._give(name)
+            return
+        check_causal_lm(name, "hrpo")
+        if read_json(name, "adapter_config.json", None) is not None:
+            raise ValueError(
+                f"model={name!r} is an adapter: to go on with it, pass FastThinkingModel.from_pretrained(...)[0]"
+            )
 
     def _attaching(self) -> contextlib.AbstractContextManager:
         """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
@@ -144,8 +152,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     def _give(self, model: nn.Module) -> None:
         """Thinking modules: those it was saved with, or new ones; nothing to a model that has them."""
 
-        def attach(saved: dict[str, Any], _: str) -> None:
-            attach_thinking(model, ThinkingConfig(**saved))
+        def attach(saved: dict[str, Any], name: str) -> None:
+            attach_thinking(model, read_settings(saved, name))
 
         token = getattr(self.hrpo, "hub_token", None)
         if not has_thinking(model) and not attach_saved(model, "thinking", attach, THINKING_MODULES, token):

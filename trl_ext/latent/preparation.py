@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from unsloth_ext.hub import load_modules, read_json
+from unsloth_ext.hub import load_modules, load_tokenizer
 from unsloth_ext.kv.tap import check_sdpa
 from unsloth_ext.latent.config import (
     LATENT_MODULE,
@@ -22,6 +22,7 @@ from unsloth_ext.latent.config import (
     with_latent_modules,
 )
 from unsloth_ext.residual import backbone_of
+from unsloth_ext.settings_file import read_saved
 
 from ..creation import name_of
 from .config import LatentArguments
@@ -41,7 +42,7 @@ def tokenizer_of(model: Any, args: LatentArguments, given: Any) -> PreTrainedTok
     if tokenizer is None and not name_of(model):
         raise ValueError("processing_class: give the tokenizer, since the model does not say where it comes from")
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(name_of(model), trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(name_of(model), trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no eos_token: nothing would end an answer; set tokenizer.eos_token")
     if tokenizer.pad_token is None:
@@ -77,7 +78,7 @@ class Preparation:
                     f"model={self.model!r} is an adapter: to go on with it, pass LatentModel.from_pretrained(...).model "
                     "and no peft_config"
                 )
-            self._saved = (read_json(self.model, "config.json", self.args.hub_token) or {}).get("latent")
+            self._saved = read_saved(self.model, "latent", self.args.hub_token).settings
             if self._saved is not None:
                 self.settings = read_settings(self._saved, self.model)[0]
         else:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
+from unsloth_ext import hub
 from unsloth_ext.ablations import ABLATIONS
 from unsloth_ext.console import PlainConsole
 
@@ -118,7 +119,7 @@ def load_tokenizer(script: ScriptArguments, args: LatentArguments) -> tuple[str,
             steps=script.sft_steps,
             progress=not args.disable_tqdm,
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    tokenizer = hub.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     return name, tokenizer
 
 

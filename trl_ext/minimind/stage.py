@@ -14,8 +14,6 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,6 +24,7 @@ from patches import fused_lm_head, granite_router_logits
 from patches.versions import installed_version
 from unsloth_ext.command_line import CommandLine
 from unsloth_ext.console import PlainConsole
+from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
 from ..checkpointing import SafeCheckpointMixin
 from ..flags import at_least
@@ -142,7 +141,7 @@ def _ensure(name: str | None, stage: StageArguments, recipes: Path) -> None:
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with fp32 weights, which bf16 is computed from where the configuration says so, and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    return load_causal_lm(name, dtype=torch.float32), load_tokenizer(name)
 
 
 def resumable(trainer: type[Trainer], mixin: type = SafeCheckpointMixin) -> type[Trainer]:

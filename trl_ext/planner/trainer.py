@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -21,7 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from patches import fused_lm_head
 from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
-from unsloth_ext.planner.head import HEAD, remember_planner, with_planner_modules
+from unsloth_ext.planner.head import HEAD, with_planner_modules
 from unsloth_ext.planner.planning import plan, plan_soft
 from unsloth_ext.planner.vocabulary import plan_lengths
 from unsloth_ext.residual import backbone_of, unwrapped
@@ -78,7 +77,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         args = default_args(model, PlannerExecutorConfig, self._name) if args is None else args
         if not isinstance(args, PlannerExecutorConfig):
             raise ValueError(f"args is a {type(args).__name__}; planning needs a PlannerExecutorConfig")
-        check_name(model)
+        check_name(model, "planner")
         fused_lm_head.ensure()
         if not args.use_planner:
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
@@ -108,8 +107,6 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
             raise ValueError(
                 "router_aux_loss_coef: the executor's loss has no part that balances experts; set it to 0.0"
             )
-        if is_peft_model(self.model):
-            remember_planner(self.model)
         # Not around the parent's own, which under Unsloth may be another
         self.data_collator = PlannerCollator(
             DataCollatorForLanguageModeling(self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)

@@ -10,7 +10,8 @@ GATES = ("literal", "factorised")
 
 @dataclass
 class OnlineConceptConfig:
-    """How a model compresses. Saved with the adapter (or in `config.json` under `"concepts"`).
+    """How a model compresses. Saved in `latent_reasoning.json` (a full model's
+    `config.json` has it too).
 
     Attributes:
         n_shallow, n_middle, n_deep: layers that run on every token, on concepts only, on concepts and the tail.

@@ -1,19 +1,19 @@
 """`ConceptModel`: load a model that compresses, and let it write."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
-from ..hub import base_of, load_adapter, load_full, load_modules, read_json
+from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
 from ..mode import evaluating
 from ..residual import backbone_of
+from ..settings_file import read_saved
 from .config import OnlineConceptConfig
-from .modules import CONCEPT_MODULES, attach_concepts, has_concepts, read_settings, remember_concepts
+from .modules import CONCEPT_MODULES, attach_concepts, has_concepts, read_settings
 
 
 class ConceptModel:
@@ -40,31 +40,27 @@ class ConceptModel:
 
         Args:
             name: a folder or a hub id.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`.
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
 
         Raises:
             ValueError: nothing there says how the model compresses, or its files are damaged, lack tensors or hold NaN.
         """
-        adapter = read_json(name, "adapter_config.json", token)
-        base = name if adapter is None else base_of(adapter, name)
-        if os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists():
-            raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
-        full = adapter is None and "concepts" in (read_json(name, "config.json", token) or {})
-        model = (load_full if full else AutoModelForCausalLM.from_pretrained)(base, token=token, **kwargs)
-        saved = getattr(model.config, "concepts", None) if adapter is None else adapter.get("concepts")
-        if not saved:
+        check_name(name, token)
+        saved = read_saved(name, "concept", token)
+        base = name if saved.adapter is None else base_of(saved.adapter, name)
+        tokenizer = load_tokenizer(name, token, padding_side="left")
+        if not saved.settings:
             raise ValueError(f"{name} does not say how it compresses: it was not saved by a concept trainer")
-        attach_concepts(model, read_settings(saved, name))
-        if adapter is not None:
+        model = load_causal_lm(base, method="concept", token=token, **kwargs)
+        attach_concepts(model, read_settings(saved.settings, name))
+        if saved.adapter is not None:
             model = load_adapter(model, name, is_trainable=True, token=token)
-            remember_concepts(model)
         else:
             load_modules(model, name, CONCEPT_MODULES, token)
         return cls(model.eval(), tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Model (or adapter) and tokenizer, in safetensors and JSON."""
+        """Model (or adapter) and tokenizer, in safetensors and JSON, with a model card."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -9,9 +9,9 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapter import remember
 from ..kv.tap import check_sdpa
 from ..residual import backbone_of
+from ..settings_file import describe_when_saved
 from ..unsloth_decoding import on_unsloth
 from .config import OnlineConceptConfig
 
@@ -101,6 +101,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
     backbone.__dict__["concept_lm_head"] = model.get_output_embeddings()  # not a submodule: it is the model's
     backbone.forward = types.MethodType(concept_forward, backbone)
     model.config.concepts = asdict(config)
+    describe_when_saved(model, backbone)
     return model
 
 
@@ -147,8 +148,3 @@ def check_adapter(model: PeftModel) -> None:
             "the adapter's modules_to_save would leave the concepts untrained and unsaved: pass the bare model with "
             "peft_config, or a config that unsloth_ext.with_concept_modules has completed"
         )
-
-
-def remember_concepts(model: PeftModel) -> None:
-    """Have the active adapter saved with how the model compresses."""
-    remember(model, concepts=model.config.concepts)

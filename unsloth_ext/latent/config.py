@@ -11,9 +11,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import remember
-from ..hub import read_json
 from ..residual import backbone_of
+from ..settings_file import describe_when_saved, read_json
 from ..unsloth_decoding import on_unsloth
 
 
@@ -23,7 +22,8 @@ UPDATES = ("shifted", "own")
 
 @dataclass
 class LatentConfig:
-    """How a model thinks in latent tokens. Saved with the adapter (or in `config.json` under `"latent"`).
+    """How a model thinks in latent tokens. Saved in `latent_reasoning.json` (a full model's
+    `config.json` has it too).
 
     Attributes:
         num_latents: M.
@@ -124,6 +124,7 @@ def attach_latent(
     backbone.latent_config = config
     backbone.latent_token_ids = token_ids
     model.config.latent = {**asdict(config), "token_ids": list(token_ids)}
+    describe_when_saved(model, backbone)
     return model
 
 
@@ -203,12 +204,11 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
 
 
 def remember_latent(model: PeftModel) -> None:
-    """Have the active adapter saved with how the model thinks, and without the embedding matrix where that is no loss.
+    """Have the active adapter saved without the embedding matrix where that is no loss.
 
     PEFT would write the whole matrix into every adapter, since it has grown. With tied embeddings that grew by nothing but
     rows that the adapter trains, by the base's `config.json`, its own rows are enough.
     """
-    remember(model, latent=model.config.latent)
     adapter = model.peft_config[model.active_adapter]
     base = read_json(adapter.base_model_name_or_path or "", "config.json", None) or {}
     grown = set(range(base.get("vocab_size", 0), model.config.vocab_size))

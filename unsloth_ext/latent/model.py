@@ -1,19 +1,19 @@
 """`LatentModel`: load a model that thinks in latent tokens, and let it answer."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
-from ..hub import base_of, load_adapter, load_full, load_modules, read_json
+from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
 from ..mode import evaluating
 from ..residual import backbone_of
+from ..settings_file import read_saved
 from .config import LATENT_MODULE, attach_saved, remember_latent
 from .phase import Intervention, LatentState, latent_phase
 
@@ -121,27 +121,23 @@ class LatentModel:
 
         Args:
             name: a folder or a hub id.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`.
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
 
         Raises:
             ValueError: nothing there says how the model thinks in latent tokens, or its files are damaged, lack tensors
                 or hold NaN.
         """
-        adapter = read_json(name, "adapter_config.json", token)
-        base = name if adapter is None else base_of(adapter, name)
-        if os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists():
-            raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
-        full = adapter is None and "latent" in (read_json(name, "config.json", token) or {})
-        load = load_full if full else AutoModelForCausalLM.from_pretrained
-        model = load(base, token=token, **kwargs)
-        saved = getattr(model.config, "latent", None) if adapter is None else adapter.get("latent")
-        if not saved:
+        check_name(name, token)
+        saved = read_saved(name, "latent", token)
+        base = name if saved.adapter is None else base_of(saved.adapter, name)
+        tokenizer = load_tokenizer(name, token, padding_side="left")
+        if not saved.settings:
             raise ValueError(
                 f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer"
             )
-        attach_saved(model, tokenizer, saved, name)
-        if adapter is not None:
+        model = load_causal_lm(base, method="latent", token=token, **kwargs)
+        attach_saved(model, tokenizer, saved.settings, name)
+        if saved.adapter is not None:
             model = load_adapter(model, name, is_trainable=True, token=token)
             remember_latent(model)
         elif hasattr(backbone_of(model), LATENT_MODULE):
@@ -149,7 +145,7 @@ class LatentModel:
         return cls(model.eval(), tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Model (or adapter) and tokenizer, in safetensors and JSON."""
+        """Model (or adapter) and tokenizer, in safetensors and JSON, with a model card."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

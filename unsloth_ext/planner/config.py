@@ -32,7 +32,8 @@ class ConceptTypeConfig:
 
 @dataclass
 class PlannerConfig:
-    """How a model plans. Saved with the adapter (or in `config.json` under `"planner"`).
+    """How a model plans. Saved in `latent_reasoning.json` (a full model's
+    `config.json` has it too).
 
     Attributes:
         types: of concepts, in the order in which plans hold them; dicts of `ConceptTypeConfig`'s fields will do.

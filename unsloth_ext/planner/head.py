@@ -14,9 +14,9 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapter import remember
 from ..kv.tap import NAME as TAPPED
 from ..residual import backbone_of
+from ..settings_file import describe_when_saved
 from ..unsloth_decoding import on_unsloth
 from .config import PlannerConfig
 from .vocabulary import BOS, PlannerVocabulary
@@ -121,6 +121,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     setattr(backbone, HEAD, head)
     backbone.planner_config = config
     model.config.planner = asdict(config)
+    describe_when_saved(model, backbone)
     return model
 
 
@@ -142,8 +143,3 @@ def check_adapter(model: nn.Module) -> None:
             "the adapter's modules_to_save would leave the planner's head untrained and unsaved: make it from a config "
             "that unsloth_ext.with_planner_modules has completed"
         )
-
-
-def remember_planner(model: PeftModel) -> None:
-    """Have the active adapter saved with how the model plans."""
-    remember(model, planner=model.config.planner)

@@ -1,7 +1,6 @@
 """`PlannerExecutorModel`: load a model that plans in concepts, let it plan and write."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation_arguments import check_context, grouped, left_padded, settle, with_tokenizer
-from ..hub import base_of, load_adapter, load_full, load_modules, read_json
+from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
 from ..latent.model import question_ids
 from ..mode import evaluating
 from ..residual import backbone_of
+from ..settings_file import read_saved
 from .config import read_settings
 from .executor import Prefix, executor_prefix
-from .head import HEAD, attach_planner, check_adapter, remember_planner, text_embeds
+from .head import HEAD, attach_planner, check_adapter, text_embeds
 from .planning import plan
 
 
@@ -71,12 +71,6 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
         )
 
 
-def planner_settings(name: str, token: str | None = None) -> dict[str, Any] | None:
-    """How the model of a folder or hub id plans, as it was saved; None: it does not."""
-    adapter = read_json(name, "adapter_config.json", token)
-    return (adapter if adapter is not None else read_json(name, "config.json", token) or {}).get("planner")
-
-
 class PlannerExecutorModel:
     """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to plan and write.
 
@@ -98,33 +92,27 @@ class PlannerExecutorModel:
 
         Args:
             name: a folder or a hub id.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`.
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
 
         Raises:
             ValueError: nothing there says how the model plans, or its files are damaged, lack tensors or hold NaN.
         """
-        adapter = read_json(name, "adapter_config.json", token)
-        base = name if adapter is None else base_of(adapter, name)
-        if os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists():
-            raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
-        saved = planner_settings(name, token)
-        if not saved:
+        check_name(name, token)
+        saved = read_saved(name, "planner", token)
+        base = name if saved.adapter is None else base_of(saved.adapter, name)
+        tokenizer = load_tokenizer(name, token, padding_side="left")
+        if not saved.settings:
             raise ValueError(f"{name} does not say how it plans: it was not saved with a planner")
-        config = read_settings(saved, name)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", token=token)
-        load = load_full if adapter is None else AutoModelForCausalLM.from_pretrained
-        model = attach_planner(load(base, token=token, **kwargs), config)
-        if adapter is None:
+        config = read_settings(saved.settings, name)
+        model = attach_planner(load_causal_lm(base, method="planner", token=token, **kwargs), config)
+        if saved.adapter is None:
             load_modules(model, name, (HEAD,), token)
         else:
             model = load_adapter(model, name, is_trainable=True, token=token)
-            remember_planner(model)
         return cls(model.eval(), tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Model (or adapter) and tokenizer, in safetensors and JSON."""
-        if isinstance(self.model, PeftModel):
-            remember_planner(self.model)
+        """Model (or adapter) and tokenizer, in safetensors and JSON, with a model card."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

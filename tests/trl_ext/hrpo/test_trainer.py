@@ -64,7 +64,7 @@ def test_every_mode_trains_and_saves_and_loads(tmp_path, source, mode):
     trainer.save_model(str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     assert any("thinking_residual_Lambda" in name for name in saved)
-    thinking = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["thinking"]
+    thinking = json.loads((tmp_path / "saved" / "latent_reasoning.json").read_text())["settings"]
     assert thinking["thinking_source"] == source
 
 

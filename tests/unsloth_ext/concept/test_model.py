@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from unsloth_ext import ConceptModel, OnlineConceptConfig, attach_concepts, backbone_of, with_concept_modules
-from unsloth_ext.concept.modules import remember_concepts
 
 from .test_decoding import undecided
 from .test_forward import FAMILIES, V, model
@@ -99,7 +98,6 @@ def saved(folder, peft=True, **settings):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         vars(lora).update(with_concept_modules(lora))
         net = get_peft_model(base, lora)
-        remember_concepts(net)
         assert not any("concept" in name and "lora" in name for name, _ in net.named_parameters())
     with torch.no_grad():
         for parameter in net.parameters():
@@ -164,7 +162,7 @@ def test_adapters_off_or_merged():
     assert (net.merge_and_unload()(ids, attention_mask=mask).logits - with_adapter).abs().max() <= 1e-8
 
 
-A, C, M = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+A, S, M = "adapter_model.safetensors", "latent_reasoning.json", "model.safetensors"
 
 
 def edit_json(file, change):
@@ -185,10 +183,10 @@ def lose(part):
 
 WRONG = {
     "head": (True, "adapter_model.safetensors lacks .*concept_head", lambda f: edit_tensors(f / A, lose("concept_head"))),
-    "settings": (True, "does not say how it compresses", lambda f: edit_json(f / C, lambda c: c.pop("concepts"))),
-    "unknown": (True, "settings are not those.*speed", lambda f: edit_json(f / C, lambda c: c["concepts"].update(speed=1))),
-    "value": (True, "n_middle=0", lambda f: edit_json(f / C, lambda c: c["concepts"].update(n_middle=0))),
-    "layers": (True, "together 5, the model has 4", lambda f: edit_json(f / C, lambda c: c["concepts"].update(n_deep=2))),
+    "settings": (True, "holds .*concept_.* but no latent_reasoning.json", lambda f: (f / S).unlink()),
+    "unknown": (True, "settings are not those.*speed", lambda f: edit_json(f / S, lambda c: c["settings"].update(speed=1))),
+    "value": (True, "n_middle=0", lambda f: edit_json(f / S, lambda c: c["settings"].update(n_middle=0))),
+    "layers": (True, "together 5, the model has 4", lambda f: edit_json(f / S, lambda c: c["settings"].update(n_deep=2))),
     "embedding": (False, "lacks concept_embedding", lambda f: edit_tensors(f / M, lose("concept_embedding"))),
     "tokenizer": (False, "no tokenizer_config.json", lambda f: (f / "tokenizer_config.json").unlink()),
     "nan": (False, "NaN", lambda f: edit_tensors(f / M, lambda t: next(iter(t.values())).view(-1)[:1].fill_(torch.nan))),

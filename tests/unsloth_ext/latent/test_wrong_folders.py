@@ -13,6 +13,7 @@ from unsloth_ext.latent.config import remember_latent
 
 
 A, C, M = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+S = "latent_reasoning.json"
 KEEP_NONE = {"iterations", "projection_dim"}
 
 
@@ -79,9 +80,9 @@ WRONG = {
         "base_model_name_or_path a/b/c is not there",
         lambda f: edit_json(f / C, lambda c: c.update(base_model_name_or_path="a/b/c")),
     ),
-    "no ids": (True, "not those of this version: token_ids", lambda f: edit_latent(f / C, token_ids=None)),
-    "more": (True, "not those of this version: depth", lambda f: edit_latent(f / C, depth=3)),
-    "text": (True, "num_latents='4'", lambda f: edit_latent(f / C, num_latents="4")),
+    "no ids": (True, "not those of this version: token_ids", lambda f: edit_latent(f / S, token_ids=None)),
+    "more": (True, "not those of this version: depth", lambda f: edit_latent(f / S, depth=3)),
+    "text": (True, "num_latents='4'", lambda f: edit_latent(f / S, num_latents="4")),
     "full": (False, "lacks .*q_proj", lambda f: edit_tensors(f / "model.safetensors", lose("q_proj"))),
     "full projection": (False, "lacks latent_projection", lambda f: edit_tensors(f / M, lose("latent_projection"))),
     "full nan": (False, "holds NaN or infinity", lambda f: edit_tensors(f / M, spoil)),
@@ -91,7 +92,8 @@ WRONG = {
 
 def edit_latent(file, **changes):
     def change(config):
-        config["latent"] = {k: v for k, v in {**config["latent"], **changes}.items() if v is not None or k in KEEP_NONE}
+        kept = {**config["settings"], **changes}
+        config["settings"] = {k: v for k, v in kept.items() if v is not None or k in KEEP_NONE}
 
     edit_json(file, change)
 

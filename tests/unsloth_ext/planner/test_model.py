@@ -182,12 +182,12 @@ def test_models_without_a_planner_say_so(tmp_path):
         PlannerExecutorModel(net, tiny.tokenizer())
 
 
-A, C, M = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+A, S, M = "adapter_model.safetensors", "latent_reasoning.json", "model.safetensors"
 
 
 def edit_planner(file, **changes):
     found = json.loads(file.read_text())
-    found["planner"] = {k: v for k, v in {**found["planner"], **changes}.items() if v is not None}
+    found["settings"] = {k: v for k, v in {**found["settings"], **changes}.items() if v is not None}
     file.write_text(json.dumps(found))
 
 
@@ -201,10 +201,10 @@ WRONG = {
     "lost": (True, "lacks .*table", lambda f: edit_head(f / A, lambda t, n: t.pop(n))),
     "short": (True, "is of another model", lambda f: edit_head(f / A, lambda t, n: t.update({n: t[n][:5].clone()}))),
     "nan": (True, "holds NaN", lambda f: edit_head(f / A, lambda t, n: t[n].view(-1)[:1].fill_(torch.nan))),
-    "no ordering": (True, "not those of this version: ordering", lambda f: edit_planner(f / C, ordering=None)),
-    "more": (True, "not those of this version: depth", lambda f: edit_planner(f / C, depth=1)),
-    "types": (True, "its planner settings: types=.a.", lambda f: edit_planner(f / C, types="a")),
-    "other types": (True, "is of another model", lambda f: edit_planner(f / C, types=[{"num_concepts": 3}])),
+    "no ordering": (True, "not those of this version: ordering", lambda f: edit_planner(f / S, ordering=None)),
+    "more": (True, "not those of this version: depth", lambda f: edit_planner(f / S, depth=1)),
+    "types": (True, "its planner settings: types=.a.", lambda f: edit_planner(f / S, types="a")),
+    "other types": (True, "is of another model", lambda f: edit_planner(f / S, types=[{"num_concepts": 3}])),
     "full": (False, "lacks unified_head.table", lambda f: edit_head(f / M, lambda t, n: t.pop(n))),
     "full nan": (False, "holds NaN", lambda f: edit_head(f / M, lambda t, n: t[n].view(-1)[:1].fill_(torch.nan))),
 }

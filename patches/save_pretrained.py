@@ -1,0 +1,51 @@
+"""`save_pretrained` of transformers and PEFT: a model that has something to say about itself writes it beside its weights.
+
+A decoder with an attribute `describe_saved(model, folder, kept_card)` is asked to, once the parent has saved. PEFT's
+`save_pretrained` rewrites the tags of a model card that is there already (0.21), so the card of before is handed on.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from .registry import Patch, Site
+
+
+def _sites(*owners: type) -> list[Site]:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    return [(owner, "save_pretrained") for owner in owners or (PreTrainedModel, PeftModel)]
+
+
+def describer(model: Any) -> Any:
+    """`describe_saved` of the decoder in a causal LM, through PEFT; None where it has none."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(getattr(bare, "base_model", None), "describe_saved", None)
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        describe = describer(self)
+        if describe is None:
+            return original(self, save_directory, *args, **kwargs)
+        card = Path(save_directory, "README.md")
+        kept = card.read_text() if card.is_file() else None
+        result = original(self, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            describe(self, save_directory, kept)
+        return result
+
+    return save_pretrained
+
+
+PATCH = Patch(
+    name="save_pretrained",
+    package="transformers",
+    target="save_pretrained of PreTrainedModel and PeftModel",
+    parameters=("self", "save_directory"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="saved folders hold latent_reasoning.json and a model card",
+)

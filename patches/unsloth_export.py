@@ -1,0 +1,66 @@
+"""Unsloth's exports (merged, 4-bit, FP8, torchao, GGUF, OpenVINO, GGML, and pushes of these): none of them has a place for
+modules that a model's class does not know. They would write the rest without a word (2026.10.9): refused by name.
+
+All of them ask `_refuse_model_parallel_export` first. `save_pretrained_merged` is let through by its own patch, which
+writes what Unsloth leaves out.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from .registry import Patch, Site
+from .save_pretrained import describer
+
+
+_allowed: ContextVar[bool] = ContextVar("allowed", default=False)
+
+
+@contextlib.contextmanager
+def allowed() -> Iterator[None]:
+    """Exports pass for the length of a `with` block."""
+    token = _allowed.set(True)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def refuse(model: Any, method: str) -> None:
+    """Raises a ValueError if an export by this name would lose something of the model."""
+    if describer(model) is not None and not _allowed.get():
+        raise ValueError(
+            f"{method}: Unsloth's export would leave out the modules that this model thinks with. Save the adapter with "
+            "model.save_pretrained(folder), or the whole model with save_pretrained_merged(folder, tokenizer) or "
+            "FastThinkingModel.merge(model).save_pretrained(folder). FastThinkingModel.merge(model, keep_thinking=False) "
+            "gives a plain model, which every export takes"
+        )
+
+
+def _sites(*owners: Any) -> list[Site]:
+    import unsloth  # noqa: F401
+    from unsloth import save
+
+    return [(owner, "_refuse_model_parallel_export") for owner in owners or (save,)]
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def refuse_model_parallel_export(model, method, *args, **kwargs):
+        refuse(model, method)
+        return original(model, method, *args, **kwargs)
+
+    return refuse_model_parallel_export
+
+
+PATCH = Patch(
+    name="unsloth_export",
+    package="unsloth",
+    target="unsloth.save._refuse_model_parallel_export",
+    parameters=("model", "method"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="Unsloth backend: an export that would drop the thinking modules is refused",
+)

@@ -1,0 +1,49 @@
+"""`save_pretrained_merged`: Unsloth copies the base's files and merges LoRA into them, so that our modules and settings are
+missing or as old as the base (2026.10.9). The decoder's `complete_saved(model, folder)` adds them; other methods than the
+16-bit merge and the adapter, and pushes, which upload before that, are refused.
+"""
+
+import functools
+from typing import Any
+
+from .registry import Patch, Site
+from .save_pretrained import describer
+from .unsloth_export import allowed, refuse
+
+
+def _sites(*owners: Any) -> list[Site]:
+    import unsloth  # noqa: F401
+    from unsloth import save
+
+    return [(owner, "unsloth_generic_save_pretrained_merged") for owner in owners or (save,)]
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained_merged(
+        self, save_directory, tokenizer=None, save_method="merged_16bit", push_to_hub=False, *args, **kwargs
+    ):
+        describe = describer(self)
+        if describe is None:
+            return original(self, save_directory, tokenizer, save_method, push_to_hub, *args, **kwargs)
+        how = str(save_method).strip().lower().replace(" ", "_")
+        if push_to_hub or how not in ("merged_16bit", "lora"):
+            refuse(self, f"save_pretrained_merged(save_method={save_method!r}, push_to_hub={push_to_hub})")
+        with allowed():
+            result = original(self, save_directory, tokenizer, save_method, push_to_hub, *args, **kwargs)
+        if how == "merged_16bit":
+            describe.__self__.complete_saved(self, save_directory)
+        return result
+
+    return save_pretrained_merged
+
+
+PATCH = Patch(
+    name="unsloth_save_merged",
+    package="unsloth",
+    target="unsloth.save.unsloth_generic_save_pretrained_merged",
+    parameters=("self", "save_directory", "tokenizer", "save_method", "push_to_hub"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="Unsloth backend: a merged model keeps its thinking modules",
+)

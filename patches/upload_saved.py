@@ -1,0 +1,40 @@
+"""`push_to_hub`: transformers writes a card of its own over the one that the model was saved with, then uploads (5.17).
+
+Every upload goes through `_upload_modified_files`, also those of PEFT, Unsloth and `save_pretrained(push_to_hub=True)`.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from .registry import Patch, Site
+from .save_pretrained import describer
+
+
+def _sites(*owners: type) -> list[Site]:
+    from transformers.utils.hub import PushToHubMixin
+
+    return [(owner, "_upload_modified_files") for owner in owners or (PushToHubMixin,)]
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def upload(self, working_dir, repo_id, *args, **kwargs):
+        describe = describer(self)
+        if describe is not None:
+            card = Path(working_dir, "README.md")
+            describe(self, working_dir, card.read_text() if card.is_file() else None, repo_id)
+        return original(self, working_dir, repo_id, *args, **kwargs)
+
+    return upload
+
+
+PATCH = Patch(
+    name="upload_saved",
+    package="transformers",
+    target="PushToHubMixin._upload_modified_files",
+    parameters=("self", "working_dir", "repo_id"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="what is pushed to the hub has latent_reasoning.json and our card",
+)

@@ -1,0 +1,156 @@
+"""Names of models that cannot be loaded, and what is said of each."""
+
+import json
+
+import httpx
+import pytest
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, T5Config
+
+from tests import tiny
+from unsloth_ext import ConceptModel, FastThinkingModel, LatentModel, PlannerExecutorModel, hub, settings_file
+
+
+RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def fast(name, **options):
+    return FastThinkingModel.from_pretrained(name, use_unsloth=False, **options)
+
+
+LOADERS = [fast, LatentModel.from_pretrained, ConceptModel.from_pretrained, PlannerExecutorModel.from_pretrained]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_folder_that_is_not_there_asks_no_hub(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for module in (hub, settings_file):
+        monkeypatch.setattr(module, "hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for name in ("runs/missing", "./missing", str(tmp_path / "missing")):
+        with pytest.raises(ValueError, match=f"there is no folder {name}"):
+            load(name)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RepositoryNotFoundError("404", response=RESPONSE), "no folder Qwen/Qwne2.5 in .*, and no model of that name"),
+        (GatedRepoError("403", response=RESPONSE), "Qwen/Qwne2.5 is gated"),
+        (LocalEntryNotFoundError("offline"), "no folder Qwen/Qwne2.5 in .*, and the hub, .* cannot be reached"),
+        (EntryNotFoundError("404"), "Qwen/Qwne2.5 on the hub holds no model"),
+    ],
+)  # fmt: skip
+def test_a_typo_in_a_hub_id(error, message, tmp_path, monkeypatch):
+    def ask(*_, **__):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hf_hub_download", ask)
+    with pytest.raises(ValueError, match=message):
+        fast("Qwen/Qwne2.5")
+    with pytest.raises(ValueError, match=message):
+        hub.load_tokenizer("Qwen/Qwne2.5")
+
+
+def test_folders_that_hold_no_model(tmp_path, base):
+    for name, message in {
+        tmp_path: f"holds no model: .*; there is one in {base}",
+        base / "config.json": "is a file; give the folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            hub.check_name(str(name))
+    with pytest.raises(ValueError, match="no name of a model on the hub"):
+        hub.check_name("no such/model/at all")
+
+
+@pytest.mark.parametrize("lost", ["*token*", "tokenizer_config.json"])
+def test_a_folder_without_a_tokenizer(base, lost):
+    for file in base.glob(lost):
+        file.unlink()
+    for load in (fast, hub.load_tokenizer):
+        with pytest.raises(ValueError, match=r"has no tokenizer_config\.json: the tokenizer was not saved"):
+            load(str(base))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "half", 16, torch.int8, "cuda"])
+def test_dtypes_go_by_torchs_names(base, dtype):
+    with pytest.raises(ValueError, match=f"dtype={dtype!r}: choose one of 'float32', 'float16', 'bfloat16'"):
+        fast(str(base), dtype=dtype)
+    with pytest.raises(ValueError, match="dtype="):  # which is what the other loaders call
+        hub.load_causal_lm(str(base), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_a_dtype_by_any_of_its_names(base, dtype):
+    assert fast(str(base), dtype=dtype)[0].dtype == torch.bfloat16
+    assert hub.as_dtype("auto") == "auto" and hub.as_dtype(None) is None
+
+
+def spoilt(base, change):
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def nan(tensors):
+    tensors["model.norm.weight"][0] = torch.nan
+
+
+DAMAGED = {
+    "nan": (lambda f: spoilt(f, nan), "model.norm.weight holds NaN or infinity"),
+    "lost": (lambda f: spoilt(f, lambda t: t.pop("model.norm.weight")), "lacks model.norm.weight"),
+    "cut": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:999]), "truncated"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_base_weights_that_are_damaged(base, case):
+    damage, message = DAMAGED[case]
+    damage(base)
+    for load in (fast, hub.load_causal_lm):
+        with pytest.raises(ValueError, match=message) as error:
+            load(str(base))
+        assert str(base) in str(error.value)
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    T5Config(d_model=32, num_layers=1).save_pretrained(tmp_path / "t5")
+    tiny.tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        ValueError, match=r"no causal language model .BertForMaskedLM.*tokens behind it, as in an encoder"
+    ):
+        fast(str(tmp_path / "bert"))
+    with pytest.raises(ValueError, match="is a t5 model, which is no causal language model"):
+        fast(str(tmp_path / "t5"))
+
+
+def test_the_default_length_is_what_the_model_has(base):
+    """qwen3's table of positions says 256 here, fewer than 2048."""
+    assert json.loads((base / "config.json").read_text())["max_position_embeddings"] == 256
+    fast(str(base))
+    with pytest.raises(ValueError, match=r"max_seq_length=257 .*max_position_embeddings=256"):
+        fast(str(base), max_seq_length=257)
