@@ -66,10 +66,10 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
             raise ValueError("data_collator: the rows of teacher and student have one of their own")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: not one row")
-        check_name(model, "latent")
         fused_lm_head.ensure()
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
+        check_name(model, "latent")
         keywords["peft_config"] = prepare.peft_config
         if not isinstance(model, str):
             prepare(model)
