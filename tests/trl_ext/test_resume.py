@@ -146,16 +146,20 @@ SUPERVISED = {
     "kv": (kv.trainer, {}),
     "logits": (distill.logits, {}),
     "reasoning": (distill.reasoning, {}),
-    "latent": (latent.trainer, latent.CASES["kv"]),
+    "latent": (latent.trainer, latent.CASES["sequential"]),
     "concept": (concept.trainer, concept.CASES["threshold"]),
     "planner": (planner.trainer, {"training": "hard_em"}),
 }
 
 
-FAST = ("kv", "reasoning", "latent")  # a module beside the model, trained rows of the embedding, modules of a method
+FAST = ("kv", "reasoning")  # a module beside the model, and trained rows of the embedding
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else SLOW) for name in SUPERVISED])
+def supervised_cases():
+    return [pytest.param(name, marks=() if name in FAST else SLOW) for name in SUPERVISED]
+
+
+@pytest.mark.parametrize("name", supervised_cases())
 def test_supervised(tmp_path, name):
     """Of a `PeftModel` that was trained before and has a second adapter, which is not trained. (Bare and full models: in
     the tests of each trainer.)"""

@@ -48,7 +48,10 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("case", LOST)
+RARER = ("concepts, adapter", "planner, adapter", "latent, full", "tags")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in RARER else ()) for c in LOST])
 def test_a_lost_tensor_and_one_that_is_not_finite_are_named(tmp_path, case):
     """Of whatever belongs to a run, however the method calls it."""
     make, changes, file, name = LOST[case]

@@ -31,7 +31,7 @@ def test_reinforcement(tmp_path, name):
             make(tmp_path, base, None, beta=0.0)
 
 
-@pytest.mark.parametrize("name", test_resume.SUPERVISED)
+@pytest.mark.parametrize("name", test_resume.supervised_cases())
 def test_supervised(tmp_path, name):
     make, changes = test_resume.SUPERVISED[name]
     first = make(tmp_path, peft=True, **changes)
