@@ -91,7 +91,7 @@ def test_own_models_and_rows(run, files, capsys):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"dataset": "bad.jsonl"}, "row 3: no number"),
+        ({"dataset": "bad.jsonl"}, "line 4: not one number"),
         ({"dataset": "none.jsonl"}, "there is no such file"),
         ({"dataset": "tiny"}, "belong together"),
         ({"teacher_model_name_or_path": None}, "teacher_model: give one"),

@@ -103,7 +103,7 @@ def test_a_model_and_files_of_ones_own(run, files, capsys):
     )  # fmt: skip
     summary = json.loads(Path("out/summary.json").read_text())
     assert summary["n_eval"] == 5
-    for line in ("26 of 30 rows usable", "no '||'", "no number after '####'", "more tokens than max_length=100"):
+    for line in ("26 of 30 rows usable", "no '||'", "not one number after '####'", "more tokens than max_length=100"):
         assert line in summary["data"], summary["data"]
     assert "1 training rows are held-out questions" in capsys.readouterr().out
 
