@@ -20,8 +20,10 @@ from public_algorithm import LiteralSession
 import patches
 from trl_ext import HRPOConfig, HRPOTrainer
 from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, hybrid_generate
+from unsloth_ext.adapter import THINKING_MODULES
 from unsloth_ext.command_line import CommandLine
 from unsloth_ext.decoding import hybrid_decode
+from unsloth_ext.residual import backbone_of
 from unsloth_ext.user_errors import in_sentences
 
 
@@ -170,6 +172,34 @@ def bench_decode(size: str, batch: int, length: int, repeats: int, warm: bool) -
     return rates
 
 
+def bench_master_weights(batch: int, length: int, repeats: int, dtype: torch.dtype) -> dict:
+    """Decoding with float32 thinking modules over decoding with modules in the model's dtype, as they were before."""
+    tokenizer = setups.tokenizer(151936 if setups.CUDA else 8192)
+    ids = tokenizer(["What is 12 plus 7 minus 3?"] * batch, return_tensors="pt")["input_ids"]
+    ids = ids.to("cuda" if setups.CUDA else "cpu")
+    models = {name: setups.qwen2("1.5b" if setups.CUDA else "cpu").to(dtype).eval() for name in ("float32", "model's")}
+    for name, model in models.items():
+        backbone = backbone_of(attach_thinking(model, ThinkingConfig()))
+        for part in THINKING_MODULES if name == "model's" else ():
+            small = getattr(backbone, part)
+            if isinstance(small, torch.nn.Linear):  # Lambda has been float32 all along
+                plain = torch.nn.Linear(*small.weight.shape, small.bias is not None, device=ids.device, dtype=dtype)
+                setattr(backbone, part, plain)
+    matcher = DelimiterMatcher(tokenizer, DELIMITER, models["float32"].config.vocab_size)
+
+    def decode(model: torch.nn.Module) -> torch.Tensor:
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "min_new_tokens": length}
+        return hybrid_generate(model, ids, matcher, top_k=0, do_sample=True, pad_token_id=0, **settings)
+
+    times = setups.interleaved({name: lambda m=model: decode(m) for name, model in models.items()}, repeats)
+    rates = {name: round(batch * length / statistics.median(values), 1) for name, values in times.items()}
+    return {
+        "rate_over_model_dtype": setups.quotient(times["model's"], times["float32"]),
+        "ratio_of_medians": round(rates["float32"] / rates["model's"], 4),
+        "tokens_per_second": rates,
+    }
+
+
 def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=9)
@@ -177,9 +207,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64 if not setups.CUDA else 256)
     parser.add_argument("--quick", action="store_true", help="short completions only")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--masters", action="store_true", help="only what float32 thinking modules cost in decoding")
     options = parser.parse_args()
     patches.apply("fused_lm_head")
     size = "1.5b" if setups.CUDA else "cpu"
+    if options.masters:
+        found = {
+            f"{dtype}, batch {batch}": bench_master_weights(batch, options.length, options.repeats, dtype)
+            for dtype in ((torch.bfloat16,) if setups.CUDA else (torch.float32, torch.bfloat16))
+            for batch in (8, 32)
+        }
+        print(setups.write("hrpo_master_weights", {"new_tokens": options.length, "repeats": options.repeats, **found}))
+        print(found)
+        return
     if options.peak:
         made = trainer(MODES[options.peak], size, options.rows, options.length)
         one_step(made)

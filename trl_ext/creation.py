@@ -10,11 +10,16 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import is_peft_model
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from unsloth_ext.hub import check_causal_lm, load_modules
+from unsloth_ext.master_weights import MasterWeights, copied_by_peft, master_weights, widen
 from unsloth_ext.settings_file import METHODS, read_saved
+
+
+logger = logging.get_logger(__name__)
 
 
 @contextlib.contextmanager
@@ -68,6 +73,31 @@ def attach_saved(
         attach(saved, name)
     load_modules(model, name, modules, token)
     return True
+
+
+@contextlib.contextmanager
+def keeping_master_weights(trainer: Any, model: PreTrainedModel | str) -> Iterator[None]:
+    """While open, the trainer's parent constructs; small modules leave as they came, in float32.
+
+    TRL 1.15 casts all that trains beside 4- or 8-bit weights to bfloat16, by `param.data`, which no module can refuse.
+    """
+    before = {}
+    if not isinstance(model, str):
+        narrow = widen(model)
+        if narrow:
+            logger.warning(
+                f"{narrow[0]} and {len(narrow) - 1} more were cast to half precision, in which small steps round to "
+                "nothing: they are float32 again, with the digits that are left"
+            )
+        before = {parameter: parameter.detach().clone() for parameter in master_weights(model).values()}
+    yield
+    if not isinstance(model, PeftModel):  # PEFT came while the parent constructed
+        before |= copied_by_peft(trainer.model)
+    widen(trainer.model, before)
+    if trainer.is_deepspeed_enabled:  # which casts the whole model, and has float32 master weights of its own
+        for module in trainer.model.modules():
+            if isinstance(module, MasterWeights):
+                module.kept = False
 
 
 def on_unsloths_trainer() -> bool:

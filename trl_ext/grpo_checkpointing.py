@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from .checkpointing import SafeCheckpointMixin
 from .saved_weights import CheckpointError, check_weights, load_weights
+from .update_sizes import UpdateSizesMixin
 
 
 REFERENCE = "ref_model"
 
 
-class GRPOCheckpointMixin(SafeCheckpointMixin):
+class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
     """Put before a `GRPOTrainer`."""
 
     def _moving_reference(self) -> Any:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .adapter import THINKING_MODULES, join_adapter
+from .master_weights import MasterLinear, MasterWeights, beside
 from .settings_file import describe_when_saved
 from .states import NORMS, SOURCES, project
 from .thinking_forward import teach_forward
@@ -75,8 +76,8 @@ def read_settings(saved: Any, name: str) -> ThinkingConfig:
         raise ValueError(f"{name}: its thinking settings: {error}") from error
 
 
-class ThinkingResidualLambda(nn.Module):
-    """The learned decay rate `Lambda` (d,), fp32 whatever the model's dtype: its steps are small.
+class ThinkingResidualLambda(MasterWeights):
+    """The learned decay rate `Lambda` (d,).
 
     At init `exp(-c softplus(-Lambda))` is uniform in [r_min, r_max], so `a = u^r` exactly.
     """
@@ -94,16 +95,12 @@ class ThinkingResidualLambda(nn.Module):
 
 
 def gate(backbone: nn.Module, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(a, sqrt(1 - a^2 + eps), i) of token embeddings (..., d); the first two in fp32 or wider, i in the embeddings'."""
-    r = torch.sigmoid(_linear(backbone.thinking_residual_gate_r, embeds))
-    i = torch.sigmoid(_linear(backbone.thinking_residual_gate_i, embeds))
+    """(a, sqrt(1 - a^2 + eps), i) of token embeddings (..., d), in fp32 or wider."""
+    r = torch.sigmoid(backbone.thinking_residual_gate_r(embeds))
+    i = torch.sigmoid(backbone.thinking_residual_gate_i(embeds))
     log_a = backbone.thinking_residual_Lambda(r)
     # expm1 keeps 1 - a^2 when a is near 1, where the difference would round to nothing
     return log_a.exp(), (EPS - torch.expm1(2 * log_a)).sqrt(), i
-
-
-def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module(x.to(next(module.parameters()).dtype)).to(x.dtype)
 
 
 def fuse_thinking(
@@ -175,8 +172,7 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     """Give a causal LM its thinking modules, in place, and teach its forward our keywords.
 
     Any causal LM whose decoder takes `inputs_embeds` will do, wrapped by PEFT or not: it is asked by forwards of a short
-    text (`unsloth_ext.thinking_forward`). The gates and the projection take the embedding's dtype (fp32 under
-    quantisation), Lambda is fp32. Draws from the global RNG.
+    text (`unsloth_ext.thinking_forward`). The modules are fp32 whatever its dtype is. Draws from the global RNG.
 
     Raises:
         ValueError: the model has thinking modules already, no input embeddings of its own, or a forward in which thinking
@@ -191,13 +187,13 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
         raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")
     teach_forward(causal_lm_of(model), config.thinking_source)
     d, weight = embedding.weight.shape[1], embedding.weight
-    like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
-    backbone.thinking_residual_gate_r = nn.Linear(d, d, **like)
-    backbone.thinking_residual_gate_i = nn.Linear(d, d, **like)
+    like = beside(weight)
+    backbone.thinking_residual_gate_r = MasterLinear(d, d, **like)
+    backbone.thinking_residual_gate_i = MasterLinear(d, d, **like)
     backbone.thinking_residual_Lambda = ThinkingResidualLambda(
         d, config.residual_r_min, config.residual_r_max, weight.device
     )
-    backbone.thinking_projection = nn.Linear(d, d, bias=False, **like)
+    backbone.thinking_projection = MasterLinear(d, d, bias=False, **like)
     for linear in (backbone.thinking_residual_gate_r, backbone.thinking_residual_gate_i):
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)

@@ -26,12 +26,10 @@ NORMS = ("unit", "embedding_rms", "none")
 
 def project(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Projection states (..., d) from the hidden states (..., d) of the positions before, with gradients into W."""
-    projection = backbone.thinking_projection
-    states = projection(hidden.to(next(projection.parameters()).dtype))
+    states = backbone.thinking_projection(hidden)
     norm = backbone.thinking_config.thinking_norm
-    if norm == "none":
-        return states
-    states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=_wide(states)) + 1e-8)
+    if norm != "none":
+        states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True) + 1e-8)
     if norm == "embedding_rms":
         states = states * embedding_norm(backbone)
     return states.to(hidden.dtype)
@@ -64,10 +62,6 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
 
 def _scale(embedding: nn.Module) -> torch.Tensor | float:
     return getattr(embedding, "embed_scale", 1.0)  # gemma3 and others multiply inside the embedding
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Warper:

@@ -34,9 +34,10 @@ from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import backbone_of
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import attach_saved, check_name, default_args, preparing_models, with_adapter
+from ..creation import attach_saved, check_name, default_args, keeping_master_weights, preparing_models, with_adapter
 from ..parameter_groups import split_by_role
 from ..sums import Sums
+from ..update_sizes import UpdateSizesMixin
 from .config import ConceptConfig
 from .losses import everywhere, ratio_loss, usage_kl_to_uniform
 
@@ -46,7 +47,7 @@ DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 STATES_PER_CODEWORD, LEAST_STATES = 16, 8192  # that codewords are made of
 
 
-class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
+class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """Same constructor as `SFTTrainer`. A model without concepts is given them, before PEFT wraps it.
 
     Raises:
@@ -80,7 +81,7 @@ class ConceptTrainer(SafeCheckpointMixin, SFTTrainer):
         if not isinstance(model, str):
             give(model)
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
-        with preparing_models(self._stock_init, give):
+        with preparing_models(self._stock_init, give), keeping_master_weights(self, model):
             super().__init__(model, args, *others, **keywords)
         self._calibrated: int | None = None  # the last step at which the NULL bias was set
         self._seen: ConceptOutput | None = None

@@ -14,7 +14,6 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking, rea
 from unsloth_ext.settings_file import read_json
 from unsloth_ext.states import Warper
 
-from ..creation import attach_saved, preparing_models
+from ..creation import attach_saved, keeping_master_weights, preparing_models
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
 from ..rollout_diagnostics import RolloutDiagnostics
@@ -86,7 +85,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             given["peft_config"] = copy.deepcopy(given["peft_config"])
             vars(given["peft_config"]).update(with_thinking_modules(given["peft_config"]))
         self._attach(given)
-        with self._attaching(), self._lambda_in_float32(given["model"]):
+        with self._attaching(), keeping_master_weights(self, given["model"]):
             super().__init__(**given)
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
@@ -158,15 +157,6 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         token = getattr(self.hrpo, "hub_token", None)
         if not has_thinking(model) and not attach_saved(model, "thinking", attach, THINKING_MODULES, token):
             attach_thinking(model, self.hrpo.thinking_config())
-
-    @contextlib.contextmanager
-    def _lambda_in_float32(self, model: nn.Module | str) -> Iterator[None]:
-        """While the parent constructs: it casts what trains beside 4- or 8-bit weights to bf16, losing Lambda's steps."""
-        kept = None if isinstance(model, str) else backbone_of(model).thinking_residual_Lambda.Lambda.detach().clone()
-        yield
-        now = backbone_of(self.model).thinking_residual_Lambda.Lambda
-        if now.dtype == torch.bfloat16:
-            now.data = now.float() if kept is None else kept.to(now.device)
 
     # -- rollout ----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from ..checkpointing import CheckpointError, SafeCheckpointMixin
 from ..creation import check_name, default_args, with_adapter
 from ..gradients import average_gradients
 from ..teacher import check_vocabularies, load_teacher
+from ..update_sizes import UpdateSizesMixin
 from .config import KVDistillConfig
 from .segments import TEACHER, SegmentCollator, add_segments
 from .teacher_text import TEXTS, prepare_both
@@ -38,7 +39,7 @@ ALIGNER = "aligner"
 FALLEN = 0.7  # of where it began. On the embedded default a student that learns nothing has a target at 0.6
 
 
-class KVDistillTrainer(SafeCheckpointMixin, SFTTrainer):
+class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """Same constructor as `SFTTrainer`, and:
 
     Rows may have another text for the teacher, `teacher_prompt` or `teacher_completion` or both, such as longer reasoning

@@ -23,7 +23,8 @@ from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import check_name, default_args, preparing_models, with_adapter
+from ..creation import check_name, default_args, keeping_master_weights, preparing_models, with_adapter
+from ..update_sizes import UpdateSizesMixin
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss
@@ -34,7 +35,7 @@ from .preparation import Preparation, tokenizer_of
 COUNTED = ("ce_student", "ce_teacher", "codi", "kv")
 
 
-class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
+class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """Self-distillation of explicit into latent reasoning. Same constructor as `SFTTrainer`.
 
     Rows have `question`, `steps` (a list) and `answer`. A model without latent tokens is given them, before PEFT wraps it.
@@ -78,7 +79,7 @@ class LatentTrainer(SafeCheckpointMixin, SFTTrainer):
         self._rows = LatentTokenizer(
             tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
         )
-        with preparing_models(self._stock_init, prepare):
+        with preparing_models(self._stock_init, prepare), keeping_master_weights(self, model):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
         self.model_accepts_loss_kwargs = True  # the loss is a micro-batch's part of the whole step's
         if is_peft_model(self.model):

@@ -28,11 +28,12 @@ from unsloth_ext.states import logits_of
 
 from ..checkpointing import SafeCheckpointMixin
 from ..concept.losses import everywhere
-from ..creation import check_name, default_args, preparing_models, with_adapter
+from ..creation import check_name, default_args, keeping_master_weights, preparing_models, with_adapter
 from ..fingerprint import content_hash
 from ..gradients import average_gradients
 from ..parameter_groups import split_by_role
 from ..sums import Sums
+from ..update_sizes import UpdateSizesMixin
 from . import monitors
 from .advice import PlannerMonitorCallback
 from .config import PlannerExecutorConfig
@@ -56,7 +57,7 @@ from .state import check_state, load_state, new_state, save_state
 Batch = Logged = dict[str, torch.Tensor]
 
 
-class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
+class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """Same constructor as `SFTTrainer`. A model without a planner is given one, before PEFT wraps it.
 
     With `peft_config` the base, its embedding and its LM head stay as they are; without one the whole model is trained.
@@ -96,7 +97,7 @@ class PlannerExecutorTrainer(SafeCheckpointMixin, SFTTrainer):
         if not isinstance(model, str):
             attach(model, args)
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
-        with preparing_models(self._stock_init, lambda loaded: attach(loaded, args)):
+        with preparing_models(self._stock_init, lambda x: attach(x, args)), keeping_master_weights(self, model):
             super().__init__(model, args, *others, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(

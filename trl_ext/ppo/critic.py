@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification, PreTrainedModel
 
+from unsloth_ext.master_weights import MasterLinear
+
 
 def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """A critic with a copy of the policy's backbone, adapters merged, and a head of zeros.
@@ -40,16 +42,20 @@ def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def load_critic(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A critic from a folder or the hub; a head that is not among the saved weights begins at zero."""
+    """A critic from a folder or the hub, its backbone in `dtype`; a head that is not among its weights begins at zero."""
     with torch.random.fork_rng():
+        # All of it in float32, or the head's last digits would be lost
         critic, found = AutoModelForTokenClassification.from_pretrained(
-            name, num_labels=1, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            name, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     backbone = f"{critic.base_model_prefix}."
     lost = [name for name in found["missing_keys"] if name.startswith(backbone)]
     if lost:
         raise ValueError(f"critic_model={name!r}: it has no {lost[0]}, so it is no saved critic or language model")
     _zero(critic, found["missing_keys"])
+    for parameter in critic.base_model.parameters():  # not buffers, which transformers leaves in float32
+        parameter.data = parameter.data.to(dtype)
+    critic.config.dtype = dtype
     return critic
 
 
@@ -61,7 +67,7 @@ def _zero(model: nn.Module, names: Any) -> None:
 def ready(critic: PreTrainedModel, tokens: int, device: torch.device) -> None:
     """Checks that it is a critic for a vocabulary of so many tokens, and makes it ready to be trained, alike everywhere.
 
-    Without dropout: a value must not change between rollout and loss unless it learned.
+    Its head is float32 from now on. Without dropout: a value must not change between rollout and loss unless it learned.
     """
     if not isinstance(critic, PreTrainedModel) or critic.config.num_labels != 1:
         labels = getattr(getattr(critic, "config", None), "num_labels", "no")
@@ -72,6 +78,9 @@ def ready(critic: PreTrainedModel, tokens: int, device: torch.device) -> None:
     rows = critic.get_input_embeddings().weight.shape[0]
     if rows < tokens:
         raise ValueError(f"critic_model has {rows} embeddings and the policy's tokenizer {tokens} tokens")
+    for name, module in list(critic.named_modules()):
+        if type(module) is nn.Linear and not name.startswith(f"{critic.base_model_prefix}."):
+            critic.set_submodule(name, MasterLinear.of(module))
     critic.to(device).train().requires_grad_(True)
     critic.config.use_cache = False
     for module in critic.modules():

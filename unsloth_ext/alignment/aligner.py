@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..master_weights import MasterWeights
 from .heads import HeadwiseMapProjector, KVDimensionProjector
 from .rope import Rotary
 from .shapes import AttentionShape, teacher_layers
@@ -25,7 +26,7 @@ FILES = ("aligner.json", "aligner.safetensors")
 KVQ = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-class MapProjectionAligner(nn.Module):
+class MapProjectionAligner(MasterWeights):
     """Layer map, time warp, and a projection of heads and widths for each of K, V and Q.
 
     Layers and times are the teacher's that are chosen or interpolated; only the projection learns. Which side it is put on

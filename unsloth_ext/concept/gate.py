@@ -45,7 +45,8 @@ def given(backbone: nn.Module, ids: torch.Tensor, valid: torch.Tensor) -> Choice
     ids = ids if ids.dim() == 3 else ids[..., None]
     concept = (ids[..., 0] != backbone.concept_config.null) & valid
     ids = ids.masked_fill(~concept[..., None], 0)
-    return Choice(concept, ids, backbone.concept_embedding(ids))
+    embeds = backbone.concept_embedding(ids)
+    return Choice(concept, ids, embeds.to(backbone.get_input_embeddings().weight.dtype))
 
 
 def decide(
@@ -61,7 +62,6 @@ def decide(
     """
     config, gate, training = backbone.concept_config, backbone.concept_gate, backbone.training
     logits = backbone.concept_head(shallow)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     codes, null = logits[..., :-1].unflatten(-1, (config.num_codebooks, -1)), logits[..., -1]
     known = next_entropy(backbone, shallow) if config.segmenter == "entropy" else codes[..., 0, :].logsumexp(-1)
     logit = known.to(null.dtype) - null
@@ -89,7 +89,7 @@ def decide(
     if two_sided:
         ids[~concept] = codes.detach()[~concept].argmax(-1)
     ids[concept] = picked.argmax(-1)
-    embeds = backbone.concept_embedding(ids)
+    embeds = backbone.concept_embedding(ids).to(shallow.dtype)
     if training:
         against = noisy[..., -1][concept] if literal else None
         soft = expected_embedding(backbone, picked, against).to(embeds.dtype)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..kv.tap import check_sdpa
+from ..master_weights import MasterLinear, MasterWeights, beside
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved
 from ..unsloth_decoding import on_unsloth
@@ -19,7 +20,7 @@ from .config import OnlineConceptConfig
 CONCEPT_MODULES = ("concept_head", "concept_embedding")
 
 
-class ConceptHead(nn.Linear):
+class ConceptHead(MasterLinear):
     """Shallow hidden states (..., d) to logits (..., C V + 1) over the concepts of each codebook and, last, `<NULL>`.
 
     Attributes:
@@ -32,7 +33,7 @@ class ConceptHead(nn.Linear):
         self.length_logits = nn.Parameter(torch.zeros(config.max_tail, **like)) if wanted else None
 
 
-class ConceptEmbedding(nn.Embedding):
+class ConceptEmbedding(MasterWeights, nn.Embedding):
     """Concepts (..., C) long, a codeword of each codebook, to what the middle layers read (..., d). `<NULL>` has no row."""
 
     def __init__(self, d: int, config: OnlineConceptConfig, std: float, **like):
@@ -92,7 +93,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
     if hasattr(backbone, "concept_config"):
         raise ValueError(f"{type(model).__name__} has concepts already")
     weight = model.get_input_embeddings().weight
-    like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
+    like = beside(weight)
     std = weight.detach().float().square().mean().sqrt().item()
     backbone.concept_head = ConceptHead(weight.shape[1], config, **like)
     backbone.concept_embedding = ConceptEmbedding(weight.shape[1], config, std, **like)

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..master_weights import MasterWeights, beside, without_autocast
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved, read_json
 from ..unsloth_decoding import on_unsloth
@@ -74,7 +75,7 @@ class LatentConfig:
         return self.bot_token, self.latent_token, self.eot_token
 
 
-class LatentProjection(nn.Sequential):
+class LatentProjection(MasterWeights, nn.Sequential):
     """From a hidden state to the next latent input (..., d): Dropout-Linear(d, w)-GELU-Linear(w, d)-LayerNorm."""
 
     def __init__(self, d: int, config: LatentConfig, **like):
@@ -86,6 +87,10 @@ class LatentProjection(nn.Sequential):
             nn.Linear(width, d, **like),
         ]
         super().__init__(*layers, *([nn.LayerNorm(d, **like)] if config.projection_layer_norm else []))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with without_autocast(hidden.device):
+            return super().forward(hidden.to(self[1].weight.dtype))
 
 
 def add_latent_tokens(tokenizer: PreTrainedTokenizerBase, config: LatentConfig) -> tuple[int, int, int]:
@@ -118,9 +123,8 @@ def attach_latent(
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     weight = model.get_input_embeddings().weight
-    like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
     if config.projection_dim is not None:
-        backbone.latent_projection = LatentProjection(weight.shape[1], config, **like)
+        backbone.latent_projection = LatentProjection(weight.shape[1], config, **beside(weight))
     backbone.latent_config = config
     backbone.latent_token_ids = token_ids
     model.config.latent = {**asdict(config), "token_ids": list(token_ids)}

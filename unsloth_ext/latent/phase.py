@@ -152,6 +152,4 @@ def latent_phase(
 def project_latent(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The next latent input (..., d) from a hidden state (..., d)."""
     projection = getattr(backbone, "latent_projection", None)
-    if projection is None:
-        return hidden
-    return projection(hidden.to(next(projection.parameters()).dtype)).to(hidden.dtype)
+    return hidden if projection is None else projection(hidden).to(hidden.dtype)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..kv.tap import NAME as TAPPED
+from ..master_weights import MasterWeights, beside, without_autocast
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved
 from ..unsloth_decoding import on_unsloth
@@ -28,7 +29,7 @@ HEAD = "unified_head"
 FIRST_LOGITS = 3.0
 
 
-class SharedBackboneUnifiedHead(nn.Module):
+class SharedBackboneUnifiedHead(MasterWeights):
     """The table of new rows, tied as inputs and outputs, and the embeddings of types.
 
     Attributes:
@@ -44,8 +45,8 @@ class SharedBackboneUnifiedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, i: int) -> torch.Tensor:
         """Logits (..., V_i + 1) of final-norm hidden states (..., d) in a concept state of type `i`, in fp32 or wider."""
-        logits = hidden.to(self.table.dtype) @ self.table[self.vocabulary.outputs(i)].T
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        with without_autocast(hidden.device):
+            return hidden.to(self.table.dtype) @ self.table[self.vocabulary.outputs(i)].T
 
     def special(self, row: int) -> torch.Tensor:
         """(d,), as read: <BOS>, <PLAN>, <NULL>, <DROPPED>."""
@@ -107,9 +108,8 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         raise ValueError("layer_types: sliding windows would lose the plan; every layer must attend to the whole text")
     weight = model.get_input_embeddings().weight
-    like = {"device": weight.device, "dtype": weight.dtype if weight.is_floating_point() else torch.float32}
     std = weight.detach().float().square().mean().sqrt().item()
-    head = SharedBackboneUnifiedHead(weight.shape[1], config, std, **like)
+    head = SharedBackboneUnifiedHead(weight.shape[1], config, std, **beside(weight))
     scale = getattr(getattr(backbone, "norm", None), "weight", torch.ones(1)).detach().float().square().mean().sqrt()
     sharp = FIRST_LOGITS / (weight.shape[1] ** 0.5 * scale.item())
     for i in range(len(config.types)):

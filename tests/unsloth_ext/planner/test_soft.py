@@ -248,7 +248,7 @@ def test_single_precision_trains(way, attention):
         net, (ids, mask) = model(way=way, dtype=dtype), texts("left")
         net.set_attn_implementation(attention)
         soft = plan_soft(net, ids, mask, generator=torch.Generator().manual_seed(0))
-        assert soft.expected_lengths.dtype is torch.float32 and soft.embeds.dtype is dtype
+        assert soft.expected_lengths.dtype is soft.embeds.dtype is torch.float32
         nll = -text_log_prob(net, executor_prefix(net, soft), *texts())
         assert nll.dtype is torch.float32
         (nll.sum() + soft.expected_lengths.sum()).backward()
