@@ -114,6 +114,8 @@ IMPORTED = {
     "peft.peft_model:PeftModel.save_pretrained": "self, save_directory",
     "peft.utils.other:_set_trainable": "model, adapter_name, module_names, inference_mode",
     "peft.utils.other:AuxiliaryTrainingWrapper": None,
+    "peft.utils.other:ModulesToSaveWrapper": None,
+    "torch.nn:Module._apply": "self, fn, recurse",
 }
 TEXT = [
     ("trl.trainer.grpo_trainer", "self._buffered_inputs", "rollouts inside a generation cycle are saved"),
@@ -135,6 +137,9 @@ TEXT = [
         "PEFT drops a reader's tags, so the card of before is kept",
     ),
     ("peft.utils.other", "disable_adapters", "the KL reference does not think"),
+    ("peft.utils.other", "copy.deepcopy(self.original_module)", "a small module's copy has the original's digits"),
+    ("trl.trainer.grpo_trainer", "param.data = param.data.to(torch.bfloat16)", "keeping_master_weights undoes it"),
+    ("trl.trainer.sft_trainer", "param.data = param.data.to(torch.bfloat16)", "keeping_master_weights undoes it"),
 ]
 
 
