@@ -298,7 +298,7 @@ class SafeCheckpointMixin:
         for name, state in by_name.items():
             if name in names:
                 optimizer.state[names[name]] = {
-                    entry: value.to(names[name].device) if isinstance(value, torch.Tensor) and value.dim() else value
+                    entry: _beside(value, names[name]) if isinstance(value, torch.Tensor) and value.dim() else value
                     for entry, value in state.items()
                 }
         for kind, left in (("fresh", names.keys() - by_name.keys()), ("dropped", by_name.keys() - names.keys())):
@@ -341,6 +341,13 @@ class SafeCheckpointMixin:
             super()._load_scaler(checkpoint)
         else:
             self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
+
+
+def _beside(state: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Of a checkpoint from before small modules had float32 weights, state that was bf16 with them is widened too."""
+    floats = state.is_floating_point() and state.shape == parameter.shape
+    dtype = torch.promote_types(state.dtype, parameter.dtype) if floats else state.dtype
+    return state.to(parameter.device, dtype)
 
 
 def _write_json(path: Path, value: Any) -> None:

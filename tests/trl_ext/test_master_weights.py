@@ -152,6 +152,19 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, name, peft):
     assert [n for n in state for k in state[n] if not torch.equal(state[n][k], resumed[n][k])] == []
 
 
+def test_a_checkpoint_with_small_modules_in_bfloat16_still_resumes(tmp_path):
+    made("hrpo", tmp_path, True, max_steps=1, save_steps=1).train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(folder / file)
+        narrow = {n: x.to(BF16) if "thinking" in n and x.dim() else x for n, x in tensors.items()}
+        save_file(narrow, folder / file, {"format": "pt"})
+    trainer = made("hrpo", tmp_path, True, max_steps=2, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(folder))
+    for parameter in small(trainer).values():
+        assert {x.dtype for x in (parameter, trainer.optimizer.state[parameter]["exp_avg"])} == {torch.float32}
+
+
 LOADERS = {
     "hrpo": lambda folder: FastThinkingModel.from_pretrained(folder, 128, BF16, load_in_4bit=False)[0],
     "latent": lambda folder: LatentModel.from_pretrained(folder, dtype=BF16).model,
