@@ -105,7 +105,7 @@ class PlannerExecutorConfig(SFTConfig):
     forced_share: float = field(
         default=0.0,
         metadata={"help": "Share of rows that take the best sample of an E-step as their plan, even if the old plan or a "
-                  "beam is better."},
+                  "beam is better; a random plan where all samples are the old one."},
     )  # fmt: skip
     e_step_every: int = field(default=4, metadata={"help": "M: steps from one E-step to the next."})
     adaptive_e_step: bool = field(

@@ -13,6 +13,7 @@ from unsloth_ext.mode import evaluating
 from unsloth_ext.planner.config import PlannerConfig
 from unsloth_ext.planner.executor import executor_prefix, text_nll
 from unsloth_ext.planner.planning import plan, plan_log_prob
+from unsloth_ext.residual import backbone_of
 
 from . import monitors
 
@@ -101,7 +102,8 @@ def e_step(
         batch: as of `PlannerCollator`.
         old (B, n, Q) long, known (B,) bool: plans so far, and where there are any.
         temperature, generator: of the samples. diversity: of the beams, see `plan`.
-        forced (B,) bool: rows that take the best of the samples that are not their old plan, if there is one.
+        forced (B,) bool: rows that take the best of the samples that are not their old plan. Where all of them are, one is
+            drawn anew, each concept as likely as the next: a planner that is sure of itself would sample nothing else.
     """
     read = batch["plan_input_ids"], batch["plan_attention_mask"]
     rows = len(old)
@@ -109,7 +111,12 @@ def e_step(
     if samples:
         drawn = plan(model, *read, do_sample=True, temperature=temperature, num_return_sequences=samples,
                      generator=generator)  # fmt: skip
-        found.append(drawn.unflatten(0, (rows, samples)))
+        drawn = drawn.unflatten(0, (rows, samples))
+        if forced is not None:
+            settled = forced & known & (drawn == old[:, None]).flatten(1).all(1)
+            sizes = [kind.num_concepts for kind in backbone_of(model).planner_config.types]
+            drawn[settled, 0] = monitors.random_like(drawn[settled, 0], sizes, generator)
+        found.append(drawn)
     if beams:
         best = plan(model, *read, num_beams=beams, num_return_sequences=beams, beam_diversity=diversity)
         found.append(best.unflatten(0, (rows, beams)))

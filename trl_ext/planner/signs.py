@@ -209,7 +209,9 @@ _MORE = Action("num_candidates", delta=2, high=16)
 _OPENER = Action("entropy_weight", delta=0.05, high=0.5)
 _USE_THE_PLAN = (
     Action("word_dropout", delta=0.1, high=0.5),
-    Action("z_dropout", delta=0.05, high=0.3),
+    Action(
+        "z_dropout", delta=0.05, high=0.1
+    ),  # so much that the null plan is learnt; more teaches to write without one
     _SLOWER,
     "in a new run, a larger quota or codebook",
 )
@@ -218,7 +220,7 @@ _LOOK_AROUND = (
     _HOTTER,
     _OPENER,
     Action("num_beams", delta=2, high=8),
-    Action("beam_diversity", delta=1.0, high=4.0),
+    Action("beam_diversity", delta=2.0, high=8.0),
     _MORE,
     Action("forced_share", delta=0.1, high=0.3),
 )

@@ -145,3 +145,30 @@ def test_the_interval_follows_staleness():
     assert seen == [4, 2, 2, 1, 1, 1, 2, 4, 8, 16, 16, 16]
     assert EStepSchedule(True, 1.0, 16).interval(100) == 100  # as it was asked for
     assert math.isclose(schedule.scale, 4.0)
+
+
+def test_a_forced_row_takes_a_sample_that_is_not_its_old_plan(monkeypatch):
+    """Rows 0 and 1 are forced; samples are the old plans again, but for row 1. No row's best of all is a new one."""
+    net, batch, every = given()
+    scores = plain_scores(net, batch, every)
+    order = scores.argsort(dim=1, descending=True)
+    old = every[order[:, 0]]
+    drawn = torch.stack([old, old], dim=1)
+    drawn[1] = every[order[1, [2, 1]]]
+    monkeypatch.setattr(em, "plan", lambda *_, **__: drawn.flatten(0, 1).clone())
+    forced = torch.tensor([True, True, False, False])
+    found = e_step(net, batch, old, ~NOBODY, samples=2, beams=0, forced=forced,
+                   generator=torch.Generator().manual_seed(1))  # fmt: skip
+    assert not torch.equal(found.plans[0], old[0]) and torch.equal(found.plans[0] >= 0, old[0] >= 0)
+    assert torch.equal(found.plans[1], every[order[1, 1]]) and torch.equal(found.plans[2:], old[2:])
+    plain = e_step(net, batch, old, ~NOBODY, samples=2, beams=0)
+    assert torch.equal(plain.plans, old)
+    new = e_step(net, batch, old, NOBODY, samples=2, beams=0, forced=forced)  # no old plan: every sample is one
+    assert torch.equal(new.plans[[0, 2, 3]], old[[0, 2, 3]]) and torch.equal(new.plans[1], every[order[1, 1]])
+
+
+def test_beams_take_no_samples_away():
+    net, batch, _ = given()
+    for beams in (0, 1, 5):
+        found = e_step(net, batch, torch.full((4, 2, 2), -1), NOBODY, samples=3, beams=beams, diversity=1.0)
+        assert found.candidates.shape[1] == 1 + 3 + beams

@@ -9,12 +9,16 @@ from tests.unsloth_ext.planner import setups as models
 from trl_ext.planner.losses import (
     UsageAverage,
     commitment_loss,
+    expected_and_chosen,
     expected_use,
     hard_use,
     loss_eos,
+    mean_entropy,
     plan_predictions,
+    signal_nll,
 )
-from unsloth_ext import plan_log_prob, plan_soft
+from unsloth_ext import backbone_of, executor_prefix, plan_log_prob, plan_soft
+from unsloth_ext.planner.vocabulary import DROPPED
 
 
 def soft_plan(way=models.WAYS[0]):
@@ -113,3 +117,45 @@ def test_a_step_of_enough_concepts_stands_for_itself():
     average.update([torch.tensor([7.0, 3.0, 2.0])])
     average.update([torch.tensor([1.0, 2.0, 27.0])])
     assert (average.share(0) - torch.tensor([1.0, 2.0, 27.0]) / 30).abs().max() <= 1e-6
+
+
+def test_the_signal_is_every_word_from_plan_and_place():
+    """1e-10 in fp64, gradients too: against one word at a time, nothing but placeholders before it."""
+    net, (ids, mask), plans = models.model(), models.texts("right"), models.plans()
+    scored = mask.bool()
+    scored[0, 1] = False
+    found = signal_nll(net, {"input_ids": ids, "attention_mask": mask}, plans, scored)
+    total, placeholder = 0, backbone_of(net).unified_head.special(DROPPED)
+    for r in range(4):
+        prefix = executor_prefix(net, plans[r : r + 1])
+        for t in range(int(mask[r].sum())):
+            if scored[r, t]:
+                length = torch.arange(backbone_of(net).planner_config.max_quota + 1, 99)[:t][None]
+                hidden = backbone_of(net)(
+                    inputs_embeds=torch.cat([prefix.embeds, placeholder.expand(1, t, -1)], dim=1),
+                    attention_mask=torch.cat([prefix.mask, torch.ones(1, t).bool()], dim=1).long(),
+                    position_ids=torch.cat([prefix.positions, length], dim=1),
+                ).last_hidden_state[0, -1]
+                total = total - net.lm_head(hidden).log_softmax(-1)[ids[r, t]]
+    assert abs(found - total) <= 1e-10
+    models.assert_same_gradients(net, found, total, 1e-10)
+
+
+def test_mean_entropy_is_over_predictions_that_were_made():
+    """1e-12."""
+    net, (ids, mask), plans = models.model(), models.texts(), models.plans()
+    _, log_probs, opens = plan_predictions(net, ids, mask, plans)
+    each = [-(x[b, j].exp() * x[b, j]).sum() for x, o in zip(log_probs, opens) for b, j in o.nonzero().tolist()]
+    assert abs(mean_entropy(log_probs, opens) - sum(each) / len(each)) <= 1e-12
+
+
+def test_expected_codewords_are_those_of_samples():
+    """1e-12: of each type at the temperature, against a sum over codewords; chosen ones by their rows."""
+    net, (ids, mask), plans = models.model(), models.texts(), models.plans()
+    log_probs, head = plan_predictions(net, ids, mask, plans)[1], backbone_of(net).unified_head
+    soft, hard = expected_and_chosen(net, log_probs, plans, 1.7)
+    for b, i, j in (plans >= 0).nonzero().tolist():
+        weights = (log_probs[i][b, j, :-1] / 1.7).exp()
+        wanted = sum(w * row for w, row in zip(weights / weights.sum(), head.concepts(i)))
+        assert (soft[b, i, j] - wanted).abs().max() <= 1e-12
+        assert torch.equal(hard[b, i, j], head.concepts(i)[plans[b, i, j]])

@@ -16,10 +16,18 @@ from . import setups
 
 
 SOFT = {"commitment_weight": 0.3, "usage_weight": 0.2, "eos_weight": 0.4, "target_length": [2.0, 1.0], "quota_weight": 0.7,
-        "z_dropout": 0.3, "word_dropout": 0.3, "usage_window": 20.0}  # fmt: skip
+        "z_dropout": 0.3, "word_dropout": 0.3, "usage_window": 20.0, "signal_weight": 0.8,
+        "entropy_weight": 0.35}  # fmt: skip
 CASES = {
     "soft": SOFT,
-    "hard_em": {"training": "hard_em", "planner_weight": 0.6, "z_dropout": 0.0, "num_beams": 4, "num_candidates": 0},
+    "hard_em": {
+        "training": "hard_em",
+        "planner_weight": 0.6,
+        "z_dropout": 0.0,
+        "num_beams": 4,
+        "num_candidates": 0,
+        "signal_weight": 0.8,
+    },
 }
 WATCHED = ("monitor/cos", "monitor/l2", "monitor/planner_grad_norm", "monitor/entropy_a", "monitor/entropy_b",
            "monitor/max_prob_a", "monitor/max_prob_b", "planner/expected_length_a", "planner/perplexity_b")  # fmt: skip
@@ -64,9 +72,14 @@ def test_the_soft_loss_is_its_terms(tmp_path, way, peft):
         "eos": losses.loss_eos(soft, [3, 2]).mean(),
         "usage": sum(math.log(len(s)) + (s * s.log()).sum() for s in shares) / 2,
         "quota": (torch.tensor([0.5, -0.3]) * c + 5 * c**2).sum(),
+        "signal": losses.signal_nll(trainer.model, batch, soft, batch["labels"][:, 1:] != -100)
+        / batch["attention_mask"].sum(),
+        "entropy": -losses.mean_entropy(
+            soft.log_probs, [soft.open[:, i, : x.shape[1]] for i, x in enumerate(soft.log_probs)]
+        ),
     }
     found = setups.figures(trainer)
-    scale = {"executor": 1, "commitment": 0.3, "eos": 0.4, "usage": 0.2, "quota": 0.7}
+    scale = {"executor": 1, "commitment": 0.3, "eos": 0.4, "usage": 0.2, "quota": 0.7, "signal": 0.8, "entropy": 0.35}
     assert abs(loss - sum(scale[name] * value for name, value in wanted.items())) <= 1e-5
     for name, value in wanted.items():
         assert abs(found[f"loss/{name}"] - value) <= 1e-5, name
@@ -90,9 +103,10 @@ def test_the_m_step_is_cross_entropy_on_the_best_plans(tmp_path, way, peft):
     tokens = batch["attention_mask"].sum()
     executor = cross_entropy(trainer, batch, plans) / tokens
     planner = -plan_log_prob(trainer.model, batch["plan_input_ids"], batch["plan_attention_mask"], plans).sum() / tokens
-    assert abs(loss - (executor + 0.6 * planner)) <= 1e-5
+    signal = losses.signal_nll(trainer.model, batch, plans, batch["labels"][:, 1:] != -100) / tokens
+    assert abs(loss - (executor + 0.6 * planner + 0.8 * signal)) <= 1e-5
     found = setups.figures(trainer)
-    for name, value in (("executor", executor), ("planner", planner)):
+    for name, value in (("executor", executor), ("planner", planner), ("signal", signal)):
         assert abs(found[f"loss/{name}"] - value) <= 1e-5
 
 

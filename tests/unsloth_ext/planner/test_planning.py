@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unsloth_ext import backbone_of, plan, plan_log_prob, plan_log_probs
+from unsloth_ext.planner.head import concept_embeds
 from unsloth_ext.planner.planning import teacher_forced
 from unsloth_ext.planner.vocabulary import PLAN
 
@@ -219,3 +220,32 @@ def test_likelihoods_of_what_is_no_plan():
         plan_log_prob(net, ids, mask, plans()[:3])
     with pytest.raises(ValueError, match="at most 3 of them"):
         plan_log_prob(net, ids, mask, plans() * 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_diverse_beams_pay_for_what_beams_before_them_have(way):
+    """Against a loop over slots and beams; the greedy plan is among them, and enough to pay makes all of them differ."""
+    net, (ids, mask) = model(way=way), texts()
+    config = backbone_of(net).planner_config
+    beams = [torch.full((4, len(config.types), config.max_quota), -1) for _ in range(3)]
+    rows = torch.arange(4)
+    for i, kind in enumerate(config.types):
+        for j in range(kind.quota):
+            paid = torch.zeros(4, kind.num_concepts + 1, dtype=torch.float64)
+            for beam in beams:
+                alive = torch.ones(4, dtype=torch.bool) if j == 0 else beam[:, i, j - 1] >= 0
+                embeds = concept_embeds(backbone_of(net), beam)
+                log_probs = teacher_forced(net, ids, mask, embeds, beam >= 0)[i][:, j].log_softmax(-1)
+                choice = (log_probs - 1.5 * paid).argmax(-1)
+                paid[rows[alive], choice[alive]] += 1
+                beam[:, i, j] = choice.where(alive & (choice < kind.num_concepts), -1)
+    scores = torch.stack([plan_log_prob(net, ids, mask, beam) for beam in beams], dim=1)
+    wanted = torch.stack(beams, dim=1)[rows[:, None], scores.argsort(dim=1, descending=True, stable=True)]
+    ask = {"num_beams": 3, "num_return_sequences": 3}
+    assert torch.equal(plan(net, ids, mask, beam_diversity=1.5, **ask).unflatten(0, (4, 3)), wanted)
+    greedy = plan(net, ids, mask)
+    apart = plan(net, ids, mask, beam_diversity=1e4, **ask).unflatten(0, (4, 3))
+    for row, one in zip(apart, greedy):
+        assert len(row.unique(dim=0)) == 3 and (row == one).flatten(1).all(1).any()
+    with pytest.raises(ValueError, match="beam_diversity=-1"):
+        plan(net, ids, mask, beam_diversity=-1.0, **ask)
