@@ -90,8 +90,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
             free_originals(backbone)
-        if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
-            backbone.thinking_projection.requires_grad_(False)
+        self._freeze_projection()
         self.matcher = DelimiterMatcher(
             self._tokenizer, self.hrpo.answer_delimiter, self.model.config.get_text_config().vocab_size
         )
@@ -158,6 +157,12 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if not has_thinking(model) and not attach_saved(model, "thinking", attach, THINKING_MODULES, token):
             attach_thinking(model, self.hrpo.thinking_config())
 
+    def _freeze_projection(self) -> None:
+        """A projection that is not to be trained gets no gradient."""
+        backbone = backbone_of(self.model)
+        if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
+            backbone.thinking_projection.requires_grad_(False)
+
     # -- rollout ----------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,6 +217,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             thinking, total, with_delimiter, rows = self.accelerator.gather(counts).view(-1, 4).sum(0).tolist()
             self._metrics[mode]["thinking/fraction"].append(thinking / max(total, 1))
             self._metrics[mode]["completions/delimiter_rate"].append(with_delimiter / rows)
+            self._freeze_projection()  # TRL's `use_adapter` switches to "ref" and back, and what it activates is trained
             return out
         finally:
             self._trace = None

@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from tests import tiny
 from trl_ext import HRPOConfig, HRPOTrainer
+from trl_ext.hrpo.monitors import projection_weight
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of, has_thinking
 from unsloth_ext.recompute import SavedThinking, previous_hidden, thinking_keywords
 from unsloth_ext.states import project
@@ -356,3 +357,14 @@ def test_generate_is_given_back_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         one_batch(trainer)
     assert "generate" not in vars(trainer.model)
+
+
+def test_a_frozen_projection_stays_frozen_beside_a_reference_adapter(tmp_path):
+    """With a PeftModel and beta > 0 TRL switches to the adapter "ref" and back, which makes all of it trainable again."""
+    model, _ = FastThinkingModel.from_pretrained(setups.base_folder(tmp_path), max_seq_length=128)
+    model = FastThinkingModel.get_peft_model(model, r=4)
+    trainer = setups.hrpo(tmp_path, peft=False, model=model, beta=0.05, lr_thinking_projection=0.0)
+    assert "ref" in trainer.model.peft_config
+    weight = projection_weight(backbone_of(trainer.model))
+    trainer.train()
+    assert not weight.requires_grad and weight.grad is None
