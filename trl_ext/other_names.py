@@ -34,6 +34,8 @@ RENAMED: dict[str, str | tuple[str, dict[str, str]]] = {
     "alpha1_codi": "w_codi",
     "alpha2_kv": "w_kv",
     "teacher_ce_weight": "w_teacher",
+    "use_projection": "kv_projection",
+    "use_layernorm": "kv_layer_norm",
     "lambda_mix": "kv_mix_lambda",
     "model_max_length": "max_length",
     "epochs": "num_train_epochs",
@@ -44,7 +46,6 @@ ANSWERED = {
     "max_completion_length the completion",
     "batch_size": "a step has per_device_train_batch_size x gradient_accumulation_steps rows",
     "use_prj": "projection_dim=N projects to that width, and null (the default) does not",
-    "use_projection": "L_KV compares keys and values as they are, and has no projection of them to switch on",
     "layerwise_std": "codi_std_mode and kv_std_mode are divide_loss, normalize_states (layerwise_std: true) or none",
     "kv_budget": "the trace is compressed to num_latents keys; while decoding, CompressedCache(model, budget=...) has one",
     "B_buffer": "while decoding, CompressedCache(model, buffer=...) has it; training has none",
@@ -57,7 +58,8 @@ BLOCKS: dict[str, dict[str, str]] = {
         "alpha1_codi": "w_codi",
         "alpha2_kv": "w_kv",
         "teacher_ce_weight": "w_teacher",
-        "use_projection": "use_projection",
+        "use_projection": "kv_projection",
+        "use_layernorm": "kv_layer_norm",
     },
     "loss_config": {name: name for name in ("alpha_k", "alpha_v", "alpha_attn", "alpha_norm")},
 }
@@ -94,8 +96,6 @@ def flattened(fields: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     flat: dict[str, tuple[str, Any]] = {}
 
     def add(place: str, name: str, value: Any) -> None:
-        if name == "use_projection" and value is False:
-            return  # there is none
         try:
             ours, value = renamed(name, value, known) or (name, value)
         except ValueError as error:

@@ -148,11 +148,6 @@ def test_wrong_files(content, message, config):
         parse("hrpo", *config(content))
 
 
-def test_a_projection_of_keys_and_values_is_refused_by_name(config):
-    with pytest.raises(ValueError, match=r"loss\.use_projection: there is no such setting here: L_KV compares"):
-        parse("kava", *config("loss: {use_projection: true}"))
-
-
 def test_what_files_may_say(config):
     for content in (
         "max_steps: 3",

@@ -31,6 +31,10 @@ class LatentArguments:
         default=None,
         metadata={"help": "Width of the projection from hidden state to latent input; None: no projection."},
     )
+    projection: str = field(
+        default="mlp",
+        metadata={"help": "'mlp', with a hidden layer of projection_dim, or 'linear', a plain Linear(d, d)."},
+    )
     projection_dropout: float = field(default=0.0, metadata={"help": "Dropout before the projection."})
     projection_layer_norm: bool = field(default=True, metadata={"help": "LayerNorm after the projection."})
     update: str = field(
@@ -57,6 +61,13 @@ class LatentArguments:
     kv_std_mode: str = field(
         default="none", metadata={"help": "The teacher's, by layer: 'divide_loss', 'normalize_states' or 'none'."}
     )
+    kv_projection: bool = field(
+        default=False,
+        metadata={
+            "help": "Project the latent tokens' keys and values, by a linear layer each, before L_KV compares them."
+        },
+    )
+    kv_layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm behind kv_projection's linear layers."})
     kv_scorer: str = field(
         default="kava",
         metadata={"help": "'kava', 'rkv', 'attention_only', 'cosine_only', 'random', 'uniform' or 'crop'."},
@@ -87,6 +98,8 @@ class LatentArguments:
                 f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys, so at "
                 f"least {KVScoring.window + 1}"
             )
+        if self.kv_projection and not self.w_kv:
+            raise ValueError("kv_projection=True with w_kv=0: L_KV alone would train it; set w_kv or leave it out")
         must_be_off(
             self,
             packing="latent tokens stand inside each row",
@@ -102,7 +115,8 @@ class LatentArguments:
         """The model's part of these fields."""
         return LatentConfig(
             self.num_latents, self.iterations, self.projection_dim, self.projection_dropout, self.projection_layer_norm,
-            self.update, self.feedback_residual,
+            self.update, self.feedback_residual, projection=self.projection, kv_projection=self.kv_projection,
+            kv_layer_norm=self.kv_layer_norm,
         )  # fmt: skip
 
     def kv_scoring(self) -> KVScoring:

@@ -13,11 +13,11 @@ from transformers.utils import logging
 from unsloth_ext.hub import load_modules, load_tokenizer
 from unsloth_ext.kv.tap import check_sdpa
 from unsloth_ext.latent.config import (
-    LATENT_MODULE,
     LatentConfig,
     attach_latent,
     attach_saved,
     check_adapter,
+    latent_modules,
     read_settings,
     with_latent_modules,
 )
@@ -99,8 +99,8 @@ class Preparation:
             )
         if self._saved is not None:
             attach_saved(model, self.tokenizer, self._saved, self.model)
-            if self.settings.projection_dim is not None:
-                load_modules(model, self.model, (LATENT_MODULE,), self.args.hub_token)
+            if latent_modules(backbone_of(model)):
+                load_modules(model, self.model, latent_modules(backbone_of(model)), self.args.hub_token)
         elif not has_latent:
             attach_latent(model, self.tokenizer, self.settings)
         if self.peft_config is not None:

@@ -20,7 +20,7 @@ from patches import fused_lm_head
 from unsloth_ext.kv.tap import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
-from unsloth_ext.residual import unwrapped
+from unsloth_ext.residual import backbone_of, unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
 from ..creation import check_name, default_args, keeping_master_weights, preparing_models, with_adapter
@@ -211,11 +211,13 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         )
 
     def _kv_distance(self, latent_kv: list[tuple[torch.Tensor, torch.Tensor]], kept: list) -> torch.Tensor:
-        keys, values = zip(*latent_kv, strict=True)
+        keys, values = (torch.stack(x) for x in zip(*latent_kv, strict=True))
+        if self._prepared.settings.kv_projection:
+            keys, values = backbone_of(self.model).latent_kv_projection(keys, values)
         pairs = ((keys, [layer.keys for layer in kept]), (values, [layer.values for layer in kept]))
         distances = [
             kv_loss(
-                torch.stack(ours), torch.stack(theirs), kept[0].valid, loss=self.args.kv_loss,
+                ours, torch.stack(theirs), kept[0].valid, loss=self.args.kv_loss,
                 std_mode=self.args.kv_std_mode, all_sum=self._all_sum,
             )
             for ours, theirs in pairs

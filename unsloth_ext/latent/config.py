@@ -15,10 +15,13 @@ from ..master_weights import MasterWeights, beside, without_autocast
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved, read_json
 from ..unsloth_decoding import on_unsloth
+from .kv_projection import KVProjection
 
 
-LATENT_MODULE = "latent_projection"
+LATENT_MODULES = ("latent_projection", "latent_kv_projection")
 UPDATES = ("shifted", "own")
+PROJECTIONS = ("mlp", "linear")
+SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm")  # settings that folders saved before them do not have
 
 
 @dataclass
@@ -37,6 +40,9 @@ class LatentConfig:
             `"own"`, where it is the input of the same slot (Jacobi only).
         feedback_residual: add the projection to the previous input in place of replacing it (Jacobi only).
         bot_token, latent_token, eot_token: begin the latent tokens, stand for them, end them.
+        projection: `"mlp"`, the one above, or `"linear"`, a plain Linear(d, d).
+        kv_projection: project latent keys and values where L_KV compares them (training only).
+        kv_layer_norm: and normalize them.
     """
 
     num_latents: int = field(default=24)
@@ -49,6 +55,9 @@ class LatentConfig:
     bot_token: str = field(default="<bot>")
     latent_token: str = field(default="<latent>")
     eot_token: str = field(default="<eot>")
+    projection: str = field(default="mlp")
+    kv_projection: bool = field(default=False)
+    kv_layer_norm: bool = field(default=False)
 
     def __post_init__(self) -> None:
         for name in ("num_latents", "iterations", "projection_dim"):
@@ -65,6 +74,10 @@ class LatentConfig:
             raise ValueError(f"projection_dropout={self.projection_dropout}: at least 0 and below 1")
         if self.update not in UPDATES:
             raise ValueError(f"update={self.update!r}: choose one of {', '.join(UPDATES)}")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"projection={self.projection!r}: choose one of {', '.join(PROJECTIONS)}")
+        if self.kv_layer_norm and not self.kv_projection:
+            raise ValueError("kv_layer_norm=True: the LayerNorm stands behind the projection; set kv_projection=True")
         if self.iterations is None and (self.update != "shifted" or self.feedback_residual):
             raise ValueError("update='own' and feedback_residual=True need Jacobi iterations; set iterations")
         if len({self.bot_token, self.latent_token, self.eot_token}) < 3:
@@ -76,9 +89,13 @@ class LatentConfig:
 
 
 class LatentProjection(MasterWeights, nn.Sequential):
-    """From a hidden state to the next latent input (..., d): Dropout-Linear(d, w)-GELU-Linear(w, d)-LayerNorm."""
+    """From a hidden state to the next latent input (..., d): Dropout-Linear(d, w)-GELU-Linear(w, d)-LayerNorm, or a plain
+    Linear(d, d)."""
 
     def __init__(self, d: int, config: LatentConfig, **like):
+        if config.projection == "linear":
+            super().__init__(nn.Linear(d, d, **like))
+            return
         width = config.projection_dim
         layers = [
             nn.Dropout(config.projection_dropout),
@@ -90,7 +107,7 @@ class LatentProjection(MasterWeights, nn.Sequential):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with without_autocast(hidden.device):
-            return super().forward(hidden.to(self[1].weight.dtype))
+            return super().forward(hidden.to(next(self.parameters()).dtype))
 
 
 def add_latent_tokens(tokenizer: PreTrainedTokenizerBase, config: LatentConfig) -> tuple[int, int, int]:
@@ -123,8 +140,12 @@ def attach_latent(
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     weight = model.get_input_embeddings().weight
-    if config.projection_dim is not None:
+    if config.projection_dim is not None or config.projection == "linear":
         backbone.latent_projection = LatentProjection(weight.shape[1], config, **beside(weight))
+    if config.kv_projection:
+        text = backbone.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        backbone.latent_kv_projection = KVProjection(head_dim, config.kv_layer_norm, **beside(weight))
     backbone.latent_config = config
     backbone.latent_token_ids = token_ids
     model.config.latent = {**asdict(config), "token_ids": list(token_ids)}
@@ -157,6 +178,8 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
         ValueError: something is missing, unknown or of the wrong type.
     """
     known = {f.name for f in fields(LatentConfig)} | {"token_ids"}
+    if isinstance(saved, dict):
+        saved = {f.name: f.default for f in fields(LatentConfig) if f.name in SINCE_THEN} | saved
     if not isinstance(saved, dict) or saved.keys() != known:
         wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
         raise ValueError(f"{name}: its latent settings are not those of this version: {wrong}")
@@ -164,6 +187,11 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
         return LatentConfig(**{k: v for k, v in saved.items() if k != "token_ids"}), list(saved["token_ids"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: its latent settings: {error}") from error
+
+
+def latent_modules(backbone: nn.Module) -> tuple[str, ...]:
+    """Which of `LATENT_MODULES` a decoder has."""
+    return tuple(name for name in LATENT_MODULES if hasattr(backbone, name))
 
 
 def trained_rows(adapter: PeftConfig) -> set[int]:
@@ -176,7 +204,7 @@ def check_adapter(model: nn.Module) -> None:
     """Raises a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
     adapter, backbone = model.peft_config[model.active_adapter], backbone_of(model)
     lacks = [] if trained_rows(adapter) >= set(backbone.latent_token_ids) else ["trainable_token_indices"]
-    if hasattr(backbone, LATENT_MODULE) and LATENT_MODULE not in (adapter.modules_to_save or ()):
+    if not set(latent_modules(backbone)) <= set(adapter.modules_to_save or ()):
         lacks.append("modules_to_save")
     if lacks:
         raise ValueError(
@@ -202,8 +230,8 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
     rows = dict(asked) if isinstance(asked, dict) else {name: asked}
     rows[name] = sorted({*rows.get(name, ()), *backbone.latent_token_ids})
     changes: dict[str, Any] = {"trainable_token_indices": rows}
-    if hasattr(backbone, LATENT_MODULE):
-        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), LATENT_MODULE]))
+    if latent_modules(backbone):
+        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), *latent_modules(backbone)]))
     return changes
 
 

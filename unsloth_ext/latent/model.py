@@ -14,7 +14,7 @@ from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_module
 from ..mode import evaluating
 from ..residual import backbone_of
 from ..settings_file import read_saved
-from .config import LATENT_MODULE, attach_saved, remember_latent
+from .config import attach_saved, latent_modules, remember_latent
 from .phase import Intervention, LatentState, latent_phase
 
 
@@ -140,8 +140,8 @@ class LatentModel:
         if saved.adapter is not None:
             model = load_adapter(model, name, is_trainable=True, token=token)
             remember_latent(model)
-        elif hasattr(backbone_of(model), LATENT_MODULE):
-            load_modules(model, name, (LATENT_MODULE,), token)
+        elif latent_modules(backbone_of(model)):
+            load_modules(model, name, latent_modules(backbone_of(model)), token)
         return cls(model.eval(), tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
