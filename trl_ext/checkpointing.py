@@ -14,6 +14,7 @@ On resume the command line's learning rates win: only the scheduler's position i
 fresh optimizer state, and those that are gone are forgotten.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
+from .creation import check_model_and_tokenizer
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
@@ -102,7 +104,13 @@ class SafeCheckpointMixin:
         ValueError: at construction, for a model of which nothing would be trained, or whose adapter is frozen.
     """
 
+    _latent_method: str | None = None
+    """The method of latent reasoning whose modules the trainer attaches; folders of another one are refused."""
+
     def __init__(self, *args: Any, **kwargs: Any):
+        named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        named = {**named, **named.get("kwargs", {})}
+        check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)
         super().__init__(*args, **kwargs)
         check_trainable(self.model)
 

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from unsloth_ext.hub import check_causal_lm, load_modules
+from unsloth_ext.hub import check_causal_lm, check_tokenizer, load_modules
 from unsloth_ext.master_weights import MasterWeights, copied_by_peft, master_weights, widen
 from unsloth_ext.settings_file import METHODS, read_saved
 
@@ -105,16 +105,31 @@ def on_unsloths_trainer() -> bool:
     return trl.SFTTrainer.__name__ != "SFTTrainer"
 
 
-def check_name(model: PreTrainedModel | str, method: str | None = None) -> None:
-    """Raises a ValueError for the name of a model that cannot be loaded here, or would lose its method of latent reasoning
-    where that is not `method`; and for any name with Unsloth's trainer, which loads none."""
+def check_name(model: PreTrainedModel | str) -> None:
+    """Raises a ValueError for a model's name, which Unsloth's trainer does not load."""
     if isinstance(model, str) and on_unsloths_trainer():
         raise ValueError(
             f"model={model!r}: Unsloth's trainer, which is live since Unsloth was imported, takes no names; load the model "
             "with AutoModelForCausalLM"
         )
+
+
+def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) -> None:
+    """What can be said of a trainer's model before it is loaded.
+
+    Args:
+        model: to train, or its name.
+        tokenizer: that was given; None: the one that was saved with the model.
+        method: of latent reasoning that the trainer attaches.
+
+    Raises:
+        ValueError: there is no such model, it is no causal language model, or of another method, which would be lost; or
+            there is no tokenizer in its folder.
+    """
     if isinstance(model, str):
         check_causal_lm(model, method)
+    if tokenizer is None and (isinstance(model, str) or hasattr(getattr(model, "config", None), "_name_or_path")):
+        check_tokenizer(name_of(model))
 
 
 def with_adapter(

@@ -13,7 +13,7 @@ from tests import tiny
 from trl_ext import KVDistillConfig
 from trl_ext.checkpointing import SafeCheckpointMixin
 from trl_ext.model_card import own_settings
-from unsloth_ext import attach_thinking
+from unsloth_ext import attach_planner, attach_thinking
 
 
 class Trainer(SafeCheckpointMixin, SFTTrainer):
@@ -70,3 +70,22 @@ def test_settings_in_a_card_are_what_our_configuration_adds():
     found = own_settings(args)
     assert found["kv_projection_mode"] == "flat" and not {"learning_rate", "output_dir", "max_length"} & found.keys()
     assert own_settings(SFTConfig("run", report_to="none", use_cpu=True, bf16=False)) == {}
+
+
+@pytest.mark.parametrize("case", ["missing", "planner", "no tokenizer", "named in memory"])
+def test_every_trainer_says_what_is_wrong_with_a_models_folder_before_it_is_loaded(tmp_path, case):
+    folder, given = tmp_path / "folder", tiny.tokenizer()
+    if case != "missing":
+        (attach_planner(tiny.model()) if case == "planner" else tiny.model()).save_pretrained(folder)
+    if "tokenizer" in case or "memory" in case:
+        given = None
+    model = tiny.model()
+    model.config._name_or_path = str(folder)
+    message = {
+        "missing": f"there is no folder {folder}",
+        "planner": r"a model of the method planner .*PlannerExecutorModel\.from_pretrained",
+    }.get(case, r"has no tokenizer_config\.json")
+    args = SFTConfig(str(tmp_path / "run"), use_cpu=True, report_to="none", bf16=False)
+    rows = Dataset.from_dict({"text": ["1+2=3"] * 4})
+    with pytest.raises(ValueError, match=message):
+        Trainer(model if "memory" in case else str(folder), args, train_dataset=rows, processing_class=given)

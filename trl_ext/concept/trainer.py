@@ -57,12 +57,13 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     _tag_names = ["trl", "concept-tokens"]
     _name = "Concept tokens"
+    _latent_method = "concept"
 
     def __init__(self, model: Any, args: ConceptConfig | None = None, *others: Any, **keywords: Any):
         args = default_args(model, ConceptConfig, self._name) if args is None else args
         if not isinstance(args, ConceptConfig):
             raise ValueError(f"args is a {type(args).__name__}; concept tokens need a ConceptConfig")
-        check_name(model, "concept")
+        check_name(model)
         fused_lm_head.ensure()
         if not args.use_concepts:
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)

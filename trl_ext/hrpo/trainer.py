@@ -26,7 +26,6 @@ from patches import fused_lm_head
 from unsloth_ext.adapter import THINKING_MODULES, free_originals, with_thinking_modules
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
-from unsloth_ext.hub import check_causal_lm
 from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
 from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking, read_settings
 from unsloth_ext.settings_file import read_json
@@ -58,6 +57,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
     _tag_names = ["trl", "grpo", "hrpo"]
     _name = "HRPO"
+    _latent_method = "hrpo"
     _paper = {
         "title": "Hybrid Latent Reasoning via Reinforcement Learning",
         "id": "2505.18454",
@@ -137,7 +137,6 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if not isinstance(name, str):
             self._give(name)
             return
-        check_causal_lm(name, "hrpo")
         if read_json(name, "adapter_config.json", None) is not None:
             raise ValueError(
                 f"model={name!r} is an adapter: to go on with it, pass FastThinkingModel.from_pretrained(...)[0]"

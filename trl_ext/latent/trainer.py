@@ -46,6 +46,7 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         FloatingPointError: a term of the loss is NaN or infinite.
     """
 
+    _latent_method = "latent"
     _config_class: type[LatentArguments] | None = None  # of each method
 
     def __init__(
@@ -70,7 +71,7 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         fused_lm_head.ensure()
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
-        check_name(model, "latent")
+        check_name(model)
         keywords["peft_config"] = prepare.peft_config
         if not isinstance(model, str):
             prepare(model)

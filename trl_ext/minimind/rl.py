@@ -8,12 +8,13 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
+
+from unsloth_ext.hub import load_tokenizer
 
 from ..flags import at_least
 from ..tasks.reward import make_reward
@@ -83,7 +84,7 @@ class RewardModel:
 
     def __init__(self, name: str, batch_size: int = 16):
         self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto").eval()
-        self.tokenizer, self.batch_size = AutoTokenizer.from_pretrained(name), batch_size
+        self.tokenizer, self.batch_size = load_tokenizer(name), batch_size
         if self.model.config.num_labels != 1:
             raise ValueError(f"reward_model={name}: {self.model.config.num_labels} logits; a reward model has one")
         if self.tokenizer.chat_template is None:

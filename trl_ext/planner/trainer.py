@@ -73,12 +73,13 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     _tag_names = ["trl", "planner-executor"]
     _name = "Planner-executor"
+    _latent_method = "planner"
 
     def __init__(self, model: Any, args: PlannerExecutorConfig | None = None, *others: Any, **keywords: Any):
         args = default_args(model, PlannerExecutorConfig, self._name) if args is None else args
         if not isinstance(args, PlannerExecutorConfig):
             raise ValueError(f"args is a {type(args).__name__}; planning needs a PlannerExecutorConfig")
-        check_name(model, "planner")
+        check_name(model)
         fused_lm_head.ensure()
         if not args.use_planner:
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)

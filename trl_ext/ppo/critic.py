@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification, PreTrainedModel
 
+from unsloth_ext.hub import check_name
 from unsloth_ext.master_weights import MasterLinear
 
 
@@ -43,6 +44,7 @@ def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def load_critic(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A critic from a folder or the hub, its backbone in `dtype`; a head that is not among its weights begins at zero."""
+    check_name(name)
     with torch.random.fork_rng():
         # All of it in float32, or the head's last digits would be lost
         critic, found = AutoModelForTokenClassification.from_pretrained(
