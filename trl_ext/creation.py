@@ -142,6 +142,16 @@ def with_adapter(
     return get_peft_model(model, peft_config), None
 
 
+def no_router_loss(trainer: trl.SFTTrainer, why: str) -> None:
+    """Raises a ValueError if the trainer was built with a loss that balances a mixture's experts, which transformers counts
+    over one mask for all layers and passes."""
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef}: {why}, and the loss that balances experts cannot be "
+            "counted; set router_aux_loss_coef=0.0"
+        )
+
+
 def name_of(model: PreTrainedModel | str) -> str:
     """Where a model, or the path of one, comes from; empty if nobody knows."""
     return model if isinstance(model, str) else model.config._name_or_path

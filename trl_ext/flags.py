@@ -88,6 +88,12 @@ def one_of(arguments: Any, **choices: tuple) -> None:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
 
 
+def must_prepare(arguments: Any, why: str) -> None:
+    """Raises a ValueError if the dataset would go into training as it is, and says what becomes of it here."""
+    if (getattr(arguments, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        raise ValueError(f"dataset_kwargs: skip_prepare_dataset {why}; leave it out")
+
+
 def must_be_off(arguments: Any, **why: str) -> None:
     """Raises a ValueError that names a switch which is on, and says why it cannot be; a field that is not there is off."""
     for name, reason in why.items():

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .residual import backbone_of, unwrapped
 from .states import Warper, logits_of, soft_embedding
+from .thinking_forward import decoder_of
 
 
 RECOMPUTE_MODES = ("frozen", "rollout", "two_pass", "soft_bptt", "jacobi")
@@ -103,8 +104,7 @@ def thinking_keywords(
 def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tensor:
     """(B, length, d): for each of the last `length` positions the final-norm hidden state of the position before it."""
     found = []
-    # OPT's causal LM calls an inner decoder past its base model
-    hook = model.get_decoder().register_forward_hook(lambda _, __, output: found.append(output[0]))
+    hook = decoder_of(model, backbone_of(model)).register_forward_hook(lambda _, __, output: found.append(output[0]))
     try:
         model(**inputs, logits_to_keep=1, use_cache=False)  # the head sees one position
     finally:

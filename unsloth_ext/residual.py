@@ -160,7 +160,11 @@ def causal_lm_of(model: nn.Module) -> nn.Module:
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The decoder under a causal LM, through any PEFT or trainer wrapper."""
-    return causal_lm_of(model).base_model
+    causal_lm = causal_lm_of(model)
+    backbone = causal_lm.base_model
+    if backbone is causal_lm and hasattr(causal_lm, "lm_head"):
+        return causal_lm.model  # Llama 4's text model: its prefix names nothing (transformers 5.17)
+    return backbone
 
 
 def has_thinking(model: nn.Module) -> bool:
@@ -185,7 +189,7 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     embedding = backbone.get_input_embeddings()
     if embedding is None:
         raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")
-    teach_forward(causal_lm_of(model), config.thinking_source)
+    teach_forward(causal_lm_of(model), backbone, config.thinking_source)
     d, weight = embedding.weight.shape[1], embedding.weight
     like = beside(weight)
     backbone.thinking_residual_gate_r = MasterLinear(d, d, **like)

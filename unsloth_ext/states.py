@@ -42,6 +42,11 @@ def embedding_norm(backbone: nn.Module) -> torch.Tensor:
     return weight.float().pow(2).mean().mul(weight.shape[1]).sqrt() * _scale(embedding)
 
 
+def embedding_rms(embedding: nn.Module) -> float:
+    """Root mean square of an entry of the embeddings, as a decoder is given them."""
+    return embedding.weight.detach().float().square().mean().sqrt().item() * float(_scale(embedding))
+
+
 def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:
     """Soft-embedding states (..., d) of distributions (..., V).
 

@@ -19,7 +19,7 @@ from .unsloth_decoding import on_unsloth
 LENGTH = 8  # tokens of the text that is asked about; states are given for its second half
 
 
-def teach_forward(model: PreTrainedModel, source: str) -> None:
+def teach_forward(model: PreTrainedModel, backbone: nn.Module, source: str) -> None:
     """Teach a causal LM's forward our keywords, then ask it: two forwards of `LENGTH` tokens, no gradient.
 
     The states given are embeddings of other tokens, taken whole; the logits must be those of a text with these tokens.
@@ -27,13 +27,12 @@ def teach_forward(model: PreTrainedModel, source: str) -> None:
     verified when it is applied. Draws nothing from the global RNG.
 
     Args:
-        model: not wrapped by PEFT.
+        model: not wrapped by PEFT. backbone: its decoder.
         source: of the thinking states, as in `ThinkingConfig`.
 
     Raises:
         ValueError: thinking states would be lost, or the hidden states that the LM head reads are not the decoder's.
     """
-    backbone = model.base_model
     patches.apply("base_model_forward", type(backbone))  # a no-op where Unsloth's forward is patched already
     if on_unsloth(model):
         return
@@ -49,7 +48,13 @@ def teach_forward(model: PreTrainedModel, source: str) -> None:
                     f"{type(model).__name__} cannot think: its forward loses thinking states that are given to it. Choose "
                     "a causal LM that reads all of a token from its input embedding"
                 )
-        _check_hidden(model, source)
+        _check_hidden(model, backbone, source)
+
+
+def decoder_of(model: nn.Module, backbone: nn.Module) -> nn.Module:
+    """What hands hidden states to the LM head: OPT's calls an inner decoder past its base model."""
+    decoder = model.get_decoder()
+    return backbone if hasattr(decoder, "lm_head") else decoder  # of Llama 4 it is the causal LM (transformers 5.17)
 
 
 def _texts(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,11 +80,11 @@ def _states_arrive(model: PreTrainedModel, backbone: nn.Module) -> bool:
     return _alike(given, wanted)
 
 
-def _check_hidden(model: PreTrainedModel, source: str) -> None:
+def _check_hidden(model: PreTrainedModel, backbone: nn.Module, source: str) -> None:
     """Rollouts read the LM head's input, training the decoder's output, soft embeddings `logits_of` it: all must agree."""
     seen = []
     handles = [
-        model.get_decoder().register_forward_hook(lambda _, __, output: seen.append(output[0])),
+        decoder_of(model, backbone).register_forward_hook(lambda _, __, output: seen.append(output[0])),
         model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0])),
     ]
     try:

@@ -34,7 +34,15 @@ from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import backbone_of
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import attach_saved, check_name, default_args, keeping_master_weights, preparing_models, with_adapter
+from ..creation import (
+    attach_saved,
+    check_name,
+    default_args,
+    keeping_master_weights,
+    no_router_loss,
+    preparing_models,
+    with_adapter,
+)
 from ..parameter_groups import split_by_role
 from ..sums import Sums
 from ..update_sizes import UpdateSizesMixin
@@ -84,6 +92,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
         with preparing_models(self._stock_init, give), keeping_master_weights(self, model):
             super().__init__(model, args, *others, **keywords)
+        no_router_loss(self, "layers see other numbers of tokens each")
         self._calibrated: int | None = None  # the last step at which the NULL bias was set
         self._seen: ConceptOutput | None = None
         self._sums = {"train": Sums(), "eval": Sums()}

@@ -9,7 +9,7 @@ from unsloth_ext.alignment.heads import INITS
 from unsloth_ext.alignment.loss import StructuralKVLoss
 from unsloth_ext.alignment.time_warping import SegmentTimeWarper
 
-from ..flags import must_be_off, one_of
+from ..flags import must_be_off, must_prepare, one_of
 from ..teacher import TeacherConfig
 
 
@@ -86,9 +86,11 @@ class KVDistillConfig(TeacherConfig):
         must_be_off(
             self,
             packing="segments are those of one row",
+            eval_packing="segments are those of one row",
             padding_free="segments are those of one row",
             use_liger_kernel="it replaces the attention that keys and values are taken from",
         )
+        must_prepare(self, "leaves rows without segments; tokenized rows with segment_ids are taken as they are")
         if self.completion_only_loss is False:
             raise ValueError(
                 "completion_only_loss=False: the prompt is told from the completion by its labels; leave it unset"

@@ -20,7 +20,8 @@ from trl import SFTTrainer
 from patches import fused_lm_head
 from unsloth_ext.alignment.aligner import MapProjectionAligner
 from unsloth_ext.alignment.capture import captured_kvq, stacked
-from unsloth_ext.kv.tap import check_sdpa
+from unsloth_ext.kv.tap import check_look
+from unsloth_ext.layer_kinds import check_layers
 from unsloth_ext.unsloth_decoding import on_unsloth
 
 from ..checkpointing import CheckpointError, SafeCheckpointMixin
@@ -97,12 +98,13 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         )
         check_vocabularies(self._tokenizer, self.teacher, teacher_processing_class)
         for side in (self.model, self.teacher):
-            check_sdpa(side)
             if on_unsloth(side):
                 raise ValueError(
                     "the model runs Unsloth's fast forwards, which do not show their keys and values: load it with "
                     "AutoModelForCausalLM"
                 )
+            check_layers(side, f"lambda_kv={args.lambda_kv}", args.max_length)
+            check_look(side, f"lambda_kv={args.lambda_kv}")
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.aligner = MapProjectionAligner(

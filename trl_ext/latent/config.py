@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
-from ..flags import must_be_off, one_of
+from ..flags import must_be_off, must_prepare, one_of
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
@@ -103,10 +103,12 @@ class LatentArguments:
         must_be_off(
             self,
             packing="latent tokens stand inside each row",
+            eval_packing="latent tokens stand inside each row",
             padding_free="latent tokens stand inside each row",
             gradient_checkpointing="transformers drops the cache with it, and latent tokens would not see the question",
             assistant_only_loss="rows are question, steps and answer, not conversations",
         )
+        must_prepare(self, "leaves rows without tokens; rows that have theirs are taken as they are")
         for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name, only) != only:
                 raise ValueError(f"{name}={getattr(self, name)!r}: the loss of latent distillation knows only {only!r}")

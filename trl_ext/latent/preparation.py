@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from unsloth_ext.hub import load_modules, load_tokenizer
-from unsloth_ext.kv.tap import check_sdpa
+from unsloth_ext.kv.tap import check_look
 from unsloth_ext.latent.config import (
     LatentConfig,
     attach_latent,
@@ -21,6 +21,7 @@ from unsloth_ext.latent.config import (
     read_settings,
     with_latent_modules,
 )
+from unsloth_ext.layer_kinds import check_layers
 from unsloth_ext.residual import backbone_of
 from unsloth_ext.settings_file import read_saved
 
@@ -112,5 +113,6 @@ class Preparation:
                 "Latent distillation without PEFT: full fine-tuning collapsed in KaVa's ablation (56.5 to 7.0); prefer LoRA"
             )
         if self.args.w_kv:
-            check_sdpa(model)
+            check_layers(model, f"w_kv={self.args.w_kv}", self.args.max_length)
+            check_look(model, f"w_kv={self.args.w_kv}")
         self.positions = learned_positions(model)

@@ -23,7 +23,7 @@ from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 from unsloth_ext.residual import backbone_of, unwrapped
 
 from ..checkpointing import SafeCheckpointMixin
-from ..creation import check_name, default_args, keeping_master_weights, preparing_models, with_adapter
+from ..creation import check_name, default_args, keeping_master_weights, no_router_loss, preparing_models, with_adapter
 from ..update_sizes import UpdateSizesMixin
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
@@ -82,6 +82,7 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         )
         with preparing_models(self._stock_init, prepare), keeping_master_weights(self, model):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
+        no_router_loss(self, "question, latent tokens and answer go through the model apart")
         self.model_accepts_loss_kwargs = True  # the loss is a micro-batch's part of the whole step's
         if is_peft_model(self.model):
             remember_latent(self.model)

@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
 
-from ..flags import at_least, must_be_off, one_of
+from ..flags import at_least, must_be_off, must_prepare, one_of
 from .data import MODES
 
 
@@ -180,8 +180,7 @@ class PlannerExecutorConfig(SFTConfig):
                 "completion_only_loss=False: the prompt is told from the completion by its labels; leave it unset, or set "
                 "mode='reconstruct'"
             )
-        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            raise ValueError("dataset_kwargs: skip_prepare_dataset leaves rows without a plan's part; leave it out")
+        must_prepare(self, "leaves rows without a plan's part")
         if self.training == "soft" and not (planner.multi_token and len(planner.groups) == 1):
             must_be_off(
                 self,

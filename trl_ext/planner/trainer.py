@@ -28,7 +28,7 @@ from unsloth_ext.states import logits_of
 
 from ..checkpointing import SafeCheckpointMixin
 from ..concept.losses import everywhere
-from ..creation import check_name, default_args, keeping_master_weights, preparing_models, with_adapter
+from ..creation import check_name, default_args, keeping_master_weights, no_router_loss, preparing_models, with_adapter
 from ..fingerprint import content_hash
 from ..gradients import average_gradients
 from ..parameter_groups import split_by_role
@@ -105,10 +105,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
                 "DeepSpeed and FSDP shard weights behind the model's own forward, which planning goes around; launch with "
                 "DDP (accelerate launch --multi_gpu) or in one process"
             )
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "router_aux_loss_coef: the executor's loss has no part that balances experts; set it to 0.0"
-            )
+        no_router_loss(self, "planner and executor go around the model's own forward")
         # Not around the parent's own, which under Unsloth may be another
         self.data_collator = PlannerCollator(
             DataCollatorForLanguageModeling(self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)

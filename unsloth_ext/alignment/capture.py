@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ..kv.tap import attention_tap
+from ..kv.tap import attention_tap, check_seen
 
 
 class _Enough(Exception):
@@ -30,7 +30,7 @@ def captured_kvq(
         By layer (k, v, q).
 
     Raises:
-        ValueError: the model's attention is not SDPA.
+        ValueError: the model's attention is not SDPA; at the end, a layer was not seen.
     """
     found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     wanted = None if layers is None else set(layers)
@@ -43,6 +43,7 @@ def captured_kvq(
 
     with contextlib.suppress(_Enough), attention_tap(model, observe):
         yield found
+    check_seen(model, found, "taking keys and values", wanted)
 
 
 def stacked(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..layer_kinds import check_length
 from .cache import ConceptCache, SlotCache, used_first
 from .flex import FLEX, flex_from
 from .gate import Choice, decide, given
@@ -88,7 +89,7 @@ def concept_forward(
 
     Args:
         input_ids (B, T) long, or inputs_embeds (B, T, d).
-        attention_mask (B, T): real tokens, padded on either side; None: all.
+        attention_mask (B, T), or (B, S) with those in the cache: real tokens, padded on either side; None: all.
         position_ids (B, T): None counts the real tokens. Without a mask, every 0 in them begins another text of a packed
             row.
         past_key_values: a `ConceptCache` to go on from; any other cache that is still empty, or None, begins one.
@@ -103,15 +104,23 @@ def concept_forward(
     if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
         raise ValueError("attention_mask: (B, T), which tokens are real; concepts make the layers' masks themselves")
     embeds = backbone.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    if backbone.concept_embed_scale != 1.0:
+        embeds = embeds * backbone.concept_embed_scale
     cache = past_key_values if isinstance(past_key_values, ConceptCache) else None
     if cache is None and past_key_values is not None and past_key_values.get_seq_length():
         raise ValueError(f"past_key_values: a {type(past_key_values).__name__} cannot hold concepts; leave it out")
     use_cache = not backbone.training and bool(backbone.config.use_cache if use_cache is None else use_cache)
-    if cache is not None and cache.seen and embeds.shape[1] == 1:
+    check_length(backbone, embeds.shape[1] + (cache.seen if cache is not None else 0), "a concept")
+    if cache is not None and cache.seen and embeds.shape[1] == 1 and real_at_last(attention_mask):
         return step(backbone, embeds, concepts, cache)
     if cache is None and use_cache:
         cache = ConceptCache()
     return parallel(backbone, embeds, concepts, attention_mask, position_ids, cache)
+
+
+def real_at_last(attention_mask: torch.Tensor | None) -> bool:
+    """Whether the last token is real in every row."""
+    return attention_mask is None or bool(attention_mask[:, -1].all())
 
 
 def parallel(
@@ -122,21 +131,20 @@ def parallel(
     position_ids: torch.Tensor | None,
     cache: ConceptCache | None,
 ) -> ConceptOutput:
-    """Whole texts, or several tokens that follow what is in the cache, then every one real; arguments as of
-    `concept_forward`."""
+    """Whole texts, or several tokens that follow what is in the cache; arguments as of `concept_forward`."""
     config = backbone.concept_config
     caches = (None, None, None) if cache is None else cache.layers
     goes_on = cache is not None and cache.seen > 0
     documents = None
-    if attention_mask is None or goes_on:
+    if attention_mask is None:
         valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if position_ids is not None and not goes_on and (position_ids[:, 1:] == 0).any():
             documents = (position_ids == 0).cumsum(1)
     else:
-        valid = attention_mask.bool()
+        valid = attention_mask[:, -embeds.shape[1] :].bool()  # the mask is of what is in the cache too
     past = [valid[:, :0] if layers is None else layers.extend(len(valid), valid.device) for layers in caches]
     if goes_on:
-        position_ids = cache.layers[0].lengths[:, None] + torch.arange(valid.shape[1], device=valid.device)
+        position_ids = (cache.layers[0].lengths[:, None] + valid.cumsum(1) - 1).clamp(min=0)
     elif position_ids is None:
         position_ids = (valid.cumsum(1) - 1).clamp(min=0)
     position_ids = position_ids.expand_as(valid)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..states import logits_of
 from .segmenters import Memory, boundaries
 from .texts import Texts
 
@@ -130,7 +131,7 @@ def next_entropy(backbone: nn.Module, shallow: torch.Tensor) -> torch.Tensor:
     """(B, T), nats: of the next token, by the LM head on the shallow layers' states (B, T, d)."""
     found = []
     for part in shallow.flatten(0, 1).split(ENTROPY_ROWS):
-        logits = backbone.concept_lm_head(backbone.norm(part))
+        logits = logits_of(backbone.concept_causal_lm, backbone.norm(part))
         logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         found.append(-(logs.exp() * logs).sum(-1))
     return torch.cat(found).view(shallow.shape[:2])

@@ -10,9 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..kv.tap import check_sdpa
+from ..layer_kinds import check_layers
 from ..master_weights import MasterLinear, MasterWeights, beside
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved
+from ..states import embedding_rms
 from ..unsloth_decoding import on_unsloth
 from .config import OnlineConceptConfig
 
@@ -72,6 +74,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
             Unsloth's fast forwards, or has concepts already.
     """
     from .forward import concept_forward
+    from .split import check_split
 
     config = config or OnlineConceptConfig()
     backbone = backbone_of(model)
@@ -79,12 +82,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
     if config.parts[2].stop != layers:
         split = f"n_shallow={config.n_shallow}, n_middle={config.n_middle}, n_deep={config.n_deep}"
         raise ValueError(f"{split}: together {config.parts[2].stop}, the model has {layers} layers")
-    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise ValueError("layer_types: sliding windows would lose concepts; every layer must attend to the whole text")
-    if not all(hasattr(backbone, name) for name in ("layers", "norm", "rotary_emb", "embed_tokens")):
-        raise ValueError(
-            f"{type(backbone).__name__} is not built as llama, qwen2 or qwen3 are: its layers cannot be split"
-        )
+    check_layers(model, "a concept")
     check_sdpa(model)
     if on_unsloth(model):
         raise ValueError(
@@ -92,14 +90,16 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
         )
     if hasattr(backbone, "concept_config"):
         raise ValueError(f"{type(model).__name__} has concepts already")
+    scale = check_split(model)
     weight = model.get_input_embeddings().weight
     like = beside(weight)
-    std = weight.detach().float().square().mean().sqrt().item()
+    std = embedding_rms(model.get_input_embeddings()) * scale
     backbone.concept_head = ConceptHead(weight.shape[1], config, **like)
     backbone.concept_embedding = ConceptEmbedding(weight.shape[1], config, std, **like)
     backbone.concept_config = config
     backbone.concept_gate = ConceptGate()
-    backbone.__dict__["concept_lm_head"] = model.get_output_embeddings()  # not a submodule: it is the model's
+    backbone.concept_embed_scale = scale
+    backbone.__dict__["concept_causal_lm"] = model  # not a submodule of itself
     backbone.forward = types.MethodType(concept_forward, backbone)
     model.config.concepts = asdict(config)
     describe_when_saved(model, backbone)

@@ -8,9 +8,10 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..layer_kinds import check_layers
 from ..residual import backbone_of
 from .compression import KVScoring, score_keys, take
-from .tap import NAME, check_sdpa, expect_attention
+from .tap import NAME, check_look, expect_attention
 
 
 class CompressedLayer(DynamicLayer):
@@ -26,7 +27,7 @@ class CompressedLayer(DynamicLayer):
         self.budget, self.buffer, self.scoring = budget, buffer, scoring
         self.seen = 0
         self.valid: torch.Tensor | None = None
-        self._counts: list[int] = []  # real keys of each row, known without asking the device
+        self._most = 0  # real keys of the fullest row, or more: known without asking the device
         self._queries: torch.Tensor | None = None
         self._asked: torch.Tensor | None = None  # which of the queries are real
 
@@ -46,13 +47,12 @@ class CompressedLayer(DynamicLayer):
             given: transformers' mask over all columns ever seen, (B or 1, 1, length, seen) bool; None is causal.
         """
         rows, columns = self.keys.shape[0], self.keys.shape[-2]
-        if self.valid is None:  # nothing was dropped yet: the mask fits, and its last row says which columns are real
-            last = None if given is None else given[:, 0, -1]
-            self.valid = self.keys.new_ones(rows, columns, dtype=torch.bool) if last is None else last.expand(rows, -1)
-            return given
-        new = self.valid.new_ones(rows, length)
-        self.valid = torch.cat([self.valid, new], dim=1)
-        if self.seen == columns and length > 1:
+        # The last row of transformers' mask sees all that is real, and says which of the new tokens are
+        real = self.keys.new_ones(rows, length, dtype=torch.bool)
+        if given is not None:
+            real = given[:, 0, -1, -length:].expand(rows, -1)
+        self.valid = real if self.valid is None else torch.cat([self.valid, real], dim=1)
+        if self.seen == columns:  # nothing was dropped yet: the mask fits
             return given
         causal = self.valid.new_ones(length, columns).tril(columns - length)
         return self.valid[:, None, None] & causal
@@ -62,13 +62,17 @@ class CompressedLayer(DynamicLayer):
         length, window = queries.shape[2], self.scoring.window
         asked = self.valid[:, -length:]
         if self._queries is None:
-            self._queries, self._asked, self._counts = queries, asked, self.valid.sum(-1).tolist()
+            self._queries, self._asked = queries, asked
         else:
             self._queries = torch.cat([self._queries, queries], dim=2)
             self._asked = torch.cat([self._asked, asked], dim=1)
-            self._counts = [count + length for count in self._counts]
         self._queries, self._asked = self._queries[:, :, -window:], self._asked[:, -window:]
-        full = [count >= self.budget + self.buffer for count in self._counts]
+        self._most += length
+        if self._most < self.budget + self.buffer:
+            return
+        counts = self.valid.sum(-1).tolist()
+        self._most = max(counts)
+        full = [count >= self.budget + self.buffer for count in counts]
         if not any(full):
             return
         scores = score_keys(self.keys, self._queries, self.budget, self.scoring, self.valid, self._asked)
@@ -76,21 +80,19 @@ class CompressedLayer(DynamicLayer):
         # Rows whose buffer is not full keep all, as they would alone
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best.clamp(min=0), best >= 0)
         keep = torch.where(torch.tensor(full, device=keep.device)[:, None, None], keep, self.valid[:, None])
-        self._counts = [self.budget if over else count for over, count in zip(full, self._counts, strict=True)]
-        kept = take(self.keys, self.values, torch.zeros_like(scores), max(self._counts), keep)
+        self._most = max(self.budget if over else count for over, count in zip(full, counts, strict=True))
+        kept = take(self.keys, self.values, torch.zeros_like(scores), self._most, keep)
         self.keys, self.values, self.valid = kept.keys, kept.values, kept.valid
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self.valid, self._queries, self._asked = (x[indices] for x in (self.valid, self._queries, self._asked))
-        self._counts = [self._counts[i] for i in indices.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.valid, self._queries, self._asked = (
             x.repeat_interleave(repeats, dim=0) for x in (self.valid, self._queries, self._asked)
         )
-        self._counts = [count for count in self._counts for _ in range(repeats)]
 
     def crop(self, *_) -> None:
         raise NotImplementedError("a compressed cache cannot be cropped: what was dropped is gone")
@@ -111,7 +113,8 @@ class CompressedCache(Cache):
         scoring: `KVScoring("rkv")` by default; its window is the number of latest queries that judge.
 
     Raises:
-        ValueError: the model's attention is not SDPA, or has sliding windows.
+        ValueError: the model's attention is not SDPA over the whole text, is not seen by a tap (Falcon), or reads other
+            keys than a cache holds (MLA).
     """
 
     def __init__(self, model: torch.nn.Module, budget: int = 128, buffer: int = 128, scoring: KVScoring | None = None):
@@ -120,14 +123,12 @@ class CompressedCache(Cache):
             raise ValueError(f"budget={budget}: more than the window of {scoring.window}, which always stays")
         if buffer < 1:
             raise ValueError(f"buffer={buffer}: at least 1")
-        check_sdpa(model)
+        check_layers(model, "a compressed cache")
+        check_look(model, "a compressed cache")
         config = backbone_of(model).config
-        sliding = ["sliding_attention"] if getattr(config, "sliding_window", None) else ["full_attention"]
-        kinds = set(getattr(config, "layer_types", None) or sliding)
-        if kinds != {"full_attention"}:
-            raise ValueError(f"layers of {', '.join(sorted(kinds))}: only full attention can be compressed")
         config._attn_implementation = NAME
-        super().__init__(layers=[CompressedLayer(budget, buffer, scoring) for _ in range(config.num_hidden_layers)])
+        count = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[CompressedLayer(budget, buffer, scoring) for _ in range(count)])
 
     @property
     def num_bytes(self) -> int:

@@ -5,18 +5,21 @@ tensors to whoever listens; a model uses it while a tap on it is open.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..backend import without_block_compile
-from ..residual import backbone_of
+from ..layer_kinds import numbered
+from ..mode import evaluating
+from ..residual import backbone_of, causal_lm_of
 from .compression import CompressedKV, KVScoring, compress_kv
 
 
@@ -92,6 +95,55 @@ def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
         _OBSERVER.reset(token)
 
 
+def check_seen(model: nn.Module, layers: Iterable[int], what: str, wanted: Iterable[int] | None = None) -> None:
+    """Raises a ValueError that names the layers (all, or those `wanted`) that are not among the `layers` a tap has seen."""
+    config = backbone_of(model).config.get_text_config(decoder=True)
+    missing = sorted(set(range(config.num_hidden_layers) if wanted is None else wanted) - set(layers))
+    if missing:
+        raise ValueError(
+            f"{type(causal_lm_of(model)).__name__}: nothing is seen of attention in {numbered(missing)}, which does not go "
+            f"through transformers' attention functions; {what} needs the keys of every layer: take a model such as llama "
+            "or qwen3"
+        )
+
+
+@torch.no_grad()
+def check_look(model: nn.Module, what: str) -> None:
+    """One forward of two tokens, the first time for each model: what a tap sees is asked for, not what attention is called.
+
+    Not where weights are sharded or not in memory, which no forward of ours could use; there `compressed_trace` and
+    `captured_kvq` tell at their first use.
+
+    Args:
+        what: that looks inside attention, as the subject of "needs".
+
+    Raises:
+        ValueError: attention is not SDPA; a layer was not seen; or what a cache holds are not the keys and values that
+            attention reads, as in models that cache something smaller (MLA).
+    """
+    check_sdpa(model)
+    backbone = backbone_of(model)
+    if backbone in _LOOKED or any(p.device.type == "meta" or not p.numel() for p in model.parameters()):
+        return
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    cache = DynamicCache(config=backbone.config)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=backbone.get_input_embeddings().weight.device)
+    with evaluating(model), attention_tap(model, lambda layer, _, key, value: seen.update({layer: (key, value)})):
+        backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+    check_seen(model, seen, what)
+    for layer, held in enumerate(cache.layers):
+        if not all(torch.equal(x, y) for x, y in zip((held.keys, held.values), seen[layer], strict=True)):
+            raise ValueError(
+                f"{type(causal_lm_of(model)).__name__}: in layer {layer} the cache holds {tuple(held.keys.shape)} where "
+                f"attention reads keys {tuple(seen[layer][0].shape)} (latent attention, MLA); {what} needs the cache to "
+                "hold keys and values: take a model such as llama or qwen3"
+            )
+    _LOOKED.add(backbone)
+
+
+_LOOKED: WeakSet[nn.Module] = WeakSet()
+
+
 @contextlib.contextmanager
 def compressed_trace(
     model: nn.Module,
@@ -113,7 +165,7 @@ def compressed_trace(
     A row without a trace keeps nothing (`valid` is False).
 
     Raises:
-        ValueError: a row has no query.
+        ValueError: a row has no query; at the end, a layer was not seen.
     """
     trace_mask, query_mask = trace_mask.bool(), query_mask.bool()
     empty = (~query_mask.any(-1)).nonzero().flatten().tolist()
@@ -136,6 +188,7 @@ def compressed_trace(
 
     with attention_tap(model, observe):
         yield layers
+    check_seen(model, range(len(layers)), "choosing keys and values of a trace")
 
 
 def _gather_index(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..layer_kinds import CHUNKED, SLIDING, check_layers, check_length
 from ..master_weights import MasterWeights, beside, without_autocast
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved, read_json
@@ -125,7 +126,8 @@ def attach_latent(
     Attach before PEFT wraps the model. Draws from the global RNG.
 
     Raises:
-        ValueError: the model thinks in latent tokens already, or runs Unsloth's fast forwards.
+        ValueError: the model thinks in latent tokens already, runs Unsloth's fast forwards, has layers without keys and
+            values of every token (linear attention, state spaces), or a window that is too short for the latent tokens.
     """
     config = config or LatentConfig()
     backbone = backbone_of(model)
@@ -136,6 +138,8 @@ def attach_latent(
         )
     if hasattr(backbone, "latent_config"):
         raise ValueError(f"{type(model).__name__} has latent tokens already")
+    check_layers(model, "a latent phase", windows=(SLIDING, CHUNKED))
+    check_length(model, config.num_latents + 2, "a latent phase")
     token_ids = add_latent_tokens(tokenizer, config)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
@@ -226,6 +230,11 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
         )
     backbone, embedding = backbone_of(model), model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
+    if name in (config.modules_to_save or ()):
+        raise ValueError(
+            f"modules_to_save={list(config.modules_to_save)}: {name!r} would be trained as a whole, of which the latent "
+            "tokens' rows are trained one by one; leave it out"
+        )
     asked = config.trainable_token_indices or {}
     rows = dict(asked) if isinstance(asked, dict) else {name: asked}
     rows[name] = sorted({*rows.get(name, ()), *backbone.latent_token_ids})

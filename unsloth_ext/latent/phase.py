@@ -132,6 +132,7 @@ def latent_phase(
         hidden = forward(question + count, inputs_embeds=torch.cat([prompt, embeds], dim=1))
         return LatentState(cache, mask, embeds, hidden[:, -count:], 1)
     ids = torch.cat([ids, ids.new_full((rows, count), latent)], dim=1)
+    cache.activate_past_recording()  # or a layer with a window would have forgotten what `crop` goes back to
     hidden = forward(question + count, input_ids=ids)
     shift = 1 if config.update == "shifted" else 0
     first = question - done - shift
@@ -146,6 +147,10 @@ def latent_phase(
         if config.feedback_residual:
             outputs = outputs + z[:, shift:]
         z = intervene(torch.cat([z[:, :shift], outputs], dim=1))
+    cache.crop(0)  # to the window: what was recorded beyond it
+    for layer in cache.layers:
+        if getattr(layer, "record_past", False):
+            layer.record_past = False  # the answer goes on as after any prompt
     return LatentState(cache, mask, z, hidden, 1 + config.iterations)
 
 

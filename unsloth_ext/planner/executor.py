@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..layer_kinds import check_length
 from ..residual import backbone_of, unwrapped
 from ..states import logits_of
 from .head import concept_embeds, text_embeds
@@ -103,6 +104,7 @@ def executor_forward(
     if dropped is not None:
         lost = backbone.unified_head.special(DROPPED).to(embeds.dtype)
         embeds = torch.where(dropped[:, :read, None], lost, embeds)
+    check_length(model, prefix.mask.shape[1] + read, "a plan")
     times = backbone.planner_config.max_quota + 1 + torch.arange(read, device=input_ids.device)
     # With a mask, or transformers would take positions that start anew for packed documents
     return backbone(

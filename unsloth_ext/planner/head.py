@@ -15,11 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..kv.tap import NAME as TAPPED
+from ..layer_kinds import check_layers
 from ..master_weights import MasterWeights, beside, without_autocast
+from ..mode import evaluating
 from ..residual import backbone_of
 from ..settings_file import describe_when_saved
+from ..states import embedding_rms
+from ..trial import same_states, trial_ids
 from ..unsloth_decoding import on_unsloth
 from .config import PlannerConfig
+from .tape import Tape
 from .vocabulary import BOS, PlannerVocabulary
 
 
@@ -105,13 +110,12 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     attention = backbone.config._attn_implementation
     if attention not in ("sdpa", "eager", TAPPED):
         raise ValueError(f"attn_implementation={attention!r}: planning needs 'sdpa' or 'eager'")
-    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise ValueError("layer_types: sliding windows would lose the plan; every layer must attend to the whole text")
+    check_layers(model, "a plan")
+    scale = check_backbone(model)
     weight = model.get_input_embeddings().weight
-    std = weight.detach().float().square().mean().sqrt().item()
+    std = embedding_rms(model.get_input_embeddings())
     head = SharedBackboneUnifiedHead(weight.shape[1], config, std, **beside(weight))
-    scale = getattr(getattr(backbone, "norm", None), "weight", torch.ones(1)).detach().float().square().mean().sqrt()
-    sharp = FIRST_LOGITS / (weight.shape[1] ** 0.5 * scale.item())
+    sharp = FIRST_LOGITS / (weight.shape[1] ** 0.5 * scale)
     for i in range(len(config.types)):
         head.table.data[head.vocabulary.outputs(i)] *= max(1.0, sharp / std)
     bos = model.config.get_text_config().bos_token_id
@@ -123,6 +127,36 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     model.config.planner = asdict(config)
     describe_when_saved(model, backbone)
     return model
+
+
+@torch.no_grad()
+def check_backbone(model: nn.Module) -> float:
+    """Raises a ValueError if the decoder does not take the masks and positions that plans are read with: slots that are
+    hidden must not matter.
+
+    Returns:
+        The root mean square of its last states, which the final norm decides: by its weight w, by 1 + w, or otherwise.
+    """
+    backbone = backbone_of(model)
+    embeds = backbone.get_input_embeddings()(trial_ids(model, 12))
+    times = torch.arange(8, device=embeds.device)[None]
+    lacks = f"{type(model).__name__} cannot plan: it does not take the masks and positions that a plan is read with"
+    with evaluating(model):
+        try:
+            plain = backbone(
+                inputs_embeds=embeds[:, :8], attention_mask=torch.ones_like(times), position_ids=times, use_cache=False
+            ).last_hidden_state
+            tape = Tape(backbone, 1, embeds.device)
+            tape.add(embeds[:, :4], times[:, :4])
+            tape.add(embeds[:, 8:], times[:, 3:7], branch=0)
+            tape.read()
+            tape.add(embeds[:, 4:8], times[:, 4:])
+            hidden = tape.read()
+        except (TypeError, AttributeError, ValueError, KeyError) as error:
+            raise ValueError(f"{lacks} ({error}); take a model such as llama or qwen3") from error
+    if not same_states(hidden, plain[:, 4:]):
+        raise ValueError(f"{lacks}; take a model such as llama or qwen3")
+    return plain.float().square().mean().sqrt().item()
 
 
 def with_planner_modules(config: PeftConfig) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..layer_kinds import check_length
+
 
 EVERYBODY = -1
 
@@ -64,6 +66,7 @@ class Tape:
 
     def read(self) -> torch.Tensor:
         """Final-norm hidden states (B, q, d) of all slots that were added since the last time."""
+        check_length(self.backbone, self.length, "a plan")
         embeds, positions = (torch.cat(parts, dim=1) for parts in zip(*self._pending))
         self._pending = []
         return self.backbone(

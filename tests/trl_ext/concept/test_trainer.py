@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from tests import tiny
+from tests import families, tiny
 from trl_ext import ConceptConfig
 from unsloth_ext import ConceptModel, backbone_of
 
@@ -332,3 +332,11 @@ def test_adapters_that_would_not_learn_concepts_are_refused(tmp_path):
     gpt2.n_layer = 3
     with pytest.raises(ValueError, match="not built as llama"):
         setups.trainer(tmp_path, model=AutoModelForCausalLM.from_config(gpt2))
+
+
+def test_experts_train_without_a_loss_of_their_own(tmp_path):
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0.001: .*set router_aux_loss_coef=0\.0"):
+        setups.trainer(tmp_path, model=families.model("mixtral", vocab_size=64))
+    setups.trainer(
+        tmp_path, model=families.model("mixtral", vocab_size=64), router_aux_loss_coef=0.0, max_steps=1
+    ).train()

@@ -7,7 +7,7 @@ import torch
 from peft import PrefixTuningConfig
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
+from tests import families, tiny
 from trl_ext import KVDistillConfig
 from trl_ext.checkpointing import CheckpointError
 
@@ -18,7 +18,8 @@ CONFIG = {
     "lambda_kv": -1, "alpha_k": -0.5, "temperature": 0, "kv_projection_mode": "round", "kv_direction": "both",
     "kv_layer_map": "[1", "rope_space": "none", "kv_init": "best", "T_s": 2, "ratio_map": {"P": 1},
     "alpha_map": {"P": 0, "R": 2, "A": 0}, "answer_delimiter": "", "aligner_learning_rate": -1, "packing": True,
-    "padding_free": True, "completion_only_loss": False,
+    "padding_free": True, "completion_only_loss": False, "eval_packing": True,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 
 
@@ -57,6 +58,22 @@ def test_teachers_that_cannot_teach_are_named(tmp_path):
         setups.trainer(tmp_path, given_teacher=eager)
     with pytest.raises(ValueError, match="teacher_model_init_kwargs"):
         setups.trainer(tmp_path, teacher_model_init_kwargs={"dtype": "float32"})
+
+
+def test_models_whose_keys_cannot_be_looked_at_are_named(tmp_path):
+    """On either side, before the first batch; a window that no row fills is none."""
+    for family, message in (
+        ("falcon", "nothing is seen of attention in layers 0 to 3"),
+        ("deepseek_v3", "in layer 0 the cache holds"),
+        ("mistral, window", "sliding-window attention over 8 tokens in layers 0 to 3; lambda_kv=1.0 needs"),
+    ):
+        other = families.model(family, vocab_size=64)
+        with pytest.raises(ValueError, match=message):
+            setups.trainer(tmp_path, given_teacher=other)
+    wide = families.model("mistral, window", vocab_size=64, sliding_window=64)
+    setups.trainer(tmp_path, given_teacher=wide, max_length=64)
+    with pytest.raises(ValueError, match="nothing is seen"):
+        setups.trainer(tmp_path, model=families.model("falcon", vocab_size=64))
 
 
 def test_other_vocabularies_are_refused_by_token_and_the_same_are_taken(tmp_path):

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests import tiny
+from tests import families, tiny
 from trl_ext.checkpointing import CheckpointError
 from trl_ext.latent.data import LatentDataError
 from unsloth_ext import LatentConfig, attach_latent, backbone_of, with_latent_modules
@@ -35,6 +35,8 @@ from . import setups
         ({"w_student": 0.0, "w_teacher": 0.0, "w_codi": 0.0}, "are all 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
+        ({"eval_packing": True}, "eval_packing=True"),
+        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs: skip_prepare_dataset"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, message):
@@ -61,12 +63,37 @@ def test_data_and_models_that_cannot_work_are_refused(tmp_path):
         setups.trainer(tmp_path, model=eager, w_kv=1.0)
 
 
+def test_families_that_cannot_think_or_be_looked_into_are_named_at_construction(tmp_path):
+    """KaVa looks inside attention; a window that no row fills does no harm. Experts train without their own loss."""
+    for family, changes, message in (
+        ("falcon", {"w_kv": 1.0}, "nothing is seen of attention in layers 0 to 3"),
+        ("deepseek_v3", {"w_kv": 1.0}, "in layer 0 the cache holds"),
+        ("gemma2, window", {"w_kv": 1.0}, "sliding-window attention over 8 tokens in layers 0, 2; w_kv=1.0 needs"),
+        ("gemma2, window", {"num_latents": 7}, "9 tokens: the model has sliding-window attention over 8 tokens"),
+        ("jamba", {}, "linear attention or a state space in layers 0, 2"),
+        ("mixtral", {}, "router_aux_loss_coef=0.001: .*set router_aux_loss_coef=0.0"),
+    ):
+        settings = {"num_latents": 4, "max_length": 64, **changes}
+        with pytest.raises(ValueError, match=message):
+            setups.trainer(tmp_path, model=families.model(family), **settings)
+    kava = {"w_kv": 1.0, "num_latents": 4, "max_steps": 1}
+    trainer = setups.trainer(
+        tmp_path, model=families.model("mistral, window", sliding_window=64), max_length=64, **kava
+    )
+    trainer.train()
+    assert any("loss/kv" in row for row in trainer.state.log_history)
+    trainer = setups.trainer(tmp_path, model=families.model("mixtral"), router_aux_loss_coef=0.0, max_steps=1)
+    trainer.train()
+
+
 def test_adapters_that_would_leave_the_latent_tokens_untrained_are_refused(tmp_path):
     lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="pass the bare model with peft_config"):
         setups.trainer(tmp_path, peft=False, model=get_peft_model(tiny.model(), lora))
     model = attach_latent(tiny.model(), tiny.tokenizer(()), LatentConfig(3, 1, projection_dim=8))
     whole = {**lora.to_dict(), **with_latent_modules(lora, model)}
+    with pytest.raises(ValueError, match="'embed_tokens' would be trained as a whole"):
+        with_latent_modules(LoraConfig(modules_to_save=["embed_tokens"]), model)
     for lacking in ("trainable_token_indices", "modules_to_save"):
         adapter = get_peft_model(copy.deepcopy(model), LoraConfig(**{**whole, lacking: None}))
         with pytest.raises(ValueError, match=f"{lacking} would leave the latent tokens untrained"):

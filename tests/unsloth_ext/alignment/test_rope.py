@@ -59,6 +59,27 @@ def test_a_model_without_rotary_embedding_is_left_alone():
     assert torch.equal(rotary(x, torch.arange(3)[None]), x) and torch.equal(rotary.undo(x, torch.arange(3)[None]), x)
 
 
+def test_the_aligner_counts_positions_from_zero_and_pads_not_at_all():
+    """Compared without rotary embedding, an aligner that maps nothing gives the keys of a model's projection, 1e-5; the
+    second row is padded on the left."""
+    model = tiny.model("llama")
+    ids, mask = torch.tensor([[5, 9, 5, 7, 5], [0, 0, 9, 7, 5]]), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    projected = []
+    handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda _, __, out: projected.append(out))
+    with torch.no_grad(), captured_kvq(model, [0]) as found:
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    handle.remove()
+    plain = projected[0].view(2, 5, 2, 8).transpose(1, 2)
+    shape = AttentionShape(1, 4, 2, 8, AttentionShape.of(model.config).rope)
+    k, v, q = (x[:, None] for x in found[0])
+    segments = torch.zeros_like(ids).masked_fill(mask == 0, -1)
+    aligner = create_structured_aligner(shape, shape, rope_space="pre")
+    with torch.no_grad():
+        _, (theirs, _, _), _ = aligner.pairs((k, v, q), (k, v, q), segments)
+    assert (((theirs[:, 0] - plain) * mask[:, None, :, None]).abs().max()) <= 1e-5
+    assert ((k[:, 0] - plain) * mask[:, None, :, None]).abs().max() > 0.1
+
+
 def attention(q, k):
     return (q[0, 0, 0] @ k[0, 0, 0].T) / q.shape[-1] ** 0.5
 

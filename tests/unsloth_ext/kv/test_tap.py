@@ -87,7 +87,10 @@ def test_a_row_without_a_trace_keeps_nothing(scorer):
     inputs, answer = batch(), torch.zeros(3, 21, dtype=torch.bool)
     answer[:, 17] = True
     trace = torch.zeros_like(answer)
-    with compressed_trace(tiny.model(), trace, answer, 9, KVScoring(scorer)) as layers:
+    with (
+        pytest.raises(ValueError, match="nothing is seen of attention in layers 0 to 1"),
+        compressed_trace(tiny.model(), trace, answer, 9, KVScoring(scorer)) as layers,
+    ):
         tiny.model()(**inputs)
     assert not layers
     model = tiny.model()

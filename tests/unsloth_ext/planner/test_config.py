@@ -130,6 +130,6 @@ def test_what_cannot_plan_says_so():
     with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'"):
         attach_planner(net)
     net = tiny.model()
-    net.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding windows"):
+    net.config.layer_types, net.config.sliding_window = ["full_attention", "sliding_attention"], 16
+    with pytest.raises(ValueError, match="sliding-window attention over 16 tokens in layer 1; a plan needs"):
         attach_planner(net)

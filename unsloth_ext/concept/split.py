@@ -1,0 +1,55 @@
+"""Whether a decoder's layers, run apart as concepts run them, make what the decoder makes."""
+
+import torch
+from torch import nn
+
+from ..mode import evaluating
+from ..residual import backbone_of
+from ..trial import same_states, trial_ids
+from .forward import run_layers
+from .masks import causal_mask
+
+
+@torch.no_grad()
+def check_split(model: nn.Module) -> float:
+    """Compares all layers and the final norm on a random text with the decoder's own forward.
+
+    Returns:
+        What the decoder multiplies embeddings with before its first layer (Gemma, Granite).
+
+    Raises:
+        ValueError: it does something else before, between or behind its layers.
+    """
+    backbone, name = backbone_of(model), type(model).__name__
+    if not all(hasattr(backbone, part) for part in ("layers", "norm", "rotary_emb", "embed_tokens")):
+        raise ValueError(f"{name} is not built as llama, qwen2 or qwen3 are: its layers cannot be split")
+    found: list[torch.Tensor] = []
+
+    def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    embeds = backbone.embed_tokens(trial_ids(model, 12))
+    handle = backbone.layers[0].register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        with evaluating(model):
+            backbone(inputs_embeds=torch.ones_like(embeds), use_cache=False)
+            plain = backbone(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+    scale = found[0].flatten()[0].item()
+    if not same_states(scale * embeds, found[1]):
+        raise ValueError(
+            f"{name} does more to embeddings before its first layer than to multiply them, which concepts would leave out: "
+            "take a model such as llama or qwen3"
+        )
+    valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    positions = valid.cumsum(1) - 1
+    lacks = f"{name}: its layers, run one after another, do not make what the decoder makes, so that concepts cannot"
+    with evaluating(model):
+        try:
+            ours = run_layers(backbone, range(len(backbone.layers)), scale * embeds, causal_mask(valid), positions)
+        except (TypeError, AttributeError, ValueError, KeyError) as error:
+            raise ValueError(f"{lacks} ({error}); take a model such as llama or qwen3") from error
+        if not same_states(backbone.norm(ours), plain):
+            raise ValueError(f"{lacks}; take a model such as llama or qwen3")
+    return scale
