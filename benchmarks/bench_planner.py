@@ -30,7 +30,6 @@ RUNS: dict[str, dict] = {
     "soft - quota": {"target_length": None},
     "soft - usage": {"usage_weight": 0.0},
     "soft + signal": {"signal_weight": 0.5},
-    "soft - usage + signal": {"usage_weight": 0.0, "signal_weight": 0.5},
     "soft + commitment": {"commitment_weight": 0.1},
     "soft, use averaged over 10 steps": {"usage_window": 40.0},
     "four types of one concept": {"types": FOUR, "target_length": None},

@@ -152,6 +152,7 @@ PLANNER_CURVES = (
 MONITOR_CURVES = (
     ("monitor/delta_nll_null", "NLL without a plan, minus under it"),
     ("monitor/delta_nll_random", "NLL of a random plan, minus under its own"),
+    ("monitor/delta_nll_shuffled", "NLL of another text's plan, minus under its own"),
     ("em/margin", "best plan's margin over the second"),
     ("em/flip_rate", "plans that changed in an E-step"),
     ("em/staleness", "nats that a new plan is better"),
