@@ -106,6 +106,9 @@ IMPORTED = {
         "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer"
     ),
     "transformers.generation.utils:GenerationMixin.generate": "self, inputs, generation_config",
+    "transformers.generation.utils:GenerationMixin._prepare_generation_config": "self, generation_config, kwargs",
+    "transformers.convert_slow_tokenizer:bytes_to_unicode": "",
+    "transformers.modeling_utils:PreTrainedModel.get_decoder": "self",
     "transformers.generation.utils:_get_torch_distributed_world_size": "",
     "transformers.integrations.fsdp:is_fsdp_managed_module": "module",
     "transformers.integrations.deepspeed:is_deepspeed_zero3_enabled": "",
@@ -142,6 +145,12 @@ TEXT = [
     ("transformers.cache_utils", 'getattr(config, "sliding_window", None) is not None', "the rule of layer_kinds.py"),
     ("transformers.models.rwkv.modeling_rwkv", "_is_stateful = True", "recurrent models are told by their class"),
     ("transformers.models.llama4.modeling_llama4", 'base_model_prefix = "language_model"', "backbone_of goes round it"),
+    (
+        "transformers.generation.utils",
+        "generation_mode_kwargs = {k: kwargs.pop(k) for k in new_custom_keys if k in kwargs}",
+        "the tokenizer of stop strings, and whether ranks keep step, are dropped for it",
+    ),
+    ("peft.peft_model", "self.base_model.model.generation_config = self.generation_config", "whose config counts"),
     ("peft.utils.other", "disable_adapters", "the KL reference does not think"),
     ("peft.utils.other", "copy.deepcopy(self.original_module)", "a small module's copy has the original's digits"),
     ("trl.trainer.grpo_trainer", "param.data = param.data.to(torch.bfloat16)", "keeping_master_weights undoes it"),

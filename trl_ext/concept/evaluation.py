@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth_ext.concept.accounting import cost
 from unsloth_ext.concept.modules import has_concepts
+from unsloth_ext.generation_arguments import end_tokens
 from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import backbone_of
 
@@ -157,7 +158,7 @@ def _right(
     out = model.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
         max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=end_tokens(model, tokenizer) or None,
     )  # fmt: skip
     texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     if delimiter is None:

@@ -95,7 +95,9 @@ def evaluate_answers(
                 prompt, before = state.attention_mask.shape[1] + 1, state.num_forwards
             tokens = out[:, prompt:].cpu()
             seconds += time.perf_counter() - began
-            ends = (tokens == tokenizer.eos_token_id).int()
+            ends = torch.isin(
+                tokens, tokens.new_tensor([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+            ).int()
             passes += before * len(questions) + int((ends.cumsum(1) - ends == 0).sum())
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     right = [is_right(text, row["answer"], answer_prompt) for text, row in zip(texts, rows, strict=True)]

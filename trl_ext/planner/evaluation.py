@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from unsloth_ext.generation_arguments import end_tokens
 from unsloth_ext.mode import evaluating
 from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
 from unsloth_ext.planner.model import PlannerExecutorModel
@@ -93,7 +94,7 @@ def evaluate_plans(
     sums, tokens, hits, right, by_chance = dict.fromkeys(names, 0.0), 0, 0, 0, 0
     plans, samples, clock = [], [], {"plan": 0.0, "write": 0.0}
     how = {"max_new_tokens": max_new_tokens, "do_sample": False,
-           "eos_token_id": model.generation_config.eos_token_id or tokenizer.eos_token_id}  # fmt: skip
+           "eos_token_id": end_tokens(model, tokenizer) or None}  # fmt: skip
 
     def timed(name, work):
         started = time.perf_counter()
@@ -115,7 +116,8 @@ def evaluate_plans(
             answers = texts if delimiter is None else part["answer"]
             right += _right(written, answers, delimiter)
             by_chance += _right(unplanned, answers, delimiter)
-            ended = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            ended = [[*ids, *end] for ids in tokenizer(texts)["input_ids"]]
             batch = tokenizer.pad({"input_ids": ended}, padding_side="right", return_tensors="pt").to(model.device)
             ids, mask = batch["input_ids"], batch["attention_mask"]
             tokens += mask.sum().item()

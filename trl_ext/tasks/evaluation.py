@@ -13,6 +13,7 @@ from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.decoding import hybrid_generate
 from unsloth_ext.delimiter import DelimiterMatcher
+from unsloth_ext.generation_arguments import end_tokens
 from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import has_thinking
 
@@ -85,7 +86,7 @@ def evaluate(
         top_k=0,
         top_p=1.0,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=end_tokens(model, tokenizer) or None,
     )
     texts, tokens, thought = [], 0, 0
     with evaluating(model):
@@ -105,7 +106,7 @@ def evaluate(
             else:
                 out = model.generate(generation_config=config, **inputs)
             completion = out[:, inputs["input_ids"].shape[1] :]
-            ends = torch.isin(completion, torch.tensor(config.eos_token_id, device=completion.device))
+            ends = torch.isin(completion, completion.new_tensor(config.eos_token_id or []))
             tokens += int(((ends.cumsum(1) - ends.int()) == 0).sum())
             texts += tokenizer.batch_decode(completion, skip_special_tokens=True)
     right = int(sum(make_reward(delimiter)(texts, answer=rows["answer"])))

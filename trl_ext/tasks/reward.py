@@ -27,7 +27,12 @@ def make_reward(delimiter: str) -> Callable[..., list[float]]:
     """The reward of HRPO: 1.0 for the right number behind exactly one delimiter, else 0.0.
 
     The function reads the column `answer` (a string), as TRL hands dataset columns to reward functions.
+
+    Raises:
+        ValueError: the delimiter is empty.
     """
+    if not delimiter:
+        raise ValueError("the answer delimiter is empty: give the text that stands before the answer, such as '####'")
 
     def correct_answer(completions: list, answer: list[str], **_) -> list[float]:
         found = [final_answer(completion_text(completion), delimiter) for completion in completions]

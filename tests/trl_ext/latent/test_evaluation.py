@@ -117,3 +117,9 @@ def test_the_picture_is_drawn(tmp_path):
     found = kv_similarity(model, ids, torch.ones_like(ids), torch.randint(3, 40, (2, 5)), traces, answers)
     plot_similarity(tmp_path / "latent.png", found, "title")
     assert (tmp_path / "latent.png").stat().st_size > 10_000
+
+
+def test_a_tokenizer_without_an_end_lets_every_answer_run_on():
+    model, tokenizer = make()
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    assert evaluate_answers(model, tokenizer, ROWS[:3], batch_size=2, **HOW).forward_passes == 3 + 6

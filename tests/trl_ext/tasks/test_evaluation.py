@@ -60,3 +60,16 @@ def test_dry_run_stops_where_nothing_can_be_earned():
 def test_rewards_that_are_no_numbers_are_named(bad):
     with pytest.raises(DataError, match=r"mine gave .* for row 1"):
         check_rewards("mine", [0.0, bad])
+
+
+@pytest.mark.parametrize("own, ends", [(None, []), (0, [0]), ([1, 5], [1, 5])])
+def test_answers_end_where_the_model_says_or_nowhere(own, ends):
+    """An end token 0 is one, and a tokenizer without one lets every answer run on."""
+    net, tok = tiny.model(dtype=torch.float64).double(), tiny.tokenizer()
+    tok.eos_token = None
+    net.generation_config.eos_token_id = own
+    found = evaluate(net, tok, ROWS.select(range(4)), delimiter="#", max_new_tokens=8)
+    ids = [tok(row["prompt"], return_tensors="pt")["input_ids"] for row in ROWS.select(range(4))]
+    rows = [net.generate(i, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, i.shape[1] :].tolist() for i in ids]
+    lengths = [next((t + 1 for t, token in enumerate(row) if token in ends), 8) for row in rows]
+    assert found.mean_length == sum(lengths) / 4

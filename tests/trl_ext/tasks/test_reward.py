@@ -30,3 +30,8 @@ def test_reward(text, gold, expected):
 def test_the_delimiter_is_the_callers():
     assert final_answer("a => 3", "=>") == "3"
     assert make_reward("=>")(["a => 3"], answer=["3"], prompts=["x"]) == [1.0]
+
+
+def test_an_empty_delimiter_is_named_before_anything_is_scored():
+    with pytest.raises(ValueError, match="delimiter is empty"):
+        make_reward("")
