@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from tests import tiny
 from tests.unsloth_ext.concept import test_forward as concepts
@@ -302,6 +303,48 @@ def test_what_does_not_work_is_refused_by_name(kind):
         run(one.ours, {"cache_implementation": "paged"})
     with pytest.raises(ValueError, match="num_return_sequences"):
         run(one.ours, {"num_return_sequences": 2})  # greedy
+
+
+class Streamed:
+    """What a streamer is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processors_criteria_and_streamers_are_the_loops_own(kind):
+    """Each of `generate`'s parameters beside the generation config does what it is for."""
+    one = kind_of(kind)
+
+    def new(**kwargs):
+        out = run(one.ours, kwargs | {"max_new_tokens": 4, "eos_token_id": None, "return_dict_in_generate": True})
+        return out.sequences[:, -4:].tolist()
+
+    def force(input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(7), 0.0)
+
+    rows = len(new())
+    assert new(logits_processor=LogitsProcessorList([force])) == [[7] * 4] * rows
+    assert new(prefix_allowed_tokens_fn=lambda _, ids: [9]) == [[9] * 4] * rows
+    calls = []
+
+    def stop(input_ids, scores, **_):
+        calls.append(input_ids.shape[1])
+        return torch.full((len(input_ids),), len(calls) == 2)
+
+    run(one.ours, {"stopping_criteria": StoppingCriteriaList([stop])})
+    assert len(calls) == 2
+    streamer = Streamed()
+    wanted = new()
+    assert new(streamer=streamer, synced_gpus=False) == wanted and streamer.ended
+    assert [list(row) for row in zip(*streamer.tokens[1:])] == wanted  # the prompt comes first
 
 
 def test_every_field_and_parameter_is_decided_on():
