@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from unsloth_ext import LatentConfig, attach_latent, hub
+from unsloth_ext.settings_file import TENSORS
 
 
 NAMES = ("latent_projection",)
@@ -40,3 +41,13 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path, lost):
     with pytest.raises(ValueError, match=lost.removeprefix("model.")):
         hub.load_causal_lm(str(tmp_path), method="latent")
         hub.load_modules(model, str(tmp_path), NAMES, None)
+
+
+def test_a_methods_own_file_goes_before_what_other_software_wrote(tmp_path):
+    """Unsloth's merge rounds to 16 bits, and copies the base's old modules where it had some."""
+    model = full(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    own = {name: tensor + 1 for name, tensor in tensors.items() if "latent_projection" in name}
+    save_file(own, tmp_path / TENSORS, metadata={"format": "pt"})
+    hub.load_modules(model, str(tmp_path), NAMES, None)
+    assert own and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in own.items())
