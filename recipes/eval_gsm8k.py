@@ -97,6 +97,7 @@ def rows_of(args: EvalArguments, data: DataArguments):
 
 def main() -> None:
     args, data = RecipeParser((EvalArguments, DataArguments)).parse_args_and_config()
+    output = writable_file(args.output, "--output") if args.output else None
     thinks = saved_settings(args.checkpoint, "hrpo") is not None
     if not thinks and set(args.thinking) != {"off"}:
         raise ValueError(
@@ -104,7 +105,7 @@ def main() -> None:
             "measures it as it is"
         )
     ours = thinks and Path(args.checkpoint).is_dir()
-    output = writable_file(args.output or (Path(args.checkpoint) if ours else Path()) / "eval.json", "--output")
+    output = output or writable_file((Path(args.checkpoint) if ours else Path()) / "eval.json", "--output")
     rows = rows_of(args, data)
     model, tokenizer = FastThinkingModel.from_pretrained(
         args.checkpoint,

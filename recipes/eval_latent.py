@@ -101,9 +101,10 @@ def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str)
 
 def main() -> None:
     (args,) = RecipeParser(EvalArguments).parse_args_and_config()
+    folder = writable_folder(args.output, "--output") if args.output else None
     thinks = saved_settings(args.checkpoint, "latent") is not None  # or else LatentModel will say what is wrong
     ours = args.checkpoint if thinks and Path(args.checkpoint).is_dir() else "."
-    folder = writable_folder(args.output or ours, "--output")
+    folder = folder or writable_folder(ours, "--output")
     rows = rows_of(args)
     thinker = LatentModel.from_pretrained(args.checkpoint)
     model, tokenizer = thinker.model, thinker.tokenizer

@@ -153,6 +153,11 @@ def outside(content: str) -> str:
     return re.sub(r"### Framework versions\n\n(- PEFT \S+\s*)+\Z", "", text.strip()).strip()
 
 
+def _name_of(model: nn.Module) -> str:
+    """Where a model comes from; empty for a module that does not say."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
 def model_part(
     folder: str | Path,
     model: nn.Module,
@@ -164,7 +169,7 @@ def model_part(
 ) -> Part:
     """Ours of a model's card."""
     adapter = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
-    base = adapter.base_model_name_or_path if adapter is not None else getattr(model.config, "_name_or_path", "")
+    base = adapter.base_model_name_or_path if adapter is not None else _name_of(model)
     where = repo_id or place(folder)
     kind = "an adapter (PEFT)" if adapter is not None else "a full model"
     lines = [

@@ -47,13 +47,14 @@ class GateMonitor:
             for hook in hooks:
                 hook.remove()
 
-    def sums(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Of a and of sqrt(1 - a^2): the sum over the thinking tokens seen and the channels, and how many these are."""
+    def means(self) -> dict[str, torch.Tensor]:
+        """Mean a and mean sqrt(1 - a^2) over the thinking tokens seen; NaN when none thought. Not their sums: Unsloth runs
+        some micro-batches twice."""
         if not self._sums:
             return {}
         embeds, hidden, count = torch.stack(self._sums).sum(0)
         self._sums.clear()
-        return {"thinking/embeds_ratio": (embeds, count), "thinking/hidden_ratio": (hidden, count)}
+        return {"thinking/embeds_ratio": embeds / count, "thinking/hidden_ratio": hidden / count}
 
     def projection_change(self) -> dict[str, float]:
         """How far W is from W_0, the one at the trainer's construction: norm of the difference over norm of W_0, and mean

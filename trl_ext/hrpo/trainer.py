@@ -303,8 +303,9 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     def _record_monitors(self, inputs: dict[str, Any], new_logps: torch.Tensor, scored: torch.Tensor) -> None:
         """Gates and ratio of one loss; new_logps (B, C) are its log-probs, scored (B, C) masks the tokens it counts."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, (total, count) in self.monitor.sums().items():
-            self._add_to_mean(name, total, count)
+        thinking = inputs["thinking_mask"].sum()
+        for name, mean in self.monitor.means().items():  # NaN where none thought
+            self._add_to_mean(name, (mean * thinking).nan_to_num(), thinking)
         deviation = self.accelerator.gather(ratio_deviation(new_logps, inputs["rollout_logps"], scored)).max().item()
         # The largest since the last log, not a mean of largest ones
         metrics["thinking/ratio_deviation"] = [max([deviation, *metrics["thinking/ratio_deviation"]])]

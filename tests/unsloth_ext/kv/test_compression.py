@@ -22,7 +22,9 @@ def rkv_case(name):
 
 
 @pytest.mark.parametrize("name", RKV)
-def test_rkv_is_the_official_code_bit_for_bit(name):
+def test_rkv_is_the_official_code(name):
+    """The same keys, bit for bit. Scores to 1e-6 relative: the golden ones were made on another processor, whose matrix
+    products round otherwise."""
     case, budget, scoring = rkv_case(name)
     q, k, v = case["q"], case["k"], case["v"]
     real = torch.ones(len(k), k.shape[2], dtype=torch.bool)
@@ -31,8 +33,8 @@ def test_rkv_is_the_official_code_bit_for_bit(name):
             q, k, real, torch.ones(q.shape[0], q.shape[2], dtype=torch.bool), scoring.window, scoring.kernel_size
         )
         redundancy = rkv_redundancy(k, real, retain=scoring.retain)
-        assert torch.equal(importance, case["importance_pooled"])
-        assert torch.equal(redundancy, case["redundancy"])
+        torch.testing.assert_close(importance, case["importance_pooled"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(redundancy, case["redundancy"], rtol=1e-6, atol=0)
     ours = compress_kv(k, v, q, budget, scoring)
     # The official code returns them by score with the window last, ours by position
     length = k.shape[2]
