@@ -212,13 +212,13 @@ def main() -> None:
     patches.apply("fused_lm_head")
     size = "1.5b" if setups.CUDA else "cpu"
     if options.masters:
-        found = {
-            f"{dtype}, batch {batch}": bench_master_weights(batch, options.length, options.repeats, dtype)
-            for dtype in ((torch.bfloat16,) if setups.CUDA else (torch.float32, torch.bfloat16))
-            for batch in (8, 32)
-        }
-        print(setups.write("hrpo_master_weights", {"new_tokens": options.length, "repeats": options.repeats, **found}))
-        print(found)
+        found = {"new_tokens": options.length, "repeats": options.repeats}
+        for dtype in (torch.bfloat16,) if setups.CUDA else (torch.float32, torch.bfloat16):
+            for batch in (8, 32):
+                name = f"{str(dtype).removeprefix('torch.')}, batch {batch}"
+                found[name] = bench_master_weights(batch, options.length, options.repeats, dtype)
+                print(name, found[name], flush=True)
+        print(setups.write("hrpo_master_weights", found))
         return
     if options.peak:
         made = trainer(MODES[options.peak], size, options.rows, options.length)
