@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(folders, case):
     """Every term of every step to 1e-5, weights and what is kept beside them to 1e-5; ranks alike bit for bit, though in
-    soft training they run different numbers of planning passes. The gradient's norm at the planner is each rank's own."""
+    soft training they run different numbers of planning passes."""
     one, two = (
         (json.loads((f / case / "result.json").read_text()), torch.load(f / case / "weights.pt", weights_only=True))
         for f in folders
@@ -37,11 +37,10 @@ def test_two_processes_are_one(folders, case):
         assert ours != theirs, "the case has no teeth"
     for alone, both in zip(one[0]["steps"], two[0]["steps"], strict=True):
         assert alone.keys() == both.keys()
-        for name in alone.keys() - {"monitor/planner_grad_norm", "monitor/cos", "monitor/l2"}:
-            if "entropy" not in name and "max_prob" not in name:  # means over a rank's predictions
-                assert both[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), name
+        for name in alone:
+            assert both[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5), name
     for name in ("eval_loss/executor", "eval_nll_null", "eval_planner/expected_length_a"):
-        assert two[0]["eval"][name] == pytest.approx(one[0]["eval"][name], rel=0.05), name  # a mean over batches
+        assert two[0]["eval"][name] == pytest.approx(one[0]["eval"][name], rel=1e-5), name
     for name in ("weights", "state"):
         a, b = one[1][name], two[1][name]
         assert (a - b).masked_fill(a == b, 0).abs().max() <= 1e-5, name  # infinities are alike
