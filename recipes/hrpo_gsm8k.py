@@ -27,7 +27,6 @@ in_sentences()
 from trl_ext.flags import at_least, chosen
 from trl_ext.parser import RecipeParser
 from unsloth_ext.backend import unsloth_can_run
-from unsloth_ext.console import PlainConsole
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -100,11 +99,10 @@ def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     return (chat_dataset(rows, args.answer_delimiter, examples) for rows in (train, held_out))
 
 
-def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole):
+def load_model(script: ScriptArguments, args: HRPOConfig):
     """The policy with LoRA and thinking modules, and its tokenizer."""
     cache, name = Path(script.cache_dir), script.model_name
     if name == "tiny":
-        console.print("Warm start: SFT of the tiny model on imperfect demonstrations (cached between runs)")
         name = warm_start.tiny_warm_start(
             cache,
             seed=script.warm_start_seed,
@@ -141,7 +139,7 @@ def main() -> None:
     started = time.time()
     console, output, resume = start(args, script, ON_CPU)
     train, held_out = load_data(script, data, args)
-    model, tokenizer = load_model(script, args, console)
+    model, tokenizer = load_model(script, args)
     reward = make_reward(args.answer_delimiter)
     decoding = {
         "delimiter": args.answer_delimiter,

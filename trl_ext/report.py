@@ -179,7 +179,7 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
     series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in curves}
     series["accuracy"] = accuracy
     shown = [(name, label) for name, label in curves if len(series[name]) > 1]
-    rows = max(2, -(-len(shown) // 3))
+    rows = max(1, -(-len(shown) // 3))
     figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.25 * rows), layout="constrained", sharex=True)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
@@ -194,8 +194,9 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
         axis.locator_params("x", integer=True)
-    for axis in axes[-1]:
+    for axis in axes.flat[max(0, len(shown) - 3) : len(shown)]:  # the lowest of each column
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

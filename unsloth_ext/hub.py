@@ -159,14 +159,14 @@ def load_causal_lm(
         kwargs["dtype"] = dtype
     check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # No level of its own: transformers 5.17's `if logger.level >= WARNING` would then report "layers were not sharded"
+    logger.addFilter(_is_error)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_error)
     if found["missing_keys"]:
         raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys']))}")
     others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
@@ -178,6 +178,10 @@ def load_causal_lm(
         read_saved(name, method, token)
     check_model(model, name)
     return model
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def check_model(model: PreTrainedModel, name: str) -> None:

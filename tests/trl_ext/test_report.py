@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from trl_ext.report import CompactProgress, plot_curves, pyplot_for_files
 
 
@@ -14,6 +16,19 @@ def test_a_title_from_outside_and_whole_steps(tmp_path, monkeypatch):
     ticks = figure.axes[0].get_xticks()
     assert all(tick == int(tick) for tick in ticks) and (tmp_path / "curves.png").stat().st_size > 5_000
     assert figure.get_suptitle() == r"HRPO, $\frac{, [/nope]"
+
+
+@pytest.mark.parametrize("panels", [1, 4, 6])
+def test_the_lowest_panel_of_each_column_numbers_its_steps(tmp_path, monkeypatch, panels):
+    pyplot, drawn = pyplot_for_files(), []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    names = [f"loss/{i}" for i in range(panels)]
+    history = [{"step": step, **dict.fromkeys(names, 1.0)} for step in (1, 2)]
+    plot_curves(tmp_path / "curves.png", history, [], "", [(name, name) for name in names])
+    (figure,) = drawn
+    shown = figure.axes[:panels]
+    assert all(axis.get_xlabel() == "step" for axis in shown[-3:]) and len(figure.axes) == 3 * -(-panels // 3)
+    assert all(axis.xaxis.get_tick_params()["labelbottom"] for axis in shown[-3:])
 
 
 def test_a_file_gets_lines_in_place_of_bars(capsys):

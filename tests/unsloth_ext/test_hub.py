@@ -1,5 +1,7 @@
 """Full models with modules that their class does not know, in a folder or on the hub."""
 
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,16 @@ def test_modules_come_from_the_hub_as_from_a_folder(tmp_path, monkeypatch):
             fresh.model.latent_projection.parameters(), saved.model.latent_projection.parameters(), strict=True
         ):
             assert torch.equal(ours, theirs)
+
+
+def test_a_whole_model_loads_without_a_word(tmp_path, monkeypatch):
+    """transformers would tell of layers that are not sharded over devices, which nobody asked for."""
+    full(tmp_path)
+    said = []
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler := logging.Handler()])
+    handler.emit = said.append
+    hub.load_causal_lm(str(tmp_path), method="latent")
+    assert not said
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.latent_projection.1.weight"])

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from patches import fused_lm_head
 from patches.versions import installed_version
+from unsloth_ext.console import PlainConsole
 
 from ..fingerprint import digest
 from ..report import compact_progress
@@ -105,7 +106,14 @@ class Taught:
         versions = [str(installed_version(name)) for name in ("torch", "transformers", "trl", "reasoning-gym")]
         tokens = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map]
         parts = [self.config.to_dict(), tokens, self.settings, data, tasks, versions, platform.python_version()]
-        return cached(cache, kind, parts, lambda part: self.teach(part, rows(), progress))
+
+        def make(part: Path) -> None:
+            if progress:
+                steps = self.settings["max_steps"]
+                PlainConsole().print(f"Teaching a tiny model by {steps} steps of SFT, which later runs find in {cache}")
+            self.teach(part, rows(), progress)
+
+        return cached(cache, kind, parts, make)
 
     def teach(self, folder: Path, rows: Dataset, progress: bool) -> None:
         """Train, and save the model with its tokenizer in `folder`."""

@@ -48,6 +48,13 @@ def where(monkeypatch, tmp_path):
     return folder
 
 
+def test_teaching_is_announced_once(where, capsys):
+    where(progress=True)
+    assert "30 steps of SFT" in capsys.readouterr().out
+    where(progress=True)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_nothing_that_changes_the_model_is_left_out_of_its_name(where, monkeypatch, kind):
     same = where(kind)
