@@ -20,7 +20,7 @@ class LiteralSession(HybridSession):
         self.tokenizer = tokenizer
         self._tokens: list[torch.Tensor] = []
 
-    def see_token(self, tokens: torch.Tensor) -> None:
+    def see_token(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
         self._tokens.append(tokens)
         texts = self.tokenizer.batch_decode(torch.stack(self._tokens, dim=1))
         thinking = [self.matcher.delimiter not in text for text in texts]

@@ -22,7 +22,9 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections import defaultdict
@@ -185,10 +187,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 class Calls:
-    """A pytest plugin: which functions of the method code each test calls, and how long it took."""
+    """A pytest plugin: which functions of the method code each test calls, and how long it took.
 
-    def __init__(self):
-        self.tests: dict[str, dict] = {}
+    Args:
+        folder: where each process writes what it saw.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.tests = folder, {}
         self._prefixes = tuple(str(ROOT / package) + os.sep for package in METHOD_CODE)
 
     @pytest.hookimpl(wrapper=True)
@@ -209,15 +215,26 @@ class Calls:
             found = sorted(f"{os.path.relpath(file, ROOT)}::{name}" for file, name in seen)
             self.tests[item.nodeid] = {"seconds": time.perf_counter() - began, "calls": found}
 
+    def pytest_sessionfinish(self):
+        (self.folder / f"{os.getpid()}.json").write_text(json.dumps(self.tests))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What `-p tests.mutate` does, in each of pytest's processes."""
+    config.pluginmanager.register(Calls(Path(os.environ["TRACED"])))
+
 
 def trace(to: Path) -> None:
-    """Run the suite once and write down who calls what."""
-    calls = Calls()
-    pytest.main(
-        ["-q", "-p", "no:cacheprovider", "-m", "not slow and not unsloth", str(ROOT / "tests")], plugins=[calls]
-    )
+    """Run the suite once, on two processes, and write down who calls what."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps(calls.tests))
+    suite = ["-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "-p", "tests.mutate"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *suite, "-m", "not slow and not unsloth"],
+            cwd=ROOT, env=os.environ | {"TRACED": folder}, check=False,
+        )  # fmt: skip
+        tests = [json.loads(file.read_text()) for file in Path(folder).iterdir()]
+    to.write_text(json.dumps({name: found for part in tests for name, found in part.items()}))
 
 
 def attempt(job: tuple[Mutant, list[str], int]) -> tuple[Mutant, str]:

@@ -1,5 +1,6 @@
 """What make does before it downloads anything, in a copy with made-up Pythons."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,9 +20,12 @@ def make(tmp_path):
     for name in ("pyproject.toml", "setup.py"):
         (tmp_path / name).write_text("")
 
+    # as from a shell: a make that runs the tests tells makes below it to name their folders
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
     def run(*arguments):
         return subprocess.run(
-            ["make", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+            ["make", *arguments], cwd=tmp_path, env=outside, capture_output=True, text=True, check=False, timeout=60
         )
 
     return run

@@ -30,7 +30,7 @@ def test_every_place_is_one_change():
 
 def test_it_is_swapped_in_memory():
     """A function that others have imported already is another one; one file line has not moved."""
-    mutant = chosen("project", "norm == 'none'")
+    mutant = chosen("project", "norm != 'none'")
     code = states.project.__code__
     try:
         swap(mutant)
