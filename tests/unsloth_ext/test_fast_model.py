@@ -1,8 +1,6 @@
 """Load, wrap, save, restore in a fresh process, merge, drop: on the stock backend (Unsloth's is in test_unsloth_*)."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.processes import fresh
 from unsloth_ext import FastThinkingModel, ThinkingConfig, attach_thinking, backbone_of, has_thinking
 from unsloth_ext.adapter import THINKING_MODULES
 
@@ -57,7 +56,7 @@ def in_a_fresh_process(folder):
         "model, _ = load(sys.argv[1]); torch.save(thinking_logits(model.eval()), sys.argv[2])"
     )
     out = f"{folder}/logits.pt"
-    subprocess.run([sys.executable, "-c", code, str(folder), out], check=True, capture_output=True)
+    fresh("-c", code, folder, out).check_returncode()
     return torch.load(out, weights_only=True)
 
 

@@ -2,10 +2,12 @@
 
 import functools
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
+
+from tests.processes import STOCK, fresh
+
+
+IMPORTS = {"hrpo_losses": STOCK, "cpu_backend": (), "kv_compiled": ()}  # what others import comes too late
 
 
 def run(name: str, *args: str) -> dict:
@@ -17,7 +19,5 @@ def run(name: str, *args: str) -> dict:
 
 @functools.cache
 def _finished(name: str, *args: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("UNSLOTH_")} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"tests.unsloth_scripts.{name}", *args]
-    root = Path(__file__).parents[2]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    imports = IMPORTS.get(name, ("tests.unsloth_on_cpu",))
+    return fresh("-m", f"tests.unsloth_scripts.{name}", *args, imports=imports, timeout=280)

@@ -1,8 +1,5 @@
 """The loss against a plain one in float64, SFT where it is off, resuming, and what is refused."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +9,7 @@ from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.processes import fresh
 from trl_ext.distill import LogitsDistillConfig
 from trl_ext.distill import logits as module
 from trl_ext.distill.logits import token_terms
@@ -220,9 +218,7 @@ wanted = torch.load(sys.argv[1] + "/wanted.pt")
 found = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/saved")(wanted["ids"]).logits
 assert torch.equal(found, wanted["logits"]) and "trl_ext" not in sys.modules
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = fresh("-c", code, tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     saved = {file.name for file in (tmp_path / "saved").iterdir()}
     assert not [name for name in saved if name.endswith((".bin", ".pt"))]

@@ -1,8 +1,5 @@
 """The weighted loss against a plain one, SFT at weight 1, tags that were new, resuming, saving, and what is refused."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +8,7 @@ from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.processes import fresh
 from trl_ext.distill import LogitsDistillConfig, ReasoningDistillTrainer
 from trl_ext.distill.config import TAGS
 from trl_ext.distill.tags import add_tags
@@ -149,7 +147,7 @@ def test_a_model_by_name_with_its_own_tokenizer_gets_the_tags(tmp_path):
     after = setups.trained(trainer)["model.embed_tokens.weight"]
     assert all(not torch.equal(before[i], after[i]) for i in range(50, 54))
     trainer.save_model(str(tmp_path / "saved"))
-    fresh(tmp_path, trainer, "AutoModelForCausalLM", "transformers")
+    loads_in_a_fresh_process(tmp_path, trainer, "AutoModelForCausalLM", "transformers")
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -179,10 +177,10 @@ def test_an_adapter_trains_saves_and_loads_the_new_tokens(tmp_path, tie):
         assert ((a - b).abs().amax(1) > 1e-3).nonzero().flatten().tolist() == [50, 51, 52, 53]
     assert torch.equal(*rows()) == tie
     trainer.save_model(str(tmp_path / "saved"))
-    fresh(tmp_path, trainer, "AutoPeftModelForCausalLM", "peft")
+    loads_in_a_fresh_process(tmp_path, trainer, "AutoPeftModelForCausalLM", "peft")
 
 
-def fresh(folder, trainer, loader, package):
+def loads_in_a_fresh_process(folder, trainer, loader, package):
     """Loads `saved` with its tokenizer in a fresh process: equal logits to 1e-6 on a text with tags."""
     text = "<think>so</think><answer>9</answer>"
     ids = trainer.processing_class(text, return_tensors="pt").input_ids
@@ -197,9 +195,7 @@ model = {loader}.from_pretrained(sys.argv[1] + "/saved").eval()
 difference = (model(ids).logits - torch.load(sys.argv[1] + "/wanted.pt")).abs().max()
 assert difference <= 1e-6 and "trl_ext" not in sys.modules, difference
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = fresh("-c", code, folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

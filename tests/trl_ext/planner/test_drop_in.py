@@ -1,8 +1,6 @@
 """What one expects of an SFTTrainer: callbacks, metrics of one's own, pushing, several evaluation sets, the constructor."""
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from tests import tiny
+from tests.processes import fresh
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from unsloth_ext import PlannerExecutorModel
 
@@ -154,10 +153,7 @@ def test_what_is_saved_loads_in_a_fresh_process(tmp_path):
         plans = PlannerExecutorModel(trainer.model.eval(), tiny.tokenizer(())).plan(["1+9=", "2++3="]).tolist()
         folders += [here / "final", here / "run" / "checkpoint-6"]
         wanted += [str(plans)] * 2
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, folders)],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh("-c", SCRIPT, *folders)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().split("\n")[-4:] == wanted and len(set(wanted)) == 2
     for folder in folders:

@@ -1,15 +1,13 @@
 """The note's snippets, both directions, layers and shapes, real models of three families, a fresh process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.processes import fresh
 from unsloth_ext import (
     AttentionShape,
     MapProjectionAligner,
@@ -199,10 +197,7 @@ def test_a_saved_aligner_says_the_same_in_a_fresh_process(tmp_path, mode):
     torch.manual_seed(5)
     given = torch.randn(1, 6, 4, 9, 16), torch.randn(1, 6, 4, 9, 16), torch.randn(1, 6, 12, 9, 16)
     wanted = sum(x.double().abs().sum().item() for x in aligner(*given, torch.zeros(1, 9, dtype=torch.long), T_s=12))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh("-c", SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert abs(float(done.stdout) / wanted - 1) <= 1e-6
 

@@ -1,9 +1,6 @@
 """`generate` is the parallel forward's greedy loop; saved models come back whole in a fresh process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.processes import fresh
 from unsloth_ext import ConceptModel, OnlineConceptConfig, attach_concepts, backbone_of, with_concept_modules
 
 from .test_decoding import undecided
@@ -128,10 +126,7 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, peft, settings
     pieces = ours.segments("11+22+33=66;9")
     assert "".join(piece for piece, _ in pieces) == "11+22+33=66;9" and len(pieces) > 2
     assert all(len(codes) == settings.get("num_codebooks", 1) for _, codes in pieces[:-1])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "saved")],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh("-c", SCRIPT, tmp_path / "saved")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "UNEXPECTED" not in done.stdout + done.stderr and "Unexpected" not in done.stderr
     assert done.stdout.strip("\n").split("\n")[-2:] == ["|".join(wanted), f"{pieces} {ours.config}"]

@@ -1,9 +1,5 @@
 """Answers: `generate` after the latent phase is manual greedy decoding; saved models come back whole in a fresh process."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests import tiny
+from tests.processes import fresh
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, backbone_of, latent_generate, latent_phase
 from unsloth_ext.latent.config import remember_latent, with_latent_modules
 
@@ -93,10 +90,7 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, family, peft):
     ours.save_pretrained(tmp_path / "saved")
     assert not {f.suffix for f in (tmp_path / "saved").iterdir()} & {".bin", ".pt", ".pkl"}
     wanted = ours.generate(["1+2+3=", "7-4="], max_new_tokens=6, do_sample=False)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "saved")],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh("-c", SCRIPT, tmp_path / "saved")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "UNEXPECTED" not in done.stdout + done.stderr
     assert done.stdout.strip("\n").split("\n")[-1] == "|".join(wanted)

@@ -1,9 +1,6 @@
 """Any text comes back, training is deterministic, and TRL trains what an assistant says and its end, no more."""
 
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -12,6 +9,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
+from tests.processes import fresh
 from unsloth_ext.minimind.tokenizer import train_tokenizer
 
 
@@ -79,8 +77,7 @@ again = train_tokenizer(TEXTS, 330)
 assert again.backend_tokenizer.to_str() == loaded.backend_tokenizer.to_str()
 print(loaded.apply_chat_template(TALK, return_dict=False), loaded.encode(TEXTS[2]), loaded.model_max_length)
 """
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = fresh("-c", code)
     assert done.returncode == 0, done.stderr
     found = f"{tokenizer.apply_chat_template(TALK, return_dict=False)} {tokenizer.encode(TEXTS[2])} 32768"
     assert done.stdout.strip() == found

@@ -1,9 +1,6 @@
 """Texts from plans: `generate` is a greedy loop without cache; saved models come back whole in a fresh process."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.processes import fresh
 from unsloth_ext import (
     PlannerExecutorModel,
     attach_planner,
@@ -127,10 +125,7 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, lora, way):
     """Bit-equal: plans, their likelihoods, texts."""
     ours, folder = saved(tmp_path, lora, way)
     assert not {f.suffix for f in folder.iterdir()} & {".bin", ".pt", ".pkl"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(ASKED)],
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh("-c", SCRIPT, folder, json.dumps(ASKED))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "UNEXPECTED" not in done.stdout + done.stderr
     found = json.loads(done.stdout.strip().split("\n")[-1])
