@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from .residual import backbone_of
 from .settings_file import ADAPTER, TENSORS, held_by, read_saved, safetensors_keys
 
 
+MODELING = logging.getLogger("transformers.modeling_utils")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any of them
 DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # how their classes are called
@@ -158,20 +161,16 @@ def load_causal_lm(
     if dtype is not None:
         kwargs["dtype"] = dtype
     check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})
-    logger = logging.getLogger("transformers.modeling_utils")
-    # No level of its own: transformers 5.17's `if logger.level >= WARNING` would then report "layers were not sharded"
-    logger.addFilter(_is_error)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
+        with _errors_only():
+            model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
-    finally:
-        logger.removeFilter(_is_error)
     if found["missing_keys"]:
         raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys']))}")
     others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
     if others:
-        logger.warning(
+        MODELING.warning(
             f"{name} holds {len(others)} tensors that {type(model).__name__} has no use for: {others[0]} ..."
         )
     if len(others) < len(found["unexpected_keys"]):  # of a hub model, the files are here only now
@@ -180,8 +179,27 @@ def load_causal_lm(
     return model
 
 
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for all the tokenizer's tokens where the model has fewer. New ones are drawn around the mean of the others, as
+    transformers does; its explanation of that, with an option which is none of ours, is left out."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        with _errors_only():
+            model.resize_token_embeddings(len(tokenizer))
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """transformers' modelling code says nothing but errors. By a filter: with a level of WARNING or more on this logger,
+    transformers 5.17 would report "layers were not sharded" of every model."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    MODELING.addFilter(is_error)
+    try:
+        yield
+    finally:
+        MODELING.removeFilter(is_error)
 
 
 def check_model(model: PreTrainedModel, name: str) -> None:

@@ -34,14 +34,17 @@ def test_modules_come_from_the_hub_as_from_a_folder(tmp_path, monkeypatch):
             assert torch.equal(ours, theirs)
 
 
-def test_a_whole_model_loads_without_a_word(tmp_path, monkeypatch):
-    """transformers would tell of layers that are not sharded over devices, which nobody asked for."""
+def test_a_whole_model_loads_and_grows_without_a_word(tmp_path, monkeypatch):
+    """transformers would tell of layers that are not sharded over devices, and how it draws new embeddings."""
     full(tmp_path)
     said = []
     monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler := logging.Handler()])
     handler.emit = said.append
-    hub.load_causal_lm(str(tmp_path), method="latent")
-    assert not said
+    logging.Logger.warning_once.cache_clear()
+    model, tokenizer = hub.load_causal_lm(str(tmp_path), method="latent"), tiny.tokenizer(())
+    tokenizer.add_tokens([f"<{i}>" for i in range(1000)])
+    hub.fit_embeddings(model, tokenizer)
+    assert not said and model.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.latent_projection.1.weight"])

@@ -8,6 +8,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from unsloth_ext.hub import fit_embeddings
+
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, tags: list[str]) -> tuple[list[int], list[int]]:
     """Make each tag a token of its own, in place, wherever it stands in a text.
@@ -61,10 +63,9 @@ def give_embeddings(
             f"{type(peft_config).__name__} would leave the embeddings of the new tokens {names} untrained; use LoRA, or "
             "train the whole model"
         )
-    if len(tokenizer) > rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model.resize_token_embeddings(len(tokenizer))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fit_embeddings(model, tokenizer)
     if peft_config is not None:
         _train_rows(peft_config, model, new)
 

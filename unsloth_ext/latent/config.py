@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hub import fit_embeddings
 from ..layer_kinds import CHUNKED, SLIDING, check_layers, check_length
 from ..master_weights import MasterWeights, beside, without_autocast
 from ..residual import backbone_of
@@ -141,8 +142,7 @@ def attach_latent(
     check_layers(model, "a latent phase", windows=(SLIDING, CHUNKED))
     check_length(model, config.num_latents + 2, "a latent phase")
     token_ids = add_latent_tokens(tokenizer, config)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
+    fit_embeddings(model, tokenizer)
     weight = model.get_input_embeddings().weight
     if config.projection_dim is not None or config.projection == "linear":
         backbone.latent_projection = LatentProjection(weight.shape[1], config, **beside(weight))

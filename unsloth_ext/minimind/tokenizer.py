@@ -1,5 +1,6 @@
 """A byte-level BPE tokenizer of MiniMind's kind, trained from any text, and its chat template."""
 
+import sys
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,6 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTr
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),  # into a file its bars are empty lines
     )
     backend.train_from_iterator(checked(), trainer)
     if not characters:
