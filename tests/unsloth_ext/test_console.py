@@ -4,6 +4,7 @@ import pytest
 from rich.table import Table
 
 from unsloth_ext.console import LOG_WIDTH, PlainConsole
+from unsloth_ext.minimind.tokenizer import train_tokenizer
 
 
 ODD = "[/INST] [bold]x[/] :smile: [/nope] $\\frac"
@@ -39,3 +40,8 @@ def test_a_path_stays_on_one_line(capsys, monkeypatch, columns):
 def test_the_other_ranks_say_nothing(capsys):
     PlainConsole(quiet=True).print("x")
     assert not capsys.readouterr().out
+
+
+def test_training_a_tokenizer_puts_no_empty_lines_into_a_file(capfd):
+    train_tokenizer(iter(["12 plus 7? 19.\n"]), 260)
+    assert capfd.readouterr() == ("", "")

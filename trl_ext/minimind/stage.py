@@ -204,5 +204,10 @@ def show(title: str, before: dict[str, float], after: dict[str, float], console:
     for heading in ("held out", "before", "after"):
         table.add_column(heading, justify="left" if heading == "held out" else "right")
     for name in after:
-        table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
+        table.add_row(name, readable(before[name]), readable(after[name]))
     console.print(table)
+
+
+def readable(value: float) -> str:
+    """Four digits, and more where a number is large: 12,790 and not 1.279e+04."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

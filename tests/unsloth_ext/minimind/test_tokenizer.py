@@ -30,11 +30,6 @@ TALK = [
 ]
 
 
-def test_a_log_file_gets_no_empty_lines(capfd):
-    train_tokenizer(iter(TEXTS), 330)
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(iter(TEXTS), 330)
