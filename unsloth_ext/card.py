@@ -4,6 +4,7 @@ Ours is one part of `README.md`, between two comments, and some keys of its meta
 leaves the rest alone; a part that somebody has changed is left alone too, with a warning.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -130,8 +131,12 @@ def write_model_card(
 
 def is_template(content: str) -> bool:
     """Whether a card is PEFT's or the hub's template, that nobody has filled in."""
-    template = ModelCard.from_template(ModelCardData()).text
-    return ModelCard(content, ignore_metadata_errors=True).text.strip().startswith(template.strip())
+    return ModelCard(content, ignore_metadata_errors=True).text.strip().startswith(_template())
+
+
+@functools.cache
+def _template() -> str:
+    return ModelCard.from_template(ModelCardData()).text.strip()
 
 
 def with_part(text: str, part: Part, file: Path) -> str:

@@ -111,11 +111,11 @@ class Taught:
             if progress:
                 steps = self.settings["max_steps"]
                 PlainConsole().print(f"Teaching a tiny model by {steps} steps of SFT, which later runs find in {cache}")
-            self.teach(part, rows(), progress)
+            self.teach(part, rows, progress)
 
         return cached(cache, kind, parts, make)
 
-    def teach(self, folder: Path, rows: Dataset, progress: bool) -> None:
+    def teach(self, folder: Path, rows: Callable[[], Dataset], progress: bool) -> None:
         """Train, and save the model with its tokenizer in `folder`."""
         fused_lm_head.ensure()
         set_seed(self.settings["seed"])
@@ -128,7 +128,7 @@ class Taught:
             disable_tqdm=not progress,
             **self.settings,
         )
-        trainer = trl.SFTTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer)
+        trainer = trl.SFTTrainer(model, args, train_dataset=rows(), processing_class=self.tokenizer)
         compact_progress(trainer)
         trainer.train()
         shutil.rmtree(folder / "trainer", ignore_errors=True)
