@@ -66,7 +66,8 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys):
         bool(codes) for row in held_out for _, codes in loaded.segments(row["prompt"] + row["completion"])
     )
     run("concept_v2", "--max_steps", "3", "--resume_from_checkpoint", "latest")
-    assert summary()["steps"] == 3 and summary()["accuracy_before"] == first["accuracy_after"]
+    assert summary()["steps"] == 3 and summary()["accuracy_before"] == first["accuracy_before"]
+    assert summary()["accuracy_curve"].items() >= first["accuracy_curve"].items()
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_no_flags(run, monkeypatch):

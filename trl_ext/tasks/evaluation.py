@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.decoding import hybrid_generate
@@ -131,16 +132,16 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
     return tokenizer(list(prompts), add_special_tokens=not chat, **options)
 
 
-class AccuracyCallback(TrainerCallback):
+class AccuracyCallback(TrainerCallback, ExportableState):
     """Held-out evaluation when training starts (a resumed checkpoint is loaded by then) and every `every` steps.
 
-    Leaves the training's random state alone.
+    Leaves the training's random state alone. What was measured is in the checkpoints: a resumed run shows all of it.
 
     Args:
         measure: called with the model; what it returns has an `accuracy`.
 
     Attributes:
-        before: what `measure` returned at the start.
+        before: what `measure` returned at step 0; of a resumed run the figures, with the texts of now.
         curve: (step, accuracy) pairs.
     """
 
@@ -149,8 +150,19 @@ class AccuracyCallback(TrainerCallback):
         self.before: Any = None
         self.curve: list[tuple[int, float]] = []
 
+    def state(self) -> dict[str, Any]:
+        """For trainer_state.json."""
+        before = self.before and self.before.numbers()
+        return {"args": {}, "attributes": {"before": before, "curve": [list(pair) for pair in self.curve]}}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        # A checkpoint of earlier versions has no place for it, which saving needs
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        if state.global_step:
+            self.curve = [(step, accuracy) for step, accuracy in saved["curve"] if step < state.global_step]
         self.before = self._evaluate(state, model)
+        if state.global_step and saved["before"]:
+            self.before = replace(self.before, **saved["before"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
