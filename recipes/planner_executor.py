@@ -167,7 +167,7 @@ def main() -> None:
     title = ("Planner and executor", script.model_name, data.dataset)
     types = [kind.name for kind in args.planner().types]
     looked = (*MONITOR_CURVES, *((f"monitor/entropy_{name}", f"entropy of a concept of type {name}") for name in types))
-    plot_curves(output / "monitors.png", trainer.state.log_history, [], ", ".join(title), looked)
+    plot_curves(output / "monitors.png", trainer.state.log_history, [], ", ".join(dict.fromkeys(title)), looked)
     console.print(f"Written: {output / 'monitors.png'}")
     finish(
         trainer, console, started, title, accuracy, after, PLANNER_CURVES, applied=monitor.applied, samples=after.samples,

@@ -126,7 +126,8 @@ class RecipeParser(CommandLine, TrlParser):
             formatter.end_section()
         if not self.everything:
             rest = len(self._actions) - sum(len(group._group_actions) for group in self.shown)
-            formatter.add_text(f"{rest} more flags, TRL's and transformers', with --help_all")
+            if rest:
+                formatter.add_text(f"{rest} more flags, TRL's and transformers', with --help_all")
         return formatter.format_help()
 
     def _our_names(self, argv: Sequence[str]) -> list[str]:

@@ -25,6 +25,8 @@ class CompactProgress(ProgressCallback):
         "loss/codi": "codi",
         "loss/kv": "kv",
         "loss/ce": "ce",
+        "loss/executor": "executor",
+        "loss/planner": "planner",
         "kv/loss": "kv",
         "concept/ratio": "ratio",
         "concept/perplexity": "perplexity",

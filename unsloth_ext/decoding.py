@@ -21,7 +21,7 @@ from transformers.generation import (
 
 from .ablations import ABLATIONS
 from .delimiter import DelimiterMatcher
-from .generation_arguments import check, check_context, refuse_empty, settle
+from .generation_arguments import check, check_context, refuse_empty, samplers_count, settle
 from .residual import backbone_of, has_thinking
 from .states import Warper, project, soft_embedding
 from .unsloth_decoding import returning_hidden_states, without_decode_graphs
@@ -272,7 +272,8 @@ def hybrid_generate(
         if return_trace:
             raise ValueError("ablation='off' is plain generate and leaves no trace")
         return model.generate(input_ids=input_ids, streamer=streamer, **generate_kwargs)
-    config = settle(model, "hybrid", generate_kwargs)
+    with samplers_count():
+        config = settle(model, "hybrid", generate_kwargs)
     mask = generate_kwargs.get("attention_mask")
     lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1).tolist()
     refuse_empty(lengths)
@@ -289,7 +290,8 @@ def hybrid_generate(
             StopStringCriteria(tokenizer, config.stop_strings),
         ]
         generate_kwargs |= {"stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}
-    out = model.generate(
-        input_ids=input_ids, streamer=streamer, custom_generate=hybrid_decode, hybrid=session, **generate_kwargs
-    )
+    with samplers_count():
+        out = model.generate(
+            input_ids=input_ids, streamer=streamer, custom_generate=hybrid_decode, hybrid=session, **generate_kwargs
+        )
     return (out, session.trace()) if return_trace else out

@@ -1,6 +1,6 @@
 """The last stage: talk to it. Tokens stream as they come, out of a KV cache.
 
-    python recipes/minimind/chat.py [--model_name FOLDER] [--say "What is 7+5-3?" --say ...] [--field value ...]
+    python recipes/minimind/chat.py [--model_name FOLDER] [--say "What is 7+5-3?" "And 2+2?" ...] [--field value ...]
 
 Without --say it reads what you type, until an empty line.
 """

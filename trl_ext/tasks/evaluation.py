@@ -86,8 +86,8 @@ def evaluate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_tokens(model, tokenizer) or None,
     )
-    # Thinking states use them in greedy decoding too; given above, transformers would call them invalid there
-    config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
+    if hybrid or do_sample:  # thinking states use them in greedy decoding too
+        config.temperature, config.top_k, config.top_p = temperature, 0, 1.0
     texts, tokens, thought = [], 0, 0
     with evaluating(model):
         batches = range(0, len(rows), batch_size)

@@ -1,5 +1,7 @@
 """Evaluation, its interval, and the look before training."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -33,6 +35,18 @@ def test_batches_do_not_change_greedy_results(batch):
     assert result == reference and 0 < result.thinking_share <= 1 and result.n == 12
     off = evaluate(net, tiny.tokenizer(), ROWS, batch_size=batch, thinking="off", **options)
     assert off.thinking_share == 0 and off.completions != result.completions
+
+
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_greedy_decoding_is_not_told_that_sampling_is_ignored(monkeypatch, thinking):
+    """Thinking states are made with temperature and top_k; plain greedy decoding is not given them."""
+    said = []
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler := logging.Handler()])
+    handler.emit = said.append
+    logging.Logger.warning_once.cache_clear()
+    options = {"delimiter": "#", "max_new_tokens": 2, "temperature": 0.7, "thinking": thinking}
+    evaluate(attach_thinking(tiny.model()), tiny.tokenizer(), ROWS, **options)
+    assert not [record.getMessage() for record in said]
 
 
 def made_up(texts):
