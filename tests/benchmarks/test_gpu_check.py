@@ -1,33 +1,23 @@
 """The GPU suite runs, as far as a machine without a GPU can tell."""
 
 import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-
-ROOT = Path(__file__).parents[2]
-
-
-def gpu_check(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "benchmarks/gpu_check.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+from tests.processes import fresh
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    done = gpu_check()
+    done = fresh("benchmarks/gpu_check.py")
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="unsloth is not installed")
 def test_the_rehearsal_passes_on_both_backends():
-    done = gpu_check("--rehearse")
+    done = fresh("benchmarks/gpu_check.py", "--rehearse", imports=(), timeout=2500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("stock", "unsloth"))]
     assert len(lines) == 36 and all(line.endswith("ok") for line in lines)

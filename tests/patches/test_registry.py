@@ -133,7 +133,11 @@ def test_live_status_has_a_fingerprint_of_what_was_replaced():
 
 
 @pytest.mark.parametrize(
-    "order", ["import trl; patches.apply('fused_lm_head')", "patches.apply('fused_lm_head'); import trl"]
+    "order",
+    [
+        pytest.param("import trl; patches.apply('fused_lm_head')", marks=pytest.mark.slow),
+        "patches.apply('fused_lm_head'); import trl",
+    ],
 )
 def test_the_order_of_imports_does_not_matter(order):
     code = (

@@ -96,6 +96,7 @@ def test_every_shipped_config_loads_and_names_its_command(config, monkeypatch):
     assert script.model_name == {"concept_gsm8k": "Qwen/Qwen3-0.6B"}.get(config.stem, config.stem.split("_")[1])
 
 
+@pytest.mark.slow
 def test_the_baselines_train_beside_each_other(run, capsys):
     run("concept_v1")
     lora, fixed = summary("out/lora"), summary("out/fixed")

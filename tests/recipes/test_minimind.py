@@ -95,11 +95,11 @@ def test_the_report_holds_every_stage_and_a_dialogue(whole):
     assert (whole / "report.png").stat().st_size > 20_000
 
 
-IN_THEIR_OWN_TESTS = ("sft", "lora", "spo", "ppo", "distill", "reason")  # or as pretraining does
+IN_THEIR_OWN_TESTS = ("sft", "lora", "dpo", "grpo", "spo", "ppo", "distill", "reason")  # or as pretraining does
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrain", "dpo", "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_THEIR_OWN_TESTS)]
+    "name", ["pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_THEIR_OWN_TESTS)]
 )
 def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, name):
     """Weights after 4 steps, bit for bit, and after 2, a checkpoint, and 2 more."""

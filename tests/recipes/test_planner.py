@@ -38,7 +38,7 @@ def summary():
     return json.loads(Path("out/summary.json").read_text())
 
 
-@pytest.mark.parametrize("training", ["soft", "hard_em"])
+@pytest.mark.parametrize("training", [pytest.param("soft", marks=pytest.mark.slow), "hard_em"])
 def test_whole_run_resume_and_what_it_leaves(run, capsys, training):
     run("--training", training)
     first = summary()
@@ -86,7 +86,7 @@ def test_a_model_and_data_of_ones_own(run, tmp_path):
     )
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_hard_em_goes_on_from_a_model_that_plans(run, lora):
     """It begins with what the soft run ended with, adapter or not."""
     tiny = ("--config", RECIPE.parent / "configs/planner_tiny.yaml")

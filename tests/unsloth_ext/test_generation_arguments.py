@@ -249,7 +249,7 @@ def works(kind):
     return sorted(names)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "concept" else k for k in KINDS])
 def test_what_works_is_the_plain_way(kind):
     """Tokens equal, scores and logits to 1e-4 (fp32 in `generate`); and each example changes something in the plain way."""
     one = kind_of(kind)

@@ -24,7 +24,7 @@ def checkpoint(tmp_path, step):
     [
         {},
         {"num_iterations": 2},  # step 3 lies inside a generation cycle
-        {"steps_per_generation": 2, "gradient_accumulation_steps": 1},
+        pytest.param({"steps_per_generation": 2, "gradient_accumulation_steps": 1}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 2, "beta": 0.05},
         {"recompute": "two_pass", "thinking_source": "soft_embedding"},
         {"peft": False},

@@ -28,7 +28,7 @@ def kept(trainer):
     return {name: x.clone() for name, x in trainer.planner_state.state_dict().items()}
 
 
-@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("peft", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, case, peft):
     """From step 5 of 10, in the second of four epochs: weights, what is kept beside them, and what is logged."""

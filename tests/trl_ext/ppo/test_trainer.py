@@ -89,7 +89,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+IN_SHORT = ("one", "groups", "tools")
+
+
+@pytest.mark.parametrize("case", [c if c in IN_SHORT else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_every_step_is_ppo_written_out(tmp_path, case):
     """Gradients of policy and of critic to 1e-4 of their norms, losses and divergence to 1e-4; the tutorial's errors
     (sequence ratio, k1, value read at the end) give others."""

@@ -45,7 +45,14 @@ def responses(rollout):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_iterations": 2}, {"rho_mode": "constant"}, {"initial_value": 0.3}], ids=str
+    "changes",
+    [
+        {},
+        pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
+        pytest.param({"rho_mode": "constant"}, marks=pytest.mark.slow),
+        pytest.param({"initial_value": 0.3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_many_steps_are_the_literal_algorithm(tmp_path, changes):
     """30 rollouts of 4 of 12 prompts: D, value and whitened advantage of each; 1e-4 (fp32 log-probs against fp64)."""
@@ -197,7 +204,14 @@ def test_evaluation_moves_no_tracker(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_iterations": 2}, {"gradient_accumulation_steps": 2}, {"shuffle_dataset": False}], ids=str
+    "changes",
+    [
+        {},
+        pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
+        {"gradient_accumulation_steps": 2},
+        pytest.param({"shuffle_dataset": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, changes):
     """Inside an epoch, at its end, inside a rollout's two passes, in the second epoch (3 rollouts each)."""
