@@ -81,7 +81,7 @@ class ScriptArguments(RecipeArguments):
 
 def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
     """Flags over the configuration file."""
-    parser = RecipeParser((ScriptArguments, DataArguments, HRPOConfig))
+    parser = RecipeParser((ScriptArguments, DataArguments, HRPOConfig), ON_CPU)
     _, config, others = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
     return parser.parse_args_and_config(["--config", str(config), *others])
 

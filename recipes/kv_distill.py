@@ -83,7 +83,7 @@ def load_data(script: ScriptArguments, data: DataArguments, args: KVDistillConfi
 
 
 def main() -> None:
-    parser = RecipeParser((ScriptArguments, DataArguments, KVDistillConfig))
+    parser = RecipeParser((ScriptArguments, DataArguments, KVDistillConfig), EMBEDDED)
     _, config, others = chosen(sys.argv[1:], CONFIGS, "kv", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     check_tiny(script.model_name, data.dataset)

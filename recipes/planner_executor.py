@@ -132,7 +132,7 @@ def show(before: PlanEvaluation, after: PlanEvaluation, console: PlainConsole) -
 
 
 def main() -> None:
-    parser = RecipeParser((ScriptArguments, DataArguments, PlannerExecutorConfig))
+    parser = RecipeParser((ScriptArguments, DataArguments, PlannerExecutorConfig), EMBEDDED)
     _, config, others = chosen(sys.argv[1:], CONFIGS, "planner", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     started = time.time()

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from unsloth_ext.hub import check_causal_lm, check_tokenizer, load_modules
+from unsloth_ext.hub import check_causal_lm, check_model, check_tokenizer, load_modules
 from unsloth_ext.master_weights import MasterWeights, copied_by_peft, master_weights, widen
 from unsloth_ext.settings_file import METHODS, read_saved
 
@@ -23,16 +23,25 @@ logger = logging.get_logger(__name__)
 
 
 @contextlib.contextmanager
-def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any]) -> Iterator[None]:
-    """While open, the trainer whose `__init__` this is calls `prepare(model)` on every model that it loads."""
+def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] = lambda _: None) -> Iterator[None]:
+    """While open, the trainer whose `__init__` this is looks at every model that it loads by name, and calls
+    `prepare(model)` on it.
+
+    Raises:
+        ValueError: its files lack tensors, which TRL 1.15 would draw at random, or hold NaN.
+    """
     names = inspect.unwrap(init).__globals__
-    create = names["create_model_from_path"]
+    create = names.get("create_model_from_path")
+    if create is None:  # Unsloth's trainers take no names
+        yield
+        return
 
     @functools.wraps(create)
-    def create_and_prepare(*args: Any, **kwargs: Any) -> PreTrainedModel:
-        model = create(*args, **kwargs)
+    def create_and_prepare(name: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, found = create(name, *args, output_loading_info=True, **kwargs)
+        check_model(model, name, found["missing_keys"])
         prepare(model)
-        return model
+        return (model, found) if output_loading_info else model
 
     names["create_model_from_path"] = create_and_prepare
     try:

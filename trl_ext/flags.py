@@ -1,12 +1,42 @@
 """Flags: which configuration file a recipe reads before they are parsed, and how they are checked. Imports nothing that
 Unsloth must precede."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from unsloth_ext.command_line import CommandLine
+
+
+# Of TRL's and transformers' fields: below these they end in a division by zero, or are ignored
+LOWEST = {
+    "num_generations": 1,
+    "num_generations_eval": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+    "max_length": 1,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "eval_steps": 0,
+    "save_total_limit": 1,
+    "num_train_epochs": 0,
+    "max_steps": -1,
+    "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "temperature": 0,
+    "beta": 0,
+}
 
 
 def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
@@ -24,7 +54,7 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     if name is None and config is not None:
         fields = read_config(config)
         name = fields.get("model_name", fields.get("model_name_or_path"))
-    name = name or embedded[0]
+    name = embedded[0] if name is None else name
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
 
 
@@ -78,6 +108,18 @@ def at_least(arguments: Any, **lowest: int) -> None:
         value = getattr(arguments, name)
         if value is not None and not value >= least:  # NaN too
             raise ValueError(f"{name}={value}: at least {least}")
+
+
+def check_lowest(arguments: Any) -> None:
+    """Raises a ValueError that names a field of TRL's or transformers' which is below the lowest value that it can have.
+
+    Each configuration of ours calls it before its parents' own checks, some of which divide by these.
+    """
+    for name in LOWEST:
+        if getattr(arguments, name, None) == math.inf:
+            raise ValueError(f"{name}=inf: a finite number")
+    numbers = [name for name in LOWEST if isinstance(getattr(arguments, name, None), int | float)]
+    at_least(arguments, **{name: LOWEST[name] for name in numbers})
 
 
 def one_of(arguments: Any, **choices: tuple) -> None:

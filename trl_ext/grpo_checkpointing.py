@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from unsloth_ext.settings_file import safetensors_keys
+
 from .checkpointing import SafeCheckpointMixin
-from .saved_weights import CheckpointError, check_weights, load_weights
+from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
 from .update_sizes import UpdateSizesMixin
 
 
@@ -30,6 +32,9 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
+        for file in sorted(checkpoint.glob("rollout_*.safetensors")):
+            names = set(safetensors_keys(file))  # log-probs may be infinite; vLLM's NaN where it could not say
+            check_finite([file], names, {name for name in names if name.endswith("sampling_per_token_logps")})
         if self._moving_reference() is None:
             return
         if not self._own_format():

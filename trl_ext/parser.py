@@ -16,52 +16,33 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from unsloth_ext.command_line import CommandLine, did_you_mean, underscored
+from unsloth_ext.hub import check_name
 
-from .flags import at_least, read_config
+from .flags import check_lowest, read_config
 from .other_names import flattened, renamed
 
 
 OURS = ("trl_ext", "unsloth_ext", "__main__")
-# Of TRL's and transformers' fields: below these they end in a division by zero, or are ignored
-LOWEST = {
-    "num_generations": 1,
-    "num_generations_eval": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "steps_per_generation": 1,
-    "generation_batch_size": 1,
-    "num_iterations": 1,
-    "max_completion_length": 1,
-    "max_length": 1,
-    "logging_steps": 0,
-    "save_steps": 0,
-    "eval_steps": 0,
-    "save_total_limit": 1,
-    "num_train_epochs": 0,
-    "max_steps": -1,
-    "warmup_steps": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "dataloader_num_workers": 0,
-    "seed": 0,
-    "temperature": 0,
-    "beta": 0,
-}
 # What a configuration file says of its dataset is not said of another one
 OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dataset_config")
+
+
+NO_BF16 = "doesn't support bf16/gpu"  # as transformers 5.17 says it, of whatever model was meant
 
 
 class RecipeParser(CommandLine, TrlParser):
     """TRL's parser with full names in either spelling, other programs' names, checked configuration files, and our flags
     first in `--help`; `--help_all` shows the rest.
 
+    Args:
+        embedded: models that are no folders and not on the hub.
+
     Raises:
         ValueError: from `parse_args_and_config`, for what is wrong with a flag, a file, or the fields together.
     """
 
-    def __init__(self, dataclass_types: Any, **kwargs: Any):
+    def __init__(self, dataclass_types: Any, embedded: tuple[str, ...] = (), **kwargs: Any):
+        self.embedded, self.config = embedded, None
         self.types: dict[str, Any] = {}
         self.shown, self.everything = [], False
         about = (getattr(sys.modules["__main__"], "__doc__", None) or "").split("\n\n")[0]
@@ -100,6 +81,7 @@ class RecipeParser(CommandLine, TrlParser):
         peek.add_argument("--traceback", action="store_true")
         options, flags = peek.parse_known_args(self._our_names(given))
         if options.config:
+            self.config = options.config
             peek.add_argument("--dataset")
             self._set_from(options.config, peek.parse_known_args(flags)[0].dataset)
         return self.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
@@ -107,14 +89,28 @@ class RecipeParser(CommandLine, TrlParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         found, others = super().parse_known_args(args, namespace)
         self.refuse(others)
-        lowest = {name: least for name, least in LOWEST.items() if name in self.types and _is_number(found, name)}
-        at_least(found, **lowest)
+        self._model_name = getattr(found, "model_name", None)  # the namespace is emptied later
+        check_lowest(found)
         for name in OF_THE_DATASET:
             if name in self.types and str(getattr(found, name)).lower() in ("none", "null"):
                 setattr(found, name, None)
         if "resume_from_checkpoint" in self.types:
             found.resume_from_checkpoint = _resume(found.resume_from_checkpoint)
         return found, others
+
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        try:
+            return super().parse_args_into_dataclasses(*args, **kwargs)
+        except ValueError as error:
+            if NO_BF16 not in str(error):
+                raise
+            if self.embedded and self._model_name not in self.embedded:  # a typo chooses the configuration for a GPU
+                check_name(self._model_name)
+            made_for = f" {self.config} is for a GPU;" if self.config else ""
+            raise ValueError(
+                f"bf16=True: there is no GPU here that computes in it;{made_for} to train on the CPU: --use_cpu true "
+                "--bf16 false" + (f", or --model_name {self.embedded[0]}, made for it" if self.embedded else "")
+            ) from error
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -250,10 +246,6 @@ def _own_fields(dtype: type) -> set[str]:
     """Those that our classes declare, in place of TRL's too."""
     ours = [cls for cls in dtype.__mro__ if cls.__module__.split(".")[0] in OURS]
     return {name for cls in ours for name in inspect.get_annotations(cls)}
-
-
-def _is_number(found: argparse.Namespace, name: str) -> bool:
-    return isinstance(getattr(found, name, None), (int, float))
 
 
 def _resume(value: Any) -> Any:

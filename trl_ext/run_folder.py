@@ -150,8 +150,18 @@ def go_on(folder: Path, step: int) -> str:
 
 def finished(folder: Path, step: int) -> None:
     """Note that the run has ended, its results written."""
+    note(folder, finished=step)
+
+
+def note(folder: Path, **values: Any) -> None:
+    """Keep values with the run in this folder, where there is one."""
     if (folder / RUN_FILE).exists():
-        _write(folder, {**_read(folder), "finished": step})
+        _write(folder, {**_read(folder), **values})
+
+
+def noted(folder: Path, name: str) -> Any:
+    """What `note` has kept; None: nothing."""
+    return _read(folder).get(name)
 
 
 def stamp(checkpoint: Path, run: str) -> None:

@@ -63,11 +63,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         _check_equal(((name, tensor) for file in files for name, tensor in _tensors(file)), memory, folder)
 
 
-def check_finite(files: list[Path], buffers: set[str] = frozenset()) -> None:
-    """Raises a CheckpointError that names a tensor with NaN in it, or infinity, which only `buffers` may hold."""
+def check_finite(files: list[Path], buffers: set[str] = frozenset(), unknown: set[str] = frozenset()) -> None:
+    """Raises a CheckpointError that names a tensor with NaN in it, or infinity, which only `buffers` may hold. In
+    `unknown` ones NaN has a meaning."""
     for file in files:
         for name, tensor in _tensors(file):
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or name in unknown:
                 continue
             if tensor.isnan().any() if name in buffers else not tensor.isfinite().all():
                 raise CheckpointError(

@@ -10,6 +10,8 @@ from trl import SFTConfig
 
 from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
+from .flags import check_lowest
+
 
 @dataclass
 class TeacherConfig(SFTConfig):
@@ -25,6 +27,10 @@ class TeacherConfig(SFTConfig):
         metadata={"help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
                   "quantization_config."},
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_lowest(self)
+        super().__post_init__()
 
 
 def load_teacher(

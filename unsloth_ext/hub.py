@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,12 @@ def check_name(
     name: str, token: str | None = None, files: tuple[str, ...] = ("config.json", "adapter_config.json")
 ) -> None:
     """Raises a ValueError where `name` is neither a folder with one of these files nor a repository of the hub's."""
+    if not name:
+        raise ValueError("the model's name is empty: give a folder or a hub id")
     path = Path(name)
     if path.is_dir():
         if not any((path / file).exists() for file in files):
-            inside = sorted(str(config.parent) for file in files for config in path.glob(f"*/{file}"))
+            inside = sorted({str(config.parent) for file in files for config in path.glob(f"*/{file}")})
             raise ValueError(
                 f"{name} holds no model: it has neither {' nor '.join(files)}"
                 + (f"; there is one in {', '.join(inside[:3])}" if inside else "")
@@ -166,8 +168,7 @@ def load_causal_lm(
             model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
-    if found["missing_keys"]:
-        raise ValueError(f"{name} lacks {', '.join(sorted(found['missing_keys']))}")
+    check_missing(found["missing_keys"], name)
     others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
     if others:
         MODELING.warning(
@@ -202,8 +203,15 @@ def _errors_only() -> Iterator[None]:
         MODELING.removeFilter(is_error)
 
 
-def check_model(model: PreTrainedModel, name: str) -> None:
-    """Raises a ValueError for NaN or infinity in a model, and for an encoder."""
+def check_missing(names: Iterable[str], name: str) -> None:
+    """Raises a ValueError for tensors that the files of `name` lack and transformers has drawn at random."""
+    if lost := sorted(names):
+        raise ValueError(f"{name} lacks {lost[0]}" + f" and {len(lost) - 1} more tensors" * (len(lost) > 1))
+
+
+def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) -> None:
+    """Raises a ValueError for tensors that a model's files lack, NaN or infinity, and for an encoder."""
+    check_missing(missing, name)
     check_finite(dict(model.named_parameters()), name)
     _check_causal(model, name)
 

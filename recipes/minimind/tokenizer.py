@@ -14,6 +14,7 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 
+from trl_ext.minimind.origin import remember
 from trl_ext.minimind.stage import StageArguments, parse, show
 from trl_ext.report import write_summary
 from trl_ext.run_folder import begin, finished, lock, writable_folder
@@ -37,6 +38,7 @@ def main() -> None:
     started, folder = time.time(), writable_folder(stage.output_dir, "--output_dir")
     lock(folder)
     begin(folder, stage.overwrite)
+    remember(folder, stage.made_from)
     train, held_out = stage.load("pretrain", "pretrain")
     tokenizer = train_tokenizer((row["text"] for row in train), stage.vocab_size)
     tokenizer.save_pretrained(folder / "final")

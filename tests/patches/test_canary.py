@@ -133,6 +133,7 @@ TEXT = [
         "a PeftModel's reference is an adapter of it",
     ),
     ("transformers.trainer", "for subdir_name in adapter_subdirs:", "and is loaded in the trained adapter's place"),
+    ("transformers.training_args", "doesn't support bf16/gpu", "our parser says what to do instead"),
     ("transformers.generation.utils", "_eos_token_tensor", "rows that have ended do not think"),
     ("transformers.generation.utils", "custom_generate", "hybrid decoding rides on generate"),
     ("trl.trainer.base_trainer", 'os.path.join(self.args.output_dir, "README.md")', "a run's card is completed there"),

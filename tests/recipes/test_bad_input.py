@@ -40,6 +40,12 @@ TRIES = [
     *((name, ["--max_steps", "2.7"], "--max_steps: invalid int value: '2.7'") for name in TRAIN),
     *((name, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0") for name in TRAIN),
     *((name, ["--resume_from_checkpoint", "true", "--output_dir", "new"], "") for name in TRAIN),
+    *((name, ["--model_name", "tinyy"], "there is no folder tinyy in ") for name in TRAIN),
+    *((name, ["--model_name", "large"], "large holds no model") for name in TRAIN[:2]),
+    *((name, ["--model_name", "some"], "_gsm8k.yaml is for a GPU; to train on the CPU: --use_cpu true --bf16 false")
+      for name in (TRAIN[0], *TRAIN[4:])),
+    *((name, ["--model_name", ""], "name is empty") for name in LATENT),
+    *((name, ["--learning_rate", "inf"], "learning_rate=inf: a finite number") for name in TRAIN[:2]),
     *((name, ["--config", "null.yaml"], "learning_rate: null is not a number") for name in (*TRAIN[:2], "concept_v1")),
     *((f"minimind/{name}", ["--learning_rate", "fast"], "invalid float value: 'fast'") for name in STAGES),
     ("codi_gsm8k", ["--num_latents", "0"], "num_latents=0"),
@@ -93,6 +99,8 @@ def folder(tmp_path_factory):
     """Where the tries are made."""
     made = tmp_path_factory.mktemp("tries")
     (made / "latin.yaml").write_bytes("run_name: é".encode("latin-1"))
+    (made / "some").mkdir()
+    (made / "some" / "config.json").write_text("{}")
     (made / "null.yaml").write_text("learning_rate: null\noutput_dir: x\n")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(7000)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(made / "large")

@@ -94,6 +94,15 @@ def test_numbers_beside_the_weights_are_finite(tmp_path):
         trainer.train(resume_from_checkpoint=str(folder))
 
 
+def test_rollouts_that_go_on_are_finite(tmp_path):
+    """Of a checkpoint between two passes over a rollout."""
+    trainer, folder = run(tmp_path, num_iterations=2)
+    trainer._check_checkpoint(folder)
+    edit(folder / "rollout_0.safetensors", lambda x: x["0.advantages"].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match=r"rollout_0\.safetensors: 0\.advantages holds NaN"):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
 def test_the_reference_is_part_of_a_checkpoint(tmp_path):
     """Lost, or not asked for any more, or of another kind of run: each is a sentence."""
     trainer, folder = run(tmp_path)

@@ -51,7 +51,7 @@ class ScriptArguments(RecipeArguments):
 
 def parse(argv: list[str], script_class: type[ScriptArguments], configs: Path) -> tuple:
     """Script, data and trainer's arguments: flags over the configuration file over the preset that either names."""
-    parser = RecipeParser((script_class, DataArguments, ConceptConfig))
+    parser = RecipeParser((script_class, DataArguments, ConceptConfig), EMBEDDED)
     _, config, others = chosen(argv, configs, "concept", EMBEDDED)
     preset = chosen_preset(config, others)
     if preset:

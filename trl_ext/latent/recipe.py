@@ -65,7 +65,7 @@ def parse(
     argv: list[str], method: str, config_class: type[LatentArguments], configs: Path
 ) -> tuple[ScriptArguments, LatentArguments]:
     """Flags over the configuration file over the preset that either names."""
-    parser = RecipeParser((ScriptArguments, config_class))
+    parser = RecipeParser((ScriptArguments, config_class), EMBEDDED)
     _, config, others = chosen(argv, configs, method, EMBEDDED)
     preset = chosen_preset(config, others)
     if preset:

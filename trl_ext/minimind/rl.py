@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from unsloth_ext.hub import load_tokenizer
+from unsloth_ext.hub import check_finite, check_missing, check_name, load_tokenizer
 
 from ..flags import at_least
 from ..tasks.reward import make_reward
@@ -83,7 +83,13 @@ class RewardModel:
     __name__ = "reward_model"  # as trainers call it in their logs
 
     def __init__(self, name: str, batch_size: int = 16):
-        self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto").eval()
+        check_name(name)
+        self.model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype="auto", output_loading_info=True
+        )
+        check_missing(found["missing_keys"], f"reward_model={name}")  # a language model has no head that judges
+        check_finite(self.model.state_dict(), f"reward_model={name}")
+        self.model.eval()
         self.tokenizer, self.batch_size = load_tokenizer(name), batch_size
         if self.model.config.num_labels != 1:
             raise ValueError(f"reward_model={name}: {self.model.config.num_labels} logits; a reward model has one")

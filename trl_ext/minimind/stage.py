@@ -38,6 +38,7 @@ from ..tasks.warm_start import cached
 from . import embedded
 from .data import load_minimind_data
 from .embedded import write_embedded
+from .origin import changes, origin, remember
 
 
 EMBEDDED = "embedded"
@@ -71,6 +72,7 @@ class StageArguments:
         default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
     )
     begun: tuple[PlainConsole, Path, str | None] | None = field(default=None, init=False)  # from `start`
+    made_from: dict[str, Any] | None = field(default=None, init=False)  # see `origin`
     embedded_seed: int = field(default=0, metadata={"help": "Of the embedded default's data."})
 
     def __post_init__(self) -> None:
@@ -118,8 +120,15 @@ def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
     if isinstance(parsed[-1], TrainingArguments):
         parsed[0].begun = start(parsed[-1], parsed[0], ())
-    for name in (parsed[0].model_name, getattr(parsed[-1], "teacher_model_name_or_path", None)):
+    models = [parsed[0].model_name, getattr(parsed[-1], "teacher_model_name_or_path", None)]
+    for name in models:
         _ensure(name, parsed[0], path.parent)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for sentence in dict.fromkeys(sentence for name in models if name for sentence in changes(name)):
+            print(sentence, flush=True)
+        parsed[0].made_from = origin(path, given.config, [name for name in models if name])
+        if parsed[0].begun:
+            remember(parsed[0].begun[1], parsed[0].made_from)
     return parsed
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from unsloth_ext.planner.config import PlannerConfig
 
-from ..checkpointing import CheckpointError
+from ..saved_weights import CheckpointError, check_finite
 from .config import PlannerExecutorConfig
 from .curriculum import LengthCurriculum
 from .em import EStepSchedule, PlanCache, number_of_plans
@@ -80,3 +80,4 @@ def check_state(folder: Path, state: nn.Module, settings: dict[str, Any]) -> Non
             raise CheckpointError(
                 f"{folder / TENSORS}: {name} is {found.get(name, 'missing')}, this run needs {wanted.get(name, 'none')}"
             )
+    check_finite([folder / TENSORS], buffers={"curriculum.nll"})  # infinite until something was measured

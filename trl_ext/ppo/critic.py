@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification, PreTrainedModel
 
-from unsloth_ext.hub import check_name
+from unsloth_ext.hub import check_finite, check_name
 from unsloth_ext.master_weights import MasterLinear
 
 
@@ -54,6 +54,7 @@ def load_critic(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTr
     lost = [name for name in found["missing_keys"] if name.startswith(backbone)]
     if lost:
         raise ValueError(f"critic_model={name!r}: it has no {lost[0]}, so it is no saved critic or language model")
+    check_finite(dict(critic.named_parameters()), f"critic_model={name!r}")
     _zero(critic, found["missing_keys"])
     for parameter in critic.base_model.parameters():  # not buffers, which transformers leaves in float32
         parameter.data = parameter.data.to(dtype)

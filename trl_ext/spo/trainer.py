@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
-from ..checkpointing import CheckpointError
 from ..creation import default_args
 from ..fingerprint import content_hash
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..one_sample import OwnAdvantages
+from ..saved_weights import CheckpointError, check_finite
 from .config import SPOConfig
 from .memory import Response, batch_of, pack, unpack
 from .sampler import PrioritizedSampler
@@ -192,6 +192,7 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
             )
         if drawn != self.shuffle_dataset:
             raise CheckpointError(f"{checkpoint / TENSORS}: shuffle_dataset was {drawn}, is {self.shuffle_dataset}")
+        check_finite([checkpoint / TENSORS], unknown={"memory.log_probs"})  # of a tool's tokens
         saved = json.loads((checkpoint / SETTINGS).read_text())
         for name, value in self._settings().items():
             if saved.get(name) != value:

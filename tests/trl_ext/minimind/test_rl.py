@@ -50,6 +50,10 @@ def test_what_is_no_reward_model_is_named(tmp_path):
         RewardModel(reward_model(tmp_path / "two", labels=2))
     with pytest.raises(ValueError, match="no chat template"):
         RewardModel(reward_model(tmp_path / "plain", template=False))
+    with pytest.raises(
+        ValueError, match=r"reward_model=.*/policy lacks score\.weight"
+    ):  # which would be drawn at random
+        RewardModel(setups.save(tmp_path / "policy"))
 
 
 def test_a_budget_ends_training_when_it_is_used_up():

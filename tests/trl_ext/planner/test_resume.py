@@ -108,6 +108,8 @@ WRONG = {
     "less": (rf"{SETTINGS} has no 'mode'", lambda f: (f / SETTINGS).write_text(json.dumps(
         {k: v for k, v in json.loads((f / SETTINGS).read_text()).items() if k != "mode"}))),
     "lost": (r"cache.plans is missing", lambda f: edit(f / TENSORS, lambda t: t.pop("cache.plans"))),
+    "no number": (r"usage.average_0 holds NaN", lambda f: edit(
+        f / TENSORS, lambda t: t.update({"usage.average_0": t["usage.average_0"] * torch.nan}))),
     "short": (r"cache.known is \[3\], this run needs \[24\]", lambda f: edit(
         f / TENSORS, lambda t: t.update({"cache.known": t["cache.known"][:3].clone()}))),
 }  # fmt: skip

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import IterableDataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.trl_ext.spo import setups
@@ -244,6 +245,12 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         resume(dataset=setups.prompts(13).select(range(1, 13)))
     with pytest.raises(CheckpointError, match="shuffle_dataset"):
         resume(shuffle_dataset=False)
+    whole = load_file(folder / "spo_state.safetensors")
+    save_file({**whole, "tracker.a": whole["tracker.a"] * torch.nan}, folder / "spo_state.safetensors")
+    with pytest.raises(CheckpointError, match=r"spo_state\.safetensors: tracker\.a holds NaN"):
+        resume()
+    save_file({**whole, "memory.log_probs": whole["memory.log_probs"] * torch.nan}, folder / "spo_state.safetensors")
+    resume()  # a tool's tokens have none
     (folder / "spo_state.json").unlink()
     with pytest.raises(CheckpointError, match=r"spo_state\.json is missing"):
         resume()

@@ -1,0 +1,43 @@
+"""A stage that begins with what another one left hears what of that has changed since."""
+
+import pytest
+
+from trl_ext.minimind.origin import changes, origin, remember
+from trl_ext.run_folder import begin
+
+
+@pytest.fixture
+def stages(tmp_path):
+    """tokenizer -> pretrain -> sft: make(name) runs one with the recipe and configuration that are there."""
+    before = {"pretrain": "tokenizer", "sft": "pretrain"}
+
+    def make(name):
+        folder, config = tmp_path / name, tmp_path / f"{name}.yaml"
+        folder.mkdir(exist_ok=True)
+        if not config.exists():
+            config.write_text("max_steps: 2\n")
+        recipe = tmp_path / f"{name}.py"
+        recipe.write_text("main()\n")
+        models = [str(tmp_path / before[name] / "final")] if name in before else []
+        begin(folder, False)
+        remember(folder, origin(recipe, config, models))
+        return str(folder / "final")
+
+    return make
+
+
+def test_an_edit_is_heard_by_all_later_stages_until_they_are_made_anew(stages, tmp_path):
+    last = [stages(name) for name in ("tokenizer", "pretrain", "sft")][-1]
+    assert changes(last) == [] and changes("us/hub-id") == []
+    (tmp_path / "pretrain.yaml").write_text("max_steps: 3\n")
+    (said,) = changes(last)
+    assert str(tmp_path / "pretrain") in said and "pretrain.yaml was edited since" in said
+    assert "pretrain.py with --overwrite makes it anew" in said
+    stages("pretrain")
+    (said,) = changes(last)
+    assert f"{tmp_path / 'pretrain'} was made anew since" in said and "sft.py with --overwrite" in said
+    stages("tokenizer")
+    assert len(changes(last)) == 2
+    for name in ("pretrain", "sft"):
+        stages(name)
+    assert changes(last) == []

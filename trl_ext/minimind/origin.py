@@ -1,0 +1,50 @@
+"""What a stage's model was made from (its recipe, its configuration, the runs that it began with), and what of that has
+changed since. It stands in the folder's `run.json`."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ..run_folder import note, noted, run_id
+
+
+ORIGIN = "made_from"
+
+
+def origin(recipe: Path, config: Path, models: list[str]) -> dict[str, Any]:
+    """Of a stage that begins now with these models: folders, or hub ids, of which nothing is known."""
+    runs = {str(folder): run_id(folder) for folder in map(_run_folder, models) if folder.is_dir()}
+    return {"recipe": str(recipe), "files": {str(file): _hash(file) for file in (recipe, config)}, "runs": runs}
+
+
+def remember(folder: Path, made_from: dict[str, Any]) -> None:
+    """Keep it with the run in this folder."""
+    note(folder, **{ORIGIN: made_from})
+
+
+def changes(model: str) -> list[str]:
+    """A sentence for each run that this model comes from and that would be another one if made anew, latest first."""
+    folder = _run_folder(model)
+    known = (noted(folder, ORIGIN) if folder.is_dir() else None) or {}
+    found, earlier = [], []
+    for file, before in known.get("files", {}).items():
+        if Path(file).is_file() and _hash(Path(file)) != before:
+            found.append(f"{os.path.relpath(file)} was edited since")
+    for run, before in known.get("runs", {}).items():
+        if run_id(run) != before:
+            found.append(f"{run} was made anew since")
+        earlier += changes(run)
+    if found:
+        remedy = f"{os.path.relpath(known['recipe'])} with --overwrite makes it anew"
+        found = [f"{folder} is of an earlier state ({', '.join(found)}); {remedy}"]
+    return found + earlier
+
+
+def _run_folder(model: str) -> Path:
+    path = Path(model)
+    return path.parent if path.name == "final" else path
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
