@@ -1,6 +1,7 @@
 """Flags: which configuration file a recipe reads before they are parsed, and how they are checked. Imports nothing that
 Unsloth must precede."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ LOWEST = {
     "temperature": 0,
     "beta": 0,
 }
+MOST_SEED = 2**32 - 1  # numpy's
 
 
 def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
@@ -110,16 +112,32 @@ def at_least(arguments: Any, **lowest: int) -> None:
             raise ValueError(f"{name}={value}: at least {least}")
 
 
-def check_lowest(arguments: Any) -> None:
-    """Raises a ValueError that names a field of TRL's or transformers' which is below the lowest value that it can have.
+def check_values(arguments: Any) -> None:
+    """Of TRL's and transformers' fields: numbers that are out of their range, and `..._kwargs` that are no JSON objects.
 
-    Each configuration of ours calls it before its parents' own checks, some of which divide by these.
+    Each configuration of ours calls it before its parents' own checks, some of which divide by such numbers.
+
+    Raises:
+        ValueError: with the field and its value.
     """
-    for name in LOWEST:
-        if getattr(arguments, name, None) == math.inf:
-            raise ValueError(f"{name}=inf: a finite number")
-    numbers = [name for name in LOWEST if isinstance(getattr(arguments, name, None), int | float)]
+    values = {name: getattr(arguments, name, None) for name in LOWEST}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     at_least(arguments, **{name: LOWEST[name] for name in numbers})
+    for name, value in numbers.items():
+        if value == math.inf:
+            raise ValueError(f"{name}=inf: a finite number")
+    if numbers.get("seed", 0) > MOST_SEED:
+        raise ValueError(f"seed={arguments.seed}: at most {MOST_SEED}")
+    for name, value in vars(arguments).items():
+        if name.endswith("_kwargs") and isinstance(value, str) and not _is_object(value):
+            raise ValueError(f"{name}={value!r}: a JSON object, such as '{{\"name\": 1}}'")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def one_of(arguments: Any, **choices: tuple) -> None:

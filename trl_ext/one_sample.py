@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from patches import fused_lm_head
 
-from .flags import check_lowest
+from .flags import check_values
 from .rollout_diagnostics import RolloutDiagnostics
 from .sampling import rollout_config, warn_of_truncation
 
@@ -26,7 +26,7 @@ class OneSampleConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        check_lowest(self)
+        check_values(self)
         given, evaluations = self.num_generations, self.num_generations_eval
         if given == 1:  # GRPO refuses a group of one, which has no baseline of its own
             rows = self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)

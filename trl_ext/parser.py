@@ -18,7 +18,7 @@ from trl import TrlParser
 from unsloth_ext.command_line import CommandLine, did_you_mean, underscored
 from unsloth_ext.hub import check_name
 
-from .flags import check_lowest, read_config
+from .flags import check_values, read_config
 from .other_names import flattened, renamed
 
 
@@ -90,7 +90,7 @@ class RecipeParser(CommandLine, TrlParser):
         found, others = super().parse_known_args(args, namespace)
         self.refuse(others)
         self._model_name = getattr(found, "model_name", None)  # the namespace is emptied later
-        check_lowest(found)
+        check_values(found)
         for name in OF_THE_DATASET:
             if name in self.types and str(getattr(found, name)).lower() in ("none", "null"):
                 setattr(found, name, None)

@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
-from .flags import check_lowest
+from .flags import check_values
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TeacherConfig(SFTConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_lowest(self)
+        check_values(self)
         super().__post_init__()
 
 

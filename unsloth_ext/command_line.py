@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+MOST_CHOICES = 250  # characters of them that are shown
 FLAG = re.compile(r"--[\w-]+")
 
 
@@ -35,6 +36,11 @@ class CommandLine(argparse.ArgumentParser):
         return super().parse_known_args(underscored(sys.argv[1:] if args is None else args), namespace)
 
     def error(self, message: str) -> None:
+        said, _, choices = message.removeprefix("argument ").partition(" (choose from ")
+        if len(choices) > MOST_CHOICES:
+            value = said.rpartition("'")[0].rpartition("'")[2]
+            near = did_you_mean(value, re.findall(r"'([^']*)'", choices))
+            raise ValueError(said + (near or "; --help_all lists the choices"))
         raise ValueError(message.removeprefix("argument "))
 
     def refuse(self, others: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -24,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .residual import backbone_of
-from .settings_file import ADAPTER, TENSORS, held_by, read_saved, safetensors_keys
+from .settings_file import ADAPTER, TENSORS, held_by, read_json, read_saved, safetensors_keys
 
 
 MODELING = logging.getLogger("transformers.modeling_utils")
@@ -138,7 +139,15 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
     check_name(name, token)
     saved = read_saved(name, method, token)
     whole = name if saved.adapter is None else base_of(saved.adapter, name)
-    config = AutoConfig.from_pretrained(whole, token=token, **remote)
+    try:
+        config = AutoConfig.from_pretrained(whole, token=token, **remote)
+    except ValueError as error:
+        if "does not recognize this architecture" not in str(error):
+            raise
+        kind = (read_json(whole, "config.json", token) or {}).get("model_type")
+        raise ValueError(
+            f"{whole}: its model_type {kind!r} is none that transformers {transformers.__version__} knows"
+        ) from error
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )
@@ -168,7 +177,10 @@ def load_causal_lm(
             model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
-    check_missing(found["missing_keys"], name)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"{name}: from_pretrained has no such keyword: {error}") from error
     others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
     if others:
         MODELING.warning(
@@ -176,7 +188,7 @@ def load_causal_lm(
         )
     if len(others) < len(found["unexpected_keys"]):  # of a hub model, the files are here only now
         read_saved(name, method, token)
-    check_model(model, name)
+    check_model(model, name, found["missing_keys"])
     return model
 
 
@@ -210,10 +222,10 @@ def check_missing(names: Iterable[str], name: str) -> None:
 
 
 def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) -> None:
-    """Raises a ValueError for tensors that a model's files lack, NaN or infinity, and for an encoder."""
-    check_missing(missing, name)
+    """Raises a ValueError for NaN or infinity in a model, for an encoder, and for tensors that its files lack."""
     check_finite(dict(model.named_parameters()), name)
-    _check_causal(model, name)
+    _check_causal(model, name)  # an encoder's files lack the head of a decoder
+    check_missing(missing, name)
 
 
 @torch.no_grad()
@@ -222,8 +234,9 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
     if any(decoder in kind for kind in model.config.architectures or () for decoder in DECODERS):
         return
     ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
-    first = model.eval()(input_ids=ids).logits[:, 0].float()
-    if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
+    logits = getattr(model.eval()(input_ids=ids), "logits", None)  # TRL opens the class that a configuration names
+    first = None if logits is None else logits[:, 0].float()
+    if first is None or not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"{name} is no causal language model ({', '.join(model.config.architectures or ['?'])}): what it says of a "
             "token depends on the tokens behind it, as in an encoder"

@@ -7,6 +7,7 @@ here imports more than the standard library.
 import dis
 import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -96,7 +97,7 @@ def sentence(error: BaseException) -> str | None:
     (TypeError, KeyError) is a bug.
     """
     if isinstance(error, ModuleNotFoundError) and _is_absent(error.name):
-        package = error.name.split(".")[0]
+        package = _package(error.name)
         return f"the package {package!r} is not installed in {sys.executable}; `make setup` makes .venv, which has it"
     frames = list(walk_tb(error.__traceback__))
     if not frames:
@@ -118,8 +119,14 @@ def sentence(error: BaseException) -> str | None:
 
 
 def _is_absent(name: str | None) -> bool:
-    package = (name or "").split(".")[0]
+    package = _package(name or "")
     return bool(package) and importlib.util.find_spec(package) is None
+
+
+def _package(name: str) -> str:
+    """Of a module's name, or of what transformers says in its place: The 'deepspeed>=0.9.3' distribution was not ..."""
+    found = re.search(r"'([\w-]+)", name)
+    return found[1] if found else name.split(".")[0]
 
 
 def _is_our_kind(error: BaseException) -> bool:

@@ -89,6 +89,7 @@ def files(tmp_path):
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
     (tmp_path / "bad.txt").write_text("no bars\n")
     (tmp_path / "all.txt").write_text("1 and 2||<<1+2=3>> #### 3\n")
+    (tmp_path / "same.txt").write_text("1 and 2||<<1+2=3>> #### 3\n" * 9)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "rows.csv").write_text("question,answer\n")
     (tmp_path / "list.yaml").write_text("- a\n")
@@ -135,6 +136,11 @@ def test_a_model_and_files_of_ones_own(run, files, capsys):
         (["--model_name", "base", "--dataset", "rows.csv"], "give a .jsonl, .json, .parquet, .txt file"),
         (["--model_name", "base", "--dataset", "empty.jsonl"], "empty.jsonl: the file is empty"),
         (["--model_name", "base", "--dataset", "all.txt", "--eval_dataset", "all.txt"], "nothing to train on"),
+        (
+            ["--model_name", "base", "--dataset", "same.txt", "--eval_size", "4"],
+            "held out in its last rows: nothing to train",
+        ),
+        (["--model_name", "base", "--dataset", ""], "the dataset's name is empty"),
         (["--resume_from_checkpoint", "nowhere"], "no such folder"),
         (["--resume_from_checkpoint", "latest"], "no complete checkpoint"),
     ],

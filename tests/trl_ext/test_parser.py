@@ -103,6 +103,11 @@ def test_both_spellings_are_one_flag():
         (["--config", "none.yaml"], "^--config none.yaml: there is no such file$"),
         (["--lora_dropout", "1"], "^lora_dropout=1.0: a share from 0 to less than 1$"),
         (["--eval_size", "0"], "^eval_size=0: at least 1$"),
+        (["--optim", "adamw_troch"], "^--optim: invalid choice: 'adamw_troch'; did you mean .*adamw_torch"),
+        (["--optim", "foo"], "^--optim: invalid choice: 'foo'; --help_all lists the choices$"),
+        (["--seed", str(10**20)], "^seed=10+: at most 4294967295$"),
+        (["--generation_kwargs", "[1]"], r"^generation_kwargs='\[1\]': a JSON object"),
+        (["--model_init_kwargs", "{x"], "^model_init_kwargs='{x': a JSON object"),
     ],
 )
 def test_wrong_flags(flags, message):

@@ -5,6 +5,7 @@ import json
 import httpx
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -12,9 +13,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config
+from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config
 
 from tests import tiny
+from trl_ext import ConceptConfig, ConceptTrainer
 from unsloth_ext import ConceptModel, FastThinkingModel, LatentModel, PlannerExecutorModel, hub, settings_file
 
 
@@ -146,6 +148,23 @@ def test_an_encoder_is_no_causal_language_model(tmp_path):
         fast(str(tmp_path / "bert"))
     with pytest.raises(ValueError, match="is a t5 model, which is no causal language model"):
         fast(str(tmp_path / "t5"))
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")  # without a head, of which TRL opens the class
+    args = ConceptConfig(str(tmp_path), use_cpu=True, bf16=False)
+    for load in (fast, lambda name: ConceptTrainer(name, args, train_dataset=Dataset.from_list([{"text": "1"}] * 4))):
+        with pytest.raises(ValueError, match=r"no causal language model .BertModel."):
+            load(str(tmp_path / "bert"))
+
+
+def test_a_keyword_that_no_loader_has(base):
+    with pytest.raises(ValueError, match=r"base: from_pretrained has no such keyword: .*'foo'"):
+        fast(str(base), foo=1)
+
+
+def test_a_model_type_that_nobody_knows(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "foo9"}))
+    with pytest.raises(ValueError, match=r"its model_type 'foo9' is none that transformers [\d.]+ knows$"):
+        fast(str(base))
 
 
 def test_the_default_length_is_what_the_model_has(base):

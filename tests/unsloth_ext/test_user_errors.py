@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+from transformers.utils.versions import require_version
 
 from patches.versions import UntestedVersionError, require_tested
 from trl_ext.flags import one_of
@@ -75,6 +76,7 @@ def torch_innards():
         (lambda: os.stat("no/such/file"), "no/such/file: No such file or directory"),
         (lambda: os.listdir("/proc/self/mem"), "/proc/self/mem: Not a directory"),
         (lambda: __import__("no_such_package.part"), "the package 'no_such_package' is not installed in"),
+        (lambda: require_version("no-such-package>=0.9.3"), "the package 'no-such-package' is not installed in"),
         (a_module_in_its_forward_pass, "color='red': choose one of blue"),
         (transformers_checks_a_setting, "sometimes is not a valid IntervalStrategy"),
     ],

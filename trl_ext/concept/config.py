@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from unsloth_ext.concept.config import GATES, SEGMENTERS, OnlineConceptConfig
 
-from ..flags import at_least, check_lowest, must_be_off
+from ..flags import at_least, check_values, must_be_off
 from ..presets import Presets
 
 
@@ -78,7 +78,7 @@ class ConceptConfig(Presets, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_lowest(self)
+        check_values(self)
         super().__post_init__()
         at_least(self, n_shallow=1, n_middle=1, n_deep=1)
         self.online(self.n_shallow + (self.n_middle or 1) + self.n_deep)

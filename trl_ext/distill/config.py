@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..flags import check_lowest
+from ..flags import check_values
 from ..teacher import TeacherConfig
 
 
@@ -52,7 +52,7 @@ class ReasoningDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_lowest(self)
+        check_values(self)
         super().__post_init__()
         if not 0 <= self.tag_weight < math.inf:
             raise ValueError(f"tag_weight={self.tag_weight}: 0 or more; 1 is SFT")

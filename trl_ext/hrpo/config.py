@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.recompute import RECOMPUTE_MODES
 from unsloth_ext.residual import ThinkingConfig
 
-from ..flags import check_lowest, one_of
+from ..flags import check_values, one_of
 
 
 @dataclass
@@ -65,7 +65,7 @@ class HRPOArguments:
     )
 
     def __post_init__(self) -> None:
-        check_lowest(self)
+        check_values(self)
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
         if not self.answer_delimiter:

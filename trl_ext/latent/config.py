@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
-from ..flags import check_lowest, must_be_off, must_prepare, one_of
+from ..flags import check_values, must_be_off, must_prepare, one_of
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
@@ -79,7 +79,7 @@ class LatentArguments:
     )
 
     def __post_init__(self) -> None:
-        check_lowest(self)
+        check_values(self)
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
         self.latent_config()

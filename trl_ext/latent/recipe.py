@@ -90,14 +90,6 @@ def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, lis
         )
         console.print(found.report())
         held_out = found.usable
-        both = len(train.usable)
-        train.usable = without(train.usable, held_out)
-        if both > len(train.usable):
-            console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
-        if not train.usable:
-            raise ValueError(
-                f"every question of {script.dataset} is held out in {script.eval_dataset}: nothing to train on"
-            )
     else:
         if len(train.usable) <= script.eval_size:
             raise ValueError(
@@ -105,6 +97,15 @@ def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, lis
                 "to train on"
             )
         held_out, train.usable = train.usable[-script.eval_size :], train.usable[: -script.eval_size]
+    both = len(train.usable)
+    train.usable = without(train.usable, held_out)
+    if not train.usable:
+        raise ValueError(
+            f"every question of {script.dataset} is held out in {script.eval_dataset or 'its last rows'}: nothing to "
+            "train on"
+        )
+    if both > len(train.usable):
+        console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
     return train, held_out
 
 

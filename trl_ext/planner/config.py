@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
 
-from ..flags import at_least, check_lowest, must_be_off, must_prepare, one_of
+from ..flags import at_least, check_values, must_be_off, must_prepare, one_of
 from .data import MODES
 
 
@@ -142,7 +142,7 @@ class PlannerExecutorConfig(SFTConfig):
                 raise ValueError(f"types={self.types!r} is not JSON: {error}") from error
         if isinstance(self.types, dict):
             self.types = [self.types]
-        check_lowest(self)
+        check_values(self)
         super().__post_init__()
         one_of(self, mode=MODES, training=TRAININGS)
         planner = self.planner()

@@ -126,7 +126,8 @@ def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
     try:
         return load_dataset(name, config, split=split)
     except Exception as error:
-        raise DataError(f"dataset {name}: {error.__cause__ or error}") from error
+        why = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"dataset {name}: {why:.250}") from error  # some end in a whole schema
 
 
 def read_rows(
@@ -141,6 +142,8 @@ def read_rows(
     Raises:
         DataError: see `read_json_rows`, `read_lines` and `read_table`.
     """
+    if not name:
+        raise DataError("the dataset's name is empty: give a file or a hub id")
     suffix = Path(name).suffix
     if suffix in (".jsonl", ".json"):
         rows = list(read_json_rows(name))[:size]

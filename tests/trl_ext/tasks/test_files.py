@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from trl_ext.latent import sources
 from trl_ext.minimind import load_minimind_data
-from trl_ext.tasks import data
+from trl_ext.tasks import data, files
 from trl_ext.tasks.files import DataError, answer_text, number_in, read_json_rows, read_lines
 
 
@@ -101,6 +101,16 @@ def test_json_lists_and_places(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\ntwo\x85\n")
     with pytest.raises(DataError, match=r"a\.txt, line 3: no UTF-8 \(byte 0x85 at position 4\)"):
         list(read_lines(str(tmp_path / "a.txt")))
+
+
+def test_a_reason_that_is_a_whole_schema_is_cut(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("Couldn't cast\n" + "version: string\n" * 100)
+
+    monkeypatch.setattr(files, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"^dataset some: Couldn't cast version: string") as error:
+        files.read_rows("some", split="train")
+    assert len(str(error.value)) < 300
 
 
 def test_a_hub_id_with_a_dot_is_no_file():
