@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.marks import slow
 from trl_ext.tasks import equations
 
 
@@ -39,7 +40,7 @@ def run(monkeypatch, tmp_path, cache):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["codi", slow("pccot"), "kava"])
 def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, cache):
     run(method)
     summary = json.loads(Path("out/summary.json").read_text())

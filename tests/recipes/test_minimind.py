@@ -114,6 +114,7 @@ def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, 
     assert kinds <= {".safetensors", ".json", ".md", ".jinja", ".png", ".parquet", ".lock"}
 
 
+@pytest.mark.slow
 def test_cispo_is_a_flag_of_grpo(whole, monkeypatch, tmp_path):
     run(monkeypatch, whole, "grpo", [*FEW["grpo"], *QUIET, "--loss_type", "cispo", "--epsilon_high", "5.0",
                                      "--output_dir", str(tmp_path)])  # fmt: skip

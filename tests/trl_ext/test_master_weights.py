@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BitsAndBytesConfig
 
 from tests import tiny
+from tests.marks import slow
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv_distill
@@ -136,7 +137,7 @@ def of_role(trainer):
     return [p for n, p in trainer.model.named_parameters() if "lora_" in n and p.requires_grad]
 
 
-@pytest.mark.parametrize("peft", [True, False], ids=["adapter", "whole model"])
+@pytest.mark.parametrize("peft", [True, slow(False)], ids=["adapter", "whole model"])
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, name, peft):
     whole = made(name, tmp_path, peft, max_steps=3, save_steps=2)
@@ -173,7 +174,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("peft", [True, False], ids=["adapter", "whole model"])
+@pytest.mark.parametrize("peft", [True, slow(False)], ids=["adapter", "whole model"])
 @pytest.mark.parametrize("name", LOADERS)
 def test_loaded_is_what_was_saved_and_folders_in_bfloat16_still_load(tmp_path, name, peft):
     trainer, folder = made(name, tmp_path, peft, max_steps=1, save_strategy="no"), tmp_path / "saved"

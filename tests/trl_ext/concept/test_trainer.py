@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from tests import families, tiny
+from tests.marks import slow
 from trl_ext import ConceptConfig
 from unsloth_ext import ConceptModel, backbone_of
 
@@ -59,7 +60,7 @@ def test_the_loss_is_cross_entropy_and_the_weighted_terms(tmp_path, case, family
         assert logged[name][-1] == pytest.approx(float(value), rel=1e-4), name
 
 
-@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("peft", [True, slow(False)])
 @pytest.mark.parametrize("case", setups.CASES)
 def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
     """Resumed at step 2 of 4: every parameter equal, bit for bit; loaded again, the same choices."""
@@ -110,7 +111,7 @@ def test_off_it_is_sft_bit_for_bit(tmp_path, peft):
     assert a == b
 
 
-@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("peft", [True, slow(False)])
 @pytest.mark.parametrize("case", ["literal", "stable", "autoregressive"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, peft, case):
     """1e-5 after four steps (fp32), the same noise drawn."""

@@ -261,6 +261,7 @@ def test_a_batch_without_trained_tokens_is_a_zero(tmp_path):
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_student_comes_nearer_to_its_teacher(tmp_path):
     """Without cross-entropy, 60 steps: less than half of the KL is left; gradient checkpointing changes nothing (1e-5)."""
     runs = [

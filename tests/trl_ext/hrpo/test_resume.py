@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.marks import slow
 from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
 
 from . import setups
@@ -24,10 +25,10 @@ def checkpoint(tmp_path, step):
     [
         {},
         {"num_iterations": 2},  # step 3 lies inside a generation cycle
-        pytest.param({"steps_per_generation": 2, "gradient_accumulation_steps": 1}, marks=pytest.mark.slow),
+        slow({"steps_per_generation": 2, "gradient_accumulation_steps": 1}),
         {"gradient_accumulation_steps": 2, "beta": 0.05},
         {"recompute": "two_pass", "thinking_source": "soft_embedding"},
-        {"peft": False},
+        slow({"peft": False}),
     ],
     ids=str,
 )

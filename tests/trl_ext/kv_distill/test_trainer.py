@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
+from tests.marks import slow
 from unsloth_ext import MapProjectionAligner, create_structural_loss
 
 from . import setups
@@ -64,7 +65,7 @@ def query(attention, hidden_states, position_embeddings, **_):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("peft", [True, slow(False)])
 @pytest.mark.parametrize("case", setups.CASES)
 def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
     """Resumed at step 2 of 4: every parameter equal, bit for bit, the projection's too."""

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.marks import slow
 from unsloth_ext import backbone_of
 from unsloth_ext.kv.compression import KVScoring, compress_kv
 from unsloth_ext.kv.tap import attention_tap
@@ -106,7 +107,7 @@ def test_every_term_is_the_plain_one(tmp_path, case, family):
     assert abs(weighted - sum(weights[name] * value for name, value in wanted.items())) <= 1e-4
 
 
-@pytest.mark.parametrize("peft", [True, False])
+@pytest.mark.parametrize("peft", [True, slow(False)])
 @pytest.mark.parametrize("case", setups.CASES)
 def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
     """Resumed at step 2 of 4: every parameter equal, bit for bit."""
@@ -171,7 +172,7 @@ def step_of(folder, case: dict, size: int) -> tuple[dict[str, torch.Tensor], dic
     return found, {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}
 
 
-@pytest.mark.parametrize("case", ["sequential", "jacobi", "kv"])
+@pytest.mark.parametrize("case", ["sequential", "jacobi", slow("kv")])
 def test_micro_batches_add_up_to_the_batch(tmp_path, case):
     """Answers of 1 to 24 tokens, traces of 1 to 22: a step on eight rows, eight at once or one or two at a time. Gradients
     to 1e-4 of the largest, losses to 1e-5. Without standard deviations, which are a micro-batch's own."""

@@ -77,7 +77,13 @@ def run(folder, monkeypatch, training, sign, auto):
     return monitor, setups.logged(trainer, quantity)
 
 
-@pytest.mark.parametrize("training, sign", CASES)
+@pytest.mark.parametrize(
+    "training, sign",
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] == "hard_em" and case[1] != SETTLED else ())
+        for case in CASES
+    ],
+)
 def test_a_sick_run_shows_its_sign_and_the_action_helps(tmp_path, monkeypatch, training, sign):
     quantity, rises = CASES[training, sign][2:]
     (alone, without), (helped, after) = (run(tmp_path, monkeypatch, training, sign, auto) for auto in (False, True))

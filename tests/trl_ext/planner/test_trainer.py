@@ -239,6 +239,7 @@ def test_temperature_falls_by_the_same_factor(tmp_path):
     assert trainer.temperature == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_quota_is_reached(tmp_path):
     """0.3 concepts, the mean of five steps, from above and below, against what the same run does without."""
     changes = {"max_steps": 24, "lr_scheduler_type": "constant", "usage_weight": 0.0, "per_device_train_batch_size": 12,

@@ -356,6 +356,7 @@ def test_what_is_no_critic_is_refused(tmp_path):
 # -- learning -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """Share of 1s among 8 tokens of a vocabulary of 64: below 0.1 at first, above 0.5 after 40 steps."""
 

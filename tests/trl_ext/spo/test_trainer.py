@@ -290,6 +290,7 @@ def test_bad_datasets_are_named(tmp_path):
         setups.spo(tmp_path, dataset=IterableDataset.from_generator(lambda: iter([{"prompt": "1="}])))
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """The share of a character goes from a few per cent to more than a third in 60 rollouts of 16."""
 

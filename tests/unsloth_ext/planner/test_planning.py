@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.marks import slow
 from unsloth_ext import backbone_of, plan, plan_log_prob, plan_log_probs
 from unsloth_ext.planner.head import concept_embeds
 from unsloth_ext.planner.planning import teacher_forced
@@ -55,7 +56,7 @@ def test_greedy_plans_are_those_of_each_text_alone(family, way, lora, side):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [slow(1.0), 2.0])
 def test_samples_are_as_frequent_as_they_are_likely(way, temperature):
     """20,000 of them, within 5 standard deviations for every plan; a temperature flattens each prediction."""
     net = model(way=way, sizes=SMALL)
