@@ -6,7 +6,8 @@ from transformers import TextStreamer
 
 import patches
 from tests import tiny
-from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, backbone_of, hybrid_generate
+from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, backbone_of, decoding, hybrid_generate
+from unsloth_ext.decoding import HybridSession, hybrid_decode
 from unsloth_ext.states import Warper
 
 
@@ -207,3 +208,13 @@ def test_no_hook_stays_behind():
     hybrid_generate(net, ids, matcher, max_new_tokens=3, **COMMON)
     assert not net.get_input_embeddings()._forward_hooks and not net.lm_head._forward_pre_hooks
     assert patches.status()["base_model_forward"].live
+
+
+def test_a_loop_with_hooks_is_not_compiled(monkeypatch):
+    """`generate` would, for a static cache on a GPU."""
+    seen = []
+    monkeypatch.setattr(decoding, "_sample", lambda model, ids, _, __, config, *___, **____: seen.append(config) or ids)
+    net = attach_thinking(tiny.model(), ThinkingConfig())
+    session = HybridSession(net, DelimiterMatcher(tiny.tokenizer(), "#"))
+    net.generate(torch.ones(1, 2, dtype=torch.long), custom_generate=hybrid_decode, hybrid=session, max_new_tokens=2)
+    assert seen[0].disable_compile is True

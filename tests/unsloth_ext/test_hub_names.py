@@ -173,3 +173,10 @@ def test_the_default_length_is_what_the_model_has(base):
     fast(str(base))
     with pytest.raises(ValueError, match=r"max_seq_length=257 .*max_position_embeddings=256"):
         fast(str(base), max_seq_length=257)
+
+
+def test_a_decoder_of_an_unknown_class_is_no_encoder():
+    """What it says of a token differs much with the token, and not at all with those behind it."""
+    net = tiny.model(std=0.5)
+    net.config.architectures = ["Mine"]
+    hub.check_model(net, "mine")

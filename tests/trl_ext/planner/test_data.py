@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ext.fingerprint import content_hash
-from trl_ext.planner.data import HASHED, cut
+from trl_ext.planner.data import HASHED, SAMPLE_ID, RowSplitter, cut
 
 from . import setups
 
@@ -130,3 +130,11 @@ def test_iterable_rows_are_planned_softly_and_refused_by_hard_em(tmp_path):
         setups.trainer(tmp_path, rows=rows, training="hard_em")
     with pytest.raises(ValueError, match="not one row"):
         setups.trainer(tmp_path, rows=Dataset.from_dict({"prompt": [], "completion": []}))
+
+
+def test_where_labels_are_missing_the_mask_says_which_tokens_count():
+    """As in Unsloth's preparation; without either all do."""
+    row, splitter = {"input_ids": [5, 6, 7], SAMPLE_ID: 0}, RowSplitter("generate", None, "train")
+    masked = splitter({**row, "completion_mask": [0, 1, 0]})
+    assert (masked["plan_ids"], masked["text_labels"]) == ([5], [6, -100])
+    assert RowSplitter("reconstruct", None, "train")(row)["text_labels"] == [5, 6, 7]
