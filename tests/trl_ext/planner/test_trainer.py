@@ -127,6 +127,8 @@ def test_off_it_is_sft_bit_for_bit(tmp_path, peft):
         trainer.train()
     for (name, a), b in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+    ours._save_optimizer_and_scheduler(str(tmp_path))
+    assert not list(tmp_path.glob("planner_state*"))
     timed = ("runtime", "per_second")
     a, b = (
         [{k: v for k, v in e.items() if not any(t in k for t in timed)} for e in t.state.log_history]
