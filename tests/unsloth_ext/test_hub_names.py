@@ -173,6 +173,7 @@ def test_the_default_length_is_what_the_model_has(base):
     fast(str(base))
     with pytest.raises(ValueError, match=r"max_seq_length=257 .*max_position_embeddings=256"):
         fast(str(base), max_seq_length=257)
+    fast(str(base), max_seq_length=256)
 
 
 def test_a_decoder_of_an_unknown_class_is_no_encoder():
