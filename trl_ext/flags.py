@@ -35,9 +35,14 @@ LOWEST = {
     "max_grad_norm": 0,
     "dataloader_num_workers": 0,
     "seed": 0,
-    "temperature": 0,
     "beta": 0,
+    "epsilon": 0,
+    "epsilon_high": 0,
+    "top_k": 0,
+    "adam_epsilon": 0,
 }
+POSITIVE = ("temperature", "repetition_penalty")
+SHARES = {"adam_beta1": None, "adam_beta2": None, "top_p": 1, "min_p": 1}  # from 0 to less than 1, or to 1
 MOST_SEED = 2**32 - 1  # numpy's
 
 
@@ -120,16 +125,26 @@ def check_values(arguments: Any) -> None:
     Raises:
         ValueError: with the field and its value.
     """
-    values = {name: getattr(arguments, name, None) for name in LOWEST}
+    trains = hasattr(arguments, "learning_rate")  # elsewhere a temperature of 0 is greedy
+    names = [*LOWEST, *SHARES, *(POSITIVE if trains else ())]
+    values = {name: getattr(arguments, name, None) for name in names}
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    at_least(arguments, **{name: LOWEST[name] for name in numbers})
+    at_least(arguments, **{name: LOWEST[name] for name in numbers if name in LOWEST})
     for name, value in numbers.items():
         if value == math.inf:
             raise ValueError(f"{name}=inf: a finite number")
+        if name in SHARES and not (0 <= value < 1 or value == SHARES[name]):
+            raise ValueError(f"{name}={value}: from 0 to {'1' if SHARES[name] else 'less than 1'}")
+        if name in POSITIVE and not value > 0:
+            raise ValueError(f"{name}={value}: more than 0")
     if numbers.get("seed", 0) > MOST_SEED:
         raise ValueError(f"seed={arguments.seed}: at most {MOST_SEED}")
+    if numbers.get("max_steps") == 0:  # which transformers takes for no limit
+        raise ValueError("max_steps=0: at least 1, or -1 for as many as num_train_epochs makes")
+    objects = getattr(arguments, "_VALID_DICT_FIELDS", ())
     for name, value in vars(arguments).items():
-        if name.endswith("_kwargs") and isinstance(value, str) and not _is_object(value):
+        given = isinstance(value, str) and (name.endswith("_kwargs") or (name in objects and value.startswith("{")))
+        if given and not _is_object(value):
             raise ValueError(f"{name}={value!r}: a JSON object, such as '{{\"name\": 1}}'")
 
 

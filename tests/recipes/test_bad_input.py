@@ -63,6 +63,7 @@ TRIES = [
     ("hrpo_gsm8k", ["--lr_residual_gate", "-1"], "lr_residual_gate=-1.0"),
     ("hrpo_gsm8k", ["--eval_strategy", "sometimes"], "--eval_strategy: invalid choice: 'sometimes'"),
     ("kv_distill", ["--kv_projection_mode", "round"], "kv_projection_mode='round'"),
+    ("kv_distill", ["--ratio_map", "{"], "ratio_map='{': a JSON object"),
     ("kv_distill", ["--T_s", "1"], "T_s=1: at least 3"),
     ("concept_v1", ["--baseline", "none"], "baseline='none'"),
     ("concept_v1", ["--resume_from_checkpoint", "latest"], "name one run with --baseline"),

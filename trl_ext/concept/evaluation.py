@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from unsloth_ext.concept.accounting import cost
 from unsloth_ext.concept.modules import has_concepts
-from unsloth_ext.generation_arguments import end_tokens
+from unsloth_ext.generation_arguments import check_context, end_tokens
 from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import backbone_of
 
@@ -155,11 +155,14 @@ def _right(
 ) -> int:
     """How many answers are right, written greedily."""
     batch = tokenizer(part["prompt"], padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    out = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
-        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_tokens(model, tokenizer) or None,
-    )  # fmt: skip
+    )
+    check_context(model, batch["attention_mask"].sum(1).tolist(), config)
+    out = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config)
     texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     if delimiter is None:
         return sum(text.strip() == answer.strip() for text, answer in zip(texts, part["answer"]))

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.generation_arguments import check_context
 from unsloth_ext.latent.model import latent_generate, question_batch
 from unsloth_ext.mode import evaluating
 
@@ -84,6 +85,7 @@ def evaluate_answers(
             inputs = {k: v.to(model.device) for k, v in question_batch(tokenizer, questions).items()}
             began = time.perf_counter()
             if latents == "off":
+                check_context(model, inputs["attention_mask"].sum(1).tolist(), config)
                 with torch.no_grad():
                     out = model.generate(generation_config=config, **inputs)
                 prompt, before = inputs["input_ids"].shape[1], 0

@@ -3,6 +3,7 @@
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from unsloth_ext.generation_arguments import check_context
 from unsloth_ext.mode import evaluating
 
 
@@ -47,6 +48,7 @@ class Dialogue:
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
+        check_context(self.model, inputs["attention_mask"].sum(1).tolist(), self.generation)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         with evaluating(self.model):
             out = self.model.generate(generation_config=self.generation, streamer=streamer, **inputs)

@@ -14,7 +14,7 @@ from trl.data_utils import apply_chat_template, is_conversational
 
 from unsloth_ext.decoding import hybrid_generate
 from unsloth_ext.delimiter import DelimiterMatcher
-from unsloth_ext.generation_arguments import end_tokens
+from unsloth_ext.generation_arguments import check_context, end_tokens
 from unsloth_ext.mode import evaluating
 from unsloth_ext.residual import has_thinking
 
@@ -104,6 +104,7 @@ def evaluate(
                 )
                 thought += int(trace.thinking_mask.sum())
             else:
+                check_context(model, inputs["attention_mask"].sum(1).tolist(), config)
                 out = model.generate(generation_config=config, **inputs)
             completion = out[:, inputs["input_ids"].shape[1] :]
             ends = torch.isin(completion, completion.new_tensor(config.eos_token_id or []))
@@ -126,6 +127,11 @@ def evaluate(
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
     chat = is_conversational({"prompt": prompts[0]})
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, and the prompts are conversations; take a "
+            "model that was tuned on some, such as one called -Instruct, or set tokenizer.chat_template"
+        )
     if chat:  # the template brings its own special tokens
         prompts = [apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}

@@ -95,4 +95,10 @@ def test_a_model_that_repeats_is_right():
     net = setups.base()
     net.generate = lambda input_ids, **_: torch.cat([input_ids, input_ids], dim=1)
     net.resize_token_embeddings(len(tokenizer))
-    assert evaluate_concepts(net, tokenizer, train.select(range(4))).accuracy == 1.0
+    assert evaluate_concepts(net, tokenizer, train.select(range(4)), max_new_tokens=64).accuracy == 1.0
+
+
+def test_nothing_is_generated_behind_the_models_positions():
+    rows = setups.Dataset.from_list([{"prompt": "1+1=", "completion": "2 ##2", "answer": "2"}] * 2)
+    with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
+        evaluate_concepts(setups.base().eval(), tiny.tokenizer(()), rows, delimiter="##", max_new_tokens=300)

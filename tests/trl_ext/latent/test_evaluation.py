@@ -123,3 +123,9 @@ def test_a_tokenizer_without_an_end_lets_every_answer_run_on():
     model, tokenizer = make()
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     assert evaluate_answers(model, tokenizer, ROWS[:3], batch_size=2, **HOW).forward_passes == 3 + 6
+
+
+@pytest.mark.parametrize("latents", ["on", "off"])
+def test_nothing_is_generated_behind_the_models_positions(latents):
+    with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
+        evaluate_answers(*make(), ROWS[:3], latents=latents, answer_prompt="#", max_new_tokens=300)

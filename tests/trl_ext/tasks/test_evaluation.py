@@ -87,3 +87,16 @@ def test_answers_end_where_the_model_says_or_nowhere(own, ends):
     rows = [net.generate(i, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, i.shape[1] :].tolist() for i in ids]
     lengths = [next((t + 1 for t, token in enumerate(row) if token in ends), 8) for row in rows]
     assert found.mean_length == sum(lengths) / 4
+
+
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_nothing_is_generated_behind_the_models_positions(thinking):
+    net = attach_thinking(tiny.model())
+    with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
+        evaluate(net, tiny.tokenizer(), ROWS, delimiter="#", max_new_tokens=300, thinking=thinking)
+
+
+def test_conversations_need_a_chat_template():
+    rows = ROWS.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    with pytest.raises(ValueError, match="has no chat template, and the prompts are conversations"):
+        evaluate(tiny.model(), tiny.tokenizer(), rows, delimiter="#", max_new_tokens=3)
