@@ -20,6 +20,7 @@ from transformers.generation import (
 )
 
 from .ablations import ABLATIONS
+from .batches import check_batches
 from .delimiter import DelimiterMatcher
 from .generation_arguments import check, check_context, refuse_empty, samplers_count, settle
 from .residual import backbone_of, has_thinking
@@ -201,6 +202,8 @@ def hybrid_decode(
         raise ValueError(
             f"hybrid decoding samples or takes the greedy token; {mode.value} cannot carry thinking states"
         )
+    if len(input_ids) > 1:
+        check_batches(model)
     generation_config.disable_compile = True  # the hooks are Python
     hybrid.prepare(generation_config)
     from_logits = returning_hidden_states(model) if hybrid.needs_hidden else None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import families, tiny
+from tests.trl_ext.hrpo import setups
 from unsloth_ext import (
     DelimiterMatcher,
     LatentConfig,
@@ -18,6 +19,7 @@ from unsloth_ext import (
     backbone_of,
     hybrid_generate,
 )
+from unsloth_ext.batches import check_batches
 from unsloth_ext.kv.cache import CompressedCache
 from unsloth_ext.kv.compression import KVScoring
 from unsloth_ext.latent.phase import branch, latent_phase, prefill, project_latent
@@ -198,6 +200,27 @@ def test_it_is_refused_by_name_and_nothing_has_changed(family):
     for method, message in REFUSED[family].items():
         with pytest.raises(ValueError, match=message):
             METHODS[method](family)
+
+
+def test_a_batch_of_a_model_whose_rows_share_a_state_is_refused(tmp_path):
+    """Its row alone is right, as the table says; another recurrent model's batch is."""
+    net = attach_thinking(families.model("rwkv"))
+    tiny.loud_gates(backbone_of(net))
+    ids, matcher = questions()[0], DelimiterMatcher(tiny.tokenizer(), "##")
+    ways = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(ValueError, match="RwkvForCausalLM decodes a batch otherwise than each of its rows alone"):
+        hybrid_generate(net, ids, matcher, **ways)
+    out, trace = hybrid_generate(
+        net, ids[:1], matcher, return_trace=True, keep=("thinking_states", "log_probs"), **ways
+    )
+    logits = net(
+        input_ids=out, thinking_mask=trace.thinking_mask, thinking_embeds=trace.thinking_states, use_cache=False
+    ).logits[:, -9:-1]
+    found = logits.log_softmax(-1).gather(-1, out[:, -8:, None])[..., 0]
+    assert (found - trace.log_probs).abs().max() <= 1e-4
+    with pytest.raises(ValueError, match="to train, take another family"):
+        setups.hrpo(tmp_path, peft=False, model=families.model("rwkv"))
+    check_batches(families.model("mamba"))
 
 
 def test_the_page_has_this_table():

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from patches import fused_lm_head
 from unsloth_ext.adapter import THINKING_MODULES, free_originals, with_thinking_modules
+from unsloth_ext.batches import check_batches
 from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
 from unsloth_ext.delimiter import DelimiterMatcher
 from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
@@ -87,6 +88,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._attach(given)
         with self._attaching(), keeping_master_weights(self, given["model"]):
             super().__init__(**given)
+        check_batches(self.model)
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
             free_originals(backbone)
