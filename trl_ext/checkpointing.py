@@ -139,6 +139,15 @@ class SafeCheckpointMixin:
             self._check_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:  # of a schedule's own signature
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
+                f"{getattr(self.args.lr_scheduler_type, 'value', self.args.lr_scheduler_type)}: {error}"
+            ) from error
+
     def begin_with(self, folder: str | Path) -> None:
         """Take the weights of a checkpoint or a saved model. Training then begins at step 0, with an optimizer and a
         schedule of its own.

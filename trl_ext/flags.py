@@ -141,6 +141,12 @@ def check_values(arguments: Any) -> None:
         raise ValueError(f"seed={arguments.seed}: at most {MOST_SEED}")
     if numbers.get("max_steps") == 0:  # which transformers takes for no limit
         raise ValueError("max_steps=0: at least 1, or -1 for as many as num_train_epochs makes")
+    for value in getattr(arguments, "reward_weights", None) or ():
+        if not math.isfinite(value):
+            raise ValueError(f"reward_weights={arguments.reward_weights}: finite numbers")
+    optim_args = getattr(arguments, "optim_args", None)
+    if optim_args and not all(part.count("=") == 1 for part in optim_args.replace(" ", "").split(",")):
+        raise ValueError(f"optim_args={optim_args!r}: name=value, separated by commas")
     objects = getattr(arguments, "_VALID_DICT_FIELDS", ())
     for name, value in vars(arguments).items():
         given = isinstance(value, str) and (name.endswith("_kwargs") or (name in objects and value.startswith("{")))

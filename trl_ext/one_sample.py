@@ -13,7 +13,7 @@ from patches import fused_lm_head
 
 from .flags import check_values
 from .rollout_diagnostics import RolloutDiagnostics
-from .sampling import rollout_config, warn_of_truncation
+from .sampling import check_generation_kwargs, rollout_config, warn_of_truncation
 
 
 @dataclass
@@ -57,6 +57,8 @@ class OwnAdvantages:
             )
         fused_lm_head.ensure()
         super().__init__(*args, **kwargs)
+        if not self.use_vllm:
+            check_generation_kwargs(self.args.generation_kwargs)
         warn_of_truncation(self.args if self.use_vllm else rollout_config(self))
         self.add_callback(RolloutDiagnostics())
         prompts = self.args.generation_batch_size // self.num_generations

@@ -6,6 +6,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from unsloth_ext.command_line import did_you_mean
+
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,20 @@ def rollout_config(trainer: Any) -> GenerationConfig:
     if own is not None:
         config.update(**own.to_dict(), defaults_only=True)
     return config
+
+
+def check_generation_kwargs(given: dict[str, Any] | None) -> None:
+    """Raises a ValueError for a setting of rollouts that `generate` would pass over, or cannot follow."""
+    known = vars(GenerationConfig())
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise ValueError(f"generation_kwargs: {name!r}: generate has no such setting{did_you_mean(name, known)}")
+        if name == "stop_strings" and value is not None:
+            raise ValueError(
+                f"generation_kwargs: stop_strings={value!r}: TRL gives rollouts no tokenizer to find them with"
+            )
+        if name == "temperature" and not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"generation_kwargs: temperature={value!r}: more than 0")
 
 
 def warn_of_truncation(config: Any) -> list[str]:

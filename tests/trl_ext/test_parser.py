@@ -109,6 +109,8 @@ def test_both_spellings_are_one_flag():
         (["--adam_beta2", "1"], "^adam_beta2=1.0: from 0 to less than 1$"),
         (["--epsilon", "-1"], "^epsilon=-1.0: at least 0$"),
         (["--max_steps", "0"], "^max_steps=0: at least 1, or -1"),
+        (["--reward_weights", "nan"], r"^reward_weights=\[nan\]: finite numbers$"),
+        (["--optim_args", "foo"], "^optim_args='foo': name=value"),
         (["--optim", "foo"], "^--optim: invalid choice: 'foo'; --help_all lists the choices$"),
         (["--seed", str(10**20)], "^seed=10+: at most 4294967295$"),
         (["--generation_kwargs", "[1]"], r"^generation_kwargs='\[1\]': a JSON object"),

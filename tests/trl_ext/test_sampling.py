@@ -69,3 +69,17 @@ def test_every_field_of_generation_that_makes_a_logits_processor_is_known():
     assert used - harmless <= UNCHANGED.keys(), used - harmless - UNCHANGED.keys()
     assert UNCHANGED.keys() <= vars(GenerationConfig()).keys()
     assert warn_of_truncation(GenerationConfig()) == []
+
+
+@pytest.mark.parametrize("make", [setups.hrpo, ppo_setups.ppo], ids=["hrpo", "ppo"])
+def test_settings_of_rollouts_that_would_be_passed_over_are_named(tmp_path, make):
+    for given, said in (
+        ({"min_new_token": 3}, r"'min_new_token': generate has no such setting; did you mean min_new_tokens"),
+        ({"stop_strings": ["a"]}, "no tokenizer to find them with"),
+        ({"temperature": 0}, "temperature=0: more than 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, generation_kwargs=given)
+    trainer = make(tmp_path, lr_scheduler_kwargs={"foo": 1}, lr_scheduler_type="cosine")
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs=\{'foo': 1\} do not fit lr_scheduler_type=cosine"):
+        trainer.train()

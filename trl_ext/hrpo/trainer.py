@@ -36,7 +36,7 @@ from ..creation import attach_saved, keeping_master_weights, preparing_models
 from ..grpo_checkpointing import GRPOCheckpointMixin
 from ..parameter_groups import clip_each_role, split_by_role
 from ..rollout_diagnostics import RolloutDiagnostics
-from ..sampling import rollout_config, warn_of_truncation
+from ..sampling import check_generation_kwargs, rollout_config, warn_of_truncation
 from ..sums import ExactMeans
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
@@ -82,6 +82,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             super().__init__(**given)
             return
         _refuse(args)
+        check_generation_kwargs(getattr(args, "generation_kwargs", None))
         if given.get("peft_config") is not None:
             given["peft_config"] = copy.deepcopy(given["peft_config"])
             vars(given["peft_config"]).update(with_thinking_modules(given["peft_config"]))
