@@ -25,7 +25,13 @@ REFERENCE = "ref_model"
 
 
 class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
-    """Put before a `GRPOTrainer`."""
+    """Put before a `GRPOTrainer`.
+
+    Attributes:
+        _unknown_as_nan: tensors of a rollout in which NaN says that something is not known.
+    """
+
+    _unknown_as_nan = ("sampling_per_token_logps",)  # vLLM's
 
     def _moving_reference(self) -> Any:
         return self.accelerator.unwrap_model(self.ref_model) if self.args.sync_ref_model else None
@@ -33,8 +39,8 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
         for file in sorted(checkpoint.glob("rollout_*.safetensors")):
-            names = set(safetensors_keys(file))  # log-probs may be infinite; vLLM's NaN where it could not say
-            check_finite([file], names, {name for name in names if name.endswith("sampling_per_token_logps")})
+            names = set(safetensors_keys(file))
+            check_finite([file], names, {name for name in names if name.endswith(self._unknown_as_nan)})
         if self._moving_reference() is None:
             return
         if not self._own_format():

@@ -49,6 +49,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         ValueError: at construction, for an architecture without a stock token classifier, images, DeepSpeed or FSDP.
     """
 
+    _unknown_as_nan = (*GRPOCheckpointMixin._unknown_as_nan, "returns")  # of what is not trained
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
     _paper = {
