@@ -3,6 +3,7 @@
 import pytest
 
 import trl_ext
+from trl_ext.recipe import RecipeArguments
 
 
 CONFIGS = [name for name in trl_ext.__all__ if name.endswith("Config")]
@@ -16,3 +17,33 @@ def test_it_is_named_before_anything_is_divided_by_it(name, tmp_path):
     for field, value in wrong.items():
         with pytest.raises(ValueError, match=rf"{field}={value}: at least "):
             getattr(trl_ext, name)(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
+
+
+SMALLEST = [
+    ("ConceptConfig", {"n_shallow": 1, "n_middle": 1, "n_deep": 1}),
+    ("PlannerExecutorConfig", {"num_candidates": 0, "num_beams": 1, "e_step_every": 1, "max_e_step_every": 1}),
+    ("PlannerExecutorConfig", {"num_candidates": 1, "num_beams": 0}),
+    ("PlannerExecutorConfig", dict.fromkeys(("usage_weight", "eos_weight", "planner_weight", "entropy_weight"), 0.0)),
+    ("PlannerExecutorConfig", dict.fromkeys(("word_dropout", "z_dropout", "forced_share"), 0.0)),
+]
+
+
+@pytest.mark.parametrize("name, fields", SMALLEST)
+def test_the_smallest_value_is_allowed(name, fields, tmp_path):
+    made = getattr(trl_ext, name)(str(tmp_path), use_cpu=True, bf16=False, **fields)
+    assert {field: getattr(made, field) for field in fields} == fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_r": 0, "lora_alpha": 1, "lora_dropout": 0.0},
+        {"train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1},
+    ],
+)
+def test_the_smallest_flags_of_a_recipe_are_allowed(fields):
+    made = RecipeArguments(**fields)
+    assert {field: getattr(made, field) for field in fields} == fields
+    for field, value in fields.items():
+        with pytest.raises(ValueError, match=f"{field}={value - 1}"):
+            RecipeArguments(**{field: value - 1})
