@@ -34,13 +34,13 @@ def test_the_smallest_value_is_allowed(name, fields, tmp_path):
     assert {field: getattr(made, field) for field in fields} == fields
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lora_r": 0, "lora_alpha": 1, "lora_dropout": 0.0},
-        {"train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1},
-    ],
-)
+FLAGS = [
+    {"lora_r": 0, "lora_alpha": 1, "lora_dropout": 0.0},
+    {"train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1},
+]
+
+
+@pytest.mark.parametrize("fields", FLAGS)
 def test_the_smallest_flags_of_a_recipe_are_allowed(fields):
     made = RecipeArguments(**fields)
     assert {field: getattr(made, field) for field in fields} == fields

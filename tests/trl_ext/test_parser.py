@@ -216,3 +216,10 @@ def test_plain_commands_are_as_strict():
     ):
         with pytest.raises(ValueError, match=message):
             line.parse_args(flags)
+
+
+def test_nothing_but_flags_and_the_named_file_is_read(tmp_path, monkeypatch):
+    """transformers' parser would read `recipe.args`, too, beside `recipe.py`."""
+    (tmp_path / "recipe.args").write_text("--max_steps 7")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "recipe.py")])
+    assert parse("hrpo")[2].max_steps != 7
