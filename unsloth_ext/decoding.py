@@ -28,6 +28,9 @@ from .states import Warper, project, soft_embedding
 from .unsloth_decoding import returning_hidden_states, without_decode_graphs
 
 
+KEPT = ("thinking_states", "hidden_states", "log_probs")  # beside the mask, when asked for
+
+
 @dataclass
 class ThinkingTrace:
     """What a hybrid decode leaves behind; C is the number of decoded tokens, rows are those of the returned sequences.
@@ -61,6 +64,8 @@ class HybridSession:
             raise ValueError(f"{type(model).__name__} has no thinking modules; call attach_thinking(model) first")
         if ablation is not None and ablation not in ABLATIONS:
             raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}, off")
+        if unknown := [name for name in keep if name not in KEPT]:
+            raise ValueError(f"keep: {unknown[0]!r}: choose of {', '.join(KEPT)}")
         self.matcher, self.keep, self.ablation = matcher, keep, ablation
         self.streamer, self.synced_gpus = streamer, synced_gpus
         self.backbone = backbone_of(model)

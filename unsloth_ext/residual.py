@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .adapter import THINKING_MODULES, join_adapter
 from .master_weights import MasterLinear, MasterWeights, beside
-from .settings_file import describe_when_saved
+from .settings_file import check_free, describe_when_saved
 from .states import NORMS, SOURCES, project
 from .thinking_forward import teach_forward
 
@@ -186,6 +186,7 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     backbone = backbone_of(model)
     if hasattr(backbone, "thinking_config"):
         raise ValueError(f"{type(model).__name__} has thinking modules already")
+    check_free(model, "hrpo")
     embedding = backbone.get_input_embeddings()
     if embedding is None:
         raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")

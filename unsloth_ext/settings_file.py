@@ -90,6 +90,17 @@ def method_of(config: Any) -> tuple[Method | None, Any]:
     return found[0] if found else (None, None)
 
 
+def check_free(model: nn.Module, method: str) -> None:
+    """Raises a ValueError for a model that has the settings of another method, before anything of this one is attached."""
+    there = {key for key in (each.key for each in METHODS.values()) if getattr(model.config, key, None)}
+    others = sorted(each.name for each in METHODS.values() if each.key in there and each.name != method)
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has the settings of {' and '.join(others)}: a model has one method; load the base "
+            f"anew for {method}"
+        )
+
+
 def _describe(
     backbone: nn.Module, model: nn.Module, folder: str | Path, kept_card: str | None = None, repo_id: str | None = None
 ) -> None:

@@ -218,3 +218,9 @@ def test_a_loop_with_hooks_is_not_compiled(monkeypatch):
     session = HybridSession(net, DelimiterMatcher(tiny.tokenizer(), "#"))
     net.generate(torch.ones(1, 2, dtype=torch.long), custom_generate=hybrid_decode, hybrid=session, max_new_tokens=2)
     assert seen[0].disable_compile is True
+
+
+def test_what_is_kept_has_a_name():
+    net, matcher = make()
+    with pytest.raises(ValueError, match="keep: 'states': choose of thinking_states, hidden_states, log_probs"):
+        hybrid_generate(net, torch.tensor([[5]]), matcher, keep=("states",), **COMMON)

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import PushToHubMixin
 
-from tests import tiny
+from tests import families, tiny
 from unsloth_ext import (
     ConceptModel,
     FastThinkingModel,
     LatentConfig,
     LatentModel,
     OnlineConceptConfig,
+    PlannerConfig,
     PlannerExecutorModel,
     attach_concepts,
     attach_latent,
@@ -343,3 +344,22 @@ def test_what_is_pushed_has_settings_and_card(kept, tmp_path, monkeypatch):
     card = ModelCard(seen["README.md"])
     assert "Of the hub." in card.text and 'from_pretrained("us/model")' in card.text and card.data.license == "mit"
     assert "describe_saved" not in vars(PushToHubMixin)
+
+
+def test_a_model_with_a_method_is_refused_by_the_others_before_anything_changes():
+    attach = {
+        "hrpo": attach_thinking,
+        "latent": lambda net: attach_latent(net, tiny.tokenizer(()), LatentConfig(num_latents=3)),
+        "concept": lambda net: attach_concepts(net, OnlineConceptConfig(1, 2, 1, num_concepts=8)),
+        "planner": lambda net: attach_planner(net, PlannerConfig([{"name": "a", "num_concepts": 5, "quota": 3}])),
+    }
+    for first, give in attach.items():
+        net = families.model("qwen3")
+        give(net)
+        names, config = list(net.state_dict()), net.config.to_dict()
+        for second in attach.keys() - {first}:
+            with pytest.raises(
+                ValueError, match=rf"has the settings of {first}: a model has one method.* for {second}"
+            ):
+                attach[second](net)
+        assert list(net.state_dict()) == names and net.config.to_dict() == config

@@ -13,7 +13,7 @@ from ..kv.tap import check_sdpa
 from ..layer_kinds import check_layers
 from ..master_weights import MasterLinear, MasterWeights, beside
 from ..residual import backbone_of
-from ..settings_file import describe_when_saved
+from ..settings_file import check_free, describe_when_saved
 from ..states import embedding_rms
 from ..unsloth_decoding import on_unsloth
 from .config import OnlineConceptConfig
@@ -90,6 +90,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
         )
     if hasattr(backbone, "concept_config"):
         raise ValueError(f"{type(model).__name__} has concepts already")
+    check_free(model, "concept")
     scale = check_split(model)
     weight = model.get_input_embeddings().weight
     like = beside(weight)

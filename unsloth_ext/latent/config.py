@@ -15,7 +15,7 @@ from ..hub import fit_embeddings
 from ..layer_kinds import CHUNKED, SLIDING, check_layers, check_length
 from ..master_weights import MasterWeights, beside, without_autocast
 from ..residual import backbone_of
-from ..settings_file import describe_when_saved, read_json
+from ..settings_file import check_free, describe_when_saved, read_json
 from ..unsloth_decoding import on_unsloth
 from .kv_projection import KVProjection
 
@@ -139,6 +139,7 @@ def attach_latent(
         )
     if hasattr(backbone, "latent_config"):
         raise ValueError(f"{type(model).__name__} has latent tokens already")
+    check_free(model, "latent")
     check_layers(model, "a latent phase", windows=(SLIDING, CHUNKED))
     check_length(model, config.num_latents + 2, "a latent phase")
     token_ids = add_latent_tokens(tokenizer, config)

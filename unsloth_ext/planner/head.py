@@ -19,7 +19,7 @@ from ..layer_kinds import check_layers
 from ..master_weights import MasterWeights, beside, without_autocast
 from ..mode import evaluating
 from ..residual import backbone_of
-from ..settings_file import describe_when_saved
+from ..settings_file import check_free, describe_when_saved
 from ..states import embedding_rms
 from ..trial import same_states, trial_ids
 from ..unsloth_decoding import on_unsloth
@@ -107,6 +107,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     backbone = backbone_of(model)
     if hasattr(backbone, "planner_config"):
         raise ValueError(f"{type(model).__name__} has a planner already")
+    check_free(model, "planner")
     attention = backbone.config._attn_implementation
     if attention not in ("sdpa", "eager", TAPPED):
         raise ValueError(f"attn_implementation={attention!r}: planning needs 'sdpa' or 'eager'")

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation_arguments import check_context, grouped, left_padded, settle, with_tokenizer
+from ..generation_arguments import check_context, context_of, grouped, left_padded, settle, with_tokenizer
 from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
 from ..latent.model import question_ids
 from ..mode import evaluating
@@ -119,7 +119,14 @@ class PlannerExecutorModel:
     def plan(self, texts: str | list[str], **kwargs: Any) -> torch.Tensor:
         """Plans (B, n, Q) long of texts; keywords as for `unsloth_ext.plan`. Greedy without any."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        batch = left_padded(self.tokenizer, [question_ids(self.tokenizer, text) for text in texts])
+        rows = [question_ids(self.tokenizer, text) for text in texts]
+        context = context_of(self.model)
+        for i, row in enumerate(rows):
+            if context is not None and len(row) > context:
+                raise ValueError(
+                    f"text {i} has {len(row)} tokens: more than the model's {context} positions; shorten it"
+                )
+        batch = left_padded(self.tokenizer, rows)
         return plan(self.model, **{k: v.long().to(self.model.device) for k, v in batch.items()}, **kwargs)
 
     def execute(self, plan: torch.Tensor, **generate_kwargs: Any) -> Any:

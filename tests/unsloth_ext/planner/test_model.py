@@ -214,3 +214,9 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, wrong):
     with pytest.raises(ValueError, match=message) as error:
         PlannerExecutorModel.from_pretrained(str(folder))
     assert str(folder) in str(error.value)
+
+
+def test_a_text_behind_the_models_positions_is_named():
+    net = model("qwen3")
+    with pytest.raises(ValueError, match="text 1 has 300 tokens: more than the model's 256 positions"):
+        PlannerExecutorModel(net, tiny.tokenizer(())).generate(["1", "1" * 300])
