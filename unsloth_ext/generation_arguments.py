@@ -167,13 +167,13 @@ def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationCo
     row = max(range(len(lengths)), key=lengths.__getitem__)
     room = context - around - lengths[row]
     new = config.max_new_tokens
-    if new is None:  # `max_length` counts the prompt; 20 by default, and then as many as fit
-        new = 1 if config.max_length is None else max(1, min(config.max_length - lengths[row], room))
+    if new is None:  # `max_length` counts the prompt; up to the model's context as many come as fit
+        new = config.max_length - lengths[row] if (config.max_length or 0) > context else 1
     if new > room:
         needed = f"{lengths[row]} tokens" + (f", {around} positions of the model's own" if around else "")
         raise ValueError(
             f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions. Shorten "
-            "the prompt or lower max_new_tokens"
+            "the prompt or lower max_new_tokens or max_length"
         )
 
 

@@ -444,6 +444,9 @@ class TestPrompts:
         ):
             run(one.ours, {"max_new_tokens": room + 1})
         run(one.ours, {"max_new_tokens": room, "max_time": 0.0})
+        with pytest.raises(ValueError, match=rf"more than the model's {context} positions.*or max_length"):
+            arguments.check_context(one.net, [3], GenerationConfig(max_length=context + 1))
+        arguments.check_context(one.net, [3], GenerationConfig(max_length=context), around=9)  # as many as fit
 
     def test_a_context_that_rope_stretches(self):
         net = tiny.model("llama")

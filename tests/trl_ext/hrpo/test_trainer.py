@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from tests import tiny
 from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.hrpo.monitors import projection_weight
+from trl_ext.hrpo.trainer import _fit
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of, has_thinking
 from unsloth_ext.recompute import SavedThinking, previous_hidden, thinking_keywords
 from unsloth_ext.states import project
@@ -181,9 +182,10 @@ def test_groups_have_their_rates_and_the_parents_weight_decay(tmp_path):
     assert seen == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("bound", [0.1, 1e9])
 @pytest.mark.parametrize("per_group", [True, False])
-def test_gradients_are_bounded_by_group_or_together_and_logged_by_group(tmp_path, per_group):
-    trainer = setups.hrpo(tmp_path, max_grad_norm=0.1, clip_grad_per_group=per_group)
+def test_gradients_are_bounded_by_group_or_together_and_logged_by_group(tmp_path, per_group, bound):
+    trainer = setups.hrpo(tmp_path, max_grad_norm=bound, clip_grad_per_group=per_group)
     trainer.create_optimizer()
     by_role = {}
     for group in trainer.optimizer.param_groups:
@@ -197,8 +199,10 @@ def test_gradients_are_bounded_by_group_or_together_and_logged_by_group(tmp_path
     assert total.item() == pytest.approx(sum(x**2 for x in before.values()) ** 0.5, rel=1e-5)
     after = {role: norm(params) for role, params in by_role.items()}
     bounded = after.values() if per_group else [norm([p for params in by_role.values() for p in params])]
-    for value in bounded:
-        assert value == pytest.approx(0.1, rel=1e-4)
+    if bound > 1:
+        assert after == before
+    else:
+        assert list(bounded) == pytest.approx([bound] * len(bounded), rel=1e-4)
     for role, value in before.items():
         name = "thinking/projection_grad_norm" if role == "thinking_projection" else f"grad_norm/{role}"
         assert trainer._metrics["train"][name] == [pytest.approx(value, rel=1e-4)]
@@ -368,3 +372,12 @@ def test_a_frozen_projection_stays_frozen_beside_a_reference_adapter(tmp_path):
     weight = projection_weight(backbone_of(trainer.model))
     trainer.train()
     assert not weight.requires_grad and weight.grad is None
+
+
+def test_what_a_rollout_saved_is_cut_or_filled_to_the_length_of_its_completions():
+    for saved in (torch.ones(2, 3), torch.ones(2, 3, 4)):
+        assert torch.equal(_fit(saved, 2), saved[:, :2]) and _fit(saved, 3) is saved
+        filled = _fit(saved, 5)
+        assert filled.shape == (2, 5, *saved.shape[2:]) and filled.sum() == saved.sum()
+        assert torch.equal(filled[:, :3], saved)
+    assert _fit(None, 4) is None

@@ -132,6 +132,13 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, peft, settings
     assert done.stdout.strip("\n").split("\n")[-2:] == ["|".join(wanted), f"{pieces} {ours.config}"]
 
 
+def test_a_text_is_without_special_tokens(tmp_path, monkeypatch):
+    ours = saved(tmp_path, peft=False)
+    answer = torch.tensor([ours.tokenizer("42<eos>")["input_ids"]])
+    monkeypatch.setattr(ours.model, "generate", lambda input_ids, **_: torch.cat([input_ids, answer], dim=1))
+    assert ours.generate(["1+2="]) == ["42"]
+
+
 def test_one_text_or_none():
     net, tokenizer = model("qwen3"), tiny.tokenizer(())
     ours = ConceptModel(net, tokenizer)

@@ -60,6 +60,18 @@ def test_several_sequences_a_question_and_interventions():
         latent_generate(model, ids, mask, num_beams=2, **settings)
 
 
+def test_a_text_is_what_stands_behind_the_latents(monkeypatch):
+    """One latent token, so that a place too far to the left would show a token of the question."""
+    tokenizer = tiny.tokenizer(())
+    net = attach_latent(tiny.model(), tokenizer, LatentConfig(1, None, projection_dim=16))
+    answer, phase = tokenizer("42<eos>")["input_ids"], list(backbone_of(net).latent_token_ids)
+    monkeypatch.setattr(
+        "unsloth_ext.latent.model.latent_generate",
+        lambda _, input_ids, **__: torch.cat([input_ids, torch.tensor([phase + answer])], dim=1),
+    )
+    assert LatentModel(net, tokenizer).generate("1+2=") == "42"
+
+
 SCRIPT = """
 import sys, torch
 from unsloth_ext import LatentModel
