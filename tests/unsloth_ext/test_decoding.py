@@ -224,3 +224,15 @@ def test_what_is_kept_has_a_name():
     net, matcher = make()
     with pytest.raises(ValueError, match="keep: 'states': choose of thinking_states, hidden_states, log_probs"):
         hybrid_generate(net, torch.tensor([[5]]), matcher, keep=("states",), **COMMON)
+
+
+@pytest.mark.parametrize("world, sharded", [(2, True), (2, False), (1, True)])
+def test_ranks_wait_for_each_other_only_where_weights_are_sharded(monkeypatch, world, sharded):
+    seen = []
+    net = attach_thinking(tiny.model(), ThinkingConfig())
+    monkeypatch.setattr(type(net), "_sample", lambda _, ids, *args, **__: seen.append(args[3]) or ids)
+    monkeypatch.setattr("transformers.generation.utils._get_torch_distributed_world_size", lambda: world)
+    monkeypatch.setattr("transformers.integrations.fsdp.is_fsdp_managed_module", lambda _: sharded)
+    session = HybridSession(net, DelimiterMatcher(tiny.tokenizer(), "#"))
+    net.generate(torch.ones(1, 2, dtype=torch.long), custom_generate=hybrid_decode, hybrid=session, max_new_tokens=2)
+    assert seen == [world > 1 and sharded]
