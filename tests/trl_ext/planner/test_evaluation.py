@@ -14,12 +14,12 @@ from unsloth_ext.planner.executor import executor_forward
 from . import setups
 
 
-@pytest.mark.parametrize("mode", ["generate", "reconstruct"])
-def test_every_figure_is_the_texts_own(tmp_path, mode):
+@pytest.mark.parametrize("mode, count", [("generate", None), ("reconstruct", None), ("generate", 2)])
+def test_every_figure_is_the_texts_own(tmp_path, mode, count):
     """1e-5: of texts of different lengths, all in one batch, so that random and shuffled plans are known."""
     trainer = setups.trainer(tmp_path, mode=mode)
     net, tokenizer = trainer.model.eval(), trainer.processing_class
-    rows = setups.Dataset.from_list([{**row, "answer": row["completion"]} for row in setups.ROWS[::3]])
+    rows = setups.Dataset.from_list([{**row, "answer": row["completion"]} for row in setups.ROWS[::3][:count]])
     n = len(rows)
     found = evaluate_plans(net, tokenizer, rows, mode=mode, max_new_tokens=5, batch_size=n, show=2)
     texts = [row["prompt"] + row["completion"] if mode == "reconstruct" else row["completion"] for row in rows]

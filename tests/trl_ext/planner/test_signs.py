@@ -132,3 +132,15 @@ def test_actions_stay_within_bounds_and_go_one_way():
     assert Action("x", factor=0.5, low=1)(0.4) == 0.4 and Action("x", delta=2, high=3)(7) == 7  # beyond: stays
     assert str(Action("x", delta=0.1, high=0.5)) == "x +0.1, at most 0.5"
     assert str(Action("x", factor=0.5, low=1)) == "x x 0.5, at least 1"
+
+
+@pytest.mark.parametrize("sign", [BLURRED, DEAD])
+def test_what_is_said_was_seen_last(sign):
+    """Every measure of the history differs a little from log to log."""
+    given = [
+        {name: value + 1e-9 * i if name != "step" else value for name, value in log.items()}
+        for i, log in enumerate(history(sign))
+    ]
+    for found in advise(given, training="hard_em"):
+        measured = {name: value for name, value in found.seen.items() if name in given[-1]}
+        assert measured and measured == {name: given[-1][name] for name in measured}
