@@ -43,6 +43,11 @@ LOWEST = {
 }
 POSITIVE = ("temperature", "repetition_penalty")
 SHARES = {"adam_beta1": None, "adam_beta2": None, "top_p": 1, "min_p": 1}  # from 0 to less than 1, or to 1
+RL_CHOICES = {  # which TRL 1.15 looks at after the first rollout
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+}
 MOST_SEED = 2**32 - 1  # numpy's
 
 
@@ -141,6 +146,7 @@ def check_values(arguments: Any) -> None:
         raise ValueError(f"seed={arguments.seed}: at most {MOST_SEED}")
     if numbers.get("max_steps") == 0:  # which transformers takes for no limit
         raise ValueError("max_steps=0: at least 1, or -1 for as many as num_train_epochs makes")
+    one_of(arguments, **{name: choices for name, choices in RL_CHOICES.items() if hasattr(arguments, "scale_rewards")})
     for value in getattr(arguments, "reward_weights", None) or ():
         if not math.isfinite(value):
             raise ValueError(f"reward_weights={arguments.reward_weights}: finite numbers")

@@ -1,8 +1,13 @@
 """Sizes of nothing are named by every configuration of ours, also where no recipe has parsed them."""
 
+import inspect
+import re
+
 import pytest
+import trl
 
 import trl_ext
+from trl_ext.flags import RL_CHOICES
 from trl_ext.recipe import RecipeArguments
 
 
@@ -47,3 +52,21 @@ def test_the_smallest_flags_of_a_recipe_are_allowed(fields):
     for field, value in fields.items():
         with pytest.raises(ValueError, match=f"{field}={value - 1}"):
             RecipeArguments(**{field: value - 1})
+
+
+@pytest.mark.parametrize("field", ["loss_type", "importance_sampling_level", "scale_rewards"])
+@pytest.mark.parametrize("name", RL)
+def test_words_that_trl_reads_after_the_first_rollout_are_named_before_it(name, field, tmp_path):
+    with pytest.raises(ValueError, match=f"{field}='foo': choose one of "):
+        getattr(trl_ext, name)(str(tmp_path), use_cpu=True, bf16=False, **{field: "foo"})
+
+
+def test_they_are_the_words_that_trl_reads():
+    source = inspect.getsource(trl.GRPOTrainer)
+    for field, choices in RL_CHOICES.items():
+        for choice in choices:
+            assert isinstance(choice, bool) or f'"{choice}"' in source, (field, choice)
+    read = set(re.findall(r'self\.loss_type == "(\w+)"', source))
+    for words in re.findall(r"self\.loss_type in \[([^]]*)\]", source):
+        read |= set(re.findall(r'"(\w+)"', words))
+    assert read == set(RL_CHOICES["loss_type"])
