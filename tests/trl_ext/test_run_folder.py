@@ -263,3 +263,16 @@ def test_sigterm_is_an_interruption(told):
     with pytest.raises(resuming.Terminated):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+
+
+@pytest.mark.parametrize("steps, done, over", [(1, 1, True), (2, 1, False), (-1, 1, False), (-1, 9, True)])
+def test_a_run_of_steps_or_of_epochs_is_over(tmp_path, monkeypatch, steps, done, over):
+    """Of three steps an epoch, three epochs; one step is few, but no word for epochs."""
+    monkeypatch.setattr(resuming, "broken_file", lambda _: None)
+    (tmp_path / resuming.STATE_FILE).write_text(json.dumps({"global_step": done, "epoch": done / 3}))
+    args = SimpleNamespace(max_steps=steps, num_train_epochs=3)
+    if over:
+        with pytest.raises(CheckpointError, match="no steps"):
+            resuming.check_steps_left(args, tmp_path, False)
+    else:
+        assert resuming.check_steps_left(args, tmp_path, False) == done

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from transformers.utils.versions import require_version
@@ -156,3 +157,14 @@ def test_the_process_says_it_and_exits_with_2(tmp_path):
     code = SCRIPT.replace("in_sentences()\nin_", "import unsloth_ext.user_errors as u\nu.PATIENCE = 0.1\nin_", 1)
     script.write_text(code)
     assert run("user", RANK="1") == (2, [sentence.replace("color", "rank 1: color")])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals(monkeypatch, terminal):
+    monkeypatch.setenv("TQDM_DISABLE", "to be restored")
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setattr(sys, "excepthook", SimpleNamespace(speaks=True))  # is not to be changed
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    user_errors.in_sentences()
+    assert os.environ.get("TQDM_DISABLE") == (None if terminal else "1")
