@@ -290,7 +290,7 @@ def main() -> None:
     callers = defaultdict(list)
     for test, found in json.loads(args.calls.read_text()).items():
         for name in found["calls"]:
-            callers[name].append((found["seconds"], test))
+            callers[name.replace(".<locals>", "")].append((found["seconds"], test))
 
     files = [f for path in args.paths for f in ([ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py"))]
     accepted = json.loads(ACCEPTED.read_text()) if ACCEPTED.exists() else {}

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config
 
 from unsloth_ext import OnlineConceptConfig, backbone_of
-from unsloth_ext.concept.accounting import cost, equal_depth
+from unsloth_ext.concept.accounting import Cost, cost, equal_depth
 
 from .test_forward import FAMILIES, model
 
@@ -64,3 +64,7 @@ def test_a_long_tail_costs_keys_and_values():
     config = backbone_of(net).concept_config
     assert held == pytest.approx(cost(net.config, config, 4.0, 40, tail=30).kv, rel=1e-6)
     assert held > 1.1 * cost(net.config, config, 4.0, 40).kv
+
+
+def test_all_work_is_the_sum_of_its_parts():
+    assert Cost(layers=1.0, attention=2.0, lm_head=4.0, concept_head=8.0, kv=16.0).macs == 15.0
