@@ -9,6 +9,7 @@ import pytest
 
 import patches
 from patches import registry, versions
+from tests.marks import slow
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_live_status_has_a_fingerprint_of_what_was_replaced():
     "order",
     [
         pytest.param("import trl; patches.apply('fused_lm_head')", marks=pytest.mark.slow),
-        "patches.apply('fused_lm_head'); import trl",
+        slow("patches.apply('fused_lm_head'); import trl"),
     ],
 )
 def test_the_order_of_imports_does_not_matter(order):

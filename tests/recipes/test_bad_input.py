@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from tests.processes import fresh
 from unsloth_ext.user_errors import explained
 
 
@@ -124,7 +124,5 @@ def test_it_is_one_sentence(name, argv, said, folder, monkeypatch, capfd):
 def test_as_a_process(folder):
     """From a relative path, as a person calls it: two lines at most, nothing but the sentence."""
     script = os.path.relpath(RECIPES / "eval_gsm8k.py", folder)
-    done = subprocess.run(
-        [sys.executable, script, *CHECKPOINT, "--limit", "-55"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = fresh(script, *CHECKPOINT, "--limit", "-55", cwd=folder)
     assert (done.returncode, done.stderr, done.stdout) == (2, "eval_gsm8k.py: limit=-55: at least 1\n", "")

@@ -40,7 +40,7 @@ def run(monkeypatch, tmp_path, cache):
     )
 
 
-@pytest.mark.parametrize("method", ["codi", slow("pccot"), "kava"])
+@pytest.mark.parametrize("method", [slow("codi"), slow("pccot"), "kava"])
 def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, cache):
     run(method)
     summary = json.loads(Path("out/summary.json").read_text())

@@ -87,6 +87,7 @@ def test_a_model_and_data_of_ones_own(run, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_hard_em_goes_on_from_a_model_that_plans(run, lora):
     """It begins with what the soft run ended with, adapter or not."""
     tiny = ("--config", RECIPE.parent / "configs/planner_tiny.yaml")

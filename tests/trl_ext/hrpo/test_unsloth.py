@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from tests.marks import slow
 from tests.unsloth_scripts import run
 from tests.unsloth_scripts.hrpo_losses import MODES, RUNS
 
@@ -28,7 +29,7 @@ def test_the_parent_is_unsloths():
 
 
 @pytest.mark.parametrize("case", [f"{source} {mode}" for source, mode in RUNS])
-@pytest.mark.parametrize("way_in", ["hrpo", "cpu_backend"])
+@pytest.mark.parametrize("way_in", ["hrpo", slow("cpu_backend")])
 def test_losses_equal_those_on_stock_trl(way_in, case):
     stock = run("hrpo_losses")
     other = found()["losses"] if way_in == "hrpo" else run("cpu_backend")
@@ -42,6 +43,7 @@ def test_losses_equal_those_on_stock_trl(way_in, case):
         assert b[name] == pytest.approx(a[name], abs=1e-5), name  # seen: 4e-7
 
 
+@pytest.mark.slow
 def test_without_a_gpu_unsloth_is_its_cpu_backend():
     report = run("cpu_backend")
     assert report["cpu_backend"] is True and report["parent"] == "trl.trainer.grpo_trainer"

@@ -59,6 +59,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, case, peft):
     assert not {file.suffix for file in (tmp_path / "checkpoint-5").iterdir()} & {".bin", ".pt", ".pth", ".pkl"}
 
 
+@pytest.mark.slow
 def test_a_lost_part_would_be_seen(tmp_path, monkeypatch):
     """The test above has teeth: without what is kept, weights come out otherwise."""
     from trl_ext.planner import trainer as module

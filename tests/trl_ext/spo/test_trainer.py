@@ -144,6 +144,7 @@ def test_a_global_tracker_follows_the_rollout_before(tmp_path):
     assert trainer.tracker.a.item() == pytest.approx(a, abs=1e-4) and trainer.tracker.a.shape == (1,)
 
 
+@pytest.mark.slow
 def test_no_prompt_comes_twice_in_a_rollout_and_uncertain_ones_come_more_often(tmp_path):
     def reward(prompts, **_):  # of every other prompt it is certain
         flip = iter([0.0, 1.0] * len(prompts))
