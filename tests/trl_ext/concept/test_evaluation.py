@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests import tiny
-from trl_ext.concept.evaluation import evaluate_concepts
+from trl_ext.concept.evaluation import _right, evaluate_concepts
 from trl_ext.tasks import facts
 from unsloth_ext import OnlineConceptConfig, attach_concepts, backbone_of
 
@@ -102,3 +102,10 @@ def test_nothing_is_generated_behind_the_models_positions():
     rows = setups.Dataset.from_list([{"prompt": "1+1=", "completion": "2 ##2", "answer": "2"}] * 2)
     with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
         evaluate_concepts(setups.base().eval(), tiny.tokenizer(()), rows, delimiter="##", max_new_tokens=300)
+
+
+def test_an_answer_and_its_end_are_right(monkeypatch):
+    net, tokenizer = setups.base().eval(), tiny.tokenizer(())
+    answer = torch.tensor([tokenizer("3<eos>")["input_ids"]])
+    monkeypatch.setattr(net, "generate", lambda input_ids, **_: torch.cat([input_ids, answer], dim=1))
+    assert _right(net, tokenizer, {"prompt": ["1+2="], "answer": ["3"]}, None, 4) == 1
