@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 
 import pytest
@@ -12,6 +13,13 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost, and sums keep one o
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_handler_stays():
+    """One that stays would show later tests every message twice."""
+    yield
+    assert not any(logging.getLogger(name).handlers for name in ("trl_ext", "unsloth_ext", "patches"))
 
 
 @pytest.fixture(autouse=True, scope="module")

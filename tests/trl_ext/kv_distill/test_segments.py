@@ -1,5 +1,7 @@
 """Prompt, reasoning and answer by token, against the texts."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -48,12 +50,11 @@ def test_delimiters_in_the_prompt_do_not_count():
     assert out["segment_ids"][0] == [0] * 5 + [1] * 3 + [2]
 
 
-def test_rows_without_a_delimiter_are_counted_and_all_of_them_refused(tmp_path, caplog):
+def test_rows_without_a_delimiter_are_counted_and_all_of_them_refused(tmp_path, caplog, monkeypatch):
     rows = [*setups.ROWS[:3], {"prompt": "1+1=", "completion": "2"}]
-    import logging
-
-    logging.getLogger("trl_ext").addHandler(caplog.handler)
+    monkeypatch.setattr(logging.getLogger("trl_ext"), "propagate", True)
     trainer = setups.trainer(tmp_path, rows=rows)
+    assert any("1 of 4" in message for message in caplog.messages), caplog.messages
     assert ("1+1=", "2<eos>", "") in found(trainer)
     with pytest.raises(ValueError, match=r"train dataset: no row has anything behind the delimiter '----'"):
         setups.trainer(tmp_path, answer_delimiter="----")
