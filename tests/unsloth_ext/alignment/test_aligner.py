@@ -289,3 +289,15 @@ def test_what_comes_after_the_last_layer_asked_for_is_not_computed():
     assert torch.equal(model(ids).logits, wanted)
     with pytest.raises(RuntimeError, match="another"), captured_kvq(model, [0], stop=True):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("times, atol", [(None, 1e-5), (5, 0.0)])
+def test_positions_go_off_and_on_again_unless_times_stay_as_they_are(times, atol):
+    """A teacher with segments of its own goes the long way; with other times every teacher does."""
+    aligner = create_structured_aligner(TEACHER, STUDENT, rope_space="rerotate")
+    student = torch.randn(1, 3, 2, 9, 8), torch.randn(1, 3, 2, 9, 8), torch.randn(1, 3, 8, 9, 8)
+    teacher = torch.randn(1, 3, 4, 9, 16), torch.randn(1, 3, 4, 9, 16), torch.randn(1, 3, 12, 9, 16)
+    ids = torch.zeros(1, 9, dtype=torch.long)
+    short, long = (aligner.pairs(student, teacher, ids, own, T_s=times)[:2] for own in (None, ids))
+    for a, b in zip([*short[0], *short[1]], [*long[0], *long[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
