@@ -146,7 +146,8 @@ def check_values(arguments: Any) -> None:
         raise ValueError(f"seed={arguments.seed}: at most {MOST_SEED}")
     if numbers.get("max_steps") == 0:  # which transformers takes for no limit
         raise ValueError("max_steps=0: at least 1, or -1 for as many as num_train_epochs makes")
-    one_of(arguments, **{name: choices for name, choices in RL_CHOICES.items() if hasattr(arguments, "scale_rewards")})
+    if hasattr(arguments, "scale_rewards"):
+        one_of(arguments, **RL_CHOICES)
     for value in getattr(arguments, "reward_weights", None) or ():
         if not math.isfinite(value):
             raise ValueError(f"reward_weights={arguments.reward_weights}: finite numbers")

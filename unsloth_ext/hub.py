@@ -83,10 +83,8 @@ def check_name(
             raise ValueError(f"{here}, and no model of that name on the hub") from error
         except EntryNotFoundError as error:
             why = why or error
-            if isinstance(
-                error, LocalEntryNotFoundError
-            ):  # there is no connection: each further file is minutes of tries
-                break
+            if isinstance(error, LocalEntryNotFoundError):
+                break  # there is no connection: each further file is minutes of tries
     if isinstance(why, LocalEntryNotFoundError):
         raise ValueError(f"{here}, and the hub, where it might be, cannot be reached from here") from why
     raise ValueError(f"{name} on the hub holds no model: it has neither {' nor '.join(files)}") from why
