@@ -12,14 +12,15 @@ beside the prompt, in a `generation_config`, or in the model's own.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .log_filter import showing_only
 from .residual import causal_lm_of
 
 
@@ -124,19 +125,11 @@ def settle(model: nn.Module, kind: str, arguments: dict[str, Any]) -> Generation
     return config
 
 
-@contextmanager
-def samplers_count() -> Iterator[None]:
+def samplers_count() -> AbstractContextManager[None]:
     """transformers 5.17 says of `top_k` and its like in greedy decoding that they "may be ignored", and no setting keeps it
     from that. Soft embeddings, which are thinking states, are made with them: here it would be untrue."""
-
-    def is_true(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("The following generation flags are not valid and may be ignored")
-
-    CHECKS.addFilter(is_true)
-    try:
-        yield
-    finally:
-        CHECKS.removeFilter(is_true)
+    untrue = "The following generation flags are not valid and may be ignored"
+    return showing_only(CHECKS, lambda record: not record.getMessage().startswith(untrue))
 
 
 def check(kind: str, config: GenerationConfig) -> None:

@@ -3,8 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .log_filter import showing_only
 from .residual import backbone_of
 from .settings_file import ADAPTER, TENSORS, held_by, read_json, read_saved, safetensors_keys
 
@@ -202,19 +203,10 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             model.resize_token_embeddings(len(tokenizer))
 
 
-@contextmanager
-def _errors_only() -> Iterator[None]:
+def _errors_only() -> AbstractContextManager[None]:
     """transformers' modelling code says nothing but errors. By a filter: with a level of WARNING or more on this logger,
     transformers 5.17 would report "layers were not sharded" of every model."""
-
-    def is_error(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    MODELING.addFilter(is_error)
-    try:
-        yield
-    finally:
-        MODELING.removeFilter(is_error)
+    return showing_only(MODELING, lambda record: record.levelno >= logging.ERROR)
 
 
 def check_missing(names: Iterable[str], name: str) -> None:
