@@ -224,10 +224,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Calls(Path(os.environ["TRACED"])))
 
 
-def trace(to: Path) -> None:
-    """Run the suite once, on two processes, and write down who calls what."""
+def trace(to: Path, workers: int) -> None:
+    """Run the suite once and write down who calls what."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    suite = ["-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "-p", "tests.mutate"]
+    suite = ["-q", "-n", str(workers), "--dist", "loadfile", "-p", "no:cacheprovider", "-p", "tests.mutate"]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, "-m", "pytest", *suite, "-m", "not slow and not unsloth"],
@@ -286,7 +286,7 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.trace or not args.calls.exists():
-        trace(args.calls)
+        trace(args.calls, args.workers)
     callers = defaultdict(list)
     for test, found in json.loads(args.calls.read_text()).items():
         for name in found["calls"]:

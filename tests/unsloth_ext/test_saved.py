@@ -363,3 +363,11 @@ def test_a_model_with_a_method_is_refused_by_the_others_before_anything_changes(
             ):
                 attach[second](net)
         assert list(net.state_dict()) == names and net.config.to_dict() == config
+
+
+def test_settings_of_two_methods_are_not_saved(tmp_path):
+    """Where another program has joined two models' configurations."""
+    net = attach_thinking(families.model("qwen3"))
+    net.config.planner = {"types": []}
+    with pytest.raises(ValueError, match="the model has the settings of hrpo and planner: a model has one method"):
+        net.save_pretrained(tmp_path)

@@ -15,7 +15,8 @@ from tests.unsloth_scripts import decoding, fast_forward
 
 if __name__ == "__main__":
     calls = fast_forward.count_calls()
-    report = {"forward": {}, "decoding": {}}
+    # Before any other: what is loaded later is found by what earlier loads have left
+    report = {"loaded_first": fast_forward.loaded_first(), "forward": {}, "decoding": {}}
     for family in fast_forward.FAMILIES:
         model = fast_forward.load(fast_forward.saved(tiny.model(family)))
         stock = fast_forward.twin(model, family)
@@ -26,6 +27,5 @@ if __name__ == "__main__":
                 report["decoding"][f"{family} {source}"] = decoding.compare(model, stock, source)
     report["checkpointing"] = fast_forward.checkpointing()
     report["undo"] = fast_forward.undo()
-    report["loaded_first"] = fast_forward.loaded_first()
     report["function"] = llama.LlamaModel_fast_forward.__name__
     print(json.dumps(report))

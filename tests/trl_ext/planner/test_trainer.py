@@ -388,3 +388,20 @@ def test_what_is_logged_while_training(tmp_path, case):
     }  # fmt: skip
     assert only[case] <= names and not names & only["soft" if case == "hard_em" else "hard_em"]
     assert {"monitor/cos", "monitor/l2"} <= names and min(setups.logged(trainer, "monitor/planner_grad_norm")) > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cosine_and_distance_are_of_every_concept_of_the_plans(tmp_path, case, monkeypatch):
+    """1e-5 against a loop; the first concept of a type, 0, is one like the others, and what is behind a plan's end none."""
+    trainer = setups.trainer(tmp_path, max_steps=1, **CASES[case])
+    best = torch.tensor([[[0, 4, -1], [2, 0, -1]], [[3, 0, 0], [1, -1, -1]]]).repeat(2, 1, 1)
+    searched, seen, own = trainer._best_plans, [], trainer._watch_plans
+    monkeypatch.setattr(trainer, "_best_plans", lambda *batch: (searched(*batch), best)[1])  # hard-EM's
+    monkeypatch.setattr(trainer, "_watch_plans", lambda *plans: (seen.append(plans), own(*plans)))
+    trainer.train()
+    ((soft, hard, ids, *_),) = seen
+    assert (ids == 0).any() and (ids < 0).any()
+    pairs = [(soft[place], hard[place]) for place in map(tuple, (ids >= 0).nonzero().tolist())]
+    for name, of in (("cos", lambda a, b: F.cosine_similarity(a, b, dim=0)), ("l2", lambda a, b: (a - b).norm())):
+        wanted = sum(of(*pair).item() for pair in pairs) / len(pairs)
+        assert setups.logged(trainer, f"monitor/{name}") == [pytest.approx(wanted, abs=1e-5)]

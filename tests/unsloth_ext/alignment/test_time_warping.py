@@ -114,6 +114,17 @@ def test_pad_values_never_matter_and_gradients_reach_every_token():
     assert touched.tolist() == [s >= 0 for s in ROWS["whole"]]
 
 
+@pytest.mark.parametrize("length", [None, 7])
+def test_a_row_of_pads_has_no_times_and_leaves_the_others_alone(length):
+    """Exactly."""
+    warper, x = WARPERS["smooth"], torch.randn(2, 2, 2, 40, 4)
+    ids = torch.stack([IDS[0], torch.full((40,), -1)])
+    plan = warper.plan(ids, length)
+    assert not plan.valid[1].any() and (plan.segment_ids[1] == -1).all()
+    out = plan.apply(x)
+    assert torch.equal(out[0], warper(x[:1], IDS[:1], T_s=length)[0]) and not out[1].any()
+
+
 def test_another_text_is_resampled_to_the_targets_segments():
     """Reasoning of 20 tokens to 8, prompt and answer token by token."""
     source = torch.tensor([[0] * 4 + [1] * 20 + [2] * 3])

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from unsloth_ext.concept import forward
 from unsloth_ext.residual import backbone_of
 
 from .test_forward import FAMILIES, T, V, codewords, model, patterns, states
@@ -40,6 +41,14 @@ def test_prefill_and_decode_are_the_parallel_forward(family, prompt, settings):
     assert (found - wanted[:, :prompt]).abs().max() <= 1e-10
     for t in range(prompt, T):
         assert (step(net, cache, ids[:, t], concepts[:, t]) - wanted[:, t]).abs().max() <= 1e-10
+
+
+def test_one_more_token_takes_the_quick_way(monkeypatch):
+    """It is what decoding's rate rests on: no forward of whole texts."""
+    net, concepts = model("qwen3"), patterns()
+    _, cache = prefill(net, texts(concepts)[:, :4], concepts[:, :4])
+    monkeypatch.setattr(forward, "parallel", lambda *_: pytest.fail("the way of several tokens"))
+    step(net, cache, texts(concepts)[:, 4], concepts[:, 4])
 
 
 @torch.no_grad()

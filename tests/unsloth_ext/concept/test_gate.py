@@ -8,7 +8,7 @@ from unsloth_ext.concept.segmenters import Memory
 from unsloth_ext.concept.texts import Texts
 from unsloth_ext.residual import backbone_of
 
-from .test_forward import V, model
+from .test_forward import V, model, states
 
 
 def backbone(**settings):
@@ -130,6 +130,20 @@ def test_the_slot_is_blended_with_the_weights_gradient():
     p = out.choice.probability.detach()
     assert (slots[0].abs() > 0).all()  # both sides
     assert ((slots[0] * p * (1 - p)).sum() + slots[1][-1]).abs() <= 1e-9 * slots[1][-1].abs()
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_codebooks": 2}, {"boundary_keeps_token": True}])
+@pytest.mark.parametrize("gate", ["literal", "factorised"])
+def test_only_the_gradient_differs_in_training(gate, settings):
+    """Values, 1e-10 in fp64, are those of the concepts that were drawn, had they been given."""
+    net = model("qwen3", gate=gate, **settings)
+    ids = torch.randint(3, 60, (4, 11), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        net.base_model.concept_head.bias[-1] += 2
+    out = backbone_of(net).train()(ids)
+    drawn = torch.where(out.choice.concept[..., None], out.choice.ids, V)
+    assert 0 < out.choice.concept.sum() < ids.numel()
+    assert (out.last_hidden_state - states(net.eval(), ids, drawn)).abs().max() <= 1e-10
 
 
 def test_without_noise_it_is_the_likeliest():
