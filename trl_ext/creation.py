@@ -1,7 +1,6 @@
 """How a model comes into an SFT trainer: TRL's own, or the one that Unsloth puts in its place when it is imported first."""
 
 import contextlib
-import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from unsloth_ext.hub import check_causal_lm, check_model, check_tokenizer, load_modules
+from unsloth_ext.hub import check_causal_lm, check_model, check_tokenizer, load_classifier, load_modules
 from unsloth_ext.master_weights import MasterWeights, copied_by_peft, master_weights, widen
 from unsloth_ext.settings_file import METHODS, read_saved
 
@@ -24,30 +23,33 @@ logger = logging.get_logger(__name__)
 
 @contextlib.contextmanager
 def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] = lambda _: None) -> Iterator[None]:
-    """While open, the trainer whose `__init__` this is looks at every model that it loads by name, and calls
-    `prepare(model)` on it.
+    """While open, the trainer whose `__init__` this is looks at every model that it loads by name, reward models too, and
+    calls `prepare(model)` on each that writes.
 
     Raises:
         ValueError: its files lack tensors, which TRL 1.15 would draw at random, or hold NaN.
     """
     names = inspect.unwrap(init).__globals__
     create = names.get("create_model_from_path")
-    if create is None:  # Unsloth's trainers take no names
-        yield
-        return
 
-    @functools.wraps(create)
     def create_and_prepare(name: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         model, found = create(name, *args, output_loading_info=True, **kwargs)
         check_model(model, name, found["missing_keys"])
         prepare(model)
         return (model, found) if output_loading_info else model
 
-    names["create_model_from_path"] = create_and_prepare
+    class Judge:
+        from_pretrained = staticmethod(load_classifier)
+
+    replaced = {"create_model_from_path": create_and_prepare, "AutoModelForSequenceClassification": Judge}
+    before = {
+        name: names[name] for name in replaced if name in names
+    }  # Unsloth's trainers take no names, SFT no judges
+    names.update((name, replaced[name]) for name in before)
     try:
         yield
     finally:
-        names["create_model_from_path"] = create
+        names.update(before)
 
 
 def attach_saved(

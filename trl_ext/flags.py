@@ -122,6 +122,20 @@ def at_least(arguments: Any, **lowest: int) -> None:
             raise ValueError(f"{name}={value}: at least {least}")
 
 
+def check_weights(**values: float) -> None:
+    """Raises a ValueError that names a weight which is below 0 or no finite number."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: a weight is 0 (off) or more")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises a ValueError that names a value which is not above 0 or no finite number; None is no value."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: more than 0")
+
+
 def check_values(arguments: Any) -> None:
     """Of TRL's and transformers' fields: numbers that are out of their range, and `..._kwargs` that are no JSON objects.
 

@@ -22,7 +22,14 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .log_filter import showing_only
 from .residual import backbone_of
@@ -213,6 +220,27 @@ def check_missing(names: Iterable[str], name: str) -> None:
     """Raises a ValueError for tensors that the files of `name` lack and transformers has drawn at random."""
     if lost := sorted(names):
         raise ValueError(f"{name} lacks {lost[0]}" + f" and {len(lost) - 1} more tensors" * (len(lost) > 1))
+
+
+def load_classifier(name: str, flag: str = "reward_funcs: ", **kwargs: Any) -> PreTrainedModel:
+    """A sequence classifier, such as a reward model, whole: a language model has no head that judges.
+
+    Args:
+        flag: in front of the name in what is said of it.
+
+    Raises:
+        ValueError: its files lack tensors, or hold NaN or infinity, or it is an adapter with a head.
+    """
+    model, found = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **kwargs)
+    # transformers 5.17 looks for a head under PEFT's name in memory, which is not that in an adapter's file
+    if any("modules_to_save" in key for key in found["missing_keys"]):
+        raise ValueError(
+            f"{flag}{name} is an adapter, whose head transformers would leave out: merge it into its base model "
+            "(merge_and_unload), save that, and give its folder"
+        )
+    check_missing(found["missing_keys"], f"{flag}{name}")
+    check_finite(model.state_dict(), f"{flag}{name}")
+    return model
 
 
 def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) -> None:

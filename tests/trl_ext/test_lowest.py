@@ -54,6 +54,43 @@ def test_the_smallest_flags_of_a_recipe_are_allowed(fields):
             RecipeArguments(**{field: value - 1})
 
 
+WEIGHTS = {
+    "KAVAConfig": ["w_student", "w_teacher", "w_codi", "w_kv"],
+    "ConceptConfig": ["ratio_weight", "usage_weight"],
+    "PlannerExecutorConfig": ["commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight",
+                              "signal_weight", "entropy_weight", "beam_diversity"],
+    "KVDistillConfig": ["lambda_kv"],
+    "KAVALoss": ["alpha1_codi", "alpha2_kv", "teacher_ce_weight"],
+}  # fmt: skip
+POSITIVE = {
+    "ConceptConfig": ["temperature", "temperature_end"],
+    "PlannerExecutorConfig": ["temperature", "temperature_end", "quota_rate", "usage_window", "staleness_threshold"],
+    "LogitsDistillConfig": ["temperature"],
+    "HRPOConfig": ["temperature", "repetition_penalty"],
+}
+
+
+def outside(fields, values):
+    return [(name, field, value) for name, each in fields.items() for field in each for value in values]
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        *outside(WEIGHTS, (-0.1, float("inf"), float("nan"))),
+        *outside(POSITIVE, (0.0, -1.0, float("inf"))),
+        *outside({"HRPOConfig": ["top_p", "min_p"]}, (-0.1, 1.1)),
+        *outside({"HRPOConfig": ["epsilon", "epsilon_high", "beta"]}, (-0.1, float("inf"), float("nan"))),
+    ],
+)
+def test_a_number_out_of_its_range_is_named(name, field, value, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value}: ")):
+        if name == "KAVALoss":
+            trl_ext.KAVALoss(**{field: value})
+        else:
+            getattr(trl_ext, name)(str(tmp_path), use_cpu=True, bf16=False, **{field: value})
+
+
 @pytest.mark.parametrize("field", ["loss_type", "importance_sampling_level", "scale_rewards"])
 @pytest.mark.parametrize("name", RL)
 def test_words_that_trl_reads_after_the_first_rollout_are_named_before_it(name, field, tmp_path):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -14,6 +15,7 @@ from tests.trl_ext.latent import setups as latent
 from tests.trl_ext.planner import setups as planner
 from tests.trl_ext.planner.test_resume import edit
 from tests.trl_ext.ppo import setups as ppo
+from tests.trl_ext.spo import setups as spo
 from trl_ext.minimind.stage import resumable
 from trl_ext.teacher import load_teacher
 
@@ -63,3 +65,46 @@ def test_what_it_lacks_is_named(folders, tmp_path, name):
 def test_transformers_draws_it_at_random(folders):
     """A canary: where this fails, loading by name refuses it without us."""
     AutoModelForCausalLM.from_pretrained(next(iter(folders.values())))
+
+
+JUDGED = {
+    "hrpo": lambda folder, judge: hrpo.hrpo(folder, peft=False, reward=judge),
+    "ppo": lambda folder, judge: ppo.ppo(folder, reward=judge),
+    "spo": lambda folder, judge: spo.spo(folder, reward=judge),
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_reward_model_given_by_its_name_is_whole(folders, tmp_path, name):
+    """A language model has no head that judges."""
+    with pytest.raises(ValueError, match=r"reward_funcs: .*/model.* lacks (model|score)"):
+        JUDGED[name](tmp_path, [str(folders[next(iter(SPOILT))])])
+    judge = tmp_path / "judge"
+    tiny.tokenizer(()).save_pretrained(judge)
+    tiny.tokenizer(()).save_pretrained(tmp_path / "adapter")
+    config = concept.base().config
+    config.num_labels = 1
+    whole = AutoModelForSequenceClassification.from_config(config)
+    whole.save_pretrained(judge)
+    assert not isinstance(JUDGED[name](tmp_path, str(judge)).reward_funcs[0], str)
+    lora = AutoModelForSequenceClassification.from_pretrained(judge, num_labels=1)
+    get_peft_model(lora, LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter, whose head transformers would leave out"):
+        JUDGED[name](tmp_path, str(tmp_path / "adapter"))
+    edit(judge / "model.safetensors", lambda tensors: tensors.update({"score.weight": torch.nan * torch.ones(1, 32)}))
+    with pytest.raises(ValueError, match=r"judge: score\.weight holds NaN or infinity"):
+        JUDGED[name](tmp_path, str(judge))
+
+
+def test_transformers_leaves_out_the_head_of_an_adapter(tmp_path):
+    """A canary: where this fails, an adapter can be a reward model."""
+    config = concept.base().config
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "judge")
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    lora = get_peft_model(judge, LoraConfig(task_type="SEQ_CLS"))
+    with torch.no_grad():
+        judge.score.modules_to_save["default"].weight.fill_(0.5)
+    lora.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=1)
+    assert not (loaded.score.modules_to_save["default"].weight == 0.5).all()

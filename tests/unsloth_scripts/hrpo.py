@@ -229,6 +229,24 @@ def refusals() -> dict:
     return said
 
 
+def references() -> dict:
+    """What is said of an adapter, new or trained before, that is held to its reference."""
+    from trl_ext.hrpo import unsloth
+
+    said, warn = {}, unsloth.logger.warning
+    heard: list[str] = []
+    unsloth.logger.warning = heard.append
+    for name, trained, beta in (("new", False, 0.05), ("trained", True, 0.05), ("free", True, 0.0)):
+        model = fast_model()
+        if trained:
+            next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = 0.1
+        hrpo(model, beta=beta)
+        said[name] = [*heard]
+        heard.clear()
+    unsloth.logger.warning = warn
+    return said
+
+
 def plain_model() -> dict:
     """A model without thinking modules, and a `peft_config`, which Unsloth's trainer would ignore."""
     trainer = HRPOTrainer(
@@ -267,6 +285,7 @@ PARTS = {
     "feature_off": feature_off,
     "config": config,
     "refusals": refusals,
+    "references": references,
     "plain_model": plain_model,
     "evaluated": evaluated,
 }

@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from unsloth_ext.concept.config import GATES, SEGMENTERS, OnlineConceptConfig
 
-from ..flags import at_least, check_values, must_be_off
+from ..flags import at_least, check_positive, check_values, check_weights, must_be_off
 from ..presets import Presets
 
 
@@ -84,15 +84,10 @@ class ConceptConfig(Presets, SFTConfig):
         self.online(self.n_shallow + (self.n_middle or 1) + self.n_deep)
         if self.codebook_init not in CODEBOOK_INITS:
             raise ValueError(f"codebook_init={self.codebook_init!r}: choose one of {', '.join(CODEBOOK_INITS)}")
-        for name in ("ratio_weight", "usage_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        check_weights(ratio_weight=self.ratio_weight, usage_weight=self.usage_weight)
         if not 1 < self.target_ratio < math.inf:
             raise ValueError(f"target_ratio={self.target_ratio}: more than 1 token for each concept")
-        for name in ("temperature", "temperature_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: more than 0")
+        check_positive(temperature=self.temperature, temperature_end=self.temperature_end)
         if not 0 <= self.warm_start_share <= 1:
             raise ValueError(f"warm_start_share={self.warm_start_share}: from 0 to 1")
         if self.concept_learning_rate is not None and not 0 <= self.concept_learning_rate < math.inf:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..flags import check_values
+from ..flags import check_positive, check_values
 from ..teacher import TeacherConfig
 
 
@@ -29,8 +29,7 @@ class LogitsDistillConfig(TeacherConfig):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}: a share, from 0 (the teacher alone) to 1 (SFT)")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: more than 0")
+        check_positive(temperature=self.temperature)
         if self.alpha < 1:
             _needs_stock_loss(self)
 

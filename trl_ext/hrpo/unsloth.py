@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import is_peft_model, set_seed
 from peft import get_peft_model
 from torch import nn
+from transformers.utils import logging
 
 import patches
 from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forwards
@@ -25,6 +26,8 @@ from unsloth_ext.unsloth_decoding import on_unsloth
 from .config import HRPOArguments
 from .trainer import HRPOMixin, _saved_in
 
+
+logger = logging.get_logger(__name__)
 
 OVERRIDDEN = (
     "compute_loss",
@@ -66,6 +69,13 @@ class UnslothHRPOMixin(HRPOMixin):
             set_seed(getattr(given.get("args"), "seed", 42))
             given["model"] = _with_adapter(
                 given["model"], config, getattr(given.get("args"), "gradient_checkpointing", False)
+            )
+        beta = getattr(given.get("args"), "beta", 0.0)
+        if beta and any("lora_B" in name and p.any() for name, p in given["model"].named_parameters()):
+            logger.warning(
+                f"HRPO: beta={beta} holds this adapter, which was trained before, to the base model without it, the KL "
+                "reference of Unsloth's trainer (TRL's is a copy of the adapter). To hold it to where it begins, merge it "
+                "into the base model and train a new one"
             )
         patches.apply(NAME, type(self))
         if on_unsloth(_causal_lm(given["model"])):

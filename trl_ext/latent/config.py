@@ -1,12 +1,11 @@
 """What latent distillation adds to SFT's configuration."""
 
-import math
 from dataclasses import dataclass, field
 
 from unsloth_ext.kv.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
-from ..flags import check_values, must_be_off, must_prepare, one_of
+from ..flags import check_values, check_weights, must_be_off, must_prepare, one_of
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
@@ -89,9 +88,7 @@ class LatentArguments:
             raise ValueError(f"kv_{error}") from None
         one_of(self, codi_loss=LOSSES, kv_loss=LOSSES)
         one_of(self, codi_std_mode=STD_MODES, kv_std_mode=STD_MODES, codi_std_scope=STD_SCOPES)
-        for name in ("w_student", "w_teacher", "w_codi", "w_kv"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        check_weights(w_student=self.w_student, w_teacher=self.w_teacher, w_codi=self.w_codi, w_kv=self.w_kv)
         if not (self.w_student or self.w_teacher or self.w_codi or self.w_kv):
             raise ValueError("w_student, w_teacher, w_codi and w_kv are all 0: nothing would be learnt")
         if self.w_kv and self.kv_scorer == "rkv" and self.num_latents <= KVScoring.window:

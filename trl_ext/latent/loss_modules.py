@@ -1,6 +1,5 @@
 """The losses of latent distillation as modules that stand alone: what the trainers compute."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from unsloth_ext.kv.compressor import RKVCompressor
 from unsloth_ext.latent.kv_projection import KVProjection
 from unsloth_ext.latent.reasoning_module import LatentReasoningModule
 
+from ..flags import check_weights
 from .losses import LOSSES, codi_loss, kv_loss
 
 
@@ -110,11 +110,7 @@ class KAVALoss(nn.Module):
         **kv: Any,
     ):
         super().__init__()
-        for name, value in (
-            ("alpha1_codi", alpha1_codi), ("alpha2_kv", alpha2_kv), ("teacher_ce_weight", teacher_ce_weight)
-        ):  # fmt: skip
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value}: a weight is 0 (off) or more")
+        check_weights(alpha1_codi=alpha1_codi, alpha2_kv=alpha2_kv, teacher_ce_weight=teacher_ce_weight)
         self.alpha1_codi, self.alpha2_kv, self.teacher_ce_weight = alpha1_codi, alpha2_kv, teacher_ce_weight
         self.codi_loss, self.kv_loss = CODILoss(**(codi or {})), KVDistillationLoss(**kv)
 

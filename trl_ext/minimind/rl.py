@@ -6,15 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from unsloth_ext.hub import check_finite, check_missing, check_name, load_tokenizer
+from unsloth_ext.hub import check_name, load_classifier, load_tokenizer
 
 from ..flags import at_least
 from ..tasks.reward import make_reward
@@ -84,12 +79,7 @@ class RewardModel:
 
     def __init__(self, name: str, batch_size: int = 16):
         check_name(name)
-        self.model, found = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype="auto", output_loading_info=True
-        )
-        check_missing(found["missing_keys"], f"reward_model={name}")  # a language model has no head that judges
-        check_finite(self.model.state_dict(), f"reward_model={name}")
-        self.model.eval()
+        self.model = load_classifier(name, "reward_model=", dtype="auto").eval()
         self.tokenizer, self.batch_size = load_tokenizer(name), batch_size
         if self.model.config.num_labels != 1:
             raise ValueError(f"reward_model={name}: {self.model.config.num_labels} logits; a reward model has one")

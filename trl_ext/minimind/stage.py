@@ -1,6 +1,7 @@
 """What the stages of a small language model share: flags, data, the model of the stage before, and how a stage ends."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from patches import fused_lm_head, granite_router_logits
 from patches.versions import installed_version
@@ -40,6 +42,8 @@ from .data import load_minimind_data
 from .embedded import write_embedded
 from .origin import changes, origin, remember
 
+
+logger = logging.get_logger(__name__)
 
 EMBEDDED = "embedded"
 CURVES = (
@@ -86,7 +90,8 @@ class StageArguments:
         return Path(folder, f"{kind}.jsonl")
 
     def load(self, name: str, kind: str) -> tuple[Dataset, Dataset]:
-        """(training, held-out) rows of a `kind` of `load_minimind_data`; the embedded default's are called `name`.
+        """(training, held-out) rows of a `kind` of `load_minimind_data`; the embedded default's are called `name`. Texts,
+        prompts and dialogues that are held out are not trained on.
 
         Raises:
             DataError: from `load_minimind_data`, or too few rows on a side.
@@ -104,7 +109,23 @@ class StageArguments:
                 )
             train, held_out = rows.select(range(first)), rows.select(range(first, len(rows)))
         held_out = held_out.select(range(min(self.eval_size, len(held_out))))
+        if self.dataset != EMBEDDED:
+            train = self._without(train, held_out)
         return train.select(range(min(self.train_size or len(train), len(train)))), held_out
+
+    def _without(self, rows: Dataset, others: Dataset) -> Dataset:
+        """The rows whose first column is none of the others'."""
+        name, seen = rows.column_names[0], {json.dumps(value) for value in others[others.column_names[0]]}
+        batches = rows.select_columns(name).iter(1000)
+        new = [json.dumps(value) not in seen for batch in batches for value in batch[name]]
+        if all(new):
+            return rows
+        if not any(new):
+            raise DataError(f"dataset {self.dataset}: each of its {len(rows)} rows for training is held out as well")
+        logger.warning(
+            f"dataset {self.dataset}: {new.count(False)} of its rows are held out as well; they train nothing"
+        )
+        return rows.select([i for i, keep in enumerate(new) if keep])
 
 
 def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any, ...]:

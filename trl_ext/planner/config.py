@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
 
-from ..flags import at_least, check_values, must_be_off, must_prepare, one_of
+from ..flags import at_least, check_positive, check_values, check_weights, must_be_off, must_prepare, one_of
 from .data import MODES
 
 
@@ -147,14 +147,23 @@ class PlannerExecutorConfig(SFTConfig):
         one_of(self, mode=MODES, training=TRAININGS)
         planner = self.planner()
         at_least(self, num_candidates=0, num_beams=0, e_step_every=1, max_e_step_every=1)
-        for name in ("commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight",
-                     "signal_weight", "entropy_weight", "beam_diversity"):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
-        for name in ("temperature", "temperature_end", "quota_rate", "usage_window", "staleness_threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: more than 0")
+        check_weights(
+            commitment_weight=self.commitment_weight,
+            usage_weight=self.usage_weight,
+            eos_weight=self.eos_weight,
+            quota_weight=self.quota_weight,
+            planner_weight=self.planner_weight,
+            signal_weight=self.signal_weight,
+            entropy_weight=self.entropy_weight,
+            beam_diversity=self.beam_diversity,
+        )
+        check_positive(
+            temperature=self.temperature,
+            temperature_end=self.temperature_end,
+            quota_rate=self.quota_rate,
+            usage_window=self.usage_window,
+            staleness_threshold=self.staleness_threshold,
+        )
         for name in ("word_dropout", "z_dropout", "forced_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to less than 1")

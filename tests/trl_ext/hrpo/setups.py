@@ -52,14 +52,14 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
-def hrpo(tmp_path: Path, *, peft: bool = True, model=None, dataset=None, **changes):
+def hrpo(tmp_path: Path, *, peft: bool = True, model=None, dataset=None, reward=reward_digits, **changes):
     """An HRPOTrainer; its delimiter '#' occurs in random completions."""
     from trl_ext import HRPOConfig, HRPOTrainer
 
     args = arguments(HRPOConfig, tmp_path / "out", **{"answer_delimiter": "#", **changes})
     return HRPOTrainer(
         model or base_folder(tmp_path),
-        reward_digits,
+        reward,
         args,
         train_dataset=dataset or prompts(),
         processing_class=tiny.tokenizer(),

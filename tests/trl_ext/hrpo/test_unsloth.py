@@ -110,6 +110,12 @@ def test_nothing_is_bypassed_in_silence(case, message):
     assert re.search(message, found()["refusals"][case])
 
 
+def test_whose_reference_is_the_bare_base_model_is_told_so():
+    report = found()["references"]
+    assert report["new"] == report["free"] == []
+    assert len(report["trained"]) == 1 and "beta=0.05 holds this adapter" in report["trained"][0]
+
+
 def test_a_plain_model_and_a_peft_config():
     report = found()["plain_model"]
     assert report["ratio"] <= RATIO and report["only_adapter"] and report["thinking"] >= 6
