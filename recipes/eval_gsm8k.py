@@ -46,6 +46,8 @@ from unsloth_ext.hub import saved_settings
 class EvalArguments:
     """What to evaluate, and how."""
 
+    flags_title = "Model, data and evaluation"
+
     checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
     split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
     limit: int | None = field(default=None, metadata={"help": "Use the first so many problems."})

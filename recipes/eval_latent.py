@@ -45,6 +45,8 @@ from unsloth_ext.residual import backbone_of
 class EvalArguments:
     """What to evaluate, and how."""
 
+    flags_title = "Model, data and evaluation"
+
     checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
     dataset: str = field(
         default="tiny", metadata={"help": "A hub id or a file as for training; 'tiny' is the embedded task."}

@@ -10,6 +10,7 @@ stage.
 
 import subprocess
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 
 from unsloth_ext.user_errors import in_sentences
@@ -17,8 +18,8 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.flags import chosen
-from trl_ext.run_folder import holds_results
+from trl_ext.flags import at_least, chosen
+from trl_ext.run_folder import check_free, noted
 from unsloth_ext.command_line import CommandLine
 
 
@@ -27,30 +28,42 @@ STEPS = {"tiny": 45, "smollm2": 4}  # of a stage; other models train an epoch
 
 
 def main() -> int:
-    name = chosen(sys.argv[1:], RECIPE.parent / "configs", "hrpo", tuple(STEPS))[0]
-    peek = CommandLine(add_help=False)
-    peek.add_argument("--output_dir", type=Path, default=Path("runs/hrpo_two_stage"))
-    peek.add_argument("--lr_thinking_projection", default="5e-5")
-    peek.add_argument("--resume_from_checkpoint")
-    peek.add_argument("--overwrite", nargs="?", const="true", default="false")
-    given, others = peek.parse_known_args()
+    parser = CommandLine(
+        description=__doc__.split("\n\n")[0],
+        epilog="All other flags are those of recipes/hrpo_gsm8k.py, for both stages; its --help shows them.",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/hrpo_two_stage"), metavar="FOLDER",
+        help="Holds stage_1/ and stage_2/ (default: runs/hrpo_two_stage).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lr_thinking_projection", type=float, default=5e-5, metavar="NUMBER",
+        help="Learning rate of the thinking projection in stage 2 (default: 5e-5); in stage 1 it is 0.",
+    )  # fmt: skip
+    parser.add_switch("--overwrite", "Delete what earlier runs have left in both folders, and begin anew.")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const="latest", help=SUPPRESS)
+    parser.add_argument("--help_all", action="help", help=SUPPRESS)
+    given, others = parser.parse_known_args()
+    at_least(given, lr_thinking_projection=0)
     first, second = given.output_dir / "stage_1", given.output_dir / "stage_2"
     if given.resume_from_checkpoint:
+        begun = [each["command"] for folder in (second, first) for each in (noted(folder, "commands") or [])[-1:]]
+        command = begun[0] if begun else f"recipes/hrpo_gsm8k.py --output_dir {second}"
         raise ValueError(
-            f"--resume_from_checkpoint: resume the stage itself, recipes/hrpo_gsm8k.py --output_dir {second}"
+            f"--resume_from_checkpoint: resume the stage itself: python {command} --resume_from_checkpoint latest"
         )
-    overwrite = given.overwrite.lower() not in ("false", "no", "0")
-    if holds_results(second) and not overwrite:
-        raise ValueError(f"{second} holds a run: --overwrite deletes what it made, --output_dir names another folder")
+    for folder in (first, second):
+        check_free(folder, given.overwrite)
+    name = chosen(sys.argv[1:], RECIPE.parent / "configs", "hrpo", tuple(STEPS))[0]
     length = ["--max_steps", str(STEPS[name])] if name in STEPS else ["--num_train_epochs", "1"]
     stages = (
-        (first, "0", []),
+        (first, 0.0, []),
         (second, given.lr_thinking_projection, ["--init_from", str(first / "final")]),
     )
     for folder, rate, more in stages:
         flags = [
             *length, *others, "--output_dir", str(folder),
-            "--lr_thinking_projection", rate, "--overwrite", str(overwrite), *more,
+            "--lr_thinking_projection", str(rate), "--overwrite", str(given.overwrite), *more,
         ]  # fmt: skip
         done = subprocess.run([sys.executable, str(RECIPE), *flags], check=False)
         if done.returncode:

@@ -40,7 +40,7 @@ from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.data import DataArguments
 from trl_ext.teacher import check_vocabularies
 from unsloth_ext import DelimiterMatcher, MapProjectionAligner
-from unsloth_ext.alignment.aligner import MODES
+from unsloth_ext.alignment.aligner import DIRECTIONS, MODES
 from unsloth_ext.console import PlainConsole
 from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
@@ -61,6 +61,8 @@ SHOWN = {
 class ProfileArguments:
     """What to look at."""
 
+    flags_title = "Models, data and alignment"
+
     mode: str = field(
         default="both", metadata={"help": "'structured', 'flat' or 'both'.", "aliases": ["--kv_projection_mode"]}
     )
@@ -70,14 +72,16 @@ class ProfileArguments:
     batch_size: int = field(default=8, metadata={"help": "Rows in each of the two batches."})
     seq_length: int = field(default=128, metadata={"help": "Longest row in tokens; longer ones are cut."})
     answer_delimiter: str | None = field(default=None, metadata={"help": "'####'; '#' in the tiny task."})
-    direction: str = field(default="student_to_teacher", metadata={"help": "What is projected."})
+    direction: str = field(
+        default="student_to_teacher", metadata={"help": f"What is projected: {' or '.join(DIRECTIONS)}."}
+    )
     layer_map: str = field(default="uniform", metadata={"help": "'uniform' or 'last'."})
     rope_space: str = field(default="rerotate", metadata={"help": "'rerotate', 'pre' or 'post'."})
     teacher_steps: int = field(
         default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
     )
     held_out: int = field(default=500, metadata={"help": "Held-out rows of the tiny task (--eval_size of training)."})
-    seed: int = field(default=0, metadata={"help": "Of the tiny task and of what starts at random."})
+    seed: int = field(default=0, metadata={"help": "Seed of the tiny task and of what starts at random."})
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny teacher is kept between runs."})
     output: str = field(default="runs/profile_alignment", metadata={"help": "Folder for profile.json, profile.png."})
 

@@ -13,16 +13,17 @@ from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from unsloth_ext.command_line import CommandLine, did_you_mean, underscored
 from unsloth_ext.hub import check_name
 
+from .flag_help import GENERAL, METAVARS, REST, USUAL, USUAL_TITLE, FlagsHelp, plain_type, title_of
 from .flags import check_values, read_config
 from .other_names import flattened, renamed
 
 
-OURS = ("trl_ext", "unsloth_ext", "__main__")
 # What a configuration file says of its dataset is not said of another one
 OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dataset_config")
 
@@ -44,34 +45,54 @@ class RecipeParser(CommandLine, TrlParser):
     def __init__(self, dataclass_types: Any, embedded: tuple[str, ...] = (), **kwargs: Any):
         self.embedded, self.config = embedded, None
         self.types: dict[str, Any] = {}
-        self.shown, self.everything = [], False
+        self.groups: dict[str, Any] = {}  # by title
+        self.everything = False
         about = (getattr(sys.modules["__main__"], "__doc__", None) or "").split("\n\n")[0]
-        super().__init__(dataclass_types, description=about, add_help=False, **kwargs)
-        general = self.add_argument_group("general")
-        general.add_argument("-h", "--help", action="help", help="Show our flags and their values here, and exit.")
+        super().__init__(dataclass_types, description=about, add_help=False, formatter_class=FlagsHelp, **kwargs)
+        general = self._group(GENERAL)
+        general.add_argument("-h", "--help", action="help", help="Show the flags used most and their values, and exit.")
         general.add_argument(
             "--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS,
-            help="Show all flags, TRL's and transformers' too.",
+            help="Show all flags, every one of TRL's and transformers' too.",
         )  # fmt: skip
-        general.add_argument("--config", default=argparse.SUPPRESS, help="A YAML file of fields; flags win over it.")
+        general.add_argument(
+            "--config", metavar="FILE", default=argparse.SUPPRESS, help="A YAML file of fields; flags win over it."
+        )
+        general.add_argument(
+            "--check_flags", action="store_true", default=argparse.SUPPRESS,
+            help="Say whether flags and configuration are right, and exit.",
+        )  # fmt: skip
         general.add_argument(
             "--traceback", action="store_true", default=argparse.SUPPRESS, help="Show where a user's error comes from."
         )
-        self.shown.append(general)
-        for action in self._actions:  # `--a-b` is read as `--a_b`
+        for action in self._actions:
+            # `--a-b` is read as `--a_b`
             action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+            if isinstance(action, argparse._StoreFalseAction):  # transformers' `--no_x`, beside `--x false`
+                action.help = argparse.SUPPRESS
+            elif action.choices:  # which argparse would show as one word that no line can hold
+                action.metavar = "NAME"
+                action.help = f"{action.help or ''} One of: {', '.join(map(str, action.choices))}."
+            elif action.dest in self.types:
+                action.metavar = METAVARS.get(plain_type(self.types[action.dest]), "TEXT")
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        hints, own = get_type_hints(dtype), _own_fields(dtype)
-        title = dtype.__name__ if len(own) == len(hints) else f"{dtype.__name__}: what is ours"
-        ours, others = self.add_argument_group(title), self.add_argument_group(f"{dtype.__name__}: the rest")
-        for each in dataclasses.fields(dtype):
-            if each.init:
-                self.types[each.name] = hints[each.name]
-                declared = copy(each)  # upstream narrows the type in place
-                declared.type = hints[each.name]
-                self._parse_dataclass_field(ours if each.name in own else others, declared)
-        self.shown.append(ours)
+        hints, declared = get_type_hints(dtype), {each.name: each for each in dataclasses.fields(dtype) if each.init}
+        # The recipe's own fields before those that it shares with others
+        for name in dict.fromkeys(name for cls in dtype.__mro__ for name in inspect.get_annotations(cls)):
+            if name in declared:
+                self.types[name] = hints[name]
+                field = copy(declared[name])  # upstream narrows the type in place
+                field.type = hints[name]
+                title = title_of(dtype, name)
+                if title == USUAL_TITLE:
+                    field.metadata = {**field.metadata, "help": USUAL[name]}
+                self._parse_dataclass_field(self._group(title), field)
+
+    def _group(self, title: str) -> Any:
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        return self.groups[title]
 
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
         """One instance of each dataclass: flags over what `--config` names."""
@@ -79,12 +100,17 @@ class RecipeParser(CommandLine, TrlParser):
         peek = CommandLine(add_help=False)
         peek.add_argument("--config", type=Path)
         peek.add_argument("--traceback", action="store_true")
+        peek.add_argument("--check_flags", action="store_true")
         options, flags = peek.parse_known_args(self._our_names(given))
         if options.config:
             self.config = options.config
             peek.add_argument("--dataset")
             self._set_from(options.config, peek.parse_known_args(flags)[0].dataset)
-        return self.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+        found = self.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+        if options.check_flags:
+            print(f"{self.prog}: flags and configuration are right", flush=True)
+            sys.exit(0)
+        return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         found, others = super().parse_known_args(args, namespace)
@@ -116,14 +142,20 @@ class RecipeParser(CommandLine, TrlParser):
         formatter = self._get_formatter()
         formatter.add_text(f"usage: {self.prog} [--config FILE] [--field value ...]")
         formatter.add_text(self.description)
-        for group in self._action_groups if self.everything else self.shown:
-            formatter.start_section(group.title)
-            formatter.add_arguments(group._group_actions)
-            formatter.end_section()
-        if not self.everything:
-            rest = len(self._actions) - sum(len(group._group_actions) for group in self.shown)
-            if rest:
-                formatter.add_text(f"{rest} more flags, TRL's and transformers', with --help_all")
+        method = [title_of(dtype, None) for dtype in self.dataclass_types if issubclass(dtype, TrainingArguments)]
+        rest = [title for title in self.groups if title.startswith(REST)]
+        ours = [title for title in self.groups if title not in (*method, USUAL_TITLE, GENERAL, *rest)]
+        for title in (*method, *ours, USUAL_TITLE, *(rest if self.everything else ()), GENERAL):
+            if title in self.groups:
+                formatter.start_section(title)
+                actions = self.groups[title]._group_actions
+                usual = title == USUAL_TITLE
+                formatter.add_arguments(sorted(actions, key=lambda a: [*USUAL].index(a.dest)) if usual else actions)
+                formatter.end_section()
+        hidden = [action for title in rest for action in self.groups[title]._group_actions]
+        more = sum(action.help is not argparse.SUPPRESS for action in hidden)
+        if more and not self.everything:
+            formatter.add_text(f"{more} more flags, TRL's and transformers', with --help_all")
         return formatter.format_help()
 
     def _our_names(self, argv: Sequence[str]) -> list[str]:
@@ -240,12 +272,6 @@ def _in_words(kinds: Sequence[Any]) -> str:
 
 def _as_yaml(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-
-
-def _own_fields(dtype: type) -> set[str]:
-    """Those that our classes declare, in place of TRL's too."""
-    ours = [cls for cls in dtype.__mro__ if cls.__module__.split(".")[0] in OURS]
-    return {name for cls in ours for name in inspect.get_annotations(cls)}
 
 
 def _resume(value: Any) -> Any:

@@ -21,6 +21,8 @@ from .tasks.evaluation import AccuracyCallback
 class LoraArguments:
     """LoRA, as a recipe's flags say it."""
 
+    flags_title = "LoRA"
+
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0: none."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
@@ -54,6 +56,8 @@ class LoraArguments:
 @dataclass
 class RecipeArguments(LoraArguments):
     """What a recipe adds to its trainer's configuration."""
+
+    flags_title = "Model, data and evaluation"
 
     model_name: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
     train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})

@@ -110,25 +110,36 @@ def lock(folder: Path) -> None:
     _locks[path] = file
 
 
-def begin(folder: Path, overwrite: bool) -> str:
-    """The id of a new run in this folder, which must be locked; with `overwrite` what an earlier run made is deleted.
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Whether a new run may begin in this folder; `begin` asks too.
 
     Raises:
         FolderError: the folder holds results, and `overwrite` is off, or nothing says that a run made them.
     """
+    if not holds_results(folder):
+        return
+    known = (folder / RUN_FILE).exists()
+    if not overwrite:
+        raise FolderError(
+            f"{folder} holds {_description(folder)}. Go on with it: --resume_from_checkpoint latest; begin anew: "
+            + ("--overwrite, which deletes it" if known else "move it away")
+            + "; or keep both: another --output_dir"
+        )
+    if not known:
+        raise FolderError(
+            f"--overwrite: {folder} has no {RUN_FILE}, so nothing says that a run made what is in it; move it away, or "
+            "choose another --output_dir"
+        )
+
+
+def begin(folder: Path, overwrite: bool) -> str:
+    """The id of a new run in this folder, which must be locked; with `overwrite` what an earlier run made is deleted.
+
+    Raises:
+        FolderError: from `check_free`.
+    """
+    check_free(folder, overwrite)
     if holds_results(folder):
-        known = (folder / RUN_FILE).exists()
-        if not overwrite:
-            raise FolderError(
-                f"{folder} holds {_description(folder)}. Go on with it: --resume_from_checkpoint latest; begin anew: "
-                + ("--overwrite, which deletes it" if known else "move it away")
-                + "; or keep both: another --output_dir"
-            )
-        if not known:
-            raise FolderError(
-                f"--overwrite: {folder} has no {RUN_FILE}, so nothing says that a run made what is in it; move it away, or "
-                "choose another --output_dir"
-            )
         delete_made(folder)
     made = uuid.uuid4().hex[:12]
     _write(folder, {"id": made, "commands": [_command()]})

@@ -17,6 +17,7 @@ from .flags import check_values
 class TeacherConfig(SFTConfig):
     """SFT's configuration with a teacher."""
 
+    flags_title = "Teacher"
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(

@@ -9,6 +9,7 @@ from typing import Any
 
 
 MOST_CHOICES = 250  # characters of them that are shown
+TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 FLAG = re.compile(r"--[\w-]+")
 
 
@@ -26,6 +27,12 @@ class CommandLine(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         return super().add_argument(*underscored(names), **kwargs)
+
+    def add_switch(self, name: str, help: str) -> argparse.Action:
+        """A flag that is on when it is given, alone or as `--name true`."""
+        return self.add_argument(
+            name, nargs="?", const=True, default=False, type=_truth, metavar="true|false", help=help
+        )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         found, others = self.parse_known_args(args, namespace)
@@ -51,6 +58,12 @@ class CommandLine(argparse.ArgumentParser):
             name = other[2:].partition("=")[0]
             known = [option[2:] for action in self._actions for option in action.option_strings]
             raise ValueError(f"--{name}: there is no such flag{did_you_mean(name, known, '--')}")
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return TRUTHS[text.lower()]
 
 
 def underscored(argv: Iterable[str]) -> list[str]:

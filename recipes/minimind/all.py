@@ -8,6 +8,7 @@ Each stage is a recipe of its own and takes its own flags, given in one string. 
 embedded default; of a folder that holds stages already only `--overwrite` deletes anything, and only what the stages made.
 """
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.run_folder import holds_results
-from unsloth_ext.command_line import CommandLine
+from trl_ext.run_folder import check_free, holds_results
+from unsloth_ext.command_line import CommandLine, underscored
 
 
 RECIPES = Path(__file__).parent
@@ -40,15 +41,40 @@ def command(name: str, run_dir: str, published: bool, flags: list[str]) -> list[
     return made + flags
 
 
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be split into flags: {error}") from error
+
+
+def joined(argv: list[str]) -> list[str]:
+    """`--dpo --packing` as `--dpo=--packing`, which argparse takes for a value."""
+    found, rest = [], iter(argv)
+    for word in rest:
+        value = next(rest, None) if word.removeprefix("--") in STAGES and word.startswith("--") else None
+        found.append(word if value is None else f"{word}={value}")
+    return found
+
+
 def main() -> int:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run_dir", default=RUN_DIR, help="Where the stages' folders are.")
-    parser.add_argument("--published", action="store_true", help="MiniMind's published sizes and files.")
-    parser.add_argument("--overwrite", action="store_true", help="Delete what earlier stages made, and begin anew.")
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="Only these, in the usual order.")
+    parser.add_argument(
+        "--run_dir", default=RUN_DIR, metavar="FOLDER", help=f"Where the stages' folders are (default: {RUN_DIR})."
+    )
+    parser.add_switch("--published", "MiniMind's published sizes and files.")
+    parser.add_switch("--overwrite", "Delete what earlier runs have left in the stages' folders, and begin anew.")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        default=STAGES,
+        choices=STAGES,
+        metavar="STAGE",
+        help=f"Only these, in the usual order: {', '.join(STAGES)}.",
+    )
     for name in STAGES:
-        parser.add_argument(f"--{name}", type=shlex.split, default=[], metavar="FLAGS", help=f"For {name}.py.")
-    options = parser.parse_args()
+        parser.add_argument(f"--{name}", type=words, default=[], metavar="FLAGS", help=f"For {name}.py, in one string.")
+    options = parser.parse_args(joined(sys.argv[1:]))
     if options.published and options.run_dir != RUN_DIR:
         parser.error("--run_dir moves the embedded default; the published configurations name their folders themselves")
     names = [name for name in STAGES if name in options.stages]
@@ -59,10 +85,24 @@ def main() -> int:
             f"{', '.join(there)}: holds a run already; --overwrite deletes what it made, --run_dir names another folder, "
             "--stages takes some of the stages"
         )
-    overwrite = ["--overwrite", "true"] if options.overwrite else []
+    commands = {}
+    for name in STAGES:
+        given = underscored(getattr(options, name))
+        if given and name not in names:
+            parser.error(f"--{name}: --stages leaves this stage out")
+        if name in names:
+            check_free(run_dir / name, options.overwrite)
+        moved = [flag for flag in given if flag.partition("=")[0] in ("--run_dir", "--output_dir", "--overwrite")]
+        if moved:
+            parser.error(f"--{name}: {moved[0]} is for all stages: give --run_dir or --overwrite without --{name}")
+        commands[name] = command(name, options.run_dir, options.published, given)
+        if given:
+            right = subprocess.run([*commands[name], "--check_flags"], check=False, stdout=subprocess.DEVNULL)
+            if right.returncode:
+                return right.returncode
     for name in names:
-        flags = [*overwrite, *getattr(options, name)]
-        done = subprocess.run(command(name, options.run_dir, options.published, flags), check=False)
+        overwrite = ["--overwrite", "true"] if options.overwrite else []
+        done = subprocess.run([*commands[name], *overwrite], check=False)
         if done.returncode:
             return done.returncode
     return subprocess.run(command("report", options.run_dir, options.published, []), check=False).returncode

@@ -16,18 +16,20 @@ in_sentences()
 
 from trl_ext.flags import at_least
 from trl_ext.minimind.chat import Dialogue
-from trl_ext.minimind.stage import StageArguments, load_model, parse
+from trl_ext.minimind.stage import FolderArguments, load_model, parse
 
 
 @dataclass
-class Arguments(StageArguments):
+class Arguments(FolderArguments):
+    flags_title = "Dialogue"
+
+    model_name: str = field(default="", metadata={"help": "Hub id or folder of the model to talk to."})
     say: list[str] | None = field(default=None, metadata={"help": "What to say, turn by turn, instead of typing it."})
     system: str | None = field(default=None, metadata={"help": "The system message."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Of an answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0: the most probable token."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0: always the most probable token."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         at_least(self, max_new_tokens=1, temperature=0)
 
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_ext.minimind import metrics
-from trl_ext.minimind.stage import StageArguments, parse, resumable, run
+from trl_ext.minimind.stage import DataStageArguments, parse, resumable, run
 from unsloth_ext import minimind_config
 from unsloth_ext.hub import load_tokenizer
 
 
 @dataclass
-class Arguments(StageArguments):
+class Arguments(DataStageArguments):
     preset: str = field(default="tiny", metadata={"help": "Size and architecture: see docs/minimind.md."})
     tokenizer: str = field(default="runs/minimind/tokenizer/final", metadata={"help": "Folder or hub id."})
 

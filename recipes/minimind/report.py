@@ -9,11 +9,11 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from trl_ext.minimind.report import report
-from trl_ext.minimind.stage import StageArguments, parse
+from trl_ext.minimind.stage import FolderArguments, parse
 
 
 def main() -> None:
-    (stage,) = parse(__file__, StageArguments)
+    (stage,) = parse(__file__, FolderArguments)
     report(stage)
 
 

@@ -15,7 +15,7 @@ in_sentences()
 
 
 from trl_ext.minimind.origin import remember
-from trl_ext.minimind.stage import StageArguments, parse, show
+from trl_ext.minimind.stage import DataStageArguments, parse, show
 from trl_ext.report import write_summary
 from trl_ext.run_folder import begin, finished, lock, writable_folder
 from unsloth_ext import train_tokenizer
@@ -23,7 +23,7 @@ from unsloth_ext.console import PlainConsole
 
 
 @dataclass
-class Arguments(StageArguments):
+class Arguments(DataStageArguments):
     vocab_size: int = field(default=6400, metadata={"help": "Tokens, three special ones and 256 bytes among them."})
     output_dir: str = field(default="runs/minimind/tokenizer", metadata={"help": "Where the tokenizer is saved."})
 
@@ -37,17 +37,19 @@ def main() -> None:
     (stage,) = parse(__file__, Arguments)
     started, folder = time.time(), writable_folder(stage.output_dir, "--output_dir")
     lock(folder)
-    begin(folder, stage.overwrite)
+    console = PlainConsole()
+    console.print(f"Run {begin(folder, stage.overwrite)} in {folder}")
     remember(folder, stage.made_from)
     train, held_out = stage.load("pretrain", "pretrain")
     tokenizer = train_tokenizer((row["text"] for row in train), stage.vocab_size)
     tokenizer.save_pretrained(folder / "final")
     before, after = {"bytes per token": 1.0}, {"bytes per token": bytes_per_token(tokenizer, held_out)}
-    show("tokenizer", before, after, PlainConsole())
+    show("tokenizer", before, after, console)
     write_summary(
         folder, stage="tokenizer", before=before, after=after, steps=0, seconds=round(time.time() - started, 1)
     )
     finished(folder, 0)
+    console.print(f"Written: {folder / 'final'}, {folder / 'summary.json'}")
 
 
 if __name__ == "__main__":

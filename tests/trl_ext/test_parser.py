@@ -198,7 +198,8 @@ def test_help_shows_ours_first_and_the_rest_on_request(config, capsys):
 
     ours, everything = shown(*config("lora_r: 17"), "--help"), shown("--help-all")
     assert len(ours.splitlines()) < 200 < len(everything.splitlines())
-    places = [ours.index(flag) for flag in ("--eval_size ", "--dataset ", "--lr_thinking_projection ", "--traceback ")]
+    order = ("--lr_thinking_projection ", "--eval_size ", "--dataset ", "--output_dir ", "--max_steps ", "--traceback ")
+    places = [ours.index(f"\n  {flag}") for flag in order]
     assert places == sorted(places)
     assert "(default: 17)" in ours  # the value that it has here
     assert "--weight_decay " not in ours and "--weight_decay " in everything and "--weight-decay" not in everything

@@ -35,6 +35,7 @@ class ConceptConfig(Presets, SFTConfig):
     `use_concepts=False` is SFT.
     """
 
+    flags_title = "Concept tokens"
     presets = PRESETS
 
     use_concepts: bool = field(default=True, metadata={"help": "False: plain SFT, of the same rows."})
@@ -45,20 +46,25 @@ class ConceptConfig(Presets, SFTConfig):
     num_codebooks: int = field(default=1, metadata={"help": "Codewords of a concept."})
     segmenter: str = field(default="null", metadata={"help": f"What ends a concept: {', '.join(SEGMENTERS)}."})
     gate: str = field(default="literal", metadata={"help": f"{' or '.join(GATES)}: gradients one-sided or two-sided."})
-    stride: int = field(default=4, metadata={"help": "Of the fixed segmenter: so many tokens ..."})
-    concepts_per_stride: int = field(default=1, metadata={"help": "... give so many concepts."})
+    stride: int = field(default=4, metadata={"help": "Fixed segmenter: tokens of a stride."})
+    concepts_per_stride: int = field(default=1, metadata={"help": "Fixed segmenter: concepts that a stride gives."})
     max_tail: int | None = field(default=None, metadata={"help": "Most tokens since the last concept."})
     max_nulls: int | None = field(default=None, metadata={"help": "Most tokens of a text that are no concepts."})
-    boundary_keeps_token: bool = field(default=False, metadata={"help": "Its token stays beside a new concept."})
-    target_ratio: float = field(default=4.0, metadata={"help": "R: tokens for each concept, what additions aim at."})
+    boundary_keeps_token: bool = field(
+        default=False, metadata={"help": "A token that ends a concept stays in the tail as well."}
+    )
+    target_ratio: float = field(
+        default=4.0,
+        metadata={"help": "R: tokens for each concept, which ratio_weight, calibrate_null and the warm start aim at."},
+    )
     ratio_weight: float = field(default=0.0, metadata={"help": "Weight of the ratio loss (H-Net's)."})
     usage_weight: float = field(default=0.0, metadata={"help": "Weight of KL(use of the codewords || uniform)."})
     codebook_init: str = field(
         default="random", metadata={"help": "random, or kmeans: codewords from the states of training texts."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the Gumbel softmax."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the Gumbel softmax."})
     temperature_end: float | None = field(
-        default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
+        default=None, metadata={"help": "What the temperature falls to, by the same factor every step; None: it stays."}
     )
     warm_start_share: float = field(
         default=0.0, metadata={"help": "Share of the steps, at the beginning, with a concept every R tokens."}
@@ -71,7 +77,7 @@ class ConceptConfig(Presets, SFTConfig):
         },
     )
     concept_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of head and embedding; None: the learning rate."}
+        default=None, metadata={"help": "Learning rate of concept head and embedding; None: learning_rate."}
     )
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}

@@ -19,6 +19,8 @@ class LogitsDistillConfig(TeacherConfig):
     `alpha=1` is SFT: no teacher is needed. The defaults are MiniMind's.
     """
 
+    flags_title = "Distillation of logits"
+
     alpha: float = field(default=0.5, metadata={"help": "Share of cross-entropy, 0 to 1; the teacher has the rest."})
     temperature: float = field(default=1.5, metadata={"help": "T: of both distributions that are compared."})
     allow_pickle_checkpoint: bool = field(
@@ -40,6 +42,8 @@ class ReasoningDistillConfig(SFTConfig):
 
     `tag_weight=1` is SFT. The defaults are MiniMind's.
     """
+
+    flags_title = "Distillation of reasoning"
 
     tag_weight: float = field(default=10.0, metadata={"help": "Weight of a tag's cross-entropy; of other tokens 1."})
     tags: list[str] = field(

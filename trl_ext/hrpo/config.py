@@ -18,6 +18,8 @@ class HRPOArguments:
     >>> args = HRPOConfig(output_dir="out", recompute="rollout", lr_thinking_projection=5e-5)
     """
 
+    flags_title = "HRPO"
+
     thinking: bool = field(
         default=True, metadata={"help": "Hybrid thinking states. Off, the trainer is TRL's GRPOTrainer, bit for bit."}
     )

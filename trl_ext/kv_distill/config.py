@@ -20,6 +20,7 @@ class KVDistillConfig(TeacherConfig):
     `lambda_kv=0` is SFT: no teacher is needed.
     """
 
+    flags_title = "KV alignment"
     _VALID_DICT_FIELDS = [*TeacherConfig._VALID_DICT_FIELDS, "ratio_map", "alpha_map"]
 
     lambda_kv: float = field(default=1.0, metadata={"help": "Weight of the structural loss beside cross-entropy."})
@@ -48,9 +49,11 @@ class KVDistillConfig(TeacherConfig):
     )
     freeze_aligner: bool = field(default=False, metadata={"help": "The projection does not learn."})
     aligner_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the projection; None: the model's learning rate."}
+        default=None, metadata={"help": "Learning rate of the projection; None: learning_rate."}
     )
-    T_s: int | None = field(default=None, metadata={"help": "Compare at so many times; None: at every token."})
+    T_s: int | None = field(
+        default=None, metadata={"help": "Compare at so many points of each row; None: at every token."}
+    )
     ratio_map: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Sampling rate by segment as JSON: \'{"P": 1, "R": 0.5, "A": 1}\'.'}
     )

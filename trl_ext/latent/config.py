@@ -16,6 +16,8 @@ class LatentArguments:
     loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV
     """
 
+    flags_title = "Latent tokens (CODI, PCCoT, KaVa)"
+
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Must stay off: transformers drops the cache in training with it."}
     )
@@ -39,7 +41,9 @@ class LatentArguments:
     update: str = field(
         default="shifted", metadata={"help": "'shifted': a slot's output is the next one's input; 'own': its own."}
     )
-    feedback_residual: bool = field(default=False, metadata={"help": "Add to the previous latent input."})
+    feedback_residual: bool = field(
+        default=False, metadata={"help": "Add each new latent input to the one before, in place of replacing it."}
+    )
     answer_prompt: str = field(default="The answer is:", metadata={"help": "Text before every answer."})
     step_separator: str = field(default=" ", metadata={"help": "Text after every step of the teacher's trace."})
     drop_last_step: bool = field(default=True, metadata={"help": "Leave the last step out of the teacher's trace."})

@@ -10,7 +10,7 @@ from unsloth_ext.console import PlainConsole
 
 from ..report import pyplot_for_files
 from .chat import Dialogue
-from .stage import StageArguments, load_model
+from .stage import FolderArguments, load_model
 
 
 STAGES = ("tokenizer", "pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
@@ -23,7 +23,7 @@ DIALOGUES = {
 }
 
 
-def report(stage: StageArguments) -> None:
+def report(stage: FolderArguments) -> None:
     """Prints the table and the dialogues; leaves `report.json` and `report.png` in `run_dir`.
 
     Raises:

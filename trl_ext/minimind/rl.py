@@ -25,11 +25,11 @@ class RLArguments(StageArguments):
 
     reward_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of a reward model (one logit), whose sigmoid is the reward; without one, 1 for "
-                  "the number of the reference behind answer_delimiter, else 0."},
+        metadata={"help": "Hub id or folder of a reward model (one logit), whose sigmoid is the reward. Without one the "
+                  "reward is 1 for the right number behind answer_delimiter, else 0."},
     )  # fmt: skip
     max_generated_tokens: int | None = field(
-        default=None, metadata={"help": "Stop when so many tokens have been sampled, as methods are compared fairly."}
+        default=None, metadata={"help": "Stop when so many tokens have been sampled, to compare methods fairly."}
     )
     answer_delimiter: str = field(default=DELIMITER, metadata={"help": "Text before the number that is rewarded."})
 

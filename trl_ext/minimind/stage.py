@@ -59,25 +59,32 @@ CURVES = (
 
 
 @dataclass
-class StageArguments:
-    """What a stage adds to its trainer's configuration."""
+class FolderArguments:
+    """Where the stages are."""
 
-    model_name: str = field(default="", metadata={"help": "Hub id or folder of the model to begin with."})
+    flags_title = "Model, data and evaluation"
+
+    run_dir: str = field(
+        default="runs/minimind", metadata={"help": "Where the stages' folders and the embedded default's data are."}
+    )
+    begun: tuple[PlainConsole, Path, str | None] | None = field(default=None, init=False)  # from `start`
+    made_from: dict[str, Any] | None = field(default=None, init=False)  # see `origin`
+
+
+@dataclass
+class DataStageArguments(FolderArguments):
+    """What a stage that begins without a model has."""
+
     dataset: str = field(default=EMBEDDED, metadata={"help": "A JSONL file as MiniMind publishes it, or 'embedded'."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of the file."}
     )
     train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
     eval_size: int = field(default=300, metadata={"help": "Number of held-out rows."})
-    run_dir: str = field(
-        default="runs/minimind", metadata={"help": "Where the stages' folders and the embedded default's data are."}
-    )
     overwrite: bool = field(
         default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
     )
-    begun: tuple[PlainConsole, Path, str | None] | None = field(default=None, init=False)  # from `start`
-    made_from: dict[str, Any] | None = field(default=None, init=False)  # see `origin`
-    embedded_seed: int = field(default=0, metadata={"help": "Of the embedded default's data."})
+    embedded_seed: int = field(default=0, metadata={"help": "Seed of the embedded default's data."})
 
     def __post_init__(self) -> None:
         at_least(self, train_size=1, eval_size=1)
@@ -128,7 +135,14 @@ class StageArguments:
         return rows.select([i for i, keep in enumerate(new) if keep])
 
 
-def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any, ...]:
+@dataclass
+class StageArguments(DataStageArguments):
+    """What a stage adds to its trainer's configuration."""
+
+    model_name: str = field(default="", metadata={"help": "Hub id or folder of the model to begin with."})
+
+
+def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[Any, ...]:
     """Flags over a configuration file, by default `configs/<recipe>_tiny.yaml` beside the recipe.
 
     The stage's output folder is this run's from here on. A model that a stage of the embedded default has not left yet is
@@ -141,7 +155,7 @@ def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
     if isinstance(parsed[-1], TrainingArguments):
         parsed[0].begun = start(parsed[-1], parsed[0], ())
-    models = [parsed[0].model_name, getattr(parsed[-1], "teacher_model_name_or_path", None)]
+    models = [getattr(parsed[0], "model_name", None), getattr(parsed[-1], "teacher_model_name_or_path", None)]
     for name in models:
         _ensure(name, parsed[0], path.parent)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -153,14 +167,15 @@ def parse(recipe: str, stage: type[StageArguments], *configs: type) -> tuple[Any
     return parsed
 
 
-def _ensure(name: str | None, stage: StageArguments, recipes: Path) -> None:
+def _ensure(name: str | None, stage: FolderArguments, recipes: Path) -> None:
     folder = Path(name or "")
     if not name or folder.exists() or not folder.is_relative_to(stage.run_dir):
         return
     before = folder.relative_to(stage.run_dir).parts[0]
     script = recipes / f"{before}.py"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone and script.exists() and stage.dataset == EMBEDDED and stage.run_dir == StageArguments.run_dir:
+    embedded_data = getattr(stage, "dataset", EMBEDDED) == EMBEDDED and stage.run_dir == FolderArguments.run_dir
+    if alone and script.exists() and embedded_data:
         print(f"{name} is not there yet: running {script.name}", flush=True)
         done = subprocess.run([sys.executable, str(script)], check=False)
         if done.returncode:

@@ -26,6 +26,7 @@ class PlannerExecutorConfig(SFTConfig):
     A field of the one is ignored by the other, but for those that would be asked for in vain. `use_planner=False` is SFT.
     """
 
+    flags_title = "Planner and executor"
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "types"]
 
     gradient_checkpointing: bool = field(
@@ -39,7 +40,9 @@ class PlannerExecutorConfig(SFTConfig):
         metadata={"help": "Types of concepts as a JSON list: '[{\"name\": \"plan\", \"num_concepts\": 256, "
                   "\"quota\": 16}]', which is the default."},
     )  # fmt: skip
-    ordering: str = field(default="sequential", metadata={"help": f"Of types: {' or '.join(ORDERINGS)}."})
+    ordering: str = field(
+        default="sequential", metadata={"help": f"Order of types in a plan: {' or '.join(ORDERINGS)}."}
+    )
     multi_token: bool = field(default=False, metadata={"help": "All concepts of a type in one pass, from queries."})
     mode: str = field(
         default="generate",
@@ -47,10 +50,10 @@ class PlannerExecutorConfig(SFTConfig):
     )
     training: str = field(default="soft", metadata={"help": "'soft', by Gumbel straight-through, or 'hard_em'."})
     temperature: float = field(
-        default=1.0, metadata={"help": "Of the Gumbel softmax; in hard_em, of the candidates that are sampled."}
+        default=1.0, metadata={"help": "Temperature of the Gumbel softmax; in hard_em, of the sampled candidates."}
     )
     temperature_end: float | None = field(
-        default=None, metadata={"help": "What it falls to, by the same factor every step; None: it stays."}
+        default=None, metadata={"help": "What the temperature falls to, by the same factor every step; None: it stays."}
     )
     commitment_weight: float = field(
         default=0.0, metadata={"help": "Soft only: weight of 1 - cos(expected, chosen codeword)."}
@@ -71,7 +74,9 @@ class PlannerExecutorConfig(SFTConfig):
         metadata={"help": "Soft only: expected concepts of each type, or one number for all; None: as it comes."},
     )
     quota_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that holds plans at their target."})
-    quota_rate: float = field(default=0.1, metadata={"help": "Of the dual ascent: how fast its multipliers move."})
+    quota_rate: float = field(
+        default=0.1, metadata={"help": "How fast the multipliers of the quota loss move (dual ascent)."}
+    )
     word_dropout: float = field(
         default=0.0, metadata={"help": "Share of the text's tokens the executor does not read."}
     )
@@ -128,7 +133,7 @@ class PlannerExecutorConfig(SFTConfig):
         default=0.5, metadata={"help": "By this share of the steps texts are whole, whatever they cost."}
     )
     planner_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the new embeddings; None: the learning rate."}
+        default=None, metadata={"help": "Learning rate of the new embeddings; None: learning_rate."}
     )
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}

@@ -15,6 +15,8 @@ class PPOConfig(OneSampleConfig):
     KL's own, unless `use_bias_correction_kl=False`).
     """
 
+    flags_title = "PPO"
+
     beta: float = field(default=0.02, metadata={"help": "Coefficient of the KL to the reference; 0: no reference."})
     num_iterations: int = field(default=2, metadata={"help": "Epochs over each rollout."})
     gamma: float = field(default=1.0, metadata={"help": "Discount of the next token's value."})

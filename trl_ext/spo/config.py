@@ -17,6 +17,8 @@ class SPOConfig(OneSampleConfig):
     `shuffle_dataset=False` takes rows in order instead of by priority.
     """
 
+    flags_title = "SPO"
+
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clipping of the importance ratio."})
     value_tracker: str = field(
         default="prompt", metadata={"help": "One value for each 'prompt', or a 'global' one of all rewards."}

@@ -25,6 +25,8 @@ HELD_OUT_SEED = 10**6  # added to the seed of a generator, whose row i is made f
 class DataArguments:
     """Where problems come from and how they are put: what recipes that train and recipes that measure must agree on."""
 
+    flags_title = "Model, data and evaluation"
+
     dataset: str = field(
         default="tiny",
         metadata={

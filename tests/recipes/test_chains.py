@@ -1,0 +1,110 @@
+"""Recipes that run others: each part gets its own flags, and what is wrong is said before the first one begins."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def chain(monkeypatch, tmp_path):
+    """(exit status, commands) of a recipe whose parts are only written down; `rc` is what each of them ends with."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *argv, rc=lambda command: 0):
+        commands = []
+
+        def part(command, **_):
+            commands.append([Path(command[1]).stem, *command[2:]])
+            return subprocess.CompletedProcess(command, rc(commands[-1]))
+
+        monkeypatch.setattr(subprocess, "run", part)
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(RECIPES / script), run_name="__main__")
+        return stopped.value.code, commands
+
+    return run
+
+
+def holds_a_run(folder, known=True):
+    (folder / "final").mkdir(parents=True)
+    if known:
+        (folder / "run.json").write_text(
+            json.dumps({"id": "1", "commands": [{"command": f"x.py --output_dir {folder}"}]})
+        )
+
+
+def test_each_stage_gets_its_own_flags(chain, tmp_path):
+    holds_a_run(tmp_path / "mine" / "sft")
+    argv = ["--run_dir", "mine", "--overwrite", "--stages", "dpo", "sft", "--dpo", "--beta 0.2 --loss-type='ipo'", "--sft",
+            "--packing"]  # fmt: skip
+    status, commands = chain("minimind/all.py", *argv)
+    assert status == 0
+    assert [command[0] for command in commands] == ["sft", "dpo", "sft", "dpo", "report"]  # checked, then run
+    own = [["--packing"], ["--beta", "0.2", "--loss_type=ipo"]]
+    for (checked, run), flags in zip(zip(commands[:2], commands[2:4]), own):
+        assert checked[-len(flags) - 1 :] == [*flags, "--check_flags"]
+        assert run == [*checked[:-1], "--overwrite", "true"]
+        assert f"mine/{run[0]}" in run
+    assert (tmp_path / "mine" / "sft" / "final").exists()  # deleting is the stage's own business
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--dpo", "--beta '2"], "--dpo: .*cannot be split into flags"),
+        (["--dpo", "--output-dir elsewhere"], "--dpo: --output_dir is for all stages"),
+        (["--stages", "sft", "--dpo", "--beta 1"], "--dpo: --stages leaves this stage out"),
+        (["--overwrite", "maybe"], "--overwrite: 'maybe' is neither true nor false"),
+        (["--run_dir", "known"], "known/sft: holds a run already; --overwrite deletes"),
+        (["--run_dir", "unknown", "--overwrite"], "unknown/lora has no run.json"),
+    ],
+)
+def test_wrong_flags_of_the_stages_run_nothing(chain, tmp_path, argv, message):
+    holds_a_run(tmp_path / "known" / "sft")
+    holds_a_run(tmp_path / "unknown" / "lora", known=False)
+    with pytest.raises(ValueError, match=message):
+        chain("minimind/all.py", *argv)
+
+
+def test_a_stage_that_refuses_its_flags_or_fails_ends_the_chain(chain):
+    checks = chain("minimind/all.py", "--spo", "--rho_min 2", rc=lambda command: 2 * ("--check_flags" in command))
+    assert checks[0] == 2 and [command[0] for command in checks[1]] == ["spo"]
+    status, commands = chain("minimind/all.py", rc=lambda command: 3 * (command[0] == "sft"))
+    assert status == 3 and [command[0] for command in commands] == ["tokenizer", "pretrain", "sft"]
+
+
+def test_the_two_stages(chain, tmp_path):
+    holds_a_run(tmp_path / "mine" / "stage_1")
+    argv = ["--output_dir", "mine", "--overwrite", "--seed", "3"]
+    status, commands = chain("hrpo_two_stage.py", *argv)
+    assert status == 0 and [command[0] for command in commands] == ["hrpo_gsm8k"] * 2
+    for command, rate, folder in zip(commands, ("0.0", "5e-05"), ("stage_1", "stage_2")):
+        flags = dict(zip(command[1::2], command[2::2]))
+        assert flags["--lr_thinking_projection"] == rate and flags["--output_dir"] == f"mine/{folder}"
+        assert flags["--overwrite"] == "True" and flags["--seed"] == "3" and flags["--max_steps"] == "45"
+    assert commands[1][-2:] == ["--init_from", "mine/stage_1/final"] and "--init_from" not in commands[0]
+    assert (tmp_path / "mine" / "stage_1" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lr_thinking_projection", "fast"], "--lr_thinking_projection: invalid float"),
+        (["--lr_thinking_projection", "-1"], "lr_thinking_projection=-1.0: at least 0"),
+        (["--overwrite", "maybe"], "neither true nor false"),
+        ([], "mine/stage_2 holds run 1"),
+        (["--resume_from_checkpoint", "latest"], "python x.py --output_dir .*stage_2 --resume_from_checkpoint latest"),
+    ],
+)
+def test_what_is_wrong_with_two_stages_is_said_before_the_first(chain, tmp_path, argv, message):
+    holds_a_run(tmp_path / "mine" / "stage_2")
+    with pytest.raises(ValueError, match=message):
+        chain("hrpo_two_stage.py", "--output_dir", "mine", *argv)
