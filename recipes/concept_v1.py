@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from trl_ext.concept.recipe import ScriptArguments, parse, refuse_resume, run
 from trl_ext.flags import one_of
+from unsloth_ext.command_line import underscored
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -40,6 +41,7 @@ BASELINES = {
         "max_nulls": None,
     },
 }
+SET = {name for fields in BASELINES.values() for name in fields}
 
 
 @dataclass
@@ -54,9 +56,11 @@ class BaselineArguments(ScriptArguments):
 
 
 def main() -> None:
+    for flag in underscored(sys.argv[1:]):
+        if (name := flag.removeprefix("--").partition("=")[0]) in SET and flag.startswith("--"):
+            raise ValueError(f"--{name}: a baseline is one because of its own; recipes/concept_v2.py takes this flag")
     # Not where the configuration file puts the run that these are measured against
-    flags = ["--output_dir", "runs/concept_v1", *sys.argv[1:]]
-    script, data, args = parse(flags, BaselineArguments, CONFIGS)
+    script, data, args = parse(sys.argv[1:], BaselineArguments, CONFIGS, output_dir="runs/concept_v1")
     names = list(BASELINES) if script.baseline == "both" else [script.baseline]
     if len(names) > 1:
         refuse_resume(args)

@@ -71,12 +71,16 @@ class ProfileArguments:
     aligner: str | None = field(default=None, metadata={"help": "Folder of a trained projection, in place of modes."})
     batch_size: int = field(default=8, metadata={"help": "Rows in each of the two batches."})
     seq_length: int = field(default=128, metadata={"help": "Longest row in tokens; longer ones are cut."})
-    answer_delimiter: str | None = field(default=None, metadata={"help": "'####'; '#' in the tiny task."})
+    answer_delimiter: str | None = field(
+        default=None, metadata={"help": "Text before the answer; None: '####', and '#' in the tiny task."}
+    )
     direction: str = field(
         default="student_to_teacher", metadata={"help": f"What is projected: {' or '.join(DIRECTIONS)}."}
     )
-    layer_map: str = field(default="uniform", metadata={"help": "'uniform' or 'last'."})
-    rope_space: str = field(default="rerotate", metadata={"help": "'rerotate', 'pre' or 'post'."})
+    layer_map: str = field(default="uniform", metadata={"help": "Which of the teacher's layers: 'uniform' or 'last'."})
+    rope_space: str = field(
+        default="rerotate", metadata={"help": "Where keys are mixed: 'rerotate', 'pre' or 'post' rotary embedding."}
+    )
     teacher_steps: int = field(
         default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
     )

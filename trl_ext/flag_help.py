@@ -25,7 +25,7 @@ USUAL = {
     "num_generations": "Completions of each prompt in a rollout.",
     "max_completion_length": "Longest completion in a rollout, in tokens.",
     "temperature": "Of sampling a rollout: 1 is the model's own distribution.",
-    "beta": "How strongly the policy is held to the reference model; in GRPO 0 loads none.",
+    "beta": "How strongly the policy is held to the reference model; 0: not at all.",
     "max_length": "Longest row, in tokens; longer ones are cut.",
     "logging_steps": "Steps from one line of figures to the next.",
     "save_strategy": "When checkpoints are saved.",
@@ -45,7 +45,7 @@ def title_of(dtype: type, name: str | None) -> str:
     declaring = [cls for cls in dtype.__mro__ if name in inspect.get_annotations(cls)]
     ours = [cls for cls in declaring if cls.__module__.split(".")[0] in OURS]
     if ours or name is None:
-        return next((cls.flags_title for cls in (*ours[::-1], dtype) if hasattr(cls, "flags_title")), dtype.__name__)
+        return next((cls.flags_title for cls in (*ours[::-1], dtype) if hasattr(cls, "flags_title")), "Flags")
     package = declaring[-1].__module__.split(".")[0]
     return USUAL_TITLE if name in USUAL else f"{REST} ({PACKAGES.get(package, package)})"
 
@@ -67,5 +67,27 @@ class FlagsHelp(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
 
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        if action.default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: {_as_typed(action.default)})".replace(" (default: )", "")
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
+
+def _as_typed(value: Any) -> str:
+    """A default as one would type it; with `%` as argparse wants it."""
+    if isinstance(value, list):
+        return " ".join(_as_typed(each) for each in value)
+    if isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    elif isinstance(value, str) and value.strip() != value:
+        text = repr(value)
+    else:
+        text = str(value)
+    return text.replace("%", "%%")

@@ -37,13 +37,16 @@ class RecipeParser(CommandLine, TrlParser):
 
     Args:
         embedded: models that are no folders and not on the hub.
+        instead: fields whose value in a configuration file does not count.
 
     Raises:
         ValueError: from `parse_args_and_config`, for what is wrong with a flag, a file, or the fields together.
     """
 
-    def __init__(self, dataclass_types: Any, embedded: tuple[str, ...] = (), **kwargs: Any):
-        self.embedded, self.config = embedded, None
+    def __init__(
+        self, dataclass_types: Any, embedded: tuple[str, ...] = (), instead: dict[str, Any] | None = None, **kwargs: Any
+    ):
+        self.embedded, self.instead, self.config = embedded, instead or {}, None
         self.types: dict[str, Any] = {}
         self.groups: dict[str, Any] = {}  # by title
         self.everything = False
@@ -190,7 +193,7 @@ class RecipeParser(CommandLine, TrlParser):
         try:
             named = self._option_string_actions  # a field's other names among them
             fields = {named[f"--{key}"].dest if f"--{key}" in named else key: value for key, value in fields.items()}
-            fields = flattened(fields, self.types)
+            fields = {k: v for k, v in flattened(fields, self.types).items() if k not in self.instead}
             for name in fields:
                 if name not in self.types:
                     raise ValueError(f"{name}: there is no such field{did_you_mean(str(name), self.types)}")
@@ -205,7 +208,7 @@ class RecipeParser(CommandLine, TrlParser):
             fields = {name: fitted(name, value, self.types[name], actions[name]) for name, value in fields.items()}
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        self.set_defaults_with_config(**fields)
+        self.set_defaults_with_config(**fields, **self.instead)
 
 
 class _HelpAll(argparse.Action):

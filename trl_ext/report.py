@@ -34,7 +34,11 @@ class CompactProgress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = {short: f"{logs[name]:.3f}" for name, short in self.SHOWN.items() if logs.get(name) is not None}
+            shown = {
+                short: f"{round(logs[name], 3) + 0.0:.3f}"
+                for name, short in self.SHOWN.items()
+                if logs.get(name) is not None
+            }
             if shown and self.training_bar.disable:  # as in a file, where bars would be one endless line
                 figures = "  ".join(f"{name} {value}" for name, value in shown.items())
                 print(f"step {state.global_step} of {state.max_steps}  {figures}", flush=True)
@@ -181,8 +185,11 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
     series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in curves}
     series["accuracy"] = accuracy
     shown = [(name, label) for name, label in curves if len(series[name]) > 1]
-    rows = max(1, -(-len(shown) // 3))
-    figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.25 * rows), layout="constrained", sharex=True)
+    columns = 2 if len(shown) == 4 else max(1, min(3, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(1 + 4 * columns, 3.25 * rows), layout="constrained", sharex=True, squeeze=False
+    )
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     for axis, (name, label) in zip(axes.flat, shown, strict=False):
@@ -196,7 +203,7 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
         axis.locator_params("x", integer=True)
-    for axis in axes.flat[max(0, len(shown) - 3) : len(shown)]:  # the lowest of each column
+    for axis in axes.flat[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
     figure.suptitle(title)

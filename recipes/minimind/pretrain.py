@@ -24,7 +24,9 @@ from unsloth_ext.hub import load_tokenizer
 @dataclass
 class Arguments(DataStageArguments):
     preset: str = field(default="tiny", metadata={"help": "Size and architecture: see docs/minimind.md."})
-    tokenizer: str = field(default="runs/minimind/tokenizer/final", metadata={"help": "Folder or hub id."})
+    tokenizer: str = field(
+        default="runs/minimind/tokenizer/final", metadata={"help": "Folder or hub id of the tokenizer."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,6 +27,7 @@ FIRST = {
     "ppo": "PPO",
     "reason": "Distillation of reasoning",
     "spo": "SPO",
+    "report": "Flags",
     "chat": "Dialogue",
     **dict.fromkeys(CHAINS, "options"),
 }

@@ -18,8 +18,8 @@ def test_a_title_from_outside_and_whole_steps(tmp_path, monkeypatch):
     assert figure.get_suptitle() == r"HRPO, $\frac{, [/nope]"
 
 
-@pytest.mark.parametrize("panels", [1, 4, 6])
-def test_the_lowest_panel_of_each_column_numbers_its_steps(tmp_path, monkeypatch, panels):
+@pytest.mark.parametrize("panels, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (6, 3, 2)])
+def test_the_lowest_panel_of_each_column_numbers_its_steps(tmp_path, monkeypatch, panels, columns, rows):
     pyplot, drawn = pyplot_for_files(), []
     monkeypatch.setattr(pyplot, "close", drawn.append)
     names = [f"loss/{i}" for i in range(panels)]
@@ -27,8 +27,8 @@ def test_the_lowest_panel_of_each_column_numbers_its_steps(tmp_path, monkeypatch
     plot_curves(tmp_path / "curves.png", history, [], "", [(name, name) for name in names])
     (figure,) = drawn
     shown = figure.axes[:panels]
-    assert all(axis.get_xlabel() == "step" for axis in shown[-3:]) and len(figure.axes) == 3 * -(-panels // 3)
-    assert all(axis.xaxis.get_tick_params()["labelbottom"] for axis in shown[-3:])
+    assert all(axis.get_xlabel() == "step" for axis in shown[-columns:]) and len(figure.axes) == columns * rows
+    assert all(axis.xaxis.get_tick_params()["labelbottom"] for axis in shown[-columns:])
 
 
 def test_a_file_gets_lines_in_place_of_bars(capsys):

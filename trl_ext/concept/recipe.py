@@ -49,9 +49,10 @@ class ScriptArguments(RecipeArguments):
         at_least(self, base_steps=1, max_new_tokens=1)
 
 
-def parse(argv: list[str], script_class: type[ScriptArguments], configs: Path) -> tuple:
-    """Script, data and trainer's arguments: flags over the configuration file over the preset that either names."""
-    parser = RecipeParser((script_class, DataArguments, ConceptConfig), EMBEDDED)
+def parse(argv: list[str], script_class: type[ScriptArguments], configs: Path, **instead: Any) -> tuple:
+    """Script, data and trainer's arguments: flags over `instead` over the configuration file over the preset that flags or
+    file name."""
+    parser = RecipeParser((script_class, DataArguments, ConceptConfig), EMBEDDED, instead)
     _, config, others = chosen(argv, configs, "concept", EMBEDDED)
     preset = chosen_preset(config, others)
     if preset:

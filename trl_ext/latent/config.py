@@ -51,18 +51,25 @@ class LatentArguments:
     w_teacher: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy."})
     w_codi: float = field(default=1.0, metadata={"help": "Weight of the hidden-state distance L_CODI."})
     w_kv: float = field(default=0.0, metadata={"help": "Weight of the key-value distance L_KV."})
-    codi_loss: str = field(default="smooth_l1", metadata={"help": "'smooth_l1', 'l1' or 'mse'."})
+    codi_loss: str = field(default="smooth_l1", metadata={"help": "Distance of L_CODI: 'smooth_l1', 'l1' or 'mse'."})
     codi_std_mode: str = field(
         default="divide_loss",
-        metadata={"help": "The teacher's standard deviation: 'divide_loss', 'normalize_states' or 'none'."},
+        metadata={
+            "help": "What L_CODI does with the teacher's standard deviation: 'divide_loss', 'normalize_states' or 'none'."
+        },
     )
-    codi_std_scope: str = field(default="layer", metadata={"help": "Over a 'layer', 'global', or each 'token'."})
+    codi_std_scope: str = field(
+        default="layer", metadata={"help": "That deviation is of each 'layer', 'global', or of each 'token'."}
+    )
     codi_skip_embeddings: bool = field(
         default=False, metadata={"help": "Leave the embeddings' output out of L_CODI, as PCCoT does."}
     )
-    kv_loss: str = field(default="smooth_l1", metadata={"help": "'smooth_l1', 'l1' or 'mse'."})
+    kv_loss: str = field(default="smooth_l1", metadata={"help": "Distance of L_KV: 'smooth_l1', 'l1' or 'mse'."})
     kv_std_mode: str = field(
-        default="none", metadata={"help": "The teacher's, by layer: 'divide_loss', 'normalize_states' or 'none'."}
+        default="none",
+        metadata={
+            "help": "The teacher's standard deviation by layer, in L_KV: 'divide_loss', 'normalize_states' or 'none'."
+        },
     )
     kv_projection: bool = field(
         default=False,
@@ -73,10 +80,17 @@ class LatentArguments:
     kv_layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm behind kv_projection's linear layers."})
     kv_scorer: str = field(
         default="kava",
-        metadata={"help": "'kava', 'rkv', 'attention_only', 'cosine_only', 'random', 'uniform' or 'crop'."},
+        metadata={
+            "help": "How the teacher's keys are chosen: 'kava', 'rkv', 'attention_only', 'cosine_only', 'random', "
+            "'uniform' or 'crop'."
+        },
     )
-    kv_mix_lambda: float = field(default=0.1, metadata={"help": "Weight of importance against redundancy."})
-    kv_score_norm: str = field(default="none", metadata={"help": "'none', 'zscore' or 'rank'."})
+    kv_mix_lambda: float = field(
+        default=0.1, metadata={"help": "Weight of importance against redundancy in that choice."}
+    )
+    kv_score_norm: str = field(
+        default="none", metadata={"help": "How the two are normed before: 'none', 'zscore' or 'rank'."}
+    )
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
     )

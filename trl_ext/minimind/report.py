@@ -10,7 +10,7 @@ from unsloth_ext.console import PlainConsole
 
 from ..report import pyplot_for_files
 from .chat import Dialogue
-from .stage import FolderArguments, load_model
+from .stage import FolderArguments, load_model, readable
 
 
 STAGES = ("tokenizer", "pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
@@ -52,7 +52,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
         made.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
     for name, summary in found.items():
         for i, metric in enumerate(summary["after"]):
-            before, after = (f"{summary[side][metric]:.4g}" for side in ("before", "after"))
+            before, after = (readable(metric, summary[side][metric]) for side in ("before", "after"))
             first = i == 0
             made.add_row(name if first else "", metric, before, after, f"{summary['seconds']:.0f}" if first else "")
     made.add_section()
@@ -72,7 +72,7 @@ def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
         points = [(entry["step"], entry[label]) for entry in summary["history"] if label in entry]
         axis.plot(*zip(*points, strict=True), color="#2b5d9b", linewidth=1.5)
         metric = next(iter(summary["after"]))
-        change = " -> ".join(f"{summary[side][metric]:.3g}" for side in ("before", "after"))
+        change = " -> ".join(readable(metric, summary[side][metric]) for side in ("before", "after"))
         axis.set_title(f"{name}: {label}\nheld-out {metric} {change}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)

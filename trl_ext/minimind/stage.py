@@ -62,8 +62,6 @@ CURVES = (
 class FolderArguments:
     """Where the stages are."""
 
-    flags_title = "Model, data and evaluation"
-
     run_dir: str = field(
         default="runs/minimind", metadata={"help": "Where the stages' folders and the embedded default's data are."}
     )
@@ -74,6 +72,8 @@ class FolderArguments:
 @dataclass
 class DataStageArguments(FolderArguments):
     """What a stage that begins without a model has."""
+
+    flags_title = "Model, data and evaluation"
 
     dataset: str = field(default=EMBEDDED, metadata={"help": "A JSONL file as MiniMind publishes it, or 'embedded'."})
     eval_dataset: str | None = field(
@@ -249,10 +249,12 @@ def show(title: str, before: dict[str, float], after: dict[str, float], console:
     for heading in ("held out", "before", "after"):
         table.add_column(heading, justify="left" if heading == "held out" else "right")
     for name in after:
-        table.add_row(name, readable(before[name]), readable(after[name]))
+        table.add_row(name, readable(name, before[name]), readable(name, after[name]))
     console.print(table)
 
 
-def readable(value: float) -> str:
-    """Four digits, and more where a number is large: 12,790 and not 1.279e+04."""
+def readable(metric: str, value: float) -> str:
+    """An accuracy in percent; four digits of others, and more where a number is large: 12,790 and not 1.279e+04."""
+    if "accuracy" in metric:
+        return f"{value:.1%}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
