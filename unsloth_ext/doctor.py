@@ -22,7 +22,7 @@ def main() -> int:
     _versions_table(console, problems)
     use_unsloth, why = unsloth_can_run()
     console.print(f"backend: {'unsloth' if use_unsloth else 'transformers + peft'} ({why})")
-    _patches_table(console, use_unsloth)
+    _patches_list(console, use_unsloth)
     if not problems:
         console.print("all versions are tested together", style="green")
         return 0
@@ -45,17 +45,16 @@ def _versions_table(console: PlainConsole, problems: dict[str, str]) -> None:
     console.print(table)
 
 
-def _patches_table(console: PlainConsole, use_unsloth: bool) -> None:
-    table = Table(title="patches", title_justify="left")
-    table.add_column("name", no_wrap=True)
-    for heading in ("replaces", "applies here", "needed for"):
-        table.add_column(heading, overflow="fold")
-    for name in patches.NAMES:
-        patch = patches.get(name)
-        applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
-        present = importlib.util.find_spec(patch.package) is not None
-        table.add_row(name, patch.target, "yes" if applies and present else "no", patch.reason)
-    console.print(table)
+def _patches_list(console: PlainConsole, use_unsloth: bool) -> None:
+    """In lines, for a table would break the names of what is replaced."""
+    for used in (True, False):
+        console.print("patches that apply here" if used else "patches that do not")
+        for name in patches.NAMES:
+            patch = patches.get(name)
+            applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
+            if used == (applies and importlib.util.find_spec(patch.package) is not None):
+                console.print(f"  {name}: {patch.reason}")
+                console.print(f"    in {patch.target}")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,8 @@ def test_doctor_names_the_first_bad_pair(monkeypatch, capsys):
     from unsloth_ext import doctor
 
     assert doctor.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {f"    in {patches.get(name).target}" for name in patches.NAMES} <= set(lines)  # whole, to be copied
     monkeypatch.setitem(versions.TESTED, "trl", SpecifierSet("==9.9"))
     assert doctor.main() == 1
     assert "pip install 'trl==9.9'" in capsys.readouterr().out.replace("\n", " ")
