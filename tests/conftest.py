@@ -1,9 +1,12 @@
+import functools
 import gc
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
@@ -27,3 +30,20 @@ def _what_is_imported_is_no_garbage():
     """Trainers collect garbage, and each time would walk through all that was ever imported."""
     gc.collect()
     gc.freeze()
+
+
+class TogetherOnUnsloth(LoadFileScheduling):
+    """A process takes whole files, and all that run scripts on Unsloth go to one, since its import takes half a minute."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "on Unsloth" if _runs_on_unsloth(file) else file
+
+
+@functools.cache
+def _runs_on_unsloth(file: str) -> bool:
+    return "tests.unsloth_scripts" in Path(__file__).parents[1].joinpath(file).read_text()
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return TogetherOnUnsloth(config, log)
