@@ -65,6 +65,7 @@ TRIES = [
     ("kv_distill", ["--kv_projection_mode", "round"], "kv_projection_mode='round'"),
     ("kv_distill", ["--ratio_map", "{"], "ratio_map='{': a JSON object"),
     ("kv_distill", ["--T_s", "1"], "T_s=1: at least 3"),
+    ("concept_v1", ["--segmenter", "threshold"], "--segmenter: a baseline is one because of its own"),
     ("concept_v1", ["--baseline", "none"], "baseline='none'"),
     ("concept_v1", ["--resume_from_checkpoint", "latest"], "name one run with --baseline"),
     ("planner_executor", ["--facts", "100"], "facts=100: at most"),

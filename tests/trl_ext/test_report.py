@@ -37,3 +37,5 @@ def test_a_file_gets_lines_in_place_of_bars(capsys):
     state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=90)
     progress.on_log(None, state, None, {"loss": 0.5, "reward": 0.25, "epoch": 1.0})
     assert capsys.readouterr().out == "step 3 of 90  reward 0.250  loss 0.500\n"
+    progress.on_log(None, state, None, {"loss": -0.0001})
+    assert capsys.readouterr().out == "step 3 of 90  loss 0.000\n"
