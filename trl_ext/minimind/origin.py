@@ -14,8 +14,10 @@ ORIGIN = "made_from"
 
 def origin(recipe: Path, config: Path, models: list[str]) -> dict[str, Any]:
     """Of a stage that begins now with these models: folders, or hub ids, of which nothing is known."""
-    runs = {str(folder): run_id(folder) for folder in map(_run_folder, models) if folder.is_dir()}
-    return {"recipe": str(recipe), "files": {str(file): _hash(file) for file in (recipe, config)}, "runs": runs}
+    # By absolute paths: a later command may be given elsewhere
+    runs = {str(folder.resolve()): run_id(folder) for folder in map(_run_folder, models) if folder.is_dir()}
+    files = {str(file.resolve()): _hash(file) for file in (recipe, config)}
+    return {"recipe": str(recipe.resolve()), "files": files, "runs": runs}
 
 
 def remember(folder: Path, made_from: dict[str, Any]) -> None:
@@ -32,8 +34,8 @@ def changes(model: str) -> list[str]:
         if Path(file).is_file() and _hash(Path(file)) != before:
             found.append(f"{os.path.relpath(file)} was edited since")
     for run, before in known.get("runs", {}).items():
-        if run_id(run) != before:
-            found.append(f"{run} was made anew since")
+        if run_id(run) not in (before, None):  # None: nothing is there to compare with
+            found.append(f"{os.path.relpath(run)} was made anew since")
         earlier += changes(run)
     if found:
         remedy = f"{os.path.relpath(known['recipe'])} with --overwrite makes it anew"

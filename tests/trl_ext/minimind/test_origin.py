@@ -1,5 +1,9 @@
 """A stage that begins with what another one left hears what of that has changed since."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
 from trl_ext.minimind.origin import changes, origin, remember
@@ -35,9 +39,22 @@ def test_an_edit_is_heard_by_all_later_stages_until_they_are_made_anew(stages, t
     assert "pretrain.py with --overwrite makes it anew" in said
     stages("pretrain")
     (said,) = changes(last)
-    assert f"{tmp_path / 'pretrain'} was made anew since" in said and "sft.py with --overwrite" in said
+    assert f"{os.path.relpath(tmp_path / 'pretrain')} was made anew since" in said and "sft.py with --overwrite" in said
     stages("tokenizer")
     assert len(changes(last)) == 2
     for name in ("pretrain", "sft"):
         stages(name)
     assert changes(last) == []
+
+
+def test_where_the_command_is_given_does_not_matter(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    origins = [stages(name) for name in ("tokenizer", "pretrain")]
+    remember(tmp_path / "pretrain", origin(Path("pretrain.py"), Path("pretrain.yaml"), ["tokenizer/final"]))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert changes(origins[-1]) == []
+    stages("tokenizer")
+    assert "../tokenizer was made anew since" in changes(origins[-1])[0]
+    shutil.rmtree(tmp_path / "tokenizer")  # what is not there any more was not made anew
+    assert changes(origins[-1]) == []
