@@ -120,8 +120,9 @@ def check_free(folder: Path, overwrite: bool) -> None:
         return
     known = (folder / RUN_FILE).exists()
     if not overwrite:
+        go_on = "Go on with it: --resume_from_checkpoint latest; begin" if checkpoints(folder) else "Begin"
         raise FolderError(
-            f"{folder} holds {_description(folder)}. Go on with it: --resume_from_checkpoint latest; begin anew: "
+            f"{folder} holds {_description(folder)}. {go_on} anew: "
             + ("--overwrite, which deletes it" if known else "move it away")
             + "; or keep both: another --output_dir"
         )

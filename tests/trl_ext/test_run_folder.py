@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,10 @@ def test_a_second_run_is_refused_by_name_with_the_ways_out(tmp_path):
     for part in (str(tmp_path), run, "finished at step 4", "latest", "--overwrite", "--output_dir"):
         assert part in str(error.value)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    for _, path in run_folder.checkpoints(tmp_path):  # as with save_strategy "no": nothing to go on from
+        shutil.rmtree(path)
+    with pytest.raises(FolderError, match=r"finished at step 4\)\. Begin anew: --overwrite, .*another --output_dir"):
+        claim(arguments(tmp_path), False)
 
 
 def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path):
