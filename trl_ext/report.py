@@ -200,6 +200,8 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
             axis.plot(steps, _smooth(values), color="#2b5d9b", linewidth=2, label="running mean")
             axis.legend(frameon=False)
         axis.set_title(label, loc="left", fontsize=10)
+        if min(values) >= 0 > axis.get_ylim()[0]:  # no share or loss of these is below 0
+            axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
         axis.locator_params("x", integer=True)

@@ -190,7 +190,7 @@ def read_saved(name: str, expected: str | None = None, token: str | None = None)
     adapter = read_json(name, "adapter_config.json", token)
     method, settings = _settings(name, adapter, token)
     held = held_by(tensor_names(name, adapter is not None, token))
-    for other, why in ((method, "says so"), (held and held[0], f"it holds {held and held[1]}")):
+    for other, why in ((method, "its settings say so"), (held and held[0], f"it holds {held and held[1]}")):
         if other is not None and other.name != expected:
             raise ValueError(
                 f"{name} holds a model of the method {other.name} ({why}), which would be lost here; open it with "

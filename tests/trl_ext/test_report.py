@@ -39,3 +39,11 @@ def test_a_file_gets_lines_in_place_of_bars(capsys):
     assert capsys.readouterr().out == "step 3 of 90  reward 0.250  loss 0.500\n"
     progress.on_log(None, state, None, {"loss": -0.0001})
     assert capsys.readouterr().out == "step 3 of 90  loss 0.000\n"
+
+
+def test_what_is_never_negative_has_no_axis_below_zero(tmp_path, monkeypatch):
+    pyplot, drawn = pyplot_for_files(), []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    history = [{"step": step, "loss": -0.01 * step} for step in (1, 2)]
+    plot_curves(tmp_path / "curves.png", history, [(0, 0.0), (2, 0.0)], "", (("accuracy", "a"), ("loss", "l")))
+    assert [axis.get_ylim()[0] < 0 for axis in drawn[0].axes] == [False, True]

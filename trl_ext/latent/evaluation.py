@@ -14,6 +14,7 @@ from unsloth_ext.generation_arguments import check_context
 from unsloth_ext.latent.model import latent_generate, question_batch
 from unsloth_ext.mode import evaluating
 
+from ..tasks.evaluation import wilson_interval
 from ..tasks.reward import final_answer, same_number
 
 
@@ -25,7 +26,7 @@ class LatentEvaluation:
     """Results over n questions.
 
     Attributes:
-        accuracy, low, high: share of right answers, with its 95% bootstrap interval.
+        accuracy, low, high: share of right answers, with its 95% Wilson interval.
         forward_passes: mean over the questions of all passes through the model, the latent ones and one for each token.
         seconds: wall time a question, at the batch size of the evaluation.
         right: of each question.
@@ -103,8 +104,8 @@ def evaluate_answers(
             passes += before * len(questions) + int((ends.cumsum(1) - ends == 0).sum())
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     right = [is_right(text, row["answer"], answer_prompt) for text, row in zip(texts, rows, strict=True)]
-    low, high = bootstrap_interval([right])
     n = len(rows)
+    low, high = wilson_interval(sum(right), n)
     return LatentEvaluation(n, sum(right) / n, low, high, passes / n, seconds / n, right, texts)
 
 

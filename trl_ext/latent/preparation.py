@@ -32,6 +32,8 @@ from .data import learned_positions
 
 logger = logging.get_logger(__name__)
 
+NOT_A_TOY = 10_000_000  # weights; what is smaller was pretrained by nobody, as the embedded default's model
+
 
 def tokenizer_of(model: Any, args: LatentArguments, given: Any) -> PreTrainedTokenizerBase:
     """The tokenizer given, or else the model's, with a pad token.
@@ -108,7 +110,7 @@ class Preparation:
             vars(self.peft_config).update(with_latent_modules(self.peft_config, model))
         elif is_peft_model(model):
             check_adapter(model)
-        else:
+        elif model.num_parameters() >= NOT_A_TOY:
             logger.warning(
                 "All weights are trained, as LoRA was not asked for. A pretrained model lost its accuracy that way (from "
                 "56.5% to 7.0% in KaVa's ablation): give it a peft_config, or a recipe --lora_r 128"

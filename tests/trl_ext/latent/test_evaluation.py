@@ -8,6 +8,7 @@ from tests import tiny
 from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers, is_right
 from trl_ext.latent.looks import plot_similarity, probe
 from trl_ext.latent.sources import row_of_gsm8k
+from trl_ext.tasks.evaluation import wilson_interval
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, kv_similarity
 from unsloth_ext.ablations import ABLATIONS
 from unsloth_ext.latent.model import question_batch
@@ -38,6 +39,7 @@ def test_completions_are_those_of_each_question_alone_and_passes_are_counted(ite
         new = ids[0, len(tokenizer(row["question"])["input_ids"]) + 2 + 3 :].tolist()
         lengths.append(new.index(1) + 1 if 1 in new else len(new))
     assert found.forward_passes == pytest.approx(passes + np.mean(lengths))
+    assert (found.low, found.high) == wilson_interval(sum(found.right), 5) and found.low < found.high
     assert found.n == 5 and found.seconds > 0 and not model.training
 
 

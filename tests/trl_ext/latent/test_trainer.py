@@ -137,6 +137,15 @@ def test_a_path_is_as_good_as_a_model(tmp_path):
     assert len(losses[0]) == 4 and losses[0] == losses[1]
 
 
+def test_who_trains_all_weights_of_a_pretrained_model_is_warned(tmp_path, caplog, monkeypatch):
+    caplog.set_level("WARNING")
+    setups.trainer(tmp_path, peft=False, **setups.CASES["jacobi"])
+    assert "All weights are trained" not in caplog.text  # of a toy there is nothing to lose
+    monkeypatch.setattr("trl_ext.latent.preparation.NOT_A_TOY", 1000)
+    setups.trainer(tmp_path, peft=False, **setups.CASES["jacobi"])
+    assert "All weights are trained, as LoRA was not asked for" in caplog.text
+
+
 def test_evaluation_and_logging(tmp_path):
     trainer = setups.trainer(tmp_path, **setups.CASES["kv"])
     trainer.train()
