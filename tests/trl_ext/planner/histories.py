@@ -25,7 +25,7 @@ FIELDS = {
     "forced_share": 0.0, "planner_weight": 1.0,
 }  # fmt: skip
 # What the table does to those, by the first application
-_UNUSED = {"word_dropout": 0.1, "z_dropout": 0.05, "learning_rate": 0.5}
+_UNUSED = {"word_dropout": 0.1, "z_dropout": 0.05}
 _LOOK_AROUND = {"temperature": 1.5, "entropy_weight": 0.05, "num_beams": 3, "beam_diversity": 2.0, "num_candidates": 5,
                 "forced_share": 0.1}  # fmt: skip
 CHANGES = {

@@ -100,10 +100,12 @@ def test_cool_down_of_a_sign(warnings):
     run.log(history(UNUSED, logs=100))  # steps 10 to 1000: told at 50, 250, 450, 650, 850
     steps = sorted({change["step"] for change in run.callback.applied})
     assert steps == [50, 250, 450, 650, 850] and len(warnings) == 5
-    assert run.args.word_dropout == pytest.approx(0.5) and run.args.z_dropout == pytest.approx(0.1)
-    assert run.fields()["learning_rate"] == pytest.approx(0.1)  # 0.5, 0.25, 0.125, and the bound
+    assert run.args.word_dropout == pytest.approx(0.5) and run.args.z_dropout == pytest.approx(0.05)
+    run = Run(PlannerMonitorCallback(auto=True, cooldown=200), *parts(training="hard_em"))
+    run.log(history(STALE, logs=100))
+    assert run.fields()["learning_rate"] == pytest.approx(0.1)
     assert [c["new"] for c in run.callback.applied if c["field"] == "learning_rate"] == pytest.approx(
-        [0.5, 0.25, 0.125, 0.1]
+        [0.5, 0.25, 0.125, 0.1]  # and the bound
     )
 
 
