@@ -1,8 +1,10 @@
 """Models that recipes make: published whole, by whichever run was first."""
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from patches.versions import installed_version
+from tests import tiny
 from trl_ext.tasks import arithmetic, equations, facts, warm_start
 from trl_ext.tasks.warm_start import publish
 
@@ -92,3 +94,25 @@ def test_the_delimiter_and_the_size_count(where):
     assert len({where(), where(delimiter="##"), where(kind="steps"), where(kind="facts")}) == 4
     assert where(kind="steps", size=equations.TEACHER) != where(kind="steps")
     assert where(kind="facts", size=facts.Size(width=32)) != where(kind="facts")
+
+
+def test_an_unpacked_file_is_a_folder_of_plain_floats_that_ends_its_turns(monkeypatch, tmp_path):
+    """Loading of the file itself is transformers' (and needs a package of its own)."""
+
+    def load(folder, gguf_file, dtype, quantization_config):
+        assert (folder, gguf_file, quantization_config.dequantize) == (tmp_path, "model.gguf", True)
+        model = tiny.model("llama", dtype=dtype)
+        model.config.quantization_config = quantization_config
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *_, **__: tiny.tokenizer(("<|im_end|>", "<|endoftext|>"))
+    )
+    warm_start._unpack_gguf(tmp_path / "model.gguf", tmp_path / "made")
+    monkeypatch.undo()
+    tokenizer, config = (kind.from_pretrained(tmp_path / "made") for kind in (AutoTokenizer, AutoConfig))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert not hasattr(config, "quantization_config")
+    for settings in (config, GenerationConfig.from_pretrained(tmp_path / "made")):
+        assert settings.eos_token_id == tokenizer.eos_token_id and settings.pad_token_id == tokenizer.pad_token_id
