@@ -6,7 +6,8 @@
 
 First the suite runs once and remembers which function each test calls (`--calls`, made anew with `--trace`). Each mutant is
 then tried in a fork of one process that has imported everything: the function's code is swapped in memory, no file is
-written, and only the tests that call it run, the quickest first. A mutant survives when all of them pass.
+written, and only the tests that call it run, the quickest first. A mutant survives when all of them pass; one that fails
+is asked again without the mutant.
 
 Mutants that change nothing that a test should see stand in `tests/mutants_accepted.json`, each with its reason.
 """
@@ -237,40 +238,85 @@ def trace(to: Path, workers: int) -> None:
     to.write_text(json.dumps({name: found for part in tests for name, found in part.items()}))
 
 
-def attempt(job: tuple[Mutant, list[str], int]) -> tuple[Mutant, str]:
-    """ "killed" or "survived", in a fork of this process."""
-    mutant, tests, limit = job
+class Collected:
+    """A pytest plugin: which tests there are, and the first that fails."""
+
+    def __init__(self):
+        self.tests: set[str] = set()
+        self.failed = ""
+
+    def pytest_collection_finish(self, session):
+        self.tests |= {item.nodeid for item in session.items}
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+
+def first_failure(tests: list[str], limit: int, mutant: Mutant | None = None) -> str | None:
+    """Of tests that run in a fork of this process, with a mutant or without; None: all pass, "": it hung or broke down."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
-        status = 1
+        status, seen = 1, Collected()
         with contextlib.suppress(BaseException):  # whatever a mutant does here, the parent must hear a status
-            swap(mutant)
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]) != 0)
+            if mutant is not None:
+                swap(mutant)
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], [seen]) != 0)
+        os.write(writing, seen.failed.encode())
         os._exit(status)
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return mutant, "killed" if status else "survived"
+    os.close(writing)
+    deadline, done, status = time.monotonic() + limit, 0, 1
+    while not done and time.monotonic() < deadline:
         time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return mutant, "killed"  # it hung
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        failed = pipe.read() if done else ""
+    return failed if status or not done else None
 
 
-def import_everything(tests: list[str]) -> None:
-    """Collect the tests, so that forks find them and what they import in memory."""
+KNOWN: dict[str, bool] = {}  # of tests that have failed with a mutant: whether they pass without
+
+
+def attempt(job: tuple[Mutant, list[str], int]) -> tuple[Mutant, str]:
+    """ "killed" or "survived". A test that fails without the mutant too says nothing of it."""
+    mutant, tests, limit = job
+    tests = [test for test in tests if KNOWN.get(test, True)]
+    while tests:
+        failed = first_failure(tests, limit, mutant)
+        if failed is None:
+            break
+        if failed in tests and failed not in KNOWN:
+            KNOWN[failed] = first_failure([failed], limit) is None
+        if KNOWN.get(failed, True):
+            return mutant, "killed"
+        tests.remove(failed)
+    return mutant, "survived"
+
+
+def import_everything(tests: list[str]) -> set[str]:
+    """Collect the tests, so that forks find them and what they import in memory.
+
+    Returns:
+        All that their files hold now; what is known of calls may be older.
+    """
     import torch
 
     torch.set_num_threads(1)
+    seen, files = Collected(), {test.partition("::")[0] for test in tests}
     with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *sorted({t.partition("::")[0] for t in tests})])
+        there = sorted(file for file in files if Path(file).exists())
+        pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *there], [seen])
     gc.freeze()
+    return seen.tests
 
 
 def main() -> None:
@@ -296,11 +342,12 @@ def main() -> None:
     accepted = json.loads(ACCEPTED.read_text()) if ACCEPTED.exists() else {}
     found = [m for file in sorted(files) for m in mutants_of(file) if m.key() not in accepted]
     random.Random(args.seed).shuffle(found)
+    drawn = {m: [t for _, t in sorted(callers[f"{m.file}::{m.function}"])] for m in found[: args.number]}
+    there = import_everything([test for tests in drawn.values() for test in tests])
     jobs, untested = [], []
-    for mutant in found[: args.number]:
-        tests = [test for _, test in sorted(callers[f"{mutant.file}::{mutant.function}"])][: args.tests]
+    for mutant, tests in drawn.items():
+        tests = [test for test in tests if test in there][: args.tests]
         (jobs if tests else untested).append((mutant, tests, args.seconds))
-    import_everything([test for _, tests, _ in jobs for test in tests])
     survivors = [mutant for mutant, *_ in untested]
     with concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
         for i, (mutant, outcome) in enumerate(pool.map(attempt, jobs), start=1):

@@ -51,6 +51,17 @@ def test_a_test_that_looks_kills_it_and_one_that_does_not_lets_it_live(tmp_path)
     assert attempt((mutant, [str(idle)], 120))[1] == "survived"
 
 
+def test_a_test_that_fails_without_the_mutant_too_says_nothing_of_it(monkeypatch):
+    fail = {"always": lambda mutant: True, "looks": lambda mutant: mutant is not None, "idle": lambda mutant: False}
+    monkeypatch.setattr(mutate, "KNOWN", {})
+    monkeypatch.setattr(
+        mutate, "first_failure", lambda tests, _, mutant=None: next((t for t in tests if fail[t](mutant)), None)
+    )
+    for tests, outcome in ((["idle", "always"], "survived"), (["always", "looks"], "killed"), (["always"], "survived")):
+        assert attempt((chosen("project", "norm != 'none'"), tests, 120))[1] == outcome
+    assert mutate.KNOWN == {"always": False, "looks": True}
+
+
 def test_accepted_mutants_are_still_possible_and_have_a_reason():
     accepted = json.loads(mutate.ACCEPTED.read_text()) if mutate.ACCEPTED.exists() else {}
     possible = {

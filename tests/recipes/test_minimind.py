@@ -79,6 +79,7 @@ def test_every_stage_leaves_a_model_a_summary_and_a_picture(whole):
     for name in STAGES:
         summary = json.loads((whole / name / "summary.json").read_text())
         assert summary["stage"] == name and summary["before"].keys() == summary["after"].keys()
+        assert 0 <= summary["seconds"] < 600
         if name not in ("tokenizer", "lora"):
             loaded = AutoModelForCausalLM.from_pretrained(whole / name / "final")
             assert loaded.num_parameters() > 1e6 and (whole / name / "curves.png").stat().st_size > 10_000

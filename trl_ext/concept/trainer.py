@@ -217,7 +217,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         share = tokens.detach() / self._step_tokens if is_part else 1.0
         for name, (weight, term) in terms.items():
             if is_part:
-                sums.add(**{f"loss/{name}": share * term.detach()})
+                sums.add(**{f"loss/{name}": share * term})
             if weight:
                 loss = loss + weight * share * term
         return loss

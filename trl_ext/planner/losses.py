@@ -43,7 +43,7 @@ def expected_use(soft: SoftPlan, i: int) -> torch.Tensor:
 def hard_use(plan: torch.Tensor, i: int, size: int) -> torch.Tensor:
     """(V_i,), how often each of `size` concepts of type `i` is in plans (B, n, Q)."""
     ids = plan[:, i]
-    return torch.bincount(ids[ids >= 0], minlength=size).float()
+    return torch.bincount(ids[ids >= 0], minlength=size)
 
 
 def signal_nll(

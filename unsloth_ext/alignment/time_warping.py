@@ -149,14 +149,14 @@ class SegmentTimeWarper:
         index, count, length = times - of["to"], of["count"].clamp(min=1), of["length"].clamp(min=1)
         # From the first token to the last one; a single output time is in the middle
         place = torch.where(count > 1, index * (length - 1) / (count - 1).clamp(min=1), (length - 1) / 2)
-        place = place.clamp(min=0).minimum(length - 1).double()
+        place = place.minimum(length - 1).double()
         left = place.floor().long()
         first = index * length // count
         last = ((index + 1) * length + count - 1) // count - 1
         smooth = torch.tensor([self.alpha_map[s] for s in SEGMENTS], device=segment_ids.device)[segment]
 
         def column(inside: torch.Tensor) -> torch.Tensor:
-            return (of["from"] + inside.clamp(min=0).minimum(length - 1)).clamp(max=segment_ids.shape[1] - 1)
+            return (of["from"] + inside.minimum(length - 1)).clamp(max=segment_ids.shape[1] - 1)
 
         return WarpPlan(
             left=order.gather(1, column(left)),

@@ -1,13 +1,14 @@
 """What an evaluation says, against each text by itself."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from trl_ext.planner import monitors
-from trl_ext.planner.evaluation import evaluate_plans
+from trl_ext.planner.evaluation import _perplexity, evaluate_plans
 from unsloth_ext import execute_plan, executor_prefix, plan, plan_lengths
 from unsloth_ext.planner.executor import executor_forward
 
@@ -53,5 +54,15 @@ def test_every_figure_is_the_texts_own(tmp_path, mode, count):
     }.items():  # fmt: skip
         assert getattr(found, name) == pytest.approx(float(value), rel=1e-5), name
     assert found.lengths == pytest.approx(dict(zip("ab", lengths)))
+    for i, name in enumerate("ab"):
+        counts = Counter(code for code in plans[:, i].flatten().tolist() if code >= 0)
+        shares = [count / counts.total() for count in counts.values()]
+        assert found.perplexity[name] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
     assert [sample[0] for sample in found.samples] == texts[:2]
     assert [sample[2] for sample in found.samples] == [written(plans[i : i + 1]) for i in (0, 1)]
+
+
+def test_perplexity_of_few_concepts():
+    """Of none at all it is 1, as of one."""
+    for ids, wanted in (([-1, -1], 1.0), ([3, -1], 1.0), ([3, 0], 2.0)):
+        assert _perplexity(torch.tensor([ids]), 5) == pytest.approx(wanted)

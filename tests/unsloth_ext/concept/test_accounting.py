@@ -45,12 +45,34 @@ def test_multiplications_are_those_that_are_made(family, settings):
     assert found / 2 / 24 == wanted.macs
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_attention_is_of_the_slots_that_are_seen(keeps):
+    """To 1%, of 4,000 tokens and 1,000 concepts, counted one by one: two products of a query's width for each."""
+    net, tokens = model("qwen3", (2, 2, 1), segmenter="fixed", stride=4, boundary_keeps_token=keeps), 4000
+    shallow = middle = deep = concepts = tail = 0
+    for t in range(tokens):
+        shallow, tail = shallow + t + 1, tail + 1
+        if t % 4 < 3:
+            deep += concepts + tail
+            continue
+        concepts, tail = concepts + 1, 0
+        middle, deep = middle + concepts, deep + concepts * (2 if keeps else 1)  # with its token, which begins the tail
+        if keeps:
+            tail, deep = 1, deep + 1
+    queries = net.config.num_attention_heads * net.config.head_dim
+    found = cost(net.config, backbone_of(net).concept_config, 4.0, tokens).attention
+    assert found == pytest.approx(2 * queries * (2 * shallow + 2 * middle + deep) / tokens, rel=0.01)
+    assert cost(net.config, tokens=tokens).attention == pytest.approx(2 * queries * 5 * shallow / tokens, rel=0.01)
+
+
 def test_keys_and_values_are_those_that_are_held():
     """To 2%, after a text of 40: the tail is counted as half a stride long."""
     net = model("qwen3", segmenter="fixed", stride=4)
     ids = torch.randint(3, 60, (1, 40))
     held = net(ids, use_cache=True).past_key_values.num_bytes() / 8 / 40
-    assert held == pytest.approx(cost(net.config, backbone_of(net).concept_config, 4.0, 40).kv, rel=0.02)
+    config = backbone_of(net).concept_config
+    assert held == pytest.approx(cost(net.config, config, 4.0, 40).kv, rel=0.02)
+    assert cost(net.config, config, 4.0, 40) == cost(net.config, config, 4.0, 40, tail=(0 + 1 + 2 + 3) / 4)
 
 
 def test_a_long_tail_costs_keys_and_values():

@@ -43,6 +43,18 @@ def test_prefill_and_decode_are_the_parallel_forward(family, prompt, settings):
         assert (step(net, cache, ids[:, t], concepts[:, t]) - wanted[:, t]).abs().max() <= 1e-10
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("training, asked, configured, kept", [
+    (False, True, False, True), (False, False, True, False), (False, None, True, True), (False, None, False, False),
+    (True, True, True, False), (True, None, True, False),
+])  # fmt: skip
+def test_a_cache_is_made_where_it_is_asked_for_and_never_in_training(training, asked, configured, kept):
+    backbone = backbone_of(model("qwen3").train(training))
+    backbone.config.use_cache = configured
+    out = backbone(torch.tensor([[3, 4, 5]]), use_cache=asked)
+    assert (out.past_key_values is not None) == kept
+
+
 def test_one_more_token_takes_the_quick_way(monkeypatch):
     """It is what decoding's rate rests on: no forward of whole texts."""
     net, concepts = model("qwen3"), patterns()
