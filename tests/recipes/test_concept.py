@@ -101,7 +101,7 @@ def test_the_baselines_train_beside_each_other(run, capsys):
     run("concept_v1")
     lora, fixed = summary("out/lora"), summary("out/fixed")
     assert lora["after"]["ratio"] is None and fixed["after"]["ratio"] == 4.0
-    assert lora["base"] == fixed["base"] and "lora" in capsys.readouterr().out
+    assert lora["base"] == fixed["base"] and "\nTraining fixed\n" in capsys.readouterr().out
     assert Path("out/fixed/concepts.html").exists() and not Path("out/lora/concepts.html").exists()
     with pytest.raises(ValueError, match="name one run with --baseline"):
         run("concept_v1", "--resume_from_checkpoint", "latest")

@@ -195,6 +195,8 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
     task = load(script, data, args)
     rows = {"without concepts, before": base_evaluation(task, script, args)}
     for name, config in runs.items():
+        if len(runs) > 1:
+            console.print(f"Training {name}")
         trainer, after, accuracy = train(task, script, config, console, Path(config.output_dir), resume)
         rows[name] = after
         if not trainer.is_world_process_zero():
