@@ -182,8 +182,9 @@ def pyplot_for_files() -> ModuleType:
 def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
     """Small multiples over training steps; one that was never logged stays out."""
     pyplot = pyplot_for_files()
-    series = {name: [(e["step"], e[name]) for e in history if name in e] for name, _ in curves}
-    series["accuracy"] = accuracy
+    # One value a step: what ends a run is logged at its last step once more
+    series = {name: list({e["step"]: e[name] for e in history if name in e}.items()) for name, _ in curves}
+    series["accuracy"] = list(dict(accuracy).items())
     shown = [(name, label) for name, label in curves if len(series[name]) > 1]
     columns = 2 if len(shown) == 4 else max(1, min(3, len(shown)))
     rows = max(1, -(-len(shown) // columns))

@@ -44,6 +44,7 @@ def test_a_file_gets_lines_in_place_of_bars(capsys):
 def test_what_is_never_negative_has_no_axis_below_zero(tmp_path, monkeypatch):
     pyplot, drawn = pyplot_for_files(), []
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    history = [{"step": step, "loss": -0.01 * step} for step in (1, 2)]
+    history = [{"step": step, "loss": -0.01 * step} for step in (1, 2, 2)]  # the last step's twice
     plot_curves(tmp_path / "curves.png", history, [(0, 0.0), (2, 0.0)], "", (("accuracy", "a"), ("loss", "l")))
     assert [axis.get_ylim()[0] < 0 for axis in drawn[0].axes] == [False, True]
+    assert [list(axis.lines[0].get_xdata()) for axis in drawn[0].axes] == [[0, 2], [1, 2]]
