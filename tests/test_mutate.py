@@ -41,6 +41,7 @@ def test_it_is_swapped_in_memory():
     assert inspect.unwrap(states.project).__code__ is code
 
 
+@pytest.mark.slow
 def test_a_test_that_looks_kills_it_and_one_that_does_not_lets_it_live(tmp_path):
     looks, idle = tmp_path / "test_looks.py", tmp_path / "test_idle.py"
     body = "from unsloth_ext.states import Warper\n\n\ndef test_it():\n    warper = Warper(1.0, {}, 1.0, None)\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.marks import slow
 from tests.trl_ext.concept import setups
 from trl_ext.tasks import facts
 from unsloth_ext import ConceptModel
@@ -122,7 +123,7 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [slow(False), True])
 def test_a_model_and_data_of_ones_own(run, files, chat):
     if chat:
         tokenizer = tiny.tokenizer(())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.marks import slow
 from trl_ext.tasks import equations
 from unsloth_ext import AttentionShape
 
@@ -37,7 +38,7 @@ def run(monkeypatch, tmp_path, cache):
     return lambda *argv: start("--output_dir", "out", "--cache_dir", cache, *argv)
 
 
-@pytest.mark.parametrize("mode", ["structured", "flat"])
+@pytest.mark.parametrize("mode", ["structured", slow("flat")])
 def test_whole_run_and_resume(run, capsys, mode):
     run("--kv_projection_mode", mode)
     summary = json.loads(Path("out/summary.json").read_text())

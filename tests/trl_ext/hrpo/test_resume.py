@@ -23,11 +23,11 @@ def checkpoint(tmp_path, step):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        slow({}),
         {"num_iterations": 2},  # step 3 lies inside a generation cycle
         slow({"steps_per_generation": 2, "gradient_accumulation_steps": 1}),
         {"gradient_accumulation_steps": 2, "beta": 0.05},
-        {"recompute": "two_pass", "thinking_source": "soft_embedding"},
+        slow({"recompute": "two_pass", "thinking_source": "soft_embedding"}),
         slow({"peft": False}),
     ],
     ids=str,

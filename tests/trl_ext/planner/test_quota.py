@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.marks import slow
 from trl_ext.planner.quota import PlannerQuotaController
 
 
@@ -27,7 +28,7 @@ def run(targets, start, rate, steps=1500, pull=0.0):
 
 
 @pytest.mark.parametrize("start", [-4.0, 4.0])
-@pytest.mark.parametrize("pull", [0.0, 0.1, -0.1])
+@pytest.mark.parametrize("pull", [slow(0.0), 0.1, slow(-0.1)])
 def test_targets_are_reached_from_both_sides_against_a_task_that_pulls(start, pull):
     """0.1 concepts; without dual ascent (a rate of next to nothing) the pull wins by more."""
     targets = [2.0, 6.0]

@@ -80,7 +80,7 @@ def run(folder, monkeypatch, training, sign, auto):
 @pytest.mark.parametrize(
     "training, sign",
     [
-        pytest.param(*case, marks=pytest.mark.slow if case[0] == "hard_em" and case[1] != SETTLED else ())
+        pytest.param(*case, marks=() if case in (("soft", ONE_FOR_ALL), ("hard_em", SETTLED)) else pytest.mark.slow)
         for case in CASES
     ],
 )

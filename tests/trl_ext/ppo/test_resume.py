@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.marks import slow
 from trl_ext.checkpointing import CheckpointError
 from trl_ext.ppo.critic import critic_of
 
@@ -18,7 +19,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "lr_schedul
     "changes",
     [
         pytest.param({"num_iterations": 3}, marks=pytest.mark.slow),  # steps 1, 2 and 4 lie inside a rollout
-        {"num_iterations": 3, "target_kl": 1e-9},  # which is left at step 2
+        slow({"num_iterations": 3, "target_kl": 1e-9}),  # which is left at step 2
         {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_generations": 2},
         pytest.param({"num_iterations": 3, "peft_config": setups.lora()}, marks=pytest.mark.slow),
     ],

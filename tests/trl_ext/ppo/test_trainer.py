@@ -89,7 +89,7 @@ CASES = {
 }
 
 
-IN_SHORT = ("groups", "tools")
+IN_SHORT = ("groups",)
 
 
 @pytest.mark.parametrize("case", [c if c in IN_SHORT else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

@@ -8,6 +8,7 @@ from datasets import IterableDataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.marks import slow
 from tests.trl_ext.spo import setups
 from tests.trl_ext.spo.test_tracker import literal
 from trl_ext import SPOConfig
@@ -208,10 +209,10 @@ def test_evaluation_moves_no_tracker(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
+        slow({}),
+        slow({"num_iterations": 2}),
         {"gradient_accumulation_steps": 2},
-        pytest.param({"shuffle_dataset": False}, marks=pytest.mark.slow),
+        slow({"shuffle_dataset": False}),
     ],
     ids=str,
 )
