@@ -136,7 +136,7 @@ def test_live_status_has_a_fingerprint_of_what_was_replaced():
 @pytest.mark.parametrize(
     "order",
     [
-        pytest.param("import trl; patches.apply('fused_lm_head')", marks=pytest.mark.slow),
+        slow("import trl; patches.apply('fused_lm_head')"),
         slow("patches.apply('fused_lm_head'); import trl"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.marks import slow
 from tests.trl_ext.minimind import setups
 from trl_ext.minimind import embedded, rl, stage
 from trl_ext.minimind.chat import Dialogue
@@ -99,9 +100,7 @@ def test_the_report_holds_every_stage_and_a_dialogue(whole):
 IN_THEIR_OWN_TESTS = ("sft", "lora", "dpo", "grpo", "spo", "ppo", "distill", "reason")  # or as pretraining does
 
 
-@pytest.mark.parametrize(
-    "name", ["pretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_THEIR_OWN_TESTS)]
-)
+@pytest.mark.parametrize("name", ["pretrain", *(slow(name) for name in IN_THEIR_OWN_TESTS)])
 def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, name):
     """Weights after 4 steps, bit for bit, and after 2, a checkpoint, and 2 more."""
     few = [*FEW[name], *QUIET, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]

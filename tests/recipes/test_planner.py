@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from tests import tiny
+from tests.marks import slow
 from trl_ext import PlannerExecutorConfig
 from trl_ext.tasks import facts
 from trl_ext.tasks.data import DataArguments
@@ -38,7 +39,7 @@ def summary():
     return json.loads(Path("out/summary.json").read_text())
 
 
-@pytest.mark.parametrize("training", [pytest.param("soft", marks=pytest.mark.slow), "hard_em"])
+@pytest.mark.parametrize("training", [slow("soft"), "hard_em"])
 def test_whole_run_resume_and_what_it_leaves(run, capsys, training):
     run("--training", training)
     first = summary()
@@ -86,7 +87,7 @@ def test_a_model_and_data_of_ones_own(run, tmp_path):
     )
 
 
-@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [0, slow(4)])
 @pytest.mark.slow
 def test_hard_em_goes_on_from_a_model_that_plans(run, lora):
     """It begins with what the soft run ended with, adapter or not."""

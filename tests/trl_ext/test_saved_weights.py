@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from tests import tiny
+from tests.marks import slow
 from tests.trl_ext import test_resume
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.distill import setups as distill
@@ -51,7 +52,7 @@ LOST = {
 RARER = ("concepts, adapter", "planner, adapter", "latent, full", "tags")
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in RARER else ()) for c in LOST])
+@pytest.mark.parametrize("case", [slow(c) if c in RARER else c for c in LOST])
 def test_a_lost_tensor_and_one_that_is_not_finite_are_named(tmp_path, case):
     """Of whatever belongs to a run, however the method calls it."""
     make, changes, file, name = LOST[case]

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.marks import slow
 from tests.processes import launch
 
 
@@ -20,11 +21,11 @@ def start(method, folder, case, processes):
     "method,case,term",
     [
         ("latent", "sequential", "loss/codi"),
-        pytest.param("latent", "kv", "loss/kv", marks=pytest.mark.slow),
+        slow("latent", "kv", "loss/kv"),
         ("kv", "default", "kv/attn"),
-        pytest.param("kv", "note", "kv/k", marks=pytest.mark.slow),
-        pytest.param("concept", "stable", "loss/ratio", marks=pytest.mark.slow),
-        pytest.param("concept", "autoregressive", "concept/ratio", marks=pytest.mark.slow),
+        slow("kv", "note", "kv/k"),
+        slow("concept", "stable", "loss/ratio"),
+        slow("concept", "autoregressive", "concept/ratio"),
     ],
 )
 def test_two_processes_are_one(tmp_path, method, case, term):

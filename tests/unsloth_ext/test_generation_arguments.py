@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from tests import tiny
+from tests.marks import slow
 from tests.unsloth_ext.concept import test_forward as concepts
 from tests.unsloth_ext.latent import test_phase as latents
 from tests.unsloth_ext.planner import setups as planners
@@ -249,7 +250,7 @@ def works(kind):
     return sorted(names)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "concept" else k for k in KINDS])
+@pytest.mark.parametrize("kind", [slow(k) if k == "concept" else k for k in KINDS])
 def test_what_works_is_the_plain_way(kind):
     """Tokens equal, scores and logits to 1e-4 (fp32 in `generate`); and each example changes something in the plain way."""
     one = kind_of(kind)

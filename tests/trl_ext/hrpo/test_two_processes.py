@@ -4,14 +4,13 @@ import json
 
 import pytest
 
+from tests.marks import slow
 from tests.processes import launch
 
 from . import setups
 
 
-@pytest.mark.parametrize(
-    "mode, source", [("rollout", "projection"), pytest.param("soft_bptt", "soft_embedding", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode, source", [("rollout", "projection"), slow("soft_bptt", "soft_embedding")])
 def test_two_ranks_agree(tmp_path, mode, source):
     setups.base_folder(tmp_path)
     launch("tests.trl_ext.hrpo.two_process_worker", tmp_path, mode, source, processes=2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.marks import slow
 from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
 from trl_ext.planner.advice import PlannerMonitorCallback
 
@@ -28,7 +29,7 @@ def kept(trainer):
     return {name: x.clone() for name, x in trainer.planner_state.state_dict().items()}
 
 
-@pytest.mark.parametrize("peft", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("peft", [True, slow(False)])
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, case, peft):
     """From step 5 of 10, in the second of four epochs: weights, what is kept beside them, and what is logged."""

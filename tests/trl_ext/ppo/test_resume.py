@@ -18,10 +18,10 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "lr_schedul
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"num_iterations": 3}, marks=pytest.mark.slow),  # steps 1, 2 and 4 lie inside a rollout
+        slow({"num_iterations": 3}),  # steps 1, 2 and 4 lie inside a rollout
         slow({"num_iterations": 3, "target_kl": 1e-9}),  # which is left at step 2
         {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_generations": 2},
-        pytest.param({"num_iterations": 3, "peft_config": setups.lora()}, marks=pytest.mark.slow),
+        slow({"num_iterations": 3, "peft_config": setups.lora()}),
     ],
     ids=("rollout", "left", "accumulation", "adapter"),
 )

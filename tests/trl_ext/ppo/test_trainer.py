@@ -9,6 +9,7 @@ import trl
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, TrainerCallback
 
 from tests import tiny
+from tests.marks import slow
 from trl_ext.ppo.critic import critic_of
 
 from . import reference, setups
@@ -92,7 +93,7 @@ CASES = {
 IN_SHORT = ("groups",)
 
 
-@pytest.mark.parametrize("case", [c if c in IN_SHORT else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [c if c in IN_SHORT else slow(c) for c in CASES])
 def test_every_step_is_ppo_written_out(tmp_path, case):
     """Gradients of policy and of critic to 1e-4 of their norms, losses and divergence to 1e-4; the tutorial's errors
     (sequence ratio, k1, value read at the end) give others."""

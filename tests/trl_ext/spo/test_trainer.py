@@ -50,9 +50,9 @@ def responses(rollout):
     "changes",
     [
         {},
-        pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
-        pytest.param({"rho_mode": "constant"}, marks=pytest.mark.slow),
-        pytest.param({"initial_value": 0.3}, marks=pytest.mark.slow),
+        slow({"num_iterations": 2}),
+        slow({"rho_mode": "constant"}),
+        slow({"initial_value": 0.3}),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.marks import slow
 from tests.processes import launch
 from tests.trl_ext.spo import setups
 
@@ -16,7 +17,7 @@ def run(folder, processes, tracker):
     return json.loads((folder / "result.json").read_text()), torch.load(folder / "weights.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("tracker", ["prompt", pytest.param("global", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tracker", ["prompt", slow("global")])
 def test_two_processes_are_one(tmp_path, tracker):
     """Rewards of the drawn prompts exactly; tracker, D and losses to 1e-5, and weights to 1e-5; resumed, to the bit."""
     (one, first), (two, second) = (run(tmp_path / str(n), n, tracker) for n in (1, 2))
