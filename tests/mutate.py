@@ -17,6 +17,7 @@ import ast
 import concurrent.futures
 import contextlib
 import gc
+import importlib
 import io
 import json
 import multiprocessing
@@ -164,6 +165,7 @@ def mutants_of(file: Path) -> list[Mutant]:
 def swap(mutant: Mutant) -> None:
     """Make the change in the functions of this process that were compiled from the place."""
     path = str(ROOT / mutant.file)
+    importlib.import_module(mutant.file.removesuffix(".py").replace("/", "."))
     tree = Mutator(mutant.index).visit(ast.parse(Path(path).read_text()))
     code = {
         (c.co_qualname, c.co_firstlineno): c for c in _codes(compile(ast.fix_missing_locations(tree), path, "exec"))
@@ -262,11 +264,12 @@ def first_failure(tests: list[str], limit: int, mutant: Mutant | None = None) ->
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
-        status, seen = 1, Collected()
+        status, seen = 0, Collected()  # a mutant that cannot be made was noticed by none
         with contextlib.suppress(BaseException):  # whatever a mutant does here, the parent must hear a status
             if mutant is not None:
                 swap(mutant)
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], [seen]) != 0)
+            status = 1
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [seen]) != 0)
         os.write(writing, seen.failed.encode())
         os._exit(status)
     os.close(writing)
@@ -349,6 +352,8 @@ def main() -> None:
         tests = [test for test in tests if test in there][: args.tests]
         (jobs if tests else untested).append((mutant, tests, args.seconds))
     survivors = [mutant for mutant, *_ in untested]
+    if jobs and first_failure(jobs[0][1][:1], args.seconds) == "":
+        raise SystemExit("pytest breaks down without a mutant: what would be said of mutants means nothing")
     with concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
         for i, (mutant, outcome) in enumerate(pool.map(attempt, jobs), start=1):
             if outcome == "survived":

@@ -164,7 +164,8 @@ def loaded_first() -> float:
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=128, dtype=torch.float32, load_in_4bit=False, device_map="cpu"
     )
-    assert (type(model.model), "forward") in patches.get("llama_fast_forward").sites()
+    site, sites = (type(model.model), "forward"), patches.get("llama_fast_forward").sites
+    assert site in sites() and sites(site[0], llama) == [site, (llama, "LlamaModel_fast_forward")]
     patches.apply("llama_fast_forward")
     attach_thinking(model)
     stock = twin(model, "qwen2")

@@ -1,5 +1,6 @@
 """What HRPO adds to GRPO's configuration."""
 
+import math
 from dataclasses import dataclass, field
 
 from unsloth_ext.recompute import RECOMPUTE_MODES
@@ -82,7 +83,7 @@ class HRPOArguments:
         if self.jacobi_iterations < 1:
             raise ValueError(f"jacobi_iterations={self.jacobi_iterations}: at least 1; for none take 'rollout'")
         for name in ("lr_residual_gate", "lr_residual_lambda", "lr_thinking_projection"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a learning rate is 0 (frozen) or more")
 
     def thinking_config(self) -> ThinkingConfig:

@@ -25,6 +25,22 @@ def test_wilson_interval_against_published_values():
     assert wilson_interval(20, 20)[1] == pytest.approx(1)
 
 
+def test_the_summary_gets_all_numbers_and_no_text():
+    found = Evaluation(
+        n=2,
+        accuracy=0.5,
+        low=0.1,
+        high=0.9,
+        format_rate=1.0,
+        mean_length=3.0,
+        thinking_share=0.2,
+        completions=["a", "b"],
+    )
+    assert found.numbers() == {
+        "n": 2, "accuracy": 0.5, "low": 0.1, "high": 0.9, "format_rate": 1.0, "mean_length": 3.0, "thinking_share": 0.2
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("batch", [1, 5, 12])
 def test_batches_do_not_change_greedy_results(batch):
     net = attach_thinking(tiny.model(dtype=torch.float64)).double()
