@@ -41,6 +41,9 @@ def main() -> int:
         help="Learning rate of the thinking projection in stage 2 (default: 5e-5); in stage 1 it is 0.",
     )  # fmt: skip
     parser.add_switch("--overwrite", "Delete what earlier runs have left in both folders, and begin anew.")
+    parser.add_argument(
+        "--check_flags", action="store_true", help="Say whether flags and configuration are right, and exit."
+    )
     parser.add_argument("--resume_from_checkpoint", nargs="?", const="latest", help=SUPPRESS)
     parser.add_argument("--help_all", action="help", help=SUPPRESS)
     given, others = parser.parse_known_args()
@@ -52,6 +55,8 @@ def main() -> int:
         raise ValueError(
             f"--resume_from_checkpoint: resume the stage itself: python {command} --resume_from_checkpoint latest"
         )
+    if given.check_flags:  # which are the same for both stages
+        return subprocess.run([sys.executable, str(RECIPE), *others, "--check_flags"], check=False).returncode
     for folder in (first, second):
         check_free(folder, given.overwrite)
     name = chosen(sys.argv[1:], RECIPE.parent / "configs", "hrpo", tuple(STEPS))[0]

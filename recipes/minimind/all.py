@@ -64,6 +64,7 @@ def main() -> int:
     )
     parser.add_switch("--published", "MiniMind's published sizes and files.")
     parser.add_switch("--overwrite", "Delete what earlier runs have left in the stages' folders, and begin anew.")
+    parser.add_argument("--check_flags", action="store_true", help="Say whether the stages' flags are right, and exit.")
     parser.add_argument(
         "--stages",
         nargs="+",
@@ -80,7 +81,7 @@ def main() -> int:
     names = [name for name in STAGES if name in options.stages]
     run_dir = Path("runs/minimind_gpu" if options.published else options.run_dir)
     there = [str(run_dir / name) for name in names if holds_results(run_dir / name)]
-    if there and not options.overwrite:
+    if there and not options.overwrite and not options.check_flags:
         parser.error(
             f"{', '.join(there)}: holds a run already; --overwrite deletes what it made, --run_dir names another folder, "
             "--stages takes some of the stages"
@@ -90,16 +91,21 @@ def main() -> int:
         given = underscored(getattr(options, name))
         if given and name not in names:
             parser.error(f"--{name}: --stages leaves this stage out")
-        if name in names:
+        if name in names and not options.check_flags:
             check_free(run_dir / name, options.overwrite)
         moved = [flag for flag in given if flag.partition("=")[0] in ("--run_dir", "--output_dir", "--overwrite")]
         if moved:
             parser.error(f"--{name}: {moved[0]} is for all stages: give --run_dir or --overwrite without --{name}")
         commands[name] = command(name, options.run_dir, options.published, given)
+        if {"-h", "--help", "--help_all"} & {*given}:
+            return subprocess.run(commands[name], check=False).returncode
         if given:
             right = subprocess.run([*commands[name], "--check_flags"], check=False, stdout=subprocess.DEVNULL)
             if right.returncode:
                 return right.returncode
+    if options.check_flags:
+        print(f"{parser.prog}: flags are right")
+        return 0
     for name in names:
         overwrite = ["--overwrite", "true"] if options.overwrite else []
         done = subprocess.run([*commands[name], *overwrite], check=False)

@@ -81,6 +81,17 @@ def test_a_stage_that_refuses_its_flags_or_fails_ends_the_chain(chain):
     assert status == 3 and [command[0] for command in commands] == ["tokenizer", "pretrain", "sft"]
 
 
+def test_flags_are_checked_alone_and_a_stage_shows_its_own(chain, tmp_path):
+    holds_a_run(tmp_path / "known" / "sft")
+    for argv, last in ((["--check_flags", "--sft", "--packing"], "--check_flags"), (["--sft", "--help"], "--help")):
+        status, commands = chain("minimind/all.py", *argv)
+        assert status == 0 and [(command[0], command[-1]) for command in commands] == [("sft", last)]
+    assert chain("minimind/all.py", "--check_flags", "--run_dir", "known") == (0, [])
+    for rc in (0, 2):
+        status, commands = chain("hrpo_two_stage.py", "--check_flags", "--seed", "3", rc=lambda command, rc=rc: rc)
+        assert status == rc and commands == [["hrpo_gsm8k", "--seed", "3", "--check_flags"]]
+
+
 def test_the_two_stages(chain, tmp_path):
     holds_a_run(tmp_path / "mine" / "stage_1")
     argv = ["--output_dir", "mine", "--overwrite", "--seed", "3"]
@@ -99,6 +110,7 @@ def test_the_two_stages(chain, tmp_path):
     [
         (["--lr_thinking_projection", "fast"], "--lr_thinking_projection: invalid float"),
         (["--lr_thinking_projection", "-1"], "lr_thinking_projection=-1.0: at least 0"),
+        (["--lr_thinking_projection", "inf"], "lr_thinking_projection=inf: a finite number"),
         (["--overwrite", "maybe"], "neither true nor false"),
         ([], "mine/stage_2 holds run 1"),
         (["--resume_from_checkpoint", "latest"], "python x.py --output_dir .*stage_2 --resume_from_checkpoint latest"),
