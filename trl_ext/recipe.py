@@ -13,7 +13,7 @@ from unsloth_ext.console import PlainConsole
 from .flags import at_least
 from .report import plot_curves, write_summary
 from .resuming import claim, explain_the_end
-from .run_folder import finished
+from .run_folder import check_apart, finished
 from .tasks.evaluation import AccuracyCallback
 
 
@@ -86,11 +86,13 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
         script: the recipe's own arguments: `model_name`, `overwrite`, and `init_from` where the recipe has it.
 
     Raises:
-        ValueError: from `claim`, or an embedded model in several processes.
+        ValueError: from `claim`, an embedded model in several processes, or `overwrite` of what the run begins with.
     """
     name = script.model_name
     if args.world_size > 1 and name in embedded:
         raise ValueError(f"--model_name {name} trains in one process; give a hub id or a folder to accelerate launch")
+    if script.overwrite:
+        check_apart(Path(args.output_dir), {**vars(args), **vars(script)})
     console = PlainConsole(quiet=args.process_index > 0)
     run, resume = claim(args, script.overwrite, hasattr(script, "init_from"))
     explain_the_end(Path(args.output_dir))

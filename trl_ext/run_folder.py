@@ -182,9 +182,24 @@ def stamp(checkpoint: Path, run: str) -> None:
     _write(checkpoint, {"id": run})
 
 
+def check_apart(folder: Path, given: dict[str, Any]) -> None:
+    """Raises a FolderError for a model or file that a run is to begin with, by the flag that names it, where `delete_made`
+    would delete it."""
+    made = [path.resolve() for path in _made(folder)]
+    for flag, value in given.items():
+        if not isinstance(value, str) or not os.path.exists(value):
+            continue
+        if any(Path(value).resolve().is_relative_to(path) for path in made):
+            raise FolderError(f"--overwrite deletes --{flag} {value}; choose another --output_dir")
+
+
+def _made(folder: Path) -> list[Path]:
+    return [*(path for _, path in checkpoints(folder)), *(folder / name for name in MADE)]
+
+
 def delete_made(folder: Path) -> None:
     """What a run made, and nothing else."""
-    for path in (*(path for _, path in checkpoints(folder)), *(folder / name for name in MADE)):
+    for path in _made(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -19,8 +19,9 @@ from tests.processes import launch
 from tests.trl_ext.test_checkpointing import sft
 from trl_ext import resuming, run_folder
 from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
+from trl_ext.recipe import start
 from trl_ext.resuming import claim
-from trl_ext.run_folder import FolderError
+from trl_ext.run_folder import FolderError, check_apart
 from unsloth_ext import user_errors
 
 
@@ -77,6 +78,19 @@ def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path):
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"notes.txt", "checkpoint-mine", "run.json", "run.lock"}
     assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_overwrite_spares_what_the_run_begins_with(tmp_path, monkeypatch):
+    for name in ("out/final", "out/checkpoint-2", "out/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for flag, value in (("model_name", "out/final"), ("init_from", f"{tmp_path}/out/checkpoint-2/.")):
+        with pytest.raises(FolderError, match=f"--overwrite deletes --{flag} {value}; choose another --output_dir"):
+            start(
+                arguments("out"), SimpleNamespace(**{"overwrite": True, "model_name": "tiny", flag: value}), ("tiny",)
+            )
+        assert Path(value).is_dir()
+    check_apart(Path("out"), {"model_name": "out/mine", "output_dir": "out", "init_from": "final", "types": "x" * 5000})
 
 
 def test_results_that_no_run_is_known_of_are_never_deleted(tmp_path):
