@@ -25,9 +25,15 @@ def remember(folder: Path, made_from: dict[str, Any]) -> None:
     note(folder, **{ORIGIN: made_from})
 
 
-def changes(model: str) -> list[str]:
-    """A sentence for each run that this model comes from and that would be another one if made anew, latest first."""
+def changes(model: str, later: frozenset[Path] = frozenset()) -> list[str]:
+    """A sentence for each run that this model comes from and that would be another one if made anew, latest first.
+
+    Args:
+        later: folders that were looked at on the way here. One of them was made anew from what came from it.
+    """
     folder = _run_folder(model)
+    if folder.resolve() in later:
+        return []
     known = (noted(folder, ORIGIN) if folder.is_dir() else None) or {}
     found, earlier = [], []
     for file, before in known.get("files", {}).items():
@@ -36,7 +42,7 @@ def changes(model: str) -> list[str]:
     for run, before in known.get("runs", {}).items():
         if run_id(run) not in (before, None):  # None: nothing is there to compare with
             found.append(f"{os.path.relpath(run)} was made anew since")
-        earlier += changes(run)
+        earlier += changes(run, later | {folder.resolve()})
     if found:
         remedy = f"{os.path.relpath(known['recipe'])} with --overwrite makes it anew"
         found = [f"{folder} is of an earlier state ({', '.join(found)}); {remedy}"]

@@ -58,3 +58,12 @@ def test_where_the_command_is_given_does_not_matter(stages, tmp_path, monkeypatc
     assert "../tokenizer was made anew since" in changes(origins[-1])[0]
     shutil.rmtree(tmp_path / "tokenizer")  # what is not there any more was not made anew
     assert changes(origins[-1]) == []
+
+
+def test_stages_that_were_made_of_each_other(stages, tmp_path):
+    first, second = stages("sft"), stages("dpo")
+    for name, model in (("dpo", first), ("sft", second)):
+        remember(tmp_path / name, origin(tmp_path / f"{name}.py", tmp_path / f"{name}.yaml", [model]))
+    assert changes(first) == changes(second) == []
+    (tmp_path / "sft.py").write_text("another")
+    assert len(changes(first)) == len(changes(second)) == 1
