@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from unsloth_ext.hub import check_causal_lm, check_model, check_tokenizer, load_classifier, load_modules
+from unsloth_ext.hub import check_causal_lm, check_model, check_tokenizer, load_classifier, load_modules, load_tokenizer
 from unsloth_ext.master_weights import MasterWeights, copied_by_peft, master_weights, widen
 from unsloth_ext.settings_file import METHODS, read_saved
 
@@ -41,7 +41,14 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] =
     class Judge:
         from_pretrained = staticmethod(load_classifier)
 
-    replaced = {"create_model_from_path": create_and_prepare, "AutoModelForSequenceClassification": Judge}
+    class JudgesTokenizer:
+        from_pretrained = staticmethod(load_tokenizer)
+
+    replaced = {
+        "create_model_from_path": create_and_prepare,
+        "AutoModelForSequenceClassification": Judge,
+        "AutoTokenizer": JudgesTokenizer,
+    }
     before = {
         name: names[name] for name in replaced if name in names
     }  # Unsloth's trainers take no names, SFT no judges

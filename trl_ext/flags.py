@@ -3,6 +3,7 @@ Unsloth must precede."""
 
 import json
 import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def at_least(arguments: Any, **lowest: int) -> None:
-    """Raises a ValueError that names a field below its lowest value; None is no value."""
+    """Raises a ValueError that names a field which is no finite number or below its lowest value; None is no value."""
     for name, least in lowest.items():
         value = getattr(arguments, name)
+        if value is not None and (not isinstance(value, Real) or value == math.inf):
+            raise ValueError(f"{name}={value!r}: a finite number")
         if value is not None and not value >= least:  # NaN too
             raise ValueError(f"{name}={value}: at least {least}")
 
@@ -125,15 +128,15 @@ def at_least(arguments: Any, **lowest: int) -> None:
 def check_weights(**values: float) -> None:
     """Raises a ValueError that names a weight which is below 0 or no finite number."""
     for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value}: a weight is 0 (off) or more")
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r}: a weight is a number, 0 (off) or more")
 
 
 def check_positive(**values: float | None) -> None:
     """Raises a ValueError that names a value which is not above 0 or no finite number; None is no value."""
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: more than 0")
+        if value is not None and (not isinstance(value, Real) or not 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r}: more than 0")
 
 
 def check_values(arguments: Any) -> None:

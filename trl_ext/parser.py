@@ -26,6 +26,7 @@ from .other_names import flattened, renamed
 
 # What a configuration file says of its dataset is not said of another one
 OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dataset_config")
+MADE_HERE = ("tiny", "embedded")  # datasets that hold out rows of their own
 
 
 NO_BF16 = "doesn't support bf16/gpu"  # as transformers 5.17 says it, of whatever model was meant
@@ -123,6 +124,11 @@ class RecipeParser(CommandLine, TrlParser):
         for name in OF_THE_DATASET:
             if name in self.types and str(getattr(found, name)).lower() in ("none", "null"):
                 setattr(found, name, None)
+        if getattr(found, "eval_dataset", None) and found.dataset in MADE_HERE:
+            raise ValueError(
+                f"eval_dataset={found.eval_dataset}: dataset={found.dataset} holds out rows of its own, so this would not "
+                "be read; name a file to train on with --dataset, or leave it out"
+            )
         if "resume_from_checkpoint" in self.types:
             found.resume_from_checkpoint = _resume(found.resume_from_checkpoint)
         return found, others

@@ -229,14 +229,24 @@ def load_classifier(name: str, flag: str = "reward_funcs: ", **kwargs: Any) -> P
         flag: in front of the name in what is said of it.
 
     Raises:
-        ValueError: its files lack tensors, or hold NaN or infinity, or it is an adapter with a head.
+        ValueError: there is no such model, its files lack tensors, or hold NaN or infinity, its head has another number of
+            logits than is asked for, or it is an adapter with a head.
     """
-    model, found = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **kwargs)
+    if not kwargs.get("subfolder"):
+        check_name(name, kwargs.get("token"))
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the latter is named below
+    model, found = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     # transformers 5.17 looks for a head under PEFT's name in memory, which is not that in an adapter's file
     if any("modules_to_save" in key for key in found["missing_keys"]):
         raise ValueError(
             f"{flag}{name} is an adapter, whose head transformers would leave out: merge it into its base model "
             "(merge_and_unload), save that, and give its folder"
+        )
+    if others := sorted(found["mismatched_keys"]):
+        key, held, wanted = others[0]
+        raise ValueError(
+            f"{flag}{name}: {key} has the shape {tuple(held)} where a classifier of {model.config.num_labels} logit(s) has "
+            f"{tuple(wanted)}"
         )
     check_missing(found["missing_keys"], f"{flag}{name}")
     check_finite(model.state_dict(), f"{flag}{name}")

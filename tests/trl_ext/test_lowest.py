@@ -77,14 +77,15 @@ def outside(fields, values):
 @pytest.mark.parametrize(
     "name, field, value",
     [
-        *outside(WEIGHTS, (-0.1, float("inf"), float("nan"))),
+        *outside(WEIGHTS, (-0.1, float("inf"), float("nan"), "0.5", None)),
         *outside(POSITIVE, (0.0, -1.0, float("inf"))),
+        *outside({"ConceptConfig": ["temperature_end"]}, ("0.5",)),
         *outside({"HRPOConfig": ["top_p", "min_p"]}, (-0.1, 1.1)),
         *outside({"HRPOConfig": ["epsilon", "epsilon_high", "beta"]}, (-0.1, float("inf"), float("nan"))),
     ],
 )
 def test_a_number_out_of_its_range_is_named(name, field, value, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"{field}={value}: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: ")):
         if name == "KAVALoss":
             trl_ext.KAVALoss(**{field: value})
         else:

@@ -103,6 +103,7 @@ def test_both_spellings_are_one_flag():
         (["--config", "none.yaml"], "^--config none.yaml: there is no such file$"),
         (["--lora_dropout", "1"], "^lora_dropout=1.0: a share from 0 to less than 1$"),
         (["--eval_size", "0"], "^eval_size=0: at least 1$"),
+        (["--eval_dataset", "mine.jsonl"], "^eval_dataset=mine.jsonl: dataset=tiny holds out rows of its own"),
         (["--optim", "adamw_troch"], "^--optim: invalid choice: 'adamw_troch'; did you mean .*adamw_torch"),
         (["--temperature", "0"], "^temperature=0.0: more than 0$"),
         (["--top_p", "2"], "^top_p=2.0: from 0 to 1$"),

@@ -96,6 +96,21 @@ def test_a_reward_model_given_by_its_name_is_whole(folders, tmp_path, name):
         JUDGED[name](tmp_path, str(judge))
 
 
+def test_what_is_no_reward_model_is_named(tmp_path):
+    config = concept.base().config
+    config.num_labels = 2
+    judge = tmp_path / "judge"
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(judge)
+    with pytest.raises(ValueError, match=r"judge: score\.weight has the shape \(2, 32\) where a classifier of 1 logit"):
+        JUDGED["hrpo"](tmp_path, str(judge))
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(judge)
+    with pytest.raises(ValueError, match=r"judge has no tokenizer_config\.json"):
+        JUDGED["hrpo"](tmp_path, str(judge))
+    with pytest.raises(ValueError, match=r"there is no folder .*/gone"):
+        JUDGED["hrpo"](tmp_path, [hrpo.reward_digits, str(tmp_path / "gone")])
+
+
 def test_transformers_leaves_out_the_head_of_an_adapter(tmp_path):
     """A canary: where this fails, an adapter can be a reward model."""
     config = concept.base().config

@@ -9,7 +9,7 @@ from unsloth_ext.alignment.heads import INITS
 from unsloth_ext.alignment.loss import StructuralKVLoss
 from unsloth_ext.alignment.time_warping import SegmentTimeWarper
 
-from ..flags import must_be_off, must_prepare, one_of
+from ..flags import check_weights, must_be_off, must_prepare, one_of
 from ..teacher import TeacherConfig
 
 
@@ -69,8 +69,7 @@ class KVDistillConfig(TeacherConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lambda_kv < float("inf"):
-            raise ValueError(f"lambda_kv={self.lambda_kv}: a weight is 0 (off) or more")
+        check_weights(lambda_kv=self.lambda_kv)
         inits = (None, *INITS)
         one_of(self, kv_projection_mode=MODES, kv_direction=DIRECTIONS, rope_space=ROPE_SPACES, kv_init=inits)
         if self.kv_projection_mode == "flat" and self.kv_init not in (None, "procrustes"):

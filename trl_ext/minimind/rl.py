@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from unsloth_ext.hub import check_name, load_classifier, load_tokenizer
+from unsloth_ext.hub import load_classifier, load_tokenizer
 
 from ..flags import at_least
 from ..tasks.reward import make_reward
@@ -78,7 +78,6 @@ class RewardModel:
     __name__ = "reward_model"  # as trainers call it in their logs
 
     def __init__(self, name: str, batch_size: int = 16):
-        check_name(name)
         self.model = load_classifier(name, "reward_model=", dtype="auto").eval()
         self.tokenizer, self.batch_size = load_tokenizer(name), batch_size
         if self.model.config.num_labels != 1:
