@@ -15,6 +15,7 @@ from .hrpo import setups
 
 
 def start(method, folder):
+    """Says `step N` at the beginning of each."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.trl_ext.kill_worker", method, str(folder)],
@@ -30,14 +31,19 @@ def test_ten_kills_change_nothing(tmp_path, method):
         folder.mkdir()
         if method == "hrpo":
             setups.base_folder(folder)
-    assert start(method, alone).wait() == 0
-    rng, kills, steps = random.Random(7), 0, []
+    whole = start(method, alone)
+    times = [time.monotonic() for line in whole.stdout if line.startswith("step")]
+    assert whole.wait() == 0
+    rng, kills, steps, usual = random.Random(7), 0, [], (times[-1] - times[0]) / (len(times) - 1)
     while kills < 10:
         worker = start(method, killed)
-        first = next((line for line in worker.stdout if line.startswith("step")), None)
-        assert first is not None, "the worker died by itself"
-        steps.append(int(first.split()[1]))
-        time.sleep(rng.uniform(0, 0.45))  # a step and its checkpoint take about a tenth of a second
+        begun = (int(line.split()[1]) for line in worker.stdout if line.startswith("step"))
+        steps.append(next(begun, None))
+        assert steps[-1] is not None, "the worker died by itself"
+        after = rng.uniform(0, 4)  # steps: so many begin, then a part of one passes, whatever else the machine does
+        for _ in range(int(after)):
+            next(begun, None)
+        time.sleep(after % 1 * usual)
         if worker.poll() is not None:
             break
         os.kill(worker.pid, signal.SIGKILL)

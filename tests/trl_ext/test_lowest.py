@@ -62,6 +62,12 @@ WEIGHTS = {
     "KVDistillConfig": ["lambda_kv"],
     "KAVALoss": ["alpha1_codi", "alpha2_kv", "teacher_ce_weight"],
 }  # fmt: skip
+RATES = {
+    "ConceptConfig": ["concept_learning_rate"],
+    "PlannerExecutorConfig": ["planner_learning_rate"],
+    "KVDistillConfig": ["aligner_learning_rate"],
+    "PPOConfig": ["critic_learning_rate"],
+}
 POSITIVE = {
     "ConceptConfig": ["temperature", "temperature_end"],
     "PlannerExecutorConfig": ["temperature", "temperature_end", "quota_rate", "usage_window", "staleness_threshold"],
@@ -78,6 +84,7 @@ def outside(fields, values):
     "name, field, value",
     [
         *outside(WEIGHTS, (-0.1, float("inf"), float("nan"), "0.5", None)),
+        *outside(RATES, (-0.1, float("inf"), float("nan"))),
         *outside(POSITIVE, (0.0, -1.0, float("inf"))),
         *outside({"ConceptConfig": ["temperature_end"]}, ("0.5",)),
         *outside({"HRPOConfig": ["top_p", "min_p"]}, (-0.1, 1.1)),

@@ -96,8 +96,7 @@ class ConceptConfig(Presets, SFTConfig):
         check_positive(temperature=self.temperature, temperature_end=self.temperature_end)
         if not 0 <= self.warm_start_share <= 1:
             raise ValueError(f"warm_start_share={self.warm_start_share}: from 0 to 1")
-        if self.concept_learning_rate is not None and not 0 <= self.concept_learning_rate < math.inf:
-            raise ValueError(f"concept_learning_rate={self.concept_learning_rate}: 0 or more")
+        at_least(self, concept_learning_rate=0)
         if not self.use_concepts:
             return
         if self.segmenter == "fixed" and (self.ratio_weight or self.calibrate_null or self.warm_start_share):

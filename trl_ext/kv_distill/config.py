@@ -9,7 +9,7 @@ from unsloth_ext.alignment.heads import INITS
 from unsloth_ext.alignment.loss import StructuralKVLoss
 from unsloth_ext.alignment.time_warping import SegmentTimeWarper
 
-from ..flags import check_weights, must_be_off, must_prepare, one_of
+from ..flags import at_least, check_weights, must_be_off, must_prepare, one_of
 from ..teacher import TeacherConfig
 
 
@@ -81,8 +81,7 @@ class KVDistillConfig(TeacherConfig):
             raise ValueError(f"T_s={self.T_s}: at least 3, one time for each segment")
         if not self.answer_delimiter:
             raise ValueError("answer_delimiter is empty: nothing would end the reasoning")
-        if self.aligner_learning_rate is not None and not 0 <= self.aligner_learning_rate < float("inf"):
-            raise ValueError(f"aligner_learning_rate={self.aligner_learning_rate}: 0 or more")
+        at_least(self, aligner_learning_rate=0)
         if not self.lambda_kv:
             return
         must_be_off(

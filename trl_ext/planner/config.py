@@ -172,8 +172,7 @@ class PlannerExecutorConfig(SFTConfig):
         for name in ("word_dropout", "z_dropout", "forced_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to less than 1")
-        if self.planner_learning_rate is not None and not 0 <= self.planner_learning_rate < math.inf:
-            raise ValueError(f"planner_learning_rate={self.planner_learning_rate}: 0 or more")
+        at_least(self, planner_learning_rate=0)
         if self.num_candidates + self.num_beams < 1:
             raise ValueError("num_candidates=0, num_beams=0: an E-step has nothing to choose from; raise one of them")
         if self.forced_share and not self.num_candidates:

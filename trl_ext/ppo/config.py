@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..flags import one_of
+from ..flags import at_least, check_positive, check_weights, one_of
 from ..one_sample import OneSampleConfig
 
 
@@ -46,14 +46,9 @@ class PPOConfig(OneSampleConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: from 0 to 1")
-        for name in ("vf_coef", "critic_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: 0 or more")
-        for name in ("cliprange_value", "target_kl"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: more than 0")
+        check_weights(vf_coef=self.vf_coef)
+        at_least(self, critic_learning_rate=0)
+        check_positive(cliprange_value=self.cliprange_value, target_kl=self.target_kl)
         batches, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
         if self.target_kl is not None and batches % step and step % batches:
             raise ValueError(

@@ -14,8 +14,8 @@ QUIET = {"report_to": "none", "use_cpu": True, "bf16": False}
     [
         ({"gamma": 1.1}, r"gamma=1.1: from 0 to 1"),
         ({"gae_lambda": -0.1}, r"gae_lambda=-0.1: from 0 to 1"),
-        ({"vf_coef": -1.0}, r"vf_coef=-1.0: 0 or more"),
-        ({"critic_learning_rate": -1e-6}, r"critic_learning_rate=-1e-06: 0 or more"),
+        ({"vf_coef": -1.0}, r"vf_coef=-1.0: a weight is a number, 0 \(off\) or more"),
+        ({"critic_learning_rate": -1e-6}, r"critic_learning_rate=-1e-06: at least 0"),
         ({"cliprange_value": 0.0}, r"cliprange_value=0.0: more than 0"),
         ({"target_kl": 0.0}, r"target_kl=0.0: more than 0"),
         ({"loss_type": "grpo"}, r"loss_type='grpo': choose one of dapo"),
