@@ -129,6 +129,11 @@ class RecipeParser(CommandLine, TrlParser):
                 f"eval_dataset={found.eval_dataset}: dataset={found.dataset} holds out rows of its own, so this would not "
                 "be read; name a file to train on with --dataset, or leave it out"
             )
+        if getattr(found, "train_size", None) and found.dataset == "tiny":
+            raise ValueError(
+                f"train_size={found.train_size}: the tiny task makes its own rows, all of which train; leave it out, or "
+                "name a file to train on with --dataset"
+            )
         if "resume_from_checkpoint" in self.types:
             found.resume_from_checkpoint = _resume(found.resume_from_checkpoint)
         return found, others

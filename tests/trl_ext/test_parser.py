@@ -103,6 +103,7 @@ def test_both_spellings_are_one_flag():
         (["--config", "none.yaml"], "^--config none.yaml: there is no such file$"),
         (["--lora_dropout", "1"], "^lora_dropout=1.0: a share from 0 to less than 1$"),
         (["--eval_size", "0"], "^eval_size=0: at least 1$"),
+        (["--train_size", "3"], "^train_size=3: the tiny task makes its own rows"),
         (["--eval_dataset", "mine.jsonl"], "^eval_dataset=mine.jsonl: dataset=tiny holds out rows of its own"),
         (["--optim", "adamw_troch"], "^--optim: invalid choice: 'adamw_troch'; did you mean .*adamw_torch"),
         (["--temperature", "0"], "^temperature=0.0: more than 0$"),
@@ -172,7 +173,7 @@ def test_what_files_may_say(config):
         assert parse("hrpo", *config(content))[2].max_steps == 3
     assert parse("hrpo", *config("learning_rate: 1e-4"))[2].learning_rate == 1e-4
     assert parse("hrpo", *config("lora_target_modules: q_proj"))[0].lora_target_modules == ["q_proj"]
-    assert parse("hrpo", *config("train_size: null"), "--train_size", 3)[0].train_size == 3
+    assert parse("hrpo", *config("train_size: null"), "--train_size", 3, "--dataset", "mine.jsonl")[0].train_size == 3
     assert parse("hrpo", *config("resume_from_checkpoint: false"))[2].resume_from_checkpoint is None
     script = parse("kava", *config("lora: {r: 8, target_modules: [q_proj]}"))[0]
     assert script.lora().target_modules == {"q_proj"} and script.lora().r == 8
