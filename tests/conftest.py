@@ -45,5 +45,6 @@ def _runs_on_unsloth(file: str) -> bool:
     return "tests.unsloth_scripts" in Path(__file__).parents[1].joinpath(file).read_text()
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist knows no such hook
 def pytest_xdist_make_scheduler(config, log):
     return TogetherOnUnsloth(config, log)
