@@ -23,11 +23,11 @@ logger = logging.get_logger(__name__)
 
 @contextlib.contextmanager
 def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] = lambda _: None) -> Iterator[None]:
-    """While open, the trainer whose `__init__` this is looks at every model that it loads by name, reward models too, and
-    calls `prepare(model)` on each that writes.
+    """While open, the trainer whose `__init__` this is checks every model that it loads by name, and reward models'
+    tokenizers. It calls `prepare(model)` on each language model, not on reward models.
 
     Raises:
-        ValueError: its files lack tensors, which TRL 1.15 would draw at random, or hold NaN.
+        ValueError: its files lack tensors, which TRL 1.15 would draw at random, or hold NaN; or they lack the tokenizer.
     """
     names = inspect.unwrap(init).__globals__
     create = names.get("create_model_from_path")
@@ -49,9 +49,8 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] =
         "AutoModelForSequenceClassification": Judge,
         "AutoTokenizer": JudgesTokenizer,
     }
-    before = {
-        name: names[name] for name in replaced if name in names
-    }  # Unsloth's trainers take no names, SFT no judges
+    # Unsloth's trainers take no names of models to train, TRL's SFTTrainer none of reward models
+    before = {name: names[name] for name in replaced if name in names}
     names.update((name, replaced[name]) for name in before)
     try:
         yield
