@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
-from .creation import check_model_and_tokenizer, preparing_models
+from .creation import check_arguments, check_model_and_tokenizer, preparing_models
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
@@ -110,6 +110,7 @@ class SafeCheckpointMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         named = {**named, **named.get("kwargs", {})}
+        check_arguments(named)
         check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)
         with preparing_models(self._stock_init):
             super().__init__(*args, **kwargs)

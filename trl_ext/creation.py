@@ -131,6 +131,20 @@ def check_name(model: PreTrainedModel | str) -> None:
         )
 
 
+def check_arguments(given: dict[str, Any]) -> None:
+    """Raises a ValueError for a path, among a trainer's arguments by name, where a function or a dataset belongs."""
+    rewards = given.get("reward_funcs")
+    for reward in rewards if isinstance(rewards, list) else [rewards]:
+        if reward is not None and not isinstance(reward, str) and not callable(reward):
+            raise ValueError(
+                f"reward_funcs={rewards!r}: give a function, a reward model or the name of its folder as a str, or a list "
+                "of these"
+            )
+    for name in ("train_dataset", "eval_dataset"):
+        if isinstance(given.get(name), str | os.PathLike):
+            raise ValueError(f"{name}={given[name]!r}: give the dataset itself; datasets.load_dataset reads files")
+
+
 def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) -> None:
     """What can be said of a trainer's model before it is loaded.
 

@@ -2,11 +2,13 @@
 
     update/<role> = |w after the step - w before it| / |w before it|     over all parameters of the role
 
-A run that trains no small module logs what its parent does. A step is measured when it will be logged; of other steps
-nothing is kept or computed. After a step, the processes of DDP have the same weights, so nobody asks the others. FSDP and
-DeepSpeed shard them: there, nothing is logged.
+The first step of weights that begin at zero has no such size: it is left out. A run that trains no small module logs
+what its parent does. A step is measured when it will be logged; of other steps nothing is kept or computed. After a
+step, the processes of DDP have the same weights, so nobody asks the others. FSDP and DeepSpeed shard them: there,
+nothing is logged.
 """
 
+import math
 import re
 from typing import Any
 
@@ -68,12 +70,12 @@ class UpdateSizesMixin:
         for role, (parameters, before) in self._before_update.items():
             step = nn.utils.get_total_norm(torch._foreach_sub(parameters, before)).float()
             size = nn.utils.get_total_norm(before).float()
-            self._update_sizes[role] = step / size.clamp(min=torch.finfo(size.dtype).tiny)
+            self._update_sizes[role] = torch.where(size > 0, step / size, math.inf)
         self._before_update = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._update_sizes and self.model.training:  # read from the device here alone
             sizes = torch.stack([size.to(self.args.device) for size in self._update_sizes.values()]).tolist()
-            logs = {**logs, **{f"update/{role}": size for role, size in zip(self._update_sizes, sizes)}}
+            logs = {**logs, **{f"update/{role}": x for role, x in zip(self._update_sizes, sizes) if x != math.inf}}
             self._update_sizes.clear()
         super().log(logs, *args, **kwargs)

@@ -133,6 +133,16 @@ def test_nearly_every_entry_moves_at_the_shipped_rates(tmp_path, name):
     assert len(found) >= CASES[name] and {x.dtype for x in found} == {torch.float32}
 
 
+def test_what_begins_at_zero_has_no_relative_size_at_its_first_step(tmp_path):
+    trainer = made("ppo", tmp_path, True, max_steps=2, logging_steps=1, save_strategy="no")
+    head = next(p for n, p in trainer._named_trained().items() if n.startswith("critic.score"))
+    assert not head.any()
+    trainer.train()
+    first, second = [{k for k in e if k.startswith("update/")} for e in trainer.state.log_history[:2]]
+    assert first == {"update/lora"} and second == {"update/lora", "update/critic_head"}
+    assert trainer.state.log_history[1]["update/critic_head"] < 10
+
+
 def of_role(trainer):
     return [p for n, p in trainer.model.named_parameters() if "lora_" in n and p.requires_grad]
 

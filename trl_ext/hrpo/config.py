@@ -1,12 +1,11 @@
 """What HRPO adds to GRPO's configuration."""
 
-import math
 from dataclasses import dataclass, field
 
 from unsloth_ext.recompute import RECOMPUTE_MODES
 from unsloth_ext.residual import ThinkingConfig
 
-from ..flags import check_values, one_of
+from ..flags import at_least, check_values, one_of
 
 
 @dataclass
@@ -80,11 +79,7 @@ class HRPOArguments:
                 f"recompute='soft_bptt' needs thinking_source='soft_embedding', got {self.thinking_source!r}; the "
                 "projection gets its gradient from 'rollout', 'two_pass' or 'jacobi'"
             )
-        if self.jacobi_iterations < 1:
-            raise ValueError(f"jacobi_iterations={self.jacobi_iterations}: at least 1; for none take 'rollout'")
-        for name in ("lr_residual_gate", "lr_residual_lambda", "lr_thinking_projection"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a learning rate is 0 (frozen) or more")
+        at_least(self, jacobi_iterations=1, lr_residual_gate=0, lr_residual_lambda=0, lr_thinking_projection=0)
 
     def thinking_config(self) -> ThinkingConfig:
         """The model's part of these fields."""

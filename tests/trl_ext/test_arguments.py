@@ -1,0 +1,33 @@
+"""What is a path where a function or a dataset belongs is named by a trainer at construction."""
+
+from pathlib import Path
+
+import pytest
+from trl import SFTConfig
+
+from tests import tiny
+from tests.trl_ext.hrpo import setups
+from tests.trl_ext.test_checkpointing import SafeSFTTrainer
+from trl_ext import HRPOConfig, HRPOTrainer, PPOConfig, PPOTrainer, SPOConfig, SPOTrainer
+
+
+@pytest.mark.parametrize(
+    "trainer, config, settings",
+    [
+        (HRPOTrainer, HRPOConfig, {"answer_delimiter": "#"}),
+        (PPOTrainer, PPOConfig, {"beta": 0.0}),
+        (SPOTrainer, SPOConfig, {"num_generations": 1}),
+    ],
+)
+@pytest.mark.parametrize("rewards", [Path("judge"), ["judge", Path("judge")], (len, len)])
+def test_rewards(tmp_path, trainer, config, settings, rewards):
+    args = setups.arguments(config, tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"^reward_funcs=.*: give a function, a reward model or the name"):
+        trainer(tiny.model(), rewards, args, train_dataset=setups.prompts(), processing_class=tiny.tokenizer())
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_datasets(tmp_path, name):
+    for path in ("rows.jsonl", Path("rows.jsonl")):
+        with pytest.raises(ValueError, match=f"^{name}=.*rows.jsonl.*: give the dataset itself"):
+            SafeSFTTrainer(tiny.model(), SFTConfig(tmp_path, use_cpu=True, bf16=False), **{name: path})
