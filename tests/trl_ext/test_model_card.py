@@ -41,6 +41,7 @@ def test_an_ordinary_model_has_a_card_that_opens_it(tmp_path, monkeypatch, lora)
     for place in ("run/final", "run/checkpoint-1"):
         card = ModelCard.load(f"{place}/README.md")
         assert "# A model trained by SFT" in card.text and "every loader reads the whole of it" in card.text
+        assert f"The folder holds {'an adapter (PEFT)' if lora else 'a full model'}" in card.text
         assert "More Information Needed" not in card.text and "sft" in card.data.tags
         assert card.data.library_name == ("peft" if lora else "transformers")
     code = ModelCard.load("run/final/README.md").text.split("```python\n")[1].split("```")[0]

@@ -137,6 +137,7 @@ def test_wrong_flags(flags, message):
         ("model_name: 7", r"model_name: 7 is not text \(in quotes\)$"),
         ("model_name: {a: 1}", "model_name: {'a': 1} is not text"),
         ("bf16: maybe", "bf16: 'maybe' is not true or false or null$"),
+        ("bf16: 2", "bf16: 2 is not true or false or null$"),
         ("eval_strategy: sometimes", "eval_strategy: 'sometimes': choose one of no, steps, epoch$"),
         ("lora_target_modules: [on]", "lora_target_modules: true is not text"),
         ("learning_raet: 1", r"learning_raet: there is no such field; did you mean learning_rate\?$"),
@@ -171,6 +172,8 @@ def test_what_files_may_say(config):
         "max_steps: 3".encode("utf-16"),
     ):
         assert parse("hrpo", *config(content))[2].max_steps == 3
+    for content, value in (("do_eval: 0", False), ("do_eval: 1", True)):
+        assert parse("hrpo", *config(content))[2].do_eval is value
     assert parse("hrpo", *config("learning_rate: 1e-4"))[2].learning_rate == 1e-4
     assert parse("hrpo", *config("lora_target_modules: q_proj"))[0].lora_target_modules == ["q_proj"]
     assert parse("hrpo", *config("train_size: null"), "--train_size", 3, "--dataset", "mine.jsonl")[0].train_size == 3

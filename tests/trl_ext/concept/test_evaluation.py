@@ -107,5 +107,10 @@ def test_nothing_is_generated_behind_the_models_positions():
 def test_an_answer_and_its_end_are_right(monkeypatch):
     net, tokenizer = setups.base().eval(), tiny.tokenizer(())
     answer = torch.tensor([tokenizer("3<eos>")["input_ids"]])
-    monkeypatch.setattr(net, "generate", lambda input_ids, **_: torch.cat([input_ids, answer], dim=1))
+
+    def generate(input_ids, generation_config, **_):
+        assert generation_config.eos_token_id == [tokenizer.eos_token_id]
+        return torch.cat([input_ids, answer], dim=1)
+
+    monkeypatch.setattr(net, "generate", generate)
     assert _right(net, tokenizer, {"prompt": ["1+2="], "answer": ["3"]}, None, 4) == 1

@@ -6,7 +6,7 @@ import torch
 
 from tests import tiny
 from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers, is_right
-from trl_ext.latent.looks import plot_similarity, probe
+from trl_ext.latent.looks import _mean, plot_similarity, probe
 from trl_ext.latent.sources import row_of_gsm8k
 from trl_ext.tasks.evaluation import wilson_interval
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, kv_similarity
@@ -119,6 +119,15 @@ def test_the_picture_is_drawn(tmp_path):
     found = kv_similarity(model, ids, torch.ones_like(ids), torch.randint(3, 40, (2, 5)), traces, answers)
     plot_similarity(tmp_path / "latent.png", found, "title")
     assert (tmp_path / "latent.png").stat().st_size > 10_000
+
+
+def test_means_of_the_picture_are_over_the_rows_that_have_the_slot():
+    values, mask = (
+        torch.tensor([[1.0, 4.0, 7.0], [3.0, 5.0, 8.0]]),
+        torch.tensor([[True, True, False], [True, False, False]]),
+    )
+    means = _mean(values, mask)
+    assert means[:2].tolist() == [2.0, 4.0] and means[2].isnan()
 
 
 def test_a_tokenizer_without_an_end_lets_every_answer_run_on():

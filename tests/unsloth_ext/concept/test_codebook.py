@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unsloth_ext.concept.codebook import kmeans, set_codebook
+from unsloth_ext.concept.codebook import kmeans, set_codebook, sharpness
 from unsloth_ext.residual import backbone_of
 
 from .test_forward import V, model
@@ -31,7 +31,7 @@ def test_kmeans_finds_clusters_that_are_apart():
 @pytest.mark.parametrize("codebooks", [1, 2])
 def test_codewords_are_the_states_and_the_head_tells_them_apart(codebooks):
     """Of V, or V x V, different states in two planes of 32 dimensions: embedding(argmax) is the state (1e-5); the likeliest
-    codeword has 0.9 (0.005); as much is concept as `<NULL>` (1e-5)."""
+    codeword has 0.9 (0.005); as much is concept as `<NULL>` (1e-5), whose logit is the same everywhere."""
     net = backbone_of(model("qwen3", gate="factorised", num_codebooks=codebooks)).float().eval()
     planes = torch.linalg.qr(torch.randn(32, 4, generator=generator())).Q.T
     round_ = torch.arange(V) * 2 * math.pi / V
@@ -47,6 +47,16 @@ def test_codewords_are_the_states_and_the_head_tells_them_apart(codebooks):
     assert (net.concept_embedding(codes.argmax(-1)) - states).abs().max() <= 1e-5
     assert (codes.softmax(-1).amax(-1).mean(0) - 0.9).abs().max() <= 0.005
     assert abs(choice.logit.mean()) <= 1e-5
+    assert choice.logits[0, :, -1].unique().numel() == 1
+
+
+def test_sharpness_among_centres_that_the_points_do_not_share_alike():
+    """The likeliest centre has 0.9 (1e-4) in the mean over the points."""
+    points = torch.randn(40, 6, dtype=torch.float64, generator=generator())
+    centres = 2 * torch.randn(7, 6, dtype=torch.float64, generator=generator())
+    beta = sharpness(points, centres)
+    likely = (-beta / 2 * torch.cdist(points, centres).square()).softmax(dim=1).max(dim=1).values
+    assert abs(likely.mean() - 0.9) <= 1e-4
 
 
 def test_the_entropy_segmenter_keeps_its_threshold():

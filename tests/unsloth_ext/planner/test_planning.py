@@ -92,6 +92,7 @@ def test_few_beams_are_enough_where_predictions_do_not_see_each_other():
     every, (ids, mask) = every_plan(net), texts()
     every = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:2000]]
     found = plan(net, ids, mask, num_beams=2, num_return_sequences=2)
+    assert torch.equal(plan(net, ids, mask, num_beams=2), found[::2])
     ours = plan_log_prob(net, ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0), found).view(4, 2)
     assert (ours[:, 0] > ours[:, 1]).all()
     for row, m, (_, second) in zip(ids, mask, ours):
