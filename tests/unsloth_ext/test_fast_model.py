@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.processes import fresh
-from unsloth_ext import FastThinkingModel, ThinkingConfig, attach_thinking, backbone_of, has_thinking
+from unsloth_ext import FastThinkingModel, ThinkingConfig, attach_thinking, backbone_of, fast_model, has_thinking
 from unsloth_ext.adapter import THINKING_MODULES
 
 
@@ -184,3 +184,16 @@ def test_attach_thinking_to_a_peft_model_joins_its_adapter(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {m for m in THINKING_MODULES if any(m in name for name in saved)} == set(THINKING_MODULES)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_without_a_word_the_backend_is_the_one_that_can_run(tmp_path, monkeypatch, can):
+    asked, stock = [], fast_model._load_transformers
+    monkeypatch.setattr(fast_model, "unsloth_can_run", lambda: (can, ""))
+    for name in ("unsloth", "transformers"):
+        monkeypatch.setattr(
+            fast_model, f"_load_{name}", lambda *a, name=name, **k: asked.append(name) or stock(*a, **k)
+        )
+    for use_unsloth in (None, True, False):
+        FastThinkingModel.from_pretrained(base(tmp_path), max_seq_length=64, use_unsloth=use_unsloth)
+    assert asked == ["unsloth" if can else "transformers", "unsloth", "transformers"]

@@ -469,6 +469,18 @@ class TestPrompts:
             bare.eos_token = bare.pad_token = None
             assert cls(net, bare).generate(["1+2=", "7="], **settings) == wanted
 
+    def test_what_a_tokenizer_adds_is_what_was_not_said(self):
+        tok = tiny.tokenizer()
+        said = GenerationConfig(pad_token_id=5, stop_strings=["#"])
+        assert arguments.with_tokenizer(tok, {}) == {"pad_token_id": tok.pad_token_id}
+        assert arguments.with_tokenizer(tok, {"pad_token_id": 7}) == {"pad_token_id": 7}
+        assert arguments.with_tokenizer(tok, {"generation_config": said}) == {
+            "generation_config": said,
+            "tokenizer": tok,
+        }
+        tok.pad_token = None
+        assert arguments.with_tokenizer(tok, {}) == {}
+
     def test_end_tokens(self):
         net, tok = tiny.model(), tiny.tokenizer()
         for own, wanted in ((None, [1]), (0, [0]), ([3, 4], [3, 4])):

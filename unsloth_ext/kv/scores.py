@@ -72,7 +72,7 @@ def rkv_redundancy(keys: torch.Tensor, key_mask: torch.Tensor, threshold: float 
     last = torch.where(cosine > threshold, position, first.unsqueeze(-1)).amax(-1)
     let_go = last if retain == "last" else first
     cosine.scatter_(-1, let_go.unsqueeze(-1), 0.0)
-    mean = (cosine.float().sum(2) / key_mask.sum(-1)[:, None, None].clamp(min=1)).to(keys.dtype)
+    mean = (cosine.float().sum(2) / key_mask.sum(-1)[:, None, None]).to(keys.dtype)
     return _softmax(mean, key_mask[:, None]).to(keys.dtype)
 
 

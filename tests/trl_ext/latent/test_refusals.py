@@ -1,6 +1,7 @@
 """What cannot work is refused before training, by name."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests import families, tiny
 from trl_ext.checkpointing import CheckpointError
 from trl_ext.latent.data import LatentDataError
+from trl_ext.latent.preparation import tokenizer_of
 from unsloth_ext import LatentConfig, attach_latent, backbone_of, with_latent_modules
 
 from . import setups
@@ -126,6 +128,10 @@ def test_a_tokenizer_that_could_not_end_an_answer_is_refused(tmp_path):
     args = setups.Config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match="no eos_token"):
         setups.LatentTrainer(tiny.model(), args, processing_class=tokenizer)
+    for asked, pad in ((None, "<eos>"), ("#", "#")):
+        tokenizer = tiny.tokenizer(())
+        tokenizer.pad_token = None
+        assert tokenizer_of(tiny.model(), dataclasses.replace(args, pad_token=asked), tokenizer).pad_token == pad
 
 
 def test_nan_ends_a_run_by_name(tmp_path):

@@ -29,5 +29,10 @@ def test_nothing_that_is_held_out_is_trained_on(tmp_path, caplog, kind):
         asked = [[int(turns[0]["content"][:-1]) for turns in side[side.column_names[0]]] for side in rows]
         assert asked == [left, held]
         assert f"{6 - len(left) - (2 if 'eval_dataset' not in given else 0)} of its rows are held out" in caplog.text
+    assert [
+        len(side) for side in StageArguments(dataset=other, run_dir=str(tmp_path), eval_size=2).load("sft", kind)
+    ] == [1, 2]
+    with pytest.raises(DataError, match=r"3 row\(s\), of which eval_size=3 are held out"):
+        StageArguments(dataset=other, run_dir=str(tmp_path), eval_size=3).load("sft", kind)
     with pytest.raises(DataError, match="each of its 6 rows for training is held out as well"):
         StageArguments(dataset=file, eval_dataset=file, run_dir=str(tmp_path)).load("sft", kind)

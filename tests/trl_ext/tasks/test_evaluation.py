@@ -65,6 +65,29 @@ def test_greedy_decoding_is_not_told_that_sampling_is_ignored(monkeypatch, think
     assert not [record.getMessage() for record in said]
 
 
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_the_temperature_is_of_sampling_and_of_thinking_states(monkeypatch, thinking, do_sample):
+    """Without the samplers that a configuration truncates by."""
+    net = attach_thinking(tiny.model())
+    seen, generate = [], net.generate
+    monkeypatch.setattr(net, "generate", lambda *a, **k: seen.append(k["generation_config"]) or generate(*a, **k))
+    evaluate(
+        net,
+        tiny.tokenizer(),
+        ROWS,
+        delimiter="#",
+        max_new_tokens=2,
+        temperature=0.7,
+        thinking=thinking,
+        do_sample=do_sample,
+    )
+    for config in seen:
+        asked = config.temperature, config.top_k, config.top_p
+        assert asked == ((0.7, 0, 1.0) if thinking == "on" or do_sample else (None, None, None))
+    assert seen
+
+
 def made_up(texts):
     return Evaluation(len(texts), 0, 0, 1, 0.5, 3, 0.5, texts)
 

@@ -1,6 +1,7 @@
 """One reader for HRPO's rows, latent distillation's and MiniMind's: what one takes the others take, and refuse alike."""
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -111,6 +112,15 @@ def test_a_reason_that_is_a_whole_schema_is_cut(monkeypatch):
     with pytest.raises(DataError, match=r"^dataset some: Couldn't cast version: string") as error:
         files.read_rows("some", split="train")
     assert len(str(error.value)) < 300
+
+
+def test_tables_of_other_kinds_are_refused_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.txt").write_text("1+1=2")
+    Path("folder.csv").mkdir()
+    for name in ("rows.txt", "absent.csv", "absent.tsv", "folder.csv"):
+        with pytest.raises(DataError, match=rf"^dataset {name}: give a \.\w+.* file or a hub id$"):
+            files.read_table(name, split="train")
 
 
 def test_a_hub_id_with_a_dot_is_no_file():

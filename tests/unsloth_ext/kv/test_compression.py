@@ -210,6 +210,7 @@ def test_score_norms():
     ],
 )
 def test_bad_settings_are_named(make, message):
+    assert KVScoring(window=1).window == 1
     with pytest.raises(ValueError) as error:
         make()
     assert message in str(error.value)
