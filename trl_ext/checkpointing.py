@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
-from .creation import check_arguments, check_model_and_tokenizer, preparing_models
+from .creation import check_arguments, check_model_and_tokenizer, check_reference, preparing_models
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
@@ -46,6 +46,7 @@ STATE_FILE = "trainer_state.json"
 # Files of which a checkpoint has all or none (under FSDP and DeepSpeed the first are not ours), and what must be in them
 OPTIMIZER = ("optimizer.safetensors", "optimizer.json", "scheduler.json")
 RNG = ("rng_state_0.safetensors", "rng_state_0.json")
+ROLLOUT = ("rollout_0.safetensors", "rollout_0.json")  # of trainers that sample
 NEEDED = {STATE_FILE: ("global_step",), "scheduler.json": ("last_epoch",), RNG[1]: ("python", "numpy")}
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # the last ones are FSDP's, with a pickle beside them
 
@@ -55,7 +56,7 @@ def broken_file(checkpoint: Path) -> str | None:
     if not (checkpoint / STATE_FILE).is_file():
         return f"{checkpoint / STATE_FILE} is missing: the checkpoint was never finished"
     here = {file.name for file in checkpoint.iterdir()}
-    for some, together in ((OPTIMIZER, OPTIMIZER + RNG), (RNG, RNG)):
+    for some, together in ((OPTIMIZER, OPTIMIZER + RNG), (RNG, RNG), (ROLLOUT, ROLLOUT)):
         lost = [name for name in together if name not in here]
         if lost and here & set(some):
             return f"{checkpoint / lost[0]} is missing"
@@ -101,7 +102,8 @@ class SafeCheckpointMixin:
     """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it.
 
     Raises:
-        ValueError: at construction, for a model of which nothing would be trained, or whose adapter is frozen.
+        ValueError: at construction, for a model of which nothing would be trained, whose adapter is frozen, or is none
+            that TRL can take its reference from.
     """
 
     _latent_method: str | None = None
@@ -111,6 +113,7 @@ class SafeCheckpointMixin:
         named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         named = {**named, **named.get("kwargs", {})}
         check_arguments(named)
+        check_reference(named)
         check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)
         with preparing_models(self._stock_init):
             super().__init__(*args, **kwargs)
@@ -186,6 +189,14 @@ class SafeCheckpointMixin:
             return
         check_weights(self.model, checkpoint)
         self._check_beside(checkpoint)
+        step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+        if (
+            step and not pickles and not (checkpoint / OPTIMIZER[0]).exists()
+        ):  # Trainer would begin both anew in silence
+            raise CheckpointError(
+                f"{checkpoint} has no {OPTIMIZER[0]} (was it saved with save_only_model=True?): it holds neither the "
+                "optimizer nor the schedule; begin a new run with its weights"
+            )
         check_finite([file for file in [checkpoint / OPTIMIZER[0]] if file.exists()])
         for file in (checkpoint / name for name in ("optimizer.json", "scheduler.json", "scaler.json")):
             if file.exists():

@@ -145,6 +145,21 @@ def check_arguments(given: dict[str, Any]) -> None:
             raise ValueError(f"{name}={given[name]!r}: give the dataset itself; datasets.load_dataset reads files")
 
 
+def check_reference(given: dict[str, Any]) -> None:
+    """Raises a ValueError for a `PeftModel` whose adapter in use is not the one that the reference would be made of.
+
+    With beta > 0, TRL 1.15 copies the adapter "default" into a new one, "ref", whichever adapter is trained.
+    """
+    model, beta = given.get("model"), getattr(given.get("args"), "beta", None)
+    if not isinstance(model, PeftModel) or not beta or given.get("peft_config") or given.get("ref_model"):
+        return
+    if model.active_adapters != ["default"]:
+        raise ValueError(
+            f"the model's adapter in use is {', '.join(model.active_adapters)!r}, and with beta={beta} the reference is "
+            "made of the one called 'default': load the adapter with adapter_name=\"default\", or set beta=0.0"
+        )
+
+
 def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) -> None:
     """What can be said of a trainer's model before it is loaded.
 

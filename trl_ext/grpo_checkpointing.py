@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from unsloth_ext.settings_file import safetensors_keys
 
-from .checkpointing import SafeCheckpointMixin
+from .checkpointing import OPTIMIZER, ROLLOUT, SafeCheckpointMixin
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
 from .update_sizes import UpdateSizesMixin
 
@@ -38,6 +38,8 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
+        if (checkpoint / OPTIMIZER[0]).exists() and not (checkpoint / ROLLOUT[1]).exists():
+            raise CheckpointError(f"{checkpoint / ROLLOUT[1]} is missing: the place among the rollouts would be lost")
         for file in sorted(checkpoint.glob("rollout_*.safetensors")):
             names = set(safetensors_keys(file))
             check_finite([file], names, {name for name in names if name.endswith(self._unknown_as_nan)})

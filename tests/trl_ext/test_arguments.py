@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 from trl import SFTConfig
 
 from tests import tiny
 from tests.trl_ext.hrpo import setups
 from tests.trl_ext.test_checkpointing import SafeSFTTrainer
+from tests.trl_ext.test_resume import make_grpo, make_hrpo, make_ppo
 from trl_ext import HRPOConfig, HRPOTrainer, PPOConfig, PPOTrainer, SPOConfig, SPOTrainer
 
 
@@ -31,3 +33,15 @@ def test_datasets(tmp_path, name):
     for path in ("rows.jsonl", Path("rows.jsonl")):
         with pytest.raises(ValueError, match=f"^{name}=.*rows.jsonl.*: give the dataset itself"):
             SafeSFTTrainer(tiny.model(), SFTConfig(tmp_path, use_cpu=True, bf16=False), **{name: path})
+
+
+@pytest.mark.parametrize("make", [make_hrpo, make_ppo, make_grpo])
+def test_the_adapter_that_the_reference_is_made_of(tmp_path, make):
+    """TRL copies the one called "default", whichever is trained."""
+    for names in (["mine"], ["default", "mine"]):
+        model = get_peft_model(tiny.model(), setups.lora(), names[0])
+        for name in names[1:]:
+            model.add_adapter(name, setups.lora())
+        model.set_adapter(names[-1])
+        with pytest.raises(ValueError, match=r"^the model's adapter in use is 'mine', and with beta=0.1 .* 'default':"):
+            make(tmp_path, model, None, beta=0.1)

@@ -232,3 +232,13 @@ def test_dense_models_are_left_to_trainer(tmp_path, monkeypatch):
     again._check_checkpoint(folder)
     again._load_from_checkpoint(str(folder))
     assert_equal(weights(first), weights(again))
+
+
+def test_a_run_does_not_go_on_from_weights_alone(tmp_path):
+    """Trainer would, with a new optimizer and the schedule from its start."""
+    sft(tmp_path, tiny.model(), save_only_model=True, max_steps=2).train()
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 has no optimizer\.safetensors .*save_only_model=True"):
+        sft(tmp_path, tiny.model()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = sft(tmp_path, tiny.model(), max_steps=1)
+    again.begin_with(tmp_path / "checkpoint-1")
+    again.train()

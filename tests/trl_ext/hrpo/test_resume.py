@@ -115,7 +115,7 @@ def _cut(file, keep=0.5):
 
 FILES = [
     "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", "scheduler.json", "optimizer.json",
-    "rng_state_0.json", "rng_state_0.safetensors",
+    "rng_state_0.json", "rng_state_0.safetensors", "rollout_0.json", "rollout_0.safetensors",
 ]  # fmt: skip
 
 
