@@ -165,19 +165,35 @@ def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationCo
     if new > room:
         needed = f"{lengths[row]} tokens" + (f", {around} positions of the model's own" if around else "")
         raise ValueError(
-            f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions. Shorten "
-            "the prompt or lower max_new_tokens or max_length"
+            f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions"
+            + ", behind which its RoPE turns into another one and what is cached no longer fits"
+            * bool(_changing(model))
+            + ". Shorten the prompt or lower max_new_tokens or max_length"
         )
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Positions that a model was made for; None: no limit that its config knows."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaled = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
-    factor = max([part.get("factor") or 1 for part in scaled], default=1)
+    """Positions that a model was made for; None: no limit that its config knows.
+
+    Of RoPEs that depend on the length of the text, those up to which it is one and the same: behind them transformers 5.17
+    reads the whole text anew (Phi-3) or goes on with keys of two kinds, and a batch is not its rows.
+    """
+    changing = _changing(model)
+    if changing:
+        return min(part["original_max_position_embeddings"] for part in changing)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    factor = max([part.get("factor") or 1 for part in _ropes(model)], default=1)
     return None if positions is None else int(positions * factor)  # some configs have multiplied already: never too few
+
+
+def _ropes(model: nn.Module) -> list[dict[str, Any]]:
+    """What a config says of its RoPE, or of that of each kind of layer."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+
+
+def _changing(model: nn.Module) -> list[dict[str, Any]]:
+    return [part for part in _ropes(model) if part.get("rope_type") in ("dynamic", "longrope")]
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -455,6 +455,27 @@ class TestPrompts:
         net.config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         assert arguments.context_of(net) == 1024
 
+    @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+    def test_a_rope_that_depends_on_the_length_is_one_and_the_same_up_to_a_length(self, rope):
+        """Beyond it log-probs of a cached decode are not those of a forward."""
+        longer = {"dynamic": {"factor": 4.0}, "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}[rope]
+        config = tiny.config("llama")
+        config.rope_parameters = {
+            "rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, **longer
+        }  # fmt: skip
+        config.max_position_embeddings = 16 if rope == "dynamic" else 64
+        net, ids = tiny.from_config(config).eval(), torch.arange(3, 13)[None]
+        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = net.generate(ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=8, **settings)
+        with torch.no_grad():
+            at_once = net(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, -8:]
+        assert (torch.cat(out.logits) - at_once).abs().max() > 0.1  # once upstream has no such difference, allow them
+        attach_thinking(net)
+        matcher = DelimiterMatcher(tiny.tokenizer(), "##")
+        hybrid_generate(net, ids, matcher, max_new_tokens=6, **settings)
+        with pytest.raises(ValueError, match=r"more than the model's 16 positions, behind which its RoPE turns"):
+            hybrid_generate(net, ids, matcher, max_new_tokens=7, **settings)
+
     def test_a_tokenizer_without_end_and_pad(self):
         tok = tiny.tokenizer()
         settings = {"max_new_tokens": 4, "do_sample": False}
