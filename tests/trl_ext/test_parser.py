@@ -206,6 +206,15 @@ def test_help_shows_ours_first_and_the_rest_on_request(config, capsys):
     order = ("--lr_thinking_projection ", "--eval_size ", "--dataset ", "--output_dir ", "--max_steps ", "--traceback ")
     places = [ours.index(f"\n  {flag}") for flag in order]
     assert places == sorted(places)
+    for flag in (
+        "generation_kwargs JSON",
+        "accelerator_config JSON",
+        "num_generations N",
+        "top_k N",
+        "temperature NUMBER",
+    ):
+        assert f"--{flag} " in everything, flag
+    assert "--output_dir TEXT " in ours and re.search(r"--bf16 \[?true\|false", everything)
     assert "(default: 17)" in ours  # the value that it has here
     assert "--weight_decay " not in ours and "--weight_decay " in everything and "--weight-decay" not in everything
 

@@ -41,6 +41,7 @@ def test_completions_are_those_of_each_question_alone_and_passes_are_counted(ite
     assert found.forward_passes == pytest.approx(passes + np.mean(lengths))
     assert (found.low, found.high) == wilson_interval(sum(found.right), 5) and found.low < found.high
     assert found.n == 5 and found.seconds > 0 and not model.training
+    assert set(vars(found)) - set(found.numbers()) == {"right", "completions"} and found.numbers()["n"] == 5
 
 
 def question_batch_of(tokenizer, row):

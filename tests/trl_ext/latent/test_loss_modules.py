@@ -162,6 +162,10 @@ def test_compression_from_attention_weights_is_that_from_queries(tmp_path):
     assert torch.equal(found.valid, wanted.valid) and found.valid.sum(1).tolist() == [5, 3]
     importance = compressor.compute_importance_score(weights, steps, answers)
     assert (importance.sum(-1) - 1).abs().max() <= 1e-6 and not importance[~steps[:, None].expand_as(importance)].any()
+    alone = compressor.compute_importance_score(weights[1:, :, :2], steps[1:])  # without the answer's padding
+    assert (importance[1:] - alone).abs().max() <= 1e-6
+    for nothing in ((steps & False, answers), (steps, answers & False)):
+        assert not compressor.compute_importance_score(weights, *nothing).any()
     grouped = compressor.compute_importance_score(torch.cat([weights, weights], 1), steps, answers, 3)
     assert grouped.shape == importance.shape
     for bad in ({"num_latent_tokens": 0}, {"lambda_mix": 2.0}):

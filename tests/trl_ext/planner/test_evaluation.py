@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from trl_ext.planner import monitors
 from trl_ext.planner.evaluation import _perplexity, evaluate_plans
-from unsloth_ext import execute_plan, executor_prefix, plan, plan_lengths
+from unsloth_ext import PlannerExecutorModel, execute_plan, executor_prefix, plan, plan_lengths
 from unsloth_ext.planner.executor import executor_forward
 
 from . import setups
@@ -53,6 +53,8 @@ def test_every_figure_is_the_texts_own(tmp_path, mode, count):
         "accuracy": sum(written(plans[i : i + 1]).strip() == t.strip() for i, t in enumerate(texts)) / n,
     }.items():  # fmt: skip
         assert getattr(found, name) == pytest.approx(float(value), rel=1e-5), name
+    numbers = found.numbers()
+    assert found.samples and set(vars(found)) - set(numbers) == {"samples"} and numbers["nll"] == found.nll
     assert found.lengths == pytest.approx(dict(zip("ab", lengths)))
     for i, name in enumerate("ab"):
         counts = Counter(code for code in plans[:, i].flatten().tolist() if code >= 0)
@@ -60,6 +62,24 @@ def test_every_figure_is_the_texts_own(tmp_path, mode, count):
         assert found.perplexity[name] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
     assert [sample[0] for sample in found.samples] == texts[:2]
     assert [sample[2] for sample in found.samples] == [written(plans[i : i + 1]) for i in (0, 1)]
+
+
+def test_a_text_is_right_by_its_answer_or_else_as_a_whole(tmp_path, monkeypatch):
+    trainer = setups.trainer(tmp_path)
+    row = {"prompt": "1+2=", "completion": "3 ##3", "answer": "3"}
+    for written, delimiter, right in (
+        ("2 ##3", "##", 1),
+        ("3 ##3", None, 1),
+        ("2 ##3", None, 0),
+        ("3", "##", 0),
+        ("3", None, 0),
+    ):
+        monkeypatch.setattr(PlannerExecutorModel, "execute", lambda *_, text=written, **__: [text] * 2)
+        found = evaluate_plans(
+            trainer.model.eval(), trainer.processing_class, setups.Dataset.from_list([row] * 2), delimiter=delimiter,
+            max_new_tokens=5,
+        )  # fmt: skip
+        assert found.accuracy == found.random_accuracy == right, (written, delimiter)
 
 
 def test_perplexity_of_few_concepts():
