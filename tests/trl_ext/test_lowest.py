@@ -2,12 +2,17 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import trl
 
 import trl_ext
-from trl_ext.flags import RL_CHOICES
+from trl_ext.concept import recipe as concept
+from trl_ext.flags import RL_CHOICES, check_values
+from trl_ext.latent import recipe as latent
+from trl_ext.minimind.rl import RLArguments
+from trl_ext.minimind.stage import DataStageArguments
 from trl_ext.recipe import RecipeArguments
 
 
@@ -40,18 +45,30 @@ def test_the_smallest_value_is_allowed(name, fields, tmp_path):
 
 
 FLAGS = [
-    {"lora_r": 0, "lora_alpha": 1, "lora_dropout": 0.0},
-    {"train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1},
+    (RecipeArguments, {"lora_r": 0, "lora_alpha": 1, "lora_dropout": 0.0}),
+    (RecipeArguments, {"train_size": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1}),
+    (latent.ScriptArguments, {"max_new_tokens": 1, "sft_steps": 1}),
+    (concept.ScriptArguments, {"max_new_tokens": 1, "base_steps": 1}),
+    (RLArguments, {"max_generated_tokens": 1}),
+    (DataStageArguments, {"train_size": 1, "eval_size": 1}),
 ]
 
 
-@pytest.mark.parametrize("fields", FLAGS)
-def test_the_smallest_flags_of_a_recipe_are_allowed(fields):
-    made = RecipeArguments(**fields)
+@pytest.mark.parametrize("arguments, fields", FLAGS)
+def test_the_smallest_flags_of_a_recipe_are_allowed(arguments, fields):
+    made = arguments(**fields)
     assert {field: getattr(made, field) for field in fields} == fields
     for field, value in fields.items():
         with pytest.raises(ValueError, match=f"{field}={value - 1}"):
-            RecipeArguments(**{field: value - 1})
+            arguments(**{field: value - 1})
+
+
+def test_text_that_begins_with_a_brace_is_an_object_only_where_one_can_be():
+    """As transformers reads its own fields: the name of a file that holds the object stays a name."""
+    fields = {"_VALID_DICT_FIELDS": ["deepspeed"], "run_name": "{mine"}
+    check_values(SimpleNamespace(deepspeed="zero.json", **fields))
+    with pytest.raises(ValueError, match=r"^deepspeed='\{zero': a JSON object"):
+        check_values(SimpleNamespace(deepspeed="{zero", **fields))
 
 
 WEIGHTS = {

@@ -72,6 +72,7 @@ def test_ways_to_ask_who_it_is_are_held_out(folder):
 
     assert not asked("lora") & asked("lora_eval")
     assert asked("lora") | asked("lora_eval") == {*WHO[0], *FROM[0]}
+    assert asked("lora_eval") == {*WHO[0][3::4], *FROM[0][3::4]}
 
 
 def test_the_same_seed_writes_the_same(folder, tmp_path):
