@@ -5,7 +5,7 @@
 
 All flags of recipes/hrpo_gsm8k.py, which is run twice: into `stage_1/` of the output folder with
 --lr_thinking_projection 0, then into `stage_2/` from the weights that stage 1 has left. Steps and epochs are those of each
-stage.
+stage; what a --config says of them, and of the projection's rate in stage 2, counts.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.flags import at_least, chosen
+from trl_ext.flags import at_least, chosen, read_config
 from trl_ext.run_folder import check_free, noted
 from unsloth_ext.command_line import CommandLine
 
@@ -37,8 +37,11 @@ def main() -> int:
         help="Holds stage_1/ and stage_2/ (default: runs/hrpo_two_stage).",
     )  # fmt: skip
     parser.add_argument(
-        "--lr_thinking_projection", type=float, default=5e-5, metavar="NUMBER",
-        help="Learning rate of the thinking projection in stage 2 (default: 5e-5); in stage 1 it is 0.",
+        "--config", type=Path, metavar="FILE", help="A configuration file of recipes/hrpo_gsm8k.py, for both stages."
+    )
+    parser.add_argument(
+        "--lr_thinking_projection", type=float, metavar="NUMBER",
+        help="Learning rate of the thinking projection in stage 2 (default: the --config's, or 5e-5); in stage 1 it is 0.",
     )  # fmt: skip
     parser.add_switch("--overwrite", "Delete what earlier runs have left in both folders, and begin anew.")
     parser.add_argument(
@@ -48,6 +51,11 @@ def main() -> int:
     parser.add_argument("--help_all", action="help", help=SUPPRESS)
     given, others = parser.parse_known_args()
     at_least(given, lr_thinking_projection=0)
+    said = {}
+    if given.config is not None:
+        said, others = read_config(given.config), ["--config", str(given.config), *others]
+    rate = given.lr_thinking_projection
+    rate = said.get("lr_thinking_projection", 5e-5) if rate is None else rate
     first, second = given.output_dir / "stage_1", given.output_dir / "stage_2"
     if given.resume_from_checkpoint:
         begun = [each["command"] for folder in (second, first) for each in (noted(folder, "commands") or [])[-1:]]
@@ -61,10 +69,9 @@ def main() -> int:
         check_free(folder, given.overwrite)
     name = chosen(sys.argv[1:], RECIPE.parent / "configs", "hrpo", tuple(STEPS))[0]
     length = ["--max_steps", str(STEPS[name])] if name in STEPS else ["--num_train_epochs", "1"]
-    stages = (
-        (first, 0.0, []),
-        (second, given.lr_thinking_projection, ["--init_from", str(first / "final")]),
-    )
+    if said.keys() & {"max_steps", "num_train_epochs"}:
+        length = []
+    stages = ((first, 0.0, []), (second, rate, ["--init_from", str(first / "final")]))
     for folder, rate, more in stages:
         flags = [
             *length, *others, "--output_dir", str(folder),

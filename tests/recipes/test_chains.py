@@ -105,6 +105,25 @@ def test_the_two_stages(chain, tmp_path):
     assert (tmp_path / "mine" / "stage_1" / "final").exists()
 
 
+def test_what_a_configuration_file_says_of_both_stages_counts(chain, tmp_path):
+    """Of steps and epochs, and of the projection's rate in the second; a flag counts more."""
+    (tmp_path / "c.yaml").write_text("model_name: tiny\nmax_steps: 7\nlr_thinking_projection: 2.0e-4\n")
+    (tmp_path / "d.yaml").write_text("model_name: tiny\n")
+    for argv, rate, length in (
+        (["--config", "c.yaml"], "0.0002", None),
+        (["--config=c.yaml", "--max_steps", "8", "--lr_thinking_projection", "3e-4"], "0.0003", "8"),
+        (["--config", "d.yaml"], "5e-05", "45"),
+    ):
+        status, commands = chain("hrpo_two_stage.py", "--output_dir", "mine", *argv)
+        flags = [dict(zip(command[1::2], command[2::2])) for command in commands]
+        assert status == 0 and [each["--lr_thinking_projection"] for each in flags] == ["0.0", rate]
+        assert {each.get("--max_steps") for each in flags} == {length}
+        assert {each["--config"] for each in flags} == {"d.yaml" if "d.yaml" in argv else "c.yaml"}
+    (tmp_path / "c.yaml").write_text("max_steps: [")
+    with pytest.raises(ValueError, match=r"^--config c.yaml: while parsing"):
+        chain("hrpo_two_stage.py", "--output_dir", "mine", "--config", "c.yaml")
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
