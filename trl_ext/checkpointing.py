@@ -36,7 +36,7 @@ from patches.save_pretrained import describer
 from .creation import check_arguments, check_model_and_tokenizer, check_reference, preparing_models
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
-from .saved_weights import CheckpointError, check_finite, check_weights, load_weights
+from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
 from .trainable import check_trainable
 
 
@@ -164,6 +164,7 @@ class SafeCheckpointMixin:
         if self._own_format():
             check_weights(self.model, Path(folder))
             self._check_beside(Path(folder))
+            warn_of_another_origin(self.model, Path(folder))
         self._load_from_checkpoint(str(folder))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +190,7 @@ class SafeCheckpointMixin:
             return
         check_weights(self.model, checkpoint)
         self._check_beside(checkpoint)
+        warn_of_another_origin(self.model, checkpoint)
         step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
         if (
             step and not pickles and not (checkpoint / OPTIMIZER[0]).exists()

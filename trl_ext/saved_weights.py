@@ -6,6 +6,7 @@ the folder, whoever added it.
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import logging
 
+from unsloth_ext.settings_file import FILE, method_of, read_json
+
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -61,6 +67,27 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             model.load_state_dict(load_file(file), strict=False)
     for files, memory in _parts(model, folder):
         _check_equal(((name, tensor) for file in files for name, tensor in _tensors(file)), memory, folder)
+
+
+def warn_of_another_origin(model: nn.Module, folder: Path) -> None:
+    """Say so where the weights of `folder` were trained otherwise than `model`, whose tensors have the same names and
+    shapes: an adapter on another base, or a method with other settings."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, config in getattr(model, "peft_config", {}).items() if isinstance(model, PeftModel) else ():
+        file = _adapter_file(folder, name).with_name("adapter_config.json")
+        there = (read_json(str(file.parent), file.name, None) or {}).get("base_model_name_or_path")
+        here = config.base_model_name_or_path
+        if there and here and Path(there).resolve() != Path(here).resolve():
+            logger.warning(
+                f"The adapter in {file.parent} was trained on {there}, and this model is {here}: unless they hold the same "
+                "weights, it does not belong to it"
+            )
+    settings = json.loads(json.dumps(method_of(getattr(bare, "config", None))[1])) or {}
+    before = (read_json(str(folder), FILE, None) or {}).get("settings") or settings
+    differing = [key for key in settings if key in before and settings[key] != before[key]]
+    if differing:
+        changes = ", ".join(f"{key}={settings[key]!r} (before: {before[key]!r})" for key in differing)
+        logger.warning(f"{folder} was trained with other settings than this model has now: {changes}")
 
 
 def check_finite(files: list[Path], buffers: set[str] = frozenset(), unknown: set[str] = frozenset()) -> None:

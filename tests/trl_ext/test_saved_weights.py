@@ -256,3 +256,20 @@ def test_trainer_alone_would_load_the_reference_in_the_adapters_place(tmp_path):
     lora = [name for name in after if "lora_A.default" in name]
     assert lora and all(torch.equal(after[name], before[name]) for name in lora)
     assert not any(torch.equal(after[name], trained[name]) for name in lora)
+
+
+def test_weights_of_another_origin_are_told_of(tmp_path, caplog):
+    """Of the same names and shapes: an adapter of another base, a method with other settings."""
+    changes = {"num_latents": 3, "iterations": 2}
+    for folder, seed in (("a", 0), ("b", 1)):
+        tiny.model("qwen3", seed, std=0.1).save_pretrained(tmp_path / folder)
+    bases = [AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("a", "a", "b")]
+    folder = saved(tmp_path / "saved", latent.trainer(tmp_path / "1", model=bases[0], **changes))
+    latent.trainer(tmp_path / "2", model=bases[1], **changes).begin_with(folder)
+    assert "was trained" not in caplog.text
+    again = latent.trainer(tmp_path / "3", model=bases[2], num_latents=6, iterations=2)
+    for go in (again.begin_with, again._check_checkpoint):
+        caplog.clear()
+        go(folder)
+        assert f"was trained on {tmp_path / 'a'}, and this model is {tmp_path / 'b'}: " in caplog.text
+        assert "other settings than this model has now: num_latents=6 (before: 3)\n" in caplog.text
