@@ -58,7 +58,10 @@ def joined(argv: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = CommandLine(description=__doc__.split("\n\n")[0])
+    parser = CommandLine(
+        description=__doc__.split("\n\n")[0],
+        epilog="A stage's own flags go to it in one string: --sft '--max_steps 100'; --sft --help shows them.",
+    )
     parser.add_argument(
         "--run_dir", default=RUN_DIR, metavar="FOLDER", help=f"Where the stages' folders are (default: {RUN_DIR})."
     )
@@ -75,7 +78,11 @@ def main() -> int:
     )
     for name in STAGES:
         parser.add_argument(f"--{name}", type=words, default=[], metavar="FLAGS", help=f"For {name}.py, in one string.")
-    options = parser.parse_args(joined(sys.argv[1:]))
+    options, others = parser.parse_known_args(joined(sys.argv[1:]))
+    try:
+        parser.refuse(others)
+    except ValueError as error:
+        raise ValueError(f"{error}; a stage's own flags go to it in one string: --sft '--max_steps 100'") from None
     if options.published and options.run_dir != RUN_DIR:
         parser.error("--run_dir moves the embedded default; the published configurations name their folders themselves")
     names = [name for name in STAGES if name in options.stages]

@@ -60,6 +60,7 @@ def test_each_stage_gets_its_own_flags(chain, tmp_path):
     "argv, message",
     [
         (["--dpo", "--beta '2"], "--dpo: .*cannot be split into flags"),
+        (["--max-steps", "5"], "--max_steps: there is no such flag; a stage's own flags go to it in one string: --sft"),
         (["--dpo", "--output-dir elsewhere"], "--dpo: --output_dir is for all stages"),
         (["--stages", "sft", "--dpo", "--beta 1"], "--dpo: --stages leaves this stage out"),
         (["--overwrite", "maybe"], "--overwrite: 'maybe' is neither true nor false"),
