@@ -33,7 +33,13 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
-from .creation import check_arguments, check_model_and_tokenizer, check_reference, preparing_models
+from .creation import (
+    check_arguments,
+    check_left,
+    check_model_and_tokenizer,
+    check_reference,
+    preparing_models,
+)
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
@@ -118,6 +124,7 @@ class SafeCheckpointMixin:
         with preparing_models(self._stock_init):
             super().__init__(*args, **kwargs)
         check_trainable(self.model)
+        check_left(self.train_dataset, "train_dataset", getattr(self.args, "max_length", None))
 
     @property
     def _stock_init(self) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -132,7 +133,8 @@ def check_name(model: PreTrainedModel | str) -> None:
 
 
 def check_arguments(given: dict[str, Any]) -> None:
-    """Raises a ValueError for a path, among a trainer's arguments by name, where a function or a dataset belongs."""
+    """Raises a ValueError for a path, among a trainer's arguments by name, where a function or a dataset belongs, and for
+    a dataset without rows."""
     rewards = given.get("reward_funcs")
     for reward in rewards if isinstance(rewards, list) else [rewards]:
         if reward is not None and not isinstance(reward, str) and not callable(reward):
@@ -141,8 +143,17 @@ def check_arguments(given: dict[str, Any]) -> None:
                 "of these"
             )
     for name in ("train_dataset", "eval_dataset"):
-        if isinstance(given.get(name), str | os.PathLike):
-            raise ValueError(f"{name}={given[name]!r}: give the dataset itself; datasets.load_dataset reads files")
+        dataset = given.get(name)
+        if isinstance(dataset, str | os.PathLike):
+            raise ValueError(f"{name}={dataset!r}: give the dataset itself; datasets.load_dataset reads files")
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(f"{name}: not one row")
+
+
+def check_left(dataset: Any, name: str, max_length: int | None) -> None:
+    """Raises a ValueError for a dataset of which the preparation has left nothing."""
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"{name}: no row is left, max_length={max_length} leaves nothing of any completion; raise it")
 
 
 def check_reference(given: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from unsloth_ext.settings_file import safetensors_keys
@@ -32,6 +33,15 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
     """
 
     _unknown_as_nan = ("sampling_per_token_logps",)  # vLLM's
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        prompts = self.args.generation_batch_size // self.num_generations
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO trains no step of it
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows and a rollout takes {prompts} different ones "
+                "(generation_batch_size / num_generations); give more rows or a smaller rollout"
+            )
 
     def _moving_reference(self) -> Any:
         return self.accelerator.unwrap_model(self.ref_model) if self.args.sync_ref_model else None

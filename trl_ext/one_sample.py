@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import trl
-from datasets import Dataset
 from trl import GRPOConfig
 
 from patches import fused_lm_head
@@ -61,12 +60,6 @@ class OwnAdvantages:
             check_generation_kwargs(self.args.generation_kwargs)
         warn_of_truncation(self.args if self.use_vllm else rollout_config(self))
         self.add_callback(RolloutDiagnostics())
-        prompts = self.args.generation_batch_size // self.num_generations
-        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO trains no step of it
-            raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} rows and a rollout takes {prompts} different ones "
-                "(generation_batch_size / num_generations); give more rows or a smaller rollout"
-            )
 
     def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:
         """Advantages of this process's completions, (B,) or (B, C).

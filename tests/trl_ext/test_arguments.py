@@ -7,7 +7,10 @@ from peft import get_peft_model
 from trl import SFTConfig
 
 from tests import tiny
+from tests.trl_ext.concept import setups as concept
+from tests.trl_ext.distill.setups import logits
 from tests.trl_ext.hrpo import setups
+from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.test_checkpointing import SafeSFTTrainer
 from tests.trl_ext.test_resume import make_grpo, make_hrpo, make_ppo
 from trl_ext import HRPOConfig, HRPOTrainer, PPOConfig, PPOTrainer, SPOConfig, SPOTrainer
@@ -33,6 +36,24 @@ def test_datasets(tmp_path, name):
     for path in ("rows.jsonl", Path("rows.jsonl")):
         with pytest.raises(ValueError, match=f"^{name}=.*rows.jsonl.*: give the dataset itself"):
             SafeSFTTrainer(tiny.model(), SFTConfig(tmp_path, use_cpu=True, bf16=False), **{name: path})
+
+
+@pytest.mark.parametrize("make", [logits, concept.trainer, kv.trainer])
+def test_data_of_which_nothing_is_left(tmp_path, make):
+    with pytest.raises(ValueError, match=r"^train_dataset: not one row"):
+        make(tmp_path, rows=[])
+    with pytest.raises(ValueError, match=r"^train.dataset: no row is left, max_length=4 .*; raise it"):
+        make(tmp_path, max_length=4)
+
+
+@pytest.mark.parametrize("make", [make_hrpo, make_grpo])
+def test_fewer_rows_than_a_rollout_takes(tmp_path, make, monkeypatch):
+    """Of which GRPO would train no step, and say that it had trained."""
+    rows = setups.prompts()
+    for few, said in ((0, "not one row"), (1, r"train_dataset has 1 rows and a rollout takes 2 different ones")):
+        monkeypatch.setattr(setups, "prompts", lambda few=few: rows.select(range(few)))
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, tiny.model(), None)
 
 
 @pytest.mark.parametrize("make", [make_hrpo, make_ppo, make_grpo])

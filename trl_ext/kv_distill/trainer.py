@@ -25,7 +25,7 @@ from unsloth_ext.layer_kinds import check_layers
 from unsloth_ext.unsloth_decoding import on_unsloth
 
 from ..checkpointing import CheckpointError, SafeCheckpointMixin
-from ..creation import check_name, default_args, with_adapter
+from ..creation import check_left, check_name, default_args, with_adapter
 from ..gradients import average_gradients
 from ..teacher import check_vocabularies, load_teacher
 from ..update_sizes import UpdateSizesMixin
@@ -137,6 +137,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
         def prepare(dataset, name):
             dataset = parents(dataset, processing_class, args, packing, formatting_func, name)
+            check_left(dataset, f"{name} dataset", args.max_length)
             return add_segments(dataset, name, self._tokenizer, args.answer_delimiter)
 
         both = set(TEXTS) & set(dataset.column_names or ())

@@ -124,6 +124,8 @@ class LatentArguments:
             gradient_checkpointing="transformers drops the cache with it, and latent tokens would not see the question",
             assistant_only_loss="rows are question, steps and answer, not conversations",
         )
+        if getattr(self, "completion_only_loss", None) is False:
+            raise ValueError("completion_only_loss=False: a question is read, and not learnt; leave it unset")
         must_prepare(self, "leaves rows without tokens; rows that have theirs are taken as they are")
         for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name, only) != only:

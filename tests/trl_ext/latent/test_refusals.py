@@ -38,6 +38,7 @@ from . import setups
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"eval_packing": True}, "eval_packing=True"),
+        ({"completion_only_loss": False}, "completion_only_loss=False: a question is read"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs: skip_prepare_dataset"),
     ],
 )
