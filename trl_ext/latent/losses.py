@@ -65,6 +65,7 @@ def codi_loss(
             `"normalize_states"` of both by it, or `"none"`.
         std_scope: over `"layer"`, `"global"` over all layers, or of each `"token"` (one row in one layer).
     """
+    _check_shapes(student, teacher)
     teacher = teacher.detach()
     everything = torch.ones((), dtype=torch.bool, device=teacher.device)
     if std_mode == "none":
@@ -95,6 +96,7 @@ def kv_loss(
         std_mode: `"none"`, or the teacher's standard deviation by layer over the valid slots: `"divide_loss"` by it, or
             `"normalize_states"` of both by it. Never the student's own: that is blind to scale.
     """
+    _check_shapes(student, teacher)
     teacher = teacher.detach()
     if valid.dim() == 2:
         valid = valid[None, :, None]
@@ -104,6 +106,14 @@ def kv_loss(
         layers = [std_of(t, m, all_sum) for t, m in zip(teacher, mask, strict=True)]
         std = torch.stack(layers).float()[:, None, None, None, None]
     return masked_mean(_distance(student, teacher, loss, std_mode, std), mask, all_sum)
+
+
+def _check_shapes(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    if student.shape != teacher.shape:  # torch would repeat the smaller one
+        raise ValueError(
+            f"the student's {tuple(student.shape)} and the teacher's {tuple(teacher.shape)} need one shape: the same "
+            "layers, rows, heads and positions"
+        )
 
 
 def _distance(student, teacher, loss, std_mode, std, squared=False) -> torch.Tensor:

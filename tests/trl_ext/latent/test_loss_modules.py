@@ -171,3 +171,14 @@ def test_compression_from_attention_weights_is_that_from_queries(tmp_path):
     for bad in ({"num_latent_tokens": 0}, {"lambda_mix": 2.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             RKVCompressor(**bad)
+
+
+@pytest.mark.parametrize("smaller", [(1, 2, 2, 5, 8), (3, 1, 2, 5, 8), (3, 2, 1, 5, 8), (3, 2, 2, 1, 8)])
+def test_tensors_of_two_shapes_are_not_repeated(smaller):
+    """Of one layer, row, head or position in the place of several."""
+    few, many = torch.ones(smaller), torch.ones(3, 2, 2, 5, 8)
+    for student, teacher in ((few, many), (many, few)):
+        with pytest.raises(ValueError, match=r"the student's \(.*\) and the teacher's \(.*\) need one shape"):
+            KVDistillationLoss(use_projection=False)((student, student), (teacher, teacher))
+        with pytest.raises(ValueError, match=r"the student's \(.*\) and the teacher's \(.*\) need one shape"):
+            CODILoss()(student.flatten(1, 3), teacher.flatten(1, 3))
