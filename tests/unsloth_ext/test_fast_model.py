@@ -1,5 +1,6 @@
 """Load, wrap, save, restore in a fresh process, merge, drop: on the stock backend (Unsloth's is in test_unsloth_*)."""
 
+import importlib.util
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from tests import tiny
 from tests.processes import fresh
 from unsloth_ext import FastThinkingModel, ThinkingConfig, attach_thinking, backbone_of, fast_model, has_thinking
 from unsloth_ext.adapter import THINKING_MODULES
+from unsloth_ext.backend import unsloth_can_run
 
 
 def base(tmp_path, family="qwen3"):
@@ -197,3 +199,14 @@ def test_without_a_word_the_backend_is_the_one_that_can_run(tmp_path, monkeypatc
     for use_unsloth in (None, True, False):
         FastThinkingModel.from_pretrained(base(tmp_path), max_seq_length=64, use_unsloth=use_unsloth)
     assert asked == ["unsloth" if can else "transformers", "unsloth", "transformers"]
+
+
+@pytest.mark.parametrize("installed, allowed, cuda, can", [
+    (False, "1", True, False), (True, "1", False, True), (True, "0", True, True), (True, "0", False, False),
+])  # fmt: skip
+def test_unsloth_can_run_where_it_is_installed_and_sees_a_gpu_or_is_told_to(monkeypatch, installed, allowed, cuda, can):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setenv("UNSLOTH_ALLOW_CPU", allowed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert unsloth_can_run()[0] is can
