@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from patches.save_pretrained import describer
@@ -149,6 +149,15 @@ class SafeCheckpointMixin:
         if resume_from_checkpoint:
             self._check_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):  # Trainer would end at step 0, with a warning
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} row(s), and with dataloader_drop_last=True they make no "
+                f"whole batch of {self._train_batch_size}; give more rows or a smaller batch"
+            )
+        return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         try:

@@ -242,3 +242,9 @@ def test_a_run_does_not_go_on_from_weights_alone(tmp_path):
     again = sft(tmp_path, tiny.model(), max_steps=1)
     again.begin_with(tmp_path / "checkpoint-1")
     again.train()
+
+
+def test_rows_that_make_no_batch_are_named(tmp_path):
+    trainer = sft(tmp_path, tiny.model(), per_device_train_batch_size=len(ROWS) + 1, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=rf"has {len(ROWS)} row.*no whole batch of {len(ROWS) + 1}; give more rows"):
+        trainer.train()

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from tests import tiny
 from unsloth_ext import ThinkingConfig, attach_thinking, backbone_of, project, soft_embedding
-from unsloth_ext.states import Warper, logits_of
+from unsloth_ext.states import Warper, embedding_norm, logits_of
 
 
 @pytest.mark.parametrize("norm", ["unit", "embedding_rms", "none"])
@@ -101,3 +101,11 @@ def test_soft_capping_is_applied():
     ids = torch.randint(3, 40, (2, 6))
     hidden = net.base_model(input_ids=ids).last_hidden_state
     torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_the_norm_of_narrow_embeddings_is_not_rounded_on_the_way():
+    """1e-6: squares of bfloat16 have three digits."""
+    net = tiny.model(dtype=torch.bfloat16)
+    weight = net.get_input_embeddings().weight.detach().double()
+    wanted = weight.norm(dim=-1).square().mean().sqrt()
+    assert abs(embedding_norm(backbone_of(net)) / wanted - 1) <= 1e-6

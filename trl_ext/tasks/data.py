@@ -54,12 +54,10 @@ class DataArguments:
             raise ValueError(f"dataset_options={self.dataset_options!r}: a JSON object, such as '{{\"max_terms\": 2}}'")
 
     def rows(self, *, split: str, size: int | None, seed: int) -> list[dict]:
-        """`load_rows` of these arguments, checked."""
-        rows = load_rows(
+        """`load_rows` of these arguments."""
+        return load_rows(
             self.dataset, split=split, size=size, seed=seed, config=self.dataset_config, **(self.dataset_options or {})
         )
-        check_rows(self.dataset, rows)
-        return rows
 
     def split(
         self, *, train_size: int | None, eval_dataset: str | None, eval_size: int, seed: int
@@ -80,10 +78,10 @@ class DataArguments:
             source = replace(self, dataset=eval_dataset or self.dataset)
             held_out = source.rows(split="test", size=eval_size, seed=seed + HELD_OUT_SEED)
         else:
-            if len(train) < eval_size + 2:
+            if len(train) <= eval_size:
                 raise DataError(
                     f"dataset {self.dataset} has {len(train)} row(s) beside num_fewshot={self.num_fewshot}, of which "
-                    f"eval_size={eval_size} are held out: fewer than two are left to train on; lower eval_size, or name an "
+                    f"eval_size={eval_size} are held out: none is left to train on; lower eval_size, or name an "
                     "eval_dataset"
                 )
             train, held_out = train[:-eval_size], train[-eval_size:]
@@ -92,10 +90,10 @@ class DataArguments:
             (eval_dataset or self.dataset, held_out, unseen, "shown in every prompt"),
             (self.dataset, train, new, "held out"),
         ):
-            if len(left) < 2:
+            if not left:
                 raise DataError(
-                    f"dataset {name}: the questions of {len(before) - len(left)} of its {len(before)} rows are {others} as "
-                    f"well, so {len(left)} row(s) are left and at least two are needed; take the duplicates out"
+                    f"dataset {name}: the questions of {len(before)} of its {len(before)} rows are {others} as well, so 0 "
+                    "rows are left; take the duplicates out"
                 )
         return examples, new[:train_size], unseen
 
@@ -162,16 +160,6 @@ def _gsm8k_row(where: str, row: dict) -> dict:
     if number is None:
         raise DataError(f"{where}: not one number behind '####' in the answer {answer!r:.120}")
     return {"question": question, "answer": number, "solution": solution.strip()}
-
-
-def check_rows(name: str, rows: list[dict]) -> None:
-    """Refuse data that is too little to train or to measure on, before anything is loaded.
-
-    Raises:
-        DataError: fewer than two rows.
-    """
-    if len(rows) < 2:
-        raise DataError(f"dataset {name} has {len(rows)} row(s); at least two are needed")
 
 
 def solved(row: dict, delimiter: str) -> str:

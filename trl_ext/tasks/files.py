@@ -149,7 +149,11 @@ def read_rows(
         rows = list(read_json_rows(name))[:size]
         return tuple(dict.fromkeys(column for _, row in rows for column in row)), rows
     if suffix == ".txt":
-        return ("text",), [(f"line {number}", {"text": line}) for number, line in read_lines(name)][:size]
-    table = read_table(name, split=split, config=config)
-    table = table if size is None else table.select(range(min(size, len(table))))
-    return tuple(table.column_names), [(f"row {i}", row) for i, row in enumerate(table)]
+        columns, rows = ("text",), [(f"line {number}", {"text": line}) for number, line in read_lines(name)][:size]
+    else:
+        table = read_table(name, split=split, config=config)
+        table = table if size is None else table.select(range(min(size, len(table))))
+        columns, rows = tuple(table.column_names), [(f"row {i}", row) for i, row in enumerate(table)]
+    if not rows:
+        raise DataError(f"dataset {name} has no rows")
+    return columns, rows

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_ext.tasks.data import DataArguments, chat_dataset, check_rows, is_generator, load_rows
+from trl_ext.tasks.data import DataArguments, chat_dataset, is_generator, load_rows
 from trl_ext.tasks.files import DataError
 
 
@@ -66,10 +66,15 @@ def test_missing_broken_and_empty_files(tmp_path):
     with pytest.raises(DataError, match=r"cut\.jsonl, line 1: no JSON"):
         load(str(tmp_path / "cut.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError):
-        check_rows("empty", load(str(tmp_path / "empty.jsonl")))
-    with pytest.raises(DataError, match="one has 1 row"):
-        check_rows("one", GOOD[:1])
+    Dataset.from_list(GOOD).select([]).to_parquet(tmp_path / "empty.parquet")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    for name, said in (
+        ("empty.jsonl", ": the file is empty"),
+        ("empty.parquet", " cannot be read .*no data"),
+        ("blank.txt", " has no rows"),
+    ):
+        with pytest.raises(DataError, match=f"{name}{said}"):
+            load(str(tmp_path / name))
 
 
 def test_chat_prompts_ask_for_the_delimiter():
@@ -119,6 +124,11 @@ def test_a_file_without_rows_to_train_on_is_named(tmp_path):
     data = DataArguments(dataset=jsonl(tmp_path, [question(i) for i in range(5)]))
     with pytest.raises(DataError, match=r"rows\.jsonl has 5 row.*eval_size=5.*lower eval_size"):
         data.split(train_size=None, eval_dataset=None, eval_size=5, seed=0)
+    for held in (1, 4):  # one row is enough on either side
+        found = data.split(train_size=None, eval_dataset=None, eval_size=held, seed=0)
+        assert [len(side) for side in found] == [0, 5 - held, held]
+    found = DataArguments(dataset="chain_sum").split(train_size=1, eval_dataset=None, eval_size=1, seed=0)
+    assert [len(side) for side in found] == [0, 1, 1]
 
 
 def test_duplicates_that_leave_nothing_are_named(tmp_path):
