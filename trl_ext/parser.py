@@ -146,10 +146,11 @@ class RecipeParser(CommandLine, TrlParser):
                 raise
             if self.embedded and self._model_name not in self.embedded:  # a typo chooses the configuration for a GPU
                 check_name(self._model_name)
+            other = [name for name in self.embedded[:1] if self._model_name not in self.embedded]
             made_for = f" {self.config} is for a GPU;" if self.config else ""
             raise ValueError(
                 f"bf16=True: there is no GPU here that computes in it;{made_for} to train on the CPU: --use_cpu true "
-                "--bf16 false" + (f", or --model_name {self.embedded[0]}, made for it" if self.embedded else "")
+                "--bf16 false" + "".join(f", or --model_name {name}, made for it" for name in other)
             ) from error
 
     def format_help(self) -> str:

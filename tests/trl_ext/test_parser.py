@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from trl_ext import HRPOConfig, KAVAConfig, KVDistillConfig
 from trl_ext.latent.recipe import ScriptArguments as LatentScript
@@ -238,3 +239,14 @@ def test_nothing_but_flags_and_the_named_file_is_read(tmp_path, monkeypatch):
     (tmp_path / "recipe.args").write_text("--max_steps 7")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "recipe.py")])
     assert parse("hrpo")[2].max_steps != 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in bf16")
+@pytest.mark.parametrize(
+    "file, way_out", [("model_name: tiny", ""), ("seed: 1", ", or --model_name tiny, made for it")]
+)
+def test_a_way_out_is_not_what_was_given(file, way_out, config):
+    parser = RecipeParser(RECIPES["hrpo"], embedded=("tiny",))
+    argv = ["--output_dir", "x", "--report_to", "none", *map(str, config(file))]
+    with pytest.raises(ValueError, match=f"--use_cpu true --bf16 false{way_out}$"):
+        parser.parse_args_and_config(argv)
