@@ -178,10 +178,13 @@ def context_of(model: nn.Module) -> int | None:
     Of RoPEs that depend on the length of the text, those up to which it is one and the same: behind them transformers 5.17
     reads the whole text anew (Phi-3) or goes on with keys of two kinds, and a batch is not its rows.
     """
-    changing = _changing(model)
-    if changing:
-        return min(part["original_max_position_embeddings"] for part in changing)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    changing = _changing(model)
+    if changing:  # longrope has its own field, which its config always fills; dynamic changes behind the positions
+        return min(
+            part["original_max_position_embeddings"] if part["rope_type"] == "longrope" else positions
+            for part in changing
+        )
     factor = max([part.get("factor") or 1 for part in _ropes(model)], default=1)
     return None if positions is None else int(positions * factor)  # some configs have multiplied already: never too few
 

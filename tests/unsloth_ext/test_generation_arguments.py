@@ -458,10 +458,10 @@ class TestPrompts:
     @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
     def test_a_rope_that_depends_on_the_length_is_one_and_the_same_up_to_a_length(self, rope):
         """Beyond it log-probs of a cached decode are not those of a forward."""
-        longer = {"dynamic": {"factor": 4.0}, "longrope": {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}[rope]
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
         config = tiny.config("llama")
         config.rope_parameters = {
-            "rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, **longer
+            "rope_type": rope, "rope_theta": 1e4, "factor": 4.0, **(factors if rope == "longrope" else {})
         }  # fmt: skip
         config.max_position_embeddings = 16 if rope == "dynamic" else 64
         net, ids = tiny.from_config(config).eval(), torch.arange(3, 13)[None]
