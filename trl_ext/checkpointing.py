@@ -33,13 +33,7 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
-from .creation import (
-    check_arguments,
-    check_left,
-    check_model_and_tokenizer,
-    check_reference,
-    preparing_models,
-)
+from .creation import check_arguments, check_left, check_model_and_tokenizer, check_reference, preparing_models
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
@@ -208,9 +202,8 @@ class SafeCheckpointMixin:
         self._check_beside(checkpoint)
         warn_of_another_origin(self.model, checkpoint)
         step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
-        if (
-            step and not pickles and not (checkpoint / OPTIMIZER[0]).exists()
-        ):  # Trainer would begin both anew in silence
+        # Without them, Trainer would begin both anew in silence
+        if step and not pickles and not (checkpoint / OPTIMIZER[0]).exists():
             raise CheckpointError(
                 f"{checkpoint} has no {OPTIMIZER[0]} (was it saved with save_only_model=True?): it holds neither the "
                 "optimizer nor the schedule; begin a new run with its weights"

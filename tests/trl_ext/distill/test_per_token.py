@@ -28,7 +28,7 @@ def test_parallel_sequences(tmp_path, make, split, monkeypatch):
 
     def made(self, model, args, *_, **__):
         self.args, self.compute_loss_func, self.accelerator = args, None, SimpleNamespace(parallelism_config=parallel)
-        self.model = model
+        self.model, self.train_dataset = model, None
 
     monkeypatch.setattr(trl.SFTTrainer, "__init__", functools.wraps(trl.SFTTrainer.__init__)(made))
     with pytest.raises(ValueError, match="cp_size"):
