@@ -148,8 +148,9 @@ class SafeCheckpointMixin:
         loader = super().get_train_dataloader()
         if has_length(loader) and not len(loader):  # Trainer would end at step 0, with a warning
             raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} row(s), and with dataloader_drop_last=True they make no "
-                f"whole batch of {self._train_batch_size}; give more rows or a smaller batch"
+                f"train_dataset has {len(self.train_dataset)} row(s), which with dataloader_drop_last="
+                f"{self.args.dataloader_drop_last} make no whole batch of {self._train_batch_size}; give more rows or a "
+                "smaller batch"
             )
         return loader
 

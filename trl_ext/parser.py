@@ -144,13 +144,14 @@ class RecipeParser(CommandLine, TrlParser):
         except ValueError as error:
             if NO_BF16 not in str(error):
                 raise
+            way_out = ""
             if self.embedded and self._model_name not in self.embedded:  # a typo chooses the configuration for a GPU
                 check_name(self._model_name)
-            other = [name for name in self.embedded[:1] if self._model_name not in self.embedded]
+                way_out = f", or --model_name {self.embedded[0]}, made for it"
             made_for = f" {self.config} is for a GPU;" if self.config else ""
             raise ValueError(
                 f"bf16=True: there is no GPU here that computes in it;{made_for} to train on the CPU: --use_cpu true "
-                "--bf16 false" + "".join(f", or --model_name {name}, made for it" for name in other)
+                f"--bf16 false{way_out}"
             ) from error
 
     def format_help(self) -> str:

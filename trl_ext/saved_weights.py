@@ -73,7 +73,7 @@ def warn_of_another_origin(model: nn.Module, folder: Path) -> None:
     """Say so where the weights of `folder` were trained otherwise than `model`, whose tensors have the same names and
     shapes: an adapter on another base, or a method with other settings."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, config in getattr(model, "peft_config", {}).items() if isinstance(model, PeftModel) else ():
+    for name, config in model.peft_config.items() if isinstance(model, PeftModel) else ():
         file = _adapter_file(folder, name).with_name("adapter_config.json")
         there = (read_json(str(file.parent), file.name, None) or {}).get("base_model_name_or_path")
         here = config.base_model_name_or_path

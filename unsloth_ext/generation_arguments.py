@@ -164,11 +164,14 @@ def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationCo
         new = config.max_length - lengths[row] if (config.max_length or 0) > context else 1
     if new > room:
         needed = f"{lengths[row]} tokens" + (f", {around} positions of the model's own" if around else "")
+        why = (
+            ", behind which its RoPE turns into another one and what is cached no longer fits"
+            if _changing(model)
+            else ""
+        )
         raise ValueError(
-            f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions"
-            + ", behind which its RoPE turns into another one and what is cached no longer fits"
-            * bool(_changing(model))
-            + ". Shorten the prompt or lower max_new_tokens or max_length"
+            f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions{why}. "
+            "Shorten the prompt or lower max_new_tokens or max_length"
         )
 
 
