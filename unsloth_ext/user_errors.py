@@ -6,6 +6,7 @@ here imports more than the standard library.
 
 import dis
 import importlib.util
+import logging
 import os
 import re
 import signal
@@ -53,6 +54,7 @@ def in_sentences() -> None:
         os.environ[SHOW_TRACEBACK] = "1"
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # every library's bars; a file would get one endless line of them
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_offer)
     usual = sys.excepthook
     if getattr(usual, "speaks", False):
         return
@@ -75,6 +77,11 @@ def in_sentences() -> None:
 
     hook.speaks = True
     sys.excepthook = hook
+
+
+def _is_no_offer(record: logging.LogRecord) -> bool:
+    """On a CPU with AVX512-BF16 bitsandbytes 0.50 offers a 4-bit kernel of the hub, also to runs without 4 bits."""
+    return "kernels-community" not in record.getMessage()
 
 
 def explained(error: BaseException) -> tuple[str, int] | None:

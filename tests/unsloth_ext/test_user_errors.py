@@ -1,5 +1,6 @@
 """A user's error ends a command with one sentence and status 2; a bug keeps its traceback."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -168,3 +169,15 @@ def test_bars_are_for_terminals(monkeypatch, terminal):
     monkeypatch.setattr(sys, "argv", ["recipe.py"])
     user_errors.in_sentences()
     assert os.environ.get("TQDM_DISABLE") == (None if terminal else "1")
+
+
+def test_an_offer_that_nobody_needs_is_left_out(monkeypatch, caplog):
+    """bitsandbytes makes it when it is imported, on some CPUs only."""
+    monkeypatch.setattr(sys, "excepthook", SimpleNamespace(speaks=True))
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    user_errors.in_sentences()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("another")
+    assert [record.getMessage() for record in caplog.records] == ["another"]
