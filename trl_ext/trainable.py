@@ -3,9 +3,12 @@
 from peft import PeftModel
 from torch import nn
 
+from unsloth_ext.mode import never_pack, packed_layer
+
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises a ValueError for a model with no parameter to train, or whose active adapter is loaded to be used as it is.
+    """Raises a ValueError for a model with no parameter to train, or whose active adapter is loaded to be used as it is, or
+    which no gradient passes.
 
     What a trainer trains beside the model, such as an aligner or a critic, does not count: its loss would fall alone.
     """
@@ -20,6 +23,12 @@ def check_trainable(model: nn.Module) -> None:
             "every parameter of the model is frozen (requires_grad=False), so training would not change it: call "
             "model.requires_grad_(True), or pass a peft_config"
         )
+    if packed := packed_layer(model):
+        raise ValueError(
+            f"{packed}: its 4-bit weights were packed when the model was used in evaluation mode on this CPU, and "
+            "bitsandbytes lets no gradient pass them: load the model again and train it before anything else"
+        )
+    never_pack(model)
 
 
 def _frozen_adapter(model: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, which leaves a model that can be trained."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,9 +9,29 @@ from torch import nn
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """`model.eval()` for the block, then as it was."""
+    never_pack(model)
     was = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was)
+
+
+def never_pack(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights, which it does in evaluation mode on CPUs with AVX512-BF16.
+
+    Version 0.50 cannot pack a layer narrower than a block of 64 weights, and no gradient passes one that is packed, in
+    later training either.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+def packed_layer(model: nn.Module) -> str | None:
+    """The name of the first layer whose 4-bit weights are packed already; None: there is none."""
+    for name, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            return name
+    return None

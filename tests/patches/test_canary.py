@@ -142,6 +142,8 @@ TEXT = [
         'card.data["tags"] = sorted(tags)',
         "PEFT drops a reader's tags, so the card of before is kept",
     ),
+    ("bitsandbytes.nn.modules", "and self.support_avx512bf16_for_cpu", "evaluation packs no weights that are trained"),
+    ("bitsandbytes.nn.modules", '"packing_format_for_cpu"', "and packed ones are refused"),
     ("transformers.cache_utils", "self.record_past", "Jacobi iterations crop layers with a window"),
     ("transformers.cache_utils", 'getattr(config, "sliding_window", None) is not None', "the rule of layer_kinds.py"),
     ("transformers.models.rwkv.modeling_rwkv", "_is_stateful = True", "recurrent models are told by their class"),

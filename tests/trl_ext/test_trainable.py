@@ -1,13 +1,18 @@
 """A trainer with nothing to train says so at construction, whatever else would learn beside it."""
 
 import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig, LlamaConfig
 
 from tests import tiny
 from tests.trl_ext import test_resume
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.test_checkpointing import sft
 from trl_ext.trainable import check_trainable
+from unsloth_ext.mode import evaluating
 
 
 FROZEN = r"adapter 'default' is frozen.*is_trainable=True"
@@ -68,3 +73,49 @@ def test_other_ways_to_be_frozen(tmp_path):
     part.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter of the model is frozen"):
         sft(tmp_path, part)
+
+
+def four_bits(tmp_path):
+    """Wide enough for bitsandbytes to pack; as on a CPU with AVX512-BF16, whatever this one has."""
+    folder = tmp_path / "base"
+    if not folder.exists():
+        wide = LlamaConfig(
+            vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=1, eos_token_id=1,
+        )  # fmt: skip
+        tiny.from_config(wide).save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = test_resume.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    return model
+
+
+def test_evaluation_leaves_gradients_to_4_bit_weights(tmp_path):
+    """Bit for bit those of a model that was never evaluated."""
+    gradients = []
+    for look in (False, True):
+        model = four_bits(tmp_path)
+        if look:
+            with evaluating(model), torch.no_grad():
+                model(input_ids=torch.arange(1, 9)[None])
+        check_trainable(model)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(1, 9)[None])
+        model.train()(input_ids=torch.arange(1, 9)[None]).logits.pow(2).sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
+
+
+def test_packed_weights_are_refused(tmp_path):
+    model = four_bits(tmp_path)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.up_proj: its 4-bit weights were packed .* load the model again"
+    ):
+        sft(tmp_path, get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])))
