@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from tests import families, tiny
 from tests.trl_ext.hrpo import setups
@@ -220,7 +221,11 @@ def test_a_batch_of_a_model_whose_rows_share_a_state_is_refused(tmp_path):
     assert (found - trace.log_probs).abs().max() <= 1e-4
     with pytest.raises(ValueError, match="to train, take another family"):
         setups.hrpo(tmp_path, peft=False, model=families.model("rwkv"))
-    check_batches(families.model("mamba"))
+    pads = transformers.RecurrentGemmaConfig(**families.SMALL, attention_window_size=64)
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM decodes a batch otherwise than"):
+        check_batches(tiny.from_config(pads, std=0.1).eval())
+    for dtype in (torch.float32, torch.bfloat16):
+        check_batches(families.model("mamba", dtype=dtype))
 
 
 def test_the_page_has_this_table():

@@ -14,3 +14,6 @@ def test_states_are_the_same_but_for_rounding_whatever_their_size(size, dtype, t
     for share, same in ((0.8, True), (1.25, False)):
         assert same_states(theirs.double() * (1 + share * tolerance), theirs.to(dtype)) is same
     assert not same_states(theirs[:1], theirs)
+    broken = theirs.clone()
+    broken[0, 0] = torch.nan
+    assert same_states(broken, broken) and not same_states(broken, theirs) and not same_states(theirs, broken)

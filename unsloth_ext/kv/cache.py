@@ -30,8 +30,15 @@ class CompressedLayer(DynamicLayer):
         self._most = 0  # real keys of the fullest row, or more: known without asking the device
         self._queries: torch.Tensor | None = None
         self._asked: torch.Tensor | None = None  # which of the queries are real
+        self._awaited = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if self._awaited:  # nothing would ever be dropped
+            raise ValueError(
+                "attention did not read the keys that the compressed cache holds, but made others of them: take a model "
+                "such as llama or qwen3"
+            )
+        self._awaited = True
         out = super().update(key_states, value_states)
         self.seen += key_states.shape[-2]
         expect_attention(self)
@@ -59,6 +66,7 @@ class CompressedLayer(DynamicLayer):
 
     def observe(self, queries: torch.Tensor) -> None:
         """Remember the latest queries (B, Hq, T, D) and compress the rows whose buffer is full."""
+        self._awaited = False
         length, window = queries.shape[2], self.scoring.window
         asked = self.valid[:, -length:]
         if self._queries is None:

@@ -18,6 +18,7 @@ from ..residual import backbone_of
 from ..settings_file import check_free, describe_when_saved, read_json
 from ..unsloth_decoding import on_unsloth
 from .kv_projection import KVProjection
+from .phase import check_backbone
 
 
 LATENT_MODULES = ("latent_projection", "latent_kv_projection")
@@ -128,7 +129,8 @@ def attach_latent(
 
     Raises:
         ValueError: the model thinks in latent tokens already, runs Unsloth's fast forwards, has layers without keys and
-            values of every token (linear attention, state spaces), or a window that is too short for the latent tokens.
+            values of every token (linear attention, state spaces), a window that is too short for the latent tokens, or a
+            decoder that a padded question in a cache makes another one.
     """
     config = config or LatentConfig()
     backbone = backbone_of(model)
@@ -142,6 +144,7 @@ def attach_latent(
     check_free(model, "latent")
     check_layers(model, "a latent phase", windows=(SLIDING, CHUNKED))
     check_length(model, config.num_latents + 2, "a latent phase")
+    check_backbone(model)
     token_ids = add_latent_tokens(tokenizer, config)
     fit_embeddings(model, tokenizer)
     weight = model.get_input_embeddings().weight

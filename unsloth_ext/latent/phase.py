@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..residual import backbone_of
+from ..mode import evaluating
+from ..residual import backbone_of, causal_lm_of
+from ..trial import same_states, trial_ids
 
 
 Intervention = Callable[[torch.Tensor], torch.Tensor]
+PADS, TRIAL = 2, 4  # of the text that a decoder is asked about: pads before it, tokens in the cache and behind it
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,42 @@ def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
         use_cache=True,
     )
     return cache
+
+
+@torch.no_grad()
+def check_backbone(model: nn.Module) -> None:
+    """Raises a ValueError if the decoder does not go on from left-padded tokens by a cache and embeddings as without them.
+
+    Not where weights are sharded or not in memory, which no forward of ours could use.
+    """
+    backbone = backbone_of(model)
+    embedding = backbone.get_input_embeddings()
+    if embedding.weight.is_meta or not embedding.weight.numel():
+        return
+    ids = trial_ids(model, PADS + 2 * TRIAL)
+    mask = torch.ones_like(ids)
+    mask[:, :PADS] = 0
+    first = PADS + TRIAL
+    with evaluating(model):
+        plain = backbone(inputs_embeds=embedding(ids[:, PADS:]), use_cache=False).last_hidden_state[:, TRIAL:]
+        cache = prefill(model, ids[:, :first], mask[:, :first])
+        found = cache.get_seq_length() == first
+        if found:
+            embeds = embedding(ids[:, first:])
+            hidden = backbone(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1)[:, first:],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            kept = torch.equal(embeds, embedding(ids[:, first:]))  # CTRL scales what it is given in place
+            found = kept and hidden.shape == embeds.shape and same_states(hidden, plain)
+    if not found:
+        raise ValueError(
+            f"{type(causal_lm_of(model)).__name__} cannot think in latent tokens: behind a padded question in its cache it "
+            "does not read embeddings as it reads them in one text; take a model such as llama or qwen3"
+        )
 
 
 def branch(cache: DynamicCache) -> DynamicCache:

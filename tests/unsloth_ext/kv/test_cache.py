@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from tests import tiny
 from unsloth_ext.kv.cache import CompressedCache
@@ -110,3 +111,14 @@ def test_bad_settings_are_named():
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
         CompressedCache(model)
+
+
+def test_attention_that_reads_copies_of_the_keys_is_named():
+    """JetMoe repeats keys behind its cache: nothing would be dropped."""
+    config = transformers.JetMoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2,
+        kv_channels=8, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = tiny.from_config(config, std=0.1).eval()
+    with pytest.raises(ValueError, match="did not read the keys that the compressed cache holds"):
+        decode(model, CompressedCache(model, 10, 6, SCORING), prompts())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from tests import tiny
 from tests.golden.load import load, model_of
@@ -11,6 +12,7 @@ from unsloth_ext.latent.phase import branch, latent_phase, prefill
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def make(family="qwen3", **settings):
@@ -226,3 +228,21 @@ def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError) as error:
         LatentConfig(**settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.RobertaConfig(is_decoder=True, **BERT),  # positions out of ids
+        transformers.ElectraConfig(is_decoder=True, **BERT),  # embeddings of 128
+        transformers.OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4),  # drops the cache
+        transformers.CTRLConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, dff=64),  # scales its input in place
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_decoders_that_do_not_go_on_from_a_padded_cache_are_refused(config):
+    net, tokenizer = tiny.from_config(config, std=0.1).eval(), tiny.tokenizer()
+    size = len(tokenizer)
+    with pytest.raises(ValueError, match="cannot think in latent tokens: behind a padded question"):
+        attach_latent(net, tokenizer)
+    assert len(tokenizer) == size and not hasattr(net.base_model, "latent_config")
