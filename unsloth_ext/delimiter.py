@@ -32,8 +32,8 @@ class DelimiterMatcher:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, delimiter: str, vocab_size: int | None = None):
-        if not delimiter:
-            raise ValueError("the answer delimiter is empty: give the text that ends the thinking, such as '####'")
+        if not isinstance(delimiter, str) or not delimiter:
+            raise ValueError(f"delimiter={delimiter!r}: give the text that ends the thinking, such as '####'")
         wanted = delimiter.encode()
         self.delimiter, self.done = delimiter, len(wanted)
         self.table = _compile(_token_bytes(tokenizer), wanted, vocab_size or 0)

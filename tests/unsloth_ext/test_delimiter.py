@@ -55,7 +55,10 @@ def test_byte_level_bpe_and_a_delimiter_of_several_bytes():
     assert matcher.complete(ids)[0, -1]
 
 
-@pytest.mark.parametrize("delimiter, message", [("", "empty"), ("§§", "cannot produce")])
+@pytest.mark.parametrize(
+    "delimiter, message",
+    [("", "delimiter='': give the text"), (5, "delimiter=5: give the text"), ("§§", "cannot produce")],
+)
 def test_impossible_delimiters_are_errors(delimiter, message):
     with pytest.raises(ValueError, match=message):
         DelimiterMatcher(tiny.tokenizer(), delimiter)

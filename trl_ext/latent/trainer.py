@@ -94,7 +94,8 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             raise ValueError("formatting_func: rows are question, steps and answer; map the dataset to these columns")
         columns = dataset.column_names
         if columns is None:  # of an iterable dataset, not known before its first row
-            return dataset.map(lambda row, index: self._rows(row, index, dataset_name), with_indices=True)
+            dataset = dataset.map(lambda row, index: self._rows(row, index, dataset_name), with_indices=True)
+            return _shuffled(dataset, args)
         tokenized = "question_ids" in columns
         missing = [name for name in (TOKENS if tokenized else COLUMNS) if name not in columns]
         if missing:
@@ -105,7 +106,7 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             )
         if self._prepared.positions and isinstance(dataset, Dataset):
             check_lengths(dataset, dataset_name, self._prepared.settings.num_latents, self._prepared.positions)
-        return dataset
+        return _shuffled(dataset, args)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(TOKENS)
@@ -234,3 +235,8 @@ def _at(hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> tor
     """(L, B, d): one position a row from every layer's (B, T, d)."""
     rows = torch.arange(len(positions), device=positions.device)
     return torch.stack([hidden[rows, positions] for hidden in hidden_states])
+
+
+def _shuffled(dataset: Any, args: LatentArguments) -> Any:
+    """As TRL does it, in the preparation that ours takes the place of."""
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -195,3 +196,13 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, case):
         for name, gradient in whole.items():
             assert (parts[name] - gradient).abs().max() <= 1e-4 * largest, name
         assert logged == pytest.approx(losses, rel=1e-5)
+
+
+def test_rows_are_shuffled_where_trl_would(tmp_path):
+    """By the seed, as datasets does it."""
+    rows = Dataset.from_list(setups.ROWS)
+    for each in (rows, rows.to_iterable_dataset()):
+        found = setups.trainer(tmp_path, dataset=each, shuffle_dataset=True, seed=3).train_dataset
+        plain = setups.trainer(tmp_path, dataset=each).train_dataset
+        ids, wanted = ([row["question_ids"] for row in x] for x in (found, plain.shuffle(seed=3)))
+        assert ids == wanted != [row["question_ids"] for row in plain]
