@@ -109,6 +109,8 @@ def _describe(
     method, settings = method_of(bare.config)
     if method is None:
         return
+    if model is bare:  # its own files hold all of it, and would be read after that one
+        Path(folder, TENSORS).unlink(missing_ok=True)
     others = [name for name in getattr(model, "peft_config", None) or () if name != "default"]
     content = json.dumps({"method": method.name, "version": VERSION, "settings": settings}, indent=2) + "\n"
     for place in (Path(folder), *(Path(folder, name) for name in others if Path(folder, name).is_dir())):
@@ -130,10 +132,10 @@ def _complete(backbone: nn.Module, model: nn.Module, folder: str | Path) -> None
             module = module.modules_to_save[model.active_adapter]
         for key, tensor in (module.state_dict() if module is not None else {}).items():
             tensors[f"{bare.base_model_prefix}.{name}.{key}"] = tensor.detach().cpu().contiguous()
-    save_file(tensors, Path(folder, TENSORS), metadata={"format": "pt"})
     config = Path(folder, "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), method.key: settings}, indent=2) + "\n")
     _describe(backbone, bare, folder)
+    save_file(tensors, Path(folder, TENSORS), metadata={"format": "pt"})
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------

@@ -249,6 +249,21 @@ def test_merged_and_saved_it_is_a_full_model(tmp_path, method):
     assert before.keys() == again.keys() and all(torch.equal(before[k], again[k]) for k in before)
 
 
+def test_a_folder_is_what_was_saved_into_it_last(tmp_path):
+    """A whole model over one that other software wrote and we completed, and the other way round."""
+    model, tokenizer = made("hrpo", False, tmp_path)
+    folder = tmp_path / "full"
+    tokenizer.save_pretrained(folder)
+    for last in ("ours", "completed", "ours"):
+        with torch.no_grad():
+            backbone_of(model).thinking_projection.weight.add_(1.0)
+        if last == "ours":
+            model.save_pretrained(folder)
+        else:
+            backbone_of(model).complete_saved(model, folder)
+        same(load("hrpo", folder), model, "hrpo")
+
+
 def test_lora_on_top_of_a_full_thinking_model_finds_the_modules_in_its_base(tmp_path):
     full, tokenizer = made("hrpo", False, tmp_path)
     full.save_pretrained(tmp_path / "full")
