@@ -49,6 +49,7 @@ RL_CHOICES = {  # which TRL 1.15 looks at after the first rollout
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none", True, False),
 }
+NAMES = ("model_name", "model_name_or_path", "student")  # of the model
 MOST_SEED = 2**32 - 1  # numpy's
 
 
@@ -62,11 +63,11 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     peek.add_argument("--config", type=Path)
     given, others = peek.parse_known_args(argv)
     config = given.config
-    peek.add_argument("--model_name", "--model_name_or_path", "--student")
+    peek.add_argument(*(f"--{key}" for key in NAMES), dest="model_name")
     name = peek.parse_known_args(others)[0].model_name
     if name is None and config is not None:
         fields = read_config(config)
-        name = fields.get("model_name", fields.get("model_name_or_path"))
+        name = next((fields[key] for key in NAMES if key in fields), None)
     name = embedded[0] if name is None else name
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
 

@@ -12,7 +12,8 @@ WINDOW = 10  # logs in a row
 
 
 class RolloutDiagnostics(TrainerCallback):
-    """Reads the logs of a `GRPOTrainer` or of one of ours, and warns when ten in a row show that nothing can be learnt.
+    """Reads the logs of a `GRPOTrainer` or of one of ours, and warns when ten in a row show that nothing can be learnt, or
+    all of a run that has fewer. A resumed run goes on with the logs before it.
 
     Args:
         delimiter: the text that ends the thinking, where there is one.
@@ -20,9 +21,21 @@ class RolloutDiagnostics(TrainerCallback):
 
     def __init__(self, delimiter: str | None = None):
         self.delimiter = delimiter
+        self._forget()
+
+    def _forget(self) -> None:
         self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self._thinking: list[float] = []  # the first logs' shares
         self._said: set[str] = set()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._forget()
+        for logs in state.log_history:
+            self._remember(logs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if 1 < len(self._recent) < WINDOW and state.is_world_process_zero:
+            self._warn(state.global_step)
 
     def on_log(
         self,
@@ -32,34 +45,41 @@ class RolloutDiagnostics(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "reward" not in logs or not state.is_world_process_zero:
-            return
+        if self._remember(logs or {}) and len(self._recent) == WINDOW and state.is_world_process_zero:
+            self._warn(state.global_step)
+
+    def _remember(self, logs: dict[str, float]) -> bool:
+        """Whether they are of a rollout."""
+        if "reward" not in logs:
+            return False
         self._recent.append(logs)
         if len(self._thinking) < WINDOW and "thinking/fraction" in logs:
             self._thinking.append(logs["thinking/fraction"])
-        if len(self._recent) == WINDOW:
-            for name, sentence in self._signs().items():
-                if name not in self._said:
-                    self._said.add(name)
-                    logger.warning(f"step {state.global_step}: {sentence}")
+        return True
+
+    def _warn(self, step: int) -> None:
+        for name, sentence in self._signs().items():
+            if name not in self._said:
+                self._said.add(name)
+                logger.warning(f"step {step}: {sentence}")
 
     def _signs(self) -> dict[str, str]:
-        found = {}
+        found, count = {}, len(self._recent)
         rewards = self._series("reward")
         if all(share == 1 for share in self._series("frac_reward_zero_std")):
             found["variance"] = (
-                f"in the last {WINDOW} logs all completions of a prompt had the same reward (mean {_mean(rewards):.3g}): "
+                f"in the last {count} logs all completions of a prompt had the same reward (mean {_mean(rewards):.3g}): "
                 "no advantage was other than 0 and nothing was learnt; make the task easier or harder, raise "
                 "num_generations or temperature, or check reward_funcs on a few completions (log_completions=True)"
             )
         elif min(rewards) == max(rewards):
             found["reward"] = (
-                f"the reward was {rewards[0]:.3g} in each of the last {WINDOW} logs; check reward_funcs on a few "
+                f"the reward was {rewards[0]:.3g} in each of the last {count} logs; check reward_funcs on a few "
                 "completions (log_completions=True)"
             )
         if not any(self._series("completions/delimiter_rate", 1.0)):
             found["delimiter"] = (
-                f"no completion of the last {WINDOW} logs has the delimiter {self.delimiter!r}, so all of each is thinking "
+                f"no completion of the last {count} logs has the delimiter {self.delimiter!r}, so all of each is thinking "
                 "and a reward for what stands behind it is 0; ask for it in the prompt, show examples, raise "
                 "max_completion_length, or set answer_delimiter to what the model writes"
             )

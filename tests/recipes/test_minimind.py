@@ -17,6 +17,7 @@ from tests.trl_ext.minimind import setups
 from trl_ext.minimind import embedded, rl, stage
 from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.report import STAGES
+from trl_ext.rollout_diagnostics import RolloutDiagnostics
 
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,15 @@ def test_cispo_is_a_flag_of_grpo(whole, monkeypatch, tmp_path):
     run(monkeypatch, whole, "grpo", [*FEW["grpo"], *QUIET, "--loss_type", "cispo", "--epsilon_high", "5.0",
                                      "--output_dir", str(tmp_path)])  # fmt: skip
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "spo"])
+def test_reinforcement_says_once_when_nothing_can_be_learnt(whole, monkeypatch, tmp_path, name):
+    made = []
+    monkeypatch.setattr(rl, "run_stage", lambda recipe, stage, args, make, measures, **_: made.append(make()))
+    run(monkeypatch, whole, name, [*FEW[name], *QUIET, "--output_dir", str(tmp_path)])
+    callbacks = made[0].callback_handler.callbacks
+    assert sum(isinstance(callback, RolloutDiagnostics) for callback in callbacks) == 1
 
 
 def test_own_files_are_split_and_a_bad_row_is_named(whole, monkeypatch, tmp_path):

@@ -59,6 +59,32 @@ def test_a_thinking_share_that_collapses(caplog):
     assert said(caplog, (3 * WINDOW, {"thinking/fraction": 0.01})) == [], "a small share from the start is no collapse"
 
 
+def test_a_run_of_few_logs_says_it_at_its_end(caplog):
+    """As ten steps to a log make it. One log alone is no series."""
+    sick = {**HEALTHY, "reward": 0.0, "frac_reward_zero_std": 1.0, "completions/delimiter_rate": 0.0}
+    for logs, count in ((HEALTHY, 3), (sick, 1), (sick, 3), (sick, WINDOW)):
+        callback, state = RolloutDiagnostics("####"), TrainerState(is_world_process_zero=True)
+        caplog.clear()
+        callback.on_train_begin(None, state, TrainerControl())
+        for i in range(count):
+            callback.on_log(None, state, TrainerControl(), {**logs, "reward": logs["reward"] * (1 + i)})
+        callback.on_train_end(None, state, TrainerControl())
+        said = [r.message for r in caplog.records]
+        assert len(said) == 2 * (logs is sick and count > 1)
+        assert all(f"the last {count} logs" in sentence for sentence in said)
+
+
+def test_a_resumed_run_goes_on_with_the_logs_before_it(caplog):
+    """A collapse is seen against the share that the run began with."""
+    callback, state = RolloutDiagnostics("####"), TrainerState(is_world_process_zero=True)
+    state.log_history = [{**HEALTHY, "reward": 0.1 * (i % 3)} for i in range(WINDOW)] + [{"loss": 1.0}]
+    callback.on_train_begin(None, state, TrainerControl())
+    for i in range(WINDOW):
+        callback.on_log(None, state, TrainerControl(), {**HEALTHY, "reward": 0.1 * (i % 3), "thinking/fraction": 0.01})
+    (sentence,) = [r.message for r in caplog.records]
+    assert "fell from 60.0% to" in sentence
+
+
 def test_a_healthy_run_and_another_trainers_logs_say_nothing(caplog):
     assert said(caplog, (3 * WINDOW, {})) == []
     callback = RolloutDiagnostics()

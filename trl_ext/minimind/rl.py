@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from unsloth_ext.hub import load_classifier, load_tokenizer
 
 from ..flags import at_least
+from ..rollout_diagnostics import RolloutDiagnostics
 from ..tasks.reward import make_reward
 from . import metrics
 from .embedded import DELIMITER
@@ -127,7 +128,7 @@ def run(recipe: str, config: type[GRPOConfig], trainer: type[GRPOTrainer]) -> No
     reward, budget = stage.reward(), TokenBudget(stage.max_generated_tokens)
 
     def make_trainer() -> GRPOTrainer:
-        return trainer(
+        made = trainer(
             model,
             reward,
             args,
@@ -136,6 +137,9 @@ def run(recipe: str, config: type[GRPOConfig], trainer: type[GRPOTrainer]) -> No
             processing_class=tokenizer,
             callbacks=[budget],
         )
+        made.pop_callback(RolloutDiagnostics)  # GRPO's has none of its own
+        made.add_callback(RolloutDiagnostics())
+        return made
 
     found = measures(stage, args, held_out, tokenizer)
     run_stage(recipe, stage, args, make_trainer, found, generated_tokens=lambda: budget.generated)
