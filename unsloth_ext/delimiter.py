@@ -71,7 +71,7 @@ class DelimiterMatcher:
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """What each token adds to a text when it follows another one."""
     special = set(tokenizer.all_special_ids)
-    ids = range(len(tokenizer))
+    ids = range(max(tokenizer.get_vocab().values()) + 1)  # more than it has tokens where ids are left out
     anchor = next((i for i in ids if i not in special and tokenizer.decode([i]).strip()), None)
     if anchor is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no token that holds text")

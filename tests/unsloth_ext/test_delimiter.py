@@ -1,7 +1,11 @@
 """The automaton against the definition: decode everything, look for the text."""
 
+import json
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from unsloth_ext import DelimiterMatcher
@@ -40,8 +44,7 @@ def test_split_over_tokens_and_inside_one():
 
 
 def test_byte_level_bpe_and_a_delimiter_of_several_bytes():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([*alphabet, "Ġ#", "##"])}
@@ -80,6 +83,18 @@ def test_ids_behind_the_tokenizer_need_no_vocabulary_size():
     assert matcher.complete(ids).tolist() == [[False, False, True, True]]
 
 
+def test_a_tokenizer_that_leaves_ids_out():
+    """Tokens may stand behind as many ids as there are tokens; ids without one add no text."""
+    tok = tiny.tokenizer()
+    backend = json.loads(tok.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["#"] = 200
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **tok.special_tokens_map)
+    assert len(tok) < 200
+    matcher = DelimiterMatcher(tok, "#+#")
+    ids = torch.tensor([[*tok.encode("1#+"), 150, 200, 5]])
+    assert matcher.complete(ids).tolist() == [[False, False, False, False, True, True]]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_ids_behind_the_tokenizer_on_a_gpu_without_synchronisation():
     matcher = DelimiterMatcher(tiny.tokenizer(), "##")
@@ -94,8 +109,7 @@ def test_ids_behind_the_tokenizer_on_a_gpu_without_synchronisation():
 
 
 def byte_level(merges=()):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
@@ -115,8 +129,7 @@ def test_a_delimiter_whose_characters_are_split_over_byte_tokens(delimiter):
 
 
 def test_a_delimiter_of_byte_tokens_of_sentencepiece():
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import decoders, models
 
     vocab = {"<unk>": 0, "a": 1, "#": 2, **{f"<0x{i:02X}>": i + 3 for i in range(256)}}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
