@@ -13,6 +13,8 @@ logger = logging.get_logger(__name__)
 
 # Fields that change the distribution beyond its temperature, and the values at which they do not
 UNCHANGED = {
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
     "top_k": (None, 0),
     "top_p": (None, 1.0),
     "min_p": (None, 0.0),
@@ -62,17 +64,19 @@ def check_generation_kwargs(given: dict[str, Any] | None) -> None:
             raise ValueError(f"generation_kwargs: temperature={value!r}: more than 0")
 
 
-def warn_of_truncation(config: Any) -> list[str]:
+def warn_of_truncation(config: Any, temperature: float) -> list[str]:
     """Says by name which fields make rollouts be drawn from another distribution than the loss computes; returns them.
 
     Args:
         config: a `GenerationConfig`, or a trainer's arguments.
+        temperature: of the loss.
     """
-    found = [name for name, neutral in UNCHANGED.items() if getattr(config, name, None) not in neutral]
+    unchanged = {"temperature": (temperature,), **UNCHANGED}
+    found = [name for name, neutral in unchanged.items() if getattr(config, name, None) not in neutral]
     for name in found:
         logger.warning(
             f"{name}={getattr(config, name)}: rollouts are drawn from a distribution that it changes, the importance ratio "
-            f"is computed with the whole one, so updates are biased; set {name}={UNCHANGED[name][-1]} (in the trainer's "
+            f"is computed with the whole one, so updates are biased; set {name}={unchanged[name][-1]} (in the trainer's "
             "arguments, or in the model's generation_config)"
         )
     return found

@@ -34,6 +34,8 @@ def named(caplog) -> list[str]:
         ({"top_p": 0.9, "repetition_penalty": 1.1}, ["top_p", "repetition_penalty"]),
         ({"min_p": 0.1}, ["min_p"]),
         ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, ["no_repeat_ngram_size"]),
+        ({"generation_kwargs": {"temperature": 0.5}}, ["temperature"]),  # the loss has the other one
+        ({"temperature": 0.5, "generation_kwargs": {"temperature": 0.5, "do_sample": False}}, ["do_sample"]),
     ],
 )
 def test_settings_of_the_trainer(tmp_path, caplog, changes, fields):
@@ -62,13 +64,13 @@ def test_every_field_of_generation_that_makes_a_logits_processor_is_known():
     source = inspect.getsource(GenerationMixin._get_logits_processor)
     used = {name for name in vars(GenerationConfig()) if f"generation_config.{name}" in source}
     harmless = {
-        "temperature",  # in the ratio too
-        "do_sample", "num_beams", "max_length", "use_cache", "renormalize_logits", "remove_invalid_values", "eos_token_id",
+        "temperature",  # compared with the loss's
+        "max_length", "use_cache", "renormalize_logits", "remove_invalid_values", "eos_token_id",
         "_eos_token_tensor", "_pad_token_tensor",
     }  # fmt: skip
     assert used - harmless <= UNCHANGED.keys(), used - harmless - UNCHANGED.keys()
     assert UNCHANGED.keys() <= vars(GenerationConfig()).keys()
-    assert warn_of_truncation(GenerationConfig()) == []
+    assert warn_of_truncation(GenerationConfig(temperature=0.7), 0.7) == []
 
 
 @pytest.mark.parametrize("make", [setups.hrpo, ppo_setups.ppo], ids=["hrpo", "ppo"])

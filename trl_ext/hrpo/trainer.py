@@ -98,7 +98,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             self._tokenizer, self.hrpo.answer_delimiter, self.model.config.get_text_config().vocab_size
         )
         decoding = rollout_config(self)
-        warn_of_truncation(decoding)
+        warn_of_truncation(decoding, self.temperature)
         self.warper = Warper.of(decoding)
         self.fields = saved_fields(self.hrpo.recompute, backbone.thinking_config.thinking_source)
         self.monitor = GateMonitor(backbone)
