@@ -8,6 +8,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from unsloth_ext.adapter import check_rows, named
 from unsloth_ext.hub import fit_embeddings
 
 
@@ -76,16 +77,22 @@ def _train_rows(peft_config: PeftConfig, model: PreTrainedModel, new: list[int])
     if not isinstance(found, dict):
         found = {_name(model, embedding): found} if found else {}
     tied = head is None or head.weight is embedding.weight  # then PEFT trains the one for both
-    for module in [embedding] if tied else [embedding, head]:
+    whole = [x for x in (embedding, head) if x is not None and named(peft_config.modules_to_save, _full_name(model, x))]
+    single = [x for x in ([embedding] if tied else [embedding, head]) if x not in whole]
+    check_rows(peft_config, model, "the new tokens'", single)
+    for module in single:
         name = _name(model, module)
-        if name not in (peft_config.modules_to_save or ()):
-            found = {**found, name: [*dict.fromkeys([*found.get(name, ()), *new])]}
+        found = {**found, name: [*dict.fromkeys([*found.get(name, ()), *new])]}
     peft_config.trainable_token_indices = found or None
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:
     """Of a submodule, its last part, which is how PEFT's configs name it."""
-    return next(name for name, other in model.named_modules() if other is module).rpartition(".")[2]
+    return _full_name(model, module).rpartition(".")[2]
+
+
+def _full_name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def check_tags_are_trained(dataset: Dataset, ids: list[int], tags: list[str]) -> None:

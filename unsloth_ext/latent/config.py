@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapter import check_rows
 from ..hub import fit_embeddings
 from ..layer_kinds import CHUNKED, SLIDING, check_layers, check_length
 from ..master_weights import MasterWeights, beside, without_autocast
@@ -234,11 +235,7 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
         )
     backbone, embedding = backbone_of(model), model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
-    if name in (config.modules_to_save or ()):
-        raise ValueError(
-            f"modules_to_save={list(config.modules_to_save)}: {name!r} would be trained as a whole, of which the latent "
-            "tokens' rows are trained one by one; leave it out"
-        )
+    check_rows(config, model, "the latent tokens'", [embedding])
     asked = config.trainable_token_indices or {}
     rows = dict(asked) if isinstance(asked, dict) else {name: asked}
     rows[name] = sorted({*rows.get(name, ()), *backbone.latent_token_ids})

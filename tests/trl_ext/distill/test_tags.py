@@ -60,7 +60,7 @@ def test_what_a_peft_config_is_given():
     def given(tie=True, added=(52, 53), **fields):
         tokenizer, model = tiny.tokenizer(setups.PIECES), setups.student(tie_word_embeddings=tie)
         ids, _ = add_tags(tokenizer, list(TAGS))
-        lora = LoraConfig(**setups.LORA, **fields)
+        lora = LoraConfig(**{**setups.LORA, **fields})
         give_embeddings(model, tokenizer, ids, list(added), lora, 0)
         return lora.trainable_token_indices
 
@@ -69,7 +69,15 @@ def test_what_a_peft_config_is_given():
     assert given(trainable_token_indices=[7, 52]) == {"embed_tokens": [7, 52, 53]}
     assert given(trainable_token_indices={"lm_head": [7]}) == {"lm_head": [7], "embed_tokens": [52, 53]}
     assert given(tie=False, modules_to_save=["embed_tokens", "lm_head"]) is None
+    assert given(tie=False, modules_to_save=["model.embed_tokens"]) == {"lm_head": [52, 53]}
     assert given(added=()) is None
+    for tie, fields, how in (
+        (True, {"modules_to_save": ["lm_head"]}, "'lm_head' would be trained as a whole"),
+        (False, {"target_modules": ["embed_tokens"]}, "'embed_tokens' would be given an adapter"),
+        (False, {"target_modules": ["lm_head"]}, "'lm_head' would be given an adapter"),
+    ):
+        with pytest.raises(ValueError, match=f"{how}, of which the new tokens' rows"):
+            given(tie, **fields)
 
 
 def test_new_tokens_that_peft_would_leave_untrained_are_named():

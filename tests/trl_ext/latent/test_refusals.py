@@ -95,8 +95,15 @@ def test_adapters_that_would_leave_the_latent_tokens_untrained_are_refused(tmp_p
         setups.trainer(tmp_path, peft=False, model=get_peft_model(tiny.model(), lora))
     model = attach_latent(tiny.model(), tiny.tokenizer(()), LatentConfig(3, 1, projection_dim=8))
     whole = {**lora.to_dict(), **with_latent_modules(lora, model)}
-    with pytest.raises(ValueError, match="'embed_tokens' would be trained as a whole"):
-        with_latent_modules(LoraConfig(modules_to_save=["embed_tokens"]), model)
+    for field, name, how in (
+        ("modules_to_save", ["embed_tokens"], "'embed_tokens' would be trained as a whole"),
+        ("modules_to_save", ["model.embed_tokens"], "'embed_tokens' would be trained as a whole"),
+        ("modules_to_save", ["lm_head"], "'lm_head' would be trained as a whole"),  # tied
+        ("target_modules", ["q_proj", "embed_tokens"], "'embed_tokens' would be given an adapter"),
+        ("target_modules", r".*(q_proj|embed_tokens)", "'embed_tokens' would be given an adapter"),
+    ):
+        with pytest.raises(ValueError, match=f"{field}=.*{how}, of which the latent tokens' rows"):
+            with_latent_modules(LoraConfig(**{field: name}), model)
     for lacking in ("trainable_token_indices", "modules_to_save"):
         adapter = get_peft_model(copy.deepcopy(model), LoraConfig(**{**whole, lacking: None}))
         with pytest.raises(ValueError, match=f"{lacking} would leave the latent tokens untrained"):
