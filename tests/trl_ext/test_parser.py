@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trl_ext import HRPOConfig, KAVAConfig, KVDistillConfig
+from trl_ext.flags import chosen
 from trl_ext.latent.recipe import ScriptArguments as LatentScript
 from trl_ext.parser import RecipeParser
 from trl_ext.recipe import RecipeArguments
@@ -85,6 +86,26 @@ def test_both_spellings_are_one_flag():
         "c-d",
     ]
     assert parse("hrpo", "--answer_delimiter=--a-b--")[2].answer_delimiter == "--a-b--"
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        *(((flag, "X"), "X") for flag in ("--model_name", "--model-name", "--model_name_or_path", "--student")),
+        *(((f"{flag}=X",), "X") for flag in ("--model_name", "--model-name", "--model-name-or-path", "--student")),
+        (("--max-steps", "3", "--model-name", "small"), "small"),
+        (("--model_n", "X"), "tiny"),  # no such flag, as the parser says next
+        ((), "tiny"),
+    ],
+)
+def test_the_model_chooses_its_configuration_in_every_spelling(given, wanted, config):
+    folder = Path("configs")
+    name, file, _ = chosen(list(given), folder, "hrpo", ("tiny", "small"))
+    assert name == wanted and file == folder / f"hrpo_{'gsm8k' if wanted == 'X' else wanted}.yaml"
+    for key in ("model_name", "model_name_or_path", "student"):
+        flag, file = config(f"{key}: Y")
+        name, own, others = chosen([flag, str(file), *given], folder, "hrpo", ("tiny", "small"))
+        assert (own, others) == (file, underscored(given)) and name == ("Y" if wanted == "tiny" else wanted)
 
 
 @pytest.mark.parametrize(
