@@ -55,7 +55,9 @@ class EvalArguments:
         default_factory=lambda: ["on"], metadata={"help": "Any of: on, zero, shuffle, noise, off."}
     )
     answer_delimiter: str = field(default="####", metadata={"help": "Text that ends the thinking."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest completion."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest completion; by default 512, of the tiny task 36."}
+    )
     max_seq_length: int | None = field(
         default=None,
         metadata={"help": "Prompt and completion together, in tokens; by default what the model has, at most 2048."},
@@ -122,14 +124,14 @@ def main() -> None:
             tokenizer,
             rows,
             delimiter=args.answer_delimiter,
-            max_new_tokens=args.max_new_tokens if data.dataset != "tiny" else 36,
+            max_new_tokens=args.max_new_tokens or (36 if data.dataset == "tiny" else 512),
             batch_size=args.batch_size,
             temperature=args.temperature,
             do_sample=args.do_sample,
             thinking=thinking,
             progress=True,
         )
-    table = Table(title=f"{args.checkpoint}: {len(rows)} problems", title_justify="left")
+    table = Table(title=f"{args.checkpoint}: {len(rows)} problems of {data.dataset}", title_justify="left")
     for heading in ("thinking", "accuracy (95% interval)", "format rate", "mean length", "thinking share"):
         table.add_column(heading, justify="left" if heading == "thinking" else "right")
     for thinking, r in results.items():

@@ -60,13 +60,18 @@ class EvalArguments:
     num_latents: list[int] = field(
         default_factory=list, metadata={"help": "Numbers of latent tokens to try; by default four up to all."}
     )
-    answer_prompt: str = field(
-        default=LatentArguments.answer_prompt, metadata={"help": "Text before every answer, as in training."}
+    answer_prompt: str | None = field(
+        default=None, metadata={"help": "Text before every answer, as in training; by default training's."}
     )
-    step_separator: str = field(
-        default=LatentArguments.step_separator, metadata={"help": "Text after every step, as in training."}
+    step_separator: str | None = field(
+        default=None, metadata={"help": "Text after every step, as in training; by default training's."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, explicit steps included."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest answer, explicit steps included; by default 256, of the tiny task as long as one is."
+        },
+    )
     batch_size: int = field(default=64, metadata={"help": "Questions answered at once."})
     show: int = field(default=4, metadata={"help": "Questions whose latent tokens are shown."})
     seed: int = field(default=0, metadata={"help": "The tiny task's seed (--warm_start_seed of the training)."})
@@ -75,6 +80,14 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         at_least(self, limit=1, max_new_tokens=1, batch_size=1, show=0)
+        tiny = self.dataset == "tiny"
+        for name, of_tiny, other in (
+            ("answer_prompt", equations.ANSWER_PROMPT, LatentArguments.answer_prompt),
+            ("step_separator", equations.STEP_SEPARATOR, LatentArguments.step_separator),
+            ("max_new_tokens", equations.MAX_NEW_TOKENS, 256),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, of_tiny if tiny else other)
         unknown = set(self.latents) - set(LATENTS)
         if unknown or not self.latents:
             raise ValueError(f"latents={' '.join(sorted(unknown))}: choose from {', '.join(LATENTS)}")
@@ -83,8 +96,6 @@ class EvalArguments:
 def rows_of(args: EvalArguments) -> list[dict]:
     """Rows with `question`, `steps`, `answer`."""
     if args.dataset == "tiny":
-        args.answer_prompt, args.step_separator = equations.ANSWER_PROMPT, equations.STEP_SEPARATOR
-        args.max_new_tokens = min(args.max_new_tokens, equations.MAX_NEW_TOKENS)
         return equations.split(args.held_out, args.seed)[1][: args.limit]
     found = load_rows(args.dataset, split=args.split, config=args.dataset_config, size=args.limit, need_steps=False)
     print(found.report())
@@ -124,7 +135,9 @@ def main() -> None:
     }
     console = PlainConsole()
     results = {name: evaluate_answers(model, tokenizer, rows, latents=name, **how) for name in args.latents}
-    console.print(accuracy_table(results, f"{args.checkpoint}: {len(rows)} questions", "latent tokens"))
+    console.print(
+        accuracy_table(results, f"{args.checkpoint}: {len(rows)} questions of {args.dataset}", "latent tokens")
+    )
     by_number = {}
     for count in fewer:
         with thinking_with(model, num_latents=count):

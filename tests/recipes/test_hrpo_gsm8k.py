@@ -72,6 +72,9 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     found = json.loads(Path("out/final/eval.json").read_text())
     assert found["on"]["accuracy"] == again["accuracy_after"] and found["off"]["thinking_share"] == 0
 
+    recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--max_new_tokens", "2")
+    assert json.loads(Path("out/final/eval.json").read_text())["on"]["mean_length"] <= 2
+
     files = sorted(file.name for file in folder.iterdir())  # of the model that the run began with
     recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
     assert list(json.loads(Path("eval.json").read_text())) == ["off"]

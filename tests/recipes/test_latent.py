@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.marks import slow
+from trl_ext.latent.config import LatentArguments
 from trl_ext.tasks import equations
 
 
@@ -171,6 +172,20 @@ def test_what_is_wrong_with_a_closer_look(files, monkeypatch, capsys, argv, mess
     with pytest.raises((ValueError, SystemExit)) as error:
         recipe(monkeypatch, "eval_latent.py", *argv)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_the_tiny_task_has_its_own_defaults_and_no_more_in_a_closer_look():
+    arguments = runpy.run_path(str(RECIPES / "eval_latent.py"), run_name="recipe")["EvalArguments"]
+
+    def found(**given):
+        args = arguments("out/final", **given)
+        return args.answer_prompt, args.step_separator, args.max_new_tokens
+
+    assert found() == (equations.ANSWER_PROMPT, equations.STEP_SEPARATOR, equations.MAX_NEW_TOKENS)
+    assert found(dataset="mine.jsonl") == (LatentArguments.answer_prompt, LatentArguments.step_separator, 256)
+    for dataset in ("tiny", "mine.jsonl"):
+        given = {"answer_prompt": "=>", "step_separator": "|", "max_new_tokens": 99}
+        assert found(dataset=dataset, **given) == tuple(given.values())
 
 
 def parsed(monkeypatch, method, *argv):
