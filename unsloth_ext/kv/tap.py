@@ -134,9 +134,9 @@ def check_look(model: nn.Module, what: str) -> None:
     for layer, held in enumerate(cache.layers):
         if not all(torch.equal(x, y) for x, y in zip((held.keys, held.values), seen[layer], strict=True)):
             raise ValueError(
-                f"{type(causal_lm_of(model)).__name__}: in layer {layer} the cache holds {tuple(held.keys.shape)} where "
-                f"attention reads keys {tuple(seen[layer][0].shape)} (latent attention, MLA); {what} needs the cache to "
-                "hold keys and values: take a model such as llama or qwen3"
+                f"{type(causal_lm_of(model)).__name__}: in layer {layer} attention reads other keys and values than the "
+                f"cache holds (keys {tuple(seen[layer][0].shape)} for {tuple(held.keys.shape)}, as in latent attention, MLA); "
+                f"{what} needs them in the cache: take a model such as llama or qwen3"
             )
     _LOOKED.add(backbone)
 

@@ -64,7 +64,7 @@ def test_models_whose_keys_cannot_be_looked_at_are_named(tmp_path):
     """On either side, before the first batch; a window that no row fills is none."""
     for family, message in (
         ("falcon", "nothing is seen of attention in layers 0 to 3"),
-        ("deepseek_v3", "in layer 0 the cache holds"),
+        ("deepseek_v3", "in layer 0 attention reads other keys and values than the cache holds"),
         ("mistral, window", "sliding-window attention over 8 tokens in layers 0 to 3; lambda_kv=1.0 needs"),
     ):
         other = families.model(family, vocab_size=64)

@@ -70,7 +70,7 @@ def test_families_that_cannot_think_or_be_looked_into_are_named_at_construction(
     """KaVa looks inside attention; a window that no row fills does no harm. Experts train without their own loss."""
     for family, changes, message in (
         ("falcon", {"w_kv": 1.0}, "nothing is seen of attention in layers 0 to 3"),
-        ("deepseek_v3", {"w_kv": 1.0}, "in layer 0 the cache holds"),
+        ("deepseek_v3", {"w_kv": 1.0}, "in layer 0 attention reads other keys and values than the cache holds"),
         ("gemma2, window", {"w_kv": 1.0}, "sliding-window attention over 8 tokens in layers 0, 2; w_kv=1.0 needs"),
         ("gemma2, window", {"num_latents": 7}, "9 tokens: the model has sliding-window attention over 8 tokens"),
         ("jamba", {}, "linear attention or a state space in layers 0, 2"),
