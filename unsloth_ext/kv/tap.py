@@ -132,11 +132,12 @@ def check_look(model: nn.Module, what: str) -> None:
         backbone(input_ids=ids, past_key_values=cache, use_cache=True)
     check_seen(model, seen, what)
     for layer, held in enumerate(cache.layers):
+        ours, theirs = tuple(held.keys.shape), tuple(seen[layer][0].shape)
         if not all(torch.equal(x, y) for x, y in zip((held.keys, held.values), seen[layer], strict=True)):
             raise ValueError(
                 f"{type(causal_lm_of(model)).__name__}: in layer {layer} attention reads other keys and values than the "
-                f"cache holds (keys {tuple(seen[layer][0].shape)} for {tuple(held.keys.shape)}, as in latent attention, MLA); "
-                f"{what} needs them in the cache: take a model such as llama or qwen3"
+                f"cache holds (keys {theirs} for {ours}, as in latent attention, MLA); {what} needs them in the cache: take a "
+                "model such as llama or qwen3"
             )
     _LOOKED.add(backbone)
 
