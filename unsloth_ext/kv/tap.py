@@ -136,8 +136,8 @@ def check_look(model: nn.Module, what: str) -> None:
         if not all(torch.equal(x, y) for x, y in zip((held.keys, held.values), seen[layer], strict=True)):
             raise ValueError(
                 f"{type(causal_lm_of(model)).__name__}: in layer {layer} attention reads other keys and values than the "
-                f"cache holds (keys {theirs} for {ours}, as in latent attention, MLA); {what} needs them in the cache: take a "
-                "model such as llama or qwen3"
+                f"cache holds (keys {theirs} for {ours}, as in latent attention, MLA); {what} needs them in the cache: "
+                "take a model such as llama or qwen3"
             )
     _LOOKED.add(backbone)
 
