@@ -160,7 +160,7 @@ def main() -> None:
             f"(of another question's results: {looked.by_chance:.1%})"
         )
 
-    with_steps = [row for row in rows if row["steps"]][: args.batch_size]
+    with_steps = [row for row in rows if len(row["steps"]) > 1][: args.batch_size]  # the last one is no part of a trace
     if with_steps:
         tokens = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, True, None)
         collate = LatentCollator(tokenizer.pad_token_id, backbone_of(model).latent_token_ids[2])

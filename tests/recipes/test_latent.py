@@ -66,6 +66,10 @@ def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, ca
     assert found["latents"]["on"]["accuracy"] == again["accuracy_after"]
     assert len(found["num_latents"]) == 4 and 0 <= found["probe"]["found"] <= 1
     assert Path("out/final/latent.png").stat().st_size > 10_000
+    Path("one.jsonl").write_text(json.dumps({"question": "1+2=", "steps": ["1+2=3"], "answer": "3"}) + "\n")
+    how = ("--max_new_tokens", "4", "--num_latents", "2", "--latents", "on", "--output", "one")
+    recipe(monkeypatch, "eval_latent.py", "--checkpoint", "out/final", "--dataset", "one.jsonl", *how)
+    assert Path("one/eval.json").exists() and not Path("one/latent.png").exists()  # steps without the last one: none
 
 
 def test_the_loss_on_held_out_rows_on_request(run, capsys):

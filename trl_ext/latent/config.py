@@ -22,7 +22,8 @@ class LatentArguments:
         default=False, metadata={"help": "Must stay off: transformers drops the cache in training with it."}
     )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens of question, trace and answer; a longer row is an error."}
+        default=1024,
+        metadata={"help": "Most tokens of question, trace and answer; the recipes leave longer rows out."},
     )
     num_latents: int = field(default=24, metadata={"help": "M latent tokens."})
     iterations: int | None = field(

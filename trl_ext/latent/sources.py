@@ -63,7 +63,7 @@ class Rows:
     def need_one(self) -> None:
         """Raises a DataError if nothing is usable."""
         if not self.usable:
-            raise DataError(self.report())
+            raise DataError("; ".join(map(str.strip, self.report().splitlines())))
 
 
 def load_rows(
@@ -173,7 +173,8 @@ def _row(question: str, solution: str, where: str, need_steps: bool, annotations
     if not steps and not annotations_only:
         steps = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n", working) if part.strip()]
     if not steps and need_steps:
-        raise LatentDataError(where, "no step before '####'", solution)
+        kind = "<<a*b=c>> step" if annotations_only else "step"
+        raise LatentDataError(where, f"no {kind} before '####'", solution)
     return {
         "question": question.strip(),
         "steps": steps,

@@ -104,6 +104,12 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             dataset = dataset.map(
                 lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
             )
+        taught = isinstance(dataset, Dataset) and dataset_name == "train" and (args.w_codi or args.w_kv)
+        if taught and not any(map(len, dataset["trace_ids"])):
+            raise ValueError(
+                "train dataset: no row has a trace that the teacher could think in; with drop_last_step=True a row's last "
+                "step is left out, so that it takes two: drop_last_step=False keeps it"
+            )
         if self._prepared.positions and isinstance(dataset, Dataset):
             check_lengths(dataset, dataset_name, self._prepared.settings.num_latents, self._prepared.positions)
         return _shuffled(dataset, args)

@@ -57,6 +57,12 @@ def test_data_and_models_that_cannot_work_are_refused(tmp_path):
         setups.trainer(tmp_path, rows=[{"question_ids": [5, 6]}])
     with pytest.raises(ValueError, match="train dataset: not one row"):
         setups.trainer(tmp_path, dataset=Dataset.from_list(setups.ROWS).select([]))
+    short = [{**row, "steps": row["steps"][:1]} for row in setups.ROWS]
+    with pytest.raises(ValueError, match=r"no row has a trace .* drop_last_step=False keeps it"):
+        setups.trainer(tmp_path, rows=short)
+    for allowed in ({"rows": [*short, setups.ROWS[0]]}, {"rows": short, "drop_last_step": False},
+                    {"rows": short, "w_codi": 0.0, "w_kv": 0.0}):  # fmt: skip
+        setups.trainer(tmp_path, **allowed)
     wrapped = setups.trainer(tmp_path).model
     bare = wrapped.unload()
     assert backbone_of(bare).latent_config.num_latents == 24

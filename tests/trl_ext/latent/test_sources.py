@@ -42,7 +42,10 @@ def test_gsm8ks_own_annotations():
         (lambda: row_of_aug("Q||<<1=1>> 3", "a.txt, line 4"), "no '####'"),
         (lambda: row_of_aug("Q||<<1=1>> #### three", "a.txt, line 4"), "not one number after '####'"),
         (lambda: row_of_aug("Q|| #### 3", "a.txt, line 4"), "no step"),
-        (lambda: row_of_gsm8k({"question": "Q", "answer": "It is 3.\n#### 3"}, "b, row 2"), "b, row 2: no step"),
+        (
+            lambda: row_of_gsm8k({"question": "Q", "answer": "It is 3.\n#### 3"}, "b, row 2"),
+            "b, row 2: no <<a*b=c>> step",
+        ),
         (lambda: row_of_gsm8k({"question": "Q"}, "b, row 2"), "b, row 2: answer is not a text: None"),
     ],
 )
@@ -72,7 +75,7 @@ BAD = {
     },
     "steps.jsonl": {"no step": "line 2", "answer is not a text": "line 3", "question is empty": "line 4"},
     "cot.json": {"no step before '####'": "line 2"},
-    "gsm8k.parquet": {"no step before '####'": "row 1"},
+    "gsm8k.parquet": {"no <<a*b=c>> step before '####'": "row 1"},
 }
 
 
@@ -135,4 +138,5 @@ def test_a_file_without_a_usable_row_is_an_error(tmp_path, text, message):
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(DataError) as error:
         load_rows(str(tmp_path / "a.jsonl"))
+    assert ("rows usable" in str(error.value)) == ("rows usable; 1: " in str(error.value))
     assert message in str(error.value) and "a.jsonl" in str(error.value)
