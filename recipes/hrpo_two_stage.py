@@ -19,7 +19,7 @@ from unsloth_ext.user_errors import in_sentences
 in_sentences()
 
 from trl_ext.flags import at_least, chosen, read_config
-from trl_ext.run_folder import check_free, noted
+from trl_ext.run_folder import begun_by, check_free, resume_command
 from unsloth_ext.command_line import CommandLine
 
 
@@ -58,11 +58,8 @@ def main() -> int:
     rate = said.get("lr_thinking_projection", 5e-5) if rate is None else rate
     first, second = given.output_dir / "stage_1", given.output_dir / "stage_2"
     if given.resume_from_checkpoint:
-        begun = [each["command"] for folder in (second, first) for each in (noted(folder, "commands") or [])[-1:]]
-        command = begun[0] if begun else f"recipes/hrpo_gsm8k.py --output_dir {second}"
-        raise ValueError(
-            f"--resume_from_checkpoint: resume the stage itself: python {command} --resume_from_checkpoint latest"
-        )
+        command = begun_by(second) or begun_by(first) or ["recipes/hrpo_gsm8k.py", "--output_dir", str(second)]
+        raise ValueError(f"--resume_from_checkpoint: resume the stage itself: {resume_command(command)}")
     if given.check_flags:  # which are the same for both stages
         return subprocess.run([sys.executable, str(RECIPE), *others, "--check_flags"], check=False).returncode
     for folder in (first, second):

@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from unsloth_ext.command_line import underscored
+
 
 RUN_FILE, LOCK_FILE = "run.json", "run.lock"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -223,6 +225,31 @@ def command_words() -> list[str]:
         elif flag and i + 1 < len(words):
             words[i + 1] = "***"
     return words
+
+
+def begun_by(folder: Path) -> list[str]:
+    """The words of the command that began the run in this folder or went on with it last; empty where nothing says so."""
+    commands = noted(folder, "commands")
+    return shlex.split(commands[-1]["command"]) if commands else []
+
+
+def resume_command(words: list[str]) -> str:
+    """The command that goes on from the last checkpoint of what these words began."""
+    kept, skip = [], False
+    for word in underscored(words):
+        if word.startswith("--"):
+            skip = word.partition("=")[0] in ("--resume_from_checkpoint", "--overwrite")
+        if not skip:
+            kept.append(word)
+    return shlex.join([_python(), *kept, "--resume_from_checkpoint", "latest"])
+
+
+def _python() -> str:
+    """What to type for the Python that runs: `python` may be one without these packages, as after `make train-hrpo`."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
 
 
 def _command() -> dict[str, str]:

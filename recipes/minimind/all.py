@@ -21,7 +21,7 @@ from unsloth_ext.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.run_folder import check_free, holds_results
+from trl_ext.run_folder import begun_by, check_free, checkpoints, holds_results, noted, resume_command
 from unsloth_ext.command_line import CommandLine, underscored
 
 
@@ -89,9 +89,13 @@ def main() -> int:
     run_dir = Path("runs/minimind_gpu" if options.published else options.run_dir)
     there = [str(run_dir / name) for name in names if holds_results(run_dir / name)]
     if there and not options.overwrite and not options.check_flags:
+        others = " ".join(name for name in names if not holds_results(run_dir / name))
+        folders = [run_dir / name for name in names if checkpoints(run_dir / name)]
+        cut_short = [folder for folder in folders if begun_by(folder) and noted(folder, "finished") is None]
         parser.error(
             f"{', '.join(there)}: holds a run already; --overwrite deletes what it made, --run_dir names another folder, "
-            "--stages takes some of the stages"
+            + (f"--stages {others} goes on with the others" if others else "--stages takes some of the stages")
+            + "".join(f"; {folder} has not finished: {resume_command(begun_by(folder))}" for folder in cut_short)
         )
     commands = {}
     for name in STAGES:

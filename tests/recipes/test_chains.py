@@ -75,6 +75,23 @@ def test_wrong_flags_of_the_stages_run_nothing(chain, tmp_path, argv, message):
         chain("minimind/all.py", *argv)
 
 
+def test_begun_again_after_a_stage_was_cut_short_the_ways_to_go_on_are_named(chain, tmp_path):
+    holds_a_run(tmp_path / "mine" / "sft")
+    (tmp_path / "mine" / "dpo" / "checkpoint-2").mkdir(parents=True)
+    command = {"command": "dpo.py --overwrite true --output_dir mine/dpo"}
+    (tmp_path / "mine" / "dpo" / "run.json").write_text(json.dumps({"id": "2", "commands": [command]}))
+    argv = ["--run_dir", "mine", "--stages", "sft", "dpo", "ppo", "grpo"]
+    resume = r"\S*python dpo.py --output_dir mine/dpo --resume_from_checkpoint latest"
+    with pytest.raises(ValueError, match=rf"--stages ppo grpo goes on with the others; mine/dpo has not .*: {resume}$"):
+        chain("minimind/all.py", *argv)
+    (tmp_path / "mine" / "dpo" / "run.json").write_text(json.dumps({"id": "2", "commands": [command], "finished": 4}))
+    with pytest.raises(ValueError, match=r"--stages ppo grpo goes on with the others$"):
+        chain("minimind/all.py", *argv)
+    with pytest.raises(ValueError, match=r"mine/stage_1 --resume_from_checkpoint latest$"):
+        holds_a_run(tmp_path / "mine" / "stage_1")
+        chain("hrpo_two_stage.py", "--output_dir", "mine", "--resume_from_checkpoint", "latest")
+
+
 def test_a_stage_that_refuses_its_flags_or_fails_ends_the_chain(chain):
     checks = chain("minimind/all.py", "--spo", "--rho_min 2", rc=lambda command: 2 * ("--check_flags" in command))
     assert checks[0] == 2 and [command[0] for command in checks[1]] == ["spo"]
