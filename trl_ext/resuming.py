@@ -1,8 +1,7 @@
 """Where a recipe's run begins, its folder claimed, and what is said where it is cut short: how to go on."""
 
-import errno
 import json
-import shlex
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from unsloth_ext import user_errors
-from unsloth_ext.command_line import underscored
 
 from . import run_folder
 from .checkpointing import STATE_FILE, CheckpointError, broken_file, last_complete_checkpoint, no_steps_left
@@ -122,11 +120,7 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return "Ended by SIGTERM", 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", 128 + signal.SIGINT
-    # safetensors and torch say it in words of their own
-    words = ("No space left on device", "os error 28", "Disk quota exceeded")
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in words):
-        return "The disk is full", user_errors.STATUS
-    return None
+    return ("The disk is full", user_errors.STATUS) if user_errors.disk_is_full(error) else None
 
 
 def how_to_go_on(folder: Path) -> str:
@@ -134,19 +128,11 @@ def how_to_go_on(folder: Path) -> str:
     last = last_complete_checkpoint(folder)
     if last is None:
         return f"There is no whole checkpoint in {folder} yet, and nothing to go on from"
-    command = shlex.join(["python", *_without(run_folder.command_words(), "--resume_from_checkpoint", "--overwrite")])
-    return f"The last whole checkpoint is {last}; go on from it with: {command} --resume_from_checkpoint latest"
-
-
-def _without(words: list[str], *flags: str) -> list[str]:
-    """Words without these flags and their values."""
-    kept, skip = [], False
-    for word in underscored(words):
-        if word.startswith("--"):
-            skip = word.partition("=")[0] in flags
-        if not skip:
-            kept.append(word)
-    return kept
+    state = json.loads((last / STATE_FILE).read_text())
+    if state["global_step"] >= state.get("max_steps", math.inf):  # going on would find no steps left
+        return f"Training was over: {last} holds the trained model, and opens as final/ would"
+    command = run_folder.resume_command(run_folder.command_words())
+    return f"The last whole checkpoint is {last}; go on from it with: {command}"
 
 
 def _terminate(number: int, frame: Any) -> None:

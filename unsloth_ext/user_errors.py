@@ -5,6 +5,7 @@ here imports more than the standard library.
 """
 
 import dis
+import errno
 import importlib.util
 import logging
 import os
@@ -91,8 +92,17 @@ def explained(error: BaseException) -> tuple[str, int] | None:
             return found
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", 128 + signal.SIGINT
+    if disk_is_full(error):
+        return "The disk is full", STATUS
     text = sentence(error)
     return text and (text, STATUS)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether nothing more could be written."""
+    # safetensors and torch say it in words of their own
+    words = ("No space left on device", "os error 28", "Disk quota exceeded")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in words)
 
 
 def sentence(error: BaseException) -> str | None:

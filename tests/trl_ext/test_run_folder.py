@@ -270,8 +270,31 @@ def test_what_ends_a_run_says_how_to_go_on(tmp_path, told, error, said, status):
     text, _ = told(
         error, "--overwrite", "--seed", "1", "--resume_from_checkpoint", "checkpoint-1", "--hub_token", "hf_a"
     )
-    end = "python recipes/x.py --seed 1 --hub_token '***' --resume_from_checkpoint latest"
+    end = f"{run_folder._python()} recipes/x.py --seed 1 --hub_token '***' --resume_from_checkpoint latest"
     assert text.endswith(f"{tmp_path / 'checkpoint-2'}; go on from it with: {end}")
+
+
+@pytest.mark.parametrize("error, said, status", [(KeyboardInterrupt(), "Interrupted", 130), (FULL[0], "full", 2)])
+def test_where_training_was_over_there_is_nothing_to_go_on_with(tmp_path, told, error, said, status):
+    """As in the evaluation at the end: a resumed run would be refused, for it has no steps left."""
+    last = checkpoint(tmp_path, 4)
+    (last / "trainer_state.json").write_text(json.dumps({"global_step": 4, "epoch": 0.5, "max_steps": 4}))
+    text, code = told(error)
+    assert said in text and code == status and "--resume_from_checkpoint" not in text
+    assert text.endswith(f"Training was over: {last} holds the trained model, and opens as final/ would")
+
+
+def test_the_python_to_resume_with_is_the_one_that_ran(tmp_path, monkeypatch):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    words = ["x.py", "--overwrite", "true", "--resume-from-checkpoint=a", "--seed", "1"]
+    assert run_folder.resume_command(words) == f"{python} x.py --seed 1 --resume_from_checkpoint latest"
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.resume_command(["x.py"]).startswith(".venv/bin/python x.py")
+    monkeypatch.setenv("PATH", str(python.parent))  # an activated environment
+    assert run_folder.resume_command(["x.py"]).startswith("python x.py")
 
 
 def test_other_errors_are_said_as_always(told):

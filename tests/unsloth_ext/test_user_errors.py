@@ -160,6 +160,14 @@ def test_the_process_says_it_and_exits_with_2(tmp_path):
     assert run("user", RANK="1") == (2, [sentence.replace("color", "rank 1: color")])
 
 
+def test_a_full_disk_is_a_sentence_in_every_command():
+    with open("/dev/full", "w") as file:
+        file.write("x")
+        assert explained(raised(file.flush)) == ("The disk is full", 2)
+        with pytest.raises(OSError):
+            file.close()
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bars_are_for_terminals(monkeypatch, terminal):
     monkeypatch.setenv("TQDM_DISABLE", "to be restored")
