@@ -1,6 +1,7 @@
 """How a run ends: a table on the screen, `summary.json`, and a picture of its curves."""
 
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,9 +170,11 @@ MONITOR_CURVES = (
 
 
 def pyplot_for_files() -> ModuleType:
-    """matplotlib's pyplot, drawing without a screen; a `$` in a title is a dollar, for names and paths may hold one."""
+    """matplotlib's pyplot, drawing without a screen; a `$` in a title is a dollar, for names and paths may hold one, and a
+    letter that the font does not have is a box, which the picture shows without a warning."""
     import matplotlib
 
+    warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot
@@ -205,7 +208,7 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
             axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-        axis.locator_params("x", integer=True)
+        axis.locator_params("x", integer=True, min_n_ticks=1)
     for axis in axes.flat[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)

@@ -18,6 +18,12 @@ def test_a_title_from_outside_and_whole_steps(tmp_path, monkeypatch):
     assert figure.get_suptitle() == r"HRPO, $\frac{, [/nope]"
 
 
+def test_a_letter_that_the_font_does_not_have_is_no_warning(tmp_path, recwarn):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    plot_curves(tmp_path / "curves.png", history, [], "HRPO, \u6a21\u578b", (("loss", "loss"),))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("panels, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (6, 3, 2)])
 def test_the_lowest_panel_of_each_column_numbers_its_steps(tmp_path, monkeypatch, panels, columns, rows):
     pyplot, drawn = pyplot_for_files(), []

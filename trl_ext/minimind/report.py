@@ -70,13 +70,13 @@ def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
     for axis, (name, summary) in zip(axes.flat, shown.items(), strict=False):
         label = "reward" if any("reward" in entry for entry in summary["history"]) else "loss"
         points = [(entry["step"], entry[label]) for entry in summary["history"] if label in entry]
-        axis.plot(*zip(*points, strict=True), color="#2b5d9b", linewidth=1.5)
+        axis.plot(*zip(*points, strict=True), color="#2b5d9b", marker=None if len(points) > 30 else "o", linewidth=1.5)
         metric = next(iter(summary["after"]))
         change = " -> ".join(readable(metric, summary[side][metric]) for side in ("before", "after"))
         axis.set_title(f"{name}: {label}\nheld-out {metric} {change}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-        axis.locator_params("x", integer=True)
+        axis.locator_params("x", integer=True, min_n_ticks=1)
         axis.set_xlabel("step")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
