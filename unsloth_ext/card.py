@@ -29,12 +29,12 @@ PART = re.compile(
     re.escape(BEGIN).replace(re.escape("{}"), "([0-9a-f]{12})") + r"\n(.*?)\n" + re.escape(END), re.DOTALL
 )
 
-# What to run, and what stock loaders do with the folder: see tests/unsloth_ext/test_card.py, which runs and pins both
+# What to run, and what stock loaders do with the folder: see tests/unsloth_ext/test_saved.py, which runs and pins both
 OPEN = {
     "FastThinkingModel": """\
 from unsloth_ext import DelimiterMatcher, FastThinkingModel, hybrid_generate
 
-model, tokenizer = FastThinkingModel.from_pretrained("{where}")
+model, tokenizer = FastThinkingModel.from_pretrained({where})
 inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False).to(model.device)
 matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the text that ended the thinking in training
 out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
@@ -42,22 +42,22 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))""",
     "LatentModel": """\
 from unsloth_ext import LatentModel
 
-model = LatentModel.from_pretrained("{where}")
+model = LatentModel.from_pretrained({where})
 print(model.generate("1+2=", max_new_tokens=32))""",
     "ConceptModel": """\
 from unsloth_ext import ConceptModel
 
-model = ConceptModel.from_pretrained("{where}")
+model = ConceptModel.from_pretrained({where})
 print(model.generate("1+2=", max_new_tokens=32))""",
     "PlannerExecutorModel": """\
 from unsloth_ext import PlannerExecutorModel
 
-model = PlannerExecutorModel.from_pretrained("{where}")
+model = PlannerExecutorModel.from_pretrained({where})
 print(model.plan("1+2="), model.generate("1+2=", max_new_tokens=32))""",
     "AutoModelForCausalLM": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("{where}"), AutoTokenizer.from_pretrained("{where}")
+model, tokenizer = AutoModelForCausalLM.from_pretrained({where}), AutoTokenizer.from_pretrained({where})
 inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))""",
 }
@@ -188,7 +188,7 @@ def model_part(
         "",
         *(["In the folder itself:", ""] if where == "." else []),
         "```python",
-        OPEN[loader].format(where=where),
+        OPEN[loader].format(where=json.dumps(where, ensure_ascii=False)),
         "```",
     ]
     if method in DROPPED:

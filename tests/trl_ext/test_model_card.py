@@ -32,19 +32,19 @@ def trained(model, folder="run", steps=1, resume=False, **more):
     return trainer
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_an_ordinary_model_has_a_card_that_opens_it(tmp_path, monkeypatch, lora):
+@pytest.mark.parametrize("lora, run", [(True, "run"), (False, 'a "run" \\ [/b]')])
+def test_an_ordinary_model_has_a_card_that_opens_it(tmp_path, monkeypatch, lora, run):
     monkeypatch.chdir(tmp_path)
     tiny.model().save_pretrained("base")
     base = type(tiny.model()).from_pretrained("base")
-    trained(base, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM") if lora else None)
-    for place in ("run/final", "run/checkpoint-1"):
+    trained(base, run, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM") if lora else None)
+    for place in (f"{run}/final", f"{run}/checkpoint-1"):
         card = ModelCard.load(f"{place}/README.md")
         assert "# A model trained by SFT" in card.text and "every loader reads the whole of it" in card.text
         assert f"The folder holds {'an adapter (PEFT)' if lora else 'a full model'}" in card.text
         assert "More Information Needed" not in card.text and "sft" in card.data.tags
         assert card.data.library_name == ("peft" if lora else "transformers")
-    code = ModelCard.load("run/final/README.md").text.split("```python\n")[1].split("```")[0]
+    code = ModelCard.load(f"{run}/final/README.md").text.split("```python\n")[1].split("```")[0]
     exec(compile(code, "card", "exec"), {})
 
 
