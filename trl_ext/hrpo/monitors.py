@@ -69,8 +69,9 @@ class GateMonitor:
 
 class ThinkingProjectionMonitor(TrainerCallback):
     """Prints, every so many steps, how far the thinking projection has moved since training began (the mean absolute change
-    of its weight) and the norm of the gradient that the optimizer is given. The first should grow from 0, the second not be
-    0. `HRPOTrainer` logs both as `thinking/projection_mean_change` and `thinking/projection_grad_norm`.
+    of its weight) and the norm of the gradient that the optimizer is given, which `max_grad_norm` has clipped. The first
+    should grow from 0, the second not be 0. `HRPOTrainer` logs the first as `thinking/projection_mean_change`, and the norm
+    before clipping as `thinking/projection_grad_norm`.
 
     Args:
         every: steps between two lines.

@@ -1,9 +1,11 @@
 """The thinking projection's monitor, as a user would add it."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from trl_ext import ThinkingProjectionMonitor
 from trl_ext.hrpo.monitors import projection_weight
@@ -34,6 +36,41 @@ def test_it_prints_what_the_trainer_logs(tmp_path, capsys, peft):
     moved = (weight.detach() - start).abs().mean().item()
     assert logs[4]["thinking/projection_mean_change"] == pytest.approx(moved, rel=1e-6)
     assert logs[2]["thinking/projection_mean_change"] < moved
+
+
+class Own(TrainerCallback):
+    """As one would write it: the weight's path on the model that the trainer holds."""
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.start = model.model.model.thinking_projection.weight.detach().clone()
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.norm = model.model.model.thinking_projection.weight.grad.norm()
+
+    def on_step_end(self, args, state, control, model, **_):
+        change = (model.model.model.thinking_projection.weight.detach() - self.start).abs().mean()
+        print(f"mine {state.global_step}: mean change {change:.3e}, gradient norm {self.norm:.3e}")
+
+
+def test_the_page_and_ones_own_callback_say_the_same(tmp_path, capsys):
+    """The lines of docs/hrpo.md, at the shipped max_grad_norm, which clips the projection's gradient."""
+    page = Path(__file__).parents[3] / "docs" / "hrpo.md"
+    code = page.read_text().split("To watch the projection")[1].split("```python\n")[1].split("```")[0]
+    trainer = setups.hrpo(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    exec(
+        code.replace("every=10", "every=1"),
+        {"trainer": trainer, "ThinkingProjectionMonitor": ThinkingProjectionMonitor},
+    )
+    trainer.add_callback(Own())
+    trainer.train()
+    out = capsys.readouterr().out
+    ours, own = (
+        re.findall(rf"^{start}: (mean .*)", out, re.M) for start in (r"step \d: thinking_projection", r"mine \d")
+    )
+    assert ours == own and len(ours) == 2
+    for line, log in zip(ours, trainer.state.log_history):
+        before = log["thinking/projection_grad_norm"]
+        assert float(line.split()[-1]) == pytest.approx(trainer.args.max_grad_norm, rel=1e-3) and before > 1
 
 
 def test_a_frozen_projection_has_no_gradient(tmp_path, capsys):
