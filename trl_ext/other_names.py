@@ -42,14 +42,19 @@ RENAMED: dict[str, str | tuple[str, dict[str, str]]] = {
     "num_epochs": "num_train_epochs",
 }
 ANSWERED = {
-    "max_prompt_length": "TRL no longer cuts prompts; max_seq_length bounds prompt and completion together, "
-    "max_completion_length the completion",
+    "max_prompt_length": "TRL no longer cuts prompts",
     "batch_size": "a step has per_device_train_batch_size x gradient_accumulation_steps rows",
     "use_prj": "projection_dim=N projects to that width, and null (the default) does not",
     "layerwise_std": "codi_std_mode and kv_std_mode are divide_loss, normalize_states (layerwise_std: true) or none",
     "kv_budget": "the trace is compressed to num_latents keys; while decoding, CompressedCache(model, budget=...) has one",
     "B_buffer": "while decoding, CompressedCache(model, buffer=...) has it; training has none",
     "greedy": "greedy is what happens without do_sample",
+}
+# What bounds lengths in place of `max_prompt_length`, where a recipe has it
+BOUNDS = {
+    "max_seq_length": "prompt and completion together",
+    "max_completion_length": "the completion",
+    "max_length": "the whole row",
 }
 # Blocks of a configuration file: their keys and the fields that these are
 BLOCKS: dict[str, dict[str, str]] = {
@@ -83,7 +88,10 @@ def renamed(name: str, value: Any, known: Collection[str]) -> tuple[str, Any] | 
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(values)}; here it is {target}")
         return target, values[theirs]
     if name in ANSWERED:
-        raise ValueError(f"{name}: there is no such setting here: {ANSWERED[name]}")
+        answer = ANSWERED[name]
+        if name == "max_prompt_length":
+            answer += "".join(f"; {bound} bounds {what}" for bound, what in BOUNDS.items() if bound in known)
+        raise ValueError(f"{name}: there is no such setting here: {answer}")
     return None
 
 

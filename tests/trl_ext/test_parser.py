@@ -70,6 +70,13 @@ def test_other_names_are_answered_as_the_page_says(theirs, said, recipe, config)
         parse(recipe, *config(re.sub(r"--(\S+) (\S+)", r"\1: \2", theirs)))
 
 
+def test_an_answer_names_flags_of_the_recipe_alone():
+    with pytest.raises(ValueError, match=r"TRL no longer cuts prompts; max_length bounds the whole row$"):
+        parse("kava", "--max_prompt_length", 9)
+    with pytest.raises(ValueError, match=r"cuts prompts; max_seq_length bounds .*; max_completion_length bounds"):
+        parse("hrpo", "--max_prompt_length", 9)
+
+
 @pytest.mark.parametrize("theirs, ours, recipe", table("Blocks of a configuration file"))
 def test_blocks_mean_what_the_page_says(theirs, ours, recipe, config):
     assert parse(recipe, *config(theirs)) == parse(recipe, *ours.split()) != parse(recipe)
