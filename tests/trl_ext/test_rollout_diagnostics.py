@@ -94,13 +94,18 @@ def test_a_healthy_run_and_another_trainers_logs_say_nothing(caplog):
     assert not caplog.records
 
 
-def test_an_hrpo_run_with_no_reward_and_no_delimiter(tmp_path, caplog):
-    trainer = setups.hrpo(tmp_path, answer_delimiter="zyxw", max_steps=WINDOW, per_device_train_batch_size=4)
+@pytest.mark.parametrize("thinking, steps", [(True, WINDOW), (False, 2)])
+def test_an_hrpo_run_with_no_reward_and_no_delimiter(tmp_path, caplog, thinking, steps):
+    trainer = setups.hrpo(
+        tmp_path, answer_delimiter="zyxw", max_steps=steps, per_device_train_batch_size=4, thinking=thinking
+    )
     trainer.reward_funcs = [lambda completions, **_: [0.0] * len(completions)]
     trainer.train()
     warnings = [r.message for r in caplog.records if r.message.startswith("step")]
-    assert len(warnings) == 2 and "same reward (mean 0)" in warnings[0] and "'zyxw'" in warnings[1]
-    assert all(entry["completions/delimiter_rate"] == 0 for entry in trainer.state.log_history if "reward" in entry)
+    assert f"step {steps}: in the last {steps} logs" in warnings[0] and "same reward (mean 0)" in warnings[0]
+    assert len(warnings) == 1 + thinking and ("'zyxw'" in warnings[-1]) == thinking
+    if thinking:
+        assert all(entry["completions/delimiter_rate"] == 0 for entry in trainer.state.log_history if "reward" in entry)
 
 
 def test_ppo_with_no_reward(tmp_path, caplog):

@@ -80,6 +80,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         fused_lm_head.ensure()
         if not self.thinking:
             super().__init__(**given)
+            self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
         check_generation_kwargs(getattr(args, "generation_kwargs", None))
