@@ -302,6 +302,20 @@ def test_monitors_say_what_they_are_called(tmp_path):
     assert 0 < first["thinking/projection_change"] < last["thinking/projection_change"]
 
 
+def test_what_is_logged_of_micro_batches_is_of_all_their_thinking_tokens(tmp_path):
+    """Rows that think long beside rows that hardly do: eight at once and two at a time log the same, to 1e-5."""
+    found = []
+    for size in (8, 2):
+        trainer = setups.hrpo(
+            tmp_path, peft=False, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1
+        )
+        tiny.loud_gates(backbone_of(trainer.model))
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        found.append({k: v for k, v in logs.items() if k.startswith(("thinking/", "completions/", "reward"))})
+    assert found[0]["thinking/embeds_ratio"] < 0.99 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_models_in_memory_with_adapters_and_without(tmp_path):
     """Every way to hand over a model ends with thinking modules that train."""
     from peft import get_peft_model

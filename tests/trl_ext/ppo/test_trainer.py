@@ -254,6 +254,20 @@ def test_critic_has_its_own_rate_and_bound(tmp_path):
     assert trainer.critic.score.weight in decayed and trainer.critic.score.bias not in decayed
 
 
+def test_what_is_logged_of_micro_batches_is_of_all_their_tokens(tmp_path):
+    """Completions of several lengths, eight at once and two at a time: the same figures, to 1e-5."""
+    found = []
+    for size in (8, 2):
+        trainer = setups.ppo(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1
+        )
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        assert logs["completions/min_length"] < logs["completions/max_length"]
+        found.append({k: v for k, v in logs.items() if k.startswith("ppo/") or k == "loss"})
+    assert "ppo/value_loss" in found[0] and found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-9)
+
+
 def test_without_value_loss_the_critic_stays_and_the_policy_learns(tmp_path):
     trainer = setups.ppo(tmp_path, vf_coef=0.0, weight_decay=0.1, target_kl=1e-9)
     before = setups.trained(trainer)
