@@ -36,7 +36,7 @@ from trl_ext.parser import RecipeParser
 from trl_ext.run_folder import writable_file
 from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without
-from trl_ext.tasks.evaluation import evaluate
+from trl_ext.tasks.evaluation import check_room, evaluate
 from unsloth_ext import FastThinkingModel, ThinkingConfig
 from unsloth_ext.ablations import ABLATIONS
 from unsloth_ext.hub import saved_settings
@@ -117,6 +117,9 @@ def main() -> None:
         load_in_4bit=args.load_in_4bit,
         thinking=None if thinks else ThinkingConfig(),  # which nothing asks for
     )
+    new = args.max_new_tokens or (36 if data.dataset == "tiny" else 512)
+    if args.max_seq_length:
+        check_room(tokenizer, rows["prompt"], new, args.max_seq_length, "max_new_tokens")
     results = {}
     for thinking in args.thinking:
         results[thinking] = evaluate(
@@ -124,7 +127,7 @@ def main() -> None:
             tokenizer,
             rows,
             delimiter=args.answer_delimiter,
-            max_new_tokens=args.max_new_tokens or (36 if data.dataset == "tiny" else 512),
+            max_new_tokens=new,
             batch_size=args.batch_size,
             temperature=args.temperature,
             do_sample=args.do_sample,

@@ -43,7 +43,7 @@ from trl_ext.report import HRPO_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.data import DataArguments, chat_dataset
 from trl_ext.tasks.dry_run import dry_run
-from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
+from trl_ext.tasks.evaluation import AccuracyCallback, check_room, evaluate
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import FastThinkingModel
 from unsloth_ext.fast_model import LINEAR_LAYERS
@@ -116,7 +116,7 @@ def load_model(script: ScriptArguments, args: HRPOConfig):
     set_seed(args.seed)
     model, tokenizer = FastThinkingModel.from_pretrained(
         name,
-        max_seq_length=min(script.max_seq_length, 128) if script.model_name == "tiny" else script.max_seq_length,
+        max_seq_length=script.max_seq_length,
         load_in_4bit=script.load_in_4bit,
         use_unsloth="unsloth" in sys.modules,
         thinking=args.thinking_config(),
@@ -139,7 +139,13 @@ def main() -> None:
     started = time.time()
     console, output, resume = start(args, script, ON_CPU)
     train, held_out = load_data(script, data, args)
+    if script.model_name == "tiny":
+        script.max_seq_length = min(script.max_seq_length, 128)
     model, tokenizer = load_model(script, args)
+    for rows in (train, held_out):
+        check_room(
+            tokenizer, rows["prompt"], args.max_completion_length, script.max_seq_length, "max_completion_length"
+        )
     reward = make_reward(args.answer_delimiter)
     decoding = {
         "delimiter": args.answer_delimiter,

@@ -75,6 +75,11 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--max_new_tokens", "2")
     assert json.loads(Path("out/final/eval.json").read_text())["on"]["mean_length"] <= 2
 
+    with pytest.raises(ValueError, match=r"max_seq_length=20: prompt \d+ has \d+ tokens, and max_new_tokens=36 may"):
+        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--max_seq_length", "20")
+    with pytest.raises(ValueError, match=r"max_seq_length=20: .* and max_completion_length=\d+ may come behind"):
+        run("--max_seq_length", "20", "--output_dir", "out_3")
+
     files = sorted(file.name for file in folder.iterdir())  # of the model that the run began with
     recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
     assert list(json.loads(Path("eval.json").read_text())) == ["off"]

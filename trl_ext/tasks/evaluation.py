@@ -125,6 +125,23 @@ def evaluate(
     )
 
 
+def check_room(tokenizer: PreTrainedTokenizerBase, prompts: list, new: int, most: int, limit: str) -> None:
+    """Raises a ValueError if a prompt and `new` tokens behind it are more than max_seq_length=`most`.
+
+    Args:
+        limit: the field that `new` is from.
+    """
+    lengths = []
+    for start in range(0, len(prompts), 64):
+        lengths += _tokenize(tokenizer, prompts[start : start + 64])["attention_mask"].sum(1).tolist()
+    longest = max(lengths, default=0)
+    if longest + new > most:
+        raise ValueError(
+            f"max_seq_length={most}: prompt {lengths.index(longest)} has {longest} tokens, and {limit}={new} may come "
+            "behind it; raise the first, lower the second, or leave that row out"
+        )
+
+
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
     chat = is_conversational({"prompt": prompts[0]})
     if chat and tokenizer.chat_template is None:
