@@ -120,7 +120,8 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return "Ended by SIGTERM", 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", 128 + signal.SIGINT
-    return ("The disk is full", user_errors.STATUS) if user_errors.disk_is_full(error) else None
+    full = user_errors.disk_is_full(error)
+    return (full, user_errors.STATUS) if full else None
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -38,6 +38,11 @@ THEIRS = (
     "unsloth_zoo",
 )
 DELIBERATE = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
+FULL = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk is full: a quota is used up",
+    errno.EFBIG: "A file would be larger than the file system or `ulimit -f` allows",
+}
 IN_A_MODEL = {"_call_impl", "generate"}
 PATIENCE = 5.0  # seconds that other ranks wait for the launcher to end them, once the first has said what is wrong
 
@@ -92,17 +97,20 @@ def explained(error: BaseException) -> tuple[str, int] | None:
             return found
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", 128 + signal.SIGINT
-    if disk_is_full(error):
-        return "The disk is full", STATUS
+    if full := disk_is_full(error):
+        return full, STATUS
     text = sentence(error)
     return text and (text, STATUS)
 
 
-def disk_is_full(error: BaseException) -> bool:
-    """Whether nothing more could be written."""
-    # safetensors and torch say it in words of their own
-    words = ("No space left on device", "os error 28", "Disk quota exceeded")
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(each in str(error) for each in words)
+def disk_is_full(error: BaseException) -> str | None:
+    """Why nothing more could be written; None where that is not the error."""
+    for number, said in FULL.items():
+        # safetensors and torch say it in words of their own
+        words = (os.strerror(number), f"os error {number})")
+        if getattr(error, "errno", None) == number or any(each in str(error) for each in words):
+            return said
+    return None
 
 
 def sentence(error: BaseException) -> str | None:

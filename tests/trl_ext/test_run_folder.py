@@ -260,6 +260,7 @@ FULL = (
         (KeyboardInterrupt(), "Interrupted", 130),
         (resuming.Terminated(), "SIGTERM", 143),
         *((e, "disk is full", 2) for e in FULL),
+        (SafetensorError("I/O error: File too large (os error 27)"), "larger than the file system or `ulimit -f`", 2),
     ],
 )
 def test_what_ends_a_run_says_how_to_go_on(tmp_path, told, error, said, status):
