@@ -6,6 +6,8 @@ TORCH_ARGS ?=
 ARGS   ?=
 
 RECENT := "import sys; sys.exit(sys.version_info < (3, 11))"
+# Whether a Python finds this checkout's packages, looking elsewhere than in the folder where it was started
+OURS   := "import os, sys; from importlib.util import find_spec; sys.path.pop(0); sys.exit(not os.path.samefile(os.path.dirname(find_spec('unsloth_ext').origin), 'unsloth_ext'))"
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check -c requirements/core.txt
 READY  := $(VENV)/.ready
@@ -24,12 +26,13 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv with the tested versions (every other target does this by itself)
 	@:
 
-# A stamp without a Python that runs, as after a move or another Python's removal, is no set-up
-BROKEN := $(if $(wildcard $(READY)),$(shell $(PY) -c $(RECENT) 2>/dev/null || echo broken))
+# A stamp is no set-up without a Python that runs, as after that Python's removal, or in a checkout that was moved or
+# copied, whose .venv would run the packages of the old place
+BROKEN := $(if $(wildcard $(READY)),$(shell $(PY) -c $(RECENT) 2>/dev/null && $(PY) -c $(OURS) 2>/dev/null || echo broken))
 
 .PHONY: broken
 broken:
-	@echo "$(VENV) has no Python that runs: making it anew"
+	@echo "$(VENV) has no Python that runs the packages of this folder: setting it up anew"
 	@rm -f $(READY) $(VENV)/.smollm2
 
 $(READY): $(BROKEN) requirements/core.txt requirements/dev.txt requirements/unsloth-cpu.txt pyproject.toml setup.py

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import venv
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ def make(tmp_path):
         (tmp_path / name).write_text("")
 
     # as from a shell: a make that runs the tests tells makes below it to name their folders
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHONPATH"))
+    }
 
     def run(*arguments):
         return subprocess.run(
@@ -65,9 +68,25 @@ def test_a_stamp_without_a_python_that_runs_is_repaired(make, tmp_path, left):
     good = python(tmp_path / "good" / "python", True)
     done = make("setup", f"PYTHON={good}")
     assert done.returncode == 0, done.stderr
-    assert "making it anew" in done.stdout and "-m venv .venv" in Path(f"{good}.log").read_text()
+    assert "setting it up anew" in done.stdout and "-m venv .venv" in Path(f"{good}.log").read_text()
     again = make("setup", f"PYTHON={good}")
     assert again.returncode == 0 and not again.stdout
+
+
+@pytest.mark.parametrize("where, right", [("here", True), ("another checkout", False), ("nowhere", False)])
+def test_a_checkout_that_was_moved_or_copied_is_set_up_anew(make, tmp_path, where, right):
+    """Its .venv has a Python that runs, with the packages of the old place."""
+    for place in ("here", "another checkout"):
+        package = (tmp_path if place == "here" else tmp_path / place) / "unsloth_ext"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+    venv.create(tmp_path / ".venv", symlinks=True)
+    (packages,) = (tmp_path / ".venv").glob("lib/python*/site-packages")
+    (packages / "ours.pth").write_text(str(tmp_path if where == "here" else tmp_path / where) + "\n")
+    (tmp_path / ".venv" / ".ready").touch()
+    done = make("-n", "setup")
+    assert done.returncode == 0 and ("setting it up anew" not in done.stdout) == right, done.stderr
+    assert ("install -q" in done.stdout) != right
 
 
 def test_cleaning_leaves_the_runs(make, tmp_path):
