@@ -21,6 +21,7 @@ from . import versions
 
 NAMES = (
     "base_model_forward",
+    "completions_table",
     "fused_lm_head",
     "granite_router_logits",
     "grpo_accumulated_loss",

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
+from patches import completions_table
 from unsloth_ext.settings_file import safetensors_keys
 
 from .checkpointing import OPTIMIZER, ROLLOUT, SafeCheckpointMixin
@@ -36,6 +37,8 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.log_completions:
+            completions_table.ensure()
         prompts = self.args.generation_batch_size // self.num_generations
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO trains no step of it
             raise ValueError(

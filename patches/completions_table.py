@@ -1,0 +1,49 @@
+"""TRL's table of sampled completions (`log_completions`) reads the names of its columns as markup: a reward function or an
+extra column called `[/x]` ends training, and of a reward model called `rm[v2]` half the name is lost. TRL 1.15."""
+
+import functools
+import sys
+from typing import Any
+
+from .registry import Patch, Site, apply
+
+
+NAME = "completions_table"
+FUNCTION = "print_prompt_completions_sample"
+
+
+def ensure() -> None:
+    """Apply this patch."""
+    apply(NAME)
+
+
+def _sites(*owners: Any) -> list[Site]:
+    import trl
+    from trl.trainer import grpo_trainer, utils
+
+    found = owners or (utils, grpo_trainer, sys.modules[trl.GRPOTrainer.__module__])  # the last may be Unsloth's
+    return [(owner, FUNCTION) for owner in dict.fromkeys(found) if hasattr(owner, FUNCTION)]
+
+
+def _wrap(original: Any) -> Any:
+    from rich import markup
+
+    def letter_by_letter(columns: dict | None) -> dict:
+        return {markup.escape(str(name)): values for name, values in (columns or {}).items()}
+
+    @functools.wraps(original)
+    def print_prompt_completions_sample(prompts, completions, rewards, *args, extra=None, **kwargs):
+        return original(prompts, completions, letter_by_letter(rewards), *args, extra=letter_by_letter(extra), **kwargs)
+
+    return print_prompt_completions_sample
+
+
+PATCH = Patch(
+    name=NAME,
+    package="trl",
+    target="trl.trainer.utils.print_prompt_completions_sample",
+    parameters=("prompts", "completions", "rewards", "advantages", "step", "num_samples", "extra"),
+    sites=_sites,
+    wrap=_wrap,
+    reason="GRPO, HRPO, PPO and SPO: names of reward functions and columns are no markup",
+)
