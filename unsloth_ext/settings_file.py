@@ -7,6 +7,7 @@ still holds them too. What a folder says is compared with the tensors that it ho
 """
 
 import json
+import logging
 import os
 import types
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ import patches
 from .adapter import THINKING_MODULES
 from .card import write_model_card
 
+
+logger = logging.getLogger(__name__)
 
 FILE = "latent_reasoning.json"
 TENSORS = "latent_reasoning.safetensors"  # a method's own tensors, where someone else wrote the rest
@@ -111,6 +114,11 @@ def _describe(
         return
     if model is bare:  # its own files hold all of it, and would be read after that one
         Path(folder, TENSORS).unlink(missing_ok=True)
+        if Path(folder, "adapter_config.json").exists():
+            logger.warning(
+                f"{folder} holds an adapter as well, which every loader takes for the model: delete adapter_config.json "
+                f"and {ADAPTER} there, or save the whole model in a folder of its own"
+            )
     others = [name for name in getattr(model, "peft_config", None) or () if name != "default"]
     content = json.dumps({"method": method.name, "version": VERSION, "settings": settings}, indent=2) + "\n"
     for place in (Path(folder), *(Path(folder, name) for name in others if Path(folder, name).is_dir())):

@@ -29,6 +29,7 @@ from unsloth_ext import (
     attach_latent,
     attach_planner,
     backbone_of,
+    settings_file,
     with_concept_modules,
     with_latent_modules,
     with_planner_modules,
@@ -262,6 +263,17 @@ def test_a_folder_is_what_was_saved_into_it_last(tmp_path):
         else:
             backbone_of(model).complete_saved(model, folder)
         same(load("hrpo", folder), model, "hrpo")
+
+
+def test_a_whole_model_beside_an_adapter_is_warned_of(tmp_path, monkeypatch):
+    """Loaders, stock ones too, would open the adapter."""
+    said = []
+    monkeypatch.setattr(settings_file.logger, "warning", said.append)
+    model, _ = made("hrpo", True, tmp_path)
+    model.save_pretrained(tmp_path / "out")
+    assert not said
+    model.merge_and_unload().save_pretrained(tmp_path / "out")
+    assert len(said) == 1 and "out holds an adapter as well" in said[0]
 
 
 def test_lora_on_top_of_a_full_thinking_model_finds_the_modules_in_its_base(tmp_path):
