@@ -200,6 +200,16 @@ def must_prepare(arguments: Any, why: str) -> None:
         raise ValueError(f"dataset_kwargs: skip_prepare_dataset {why}; leave it out")
 
 
+def must_ignore_lengths(arguments: Any) -> None:
+    """Raises a ValueError for a sampler that goes by rows' lengths, which transformers reads from `input_ids` alone."""
+    strategy = getattr(arguments, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={strategy!r}: rows have several texts here and no one length; set it to 'random' or "
+            "'sequential'"
+        )
+
+
 def must_be_off(arguments: Any, **why: str) -> None:
     """Raises a ValueError that names a switch which is on, and says why it cannot be; a field that is not there is off."""
     for name, reason in why.items():

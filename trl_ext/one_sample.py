@@ -17,7 +17,7 @@ from .sampling import check_generation_kwargs, rollout_config, warn_of_truncatio
 
 @dataclass
 class OneSampleConfig(GRPOConfig):
-    """`GRPOConfig` that takes one completion a prompt. `scale_rewards` has no meaning: there are no groups."""
+    """`GRPOConfig` that takes one completion a prompt. There are no groups, by which `scale_rewards` could scale."""
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions of each prompt in a rollout."})
     loss_type: str = field(
@@ -38,11 +38,12 @@ class OneSampleConfig(GRPOConfig):
             self.num_generations_eval = evaluations or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = given, evaluations
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: rewards are weighted and summed here; "
-                "leave it at 'sum_then_normalize'"
-            )
+        for name, only in (("multi_objective_aggregation", "sum_then_normalize"), ("scale_rewards", "group")):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: rewards are weighted and summed here, and there are no groups; leave "
+                    f"it at {only!r}"
+                )
 
 
 class OwnAdvantages:

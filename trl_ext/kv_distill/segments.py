@@ -56,7 +56,7 @@ def add_segments(
         if len(without) == len(dataset):
             raise ValueError(
                 f"{name} dataset: no row has anything behind the delimiter {delimiter!r}; set answer_delimiter to what "
-                "ends the reasoning in your completions"
+                "ends the reasoning in your completions, or raise max_length if that cuts them off before it"
             )
         if without:
             logger.warning(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
-from ..flags import check_values, check_weights, must_be_off, must_prepare, one_of
+from ..flags import check_values, check_weights, must_be_off, must_ignore_lengths, must_prepare, one_of
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
@@ -127,6 +127,7 @@ class LatentArguments:
         )
         if getattr(self, "completion_only_loss", None) is False:
             raise ValueError("completion_only_loss=False: a question is read, and not learnt; leave it unset")
+        must_ignore_lengths(self)
         must_prepare(self, "leaves rows without tokens; rows that have theirs are taken as they are")
         for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name, only) != only:

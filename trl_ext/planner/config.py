@@ -9,7 +9,16 @@ from trl import SFTConfig
 
 from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
 
-from ..flags import at_least, check_positive, check_values, check_weights, must_be_off, must_prepare, one_of
+from ..flags import (
+    at_least,
+    check_positive,
+    check_values,
+    check_weights,
+    must_be_off,
+    must_ignore_lengths,
+    must_prepare,
+    one_of,
+)
 from .data import MODES
 
 
@@ -201,6 +210,7 @@ class PlannerExecutorConfig(SFTConfig):
                 gradient_checkpointing="transformers drops the cache in training with it, and concepts would not see the "
                 "text; hard_em can do with it",
             )
+        must_ignore_lengths(self)
         for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)!r}: the executor's loss knows only {only!r}")

@@ -58,6 +58,8 @@ def test_rows_without_a_delimiter_are_counted_and_all_of_them_refused(tmp_path, 
     assert ("1+1=", "2<eos>", "") in found(trainer)
     with pytest.raises(ValueError, match=r"train dataset: no row has anything behind the delimiter '----'"):
         setups.trainer(tmp_path, answer_delimiter="----")
+    with pytest.raises(ValueError, match=r"no row has anything behind .* or raise max_length"):
+        setups.trainer(tmp_path, max_length=5)
 
 
 def test_rows_own_segments_are_kept_and_checked(tmp_path):

@@ -37,6 +37,10 @@ from . import setups
         ({"w_student": 0.0, "w_teacher": 0.0, "w_codi": 0.0}, "are all 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy='group_by_length': rows have several texts",
+        ),
         ({"eval_packing": True}, "eval_packing=True"),
         ({"completion_only_loss": False}, "completion_only_loss=False: a question is read"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs: skip_prepare_dataset"),

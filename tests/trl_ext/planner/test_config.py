@@ -16,7 +16,8 @@ WRONG = {
     "planner_learning_rate": -1, "length_curriculum": [8, 4], "length_curriculum_nll": -1, "length_curriculum_share": 0,
     "target_length": [9.0], "packing": True, "eval_packing": True, "padding_free": True, "assistant_only_loss": True,
     "use_liger_kernel": True, "completion_only_loss": False, "gradient_checkpointing": True, "loss_type": "dft",
-    "label_smoothing_factor": 0.1, "dataset_kwargs": {"skip_prepare_dataset": True},
+    "label_smoothing_factor": 0.1, "train_sampling_strategy": "group_by_length",
+    "dataset_kwargs": {"skip_prepare_dataset": True},
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ QUIET = {"report_to": "none", "use_cpu": True, "bf16": False}
         ({"cliprange_value": 0.0}, r"cliprange_value=0.0: more than 0"),
         ({"target_kl": 0.0}, r"target_kl=0.0: more than 0"),
         ({"loss_type": "grpo"}, r"loss_type='grpo': choose one of dapo"),
+        ({"scale_rewards": "batch"}, r"scale_rewards='batch': .* no groups; leave it at 'group'"),
         ({"importance_sampling_level": "sequence"}, r"importance_sampling_level='sequence'"),
         (
             {"steps_per_generation": 3, "num_iterations": 1, "gradient_accumulation_steps": 2},
