@@ -58,7 +58,10 @@ class ScriptArguments(RecipeArguments):
     eval_every: int = field(default=10, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
     eval_batch: int = field(default=200, metadata={"help": "Problems answered at once in evaluation."})
     sft_steps: int = field(default=1500, metadata={"help": "Steps of the tiny model's warm start."})
-    max_seq_length: int = field(default=2048, metadata={"help": "Prompt and completion together, in tokens."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "Prompt and completion together, in tokens; by default what the model has, at most 2048."},
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
     lora_r: int = field(default=32, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
@@ -139,13 +142,10 @@ def main() -> None:
     started = time.time()
     console, output, resume = start(args, script, ON_CPU)
     train, held_out = load_data(script, data, args)
-    if script.model_name == "tiny":
-        script.max_seq_length = min(script.max_seq_length, 128)
     model, tokenizer = load_model(script, args)
+    most = script.max_seq_length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     for rows in (train, held_out):
-        check_room(
-            tokenizer, rows["prompt"], args.max_completion_length, script.max_seq_length, "max_completion_length"
-        )
+        check_room(tokenizer, rows["prompt"], args.max_completion_length, most, "max_completion_length")
     reward = make_reward(args.answer_delimiter)
     decoding = {
         "delimiter": args.answer_delimiter,

@@ -135,6 +135,11 @@ def main() -> None:
     parser = RecipeParser((ScriptArguments, DataArguments, PlannerExecutorConfig), EMBEDDED)
     _, config, others = chosen(sys.argv[1:], CONFIGS, "planner", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
+    if not args.use_planner:
+        raise ValueError(
+            "use_planner=False: this recipe shows and measures plans, which plain SFT has none of; in Python "
+            "PlannerExecutorTrainer takes it"
+        )
     started = time.time()
     console, output, resume = start(args, script, EMBEDDED)
     model, tokenizer, train, held_out, delimiter = load(script, data, args)

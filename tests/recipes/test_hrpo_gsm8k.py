@@ -79,6 +79,10 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
         recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--max_seq_length", "20")
     with pytest.raises(ValueError, match=r"max_seq_length=20: .* and max_completion_length=\d+ may come behind"):
         run("--max_seq_length", "20", "--output_dir", "out_3")
+    with pytest.raises(ValueError, match=r"max_seq_length=128: .* and max_completion_length=200 may come behind"):
+        run("--max_completion_length", "200", "--output_dir", "out_3")
+    with pytest.raises(ValueError, match=r"max_seq_length=500 is more than .*max_position_embeddings=128"):
+        run("--max_completion_length", "200", "--max_seq_length", "500", "--output_dir", "out_3")  # as that one said
 
     files = sorted(file.name for file in folder.iterdir())  # of the model that the run began with
     recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
@@ -113,6 +117,7 @@ def test_evaluation_says_what_is_wrong_before_it_begins(monkeypatch, tmp_path):
         (["--model_name", "smollm2", "--dataset", "none.jsonl"], "no such file"),
         (["--dataset_options", "max_terms: 2"], "is not JSON"),
         (["--dataset_options", "[2]"], "a JSON object"),
+        (["--dataset_options", '{"max_terms": 2}'], "dataset=tiny is no reasoning-gym generator"),
         (["--resume_from_checkpoint", "nowhere"], "no such folder"),
         (["--resume_from_checkpoint", "latest"], "no complete checkpoint"),
     ],

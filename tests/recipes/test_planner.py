@@ -124,6 +124,7 @@ def test_a_planner_of_other_texts_is_not_for_the_tiny_task(run):
         (("--model_name", "tiny", "--dataset", "rows.jsonl"), "belong together"),
         (("--resume_from_checkpoint", "latest"), "no complete checkpoint"),
         (("--facts", "0"), "facts=0"),
+        (("--use_planner", "false"), "use_planner=False: this recipe shows and measures plans"),
     ],
 )
 def test_wrong_flags_end_before_training(run, flags, message):

@@ -52,6 +52,10 @@ class DataArguments:
             raise ValueError(f"num_fewshot={self.num_fewshot}: 0 or more, and 0 for the embedded default's tasks")
         if not isinstance(self.dataset_options or {}, dict):
             raise ValueError(f"dataset_options={self.dataset_options!r}: a JSON object, such as '{{\"max_terms\": 2}}'")
+        if self.dataset_options and not is_generator(self.dataset):
+            raise ValueError(
+                f"dataset_options={self.dataset_options!r}: dataset={self.dataset} is no reasoning-gym generator"
+            )
 
     def rows(self, *, split: str, size: int | None, seed: int) -> list[dict]:
         """`load_rows` of these arguments."""
@@ -75,7 +79,8 @@ class DataArguments:
         train = self.rows(split="train", size=None if local else train_size, seed=seed)
         examples, train = train[: self.num_fewshot], train[self.num_fewshot :]
         if eval_dataset or not local:
-            source = replace(self, dataset=eval_dataset or self.dataset)
+            name = eval_dataset or self.dataset
+            source = replace(self, dataset=name, dataset_options=self.dataset_options if is_generator(name) else None)
             held_out = source.rows(split="test", size=eval_size, seed=seed + HELD_OUT_SEED)
         else:
             if len(train) <= eval_size:

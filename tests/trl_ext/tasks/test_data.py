@@ -120,6 +120,15 @@ def test_generated_questions_are_on_one_side():
     assert not {row["question"] for row in train} & {row["question"] for row in held_out}
 
 
+def test_options_are_the_generators_alone(tmp_path):
+    rows = jsonl(tmp_path, [question(i) for i in range(5)])
+    with pytest.raises(ValueError, match=r"rows\.jsonl is no reasoning-gym generator"):
+        DataArguments(dataset=rows, dataset_options={"max_terms": 2})
+    data = DataArguments(dataset="chain_sum", dataset_options={"max_terms": 2})
+    _, train, held_out = data.split(train_size=3, eval_dataset=rows, eval_size=5, seed=0)
+    assert len(train) == 3 and len(held_out) == 5
+
+
 def test_a_file_without_rows_to_train_on_is_named(tmp_path):
     data = DataArguments(dataset=jsonl(tmp_path, [question(i) for i in range(5)]))
     with pytest.raises(DataError, match=r"rows\.jsonl has 5 row.*eval_size=5.*lower eval_size"):
