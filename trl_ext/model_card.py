@@ -14,6 +14,9 @@ from unsloth_ext.settings_file import method_of
 
 QUICK_START = re.compile(r"## Quick start\n.*?(?=\n## Training procedure)", re.DOTALL)  # TRL 1.15's, a pipeline
 
+# What TRL says of a base that is in a folder; ours names it
+NO_BASE = "This model is a fine-tuned version of [None](https://huggingface.co/None).\n"
+
 
 def own_settings(args: Any) -> dict[str, Any]:
     """The fields that a configuration of ours adds to its parent's."""
@@ -60,6 +63,6 @@ def complete_run_card(trainer: Trainer, before: str | None, last: str | None) ->
     if before is not None and outside(before) not in ("", last):
         file.write_text(before)
     else:
-        file.write_text(QUICK_START.sub("", file.read_text()))
+        file.write_text(QUICK_START.sub("", file.read_text().replace(NO_BASE, "")))
     write_card_of(trainer, file.parent, repo_id=trainer.hub_model_id)
     return outside(file.read_text())

@@ -55,6 +55,7 @@ def test_the_card_of_a_run_is_trls_with_our_way_to_open_it(tmp_path, monkeypatch
     file = Path("run/README.md")
     text = file.read_text()
     assert "This model was trained with SFT" in text and "Cite TRL as" in text
+    assert "[None]" not in text and "It has been trained using [TRL]" in text
     assert "pipeline(" not in text.split("## What other loaders")[0] and "FastThinkingModel.from_pretrained" in text
     assert ModelCard(text).data.library_name == "latent-reasoning-trl"
     assert not Path("run/latent_reasoning.json").exists() and Path("run/final/latent_reasoning.json").exists()
