@@ -28,7 +28,7 @@ setup: $(READY)  ## create .venv with the tested versions (every other target do
 
 # A stamp is no set-up without a Python that runs, as after that Python's removal, or in a checkout that was moved or
 # copied, whose .venv would run the packages of the old place
-BROKEN := $(if $(wildcard $(READY)),$(shell $(PY) -c $(RECENT) 2>/dev/null && $(PY) -c $(OURS) 2>/dev/null || echo broken))
+BROKEN := $(if $(wildcard $(READY)),$(shell $(PY) -c $(RECENT) 2>/dev/null && PYTHONPATH= $(PY) -c $(OURS) 2>/dev/null || echo broken))
 
 .PHONY: broken
 broken:

@@ -26,9 +26,15 @@ def make(tmp_path):
         name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHONPATH"))
     }
 
-    def run(*arguments):
+    def run(*arguments, **environment):
         return subprocess.run(
-            ["make", *arguments], cwd=tmp_path, env=outside, capture_output=True, text=True, check=False, timeout=60
+            ["make", *arguments],
+            cwd=tmp_path,
+            env={**outside, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
 
     return run
@@ -84,7 +90,7 @@ def test_a_checkout_that_was_moved_or_copied_is_set_up_anew(make, tmp_path, wher
     (packages,) = (tmp_path / ".venv").glob("lib/python*/site-packages")
     (packages / "ours.pth").write_text(str(tmp_path if where == "here" else tmp_path / where) + "\n")
     (tmp_path / ".venv" / ".ready").touch()
-    done = make("-n", "setup")
+    done = make("-n", "setup", PYTHONPATH=str(tmp_path / "another checkout"))  # says nothing of what is installed
     assert done.returncode == 0 and ("setting it up anew" not in done.stdout) == right, done.stderr
     assert ("install -q" in done.stdout) != right
 
