@@ -10,8 +10,9 @@ Models that transformers saves in another form than it trains them, mixtures of 
 
 Under FSDP and DeepSpeed, which shard the optimizer, its state keeps their formats and is read only when asked for by name.
 
-On resume the command line's learning rates win: only the scheduler's position is restored, parameters that are new get
-fresh optimizer state, and those that are gone are forgotten.
+On resume the command line's learning rates win: only the scheduler's position is restored (schedules that follow a metric
+go on from the rates that they have found), parameters that are new get fresh optimizer state, and those that are gone are
+forgotten.
 """
 
 import inspect
@@ -352,8 +353,10 @@ class SafeCheckpointMixin:
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:
         scheduler = self.lr_scheduler
-        if not isinstance(scheduler, LambdaLR):  # adaptive ones carry more than a position
+        if not isinstance(scheduler, LambdaLR):  # adaptive ones carry more than a position: the rates that they have found
             scheduler.load_state_dict(state)
+            for group, rate in zip(scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
+                group["lr"] = rate
             return
         scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
         rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]

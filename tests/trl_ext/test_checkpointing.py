@@ -248,3 +248,18 @@ def test_rows_that_make_no_batch_are_named(tmp_path):
     trainer = sft(tmp_path, tiny.model(), per_device_train_batch_size=len(ROWS) + 1, dataloader_drop_last=True)
     with pytest.raises(ValueError, match=rf"has {len(ROWS)} row.*no whole batch of {len(ROWS) + 1}; give more rows"):
         trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_rates_that_follow_a_metric_go_on(tmp_path, kind):
+    """They are in no position on a schedule: an optimizer begun anew has the rate of step 0."""
+    adaptive = {
+        "lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 1, "optim": "sgd",
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "mode": "max"},  # a loss that falls is a bad sign
+    }  # fmt: skip
+    whole, again = (sft(tmp_path, tiny.model(), **adaptive) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (whole, again)]
+    assert rates[0] == rates[1] and rates[0][-1] < rates[0][0]
+    assert_equal(weights(whole), weights(again))
