@@ -34,7 +34,14 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
-from .creation import check_arguments, check_left, check_model_and_tokenizer, check_reference, preparing_models
+from .creation import (
+    check_arguments,
+    check_left,
+    check_model_and_tokenizer,
+    check_reference,
+    give_head_a_bias,
+    preparing_models,
+)
 from .model_card import complete_run_card, read_card, write_card_of
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
@@ -119,6 +126,7 @@ class SafeCheckpointMixin:
         with preparing_models(self._stock_init):
             super().__init__(*args, **kwargs)
         check_trainable(self.model)
+        give_head_a_bias(self.model)
         check_left(self.train_dataset, "train_dataset", getattr(self.args, "max_length", None))
 
     @property
@@ -210,10 +218,23 @@ class SafeCheckpointMixin:
                 f"{checkpoint} has no {OPTIMIZER[0]} (was it saved with save_only_model=True?): it holds neither the "
                 "optimizer nor the schedule; begin a new run with its weights"
             )
+        self._check_kinds(checkpoint)
         check_finite([file for file in [checkpoint / OPTIMIZER[0]] if file.exists()])
         for file in (checkpoint / name for name in ("optimizer.json", "scheduler.json", "scaler.json")):
             if file.exists():
                 _check_numbers(file)
+
+    def _check_kinds(self, checkpoint: Path) -> None:
+        """Whether optimizer and schedule are of the kind whose state was saved: others know nothing of it."""
+        file = checkpoint / "training_args.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        here = json.loads(self.args.to_json_string())
+        for name, kind in (("optim", _state_of), ("lr_scheduler_type", _metric_of)):
+            if name in before and kind(before[name]) != kind(here[name]):
+                raise CheckpointError(
+                    f"{checkpoint} has the state of {name}={before[name]!r}, of which {here[name]!r} can make nothing: "
+                    "resume with the former, or begin a new run with the checkpoint's weights"
+                )
 
     def _check_beside(self, checkpoint: Path) -> None:
         for name, module in self._modules_beside().items():
@@ -353,7 +374,9 @@ class SafeCheckpointMixin:
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:
         scheduler = self.lr_scheduler
-        if not isinstance(scheduler, LambdaLR):  # adaptive ones carry more than a position: the rates that they have found
+        if not isinstance(
+            scheduler, LambdaLR
+        ):  # adaptive ones carry more than a position: the rates that they have found
             scheduler.load_state_dict(state)
             for group, rate in zip(scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
                 group["lr"] = rate
@@ -393,6 +416,16 @@ def _beside(state: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     floats = state.is_floating_point() and state.shape == parameter.shape
     dtype = torch.promote_types(state.dtype, parameter.dtype) if floats else state.dtype
     return state.to(parameter.device, dtype)
+
+
+def _state_of(optim: str) -> str:
+    """What the state of an optimizer is like: the same in paged memory, or where one kernel does all."""
+    return optim.removeprefix("paged_").removesuffix("_fused")
+
+
+def _metric_of(schedule: str) -> str | None:
+    """The name of a schedule that follows a metric; None: it is a function of the step."""
+    return schedule if schedule in ("reduce_lr_on_plateau", "greedy") else None
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,7 @@ import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -20,6 +21,8 @@ from unsloth_ext.settings_file import METHODS, read_saved
 
 
 logger = logging.get_logger(__name__)
+
+TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin LoRA that change the weights beneath it
 
 
 @contextlib.contextmanager
@@ -157,18 +160,36 @@ def check_left(dataset: Any, name: str, max_length: int | None) -> None:
 
 
 def check_reference(given: dict[str, Any]) -> None:
-    """Raises a ValueError for a `PeftModel` whose adapter in use is not the one that the reference would be made of.
+    """Raises a ValueError for an adapter with which the reference of beta > 0 would not be the model that is trained, as it
+    begins.
 
-    With beta > 0, TRL 1.15 copies the adapter "default" into a new one, "ref", whichever adapter is trained.
+    TRL 1.15 takes a new adapter off, and of a `PeftModel` copies the adapter "default" into a new one, "ref", whichever
+    adapter is trained.
     """
     model, beta = given.get("model"), getattr(given.get("args"), "beta", None)
-    if not isinstance(model, PeftModel) or not beta or given.get("peft_config") or given.get("ref_model"):
+    if not beta or given.get("ref_model"):
+        return
+    begins = str(getattr(given.get("peft_config"), "init_lora_weights", ""))
+    if begins.partition("_")[0].lower() in TAKEN_FROM_THE_BASE:
+        raise ValueError(
+            f"peft_config: init_lora_weights={begins!r} takes the adapter's first weights out of the model's, and with "
+            f"beta={beta} the reference is the model without the adapter: leave it out, or set beta=0.0"
+        )
+    if not isinstance(model, PeftModel) or given.get("peft_config"):
         return
     if model.active_adapters != ["default"]:
         raise ValueError(
             f"the model's adapter in use is {', '.join(model.active_adapters)!r}, and with beta={beta} the reference is "
             "made of the one called 'default': load the adapter with adapter_name=\"default\", or set beta=0.0"
         )
+
+
+def give_head_a_bias(model: torch.nn.Module) -> None:
+    """PEFT's wrapper of a head that is tied to an embedding of which single tokens are trained has no `bias`, which TRL
+    1.15 reads beside its `weight`."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and not hasattr(head, "bias"):
+        vars(head)["bias"] = getattr(head.original_module, "bias", None)  # a parameter has its name already
 
 
 def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) -> None:

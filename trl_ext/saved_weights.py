@@ -26,6 +26,7 @@ from unsloth_ext.settings_file import FILE, method_of, read_json
 logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
+SCALE = ("lora_alpha", "use_rslora", "alpha_pattern")  # of an adapter: not in its tensors' shapes, nor in their values
 Tensors = dict[str, torch.Tensor]
 
 
@@ -71,19 +72,23 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 def warn_of_another_origin(model: nn.Module, folder: Path) -> None:
     """Say so where the weights of `folder` were trained otherwise than `model`, whose tensors have the same names and
-    shapes: an adapter on another base, or a method with other settings."""
+    shapes: an adapter on another base or of another scale, or a method with other settings."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, config in model.peft_config.items() if isinstance(model, PeftModel) else ():
         file = _adapter_file(folder, name).with_name("adapter_config.json")
-        there = (read_json(str(file.parent), file.name, None) or {}).get("base_model_name_or_path")
-        here = config.base_model_name_or_path
+        saved = read_json(str(file.parent), file.name, None) or {}
+        _tell_of_changes(file.parent, saved, {key: getattr(config, key, None) for key in SCALE})
+        there, here = saved.get("base_model_name_or_path"), config.base_model_name_or_path
         if there and here and Path(there).resolve() != Path(here).resolve():
             logger.warning(
                 f"The adapter in {file.parent} was trained on {there}, and this model is {here}: unless they hold the same "
                 "weights, it does not belong to it"
             )
     settings = json.loads(json.dumps(method_of(getattr(bare, "config", None))[1])) or {}
-    before = (read_json(str(folder), FILE, None) or {}).get("settings") or settings
+    _tell_of_changes(folder, (read_json(str(folder), FILE, None) or {}).get("settings") or {}, settings)
+
+
+def _tell_of_changes(folder: Path, before: dict, settings: dict) -> None:
     differing = [key for key in settings if key in before and settings[key] != before[key]]
     if differing:
         changes = ", ".join(f"{key}={settings[key]!r} (before: {before[key]!r})" for key in differing)

@@ -66,3 +66,14 @@ def test_the_adapter_that_the_reference_is_made_of(tmp_path, make):
         model.set_adapter(names[-1])
         with pytest.raises(ValueError, match=r"^the model's adapter in use is 'mine', and with beta=0.1 .* 'default':"):
             make(tmp_path, model, None, beta=0.1)
+
+
+@pytest.mark.parametrize("make", [make_hrpo, make_ppo, make_grpo])
+@pytest.mark.parametrize("begins", ["pissa", "olora", "pissa_niter_4"])
+def test_an_adapter_that_changes_what_is_beneath_it_has_no_reference_there(tmp_path, make, begins):
+    """With the adapter off, the model is without the part that went into it: a KL of 0.2 before the first step."""
+    lora = setups.lora()
+    lora.init_lora_weights = begins
+    with pytest.raises(ValueError, match=rf"^peft_config: init_lora_weights='{begins}' takes .*set beta=0.0"):
+        make(tmp_path, tiny.model(), lora, beta=0.1)
+    make(tmp_path, tiny.model(), lora, beta=0.0)

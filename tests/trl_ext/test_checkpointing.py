@@ -10,6 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from patches import fused_lm_head
 from tests import moe, tiny
+from trl_ext import checkpointing
 from trl_ext.checkpointing import CheckpointError, SafeCheckpointMixin
 
 
@@ -263,3 +264,54 @@ def test_rates_that_follow_a_metric_go_on(tmp_path, kind):
     rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (whole, again)]
     assert rates[0] == rates[1] and rates[0][-1] < rates[0][0]
     assert_equal(weights(whole), weights(again))
+
+
+@pytest.mark.parametrize(
+    "name, first, then",
+    [
+        ("optim", "adamw_torch", "adafactor"),
+        ("optim", "rmsprop", "sgd"),
+        ("lr_scheduler_type", "cosine", "reduce_lr_on_plateau"),
+        ("lr_scheduler_type", "greedy", "reduce_lr_on_plateau"),
+        ("lr_scheduler_type", "greedy", "linear"),
+    ],
+)
+def test_the_state_of_another_optimizer_or_schedule_is_named(tmp_path, name, first, then):
+    """It is passed over in silence, or a KeyError in the first step."""
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1}
+    sft(tmp_path, tiny.model(), max_steps=1, **{name: first}, **evaluating).train()
+    again = sft(tmp_path, tiny.model(), **{name: then}, **evaluating)
+    with pytest.raises(CheckpointError, match=rf"state of {name}='{first}', of which '{then}' can make nothing"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_other_functions_of_the_step_and_kernels_go_on(tmp_path):
+    sft(tmp_path, tiny.model(), max_steps=1, optim="adamw_torch_fused", lr_scheduler_type="cosine").train()
+    again = sft(tmp_path, tiny.model(), max_steps=2, optim="adamw_torch", lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 2
+
+
+@pytest.mark.parametrize("gives", [True, False], ids=["ours", "upstream"])
+def test_single_tokens_of_a_tied_embedding_are_trained(tmp_path, monkeypatch, gives):
+    """TRL's head is the wrapped one: with the tokens' new rows. Once upstream goes alone, `give_head_a_bias` can."""
+    if not gives:
+        monkeypatch.setattr(checkpointing, "give_head_a_bias", lambda _: None)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[4, 9, 14])
+    trainer = sft(tmp_path, tiny.model("qwen3", std=0.1), lora, save_strategy="no")
+    rows = next(p for n, p in trainer.model.named_parameters() if "trainable_tokens_delta" in n)
+    before = rows.detach().clone()
+    if not gives:
+        with pytest.raises(AttributeError, match="'TrainableTokensWrapper' object has no attribute 'bias'"):
+            trainer.train()
+        return
+    names = list(trainer.model.state_dict())
+    with torch.no_grad():
+        rows.normal_()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labels = batch["labels"][:, 1:]
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), wanted)
+    trainer.train()
+    assert not torch.equal(rows, before) and list(trainer.model.state_dict()) == names

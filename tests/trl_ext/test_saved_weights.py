@@ -273,3 +273,23 @@ def test_weights_of_another_origin_are_told_of(tmp_path, caplog):
         go(folder)
         assert f"was trained on {tmp_path / 'a'}, and this model is {tmp_path / 'b'}: " in caplog.text
         assert "other settings than this model has now: num_latents=6 (before: 3)\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora_alpha": 64}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}], ids=str
+)
+def test_an_adapter_of_another_scale_is_told_of(tmp_path, caplog, change):
+    """Its tensors are the same, and the model that they make is not."""
+
+    def made(**changes):
+        lora = LoraConfig(**{**test_resume.LORA, **changes})
+        return sft(tmp_path, tiny.model(), lora)
+
+    folder = saved(tmp_path / "saved", made())
+    made()._check_checkpoint(folder)
+    assert "other settings" not in caplog.text
+    ((key, value),) = change.items()
+    for go in (made(**change).begin_with, made(**change)._check_checkpoint):
+        caplog.clear()
+        go(folder)
+        assert f"{folder} was trained with other settings than this model has now: {key}={value!r}" in caplog.text
