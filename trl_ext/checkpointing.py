@@ -280,11 +280,15 @@ class SafeCheckpointMixin:
             return
         if not self.args.should_save:
             return
-        tensors, plain = {}, {}
+        tensors, plain, written = {}, {}, set()
         for name, state in self._named_state().items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"{name}|{key}"] = value.detach().contiguous()
+                    value = value.detach().contiguous()
+                    # A file holds nothing twice, and 8-bit optimizers share a table between all parameters
+                    shared = value.untyped_storage().data_ptr() in written
+                    tensors[f"{name}|{key}"] = value = value.clone() if shared else value
+                    written.add(value.untyped_storage().data_ptr())
                 else:
                     plain[f"{name}|{key}"] = value
         save_file(tensors, Path(output_dir, "optimizer.safetensors"))

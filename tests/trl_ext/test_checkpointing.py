@@ -1,4 +1,5 @@
-"""Mixtures of experts, which are saved in another form than they are trained in: resumed is uninterrupted, to the bit."""
+"""Mixtures of experts, which are saved in another form than they are trained in, and 8-bit optimizers: resumed is
+uninterrupted, to the bit."""
 
 import pytest
 import torch
@@ -76,6 +77,24 @@ def test_resumed_is_uninterrupted(tmp_path, kind, dtype):
         torch.equal(state[n][k], resumed[n][k]) for n in state for k in state[n]
     )
     assert before and all(not torch.equal(before[n], trained[n]) for n in before)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "lion_8bit"])
+def test_resumed_is_uninterrupted_with_an_8_bit_optimizer(tmp_path, optim):
+    """Its parameters share a table, from the size on at which it computes in 8 bits."""
+
+    def made(seed):
+        config = tiny.config("llama", vocab_size=256)
+        config.intermediate_size = 128
+        return tiny.from_config(config, seed)
+
+    whole = sft(tmp_path, made(0), optim=optim)
+    whole.train()
+    assert any(value.dtype == torch.uint8 for state in whole._named_state().values() for value in state.values()
+               if isinstance(value, torch.Tensor))  # fmt: skip
+    again = sft(tmp_path, made(1), optim=optim)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(weights(whole), weights(again))
 
 
 def test_tensors_of_another_dtype_keep_it_exactly(tmp_path):
