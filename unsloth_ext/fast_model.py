@@ -68,7 +68,7 @@ class FastThinkingModel:
             ValueError: there is no such model, it is of another method, thinking modules and settings are not both there,
                 files are damaged, lack tensors or hold NaN; or an adapter never thought and `thinking` was not given.
         """
-        dtype = as_dtype(dtype)
+        dtype = as_dtype(dtype, kwargs)
         check_name(model_name, token)
         saved = read_saved(model_name, "hrpo", token)
         base_name = model_name if saved.adapter is None else base_of(saved.adapter, model_name)

@@ -42,12 +42,19 @@ TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.t
 DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # how their classes are called
 
 
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+def as_dtype(dtype: torch.dtype | str | None, others: dict[str, Any] | None = None) -> torch.dtype | str | None:
     """A dtype by torch's name for it; None and "auto", the checkpoint's own, stay.
 
+    Args:
+        others: further keywords. `torch_dtype`, as transformers used to call it, is taken out of them.
+
     Raises:
-        ValueError: torch has no such floating-point dtype.
+        ValueError: torch has no such floating-point dtype, or there are two.
     """
+    former = (others or {}).pop("torch_dtype", None)
+    if former is not None and dtype is not None:
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={former!r}: they are one and the same, give dtype alone")
+    dtype = former if dtype is None else dtype
     if dtype is None or dtype == "auto":
         return dtype
     found = dtype if isinstance(dtype, torch.dtype) else None
@@ -178,7 +185,7 @@ def load_causal_lm(
     Raises:
         ValueError: see `check_causal_lm`; or tensors are missing or not finite, or their file is damaged.
     """
-    dtype = as_dtype(dtype)
+    dtype = as_dtype(dtype, kwargs)
     if dtype is not None:
         kwargs["dtype"] = dtype
     check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})

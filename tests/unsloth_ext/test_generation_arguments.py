@@ -306,6 +306,20 @@ def test_what_does_not_work_is_refused_by_name(kind):
         run(one.ours, {"num_return_sequences": 2})  # greedy
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_grows_may_be_called_by_its_name(kind):
+    """It is the one that each kind has; `generate` refuses the name beside a cache."""
+    one = kind_of(kind)
+    wanted = run(one.ours, {})
+    same(run(one.ours, {"cache_implementation": "dynamic"}), wanted)
+    same(one.ours(generation_config=GenerationConfig(**COMMON, cache_implementation="dynamic")), wanted)
+    one.net.generation_config.cache_implementation = "dynamic"  # of its generation_config.json
+    try:
+        same(run(one.ours, {}), wanted)
+    finally:
+        one.net.generation_config.cache_implementation = None
+
+
 class Streamed:
     """What a streamer is given."""
 

@@ -99,7 +99,11 @@ def test_dtypes_go_by_torchs_names(base, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
 def test_a_dtype_by_any_of_its_names(base, dtype):
-    assert fast(str(base), dtype=dtype)[0].dtype == torch.bfloat16
+    for name in ("dtype", "torch_dtype"):
+        assert fast(str(base), **{name: dtype})[0].dtype == torch.bfloat16
+        assert hub.load_causal_lm(str(base), **{name: dtype}).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"and torch_dtype=.*: they are one and the same, give dtype alone"):
+        fast(str(base), dtype=dtype, torch_dtype="float32")
     assert hub.as_dtype("auto") == "auto" and hub.as_dtype(None) is None
 
 

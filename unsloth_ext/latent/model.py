@@ -75,7 +75,8 @@ def latent_generate(
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
             generate_kwargs["num_return_sequences"] = 1  # they are in the batch
-        inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs}
+        # The cache that is passed is such a one, and `generate` refuses to be told of a kind beside it
+        inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs, "cache_implementation": None}
         if settings.use_cache:
             state.cache.batch_repeat_interleave(copies)
             out = model.generate(past_key_values=state.cache, **inputs)
