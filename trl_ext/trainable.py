@@ -1,14 +1,15 @@
 """Whether a trainer has anything to train."""
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from unsloth_ext.mode import never_pack, packed_layer
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises a ValueError for a model with no parameter to train, or whose active adapter is loaded to be used as it is, or
-    which no gradient passes.
+    """Raises a ValueError for a model with no parameter to train, or whose active adapter is loaded to be used as it is,
+    merged or switched off, or which no gradient passes.
 
     What a trainer trains beside the model, such as an aligner or a critic, does not count: its loss would fall alone.
     """
@@ -17,6 +18,16 @@ def check_trainable(model: nn.Module) -> None:
         raise ValueError(
             f"the model's adapter {frozen!r} is frozen, so training would not change it: load it with "
             "PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+        )
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "the model's adapter is merged into the weights beneath it, so training would not change it: call "
+            "model.unmerge_adapter(), or pass model.merge_and_unload() to train all of it"
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            "the model's adapter is switched off, so training would not change it: call model.enable_adapter_layers()"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

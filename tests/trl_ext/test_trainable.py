@@ -75,6 +75,22 @@ def test_other_ways_to_be_frozen(tmp_path):
         sft(tmp_path, part)
 
 
+@pytest.mark.parametrize("make", [test_resume.make_hrpo, test_resume.make_ppo])
+def test_an_adapter_that_is_merged_or_switched_off(tmp_path, make):
+    """HRPO would train its thinking modules, PPO its critic, and the adapter would stay."""
+    model = test_resume.wrapped(tiny.model())
+    ways = (
+        (model.merge_adapter, model.unmerge_adapter, r"is merged .*: call model\.unmerge_adapter\(\)"),
+        (model.disable_adapter_layers, model.enable_adapter_layers, r"is switched off.*\.enable_adapter_layers"),
+    )
+    for off, on, said in ways:
+        off()
+        with pytest.raises(ValueError, match=rf"^the model's adapter {said}"):
+            make(tmp_path, model, None, beta=0.0)
+        on()
+    make(tmp_path, model, None, beta=0.0)
+
+
 def four_bits(tmp_path):
     """Wide enough for bitsandbytes to pack; as on a CPU with AVX512-BF16, whatever this one has."""
     folder = tmp_path / "base"
