@@ -187,7 +187,7 @@ def check_reference(given: dict[str, Any]) -> None:
 def give_head_a_bias(model: torch.nn.Module) -> None:
     """PEFT's wrapper of a head that is tied to an embedding of which single tokens are trained has no `bias`, which TRL
     1.15 reads beside its `weight`."""
-    head = model.get_output_embeddings()
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # a module of one's own has none
     if isinstance(head, TrainableTokensWrapper) and not hasattr(head, "bias"):
         vars(head)["bias"] = getattr(head.original_module, "bias", None)  # a parameter has its name already
 
