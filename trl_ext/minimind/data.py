@@ -203,10 +203,6 @@ def _text(place: Place, holder: dict[str, Any], name: str, at: str = "", may_be_
         raise place.error(at + name, f"is no text: {value!r:.80}")
     if not value.strip() and not may_be_empty:
         raise place.error(at + name, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write and UTF-8 cannot
-        raise place.error(at + name, f"is no Unicode: {error}") from error
     return value
 
 

@@ -3,17 +3,23 @@
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-NUMBER = re.compile(r"(?<![\w.,])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?!\w|\.\d)")
-OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by how such a file begins
+NUMBER = re.compile(
+    r"(?<![\w.,])-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    r"(?!\w|[.,]\d)"
+)
+HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON writes a surrogate
+OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 or UTF-32 may begin
 
 
 class DataError(ValueError):
@@ -23,21 +29,27 @@ class DataError(ValueError):
 def number_in(text: str) -> str | None:
     """The one number in an answer, without thousands separators and a dollar sign: "18" of "$18.", "3.5" of "3.5 km".
 
-    None where there is no number or more than one; `nan` and `1_000` are none.
+    None where there is no number or more than one; `nan`, `1_000` and `3,5` are none. The minus of typesetters is one too.
     """
-    found = NUMBER.findall(text)
+    found = NUMBER.findall(text.replace("\u2212", "-"))
     return found[0].replace(",", "").replace("$", "") if len(found) == 1 else None
 
 
 def answer_text(value: Any) -> Any:
     """A number in a column of answers as its text, 18 and 18.0 as "18"; anything else, NaN too, as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return str(int(value) if value == int(value) else value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return value
+        value = int(value) if value.is_integer() else value
+    return str(value)
 
 
 def check_file(name: str) -> None:
     """Raises a DataError if there is no such file or nothing in it."""
+    if Path(name).is_dir():
+        raise DataError(f"dataset {name} is a folder; give a file")
     if not Path(name).is_file():
         raise DataError(f"dataset {name}: there is no such file")
     if not Path(name).stat().st_size:
@@ -55,8 +67,8 @@ def read_lines(name: str) -> Iterator[tuple[int, str]]:
     with Path(name).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                if line[:2] in OTHER_ENCODINGS:
-                    raise DataError(f"dataset {name} is {OTHER_ENCODINGS[line[:2]]}; save it as UTF-8")
+                if line[:2] in OTHER_ENCODINGS or b"\0" in line:
+                    raise DataError(f"dataset {name} is UTF-16, or another encoding with zero bytes; save it as UTF-8")
                 line = line.removeprefix(b"\xef\xbb\xbf")
             try:
                 text = line.decode().rstrip("\r\n")
@@ -97,15 +109,31 @@ def _json_values(name: str) -> Iterator[tuple[str, Any]]:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"dataset {name}: no JSON: {error}") from error
-        yield from ((f"row {i}", value) for i, value in enumerate(values))
+        for i, value in enumerate(values):
+            yield f"row {i}", _encodable(text, value, f"dataset {name}, row {i}")
         return
     for number, line in itertools.chain([first], lines):
         try:
-            yield f"line {number}", json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError as error:
+            one = ""
+            if number == first[0] and line.lstrip().startswith("{") and not line.rstrip().endswith("}"):
+                one = "; an object stands on one line, and several in a .json file between [ and ]"
             raise DataError(
-                f"dataset {name}, line {number}: no JSON: {error.msg} at character {error.pos + 1}"
+                f"dataset {name}, line {number}: no JSON: {error.msg} at character {error.pos + 1}{one}"
             ) from error
+        yield f"line {number}", _encodable(line, value, f"dataset {name}, line {number}")
+
+
+def _encodable(text: str, value: Any, where: str) -> Any:
+    """A value that `text` holds. Raises a DataError for half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    if HALF_A_PAIR.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[max(error.start - 20, 0) : error.end]
+            raise DataError(f"{where}: no Unicode, half a surrogate pair: {half!r}") from error
+    return value
 
 
 def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
@@ -118,16 +146,22 @@ def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
     if path.suffix == ".parquet":
         check_file(name)
         try:
+            if not pq.read_metadata(path).num_rows:  # of which datasets 4.8 says "BatchSize must be greater than 0"
+                return Dataset.from_dict({})
             return load_dataset("parquet", data_files=str(path), split="train")
         except Exception as error:
             raise DataError(f"dataset {name} cannot be read as .parquet: {error.__cause__ or error}") from error
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise DataError(f"dataset {name}: there is no such file or folder")
     if path.is_file() or path.suffix in (".csv", ".tsv"):
         raise DataError(f"dataset {name}: give a {', '.join(FORMATS)} file or a hub id")
     try:
         return load_dataset(name, config, split=split)
     except Exception as error:
         why = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"dataset {name}: {why:.250}") from error  # some end in a whole schema
+        elsewhere = isinstance(error, ConnectionError | FileNotFoundError) and not path.exists()
+        here = f"there is no folder {name} in {os.getcwd()}, and of the hub: " if elsewhere else ""
+        raise DataError(f"dataset {name}: {here}{why:.250}") from error  # some end in a whole schema
 
 
 def read_rows(

@@ -152,7 +152,7 @@ BAD = {  # kind, bad row, what the error says of it behind the line, and behind 
     "text null": ("pretrain", {"text": None}, "text: is missing"),
     "text number": ("pretrain", {"text": 3}, "text: is no text: 3"),
     "text empty": ("pretrain", {"text": " \n"}, "text: is empty"),
-    "half a pair": ("pretrain", '{"text": "\\ud800"}', "text: is no Unicode"),
+    "half a pair": ("pretrain", '{"text": "\\ud800"}', "no Unicode, half a surrogate pair"),
     "other format": ("sft", {"messages": []}, "conversations: is missing"),
     "no list": ("sft", {"conversations": "hi"}, "conversations: is no list of turns: 'hi'"),
     "no turns": ("sft", talk(), "conversations: has no turn of the assistant's"),

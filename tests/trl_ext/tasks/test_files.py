@@ -46,8 +46,11 @@ def test_every_reader_takes_it(read, content):
             LINE + LINE.decode().encode("latin-1", "replace"),
             r"line 2: no UTF-8 \(byte 0xc4 at position 15\); save the file",
         ),
-        (LINE.decode().encode("utf-16"), "rows.jsonl is UTF-16; save it as UTF-8"),
-        (LINE.decode().encode("utf-16-be"), "rows.jsonl"),
+        (LINE.decode().encode("utf-16"), "rows.jsonl is UTF-16, or another .*; save it as UTF-8"),
+        (LINE.decode().encode("utf-16-be"), "rows.jsonl is UTF-16, or another .*; save it as UTF-8"),
+        (LINE.decode().encode("utf-32"), "rows.jsonl is UTF-16, or another .*; save it as UTF-8"),
+        (LINE + LINE.replace(b"2+3?", rb"\ud83d 2?"), r"line 2: no Unicode, half a surrogate pair: .*\\ud83d"),
+        (b"{\n" + LINE[1:], r"line 1: no JSON: .*; an object stands on one line"),
         (LINE + b'{"question": "x", "ans', "line 2: no JSON: .* at character"),
         (LINE + b"[1]\n", r"line 2: no JSON object: \[1\]"),
         (b"\n\n", "has no rows"),
@@ -65,7 +68,8 @@ def test_every_reader_refuses_it_alike(read, content, message):
         ("18", "18"), (" $1,203. ", "1203"), ("-3.5 km", "-3.5"), ("-$4", "-4"), (".5", ".5"), ("12%", "12"),
         ("1e5", "1e5"),
         ("nan", None), ("inf", None), ("1_000", None), ("3 or 4", None), ("1/2", None), ("x2", None), ("", None),
-        ("5km", None), ("1.2.3", None),
+        ("5km", None), ("1.2.3", None), ("3,5", None), ("1,2,3", None), ("12,3456", None), ("1,00,000", "100000"),
+        ("1,234.5", "1234.5"), ("\u22123", "-3"), ("\uff15", None), ("2\u00bd", None),
     ],
 )  # fmt: skip
 def test_the_number_in_an_answer(text, number):
@@ -83,14 +87,14 @@ def test_answers_without_one_number_name_their_row(tmp_path, bad):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("answer", [18, 18.0])
+@pytest.mark.parametrize("answer", [18, 18.0], ids=repr)
 def test_answers_that_are_numbers(tmp_path, suffix, answer):
     rows = [{"question": "q", "steps": ["<<9+9=18>>"], "answer": answer}] * 2
     name = str(tmp_path / f"rows.{suffix}")
     table = Dataset.from_list(rows)
     table.to_json(name) if suffix == "jsonl" else table.to_parquet(name)
     assert READERS["hrpo"](name) == READERS["latent"](name) == ["18", "18"]
-    assert answer_text(0.25) == "0.25" and answer_text(True) is True
+    assert answer_text(0.25) == "0.25" and answer_text(True) is True and answer_text(10**400) == "1" + "0" * 400
 
 
 def test_json_lists_and_places(tmp_path):
@@ -120,6 +124,28 @@ def test_tables_of_other_kinds_are_refused_before_the_hub_is_asked(tmp_path, mon
     Path("folder.csv").mkdir()
     for name in ("rows.txt", "absent.csv", "absent.tsv", "folder.csv"):
         with pytest.raises(DataError, match=rf"^dataset {name}: give a \.\w+.* file or a hub id$"):
+            files.read_table(name, split="train")
+
+
+@pytest.mark.parametrize("reader", ["hrpo", "latent", "minimind"])
+def test_a_folder_in_place_of_a_file(tmp_path, reader):
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"rows\.jsonl is a folder; give a file"):
+        READERS[reader](str(tmp_path / "rows.jsonl"))
+
+
+def test_what_is_not_there_is_said_of_the_folder_first(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'rows' on the Hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "load_dataset", offline)
+    with pytest.raises(
+        DataError, match=rf"^dataset rows: there is no folder rows in {tmp_path}, and of the hub: Couldn't"
+    ):
+        files.read_table("rows", split="train")
+    for name in ("./rows", "../rows", str(tmp_path / "rows")):
+        with pytest.raises(DataError, match=rf"^dataset {name}: there is no such file or folder$"):
             files.read_table(name, split="train")
 
 
