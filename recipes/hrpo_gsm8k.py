@@ -35,6 +35,7 @@ if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_ca
     import unsloth  # noqa: F401 - before trl, or its trainers stay stock
 
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from transformers import set_seed
 
 from trl_ext import HRPOConfig, HRPOTrainer
@@ -46,6 +47,7 @@ from trl_ext.tasks.dry_run import dry_run
 from trl_ext.tasks.evaluation import AccuracyCallback, check_room, evaluate
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import FastThinkingModel
+from unsloth_ext.console import PlainConsole
 from unsloth_ext.fast_model import LINEAR_LAYERS
 
 
@@ -102,7 +104,7 @@ def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     return (chat_dataset(rows, args.answer_delimiter, examples) for rows in (train, held_out))
 
 
-def load_model(script: ScriptArguments, args: HRPOConfig):
+def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole):
     """The policy with LoRA and thinking modules, and its tokenizer."""
     cache, name = Path(script.cache_dir), script.model_name
     if name == "tiny":
@@ -125,6 +127,11 @@ def load_model(script: ScriptArguments, args: HRPOConfig):
         thinking=args.thinking_config(),
         **(args.model_init_kwargs or {}),
     )
+    if is_peft_model(model):
+        console.print(
+            f"--model_name {name} is an adapter: its LoRA and its thinking modules go on, --lora_* is not read"
+        )
+        return model, tokenizer
     model = FastThinkingModel.get_peft_model(
         model,
         r=script.lora_r,
@@ -142,7 +149,7 @@ def main() -> None:
     started = time.time()
     console, output, resume = start(args, script, ON_CPU)
     train, held_out = load_data(script, data, args)
-    model, tokenizer = load_model(script, args)
+    model, tokenizer = load_model(script, args, console)
     most = script.max_seq_length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     for rows in (train, held_out):
         check_room(tokenizer, rows["prompt"], args.max_completion_length, most, "max_completion_length")

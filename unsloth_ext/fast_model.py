@@ -133,7 +133,16 @@ class FastThinkingModel:
         modules_to_save: list[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """LoRA on a thinking model; the thinking modules train in full beside it and are saved with the adapter."""
+        """LoRA on a thinking model; the thinking modules train in full beside it and are saved with the adapter.
+
+        Raises:
+            ValueError: the model has an adapter.
+        """
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "the model has an adapter, which from_pretrained loads to be trained on: leave get_peft_model out, or "
+                "merge it first (FastThinkingModel.merge)"
+            )
         if not has_thinking(model):
             attach_thinking(model)
         modules_to_save = [*(modules_to_save or []), *THINKING_MODULES]

@@ -17,9 +17,11 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -115,20 +117,34 @@ def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTra
     """`AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: there is no such folder or model, or no tokenizer in it.
+        ValueError: there is no such folder or model, or no tokenizer in it, or its files are damaged.
     """
     if not os.path.isdir(name):
         check_name(name, token, ("config.json", "adapter_config.json", "tokenizer_config.json"))
     check_tokenizer(name)
-    return AutoTokenizer.from_pretrained(name, token=token, **kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(name, token=token, **kwargs)
+    except StrictDataclassError as error:
+        raise ValueError(_wrong_config(name, error)) from error
+    except Exception as error:  # of many kinds, few of which name the folder
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: its tokenizer.json or tokenizer_config.json cannot be read: {why:.200}") from error
+
+
+def _wrong_config(name: str, error: StrictDataclassError) -> str:
+    return f"{name}/config.json: {' '.join(str(error).split())}"
 
 
 def base_of(adapter: dict, name: str) -> str:
     """What the `adapter_config.json` of `name` says is its base.
 
     Raises:
-        ValueError: nothing, or a folder that is not there.
+        ValueError: nothing, or a folder that is not there; or the adapter is of a kind that PEFT does not know.
     """
+    if adapter.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"{name}: adapter_config.json has peft_type={adapter.get('peft_type')!r}, which PEFT does not know"
+        )
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{name}: adapter_config.json has no base_model_name_or_path")
@@ -156,6 +172,8 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
     check_name(name, token)
     saved = read_saved(name, method, token)
     whole = name if saved.adapter is None else base_of(saved.adapter, name)
+    if saved.adapter is not None and os.path.isdir(name) and not any(Path(name).glob("adapter_model.*")):
+        raise ValueError(f"{Path(name, ADAPTER)} is missing")
     try:
         config = AutoConfig.from_pretrained(whole, token=token, **remote)
     except ValueError as error:
@@ -165,6 +183,8 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
         raise ValueError(
             f"{whole}: its model_type {kind!r} is none that transformers {transformers.__version__} knows"
         ) from error
+    except StrictDataclassError as error:
+        raise ValueError(_wrong_config(whole, error)) from error
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
     )
@@ -189,9 +209,11 @@ def load_causal_lm(
     if dtype is not None:
         kwargs["dtype"] = dtype
     check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})
+    may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does is named below
     try:
         with _errors_only():
-            model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, token=token, **kwargs)
+            model, found = AutoModelForCausalLM.from_pretrained(name, token=token, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
     except TypeError as error:
@@ -205,6 +227,9 @@ def load_causal_lm(
         )
     if len(others) < len(found["unexpected_keys"]):  # of a hub model, the files are here only now
         read_saved(name, method, token)
+    if found["mismatched_keys"] and not may_differ:
+        key, held, wanted = sorted(found["mismatched_keys"])[0]
+        raise ValueError(f"{name}: {key} has the shape {tuple(held)}, by its config.json {tuple(wanted)}")
     check_model(model, name, found["missing_keys"])
     return model
 

@@ -133,6 +133,8 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
+    if type(error).__module__ == "jinja2.exceptions":  # "System role not supported", say
+        return f"the tokenizer's chat template does not take these messages, or is damaged: {text}"
     if not text or not _is_raised(error.__traceback__) or not (isinstance(error, DELIBERATE) or _is_our_kind(error)):
         return None
     if ours:

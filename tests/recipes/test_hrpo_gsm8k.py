@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from unsloth_ext import has_thinking
+from unsloth_ext.console import PlainConsole
 
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +140,32 @@ def test_a_generator_takes_its_options_from_the_command_line(monkeypatch):
     _, data, _ = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"), run_name="recipe")["parse"]()
     questions = [row["question"] for row in data.rows(split="train", size=20, seed=0)]
     assert all(len(re.findall(r"\d+", question)) == 2 for question in questions), questions[0]
+
+
+def test_an_adapter_goes_on_as_it_is(monkeypatch, tmp_path, capsys):
+    """With its own LoRA and new thinking modules; a second adapter around it would be refused."""
+    tiny.model().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    net = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, task_type="CAUSAL_LM")
+    )
+    net.save_pretrained(tmp_path / "adapter")
+    argv = [
+        "--model_name",
+        str(tmp_path / "adapter"),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--max_seq_length",
+        "256",
+    ]
+    monkeypatch.setattr(sys, "argv", ["hrpo_gsm8k.py", *argv])
+    recipe = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"))
+    script, _, args = recipe["parse"]()
+    model, _ = recipe["load_model"](script, args, PlainConsole())
+    assert model.peft_config["default"].r == 2 and has_thinking(model)
+    assert "adapter is an adapter: its LoRA" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_group_size_is_another_name_for_num_generations(monkeypatch):

@@ -210,3 +210,9 @@ def test_unsloth_can_run_where_it_is_installed_and_sees_a_gpu_or_is_told_to(monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert unsloth_can_run()[0] is can
+
+
+def test_an_adapter_gets_no_second_one(tmp_path):
+    net = FastThinkingModel.get_peft_model(tiny.model())
+    with pytest.raises(ValueError, match=r"the model has an adapter.*leave get_peft_model out, or merge"):
+        FastThinkingModel.get_peft_model(net)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config
 
@@ -132,6 +133,46 @@ def test_base_weights_that_are_damaged(base, case):
         with pytest.raises(ValueError, match=message) as error:
             load(str(base))
         assert str(base) in str(error.value)
+
+
+def rewritten(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+WRONG = {
+    "no tokenizer.json": (lambda f: (f / "tokenizer.json").unlink(), "its tokenizer.json or tokenizer_config.json cannot"),
+    "cut tokenizer": (lambda f: (f / "tokenizer.json").write_text("{ cut"), "its tokenizer.json or .*: Expecting property"),
+    "cut settings": (lambda f: (f / "tokenizer_config.json").write_text("{ cut"), "its tokenizer.json or .*: Expecting"),
+    "width": (lambda f: rewritten(f / "config.json", intermediate_size=32), r"mlp\.down_proj\.weight has the shape "
+              r"\(32, 64\), by its config.json \(32, 32\)"),
+    "layers": (lambda f: rewritten(f / "config.json", num_hidden_layers=9), r"/config\.json: .*num_hidden_layers. .9."),
+    "type": (lambda f: rewritten(f / "config.json", hidden_size="x"), r"/config\.json: .*'hidden_size' expected int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_do_not_fit_together_name_their_folder(base, case):
+    spoil, message = WRONG[case]
+    spoil(base)
+    with pytest.raises(ValueError, match=f"{base}.*{message}") as error:
+        fast(str(base))
+    assert len(" ".join(str(error.value).split())) < 500
+    with pytest.raises(ValueError, match=f"{base}.*{message}"):
+        hub.load_tokenizer(str(base))
+        hub.load_causal_lm(str(base))
+
+
+def test_adapters_that_lack_their_file_or_are_of_no_known_kind(base, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(tiny.model(), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(adapter)
+    rewritten(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    hub.load_causal_lm(str(adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter/adapter_model\.safetensors is missing"):
+        hub.load_causal_lm(str(adapter))
+    rewritten(adapter / "adapter_config.json", peft_type="NEW")
+    with pytest.raises(ValueError, match=r"adapter_config\.json has peft_type='NEW', which PEFT does not know"):
+        hub.load_causal_lm(str(adapter))
 
 
 def test_an_encoder_is_no_causal_language_model(tmp_path):

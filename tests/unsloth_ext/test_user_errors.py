@@ -11,6 +11,7 @@ import pytest
 from transformers.utils.versions import require_version
 
 from patches.versions import UntestedVersionError, require_tested
+from tests import tiny
 from trl_ext.flags import one_of
 from unsloth_ext import user_errors
 from unsloth_ext.user_errors import explained, sentence
@@ -64,6 +65,12 @@ def transformers_in_a_forward_pass():
     LlamaForCausalLM(config)()
 
 
+def a_template_without_system_messages():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
+
+
 def torch_innards():
     import torch
 
@@ -80,6 +87,10 @@ def torch_innards():
         (lambda: __import__("no_such_package.part"), "the package 'no_such_package' is not installed in"),
         (lambda: require_version("no-such-package>=0.9.3"), "the package 'no-such-package' is not installed in"),
         (a_module_in_its_forward_pass, "color='red': choose one of blue"),
+        (
+            a_template_without_system_messages,
+            "the tokenizer's chat template does not take these messages, or is damaged: ",
+        ),
         (transformers_checks_a_setting, "sometimes is not a valid IntervalStrategy"),
     ],
 )
