@@ -6,6 +6,7 @@ the folder, whoever added it.
 
 import copy
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -106,6 +107,15 @@ def check_finite(files: list[Path], buffers: set[str] = frozenset(), unknown: se
                 raise CheckpointError(
                     f"{file}: {name} holds NaN or infinity, so the run had diverged; resume from an earlier checkpoint"
                 )
+
+
+def checksum(model: nn.Module) -> str:
+    """Of a model's names, shapes and values: the same on any device."""
+    sums = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total = tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()
+        sums.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
+    return sums.hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from patches import fused_lm_head
 from tests import tiny
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.distill import setups as distill
@@ -83,6 +84,7 @@ def make_ppo(folder, model, peft, **changes):
 
 
 def make_grpo(folder, model, peft, **changes):
+    fused_lm_head.ensure()
     return resumable(GRPOTrainer, GRPOCheckpointMixin)(
         model, hrpo.reward_digits, hrpo.arguments(GRPOConfig, folder / "out", **changes), train_dataset=hrpo.prompts(),
         processing_class=tiny.tokenizer(), peft_config=peft,
@@ -140,6 +142,38 @@ def test_reinforcement(tmp_path, name, kind, changes):
         assert any(n.startswith("ref_model.") for n in moved)
     if kind == "PeftModel" and changes == KL:
         assert set(whole.model.peft_config) == {"default", "ref"} and not any(".ref." in n for n in moved)
+
+
+@pytest.mark.parametrize("name", ["grpo", "hrpo", pytest.param("ppo", marks=SLOW), pytest.param("spo", marks=SLOW)])
+def test_the_second_epochs_order_is_the_second_epochs(tmp_path, monkeypatch, name):
+    """TRL's sampler begins anew, with the order of the first; from the middle of the epoch, and from its beginning."""
+    rows = hrpo.prompts(8 if name in ("ppo", "spo") else 4)  # two steps an epoch
+    monkeypatch.setattr(hrpo, "prompts", lambda *_: rows)
+    monkeypatch.setattr(ppo, "prompts", lambda *_: rows)
+    changes = {**NONE, "save_steps": 1, "max_steps": 5}
+    whole = RL[name](tmp_path, "peft_config", **changes)
+    whole.train()
+    for step in (2, 3):
+        again = RL[name](tmp_path, "peft_config", **changes)
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+        assert whole.state.epoch == 2.5
+        assert_same(whole, again)
+
+
+@pytest.mark.parametrize("name", ["grpo", pytest.param("hrpo", marks=SLOW), pytest.param("ppo", marks=SLOW)])
+def test_another_reference_is_told_of(tmp_path, caplog, name):
+    """A whole model's is loaded from where the policy is: of a checkpoint given as the model, it is the checkpoint."""
+    whole = RL[name](tmp_path, "full", **KL)
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    whole.processing_class.save_pretrained(checkpoint)
+    RL[name](tmp_path, "full", **KL)._check_checkpoint(checkpoint)
+    assert "another reference" not in caplog.text
+    again = {"grpo": make_grpo, "hrpo": make_hrpo, "ppo": make_ppo}[name](
+        tmp_path, str(checkpoint), None, **SAVING, **KL
+    )
+    again._check_checkpoint(checkpoint)
+    assert f"was trained towards another reference (beta=0.05) than {checkpoint}, from where" in caplog.text
 
 
 SUPERVISED = {
