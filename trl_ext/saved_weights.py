@@ -172,7 +172,9 @@ def _parts(model: nn.Module, folder: Path) -> list[tuple[list[Path], Tensors]]:
         if not file.exists():
             lost = "" if name == "default" else f", the model's adapter {name!r}: {_OTHER_KIND}"
             raise CheckpointError(f"{file} is missing" + (lost or ": the checkpoint is not one of this kind of model"))
-        parts.append(([file], get_peft_model_state_dict(model, adapter_name=name)))
+        # `remember_latent` has bound how the model is saved: PEFT alone would write an embedding that has grown
+        how = getattr(model.save_pretrained, "keywords", {})
+        parts.append(([file], get_peft_model_state_dict(model, adapter_name=name, **how)))
     return parts
 
 

@@ -127,6 +127,21 @@ def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
         assert torch.equal(a, b), n
 
 
+@pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen3", False), ("gpt2", True)])
+def test_an_embedding_that_grew_resumes(tmp_path, family, tied):
+    """By the latent tokens, as GPT-2's does; PEFT finds that out by the base's folder. Bit for bit."""
+    config = tiny.config(family, len(tiny.tokenizer(())))
+    config.tie_word_embeddings = tied
+    tiny.from_config(config, std=0.1).save_pretrained(tmp_path / "base")
+    settings = {**setups.CASES["jacobi"], "save_strategy": "steps", "save_steps": 2, "model": str(tmp_path / "base")}
+    whole, again = (setups.trainer(tmp_path / "out", **settings) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert whole.model.config.vocab_size > config.vocab_size
+    for (n, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), n
+
+
 def test_a_path_is_as_good_as_a_model(tmp_path):
     """The trainer loads it, gives it latent tokens and sees the same losses, bit for bit."""
     tiny.model(std=0.1).save_pretrained(tmp_path / "base")
