@@ -38,10 +38,11 @@ class UpdateSizesMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args, **kwargs)
-        if self._watched is not self.optimizer and self._own_format():
-            self._watched, self._update_sizes, self._before_update = self.optimizer, {}, {}
-            self.optimizer.register_step_pre_hook(self._keep_weights)
-            self.optimizer.register_step_post_hook(self._measure_update)
+        optimizer = self._torch_optimizer()  # of a trainer that trains again, accelerate's wrapper is there already
+        if self._watched is not optimizer and self._own_format():
+            self._watched, self._update_sizes, self._before_update = optimizer, {}, {}
+            optimizer.register_step_pre_hook(self._keep_weights)
+            optimizer.register_step_post_hook(self._measure_update)
         return made
 
     def _will_log(self) -> bool:

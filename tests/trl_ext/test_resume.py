@@ -176,6 +176,18 @@ def test_another_reference_is_told_of(tmp_path, caplog, name):
     assert f"was trained towards another reference (beta=0.05) than {checkpoint}, from where" in caplog.text
 
 
+def test_a_trainer_that_has_trained_resumes_too(tmp_path):
+    """As in a notebook: its optimizer is accelerate's by then."""
+    trainer = RL["hrpo"](tmp_path, "peft_config", **KL)
+    trainer.train()
+    wanted, before = everything(trainer), trainer.state.log_history
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    found = everything(trainer)
+    assert wanted.keys() == found.keys() and [n for n in wanted if not torch.equal(wanted[n], found[n])] == []
+    sizes = [{k: v for k, v in log[3].items() if "update/" in k} for log in (before, trainer.state.log_history)]
+    assert sizes[0] and sizes[0] == sizes[1]
+
+
 SUPERVISED = {
     "kv": (kv.trainer, {}),
     "logits": (distill.logits, {}),
