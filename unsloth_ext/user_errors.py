@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from traceback import walk_tb
@@ -61,6 +62,9 @@ def in_sentences() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # every library's bars; a file would get one endless line of them
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_offer)
+    warnings.filterwarnings(
+        "ignore", "fan_in_fan_out is set to False"
+    )  # of GPT-2's layers, which PEFT then sets itself
     usual = sys.excepthook
     if getattr(usual, "speaks", False):
         return

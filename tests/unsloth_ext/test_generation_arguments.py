@@ -306,6 +306,14 @@ def test_what_does_not_work_is_refused_by_name(kind):
         run(one.ours, {"num_return_sequences": 2})  # greedy
 
 
+def test_a_configuration_alone_is_no_mixture(monkeypatch):
+    """transformers says that keywords beside a configuration are deprecated: latent decoding adds none."""
+    said = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", lambda *text: said.extend(text))
+    latent_generate(kind_of("latent").net, torch.tensor([[5, 6, 7]]), generation_config=GenerationConfig(**COMMON))
+    assert not [text for text in said if "generation-related arguments" in text]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_that_grows_may_be_called_by_its_name(kind):
     """It is the one that each kind has; `generate` refuses the name beside a cache."""

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers.utils.versions import require_version
 
 from patches.versions import UntestedVersionError, require_tested
@@ -201,3 +202,13 @@ def test_an_offer_that_nobody_needs_is_left_out(monkeypatch, caplog):
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
     logger.warning("another")
     assert [record.getMessage() for record in caplog.records] == ["another"]
+
+
+def test_what_peft_sets_right_by_itself_is_left_out(monkeypatch, recwarn):
+    """A LoRA on GPT-2's layers, as CODI's and PCCoT's configurations have it."""
+    monkeypatch.setattr(sys, "excepthook", SimpleNamespace(speaks=True))
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    user_errors.in_sentences()
+    get_peft_model(tiny.model("gpt2"), LoraConfig(target_modules=["c_attn"]))
+    assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]

@@ -75,8 +75,9 @@ def latent_generate(
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
             generate_kwargs["num_return_sequences"] = 1  # they are in the batch
-        # The cache that is passed is such a one, and `generate` refuses to be told of a kind beside it
-        inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs, "cache_implementation": None}
+        inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs}
+        if settings.cache_implementation is not None:  # `generate` takes no kind of cache beside the cache itself
+            inputs["cache_implementation"] = None
         if settings.use_cache:
             state.cache.batch_repeat_interleave(copies)
             out = model.generate(past_key_values=state.cache, **inputs)
