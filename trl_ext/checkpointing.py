@@ -38,6 +38,7 @@ from .creation import (
     check_arguments,
     check_left,
     check_model_and_tokenizer,
+    check_positions,
     check_reference,
     give_head_a_bias,
     preparing_models,
@@ -128,6 +129,11 @@ class SafeCheckpointMixin:
         check_trainable(self.model)
         give_head_a_bias(self.model)
         check_left(self.train_dataset, "train_dataset", getattr(self.args, "max_length", None))
+        self._check_positions(self.accelerator.unwrap_model(self.model))
+
+    def _check_positions(self, model: torch.nn.Module) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            check_positions(model, getattr(self, name), name, getattr(self.args, "packing", False))
 
     @property
     def _stock_init(self) -> Callable[..., None]:

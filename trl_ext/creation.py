@@ -17,11 +17,13 @@ from transformers.utils import logging
 
 from unsloth_ext.hub import check_causal_lm, check_model, check_tokenizer, load_classifier, load_modules, load_tokenizer
 from unsloth_ext.master_weights import MasterWeights, copied_by_peft, master_weights, widen
+from unsloth_ext.residual import learned_positions
 from unsloth_ext.settings_file import METHODS, read_saved
 
 
 logger = logging.get_logger(__name__)
 
+TOKENIZED = ("input_ids", "plan_ids", "text_ids")  # columns of rows that have been prepared
 TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin LoRA that change the weights beneath it
 
 
@@ -159,6 +161,23 @@ def check_left(dataset: Any, name: str, max_length: int | None) -> None:
         raise ValueError(f"{name}: no row is left, max_length={max_length} leaves nothing of any completion; raise it")
 
 
+def check_positions(model: PreTrainedModel, dataset: Any, name: str, packing: bool = False) -> None:
+    """Raises a ValueError at the first tokenized row that is longer than a model's table of positions (GPT-2), which would
+    end a run with an IndexError, on a GPU with a device assert. Packed rows count their positions anew."""
+    known = isinstance(dataset, Dataset) and isinstance(model, PreTrainedModel | PeftModel)
+    if packing or not known or learned_positions(model) is None:
+        return
+    most = model.config.get_text_config().max_position_embeddings
+    columns = [column for column in TOKENIZED if column in dataset.column_names]
+    for i, row in enumerate(dataset.select_columns(columns) if columns else ()):
+        length = max(map(len, row.values()))
+        if length > most:
+            raise ValueError(
+                f"{name}, row {i}: {length} tokens, more than the {most} positions of {name_of(model) or 'the model'}; "
+                "lower max_length, or leave the row out"
+            )
+
+
 def check_reference(given: dict[str, Any]) -> None:
     """Raises a ValueError for an adapter with which the reference of beta > 0 would not be the model that is trained, as it
     begins.
@@ -201,11 +220,16 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
         method: of latent reasoning that the trainer attaches.
 
     Raises:
-        ValueError: there is no such model, it is no causal language model, or of another method, which would be lost; or
-            there is no tokenizer in its folder.
+        ValueError: there is no such model, it is an adapter, no causal language model, or of another method, which would
+            be lost; or there is no tokenizer in its folder.
     """
     if isinstance(model, str):
         check_causal_lm(model, method)
+        if read_saved(model, method).adapter is not None:
+            raise ValueError(
+                f"model={model!r} is an adapter, which TRL does not open by name: merge it (merge_and_unload), save that "
+                "and name its folder; or pass PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+            )
     if tokenizer is None and (isinstance(model, str) or hasattr(getattr(model, "config", None), "_name_or_path")):
         check_tokenizer(name_of(model))
 

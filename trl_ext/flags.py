@@ -36,6 +36,8 @@ LOWEST = {
     "max_grad_norm": 0,
     "dataloader_num_workers": 0,
     "seed": 0,
+    "warm_start_seed": 0,
+    "embedded_seed": 0,
     "beta": 0,
     "epsilon": 0,
     "epsilon_high": 0,
@@ -160,10 +162,15 @@ def check_values(arguments: Any) -> None:
             raise ValueError(f"{name}={value}: from 0 to {'1' if SHARES[name] else 'less than 1'}")
         if name in POSITIVE and not value > 0:
             raise ValueError(f"{name}={value}: more than 0")
-    if numbers.get("seed", 0) > MOST_SEED:
-        raise ValueError(f"seed={arguments.seed}: at most {MOST_SEED}")
+    for name in ("seed", "warm_start_seed", "embedded_seed"):
+        if numbers.get(name, 0) > MOST_SEED:
+            raise ValueError(f"{name}={numbers[name]}: at most {MOST_SEED}")
+    if getattr(arguments, "output_dir", None) == "":  # which would be the folder that one stands in
+        raise ValueError("output_dir='': name a folder")
     if numbers.get("max_steps") == 0:  # which transformers takes for no limit
         raise ValueError("max_steps=0: at least 1, or -1 for as many as num_train_epochs makes")
+    if numbers.get("num_train_epochs", 1) == 0 and numbers.get("max_steps", -1) < 0:
+        raise ValueError("num_train_epochs=0: nothing would be trained; more than 0, or give max_steps")
     if hasattr(arguments, "scale_rewards"):
         one_of(arguments, **RL_CHOICES)
     for value in getattr(arguments, "reward_weights", None) or ():

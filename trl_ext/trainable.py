@@ -17,7 +17,8 @@ def check_trainable(model: nn.Module) -> None:
     if frozen is not None:
         raise ValueError(
             f"the model's adapter {frozen!r} is frozen, so training would not change it: load it with "
-            "PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+            "PeftModel.from_pretrained(base_model, folder, is_trainable=True), or merge it and name the folder of "
+            "the whole model"
         )
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged for layer in layers):

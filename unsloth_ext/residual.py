@@ -167,6 +167,17 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return backbone
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model with a table of them has (GPT-2); None where positions are computed."""
+    backbone = backbone_of(model)
+    tables = [
+        module.num_embeddings
+        for module in backbone.modules()
+        if isinstance(module, nn.Embedding) and module is not backbone.get_input_embeddings()
+    ]
+    return min(tables, default=None)
+
+
 def has_thinking(model: nn.Module) -> bool:
     """Whether `attach_thinking` has been here."""
     return hasattr(backbone_of(model), "thinking_config")

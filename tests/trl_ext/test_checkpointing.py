@@ -1,10 +1,12 @@
 """Mixtures of experts, which are saved in another form than they are trained in, and 8-bit optimizers: resumed is
 uninterrupted, to the bit."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
@@ -262,6 +264,26 @@ def test_a_run_does_not_go_on_from_weights_alone(tmp_path):
     again = sft(tmp_path, tiny.model(), max_steps=1)
     again.begin_with(tmp_path / "checkpoint-1")
     again.train()
+
+
+def test_rows_beyond_a_table_of_positions_are_named(tmp_path):
+    """They would end the run in the middle, with an IndexError, on a GPU with a device assert."""
+    config = tiny.config("gpt2")
+    config.n_positions = 7
+    with pytest.raises(
+        ValueError, match=r"^train_dataset, row 4: 8 tokens, more than the 7 positions of the model; lower"
+    ):
+        sft(tmp_path, tiny.from_config(config))
+    sft(tmp_path, tiny.from_config(config), max_length=7)
+
+
+def test_an_adapter_is_not_opened_by_name(tmp_path):
+    get_peft_model(tiny.model(), LoraConfig(r=2, base_model_name_or_path="x")).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    tiny.model().save_pretrained(tmp_path / "base")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    with pytest.raises(ValueError, match=r"adapter' is an adapter, which TRL does not open by name: merge it"):
+        sft(tmp_path, str(tmp_path / "adapter"))
 
 
 def test_rows_that_make_no_batch_are_named(tmp_path):

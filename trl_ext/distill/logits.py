@@ -69,6 +69,7 @@ class LogitsDistillTrainer(PerTokenTrainer):
             teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code, self.accelerator.device
         )
         check_vocabularies(self._tokenizer, self.teacher, teacher_processing_class)
+        self._check_positions(self.teacher)
         rows = self.model.get_input_embeddings().weight.shape[0]
         if rows < len(self._tokenizer):
             raise ValueError(

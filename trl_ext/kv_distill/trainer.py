@@ -97,6 +97,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code, self.accelerator.device
         )
         check_vocabularies(self._tokenizer, self.teacher, teacher_processing_class)
+        self._check_positions(self.teacher)
         for side in (self.model, self.teacher):
             if on_unsloth(side):
                 raise ValueError(

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from unsloth_ext.latent.model import question_ids
-from unsloth_ext.residual import backbone_of
 
 
 COLUMNS = ("question", "steps", "answer")
@@ -131,17 +129,6 @@ class LatentCollator:
             where = slice(width - len(row), width) if left else slice(len(row))
             ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
         return ids, mask
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model with a table of them has (GPT-2); None where positions are computed."""
-    backbone = backbone_of(model)
-    tables = [
-        module.num_embeddings
-        for module in backbone.modules()
-        if isinstance(module, nn.Embedding) and module is not backbone.get_input_embeddings()
-    ]
-    return min(tables, default=None)
 
 
 def check_lengths(dataset: Dataset, name: str, num_latents: int, positions: int) -> None:

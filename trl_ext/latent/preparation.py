@@ -22,12 +22,11 @@ from unsloth_ext.latent.config import (
     with_latent_modules,
 )
 from unsloth_ext.layer_kinds import check_layers
-from unsloth_ext.residual import backbone_of
+from unsloth_ext.residual import backbone_of, learned_positions
 from unsloth_ext.settings_file import read_saved
 
 from ..creation import name_of
 from .config import LatentArguments
-from .data import learned_positions
 
 
 logger = logging.get_logger(__name__)

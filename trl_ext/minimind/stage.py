@@ -112,7 +112,8 @@ class DataStageArguments(FolderArguments):
             first = len(rows) - self.eval_size
             if first < 1:
                 raise DataError(
-                    f"dataset {self.dataset} has {len(rows)} row(s), of which eval_size={self.eval_size} are held out"
+                    f"dataset {self.dataset} has {len(rows)} row(s), of which eval_size={self.eval_size} are held out: "
+                    "none is left to train on; lower eval_size, or name an eval_dataset"
                 )
             train, held_out = rows.select(range(first)), rows.select(range(first, len(rows)))
         held_out = held_out.select(range(min(self.eval_size, len(held_out))))
@@ -155,9 +156,11 @@ def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[An
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
     if isinstance(parsed[-1], TrainingArguments):
         parsed[0].begun = start(parsed[-1], parsed[0], ())
-    models = [getattr(parsed[0], "model_name", None), getattr(parsed[-1], "teacher_model_name_or_path", None)]
-    for name in models:
-        _ensure(name, parsed[0], path.parent)
+    named = {"model_name": parsed[0], "teacher_model_name_or_path": parsed[-1]}
+    named = {flag: getattr(arguments, flag, None) for flag, arguments in named.items()}
+    models = list(named.values())
+    for flag, name in named.items():
+        _ensure(flag, name, parsed[0], path.parent)
     if int(os.environ.get("RANK", "0")) == 0:
         for sentence in dict.fromkeys(sentence for name in models if name for sentence in changes(name)):
             print(sentence, flush=True)
@@ -167,7 +170,7 @@ def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[An
     return parsed
 
 
-def _ensure(name: str | None, stage: FolderArguments, recipes: Path) -> None:
+def _ensure(flag: str, name: str | None, stage: FolderArguments, recipes: Path) -> None:
     folder = Path(name or "")
     if not name or folder.exists() or not folder.is_relative_to(stage.run_dir):
         return
@@ -181,7 +184,7 @@ def _ensure(name: str | None, stage: FolderArguments, recipes: Path) -> None:
         if done.returncode:
             sys.exit(done.returncode)
     if not folder.exists():
-        raise ValueError(f"--model_name {name}: there is no such folder; run recipes/minimind/{before}.py first")
+        raise ValueError(f"--{flag} {name}: there is no such folder; run recipes/minimind/{before}.py first")
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

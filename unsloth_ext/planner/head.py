@@ -126,6 +126,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     setattr(backbone, HEAD, head)
     backbone.planner_config = config
     model.config.planner = asdict(config)
+    model.generation_config.use_cache = True  # which a config saved in training may deny; a plan lives in the cache
     describe_when_saved(model, backbone)
     return model
 

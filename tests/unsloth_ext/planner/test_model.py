@@ -220,3 +220,9 @@ def test_a_text_behind_the_models_positions_is_named():
     net = model("qwen3")
     with pytest.raises(ValueError, match="text 1 has 300 tokens: more than the model's 256 positions"):
         PlannerExecutorModel(net, tiny.tokenizer(())).generate(["1", "1" * 300])
+
+
+def test_a_base_that_was_saved_in_training_keeps_its_plan_in_the_cache():
+    net = tiny.model()
+    net.generation_config.use_cache = False  # as of a config.json from a run with gradient checkpointing
+    assert attach_planner(net).generation_config.use_cache
