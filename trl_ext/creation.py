@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import trl
 from accelerate.utils import is_peft_model
@@ -169,12 +171,14 @@ def check_positions(model: PreTrainedModel, dataset: Any, name: str, packing: bo
         return
     most = model.config.get_text_config().max_position_embeddings
     columns = [column for column in TOKENIZED if column in dataset.column_names]
-    for i, row in enumerate(dataset.select_columns(columns) if columns else ()):
-        length = max(map(len, row.values()))
-        if length > most:
+    for column in columns:
+        rows = dataset.select_columns(column).with_format("arrow")
+        lengths = pa.chunked_array(pc.list_value_length(part[column].combine_chunks()) for part in rows.iter(1000))
+        at = pc.index(pc.greater(lengths, most), True).as_py()
+        if at >= 0:
             raise ValueError(
-                f"{name}, row {i}: {length} tokens, more than the {most} positions of {name_of(model) or 'the model'}; "
-                "lower max_length, or leave the row out"
+                f"{name}, row {at}: {lengths[at]} tokens, more than the {most} positions of "
+                f"{name_of(model) or 'the model'}; lower max_length, or leave the row out"
             )
 
 

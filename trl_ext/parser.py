@@ -148,7 +148,7 @@ class RecipeParser(CommandLine, TrlParser):
             if self.embedded and self._model_name not in self.embedded:  # a typo chooses the configuration for a GPU
                 check_name(self._model_name)
                 way_out = f", or --model_name {self.embedded[0]}, made for it"
-            made_for = f" {self.config} is for a GPU;" if self.config else ""
+            made_for = f" {self.config} does not say use_cpu: true;" if self.config else ""
             raise ValueError(
                 f"bf16=True: there is no GPU here that computes in it;{made_for} to train on the CPU: --use_cpu true "
                 f"--bf16 false{way_out}"

@@ -42,7 +42,7 @@ TRIES = [
     *((name, ["--resume_from_checkpoint", "true", "--output_dir", "new"], "") for name in TRAIN),
     *((name, ["--model_name", "tinyy"], "there is no folder tinyy in ") for name in TRAIN),
     *((name, ["--model_name", "large"], "large holds no model") for name in TRAIN[:2]),
-    *((name, ["--model_name", "some"], "_gsm8k.yaml is for a GPU; to train on the CPU: --use_cpu true --bf16 false")
+    *((name, ["--model_name", "some"], "does not say use_cpu: true; to train on the CPU: --use_cpu true --bf16 false")
       for name in (TRAIN[0], *TRAIN[4:])),
     *((name, ["--model_name", ""], "name is empty") for name in LATENT),
     *((name, ["--learning_rate", "inf"], "learning_rate=inf: a finite number") for name in TRAIN[:2]),

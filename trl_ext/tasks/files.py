@@ -31,7 +31,7 @@ def number_in(text: str) -> str | None:
 
     None where there is no number or more than one; `nan`, `1_000` and `3,5` are none. The minus of typesetters is one too.
     """
-    found = NUMBER.findall(text.replace("\u2212", "-"))
+    found = NUMBER.findall(re.sub(r"^\s*-\s+", "-", text.replace("\u2212", "-")))
     return found[0].replace(",", "").replace("$", "") if len(found) == 1 else None
 
 

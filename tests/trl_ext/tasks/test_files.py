@@ -69,7 +69,8 @@ def test_every_reader_refuses_it_alike(read, content, message):
         ("1e5", "1e5"),
         ("nan", None), ("inf", None), ("1_000", None), ("3 or 4", None), ("1/2", None), ("x2", None), ("", None),
         ("5km", None), ("1.2.3", None), ("3,5", None), ("1,2,3", None), ("12,3456", None), ("1,00,000", "100000"),
-        ("1,234.5", "1234.5"), ("\u22123", "-3"), ("\uff15", None), ("2\u00bd", None),
+        ("1,234.5", "1234.5"), ("\u22123", "-3"), (" - 3", "-3"), ("- $3", "-3"), ("5 - 3", None),
+        ("\uff15", None), ("2\u00bd", None),
     ],
 )  # fmt: skip
 def test_the_number_in_an_answer(text, number):
