@@ -27,8 +27,9 @@ def test_parallel_sequences(tmp_path, make, split, monkeypatch):
     parallel = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, split: True})
 
     def made(self, model, args, *_, **__):
-        self.args, self.compute_loss_func, self.accelerator = args, None, SimpleNamespace(parallelism_config=parallel)
-        self.model, self.train_dataset = model, None
+        self.accelerator = SimpleNamespace(parallelism_config=parallel, unwrap_model=lambda model: model)
+        self.args, self.compute_loss_func = args, None
+        self.model, self.train_dataset, self.eval_dataset = model, None, None
 
     monkeypatch.setattr(trl.SFTTrainer, "__init__", functools.wraps(trl.SFTTrainer.__init__)(made))
     with pytest.raises(ValueError, match="cp_size"):

@@ -66,7 +66,7 @@ WRONG = {
     "cut": (True, "adapter_model.safetensors is truncated", lambda f: (f / A).write_bytes((f / A).read_bytes()[:999])),
     "nan": (True, "holds NaN or infinity", lambda f: edit_tensors(f / A, spoil)),
     "json": (True, "adapter_config.json is not JSON", lambda f: (f / C).write_text("{")),
-    "empty": (True, "no base_model_name", lambda f: (f / C).write_text("{}")),
+    "empty": (True, "has peft_type=None", lambda f: (f / C).write_text("{}")),
     "no tokenizer": (True, "no tokenizer_config.json", lambda f: (f / "tokenizer_config.json").unlink()),
     "list": (True, "adapter_config.json holds no JSON object", lambda f: (f / C).write_text("[]")),
     "no base": (True, "no base_model_name", lambda f: edit_json(f / C, lambda c: c.pop("base_model_name_or_path"))),
