@@ -130,7 +130,9 @@ def how_to_go_on(folder: Path) -> str:
     if last is None:
         return f"There is no whole checkpoint in {folder} yet, and nothing to go on from"
     state = json.loads((last / STATE_FILE).read_text())
-    if state["global_step"] >= state.get("max_steps", math.inf):  # going on would find no steps left
+    step = state["global_step"]
+    more = step == run_folder.noted(folder, "resumed_at")  # of a finished run, with more steps than it had
+    if step >= state.get("max_steps", math.inf) and not more:  # going on would find no steps left
         return f"Training was over: {last} holds the trained model, and opens as final/ would"
     command = run_folder.resume_command(run_folder.command_words())
     return f"The last whole checkpoint is {last}; go on from it with: {command}"

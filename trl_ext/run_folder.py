@@ -158,7 +158,7 @@ def go_on(folder: Path, step: int) -> str:
             stamp(path, run["id"] if at <= step else f"{run['id']}, left at step {step}")
     run["commands"].append(_command())
     run.pop("finished", None)
-    _write(folder, run)
+    _write(folder, {**run, "resumed_at": step})
     return run["id"]
 
 

@@ -285,6 +285,20 @@ def test_where_training_was_over_there_is_nothing_to_go_on_with(tmp_path, told, 
     assert text.endswith(f"Training was over: {last} holds the trained model, and opens as final/ would")
 
 
+def test_a_finished_run_that_goes_on_with_more_steps_is_not_over(tmp_path, told):
+    """Ended before its first checkpoint, whose state would say how many steps there are now."""
+    ran(tmp_path, 4)
+    state = {"global_step": 4, "epoch": 0.5, "max_steps": 4}
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    assert "Training was over" in told(KeyboardInterrupt())[0]
+    claim(arguments(tmp_path, "latest", max_steps=8), False)
+    text, _ = told(KeyboardInterrupt(), "--max_steps", "8")
+    assert "Training was over" not in text
+    assert text.endswith(
+        "checkpoint-4; go on from it with: " + run_folder.resume_command(["recipes/x.py", "--max_steps", "8"])
+    )
+
+
 def test_the_python_to_resume_with_is_the_one_that_ran(tmp_path, monkeypatch):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
