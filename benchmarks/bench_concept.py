@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import setups
 from benchmarks.over_seeds import ROOT, compare
+from trl_ext.cli.user_errors import in_sentences
 from trl_ext.concept.config import PRESETS
-from unsloth_ext.user_errors import in_sentences
 
 
 STEPS = 600

@@ -20,13 +20,13 @@ from benchmarks import setups
 from benchmarks.bench_concept import CODEWORDS, PRESET, prune
 from benchmarks.over_seeds import ROOT, arguments, table
 from trl_ext import ConceptConfig
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.cli.user_errors import in_sentences
+from trl_ext.common.fingerprint import digest
 from trl_ext.concept.recipe import ScriptArguments, load, train
-from trl_ext.fingerprint import digest
-from trl_ext.report import write_between
 from trl_ext.tasks.data import DataArguments
 from unsloth_ext.concept.accounting import equal_depth
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.user_errors import in_sentences
 
 
 R = 4

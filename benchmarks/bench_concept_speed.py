@@ -17,12 +17,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 from benchmarks import setups
-from trl_ext.report import write_between
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.cli.user_errors import in_sentences
 from unsloth_ext import OnlineConceptConfig, attach_concepts
-from unsloth_ext.command_line import CommandLine
 from unsloth_ext.concept.accounting import cost, equal_depth
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.user_errors import in_sentences
 
 
 RATIO = 4

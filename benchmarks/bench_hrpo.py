@@ -19,12 +19,12 @@ from public_algorithm import LiteralSession
 
 import patches
 from trl_ext import HRPOConfig, HRPOTrainer
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.user_errors import in_sentences
 from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, hybrid_generate
-from unsloth_ext.adapter import THINKING_MODULES
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.decoding import hybrid_decode
-from unsloth_ext.residual import backbone_of
-from unsloth_ext.user_errors import in_sentences
+from unsloth_ext.common.wrapping import backbone_of
+from unsloth_ext.hrpo.adapter import THINKING_MODULES
+from unsloth_ext.hrpo.decoding import hybrid_decode
 
 
 DELIMITER = "####"

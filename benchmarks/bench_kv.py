@@ -22,12 +22,12 @@ from trl import SFTConfig, SFTTrainer
 
 import patches
 from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.user_errors import in_sentences
 from unsloth_ext import CompressedCache, LatentConfig, attach_latent, compressed_trace, latent_phase
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.kv.compression import take
-from unsloth_ext.kv.scores import kava_redundancy
+from unsloth_ext.kv_compression.compression import take
+from unsloth_ext.kv_compression.scores import kava_redundancy
 from unsloth_ext.latent.config import thinking_with
-from unsloth_ext.user_errors import in_sentences
 
 
 LENGTHS = (512, 1024, 2048)

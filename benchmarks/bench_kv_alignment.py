@@ -22,10 +22,10 @@ import setups
 import torch
 import yaml
 
-from trl_ext.fingerprint import digest
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.user_errors import in_sentences
+from trl_ext.common.fingerprint import digest
 
 
 ROOT = Path(__file__).parents[1]
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/cache")
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
-    from trl_ext.report import write_between
+    from trl_ext.cli.report import write_between
     from trl_ext.tasks import equations, warm_start
 
     config = (ROOT / "recipes/configs/kv_tiny.yaml").read_text()

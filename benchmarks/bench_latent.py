@@ -25,15 +25,15 @@ from trl import SFTConfig, SFTTrainer
 
 import patches
 from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
-from trl_ext.fingerprint import digest
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.cli.user_errors import in_sentences
+from trl_ext.common.fingerprint import digest
 from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers
 from trl_ext.latent.recipe import ScriptArguments
-from trl_ext.report import write_between
 from trl_ext.tasks import equations, warm_start
-from unsloth_ext.ablations import ABLATIONS
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.user_errors import in_sentences
+from unsloth_ext.common.ablations import ABLATIONS
 
 
 ALONE = 50  # questions answered one by one, to see what a single one takes

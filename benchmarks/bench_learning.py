@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import patches
 from trl_ext import HRPOConfig, HRPOTrainer
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.cli.user_errors import in_sentences
 from trl_ext.hrpo.config import HRPOArguments
-from trl_ext.report import write_between
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
 from trl_ext.tasks.reward import make_reward
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.fast_model import LINEAR_LAYERS
-from unsloth_ext.user_errors import in_sentences
+from unsloth_ext.hrpo.fast_model import LINEAR_LAYERS
 
 
 ROOT = Path(__file__).parents[1]

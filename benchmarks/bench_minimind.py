@@ -18,10 +18,10 @@ import yaml
 
 from benchmarks import setups
 from benchmarks.over_seeds import ROOT, arguments, spread
-from trl_ext.fingerprint import digest
-from trl_ext.report import write_between
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.cli.user_errors import in_sentences
+from trl_ext.common.fingerprint import digest
 
 
 TOKENS = 80_000  # generated, in all rollouts of a run

@@ -23,12 +23,12 @@ from transformers import TrainerCallback
 
 from benchmarks import setups
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.cli.user_errors import in_sentences
 from trl_ext.planner import monitors
 from trl_ext.planner.advice import PlannerMonitorCallback
-from trl_ext.report import write_between
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.user_errors import in_sentences
 
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import setups
 from benchmarks.over_seeds import compare
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 STEPS = 1500

@@ -25,8 +25,8 @@ from unittest import mock
 
 import setups
 
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.user_errors import in_sentences
 
 
 PRECISIONS = ("float32", "bfloat16", "4bit")

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from unsloth_ext import execute_plan, executor_forward, executor_prefix, plan_log_probs, plan_soft
-from unsloth_ext.residual import unwrapped
-from unsloth_ext.states import logits_of
+from unsloth_ext.common.logits import logits_of
+from unsloth_ext.common.wrapping import unwrapped
 
 
 TYPES = [{"name": "what", "num_concepts": 64, "quota": 4}, {"name": "how", "num_concepts": 16, "quota": 2}]

@@ -8,10 +8,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import setups
-from trl_ext.fingerprint import digest
-from trl_ext.report import write_between
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.console import PlainConsole
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_between
+from trl_ext.common.fingerprint import digest
 
 
 ROOT = Path(__file__).parents[1]

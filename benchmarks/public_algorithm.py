@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth_ext import DelimiterMatcher
-from unsloth_ext.decoding import HybridSession
+from unsloth_ext.hrpo.decoding import HybridSession
 
 
 class LiteralSession(HybridSession):

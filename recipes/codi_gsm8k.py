@@ -12,7 +12,7 @@ at the adapter closer.
 
 from pathlib import Path
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()

@@ -16,16 +16,16 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
 from accelerate import PartialState
 
+from trl_ext.cli.command_line import underscored
+from trl_ext.cli.flags import one_of
 from trl_ext.concept.recipe import ScriptArguments, parse, refuse_resume, run
-from trl_ext.flags import one_of
-from unsloth_ext.command_line import underscored
 
 
 CONFIGS = Path(__file__).parent / "configs"

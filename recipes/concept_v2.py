@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()

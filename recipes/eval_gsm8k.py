@@ -17,13 +17,13 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
-from unsloth_ext.backend import unsloth_can_run
-from unsloth_ext.console import PlainConsole
+from trl_ext.cli.console import PlainConsole
+from unsloth_ext.common.backend import unsloth_can_run
 
 
 if unsloth_can_run()[0]:
@@ -31,15 +31,15 @@ if unsloth_can_run()[0]:
 
 from rich.table import Table
 
-from trl_ext.flags import at_least
-from trl_ext.parser import RecipeParser
-from trl_ext.run_folder import writable_file
+from trl_ext.cli.flags import at_least
+from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.run_folder import writable_file
 from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without
 from trl_ext.tasks.evaluation import check_room, evaluate
 from unsloth_ext import FastThinkingModel, ThinkingConfig
-from unsloth_ext.ablations import ABLATIONS
-from unsloth_ext.hub import saved_settings
+from unsloth_ext.common.ablations import ABLATIONS
+from unsloth_ext.common.hub import saved_settings
 
 
 @dataclass

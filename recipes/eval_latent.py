@@ -18,27 +18,27 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
 from rich.table import Table
 
-from trl_ext.flags import at_least
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.flags import at_least
+from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.run_folder import writable_folder
 from trl_ext.latent.config import LatentArguments
 from trl_ext.latent.data import LatentCollator, LatentTokenizer
 from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answers
 from trl_ext.latent.looks import plot_similarity, probe
 from trl_ext.latent.sources import load_rows
-from trl_ext.parser import RecipeParser
-from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations
 from unsloth_ext import LatentModel, kv_similarity
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.hub import saved_settings
+from unsloth_ext.common.hub import saved_settings
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.latent.config import thinking_with
-from unsloth_ext.residual import backbone_of
 
 
 @dataclass

@@ -19,14 +19,14 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
-from trl_ext.flags import at_least, chosen
-from trl_ext.parser import RecipeParser
-from unsloth_ext.backend import unsloth_can_run
+from trl_ext.cli.flags import at_least, chosen
+from trl_ext.cli.parser import RecipeParser
+from unsloth_ext.common.backend import unsloth_can_run
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -39,16 +39,16 @@ from accelerate.utils import is_peft_model
 from transformers import set_seed
 
 from trl_ext import HRPOConfig, HRPOTrainer
-from trl_ext.recipe import RecipeArguments, finish, start
-from trl_ext.report import HRPO_CURVES, before_after_table, compact_progress
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.recipe import RecipeArguments, finish, start
+from trl_ext.cli.report import HRPO_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.data import DataArguments, chat_dataset
 from trl_ext.tasks.dry_run import dry_run
 from trl_ext.tasks.evaluation import AccuracyCallback, check_room, evaluate
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import FastThinkingModel
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.fast_model import LINEAR_LAYERS
+from unsloth_ext.hrpo.fast_model import LINEAR_LAYERS
 
 
 @dataclass

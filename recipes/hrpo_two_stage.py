@@ -13,14 +13,14 @@ import sys
 from argparse import SUPPRESS
 from pathlib import Path
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
-from trl_ext.flags import at_least, chosen, read_config
-from trl_ext.run_folder import begun_by, check_free, resume_command
-from unsloth_ext.command_line import CommandLine
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.flags import at_least, chosen, read_config
+from trl_ext.common.run_folder import begun_by, check_free, resume_command
 
 
 RECIPE = Path(__file__).parent / "hrpo_gsm8k.py"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
@@ -28,15 +28,15 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
-from trl_ext.flags import at_least, chosen
-from trl_ext.kv_distill.data import completions
-from trl_ext.parser import RecipeParser
-from trl_ext.recipe import RecipeArguments, check_tiny, finish, start
-from trl_ext.report import KV_CURVES, before_after_table, compact_progress
+from trl_ext.cli.flags import at_least, chosen
+from trl_ext.cli.parser import RecipeParser
+from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
+from trl_ext.cli.report import KV_CURVES, before_after_table, compact_progress
 from trl_ext.tasks import equations, warm_start
+from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
-from unsloth_ext.hub import load_tokenizer
+from unsloth_ext.common.hub import load_tokenizer
 
 
 CONFIGS = Path(__file__).parent / "configs"

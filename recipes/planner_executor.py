@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
@@ -31,20 +31,20 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.flags import at_least, chosen
+from trl_ext.cli.parser import RecipeParser
+from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
+from trl_ext.cli.report import MONITOR_CURVES, PLANNER_CURVES, compact_progress, plot_curves
 from trl_ext.concept.recipe import plain
-from trl_ext.flags import at_least, chosen
-from trl_ext.kv_distill.data import completions
-from trl_ext.parser import RecipeParser
 from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
-from trl_ext.recipe import RecipeArguments, check_tiny, finish, start
-from trl_ext.report import MONITOR_CURVES, PLANNER_CURVES, compact_progress, plot_curves
 from trl_ext.tasks import facts
+from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback
 from unsloth_ext import PlannerExecutorModel
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.hub import load_causal_lm, load_tokenizer, saved_settings
+from unsloth_ext.common.hub import load_causal_lm, load_tokenizer, saved_settings
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
@@ -30,19 +30,19 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, set_seed
 from trl.data_utils import apply_chat_template, is_conversational
 
-from trl_ext.flags import at_least, one_of
-from trl_ext.kv_distill.data import completions
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.flags import at_least, one_of
+from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.run_folder import writable_folder
+from trl_ext.common.teacher import check_vocabularies
 from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment
 from trl_ext.kv_distill.segments import SegmentFinder
-from trl_ext.parser import RecipeParser
-from trl_ext.run_folder import writable_folder
 from trl_ext.tasks import equations, warm_start
+from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments
-from trl_ext.teacher import check_vocabularies
 from unsloth_ext import DelimiterMatcher, MapProjectionAligner
-from unsloth_ext.alignment.aligner import DIRECTIONS, MODES
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.hub import load_causal_lm, load_tokenizer
+from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
+from unsloth_ext.kv_distill.aligner import DIRECTIONS, MODES
 
 
 SHOWN = {

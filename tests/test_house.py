@@ -7,6 +7,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,11 +34,36 @@ def test_arrows_go_one_way(package, forbidden):
         assert not imported(file) & (forbidden | {"tests", "benchmarks", "recipes"}), file
 
 
+SHARED = {"common", "cli", "tasks"}
+# Who builds on whom, and why
+BUILDS_ON = {
+    ("latent", "kv_compression"),  # KaVa learns from the keys of a trace that R-KV's scores choose
+    ("tasks", "hrpo"),  # evaluations decode with thinking states where a model has them
+    ("common", "hrpo"),  # the table of methods knows HRPO's modules
+}
+
+
+def test_methods_import_what_is_shared_and_not_each_other():
+    found = set()
+    for package in ("unsloth_ext", "trl_ext"):
+        for file in (ROOT / package).rglob("*/*.py"):
+            own = file.relative_to(ROOT / package).parts[0]
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.ImportFrom):
+                    continue
+                inside = file.relative_to(ROOT).parts[: -node.level] if node.level else ()
+                parts = (*inside, *(node.module or "").split("."))
+                if parts[0] in ("unsloth_ext", "trl_ext") and len(parts) > 1:
+                    found.add((own, parts[1]))
+    assert {(own, other) for own, other in found if own != other and other not in SHARED} == BUILDS_ON
+
+
 def test_only_our_three_packages_are_installed():
     import tomllib
 
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    on_disk = {".".join(f.parent.relative_to(ROOT).parts) for p in PACKAGES for f in (ROOT / p).rglob("__init__.py")}
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = find_packages(ROOT, **find)
+    on_disk = {".".join(f.parent.relative_to(ROOT).parts) for p in PACKAGES for f in (ROOT / p).rglob("*.py")}
     assert set(packages) == on_disk
     assert distribution("latent-reasoning-trl").version
     assert not (ROOT / "recipes" / "__init__.py").exists()
@@ -83,7 +109,7 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.startswith('unsloth') and name != 'unsloth_ext' else real(name, *a)
 from trl_ext import HRPOConfig, HRPOTrainer
 from unsloth_ext import FastThinkingModel, hybrid_generate
-from unsloth_ext.backend import unsloth_can_run
+from unsloth_ext.common.backend import unsloth_can_run
 assert unsloth_can_run() == (False, 'unsloth is not installed')
 assert 'unsloth' not in sys.modules
 print(HRPOTrainer.__mro__[2].__module__)
@@ -103,7 +129,7 @@ def test_every_public_name_resolves():
             package.no_such_name  # noqa: B018
 
 
-SCREEN = ROOT / "unsloth_ext" / "console.py"
+SCREEN = ROOT / "trl_ext" / "cli" / "console.py"
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "recipes", "benchmarks"])

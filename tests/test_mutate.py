@@ -7,10 +7,10 @@ import pytest
 
 from tests import mutate
 from tests.mutate import Mutant, Mutator, attempt, mutants_of, swap
-from unsloth_ext import states
+from unsloth_ext.hrpo import states
 
 
-FILE = mutate.ROOT / "unsloth_ext" / "states.py"
+FILE = mutate.ROOT / "unsloth_ext" / "hrpo" / "states.py"
 
 
 def chosen(function: str, before: str) -> Mutant:
@@ -21,7 +21,7 @@ def test_every_place_is_one_change():
     import ast
 
     found = mutants_of(FILE)
-    assert len(found) == len({(m.index,) for m in found}) > 40
+    assert len(found) == len({(m.index,) for m in found}) > 30
     source = ast.unparse(ast.parse(FILE.read_text()))
     changed = {ast.unparse(Mutator(m.index).visit(ast.parse(FILE.read_text()))) for m in found}
     assert source not in changed and len(changed) > 0.9 * len(found)  # two places may read alike once changed
@@ -44,7 +44,7 @@ def test_it_is_swapped_in_memory():
 @pytest.mark.slow
 def test_a_test_that_looks_kills_it_and_one_that_does_not_lets_it_live(tmp_path):
     looks, idle = tmp_path / "test_looks.py", tmp_path / "test_idle.py"
-    body = "from unsloth_ext.states import Warper\n\n\ndef test_it():\n    warper = Warper(1.0, {}, 1.0, None)\n"
+    body = "from unsloth_ext.hrpo.states import Warper\n\n\ndef test_it():\n    warper = Warper(1.0, {}, 1.0, None)\n"
     looks.write_text(body.format(2) + "    assert warper.truncates\n")
     idle.write_text(body.format(None) + "    assert warper is not None\n")
     mutant = chosen("Warper.__init__", "bool(top_k) or (top_p or 1.0) < 1.0 or bool(min_p)")
@@ -76,5 +76,5 @@ def test_nothing_outside_functions_and_no_message_is_changed():
     with pytest.raises(StopIteration):
         chosen("", "'projection'")
     assert not any(
-        "choose" in m.before for file in (FILE, mutate.ROOT / "trl_ext" / "flags.py") for m in mutants_of(file)
+        "choose" in m.before for file in (FILE, mutate.ROOT / "trl_ext" / "cli" / "flags.py") for m in mutants_of(file)
     )

@@ -40,7 +40,7 @@ _WHERE = {
     "ReasoningDistillTrainer": "distill",
     "SPOConfig": "spo",
     "SPOTrainer": "spo",
-    "RolloutDiagnostics": "rollout_diagnostics",
+    "RolloutDiagnostics": "common.rollout_diagnostics",
     "ThinkingProjectionMonitor": "hrpo.monitors",
     "advise": "planner.signs",
     "commitment_loss": "planner.losses",
@@ -56,7 +56,7 @@ _WHERE = {
     "ratio_loss": "concept.losses",
     "staleness_gap": "planner.monitors",
     "top1_margin": "planner.monitors",
-    "usage_kl_to_uniform": "concept.losses",
+    "usage_kl_to_uniform": "common.codeword_usage",
 }
 __all__ = sorted(_WHERE)
 

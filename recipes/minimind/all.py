@@ -16,13 +16,13 @@ from pathlib import Path
 
 import yaml
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
-from trl_ext.run_folder import begun_by, check_free, checkpoints, holds_results, noted, resume_command
-from unsloth_ext.command_line import CommandLine, underscored
+from trl_ext.cli.command_line import CommandLine, underscored
+from trl_ext.common.run_folder import begun_by, check_free, checkpoints, holds_results, noted, resume_command
 
 
 RECIPES = Path(__file__).parent

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
-from trl_ext.flags import at_least
+from trl_ext.cli.flags import at_least
 from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.stage import FolderArguments, load_model, parse
 

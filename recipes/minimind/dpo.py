@@ -5,7 +5,7 @@
 Held out: pairs of which the chosen answer is the more probable.
 """
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()

@@ -5,14 +5,14 @@
 Held out: questions answered rightly; with a reward model, its mean reward.
 """
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_ext.grpo_checkpointing import GRPOCheckpointMixin
+from trl_ext.common.grpo_checkpointing import GRPOCheckpointMixin
 from trl_ext.minimind import rl
 from trl_ext.minimind.stage import resumable
 

@@ -7,17 +7,17 @@ Held out: nats a token of the assistant's.
 
 from dataclasses import dataclass, field
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
 from trl import SFTConfig, SFTTrainer
 
-from trl_ext.flags import at_least
+from trl_ext.cli.flags import at_least
+from trl_ext.cli.recipe import LoraArguments
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import StageArguments, load_model, parse, resumable, run
-from trl_ext.recipe import LoraArguments
 
 
 @dataclass

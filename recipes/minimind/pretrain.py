@@ -7,7 +7,7 @@ Held out: perplexity.
 
 from dataclasses import dataclass, field
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import DataStageArguments, parse, resumable, run
 from unsloth_ext import minimind_config
-from unsloth_ext.hub import load_tokenizer
+from unsloth_ext.common.hub import load_tokenizer
 
 
 @dataclass

@@ -7,7 +7,7 @@ Held out: nats a token of the assistant's; on the embedded default also sums ans
 
 from dataclasses import dataclass, field
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()

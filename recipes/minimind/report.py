@@ -3,7 +3,7 @@
 python recipes/minimind/report.py [--run_dir runs/minimind]
 """
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()

@@ -5,7 +5,7 @@
 Held out: questions answered rightly; with a reward model, its mean reward.
 """
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()

@@ -8,18 +8,18 @@ Held out: bytes of text that a token stands for, on average.
 import time
 from dataclasses import dataclass, field
 
-from unsloth_ext.user_errors import in_sentences
+from trl_ext.cli.user_errors import in_sentences
 
 
 in_sentences()
 
 
+from trl_ext.cli.console import PlainConsole
+from trl_ext.cli.report import write_summary
+from trl_ext.common.run_folder import begin, finished, lock, writable_folder
 from trl_ext.minimind.origin import remember
 from trl_ext.minimind.stage import DataStageArguments, parse, show
-from trl_ext.report import write_summary
-from trl_ext.run_folder import begin, finished, lock, writable_folder
 from unsloth_ext import train_tokenizer
-from unsloth_ext.console import PlainConsole
 
 
 @dataclass

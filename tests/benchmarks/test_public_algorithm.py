@@ -7,7 +7,7 @@ import torch
 
 from tests import tiny
 from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, backbone_of, hybrid_generate
-from unsloth_ext.decoding import hybrid_decode
+from unsloth_ext.hrpo.decoding import hybrid_decode
 
 
 def test_the_literal_peer_samples_the_same_tokens(monkeypatch):

@@ -9,7 +9,7 @@ from patches.grpo_accumulated_loss import thinking_batch, thinking_forwards
 from tests import tiny
 from tests.unsloth_scripts import run
 from unsloth_ext import attach_thinking
-from unsloth_ext.adapter import THINKING_MODULES
+from unsloth_ext.hrpo.adapter import THINKING_MODULES
 
 
 unsloth = [

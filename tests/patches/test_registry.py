@@ -152,7 +152,7 @@ def test_the_order_of_imports_does_not_matter(order):
 def test_doctor_names_the_first_bad_pair(monkeypatch, capsys):
     from packaging.specifiers import SpecifierSet
 
-    from unsloth_ext import doctor
+    from trl_ext.cli import doctor
 
     assert doctor.main() == 0
     lines = capsys.readouterr().out.splitlines()

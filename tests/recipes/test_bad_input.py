@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.processes import fresh
-from unsloth_ext.user_errors import explained
+from trl_ext.cli.user_errors import explained
 
 
 ROOT = Path(__file__).parents[2]

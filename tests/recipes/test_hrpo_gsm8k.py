@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from trl_ext.cli.console import PlainConsole
 from unsloth_ext import has_thinking
-from unsloth_ext.console import PlainConsole
 
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.marks import slow
 from tests.trl_ext.minimind import setups
+from trl_ext.common.rollout_diagnostics import RolloutDiagnostics
 from trl_ext.minimind import embedded, rl, stage
 from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.report import STAGES
-from trl_ext.rollout_diagnostics import RolloutDiagnostics
 
 
 ROOT = Path(__file__).parents[2]

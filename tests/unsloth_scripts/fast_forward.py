@@ -14,7 +14,7 @@ from unsloth.models import llama
 import patches
 from tests import tiny
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of
-from unsloth_ext.residual import THINKING_MODULES
+from unsloth_ext.hrpo.residual import THINKING_MODULES
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")

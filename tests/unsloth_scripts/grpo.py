@@ -20,8 +20,8 @@ from patches.unsloth_export import allowed
 from tests import tiny
 from tests.unsloth_scripts.fast_forward import difference, load, saved
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of
-from unsloth_ext.residual import THINKING_MODULES
-from unsloth_ext.settings_file import read_saved
+from unsloth_ext.common.settings_file import read_saved
+from unsloth_ext.hrpo.residual import THINKING_MODULES
 
 
 BETA = 0.1

@@ -8,8 +8,8 @@ from trl import SFTConfig
 
 from unsloth_ext.concept.config import GATES, SEGMENTERS, OnlineConceptConfig
 
-from ..flags import at_least, check_positive, check_values, check_weights, must_be_off
-from ..presets import Presets
+from ..cli.flags import at_least, check_positive, check_values, check_weights, must_be_off
+from ..cli.presets import Presets
 
 
 CODEBOOK_INITS = ("random", "kmeans")

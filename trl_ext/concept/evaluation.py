@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.generation_arguments import check_context, end_tokens
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.accounting import cost
 from unsloth_ext.concept.modules import has_concepts
-from unsloth_ext.generation_arguments import check_context, end_tokens
-from unsloth_ext.mode import evaluating
-from unsloth_ext.residual import backbone_of
 
 from ..tasks.evaluation import wilson_interval
 from ..tasks.reward import make_reward

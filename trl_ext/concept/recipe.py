@@ -11,16 +11,16 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl.data_utils import apply_chat_template, is_conversational
 
+from trl_ext.cli.console import PlainConsole
+from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 from unsloth_ext.concept.model import ConceptModel
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.hub import load_causal_lm, load_tokenizer
 
-from ..flags import at_least, chosen, chosen_preset
-from ..kv_distill.data import completions
-from ..parser import RecipeParser
-from ..recipe import RecipeArguments, check_tiny, finish, start
-from ..report import CONCEPT_CURVES, compact_progress
+from ..cli.flags import at_least, chosen, chosen_preset
+from ..cli.parser import RecipeParser
+from ..cli.recipe import RecipeArguments, check_tiny, finish, start
+from ..cli.report import CONCEPT_CURVES, compact_progress
 from ..tasks import facts, warm_start
+from ..tasks.completions import completions
 from ..tasks.data import DataArguments
 from ..tasks.evaluation import AccuracyCallback
 from .config import PRESETS, ConceptConfig

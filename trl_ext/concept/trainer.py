@@ -20,6 +20,8 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from patches import fused_lm_head
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.codebook import set_codebook
 from unsloth_ext.concept.forward import ConceptOutput
 from unsloth_ext.concept.modules import (
@@ -30,11 +32,12 @@ from unsloth_ext.concept.modules import (
     read_settings,
     with_concept_modules,
 )
-from unsloth_ext.mode import evaluating
-from unsloth_ext.residual import backbone_of
 
-from ..checkpointing import SafeCheckpointMixin
-from ..creation import (
+from ..common.all_reduce import everywhere
+from ..common.checkpointing import SafeCheckpointMixin
+from ..common.codeword_usage import usage_kl_to_uniform
+from ..common.metric_sums import Sums
+from ..common.model_loading import (
     attach_saved,
     check_name,
     default_args,
@@ -43,11 +46,10 @@ from ..creation import (
     preparing_models,
     with_adapter,
 )
-from ..parameter_groups import split_by_role
-from ..sums import Sums
-from ..update_sizes import UpdateSizesMixin
+from ..common.parameter_groups import split_by_role
+from ..common.update_sizes import UpdateSizesMixin
 from .config import ConceptConfig
-from .losses import everywhere, ratio_loss, usage_kl_to_uniform
+from .losses import ratio_loss
 
 
 logger = logging.get_logger(__name__)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..flags import check_positive, check_values
-from ..teacher import TeacherConfig
+from ..cli.flags import check_positive, check_values
+from ..common.teacher import TeacherConfig
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
 
-from unsloth_ext.rows import logits_at
+from unsloth_ext.common.logits import logits_at
 
-from ..teacher import check_vocabularies, load_teacher
+from ..common.teacher import check_vocabularies, load_teacher
 from .config import LogitsDistillConfig
 from .per_token import PerTokenTrainer
 

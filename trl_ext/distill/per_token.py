@@ -14,8 +14,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from patches import fused_lm_head
 
-from ..checkpointing import SafeCheckpointMixin
-from ..creation import default_args, on_unsloths_trainer
+from ..common.checkpointing import SafeCheckpointMixin
+from ..common.model_loading import default_args, on_unsloths_trainer
 
 
 class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):

@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoProcessor
 
-from ..creation import name_of, preparing_models
-from ..sums import ExactMeans
+from ..common.metric_sums import ExactMeans
+from ..common.model_loading import name_of, preparing_models
 from .config import ReasoningDistillConfig
 from .per_token import PerTokenTrainer
 from .tags import add_tags, check_tags_are_trained, give_embeddings

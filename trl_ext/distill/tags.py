@@ -8,8 +8,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from unsloth_ext.adapter import check_rows, named
-from unsloth_ext.hub import fit_embeddings
+from unsloth_ext.common.embedding_rows import check_rows, named
+from unsloth_ext.common.hub import fit_embeddings
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, tags: list[str]) -> tuple[list[int], list[int]]:

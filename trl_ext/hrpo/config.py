@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from unsloth_ext.recompute import RECOMPUTE_MODES
-from unsloth_ext.residual import ThinkingConfig
+from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
+from unsloth_ext.hrpo.residual import ThinkingConfig
 
-from ..flags import at_least, check_values, one_of
+from ..cli.flags import at_least, check_values, one_of
 
 
 @dataclass

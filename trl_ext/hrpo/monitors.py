@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
-from unsloth_ext.residual import backbone_of
+from unsloth_ext.common.wrapping import backbone_of
 
 
 class GateMonitor:

@@ -1,7 +1,7 @@
 """HRPO on top of whichever GRPOTrainer is live. What differs from GRPO, and where:
 
 - rollouts: `_generate_single_turn` lets the parent generate, with hybrid decoding in `generate`'s place, and keeps what
-  the training forward will need (`unsloth_ext.recompute.saved_fields`);
+  the training forward will need (`unsloth_ext.hrpo.recompute.saved_fields`);
 - the batch: `_generate_and_score_completions` adds those tensors, so the parent's shuffling and splitting carry them;
 - log-probs: `_get_per_token_logps_and_entropies` hands the model the states. One path serves the old policy and the
   loss, so the importance ratio is 1 at the first inner step. The KL reference does not think;
@@ -23,21 +23,22 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from patches import fused_lm_head
-from unsloth_ext.adapter import THINKING_MODULES, free_originals, with_thinking_modules
-from unsloth_ext.batches import check_batches
-from unsloth_ext.decoding import HybridSession, ThinkingTrace, hybrid_decode
-from unsloth_ext.delimiter import DelimiterMatcher
-from unsloth_ext.recompute import SavedThinking, saved_fields, thinking_keywords
-from unsloth_ext.residual import attach_thinking, backbone_of, has_thinking, read_settings
-from unsloth_ext.settings_file import read_json
-from unsloth_ext.states import Warper
+from unsloth_ext.common.delimiter import DelimiterMatcher
+from unsloth_ext.common.padded_batches import check_batches
+from unsloth_ext.common.settings_file import read_json
+from unsloth_ext.common.wrapping import backbone_of
+from unsloth_ext.hrpo.adapter import THINKING_MODULES, free_originals, with_thinking_modules
+from unsloth_ext.hrpo.decoding import HybridSession, ThinkingTrace, hybrid_decode
+from unsloth_ext.hrpo.recompute import SavedThinking, saved_fields, thinking_keywords
+from unsloth_ext.hrpo.residual import attach_thinking, has_thinking, read_settings
+from unsloth_ext.hrpo.states import Warper
 
-from ..creation import attach_saved, keeping_master_weights, preparing_models
-from ..grpo_checkpointing import GRPOCheckpointMixin
-from ..parameter_groups import clip_each_role, split_by_role
-from ..rollout_diagnostics import RolloutDiagnostics
-from ..sampling import check_generation_kwargs, rollout_config, warn_of_truncation
-from ..sums import ExactMeans
+from ..common.grpo_checkpointing import GRPOCheckpointMixin
+from ..common.metric_sums import ExactMeans
+from ..common.model_loading import attach_saved, keeping_master_weights, preparing_models
+from ..common.parameter_groups import clip_each_role, split_by_role
+from ..common.rollout_diagnostics import RolloutDiagnostics
+from ..common.sampling import check_generation_kwargs, rollout_config, warn_of_truncation
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
 

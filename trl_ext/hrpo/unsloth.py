@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import patches
 from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forwards
-from unsloth_ext.unsloth_decoding import on_unsloth
+from unsloth_ext.common.unsloth_decoding import on_unsloth
 
 from .config import HRPOArguments
 from .trainer import HRPOMixin, _saved_in

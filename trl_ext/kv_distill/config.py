@@ -4,13 +4,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from unsloth_ext.alignment.aligner import DIRECTIONS, MODES, ROPE_SPACES
-from unsloth_ext.alignment.heads import INITS
-from unsloth_ext.alignment.loss import StructuralKVLoss
-from unsloth_ext.alignment.time_warping import SegmentTimeWarper
+from unsloth_ext.kv_distill.aligner import DIRECTIONS, MODES, ROPE_SPACES
+from unsloth_ext.kv_distill.heads import INITS
+from unsloth_ext.kv_distill.loss import StructuralKVLoss
+from unsloth_ext.kv_distill.time_warping import SegmentTimeWarper
 
-from ..flags import at_least, check_weights, must_be_off, must_prepare, one_of
-from ..teacher import TeacherConfig
+from ..cli.flags import at_least, check_weights, must_be_off, must_prepare, one_of
+from ..common.teacher import TeacherConfig
 
 
 @dataclass

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from unsloth_ext.alignment.aligner import NAMES, MapProjectionAligner
-from unsloth_ext.alignment.capture import captured_kvq, stacked
-from unsloth_ext.alignment.loss import StructuralKVLoss, attention_rows
+from unsloth_ext.kv_distill.aligner import NAMES, MapProjectionAligner
+from unsloth_ext.kv_distill.capture import captured_kvq, stacked
+from unsloth_ext.kv_distill.loss import StructuralKVLoss, attention_rows
 
-from ..report import pyplot_for_files
+from ..cli.report import pyplot_for_files
 
 
 @dataclass

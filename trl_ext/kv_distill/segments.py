@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from unsloth_ext.delimiter import DelimiterMatcher
+from unsloth_ext.common.delimiter import DelimiterMatcher
 
 
 logger = logging.get_logger(__name__)

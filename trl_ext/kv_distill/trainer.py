@@ -18,17 +18,17 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from patches import fused_lm_head
-from unsloth_ext.alignment.aligner import MapProjectionAligner
-from unsloth_ext.alignment.capture import captured_kvq, stacked
-from unsloth_ext.kv.tap import check_look
-from unsloth_ext.layer_kinds import check_layers
-from unsloth_ext.unsloth_decoding import on_unsloth
+from unsloth_ext.common.attention_tap import check_look
+from unsloth_ext.common.layer_kinds import check_layers
+from unsloth_ext.common.unsloth_decoding import on_unsloth
+from unsloth_ext.kv_distill.aligner import MapProjectionAligner
+from unsloth_ext.kv_distill.capture import captured_kvq, stacked
 
-from ..checkpointing import CheckpointError, SafeCheckpointMixin
-from ..creation import check_left, check_name, default_args, with_adapter
-from ..gradients import average_gradients
-from ..teacher import check_vocabularies, load_teacher
-from ..update_sizes import UpdateSizesMixin
+from ..common.checkpointing import CheckpointError, SafeCheckpointMixin
+from ..common.gradients import average_gradients
+from ..common.model_loading import check_left, check_name, default_args, with_adapter
+from ..common.teacher import check_vocabularies, load_teacher
+from ..common.update_sizes import UpdateSizesMixin
 from .config import KVDistillConfig
 from .segments import TEACHER, SegmentCollator, add_segments
 from .teacher_text import TEXTS, prepare_both

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from unsloth_ext.latent.model import question_ids
+from unsloth_ext.common.question_ids import question_ids
 
 
 COLUMNS = ("question", "steps", "answer")

@@ -9,10 +9,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from unsloth_ext.ablations import ABLATIONS
-from unsloth_ext.generation_arguments import check_context
+from unsloth_ext.common.ablations import ABLATIONS
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.generation_arguments import check_context
 from unsloth_ext.latent.model import latent_generate, question_batch
-from unsloth_ext.mode import evaluating
 
 from ..tasks.evaluation import wilson_interval
 from ..tasks.reward import final_answer, same_number

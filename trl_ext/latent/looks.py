@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from unsloth_ext.common.evaluation_mode import evaluating
 from unsloth_ext.latent.model import question_batch
 from unsloth_ext.latent.phase import latent_phase
 from unsloth_ext.latent.probe import KVSimilarity, probe_latents
-from unsloth_ext.mode import evaluating
 
-from ..report import pyplot_for_files
+from ..cli.report import pyplot_for_files
 
 
 RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*(?:>>)?\s*$")

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from unsloth_ext.kv.compressor import RKVCompressor
+from unsloth_ext.kv_compression.compressor import RKVCompressor
 from unsloth_ext.latent.kv_projection import KVProjection
 from unsloth_ext.latent.reasoning_module import LatentReasoningModule
 
-from ..flags import check_weights
+from ..cli.flags import check_weights
 from .losses import LOSSES, codi_loss, kv_loss
 
 

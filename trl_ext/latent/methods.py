@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig
 from trl import SFTConfig
 
-from ..presets import Presets
+from ..cli.presets import Presets
 from .config import LatentArguments
 from .presets import LORA, PRESETS
 from .trainer import LatentTrainer

@@ -10,8 +10,12 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from unsloth_ext.hub import load_modules, load_tokenizer
-from unsloth_ext.kv.tap import check_look
+from unsloth_ext.common.attention_tap import check_look
+from unsloth_ext.common.hub import load_modules, load_tokenizer
+from unsloth_ext.common.layer_kinds import check_layers
+from unsloth_ext.common.positions import learned_positions
+from unsloth_ext.common.settings_file import read_saved
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.latent.config import (
     LatentConfig,
     attach_latent,
@@ -21,11 +25,8 @@ from unsloth_ext.latent.config import (
     read_settings,
     with_latent_modules,
 )
-from unsloth_ext.layer_kinds import check_layers
-from unsloth_ext.residual import backbone_of, learned_positions
-from unsloth_ext.settings_file import read_saved
 
-from ..creation import name_of
+from ..common.model_loading import name_of
 from .config import LatentArguments
 
 

@@ -10,14 +10,14 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from unsloth_ext import hub
-from unsloth_ext.ablations import ABLATIONS
-from unsloth_ext.console import PlainConsole
+from trl_ext.cli.console import PlainConsole
+from unsloth_ext.common import hub
+from unsloth_ext.common.ablations import ABLATIONS
 
-from ..flags import at_least, chosen, chosen_preset
-from ..parser import RecipeParser
-from ..recipe import RecipeArguments, check_tiny, finish, start
-from ..report import LATENT_CURVES, compact_progress, comparison_table
+from ..cli.flags import at_least, chosen, chosen_preset
+from ..cli.parser import RecipeParser
+from ..cli.recipe import RecipeArguments, check_tiny, finish, start
+from ..cli.report import LATENT_CURVES, compact_progress, comparison_table
 from ..tasks import equations, warm_start
 from ..tasks.data import without
 from ..tasks.evaluation import AccuracyCallback

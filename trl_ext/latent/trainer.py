@@ -17,14 +17,21 @@ from transformers import DynamicCache
 from trl import SFTTrainer
 
 from patches import fused_lm_head
-from unsloth_ext.kv.tap import compressed_trace
+from unsloth_ext.common.wrapping import backbone_of, unwrapped
+from unsloth_ext.kv_compression.trace import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
-from unsloth_ext.residual import backbone_of, unwrapped
 
-from ..checkpointing import SafeCheckpointMixin
-from ..creation import check_name, default_args, keeping_master_weights, no_router_loss, preparing_models, with_adapter
-from ..update_sizes import UpdateSizesMixin
+from ..common.checkpointing import SafeCheckpointMixin
+from ..common.model_loading import (
+    check_name,
+    default_args,
+    keeping_master_weights,
+    no_router_loss,
+    preparing_models,
+    with_adapter,
+)
+from ..common.update_sizes import UpdateSizesMixin
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss

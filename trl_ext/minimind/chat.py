@@ -3,8 +3,8 @@
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from unsloth_ext.generation_arguments import check_context
-from unsloth_ext.mode import evaluating
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.generation_arguments import check_context
 
 
 class Dialogue:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.data_utils import apply_chat_template
 
-from unsloth_ext.mode import evaluating
+from unsloth_ext.common.evaluation_mode import evaluating
 
 from ..tasks.evaluation import evaluate
 from .data import load_minimind_data

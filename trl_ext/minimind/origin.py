@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import note, noted, run_id
+from ..common.run_folder import note, noted, run_id
 
 
 ORIGIN = "made_from"

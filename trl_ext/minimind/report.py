@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from unsloth_ext.console import PlainConsole
+from trl_ext.cli.console import PlainConsole
 
-from ..report import pyplot_for_files
+from ..cli.report import pyplot_for_files
 from .chat import Dialogue
 from .stage import FolderArguments, load_model, readable
 

@@ -9,10 +9,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from unsloth_ext.hub import load_classifier, load_tokenizer
+from unsloth_ext.common.hub import load_classifier, load_tokenizer
 
-from ..flags import at_least
-from ..rollout_diagnostics import RolloutDiagnostics
+from ..cli.flags import at_least
+from ..common.rollout_diagnostics import RolloutDiagnostics
 from ..tasks.reward import make_reward
 from . import metrics
 from .embedded import DELIMITER

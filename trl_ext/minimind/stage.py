@@ -24,16 +24,16 @@ from transformers.utils import logging
 
 from patches import fused_lm_head, granite_router_logits
 from patches.versions import installed_version
-from unsloth_ext.command_line import CommandLine
-from unsloth_ext.console import PlainConsole
-from unsloth_ext.hub import load_causal_lm, load_tokenizer
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.console import PlainConsole
+from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 
-from ..checkpointing import SafeCheckpointMixin
-from ..flags import at_least
-from ..parser import RecipeParser
-from ..recipe import start
-from ..report import compact_progress, plot_curves, write_summary
-from ..run_folder import finished
+from ..cli.flags import at_least
+from ..cli.parser import RecipeParser
+from ..cli.recipe import start
+from ..cli.report import compact_progress, plot_curves, write_summary
+from ..common.checkpointing import SafeCheckpointMixin
+from ..common.run_folder import finished
 from ..tasks import arithmetic
 from ..tasks.files import DataError
 from ..tasks.warm_start import cached

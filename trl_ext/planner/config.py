@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
 
-from ..flags import (
+from ..cli.flags import (
     at_least,
     check_positive,
     check_values,

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from unsloth_ext.generation_arguments import end_tokens
-from unsloth_ext.mode import evaluating
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.generation_arguments import end_tokens
+from unsloth_ext.common.logits import logits_of
+from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
 from unsloth_ext.planner.model import PlannerExecutorModel
 from unsloth_ext.planner.vocabulary import plan_lengths
-from unsloth_ext.residual import backbone_of, unwrapped
-from unsloth_ext.states import logits_of
 
 from ..tasks.evaluation import wilson_interval
 from ..tasks.reward import make_reward

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.planner.executor import executor_prefix, text_nll
 from unsloth_ext.planner.head import concept_embeds
 from unsloth_ext.planner.passes import teacher_forced
 from unsloth_ext.planner.planning import SoftPlan
 from unsloth_ext.planner.vocabulary import plan_lengths
-from unsloth_ext.residual import backbone_of
 
-from ..concept.losses import usage_kl_to_uniform
+from ..common.codeword_usage import usage_kl_to_uniform
 
 
 def commitment_loss(soft: SoftPlan) -> torch.Tensor:

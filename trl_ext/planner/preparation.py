@@ -9,11 +9,11 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.planner.config import read_settings
 from unsloth_ext.planner.head import HEAD, attach_planner, check_adapter
-from unsloth_ext.residual import backbone_of
 
-from ..creation import attach_saved
+from ..common.model_loading import attach_saved
 from .config import PlannerExecutorConfig
 
 

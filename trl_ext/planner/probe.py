@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from unsloth_ext.mode import evaluating
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.planner.executor import executor_prefix, text_nll
 from unsloth_ext.planner.planning import plan
-from unsloth_ext.residual import backbone_of
 
 from . import monitors
 

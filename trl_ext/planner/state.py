@@ -10,7 +10,7 @@ from torch import nn
 
 from unsloth_ext.planner.config import PlannerConfig
 
-from ..saved_weights import CheckpointError, check_finite
+from ..common.saved_weights import CheckpointError, check_finite
 from .config import PlannerExecutorConfig
 from .curriculum import LengthCurriculum
 from .em import EStepSchedule, PlanCache, number_of_plans

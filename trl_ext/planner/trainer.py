@@ -19,21 +19,28 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from patches import fused_lm_head
+from unsloth_ext.common.logits import logits_of
+from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
 from unsloth_ext.planner.head import HEAD, with_planner_modules
 from unsloth_ext.planner.planning import plan, plan_soft
 from unsloth_ext.planner.vocabulary import plan_lengths
-from unsloth_ext.residual import backbone_of, unwrapped
-from unsloth_ext.states import logits_of
 
-from ..checkpointing import SafeCheckpointMixin
-from ..concept.losses import everywhere
-from ..creation import check_name, default_args, keeping_master_weights, no_router_loss, preparing_models, with_adapter
-from ..fingerprint import content_hash
-from ..gradients import average_gradients
-from ..parameter_groups import split_by_role
-from ..sums import Sums
-from ..update_sizes import UpdateSizesMixin
+from ..common.all_reduce import everywhere
+from ..common.checkpointing import SafeCheckpointMixin
+from ..common.fingerprint import content_hash
+from ..common.gradients import average_gradients
+from ..common.metric_sums import Sums
+from ..common.model_loading import (
+    check_name,
+    default_args,
+    keeping_master_weights,
+    no_router_loss,
+    preparing_models,
+    with_adapter,
+)
+from ..common.parameter_groups import split_by_role
+from ..common.update_sizes import UpdateSizesMixin
 from . import monitors
 from .advice import PlannerMonitorCallback
 from .config import PlannerExecutorConfig

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification, PreTrainedModel
 
-from unsloth_ext.hub import check_finite, check_name
-from unsloth_ext.master_weights import MasterLinear
+from unsloth_ext.common.hub import check_finite, check_name
+from unsloth_ext.common.master_weights import MasterLinear
 
 
 def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:

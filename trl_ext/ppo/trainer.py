@@ -17,12 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from ..checkpointing import CheckpointError
-from ..creation import default_args, name_of
-from ..gradients import average_gradients
-from ..grpo_checkpointing import GRPOCheckpointMixin
-from ..one_sample import OwnAdvantages
-from ..sums import ExactMeans
+from ..common.checkpointing import CheckpointError
+from ..common.gradients import average_gradients
+from ..common.grpo_checkpointing import GRPOCheckpointMixin
+from ..common.metric_sums import ExactMeans
+from ..common.model_loading import default_args, name_of
+from ..common.single_sample import OwnAdvantages
 from .advantages import clipped_value_loss, generalized_advantages, moments
 from .config import PPOConfig
 from .critic import critic_of, load_critic, ready, values_before

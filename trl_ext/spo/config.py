@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..flags import one_of
-from ..one_sample import OneSampleConfig
+from ..cli.flags import one_of
+from ..common.single_sample import OneSampleConfig
 from .tracker import AutoAdaptiveValueTracker
 
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
-from ..creation import default_args
-from ..fingerprint import content_hash
-from ..grpo_checkpointing import GRPOCheckpointMixin
-from ..one_sample import OwnAdvantages
-from ..saved_weights import CheckpointError, check_finite
+from ..common.fingerprint import content_hash
+from ..common.grpo_checkpointing import GRPOCheckpointMixin
+from ..common.model_loading import default_args
+from ..common.saved_weights import CheckpointError, check_finite
+from ..common.single_sample import OwnAdvantages
 from .config import SPOConfig
 from .memory import Response, batch_of, pack, unpack
 from .sampler import PrioritizedSampler

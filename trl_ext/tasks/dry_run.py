@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from unsloth_ext.console import PlainConsole
+from trl_ext.cli.console import PlainConsole
 
 from .data import DataError
 from .evaluation import Evaluation

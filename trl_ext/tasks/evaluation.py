@@ -12,11 +12,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallb
 from transformers.trainer_callback import ExportableState
 from trl.data_utils import apply_chat_template, is_conversational
 
-from unsloth_ext.decoding import hybrid_generate
-from unsloth_ext.delimiter import DelimiterMatcher
-from unsloth_ext.generation_arguments import check_context, end_tokens
-from unsloth_ext.mode import evaluating
-from unsloth_ext.residual import has_thinking
+from unsloth_ext.common.delimiter import DelimiterMatcher
+from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.generation_arguments import check_context, end_tokens
+from unsloth_ext.hrpo.decoding import hybrid_generate
+from unsloth_ext.hrpo.residual import has_thinking
 
 from .reward import final_answer, make_reward
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from patches import fused_lm_head
 from patches.versions import installed_version
-from unsloth_ext.console import PlainConsole
+from trl_ext.cli.console import PlainConsole
 
-from ..fingerprint import digest
-from ..report import compact_progress
+from ..cli.report import compact_progress
+from ..common.fingerprint import digest
 from . import arithmetic, equations, facts
 from . import data as task_data
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..layer_kinds import check_length
+from ..common.layer_kinds import check_length
 from .cache import ConceptCache, SlotCache, used_first
 from .flex import FLEX, flex_from
 from .gate import Choice, decide, given

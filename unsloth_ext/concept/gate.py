@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..states import logits_of
+from ..common.logits import logits_of
 from .segmenters import Memory, boundaries
 from .texts import Texts
 

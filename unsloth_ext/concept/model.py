@@ -7,11 +7,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
-from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
-from ..mode import evaluating
-from ..residual import backbone_of
-from ..settings_file import read_saved
+from ..common.evaluation_mode import evaluating
+from ..common.generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
+from ..common.hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
+from ..common.settings_file import read_saved
+from ..common.wrapping import backbone_of
 from .config import OnlineConceptConfig
 from .modules import CONCEPT_MODULES, attach_concepts, has_concepts, read_settings
 

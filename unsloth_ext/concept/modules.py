@@ -9,13 +9,13 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..kv.tap import check_sdpa
-from ..layer_kinds import check_layers
-from ..master_weights import MasterLinear, MasterWeights, beside
-from ..residual import backbone_of
-from ..settings_file import check_free, describe_when_saved
-from ..states import embedding_rms
-from ..unsloth_decoding import on_unsloth
+from ..common.attention_tap import check_sdpa
+from ..common.embeddings import embedding_rms
+from ..common.layer_kinds import check_layers
+from ..common.master_weights import MasterLinear, MasterWeights, beside
+from ..common.settings_file import check_free, describe_when_saved
+from ..common.unsloth_decoding import on_unsloth
+from ..common.wrapping import backbone_of
 from .config import OnlineConceptConfig
 
 

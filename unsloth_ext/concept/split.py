@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ..mode import evaluating
-from ..residual import backbone_of
-from ..trial import same_states, trial_ids
+from ..common.evaluation_mode import evaluating
+from ..common.trial_text import same_states, trial_ids
+from ..common.wrapping import backbone_of
 from .forward import run_layers
 from .masks import causal_mask
 

@@ -11,13 +11,13 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import check_rows
-from ..hub import fit_embeddings
-from ..layer_kinds import CHUNKED, SLIDING, check_layers, check_length
-from ..master_weights import MasterWeights, beside, without_autocast
-from ..residual import backbone_of
-from ..settings_file import check_free, describe_when_saved, read_json
-from ..unsloth_decoding import on_unsloth
+from ..common.embedding_rows import check_rows
+from ..common.hub import fit_embeddings
+from ..common.layer_kinds import CHUNKED, SLIDING, check_layers, check_length
+from ..common.master_weights import MasterWeights, beside, without_autocast
+from ..common.settings_file import check_free, describe_when_saved, read_json
+from ..common.unsloth_decoding import on_unsloth
+from ..common.wrapping import backbone_of
 from .kv_projection import KVProjection
 from .phase import check_backbone
 

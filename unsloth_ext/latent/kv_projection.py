@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..master_weights import MasterWeights, without_autocast
+from ..common.master_weights import MasterWeights, without_autocast
 
 
 class KVProjection(MasterWeights):

@@ -9,11 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
-from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
-from ..mode import evaluating
-from ..residual import backbone_of
-from ..settings_file import read_saved
+from ..common.evaluation_mode import evaluating
+from ..common.generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
+from ..common.hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
+from ..common.question_ids import question_ids
+from ..common.settings_file import read_saved
+from ..common.wrapping import backbone_of
 from .config import attach_saved, latent_modules, remember_latent
 from .phase import Intervention, LatentState, latent_phase
 
@@ -85,12 +86,6 @@ def latent_generate(
             with thinking_again(model, state, copies):
                 out = model.generate(**inputs)
     return (out, state) if return_state else out
-
-
-def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Tokens of a question, with the special tokens that begin a text and without one that would end it."""
-    ids = tokenizer(question)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..mode import evaluating
-from ..residual import backbone_of, causal_lm_of
-from ..trial import same_states, trial_ids
+from ..common.evaluation_mode import evaluating
+from ..common.trial_text import same_states, trial_ids
+from ..common.wrapping import backbone_of, causal_lm_of
 
 
 Intervention = Callable[[torch.Tensor], torch.Tensor]

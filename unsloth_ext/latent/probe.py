@@ -7,9 +7,9 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from ..kv.compression import KVScoring
-from ..kv.tap import compressed_trace
-from ..residual import backbone_of
+from ..common.wrapping import backbone_of
+from ..kv_compression.compression import KVScoring
+from ..kv_compression.trace import compressed_trace
 from .phase import LatentState, latent_phase
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..residual import backbone_of
+from ..common.wrapping import backbone_of
 from .config import LatentConfig, attach_latent
 from .phase import LatentState, latent_phase, project_latent
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layer_kinds import check_length
-from ..residual import backbone_of, unwrapped
-from ..states import logits_of
+from ..common.layer_kinds import check_length
+from ..common.logits import logits_of
+from ..common.wrapping import backbone_of, unwrapped
 from .head import concept_embeds, text_embeds
 from .planning import SoftPlan
 from .vocabulary import BOS, DROPPED, NULL, check_plan

@@ -14,15 +14,15 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..kv.tap import NAME as TAPPED
-from ..layer_kinds import check_layers
-from ..master_weights import MasterWeights, beside, without_autocast
-from ..mode import evaluating
-from ..residual import backbone_of
-from ..settings_file import check_free, describe_when_saved
-from ..states import embedding_rms
-from ..trial import same_states, trial_ids
-from ..unsloth_decoding import on_unsloth
+from ..common.attention_tap import NAME as TAPPED
+from ..common.embeddings import embedding_rms
+from ..common.evaluation_mode import evaluating
+from ..common.layer_kinds import check_layers
+from ..common.master_weights import MasterWeights, beside, without_autocast
+from ..common.settings_file import check_free, describe_when_saved
+from ..common.trial_text import same_states, trial_ids
+from ..common.unsloth_decoding import on_unsloth
+from ..common.wrapping import backbone_of
 from .config import PlannerConfig
 from .tape import Tape
 from .vocabulary import BOS, PlannerVocabulary

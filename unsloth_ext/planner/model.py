@@ -10,12 +10,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation_arguments import check_context, context_of, grouped, left_padded, settle, with_tokenizer
-from ..hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
-from ..latent.model import question_ids
-from ..mode import evaluating
-from ..residual import backbone_of
-from ..settings_file import read_saved
+from ..common.evaluation_mode import evaluating
+from ..common.generation_arguments import check_context, context_of, grouped, left_padded, settle, with_tokenizer
+from ..common.hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
+from ..common.question_ids import question_ids
+from ..common.settings_file import read_saved
+from ..common.wrapping import backbone_of
 from .config import read_settings
 from .executor import Prefix, executor_prefix
 from .head import HEAD, attach_planner, check_adapter, text_embeds

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..residual import backbone_of
+from ..common.wrapping import backbone_of
 from .config import PlannerConfig
 from .head import text_embeds
 from .tape import EVERYBODY, Tape

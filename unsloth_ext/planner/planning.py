@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..mode import evaluating
-from ..residual import backbone_of
+from ..common.evaluation_mode import evaluating
+from ..common.wrapping import backbone_of
 from .head import concept_embeds
 from .passes import read_text, teacher_forced, write
 from .tape import Tape

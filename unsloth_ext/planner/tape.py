@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..layer_kinds import check_length
+from ..common.layer_kinds import check_length
 
 
 EVERYBODY = -1

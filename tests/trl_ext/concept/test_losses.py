@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from trl_ext.common.all_reduce import everywhere
+from trl_ext.common.codeword_usage import usage_kl_to_uniform
 from trl_ext.concept.config import ConceptConfig
-from trl_ext.concept.losses import everywhere, ratio_loss, usage_kl_to_uniform
+from trl_ext.concept.losses import ratio_loss
 from trl_ext.concept.trainer import shift
 
 

@@ -6,8 +6,8 @@ import torch
 
 from tests import tiny
 from unsloth_ext import FastThinkingModel, backbone_of
-from unsloth_ext.recompute import SavedThinking, previous_hidden, thinking_keywords
-from unsloth_ext.states import Warper
+from unsloth_ext.hrpo.recompute import SavedThinking, previous_hidden, thinking_keywords
+from unsloth_ext.hrpo.states import Warper
 
 from . import setups
 from .test_trainer import loud, one_batch

@@ -8,8 +8,8 @@ import torch
 from transformers import TrainerCallback
 
 from trl_ext import ThinkingProjectionMonitor
+from trl_ext.cli.report import HRPO_CURVES
 from trl_ext.hrpo.monitors import projection_weight
-from trl_ext.report import HRPO_CURVES
 from unsloth_ext import backbone_of
 
 from . import setups

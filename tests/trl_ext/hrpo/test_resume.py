@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.marks import slow
-from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
+from trl_ext.common.checkpointing import CheckpointError, last_complete_checkpoint
 
 from . import setups
 

@@ -15,8 +15,8 @@ from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.hrpo.monitors import projection_weight
 from trl_ext.hrpo.trainer import _fit
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of, has_thinking
-from unsloth_ext.recompute import SavedThinking, previous_hidden, thinking_keywords
-from unsloth_ext.states import project
+from unsloth_ext.hrpo.recompute import SavedThinking, previous_hidden, thinking_keywords
+from unsloth_ext.hrpo.states import project
 
 from . import setups
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import families, tiny
 from trl_ext import KVDistillConfig
-from trl_ext.checkpointing import CheckpointError
+from trl_ext.common.checkpointing import CheckpointError
 
 from . import setups
 

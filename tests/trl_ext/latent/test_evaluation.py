@@ -10,7 +10,7 @@ from trl_ext.latent.looks import _mean, plot_similarity, probe
 from trl_ext.latent.sources import row_of_gsm8k
 from trl_ext.tasks.evaluation import wilson_interval
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, kv_similarity
-from unsloth_ext.ablations import ABLATIONS
+from unsloth_ext.common.ablations import ABLATIONS
 from unsloth_ext.latent.model import question_batch
 
 from .setups import ROWS

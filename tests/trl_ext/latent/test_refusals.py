@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests import families, tiny
-from trl_ext.checkpointing import CheckpointError
+from trl_ext.common.checkpointing import CheckpointError
 from trl_ext.latent.data import LatentDataError
 from trl_ext.latent.preparation import tokenizer_of
 from unsloth_ext import LatentConfig, attach_latent, backbone_of, with_latent_modules

@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.marks import slow
 from unsloth_ext import backbone_of
-from unsloth_ext.kv.compression import KVScoring, compress_kv
-from unsloth_ext.kv.tap import attention_tap
+from unsloth_ext.common.attention_tap import attention_tap
+from unsloth_ext.kv_compression.compression import KVScoring, compress_kv
 
 from . import setups
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.utils import logging as hf_logging
 
-from trl_ext.checkpointing import SafeCheckpointMixin
+from trl_ext.common.checkpointing import SafeCheckpointMixin
 from trl_ext.planner import advice as module
 from trl_ext.planner.advice import PlannerMonitorCallback, scale_learning_rate
 from trl_ext.planner.signs import Thresholds

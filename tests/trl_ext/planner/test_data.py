@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from trl_ext.fingerprint import content_hash
+from trl_ext.common.fingerprint import content_hash
 from trl_ext.planner.data import HASHED, SAMPLE_ID, RowSplitter, cut
 
 from . import setups

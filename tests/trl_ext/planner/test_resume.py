@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.marks import slow
-from trl_ext.checkpointing import CheckpointError, last_complete_checkpoint
+from trl_ext.common.checkpointing import CheckpointError, last_complete_checkpoint
 from trl_ext.planner.advice import PlannerMonitorCallback
 
 from . import setups

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.marks import slow
-from trl_ext.checkpointing import CheckpointError
+from trl_ext.common.checkpointing import CheckpointError
 from trl_ext.ppo.critic import critic_of
 
 from . import setups

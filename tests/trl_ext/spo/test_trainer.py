@@ -12,7 +12,7 @@ from tests.marks import slow
 from tests.trl_ext.spo import setups
 from tests.trl_ext.spo.test_tracker import literal
 from trl_ext import SPOConfig
-from trl_ext.checkpointing import CheckpointError
+from trl_ext.common.checkpointing import CheckpointError
 from trl_ext.spo.trainer import ROW, whitened
 
 

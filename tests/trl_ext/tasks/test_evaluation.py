@@ -7,12 +7,12 @@ import torch
 from datasets import Dataset
 
 from tests import tiny
+from trl_ext.cli.console import PlainConsole
 from trl_ext.tasks.dry_run import check_rewards, dry_run
 from trl_ext.tasks.evaluation import Evaluation, evaluate, wilson_interval
 from trl_ext.tasks.files import DataError
 from trl_ext.tasks.reward import make_reward
 from unsloth_ext import attach_thinking, backbone_of
-from unsloth_ext.console import PlainConsole
 
 
 ROWS = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(1, 12, 3)])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.codebook import kmeans, set_codebook, sharpness
-from unsloth_ext.residual import backbone_of
 
 from .test_forward import V, model
 from .test_gate import choose

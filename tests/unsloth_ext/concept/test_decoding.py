@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept import forward
-from unsloth_ext.residual import backbone_of
 
 from .test_forward import FAMILIES, T, V, codewords, model, patterns, states
 

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept import flex, forward
 from unsloth_ext.concept.config import OnlineConceptConfig
 from unsloth_ext.concept.modules import attach_concepts
-from unsloth_ext.residual import backbone_of
 
 
 FAMILIES = ("llama", "qwen2", "qwen3")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.gate import decide, next_entropy
 from unsloth_ext.concept.segmenters import Memory
 from unsloth_ext.concept.texts import Texts
-from unsloth_ext.residual import backbone_of
 
 from .test_forward import V, model, states
 

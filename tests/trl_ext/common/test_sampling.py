@@ -1,0 +1,87 @@
+"""Rollouts from another distribution than the loss computes: said by name, wherever the setting comes from."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.trl_ext.hrpo import setups
+from tests.trl_ext.ppo import setups as ppo_setups
+from trl_ext.common.sampling import UNCHANGED, warn_of_truncation
+
+
+@pytest.fixture(autouse=True)
+def _propagate(caplog):
+    library = logging.getLogger("transformers")
+    library.propagate, before = True, library.propagate
+    caplog.set_level(logging.WARNING)
+    yield
+    library.propagate = before
+
+
+def named(caplog) -> list[str]:
+    return [r.message.partition("=")[0] for r in caplog.records if "rollouts are drawn from" in r.message]
+
+
+@pytest.mark.parametrize(
+    "changes, fields",
+    [
+        ({}, []),
+        ({"temperature": 0.7}, []),
+        ({"top_k": 5}, ["top_k"]),
+        ({"top_p": 0.9, "repetition_penalty": 1.1}, ["top_p", "repetition_penalty"]),
+        ({"min_p": 0.1}, ["min_p"]),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, ["no_repeat_ngram_size"]),
+        ({"generation_kwargs": {"temperature": 0.5}}, ["temperature"]),  # the loss has the other one
+        ({"temperature": 0.5, "generation_kwargs": {"temperature": 0.5, "do_sample": False}}, ["do_sample"]),
+    ],
+)
+def test_settings_of_the_trainer(tmp_path, caplog, changes, fields):
+    setups.hrpo(tmp_path, **changes)
+    assert named(caplog) == fields
+    caplog.clear()
+    ppo_setups.ppo(tmp_path, **changes)
+    assert named(caplog) == fields
+
+
+def test_settings_that_the_model_was_published_with(tmp_path, caplog):
+    """`generate` takes min_p from the model, since the trainer leaves it open; training's states do too."""
+    trainer = setups.hrpo(tmp_path)
+    assert not trainer.warper.truncates
+    trainer.model.generation_config.min_p = 0.3
+    again = setups.hrpo(tmp_path, model=trainer.model, peft=False)
+    assert named(caplog) == ["min_p"]
+    scores = torch.tensor([[0.0, -0.5, -9.0]])
+    assert again.warper(scores).isinf().tolist() == [[False, False, True]]
+
+
+def test_every_field_of_generation_that_makes_a_logits_processor_is_known():
+    """transformers builds its processors from these fields; a new one must be looked at."""
+    from transformers.generation.utils import GenerationMixin
+
+    source = inspect.getsource(GenerationMixin._get_logits_processor)
+    used = {name for name in vars(GenerationConfig()) if f"generation_config.{name}" in source}
+    harmless = {
+        "temperature",  # compared with the loss's
+        "max_length", "use_cache", "renormalize_logits", "remove_invalid_values", "eos_token_id",
+        "_eos_token_tensor", "_pad_token_tensor",
+    }  # fmt: skip
+    assert used - harmless <= UNCHANGED.keys(), used - harmless - UNCHANGED.keys()
+    assert UNCHANGED.keys() <= vars(GenerationConfig()).keys()
+    assert warn_of_truncation(GenerationConfig(temperature=0.7), 0.7) == []
+
+
+@pytest.mark.parametrize("make", [setups.hrpo, ppo_setups.ppo], ids=["hrpo", "ppo"])
+def test_settings_of_rollouts_that_would_be_passed_over_are_named(tmp_path, make):
+    for given, said in (
+        ({"min_new_token": 3}, r"'min_new_token': generate has no such setting; did you mean min_new_tokens"),
+        ({"stop_strings": ["a"]}, "no tokenizer to find them with"),
+        ({"temperature": 0}, "temperature=0: more than 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, generation_kwargs=given)
+    trainer = make(tmp_path, lr_scheduler_kwargs={"foo": 1}, lr_scheduler_type="cosine")
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs=\{'foo': 1\} do not fit lr_scheduler_type=cosine"):
+        trainer.train()

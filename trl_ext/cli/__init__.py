@@ -1,0 +1,1 @@
+"""The command line: flags and their help, configuration files, recipes' shared parts, reports, errors as sentences."""

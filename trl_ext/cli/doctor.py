@@ -1,0 +1,63 @@
+"""`make doctor`: versions found and tested, the backend and why, the patches that would apply. Exit status 1 on the
+first version that nobody tested (unless the override is set)."""
+
+import importlib.util
+import sys
+
+from rich.table import Table
+from rich.text import Text
+
+import patches
+from patches import versions
+from unsloth_ext.common.backend import unsloth_can_run
+
+from .command_line import CommandLine
+from .console import PlainConsole
+from .user_errors import in_sentences
+
+
+def main() -> int:
+    console = PlainConsole()
+    problems = {package: problem for package in versions.TESTED if (problem := versions.version_problem(package))}
+    _versions_table(console, problems)
+    use_unsloth, why = unsloth_can_run()
+    console.print(f"backend: {'unsloth' if use_unsloth else 'transformers + peft'} ({why})")
+    _patches_list(console, use_unsloth)
+    if not problems:
+        console.print("all versions are tested together", style="green")
+        return 0
+    console.print(next(iter(problems.values())), style="red")
+    if versions.untested_allowed():
+        console.print(f"{versions.ALLOW_UNTESTED}=1: going on untested")
+        return 0
+    console.print(f"Set {versions.ALLOW_UNTESTED}=1 to go on untested.")
+    return 1
+
+
+def _versions_table(console: PlainConsole, problems: dict[str, str]) -> None:
+    table = Table(title="versions", title_justify="left")
+    for heading in ("package", "found", "tested", ""):
+        table.add_column(heading)
+    for package, wanted in versions.TESTED.items():
+        found = versions.installed_version(package)
+        state = Text("untested", style="red") if package in problems else "ok" if found else "not installed (optional)"
+        table.add_row(package, str(found or "-"), str(wanted), state)
+    console.print(table)
+
+
+def _patches_list(console: PlainConsole, use_unsloth: bool) -> None:
+    """In lines, for a table would break the names of what is replaced."""
+    for used in (True, False):
+        console.print("patches that apply here" if used else "patches that do not")
+        for name in patches.NAMES:
+            patch = patches.get(name)
+            applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
+            if used == (applies and importlib.util.find_spec(patch.package) is not None):
+                console.print(f"  {name}: {patch.reason}")
+                console.print(f"    in {patch.target}")
+
+
+if __name__ == "__main__":
+    in_sentences()
+    CommandLine(description=__doc__).parse_args()
+    sys.exit(main())

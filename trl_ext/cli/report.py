@@ -1,0 +1,221 @@
+"""How a run ends: a table on the screen, `summary.json`, and a picture of its curves."""
+
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.table import Table
+from transformers import ProgressCallback, Trainer
+
+from trl_ext.cli.console import PlainConsole
+
+
+class CompactProgress(ProgressCallback):
+    """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log; lines where
+    there is no screen."""
+
+    SHOWN = {
+        "reward": "reward",
+        "thinking/fraction": "thinking",
+        "completions/mean_length": "length",
+        "loss": "loss",
+        "loss/ce_student": "student",
+        "loss/ce_teacher": "teacher",
+        "loss/codi": "codi",
+        "loss/kv": "kv",
+        "loss/ce": "ce",
+        "loss/executor": "executor",
+        "loss/planner": "planner",
+        "kv/loss": "kv",
+        "concept/ratio": "ratio",
+        "concept/perplexity": "perplexity",
+    }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {
+                short: f"{round(logs[name], 3) + 0.0:.3f}"
+                for name, short in self.SHOWN.items()
+                if logs.get(name) is not None
+            }
+            if shown and self.training_bar.disable:  # as in a file, where bars would be one endless line
+                figures = "  ".join(f"{name} {value}" for name, value in shown.items())
+                print(f"step {state.global_step} of {state.max_steps}  {figures}", flush=True)
+            elif shown:
+                self.training_bar.set_postfix(shown)
+
+
+def compact_progress(trainer: Trainer) -> None:
+    """A progress bar with a few figures in place of a dictionary on every log."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgress)
+
+
+def before_after_table(before: Any, after: Any, console: PlainConsole) -> None:
+    """Two `Evaluation`s side by side."""
+    table = Table(title=f"Held-out problems: {after.n}", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    interval = lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"  # noqa: E731
+    table.add_row("accuracy (95% interval)", interval(before), interval(after))
+    table.add_row("format rate", f"{before.format_rate:.1%}", f"{after.format_rate:.1%}")
+    table.add_row("mean length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}")
+    if before.thinking_share or after.thinking_share:
+        table.add_row("thinking share", f"{before.thinking_share:.1%}", f"{after.thinking_share:.1%}")
+    console.print(table)
+
+
+def comparison_table(rows: dict[str, tuple[Any, Any]], console: PlainConsole) -> None:
+    """`LatentEvaluation`s before and after training by name; None where there is none."""
+    n = next(after.n for _, after in rows.values())
+    table = Table(title=f"Held-out questions: {n}", title_justify="left")
+    for heading in ("", "before", "after", "95% interval", "passes", "ms"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, (before, after) in rows.items():
+        table.add_row(
+            name,
+            f"{before.accuracy:.1%}" if before else "",
+            f"{after.accuracy:.1%}",
+            f"{after.low:.1%} to {after.high:.1%}",
+            f"{after.forward_passes:.1f}",
+            f"{after.seconds * 1000:.2f}",
+        )
+    console.print(table)
+    console.print(
+        "Passes through the model and milliseconds are a question's, after training, all answered in batches."
+    )
+
+
+def write_summary(folder: Path, **values: Any) -> None:
+    """`summary.json`, whole or not at all."""
+    target = folder / "summary.json"
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=2) + "\n")
+    part.replace(target)
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page.
+
+    Raises:
+        ValueError: the page has no such pair of marks.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    page = path.read_text()
+    if start not in page or end not in page:
+        raise ValueError(f"{path} has no marks {start} and {end}")
+    head, _, rest = page.partition(start)
+    path.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+HRPO_CURVES = (
+    ("reward", "sampled reward"),
+    ("accuracy", "held-out accuracy"),
+    ("thinking/fraction", "thinking share of tokens"),
+    ("thinking/embeds_ratio", "gate: mean a (token embedding)"),
+    ("thinking/hidden_ratio", "gate: mean sqrt(1 - a^2) (thinking state)"),
+    ("completions/mean_length", "completion length, tokens"),
+    ("completions/delimiter_rate", "completions with the delimiter"),
+    ("frac_reward_zero_std", "groups with one reward for all"),
+    ("thinking/projection_mean_change", "projection: mean |W - W_0|"),
+    ("thinking/projection_grad_norm", "projection: norm of its gradient"),
+)
+LATENT_CURVES = (
+    ("accuracy", "held-out accuracy, latent tokens"),
+    ("loss", "loss"),
+    ("loss/ce_student", "student: cross-entropy"),
+    ("loss/ce_teacher", "teacher: cross-entropy"),
+    ("loss/codi", "L_CODI: hidden states"),
+    ("loss/kv", "L_KV: keys and values"),
+)
+
+KV_CURVES = (
+    ("accuracy", "held-out accuracy"),
+    ("loss/ce", "cross-entropy"),
+    ("kv/loss", "structural loss"),
+    ("kv/k", "keys: 1 - cosine"),
+    ("kv/v", "values: 1 - cosine"),
+    ("kv/attn", "attention rows: KL(teacher || student)"),
+)
+CONCEPT_CURVES = (
+    ("accuracy", "held-out accuracy"),
+    ("loss/ce", "cross-entropy"),
+    ("concept/ratio", "tokens for each concept, in training"),
+    ("concept/probability", "mean probability of a concept"),
+    ("concept/perplexity", "perplexity of the codewords"),
+    ("loss/usage", "KL(use of the codewords || uniform)"),
+)
+PLANNER_CURVES = (
+    ("accuracy", "held-out texts written exactly"),
+    ("loss/executor", "executor: cross-entropy"),
+    ("loss/planner", "planner: cross-entropy on the best plan"),
+    ("loss/commitment", "1 - cos(expected, chosen codeword)"),
+    ("loss/usage", "KL(use of the concepts || uniform)"),
+    ("loss/quota", "quota"),
+)
+MONITOR_CURVES = (
+    ("monitor/delta_nll_null", "NLL without a plan, minus under it"),
+    ("monitor/delta_nll_random", "NLL of a random plan, minus under its own"),
+    ("monitor/delta_nll_shuffled", "NLL of another text's plan, minus under its own"),
+    ("em/margin", "best plan's margin over the second"),
+    ("em/flip_rate", "plans that changed in an E-step"),
+    ("em/staleness", "nats that a new plan is better"),
+    ("monitor/cos", "cos(expected, chosen codeword)"),
+    ("monitor/l2", "L2 between them"),
+    ("monitor/planner_grad_norm", "gradient that reaches the plans"),
+)
+
+
+def pyplot_for_files() -> ModuleType:
+    """matplotlib's pyplot, drawing without a screen; a `$` in a title is a dollar, for names and paths may hold one, and a
+    letter that the font does not have is a box, which the picture shows without a warning."""
+    import matplotlib
+
+    warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
+    """Small multiples over training steps; one that was never logged stays out."""
+    pyplot = pyplot_for_files()
+    # One value a step: what ends a run is logged at its last step once more
+    series = {name: list({e["step"]: e[name] for e in history if name in e}.items()) for name, _ in curves}
+    series["accuracy"] = list(dict(accuracy).items())
+    shown = [(name, label) for name, label in curves if len(series[name]) > 1]
+    columns = 2 if len(shown) == 4 else max(1, min(3, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(1 + 4 * columns, 3.25 * rows), layout="constrained", sharex=True, squeeze=False
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, (name, label) in zip(axes.flat, shown, strict=False):
+        steps, values = zip(*series[name], strict=True)
+        many = len(steps) > 30
+        axis.plot(steps, values, color="#9db8d9" if many else "#2b5d9b", marker=None if many else "o", linewidth=1.2)
+        if many:
+            axis.plot(steps, _smooth(values), color="#2b5d9b", linewidth=2, label="running mean")
+            axis.legend(frameon=False)
+        axis.set_title(label, loc="left", fontsize=10)
+        if min(values) >= 0 > axis.get_ylim()[0]:  # no share or loss of these is below 0
+            axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+        axis.locator_params("x", integer=True, min_n_ticks=1)
+    for axis in axes.flat[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
+        axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _smooth(values: tuple[float, ...], window: int = 10) -> list[float]:
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

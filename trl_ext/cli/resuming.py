@@ -1,0 +1,142 @@
+"""Where a recipe's run begins, its folder claimed, and what is said where it is cut short: how to go on."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from trl_ext.cli import user_errors
+
+from ..common import run_folder
+from ..common.checkpointing import STATE_FILE, CheckpointError, broken_file, last_complete_checkpoint, no_steps_left
+
+
+def claim(args: TrainingArguments, overwrite: bool, second_stage: bool = False) -> tuple[str, Path | None]:
+    """The run's id, and the checkpoint that `resume_from_checkpoint` asks for. The first process decides for all.
+
+    Args:
+        overwrite: delete what an earlier run has left in the output folder.
+        second_stage: the recipe has `--init_from`, which is then named where no steps are left.
+
+    Raises:
+        ValueError: the folder cannot be written, is in use or holds another run; there is no such checkpoint, or no steps
+            are left after it.
+    """
+    found: list = [None, None, None]
+    if args.process_index == 0:
+        try:
+            found = [*_claim(args, overwrite, second_stage), None]
+        except ValueError as error:
+            found = [None, None, str(error)]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    run, checkpoint, problem = found
+    if problem:
+        raise run_folder.FolderError(problem)
+    return run, checkpoint
+
+
+def _claim(args: TrainingArguments, overwrite: bool, second_stage: bool) -> tuple[str, Path | None]:
+    asked = str(args.resume_from_checkpoint or "")
+    if asked.lower() in ("false", "none"):
+        asked = ""
+    if asked and overwrite:
+        raise run_folder.FolderError(
+            f"--overwrite deletes what --resume_from_checkpoint {asked} goes on from: leave one of them out"
+        )
+    output = run_folder.writable_folder(args.output_dir, "--output_dir")
+    run_folder.lock(output)
+    if not asked:
+        return run_folder.begin(output, overwrite), None
+    checkpoint = find_checkpoint(output, asked)
+    step = check_steps_left(args, checkpoint, second_stage)
+    if checkpoint.resolve().parent == output.resolve():
+        return run_folder.go_on(output, step), checkpoint
+    return run_folder.begin(output, overwrite), checkpoint
+
+
+def find_checkpoint(output: Path, asked: str) -> Path:
+    """The folder that `resume_from_checkpoint` names: a path, a name in the output folder, or the newest whole one of the
+    run there (`latest`, `true`).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if asked.lower() in ("latest", "true"):
+        found = last_complete_checkpoint(output)
+        if found is None:
+            raise CheckpointError(
+                f"--resume_from_checkpoint {asked}: no complete checkpoint in {output} to resume from"
+            )
+        return found
+    for path in (Path(asked), output / asked):
+        if path.is_dir():
+            return path
+    there = ", ".join(path.name for _, path in run_folder.checkpoints(output)) or "no checkpoint"
+    raise CheckpointError(f"--resume_from_checkpoint {asked}: no such folder here or in {output} ({there} there)")
+
+
+def check_steps_left(args: TrainingArguments, checkpoint: Path, second_stage: bool) -> int:
+    """The checkpoint's step.
+
+    Raises:
+        CheckpointError: the run would be over before its first step, or the checkpoint is broken.
+    """
+    problem = broken_file(checkpoint)
+    if problem:
+        raise CheckpointError(problem)
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    step, epoch = state["global_step"], state.get("epoch") or 0
+    over = step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs
+    if not over:
+        return step
+    hint = f"; for a second stage with a schedule of its own: --init_from {checkpoint} and another --output_dir"
+    raise CheckpointError(
+        no_steps_left(step, args.max_steps if args.max_steps > 0 else step) + (hint if second_stage else "")
+    )
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as from a scheduler."""
+
+
+def explain_the_end(folder: Path) -> None:
+    """From now on a run in this folder that Ctrl-C, SIGTERM or a full disk ends says how to go on with it."""
+
+    def explain(error: BaseException) -> tuple[str, int] | None:
+        found = _ending(error)
+        return found and (f"{found[0]}. {how_to_go_on(folder)}", found[1])
+
+    user_errors.explainers[:] = [explain]
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    if isinstance(error, Terminated):
+        return "Ended by SIGTERM", 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", 128 + signal.SIGINT
+    full = user_errors.disk_is_full(error)
+    return (full, user_errors.STATUS) if full else None
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The last whole checkpoint, and the command that resumes from it."""
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        return f"There is no whole checkpoint in {folder} yet, and nothing to go on from"
+    state = json.loads((last / STATE_FILE).read_text())
+    step = state["global_step"]
+    more = step == run_folder.noted(folder, "resumed_at")  # of a finished run, with more steps than it had
+    if step >= state.get("max_steps", math.inf) and not more:  # going on would find no steps left
+        return f"Training was over: {last} holds the trained model, and opens as final/ would"
+    command = run_folder.resume_command(run_folder.command_words())
+    return f"The last whole checkpoint is {last}; go on from it with: {command}"
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated

@@ -1,0 +1,1 @@
+"""What several trainers use: checkpoints, model loading, teachers, gradients, parameter groups."""

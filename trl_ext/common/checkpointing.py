@@ -1,0 +1,455 @@
+"""Checkpoints without pickle that resume exactly: a mixin for any `transformers.Trainer`.
+
+Beside the model, a checkpoint holds `optimizer.safetensors` (state by parameter *name*) with `optimizer.json`,
+`scheduler.json`, `rng_state_<rank>.safetensors` with its JSON, and `trainer_state.json`, which is written last: a folder
+without a whole one was being written when the process died. transformers' own files (optimizer.pt, scheduler.pt,
+rng_state.pth, scaler.pt, training_args.bin) are pickles and are neither written nor, unless asked for by name, read.
+
+Models that transformers saves in another form than it trains them, mixtures of experts above all, are read by
+`from_pretrained`: Trainer would pass over the tensors whose names it does not know.
+
+Under FSDP and DeepSpeed, which shard the optimizer, its state keeps their formats and is read only when asked for by name.
+
+On resume the command line's learning rates win: only the scheduler's position is restored (schedules that follow a metric
+go on from the rates that they have found), parameters that are new get fresh optimizer state, and those that are gone are
+forgotten.
+"""
+
+import inspect
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.utils import logging
+
+from patches.save_pretrained import describer
+
+from .model_card import complete_run_card, read_card, write_card_of
+from .model_loading import (
+    check_arguments,
+    check_left,
+    check_model_and_tokenizer,
+    check_positions,
+    check_reference,
+    give_head_a_bias,
+    preparing_models,
+)
+from .run_folder import checkpoints, run_id, stamp
+from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
+from .trainable_parameters import check_trainable
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "trainer_state.json"
+# Files of which a checkpoint has all or none (under FSDP and DeepSpeed the first are not ours), and what must be in them
+OPTIMIZER = ("optimizer.safetensors", "optimizer.json", "scheduler.json")
+RNG = ("rng_state_0.safetensors", "rng_state_0.json")
+ROLLOUT = ("rollout_0.safetensors", "rollout_0.json")  # of trainers that sample
+NEEDED = {STATE_FILE: ("global_step",), "scheduler.json": ("last_epoch",), RNG[1]: ("python", "numpy")}
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # the last ones are FSDP's, with a pickle beside them
+
+
+def broken_file(checkpoint: Path) -> str | None:
+    """Why `checkpoint` cannot be resumed from: one sentence that names the file; None when it is whole."""
+    if not (checkpoint / STATE_FILE).is_file():
+        return f"{checkpoint / STATE_FILE} is missing: the checkpoint was never finished"
+    here = {file.name for file in checkpoint.iterdir()}
+    for some, together in ((OPTIMIZER, OPTIMIZER + RNG), (RNG, RNG), (ROLLOUT, ROLLOUT)):
+        lost = [name for name in together if name not in here]
+        if lost and here & set(some):
+            return f"{checkpoint / lost[0]} is missing"
+    for file in sorted(checkpoint.glob("*.json")):
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            return f"{file} is not whole JSON ({error}): the checkpoint was never finished"
+        lacks = [key for key in NEEDED.get(file.name, ()) if not isinstance(found, dict) or key not in found]
+        if lacks:
+            return f"{file} has no {lacks[0]!r}"
+    for file in sorted(checkpoint.glob("**/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file} is truncated or damaged ({error})"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest `checkpoint-<step>` folder that is whole and of the folder's run; others are passed over, and said so."""
+    run = run_id(output_dir)
+    for _, path in reversed(checkpoints(Path(output_dir))):
+        problem = broken_file(path)
+        if problem is None and run is not None and (other := run_id(path)) != run:
+            problem = f"it is of another run ({other}) than the folder ({run})"
+        if problem is None:
+            return path
+        logger.warning(f"Passing over {path}: {problem}")
+    return None
+
+
+def no_steps_left(step: int, of: int) -> str:
+    """What to say where a checkpoint is at its run's end."""
+    return (
+        f"no steps left: the checkpoint is at step {step} of {of}. Ask for more with max_steps or "
+        "num_train_epochs, on the same schedule"
+    )
+
+
+class SafeCheckpointMixin:
+    """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it.
+
+    Raises:
+        ValueError: at construction, for a model of which nothing would be trained, whose adapter is frozen, or is none
+            that TRL can take its reference from.
+    """
+
+    _latent_method: str | None = None
+    """The method of latent reasoning whose modules the trainer attaches; folders of another one are refused."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        named = {**named, **named.get("kwargs", {})}
+        check_arguments(named)
+        check_reference(named)
+        check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)
+        with preparing_models(self._stock_init):
+            super().__init__(*args, **kwargs)
+        check_trainable(self.model)
+        give_head_a_bias(self.model)
+        check_left(self.train_dataset, "train_dataset", getattr(self.args, "max_length", None))
+        self._check_positions(self.accelerator.unwrap_model(self.model))
+
+    def _check_positions(self, model: torch.nn.Module) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            check_positions(model, getattr(self, name), name, getattr(self.args, "packing", False))
+
+    @property
+    def _stock_init(self) -> Callable[..., None]:
+        """The constructor of the trainer that this mixin was put before."""
+        return super().__init__
+
+    def _modules_beside(self) -> dict[str, torch.nn.Module]:
+        """What is trained beside the model, such as a critic, by the name of its folder in a checkpoint.
+
+        Each has `save_pretrained`, and files that `saved_weights` can read. What is attached to the model need not be here.
+        """
+        return {}
+
+    # -- which checkpoint -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                raise CheckpointError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+            resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            self._check_checkpoint(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):  # Trainer would end at step 0, with a warning
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} row(s), which with dataloader_drop_last="
+                f"{self.args.dataloader_drop_last} make no whole batch of {self._train_batch_size}; give more rows or a "
+                "smaller batch"
+            )
+        return loader
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:  # of a schedule's own signature
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
+                f"{getattr(self.args.lr_scheduler_type, 'value', self.args.lr_scheduler_type)}: {error}"
+            ) from error
+
+    def begin_with(self, folder: str | Path) -> None:
+        """Take the weights of a checkpoint or a saved model. Training then begins at step 0, with an optimizer and a
+        schedule of its own.
+
+        Raises:
+            CheckpointError: no such folder, or another model's.
+        """
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"init_from={folder}: there is no such folder")
+        if self._own_format():
+            check_weights(self.model, Path(folder))
+            self._check_beside(Path(folder))
+            warn_of_another_origin(self.model, Path(folder))
+        self._load_from_checkpoint(str(folder))
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        made = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.state.global_step >= max_steps > 0:  # Trainer looks at the number of steps only after the next one
+            raise CheckpointError(no_steps_left(self.state.global_step, max_steps))
+        return made
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"resume_from_checkpoint={checkpoint}: there is no such folder")
+        problem = broken_file(checkpoint)
+        if problem:
+            raise CheckpointError(problem)
+        files = (file for file in checkpoint.rglob("*") if file.suffix in PICKLES)
+        pickles = sorted(file.name for file in files if file.name != "training_args.bin")  # which resuming never reads
+        if pickles and not self._pickle_allowed():
+            raise CheckpointError(
+                f"{checkpoint} holds pickled state ({', '.join(pickles)}), which can run code when it is loaded; set "
+                "allow_pickle_checkpoint=True if you trust where it comes from"
+            )
+        if not self._own_format():
+            return
+        check_weights(self.model, checkpoint)
+        self._check_beside(checkpoint)
+        warn_of_another_origin(self.model, checkpoint)
+        step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+        # Without them, Trainer would begin both anew in silence
+        if step and not pickles and not (checkpoint / OPTIMIZER[0]).exists():
+            raise CheckpointError(
+                f"{checkpoint} has no {OPTIMIZER[0]} (was it saved with save_only_model=True?): it holds neither the "
+                "optimizer nor the schedule; begin a new run with its weights"
+            )
+        self._check_kinds(checkpoint)
+        check_finite([file for file in [checkpoint / OPTIMIZER[0]] if file.exists()])
+        for file in (checkpoint / name for name in ("optimizer.json", "scheduler.json", "scaler.json")):
+            if file.exists():
+                _check_numbers(file)
+
+    def _check_kinds(self, checkpoint: Path) -> None:
+        """Whether optimizer and schedule are of the kind whose state was saved: others know nothing of it."""
+        file = checkpoint / "training_args.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        here = json.loads(self.args.to_json_string())
+        for name, kind in (("optim", _state_of), ("lr_scheduler_type", _metric_of)):
+            if name in before and kind(before[name]) != kind(here[name]):
+                raise CheckpointError(
+                    f"{checkpoint} has the state of {name}={before[name]!r}, of which {here[name]!r} can make nothing: "
+                    "resume with the former, or begin a new run with the checkpoint's weights"
+                )
+
+    def _check_beside(self, checkpoint: Path) -> None:
+        for name, module in self._modules_beside().items():
+            check_weights(module, checkpoint / name)
+
+    def _pickle_allowed(self) -> bool:
+        return getattr(self.args, "allow_pickle_checkpoint", False)
+
+    def _own_format(self) -> bool:
+        """DeepSpeed and FSDP shard the state and bring their own formats."""
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # an earlier run's folder must not look whole while it is overwritten
+            (folder / STATE_FILE).unlink(missing_ok=True)
+            if (run := run_id(self.args.output_dir)) is not None:
+                stamp(folder, run)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        kept = read_card(folder)
+        super()._save(output_dir, state_dict)
+        if describer(self.accelerator.unwrap_model(self.model)) is None:  # others write theirs as they are saved
+            write_card_of(self, folder, kept)
+        for name, module in self._modules_beside().items():
+            module.save_pretrained(folder / name)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        before = read_card(self.args.output_dir)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._run_card = complete_run_card(self, before, getattr(self, "_run_card", None))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._own_format():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.args.should_save:
+            return
+        tensors, plain, written = {}, {}, set()
+        for name, state in self._named_state().items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    value = value.detach().contiguous()
+                    # A file holds nothing twice, and 8-bit optimizers share a table between all parameters
+                    shared = value.untyped_storage().data_ptr() in written
+                    tensors[f"{name}|{key}"] = value = value.clone() if shared else value
+                    written.add(value.untyped_storage().data_ptr())
+                else:
+                    plain[f"{name}|{key}"] = value
+        save_file(tensors, Path(output_dir, "optimizer.safetensors"))
+        _write_json(Path(output_dir, "optimizer.json"), plain)
+        scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        _write_json(Path(output_dir, "scheduler.json"), scheduler)
+
+    def _named_state(self) -> dict[str, dict[str, Any]]:
+        names = {parameter: name for name, parameter in self._named_trained().items()}
+        return {names[parameter]: state for parameter, state in self._torch_optimizer().state.items() if state}
+
+    def _named_trained(self) -> dict[str, torch.nn.Parameter]:
+        """Whatever the optimizer may hold, by name."""
+        beside = (module.named_parameters(prefix=name) for name, module in self._modules_beside().items())
+        return dict(itertools.chain(self.model.named_parameters(), *beside))
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # under accelerate's wrapper
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        version, internal, gauss = random.getstate()
+        kind, keys, pos, has_gauss, cached = np.random.get_state()
+        plain = {
+            "python": [version, list(internal), gauss],
+            "numpy": [kind, keys.tolist(), pos, has_gauss, cached],
+        }
+        tensors = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        rank = self.args.process_index
+        save_file(tensors, Path(output_dir, f"rng_state_{rank}.safetensors"))
+        _write_json(Path(output_dir, f"rng_state_{rank}.json"), plain)
+        self.accelerator.wait_for_everyone()  # rank 0 now writes trainer_state.json, which says that all is there
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None and self.args.should_save:
+            _write_json(Path(output_dir, "scaler.json"), self.accelerator.scaler.state_dict())
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    # Trainer loads adapters in sub-folders *instead of* the folder's own (transformers 5.17: TRL's "ref" in place of the
+    # trained one), passes over tensors whose names it does not know, and looks at nothing afterwards
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self._own_format():
+            self._load_all(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._own_format():
+            self._load_all(Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_all(self, checkpoint: Path) -> None:
+        load_weights(self.model, checkpoint)
+        for name, module in self._modules_beside().items():
+            load_weights(module, checkpoint / name)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._own_format() or not Path(checkpoint, "optimizer.safetensors").exists():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = load_file(Path(checkpoint, "optimizer.safetensors"))
+        saved |= json.loads(Path(checkpoint, "optimizer.json").read_text())
+        by_name: dict[str, dict[str, Any]] = {}
+        for key, value in saved.items():
+            name, _, entry = key.rpartition("|")
+            by_name.setdefault(name, {})[entry] = value
+        optimizer = self._torch_optimizer()
+        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        names = {name: parameter for name, parameter in self._named_trained().items() if parameter in trained}
+        for name, state in by_name.items():
+            if name in names:
+                optimizer.state[names[name]] = {
+                    entry: _beside(value, names[name]) if isinstance(value, torch.Tensor) and value.dim() else value
+                    for entry, value in state.items()
+                }
+        for kind, left in (("fresh", names.keys() - by_name.keys()), ("dropped", by_name.keys() - names.keys())):
+            if left:
+                logger.warning(
+                    f"Resuming with {kind} optimizer state for {len(left)} parameters: {sorted(left)[0]} ..."
+                )
+        self._load_scheduler(json.loads(Path(checkpoint, "scheduler.json").read_text()))
+
+    def _load_scheduler(self, state: dict[str, Any]) -> None:
+        scheduler = self.lr_scheduler
+        if not isinstance(
+            scheduler, LambdaLR
+        ):  # adaptive ones carry more than a position: the rates that they have found
+            scheduler.load_state_dict(state)
+            for group, rate in zip(scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
+                group["lr"] = rate
+            return
+        scheduler.last_epoch, scheduler._step_count = state["last_epoch"], state["_step_count"]
+        rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = self.args.process_index
+        file = Path(checkpoint or "", f"rng_state_{rank}.safetensors")
+        if checkpoint is None or not file.exists():
+            super()._load_rng_state(checkpoint)
+            return
+        plain = json.loads(file.with_suffix(".json").read_text())
+        version, internal, gauss = plain["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, pos, has_gauss, cached = plain["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), pos, has_gauss, cached))
+        tensors = load_file(file)
+        torch.set_rng_state(tensors.pop("cpu"))
+        if torch.cuda.is_available() and tensors:
+            torch.cuda.set_rng_state_all([tensors[f"cuda.{i}"] for i in range(len(tensors))])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        file = Path(checkpoint or "", "scaler.json")
+        if checkpoint is None or not file.exists():
+            super()._load_scaler(checkpoint)
+        else:
+            self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
+
+
+def _beside(state: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Of a checkpoint from before small modules had float32 weights, state that was bf16 with them is widened too."""
+    floats = state.is_floating_point() and state.shape == parameter.shape
+    dtype = torch.promote_types(state.dtype, parameter.dtype) if floats else state.dtype
+    return state.to(parameter.device, dtype)
+
+
+def _state_of(optim: str) -> str:
+    """What the state of an optimizer is like: the same in paged memory, or where one kernel does all."""
+    return optim.removeprefix("paged_").removesuffix("_fused")
+
+
+def _metric_of(schedule: str) -> str | None:
+    """The name of a schedule that follows a metric; None: it is a function of the step."""
+    return schedule if schedule in ("reduce_lr_on_plateau", "greedy") else None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+def _check_numbers(file: Path) -> None:
+    """Raises a CheckpointError that names the entry of a JSON file that is NaN."""
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict | list):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                look(part, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, float) and math.isnan(value):
+            raise CheckpointError(f"{file}: {name} is NaN, so the run had diverged; resume from an earlier checkpoint")
+
+    look(json.loads(file.read_text()), "")

@@ -1,0 +1,273 @@
+"""A run's folder: which run it holds, that nobody else writes into it, and what a new run may delete.
+
+`run.json` names the run (`id`), the commands that began it and went on with it, and where it ended. Each checkpoint has the
+id too. The run's first process holds a lock on `run.lock` for as long as it lives: the system frees a dead process's lock.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from trl_ext.cli.command_line import underscored
+
+
+RUN_FILE, LOCK_FILE = "run.json", "run.lock"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What a recipe leaves in its output folder beside checkpoints; the first ones are what nobody wants to lose
+RESULTS = ("final", "summary.json")
+MADE = (*RESULTS, RUN_FILE, "curves.png", "monitors.png", "concepts.html", "completions")
+SECRET = re.compile(r"--\w*(?:token|password|secret|key)(=|$)")  # flags whose value is written nowhere
+
+_locks: dict[Path, Any] = {}  # held until this process ends
+
+
+class FolderError(ValueError):
+    """The folder cannot be written, is in use, or holds another run."""
+
+
+def run_id(folder: str | Path) -> str | None:
+    """The run that a folder or a checkpoint belongs to; None where nothing says so, as in folders of earlier versions."""
+    return _read(Path(folder)).get("id")
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each checkpoint, whole or not, in the order of their steps."""
+    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(path.name))]
+    return sorted(found)
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether there is something that a run has left and that another one would overwrite."""
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in RESULTS)
+
+
+def writable_folder(folder: str | Path, flag: str) -> Path:
+    """The folder, made where it was not there.
+
+    Raises:
+        FolderError: it is a file, or nothing can be written there; names the flag that asked for it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = "there is a file in its place" if isinstance(error, FileExistsError) else error.strerror
+        raise FolderError(f"{flag} {folder}: cannot write into this folder ({why}); name another one") from error
+    return folder
+
+
+def writable_file(path: str | Path, flag: str) -> Path:
+    """The path, whose folder is made where it was not there.
+
+    Raises:
+        FolderError: it is a folder, or nothing can be written there; names the flag that asked for it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FolderError(f"{flag} {path}: is a folder; name a file in it")
+    writable_folder(path.parent, flag)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise FolderError(f"{flag} {path}: this file cannot be overwritten; name another one")
+    return path
+
+
+def lock(folder: Path) -> None:
+    """Take the folder for this process until it ends.
+
+    Raises:
+        FolderError: another process has it.
+    """
+    path = (folder / LOCK_FILE).resolve()
+    if path in _locks and path.exists():
+        return
+    # Not a lock that children inherit: a worker that outlives its killed parent would keep it
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise FolderError(f"{path}: this file system cannot lock a file ({error.strerror})") from error
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise FolderError(
+            f"{folder} is in use by a run that has not ended ({holder}); wait for it or choose another --output_dir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[path] = file
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Whether a new run may begin in this folder; `begin` asks too.
+
+    Raises:
+        FolderError: the folder holds results, and `overwrite` is off, or nothing says that a run made them.
+    """
+    if not holds_results(folder):
+        return
+    known = (folder / RUN_FILE).exists()
+    if not overwrite:
+        go_on = "Go on with it: --resume_from_checkpoint latest; begin" if checkpoints(folder) else "Begin"
+        raise FolderError(
+            f"{folder} holds {_description(folder)}. {go_on} anew: "
+            + ("--overwrite, which deletes it" if known else "move it away")
+            + "; or keep both: another --output_dir"
+        )
+    if not known:
+        raise FolderError(
+            f"--overwrite: {folder} has no {RUN_FILE}, so nothing says that a run made what is in it; move it away, or "
+            "choose another --output_dir"
+        )
+
+
+def begin(folder: Path, overwrite: bool) -> str:
+    """The id of a new run in this folder, which must be locked; with `overwrite` what an earlier run made is deleted.
+
+    Raises:
+        FolderError: from `check_free`.
+    """
+    check_free(folder, overwrite)
+    if holds_results(folder):
+        delete_made(folder)
+    made = uuid.uuid4().hex[:12]
+    _write(folder, {"id": made, "commands": [_command()]})
+    return made
+
+
+def go_on(folder: Path, step: int) -> str:
+    """The id of the run that is resumed from its checkpoint at `step`. Its later checkpoints, which training will not
+    come from, are no longer found as its latest ones. A folder of an earlier version, without a run, gets one."""
+    run = _read(folder) or {"id": uuid.uuid4().hex[:12], "commands": []}
+    for at, path in checkpoints(folder):
+        if run_id(path) in (None, run["id"]):
+            stamp(path, run["id"] if at <= step else f"{run['id']}, left at step {step}")
+    run["commands"].append(_command())
+    run.pop("finished", None)
+    _write(folder, {**run, "resumed_at": step})
+    return run["id"]
+
+
+def finished(folder: Path, step: int) -> None:
+    """Note that the run has ended, its results written."""
+    note(folder, finished=step)
+
+
+def note(folder: Path, **values: Any) -> None:
+    """Keep values with the run in this folder, where there is one."""
+    if (folder / RUN_FILE).exists():
+        _write(folder, {**_read(folder), **values})
+
+
+def noted(folder: Path, name: str) -> Any:
+    """What `note` has kept; None: nothing."""
+    return _read(folder).get(name)
+
+
+def stamp(checkpoint: Path, run: str) -> None:
+    """Say in a checkpoint which run made it."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    _write(checkpoint, {"id": run})
+
+
+def check_apart(folder: Path, given: dict[str, Any]) -> None:
+    """Raises a FolderError for a model or file that a run is to begin with, by the flag that names it, where `delete_made`
+    would delete it."""
+    made = [path.resolve() for path in _made(folder)]
+    for flag, value in given.items():
+        if not isinstance(value, str) or not os.path.exists(value):
+            continue
+        if any(Path(value).resolve().is_relative_to(path) for path in made):
+            raise FolderError(f"--overwrite deletes --{flag} {value}; choose another --output_dir")
+
+
+def _made(folder: Path) -> list[Path]:
+    return [*(path for _, path in checkpoints(folder)), *(folder / name for name in MADE)]
+
+
+def delete_made(folder: Path) -> None:
+    """What a run made, and nothing else."""
+    for path in _made(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _description(folder: Path) -> str:
+    run = _read(folder)
+    if not run:
+        return "the results of a run"
+    ended = f"finished at step {run['finished']}" if "finished" in run else "unfinished"
+    return f"run {run['id']} ({run['commands'][-1]['command']}; {ended})"
+
+
+def command_words() -> list[str]:
+    """The command that was typed, without secrets."""
+    words = list(sys.argv)
+    for i, word in enumerate(words):
+        if (flag := SECRET.match(word)) and flag[1]:
+            words[i] = f"{flag[0]}***"
+        elif flag and i + 1 < len(words):
+            words[i + 1] = "***"
+    return words
+
+
+def begun_by(folder: Path) -> list[str]:
+    """The words of the command that began the run in this folder or went on with it last; empty where nothing says so."""
+    commands = noted(folder, "commands")
+    return shlex.split(commands[-1]["command"]) if commands else []
+
+
+def resume_command(words: list[str]) -> str:
+    """The command that goes on from the last checkpoint of what these words began."""
+    kept, skip = [], False
+    for word in underscored(words):
+        if word.startswith("--"):
+            skip = word.partition("=")[0] in ("--resume_from_checkpoint", "--overwrite")
+        if not skip:
+            kept.append(word)
+    return shlex.join([_python(), *kept, "--resume_from_checkpoint", "latest"])
+
+
+def _python() -> str:
+    """What to type for the Python that runs: `python` may be one without these packages, as after `make train-hrpo`."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
+
+
+def _command() -> dict[str, str]:
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"command": shlex.join(command_words()), "at": now}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / RUN_FILE
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise FolderError(
+            f"{file} is damaged ({error}); move it away, and the folder counts as one without it"
+        ) from error
+
+
+def _write(folder: Path, run: dict[str, Any]) -> None:
+    part = folder / f"{RUN_FILE}.part"
+    part.write_text(json.dumps(run, indent=2) + "\n")
+    part.replace(folder / RUN_FILE)

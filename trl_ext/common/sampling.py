@@ -1,0 +1,82 @@
+"""The distribution that rollouts are drawn from, and whether it is the one that the importance ratio is computed with."""
+
+import copy
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from trl_ext.cli.command_line import did_you_mean
+
+
+logger = logging.get_logger(__name__)
+
+# Fields that change the distribution beyond its temperature, and the values at which they do not
+UNCHANGED = {
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+    "top_k": (None, 0),
+    "top_p": (None, 1.0),
+    "min_p": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "sequence_bias": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None, 1),
+    "watermarking_config": (None,),
+}
+
+
+def rollout_config(trainer: Any) -> GenerationConfig:
+    """What a `GRPOTrainer` decodes with: `generate` fills what the trainer leaves open from the model's own configuration,
+    the `generation_config.json` that was published with it."""
+    config = copy.deepcopy(trainer.generation_config)
+    own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
+    if own is not None:
+        config.update(**own.to_dict(), defaults_only=True)
+    return config
+
+
+def check_generation_kwargs(given: dict[str, Any] | None) -> None:
+    """Raises a ValueError for a setting of rollouts that `generate` would pass over, or cannot follow."""
+    known = vars(GenerationConfig())
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise ValueError(f"generation_kwargs: {name!r}: generate has no such setting{did_you_mean(name, known)}")
+        if name == "stop_strings" and value is not None:
+            raise ValueError(
+                f"generation_kwargs: stop_strings={value!r}: TRL gives rollouts no tokenizer to find them with"
+            )
+        if name == "temperature" and not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"generation_kwargs: temperature={value!r}: more than 0")
+
+
+def warn_of_truncation(config: Any, temperature: float) -> list[str]:
+    """Says by name which fields make rollouts be drawn from another distribution than the loss computes; returns them.
+
+    Args:
+        config: a `GenerationConfig`, or a trainer's arguments.
+        temperature: of the loss.
+    """
+    unchanged = {"temperature": (temperature,), **UNCHANGED}
+    found = [name for name, neutral in unchanged.items() if getattr(config, name, None) not in neutral]
+    for name in found:
+        logger.warning(
+            f"{name}={getattr(config, name)}: rollouts are drawn from a distribution that it changes, the importance ratio "
+            f"is computed with the whole one, so updates are biased; set {name}={unchanged[name][-1]} (in the trainer's "
+            "arguments, or in the model's generation_config)"
+        )
+    return found

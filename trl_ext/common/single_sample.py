@@ -1,0 +1,107 @@
+"""GRPO's rollouts and loss with a baseline of one's own, for which one completion a prompt is enough."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trl
+from trl import GRPOConfig
+
+from patches import fused_lm_head
+
+from ..cli.flags import check_values
+from .rollout_diagnostics import RolloutDiagnostics
+from .sampling import check_generation_kwargs, rollout_config, warn_of_truncation
+
+
+@dataclass
+class OneSampleConfig(GRPOConfig):
+    """`GRPOConfig` that takes one completion a prompt. There are no groups, by which `scale_rewards` could scale."""
+
+    num_generations: int | None = field(default=1, metadata={"help": "Completions of each prompt in a rollout."})
+    loss_type: str = field(
+        default="dapo", metadata={"help": "As GRPO's; 'dapo' is the mean over the tokens of a whole step."}
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        given, evaluations = self.num_generations, self.num_generations_eval
+        if given == 1:  # GRPO refuses a group of one, which has no baseline of its own
+            rows = self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+            self.num_generations = self.generation_batch_size or rows * int(os.environ.get("WORLD_SIZE", "1"))
+            if self.num_generations < 2:
+                raise ValueError(
+                    f"per_device_train_batch_size={self.per_device_train_batch_size}: a rollout of one completion has "
+                    "nothing to be whitened with; raise it, or gradient_accumulation_steps"
+                )
+            self.num_generations_eval = evaluations or 1
+        super().__post_init__()
+        self.num_generations, self.num_generations_eval = given, evaluations
+        for name, only in (("multi_objective_aggregation", "sum_then_normalize"), ("scale_rewards", "group")):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: rewards are weighted and summed here, and there are no groups; leave "
+                    f"it at {only!r}"
+                )
+
+
+class OwnAdvantages:
+    """Put before a `GRPOTrainer`: `_advantages` says what takes the place of GRPO's, in training."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        if trl.GRPOTrainer.__name__ != "GRPOTrainer":
+            raise RuntimeError(
+                f"{type(self).__name__} needs TRL's own GRPOTrainer, in whose place is Unsloth's, which takes one "
+                "advantage a completion and keeps its loss elsewhere; do not import unsloth in this process"
+            )
+        fused_lm_head.ensure()
+        super().__init__(*args, **kwargs)
+        if not self.use_vllm:
+            check_generation_kwargs(self.args.generation_kwargs)
+        warn_of_truncation(self.args if self.use_vllm else rollout_config(self), self.temperature)
+        self.add_callback(RolloutDiagnostics())
+
+    def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages of this process's completions, (B,) or (B, C).
+
+        Args:
+            inputs: the rows of this process.
+            output: what GRPO made of them, completions in the rows' order; may be added to.
+            rewards: (processes * B,), of all; NaN where no reward function could say.
+        """
+        raise NotImplementedError
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return output
+        found = self._rewards_per_func
+        rewards = (found * self.reward_weights.to(found.device)).nansum(dim=1)
+        rewards[found.isnan().all(dim=1)] = torch.nan
+        output["advantages"] = self._advantages(inputs, output, rewards)
+        self._log_advantages(output)
+        if self.num_generations == 1:
+            del self._metrics["train"]["frac_reward_zero_std"]  # of groups, of which there are none
+        return output
+
+    def _log_advantages(self, output: dict[str, Any]) -> None:
+        """In the table of completions, in place of GRPO's; of (B, C) the mean over tokens."""
+        advantages = output["advantages"]
+        if advantages.dim() == 2:
+            mask = output["completion_mask"]
+            advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+        ours = self.accelerator.gather(advantages).tolist()
+        logged = self._logs["advantages"]
+        kept = list(logged)[: -len(ours)]
+        logged.clear()
+        logged.extend(kept + ours)
+
+    def _local(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        """This process's part of the values of all, (processes * rows, ...)."""
+        first = self.accelerator.process_index * rows
+        return values[first : first + rows]

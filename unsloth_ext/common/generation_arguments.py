@@ -1,0 +1,261 @@
+"""What the `generate` of each kind of model makes of each of transformers' arguments: it works, or it is refused by name.
+
+| kind      | model                                         | called by                                     |
+|-----------|-----------------------------------------------|-----------------------------------------------|
+| `hybrid`  | thinking states (HRPO)                        | `hybrid_generate`, `hybrid_decode`            |
+| `latent`  | latent tokens                                 | `latent_generate`, `LatentModel.generate`     |
+| `concept` | concepts                                      | `ConceptModel.generate`                       |
+| `planner` | plan, then text                               | `execute_plan`, `PlannerExecutorModel`        |
+
+What works is `generate`'s own code; the table in docs/generation.md is `table()`. An argument counts wherever it stands:
+beside the prompt, in a `generation_config`, or in the model's own.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .log_filter import showing_only
+from .wrapping import causal_lm_of
+
+
+CHECKS = logging.getLogger("transformers.generation.configuration_utils")
+KINDS = ("hybrid", "latent", "concept", "planner")
+
+
+class Refusal(NamedTuple):
+    """Values of an argument other than `free` are refused, by these kinds."""
+
+    kinds: tuple[str, ...]
+    why: str
+    free: tuple = (None,)
+
+
+_ASSISTED = "drafts of several tokens would be taken back out of the model's state: sample, or decode greedily"
+_BEAMS = "a state follows each sequence, and beams change places: sample, or decode greedily"
+_SEARCH = "another way of searching, which transformers keeps outside its library: sample, or decode greedily"
+_CACHE = "the cache is made by this model: leave it out"
+_PROMPT = "the prompt is made by this model: leave it out"
+_GUIDANCE = "the second, unguided pass would have no state of its own: leave it out"
+
+_EVERYWHERE = """
+    max_length max_new_tokens min_length min_new_tokens max_time stop_strings
+    do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff renormalize_logits
+    num_return_sequences early_stopping length_penalty
+    repetition_penalty no_repeat_ngram_size bad_words_ids sequence_bias exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values watermarking_config
+    output_scores output_logits return_dict_in_generate
+    pad_token_id bos_token_id eos_token_id disable_compile compile_config
+"""
+WORKS = frozenset(_EVERYWHERE.split())
+# Settings of what is refused, or of encoder-decoders: `generate` reads none of them here either
+_NOWHERE = """
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight max_matching_ngram_size speculation_type decoder_start_token_id max_cache_len
+    continuous_batching_config diversity_penalty is_assistant low_memory transformers_version
+"""
+WITHOUT_EFFECT = frozenset(_NOWHERE.split())
+REFUSED = {
+    "num_beams": Refusal(("hybrid", "latent"), _BEAMS, (None, 1)),
+    "num_beam_groups": Refusal(KINDS, _SEARCH, (None, 1)),
+    "constraints": Refusal(KINDS, _SEARCH),
+    "force_words_ids": Refusal(KINDS, _SEARCH),
+    "penalty_alpha": Refusal(KINDS, _SEARCH, (None, 0, 0.0)),
+    "dola_layers": Refusal(KINDS, _SEARCH),
+    "prompt_lookup_num_tokens": Refusal(KINDS, _ASSISTED),
+    "assistant_early_exit": Refusal(KINDS, _ASSISTED),
+    "use_mtp": Refusal(KINDS, _ASSISTED, (None, False)),
+    "use_cache": Refusal(("planner",), "the plan is read once and lives in the cache: leave it out", (None, True)),
+    "cache_implementation": Refusal(("latent", "concept", "planner"), _CACHE, (None, "dynamic", "hybrid")),
+    "cache_config": Refusal(KINDS, "quantised caches are not tested: leave it out"),
+    "prefill_chunk_size": Refusal(("latent", "concept", "planner"), "the prompt is read in one piece: leave it out"),
+    "guidance_scale": Refusal(KINDS, _GUIDANCE, (None, 1, 1.0)),
+    "token_healing": Refusal(KINDS, "it would change the prompt after it was read: leave it out", (None, False)),
+    "output_attentions": Refusal(("concept",), "layers see slots, not tokens: leave it out", (None, False)),
+    "output_hidden_states": Refusal(("concept",), "layers see slots, not tokens: leave it out", (None, False)),
+    "encoder_repetition_penalty": Refusal(("planner",), "the executor reads no text: leave it out", (None, 1, 1.0)),
+    "encoder_no_repeat_ngram_size": Refusal(("planner",), "the executor reads no text: leave it out", (None, 0)),
+}
+# Of `generate`, and of the model's forward: beside the generation config
+_BESIDE = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus streamer tokenizer"
+PARAMETERS_THAT_WORK = frozenset(_BESIDE.split())
+REFUSED_PARAMETERS = {
+    "inputs": Refusal(KINDS, "it has another name here"),
+    "assistant_model": Refusal(KINDS, _ASSISTED),
+    "assistant_tokenizer": Refusal(KINDS, _ASSISTED),
+    "negative_prompt_ids": Refusal(KINDS, _GUIDANCE),
+    "negative_prompt_attention_mask": Refusal(KINDS, _GUIDANCE),
+    "custom_generate": Refusal(KINDS, "a loop of its own knows nothing of this model's state: leave it out"),
+    "trust_remote_code": Refusal(KINDS, "no code is fetched: leave it out", (None, False)),
+    "input_ids": Refusal(("concept", "planner"), _PROMPT),
+    "attention_mask": Refusal(("concept", "planner"), _PROMPT),
+    "inputs_embeds": Refusal(("latent", "concept", "planner"), _PROMPT),
+    "position_ids": Refusal(("latent", "concept", "planner"), _PROMPT),
+    "past_key_values": Refusal(("latent", "concept", "planner"), _CACHE),
+}
+
+
+def settle(model: nn.Module, kind: str, arguments: dict[str, Any]) -> GenerationConfig:
+    """The generation config that `generate` will make of its arguments, once they are found fit for the kind of model.
+
+    Args:
+        model: the causal LM, wrapped by PEFT or not.
+        arguments: keywords as for `generate`.
+
+    Raises:
+        ValueError: an argument that does not work with this kind of model, or that transformers refuses.
+    """
+    for name, value in arguments.items():
+        refusal = REFUSED_PARAMETERS.get(name)
+        if refusal is not None and kind in refusal.kinds and not _free(value, refusal):
+            raise ValueError(f"{name}: {refusal.why} ({kind} models, docs/generation.md)")
+    if arguments.get("cache_implementation") == "paged":  # `generate` would hand over to continuous batching
+        raise ValueError("cache_implementation='paged': continuous batching knows nothing of this model's state")
+    causal_lm = causal_lm_of(model)
+    if model.generation_config is not causal_lm.generation_config:
+        causal_lm.generation_config = model.generation_config  # as PEFT's `generate` does
+    fields = {name: value for name, value in arguments.items() if hasattr(GenerationConfig(), name)}
+    config, _ = causal_lm._prepare_generation_config(arguments.get("generation_config"), **fields)
+    check(kind, config)
+    return config
+
+
+def samplers_count() -> AbstractContextManager[None]:
+    """transformers 5.17 says of `top_k` and its like in greedy decoding that they "may be ignored", and no setting keeps it
+    from that. Soft embeddings, which are thinking states, are made with them: here it would be untrue."""
+    untrue = "The following generation flags are not valid and may be ignored"
+    return showing_only(CHECKS, lambda record: not record.getMessage().startswith(untrue))
+
+
+def check(kind: str, config: GenerationConfig) -> None:
+    """Raises a ValueError if a finished generation config has a field that does not work with this kind of model."""
+    for name, refusal in REFUSED.items():
+        value = getattr(config, name, None)
+        if kind in refusal.kinds and not _free(value, refusal):
+            raise ValueError(f"{name}={value!r}: {refusal.why} ({kind} models, docs/generation.md)")
+
+
+def _free(value: Any, refusal: Refusal) -> bool:
+    return any(value is free or (isinstance(value, (int, float, str)) and value == free) for free in refusal.free)
+
+
+def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationConfig, around: int = 0) -> None:
+    """Refuse texts that would run behind the positions that the model was made for.
+
+    Args:
+        lengths: real tokens of each prompt.
+        around: positions that are spent on something else than prompt and answer.
+
+    Raises:
+        ValueError: naming the longest prompt.
+    """
+    context = context_of(model)
+    if context is None or not lengths:
+        return
+    row = max(range(len(lengths)), key=lengths.__getitem__)
+    room = context - around - lengths[row]
+    new = config.max_new_tokens
+    if new is None:  # `max_length` counts the prompt; up to the model's context as many come as fit
+        new = config.max_length - lengths[row] if (config.max_length or 0) > context else 1
+    if new > room:
+        needed = f"{lengths[row]} tokens" + (f", {around} positions of the model's own" if around else "")
+        why = (
+            ", behind which its RoPE turns into another one and what is cached no longer fits"
+            if _changing(model)
+            else ""
+        )
+        raise ValueError(
+            f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions{why}. "
+            "Shorten the prompt or lower max_new_tokens or max_length"
+        )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Positions that a model was made for; None: no limit that its config knows.
+
+    Of RoPEs that depend on the length of the text, those up to which it is one and the same: behind them transformers 5.17
+    reads the whole text anew (Phi-3) or goes on with keys of two kinds, and a batch is not its rows.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    changing = _changing(model)
+    if changing:  # longrope has its own field, which its config always fills; dynamic changes behind the positions
+        return min(
+            part["original_max_position_embeddings"] if part["rope_type"] == "longrope" else positions
+            for part in changing
+        )
+    factor = max([part.get("factor") or 1 for part in _ropes(model)], default=1)
+    return None if positions is None else int(positions * factor)  # some configs have multiplied already: never too few
+
+
+def _ropes(model: nn.Module) -> list[dict[str, Any]]:
+    """What a config says of its RoPE, or of that of each kind of layer."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+
+
+def _changing(model: nn.Module) -> list[dict[str, Any]]:
+    return [part for part in _ropes(model) if part.get("rope_type") in ("dynamic", "longrope")]
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those of the model's generation config, else the tokenizer's; none if there are none."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
+def refuse_empty(lengths: Sequence[int]) -> None:
+    """Raises a ValueError if one of the prompts has no tokens."""
+    if 0 in lengths:
+        raise ValueError(
+            f"prompt {lengths.index(0)} is empty: it has no token to go on from; leave it out or write something"
+        )
+
+
+def left_padded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (B, T) long of prompts. A tokenizer without a padding token will do."""
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.long),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long),
+    }
+
+
+def with_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate` with what a tokenizer adds where they do not say: the padding token, and itself for stop
+    strings."""
+    given = arguments.get("generation_config")
+    added = {}
+    if tokenizer.pad_token_id is not None and getattr(given, "pad_token_id", None) is None:
+        added["pad_token_id"] = tokenizer.pad_token_id
+    if arguments.get("stop_strings", getattr(given, "stop_strings", None)):
+        added["tokenizer"] = tokenizer
+    return {**added, **arguments}
+
+
+def grouped(texts: list[str], prompts: int) -> list:
+    """One text for each prompt, or with `num_return_sequences` > 1 a list of texts for each."""
+    copies = len(texts) // prompts
+    return texts if copies == 1 else [texts[i : i + copies] for i in range(0, len(texts), copies)]
+
+
+def table() -> str:
+    """The table of docs/generation.md."""
+    cells = {True: "works", False: "refused"}
+    refused = {**REFUSED, **REFUSED_PARAMETERS}
+    lines = ["| argument | " + " | ".join(KINDS) + " | refused because |", "|---|" + "---|" * (len(KINDS) + 1)]
+    for name in sorted({*WORKS, *WITHOUT_EFFECT, *PARAMETERS_THAT_WORK, *refused}):
+        if name in WITHOUT_EFFECT:
+            row, why = ["no effect"] * len(KINDS), ""
+        else:
+            kinds, why, _ = refused.get(name, Refusal((), ""))
+            row = [cells[kind not in kinds] for kind in KINDS]
+        lines.append(f"| `{name}` | " + " | ".join(row) + f" | {why} |")
+    return "\n".join(lines) + "\n"

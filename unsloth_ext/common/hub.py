@@ -1,0 +1,390 @@
+"""Models and tokenizers from folders and the hub, whole: what is missing or not right is named."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .log_filter import showing_only
+from .settings_file import ADAPTER, TENSORS, held_by, read_json, read_saved, safetensors_keys
+from .wrapping import backbone_of
+
+
+MODELING = logging.getLogger("transformers.modeling_utils")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any of them
+DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # how their classes are called
+
+
+def as_dtype(dtype: torch.dtype | str | None, others: dict[str, Any] | None = None) -> torch.dtype | str | None:
+    """A dtype by torch's name for it; None and "auto", the checkpoint's own, stay.
+
+    Args:
+        others: further keywords. `torch_dtype`, as transformers used to call it, is taken out of them.
+
+    Raises:
+        ValueError: torch has no such floating-point dtype, or there are two.
+    """
+    former = (others or {}).pop("torch_dtype", None)
+    if former is not None and dtype is not None:
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={former!r}: they are one and the same, give dtype alone")
+    dtype = former if dtype is None else dtype
+    if dtype is None or dtype == "auto":
+        return dtype
+    found = dtype if isinstance(dtype, torch.dtype) else None
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
+        found = getattr(torch, dtype.removeprefix("torch."))
+    if found is None or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(map(repr, DTYPES))}, 'auto'")
+    return found
+
+
+def check_name(
+    name: str, token: str | None = None, files: tuple[str, ...] = ("config.json", "adapter_config.json")
+) -> None:
+    """Raises a ValueError where `name` is neither a folder with one of these files nor a repository of the hub's."""
+    if not name:
+        raise ValueError("the model's name is empty: give a folder or a hub id")
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).exists() for file in files):
+            inside = sorted({str(config.parent) for file in files for config in path.glob(f"*/{file}")})
+            raise ValueError(
+                f"{name} holds no model: it has neither {' nor '.join(files)}"
+                + (f"; there is one in {', '.join(inside[:3])}" if inside else "")
+            )
+        return
+    if path.is_file():
+        raise ValueError(f"{name} is a file; give the folder that it is in")
+    here = f"there is no folder {name} in {os.getcwd()}" if not path.is_absolute() else f"there is no folder {name}"
+    if path.is_absolute() or name.startswith((".", "~")) or (len(path.parts) > 1 and path.parent.exists()):
+        raise ValueError(here)
+    why: Exception | None = None
+    for file in files:
+        try:
+            hf_hub_download(name, file, token=token)
+            return
+        except HFValidationError as error:
+            raise ValueError(f"{here}, and it is no name of a model on the hub") from error
+        except GatedRepoError as error:
+            raise ValueError(f"{name} is gated on the hub: accept its terms there and give a token") from error
+        except RepositoryNotFoundError as error:
+            raise ValueError(f"{here}, and no model of that name on the hub") from error
+        except EntryNotFoundError as error:
+            why = why or error
+            if isinstance(error, LocalEntryNotFoundError):
+                break  # there is no connection: each further file is minutes of tries
+    if isinstance(why, LocalEntryNotFoundError):
+        raise ValueError(f"{here}, and the hub, where it might be, cannot be reached from here") from why
+    raise ValueError(f"{name} on the hub holds no model: it has neither {' nor '.join(files)}") from why
+
+
+def check_tokenizer(name: str) -> None:
+    """Raises a ValueError for a folder without a tokenizer, of which `AutoTokenizer` makes an empty one."""
+    if os.path.isdir(name) and not any(Path(name, file).exists() for file in TOKENIZERS):
+        raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
+
+
+def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: there is no such folder or model, or no tokenizer in it, or its files are damaged.
+    """
+    if not os.path.isdir(name):
+        check_name(name, token, ("config.json", "adapter_config.json", "tokenizer_config.json"))
+    check_tokenizer(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, token=token, **kwargs)
+    except StrictDataclassError as error:
+        raise ValueError(_wrong_config(name, error)) from error
+    except Exception as error:  # of many kinds, few of which name the folder
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: its tokenizer.json or tokenizer_config.json cannot be read: {why:.200}") from error
+
+
+def _wrong_config(name: str, error: StrictDataclassError) -> str:
+    return f"{name}/config.json: {' '.join(str(error).split())}"
+
+
+def base_of(adapter: dict, name: str) -> str:
+    """What the `adapter_config.json` of `name` says is its base.
+
+    Raises:
+        ValueError: nothing, or a folder that is not there; or the adapter is of a kind that PEFT does not know.
+    """
+    if adapter.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"{name}: adapter_config.json has peft_type={adapter.get('peft_type')!r}, which PEFT does not know"
+        )
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{name}: adapter_config.json has no base_model_name_or_path")
+    if not os.path.isdir(base):
+        try:
+            validate_repo_id(base)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{name}: its base_model_name_or_path {base} is not there (from {os.getcwd()}); correct it in "
+                "adapter_config.json"
+            ) from error
+    return base
+
+
+def check_causal_lm(name: str, method: str | None = None, token: str | None = None, **remote: Any) -> None:
+    """What can be said of a model before it is loaded.
+
+    Args:
+        method: of latent reasoning that the caller attaches.
+        **remote: `trust_remote_code`, `revision`.
+
+    Raises:
+        ValueError: there is no such model, it is no causal language model, or of another method, which would be lost.
+    """
+    check_name(name, token)
+    saved = read_saved(name, method, token)
+    whole = name if saved.adapter is None else base_of(saved.adapter, name)
+    if saved.adapter is not None and os.path.isdir(name) and not any(Path(name).glob("adapter_model.*")):
+        raise ValueError(f"{Path(name, ADAPTER)} is missing")
+    try:
+        config = AutoConfig.from_pretrained(whole, token=token, **remote)
+    except ValueError as error:
+        if "does not recognize this architecture" not in str(error):
+            raise
+        kind = (read_json(whole, "config.json", token) or {}).get("model_type")
+        raise ValueError(
+            f"{whole}: its model_type {kind!r} is none that transformers {transformers.__version__} knows"
+        ) from error
+    except StrictDataclassError as error:
+        raise ValueError(_wrong_config(whole, error)) from error
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    if not known or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is a {config.model_type} model, which is no causal language model")
+
+
+def load_causal_lm(
+    name: str, *, method: str | None = None, token: str | None = None, dtype: Any = None, **kwargs: Any
+) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, with every tensor there.
+
+    Args:
+        method: of latent reasoning that the caller attaches. Its tensors are left to the caller; transformers' report of
+            them is left out.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: see `check_causal_lm`; or tensors are missing or not finite, or their file is damaged.
+    """
+    dtype = as_dtype(dtype, kwargs)
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})
+    may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does is named below
+    try:
+        with _errors_only():
+            model, found = AutoModelForCausalLM.from_pretrained(name, token=token, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{name}: its safetensors are truncated or damaged ({error})") from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"{name}: from_pretrained has no such keyword: {error}") from error
+    others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
+    if others:
+        MODELING.warning(
+            f"{name} holds {len(others)} tensors that {type(model).__name__} has no use for: {others[0]} ..."
+        )
+    if len(others) < len(found["unexpected_keys"]):  # of a hub model, the files are here only now
+        read_saved(name, method, token)
+    if found["mismatched_keys"] and not may_differ:
+        key, held, wanted = sorted(found["mismatched_keys"])[0]
+        raise ValueError(f"{name}: {key} has the shape {tuple(held)}, by its config.json {tuple(wanted)}")
+    check_model(model, name, found["missing_keys"])
+    return model
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for all the tokenizer's tokens where the model has fewer. New ones are drawn around the mean of the others, as
+    transformers does; its explanation of that, with an option which is none of ours, is left out."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        with _errors_only():
+            model.resize_token_embeddings(len(tokenizer))
+
+
+def _errors_only() -> AbstractContextManager[None]:
+    """transformers' modelling code says nothing but errors. By a filter: with a level of WARNING or more on this logger,
+    transformers 5.17 would report "layers were not sharded" of every model."""
+    return showing_only(MODELING, lambda record: record.levelno >= logging.ERROR)
+
+
+def check_missing(names: Iterable[str], name: str) -> None:
+    """Raises a ValueError for tensors that the files of `name` lack and transformers has drawn at random."""
+    if lost := sorted(names):
+        raise ValueError(f"{name} lacks {lost[0]}" + f" and {len(lost) - 1} more tensors" * (len(lost) > 1))
+
+
+def load_classifier(name: str, flag: str = "reward_funcs: ", **kwargs: Any) -> PreTrainedModel:
+    """A sequence classifier, such as a reward model, whole: a language model has no head that judges.
+
+    Args:
+        flag: in front of the name in what is said of it.
+
+    Raises:
+        ValueError: there is no such model, its files lack tensors, or hold NaN or infinity, its head has another number of
+            logits than is asked for, or it is an adapter with a head.
+    """
+    if not kwargs.get("subfolder"):
+        check_name(name, kwargs.get("token"))
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the latter is named below
+    model, found = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+    # transformers 5.17 looks for a head under PEFT's name in memory, which is not that in an adapter's file
+    if any("modules_to_save" in key for key in found["missing_keys"]):
+        raise ValueError(
+            f"{flag}{name} is an adapter, whose head transformers would leave out: merge it into its base model "
+            "(merge_and_unload), save that, and give its folder"
+        )
+    if others := sorted(found["mismatched_keys"]):
+        key, held, wanted = others[0]
+        raise ValueError(
+            f"{flag}{name}: {key} has the shape {tuple(held)} where a classifier of {model.config.num_labels} logit(s) has "
+            f"{tuple(wanted)}"
+        )
+    check_missing(found["missing_keys"], f"{flag}{name}")
+    check_finite(model.state_dict(), f"{flag}{name}")
+    return model
+
+
+def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) -> None:
+    """Raises a ValueError for NaN or infinity in a model, for an encoder, and for tensors that its files lack."""
+    check_finite(dict(model.named_parameters()), name)
+    _check_causal(model, name)  # an encoder's files lack the head of a decoder
+    check_missing(missing, name)
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """An encoder opens as a causal LM as well, and reads what it should predict: raises a ValueError for one."""
+    if any(decoder in kind for kind in model.config.architectures or () for decoder in DECODERS):
+        return
+    ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
+    logits = getattr(model.eval()(input_ids=ids), "logits", None)  # TRL opens the class that a configuration names
+    first = None if logits is None else logits[:, 0].float()
+    if first is None or not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{name} is no causal language model ({', '.join(model.config.architectures or ['?'])}): what it says of a "
+            "token depends on the tokens behind it, as in an encoder"
+        )
+
+
+def check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Raises a ValueError that names a tensor of `name` with NaN or infinity in it."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{name}: {key} holds NaN or infinity")
+
+
+def saved_settings(name: str, method: str, token: str | None = None) -> Any:
+    """The settings of `method` that a model was saved with, or its base if it is an adapter; None: the method is not its.
+
+    Raises:
+        ValueError: there is no such model, or it is of another method.
+    """
+    check_name(name, token)
+    saved = read_saved(name, method, token)
+    if saved.settings or saved.adapter is None:
+        return saved.settings
+    return read_saved(base_of(saved.adapter, name), method, token).settings
+
+
+def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], token: str | None) -> None:
+    """Fill submodules of the decoder, in place, from the safetensors files of a full model, a folder or a hub id. Those in
+    `latent_reasoning.safetensors` go before.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    backbone = backbone_of(model)
+    wanted = {k: v for k, v in backbone.state_dict().items() if k.split(".")[0] in names}
+    folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns="*.safetensors", token=token)
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors"), key=lambda file: (file.name == TENSORS, file)):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                short = key.removeprefix(f"{model.base_model_prefix}.")
+                if short in wanted:
+                    found[short] = tensors.get_tensor(key)
+    missing = wanted.keys() - found.keys()
+    if missing:
+        raise ValueError(f"{name} says that its model thinks, but lacks {', '.join(sorted(missing))}")
+    check_finite(found, name)
+    backbone.load_state_dict(found, strict=False)
+
+
+def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`, with every tensor of the adapter there. In older folders our settings stand in
+    `adapter_config.json`; PEFT's warning of them is left out.
+
+    Raises:
+        ValueError: the adapter's file is missing or damaged, or lacks tensors; NaN is in it.
+    """
+    saved = adapter_keys(name, kwargs.get("token"))
+    with warnings.catch_warnings():
+        ours = r"('concepts'|'latent'|'planner'|'thinking'|, )+"
+        warnings.filterwarnings("ignore", message=rf"Unexpected keyword arguments \[{ours}\]")
+        try:
+            loaded = PeftModel.from_pretrained(model, name, **kwargs)
+        except KeyError as error:  # of tensors that PEFT looks up by name
+            raise ValueError(f"{name}: {ADAPTER} lacks {error}") from error
+        except RuntimeError as error:  # of shapes
+            raise ValueError(f"{name}: {ADAPTER} is of another model: {error}") from error
+    wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    missing = sorted(wanted.keys() - saved)
+    if missing:
+        raise ValueError(
+            f"{name}: {ADAPTER} lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
+        )
+    check_finite(wanted, name)
+    return loaded
+
+
+def adapter_keys(name: str, token: str | None) -> set[str]:
+    """Names of the tensors in the file of an adapter folder or hub repository.
+
+    Raises:
+        ValueError: see `load_adapter`.
+    """
+    path = Path(name, ADAPTER) if os.path.isdir(name) else Path(hf_hub_download(name, ADAPTER, token=token))
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    return set(safetensors_keys(path))

@@ -1,0 +1,121 @@
+"""What each decoder layer of a model looks back on: the one place that decides it, for every method.
+
+transformers' rule is that of its caches (`get_layer_types_and_kwargs`, 5.17): `layer_types` where a configuration has them,
+else `sliding_window`, else `attention_chunk_size`. It leaves out models that say it otherwise (GPT-Neo), or not at all
+(RWKV, whose class says that it is recurrent). A window that is as long as the model's longest text hides nothing.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .wrapping import backbone_of, causal_lm_of
+
+
+FULL, SLIDING, CHUNKED = "full attention", "sliding-window attention", "chunked attention"
+RECURRENT, HYBRID = "linear attention or a state space", "attention beside a state space"
+SPARSE, NONE = "sparse attention", "no attention"
+NAMES = {
+    "full_attention": FULL, "global": FULL, "sliding_attention": SLIDING, "local": SLIDING, "chunked_attention": CHUNKED,
+    "linear_attention": RECURRENT, "conv": RECURRENT, "hybrid": HYBRID, "hybrid_sliding": HYBRID, "moe": NONE, "mlp": NONE,
+}  # fmt: skip
+FIELDS = {SLIDING: ("sliding_window", "window_size"), CHUNKED: ("attention_chunk_size",)}  # that hold a window's length
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Of one layer.
+
+    Attributes:
+        name: one of the names above; `SPARSE` is also what this file does not know.
+        window: tokens that one sees at most, itself included; None: all before it.
+        field: of the configuration, that holds the window.
+    """
+
+    name: str
+    window: int | None = None
+    field: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.window is None else f"{self.name} over {self.window:,} tokens"
+
+
+def layer_kinds(model: nn.Module) -> list[LayerKind]:
+    """Of a causal LM, wrapped by PEFT or not, one for each layer."""
+    backbone = backbone_of(model)
+    config = backbone.config.get_text_config(decoder=True)
+    found = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or _implied(config)
+    names = [NAMES.get(name, SPARSE) for name in found]
+    # A class with a recurrent state whose configuration does not say in which layers: in all of them
+    stateful = any(getattr(part, "_is_stateful", False) for part in (backbone, causal_lm_of(model)))
+    if stateful and not {RECURRENT, HYBRID} & set(names):
+        names = [RECURRENT] * len(names)
+    return [_kind(name, config) for name in names]
+
+
+def _implied(config: PreTrainedConfig) -> list[str]:
+    kind = "full_attention"
+    if getattr(config, "sliding_window", None):
+        kind = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None):
+        kind = "chunked_attention"
+    return [kind] * config.num_hidden_layers
+
+
+def _kind(name: str, config: PreTrainedConfig) -> LayerKind:
+    for field in FIELDS.get(name, ()):
+        if getattr(config, field, None):
+            return LayerKind(name, getattr(config, field), field)
+    return LayerKind(FULL if name in FIELDS else name)  # a window of no length is none
+
+
+def check_layers(model: nn.Module, what: str, longest: int | None = None, windows: tuple[str, ...] = ()) -> None:
+    """Raises a ValueError, which names the layers, their window and the remedy, if they cannot do `what`.
+
+    Args:
+        what: the method, as the subject of "needs".
+        longest: tokens that are read at most; None: as many as the model has positions. A window of that length hides
+            nothing.
+        windows: kinds of windows that the method can do with, however short they are.
+    """
+    kinds = layer_kinds(model)
+    config = backbone_of(model).config.get_text_config(decoder=True)
+    used = longest or getattr(config, "max_position_embeddings", None)
+
+    def fits(kind: LayerKind) -> bool:
+        return kind.name == FULL or kind.name in windows or bool(kind.window and used and used <= kind.window)
+
+    bad = [i for i, kind in enumerate(kinds) if not fits(kind)]
+    if not bad:
+        return
+    kind = kinds[bad[0]]
+    where = numbered([i for i in bad if kinds[i] == kind])
+    sentence = f"{type(causal_lm_of(model)).__name__} has {kind} in {where}; {what} needs "
+    if kind.window is None:
+        raise ValueError(
+            f"{sentence}keys and values of every token in every layer: take a model such as llama or qwen3"
+        )
+    raise ValueError(
+        f"{sentence}every layer to see the whole text, of up to {used:,} tokens: load the model with {kind.field}={used}, "
+        f"which changes nothing for texts of up to {kind.window:,}"
+    )
+
+
+def check_length(model: nn.Module, tokens: int, what: str) -> None:
+    """Raises a ValueError if a text is longer than a window that was taken for the whole text."""
+    kind = min((kind for kind in layer_kinds(model) if kind.window), key=lambda kind: kind.window, default=None)
+    if kind is not None and tokens > kind.window:
+        raise ValueError(
+            f"{tokens:,} tokens: the model has {kind}; {what} needs every layer to see all of them: shorten the text, or "
+            f"load the model with a larger {kind.field}"
+        )
+
+
+def numbered(layers: list[int]) -> str:
+    """Layers in words."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layers {', '.join(map(str, layers))}"

@@ -1,0 +1,229 @@
+"""The model card of a saved folder: what the model is, how to open it, and what another loader leaves out.
+
+Ours is one part of `README.md`, between two comments, and some keys of its metadata. Saving again writes that part anew and
+leaves the rest alone; a part that somebody has changed is left alone too, with a warning.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = "latent-reasoning-trl"
+BEGIN = "<!-- latent-reasoning-trl {}: written when the model is saved, until it is changed -->"
+END = "<!-- latent-reasoning-trl: end -->"
+PART = re.compile(
+    re.escape(BEGIN).replace(re.escape("{}"), "([0-9a-f]{12})") + r"\n(.*?)\n" + re.escape(END), re.DOTALL
+)
+
+# What to run, and what stock loaders do with the folder: tests/unsloth_ext/common/test_saved.py runs and pins both
+OPEN = {
+    "FastThinkingModel": """\
+from unsloth_ext import DelimiterMatcher, FastThinkingModel, hybrid_generate
+
+model, tokenizer = FastThinkingModel.from_pretrained({where})
+inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False).to(model.device)
+matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the text that ended the thinking in training
+out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
+print(tokenizer.decode(out[0], skip_special_tokens=True))""",
+    "LatentModel": """\
+from unsloth_ext import LatentModel
+
+model = LatentModel.from_pretrained({where})
+print(model.generate("1+2=", max_new_tokens=32))""",
+    "ConceptModel": """\
+from unsloth_ext import ConceptModel
+
+model = ConceptModel.from_pretrained({where})
+print(model.generate("1+2=", max_new_tokens=32))""",
+    "PlannerExecutorModel": """\
+from unsloth_ext import PlannerExecutorModel
+
+model = PlannerExecutorModel.from_pretrained({where})
+print(model.plan("1+2="), model.generate("1+2=", max_new_tokens=32))""",
+    "AutoModelForCausalLM": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained({where}), AutoTokenizer.from_pretrained({where})
+inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))""",
+}
+WHAT = {
+    "hrpo": "It thinks in hidden states until a delimiter ends the thinking (HRPO, arXiv 2505.18454).",
+    "latent": "It thinks in latent tokens between question and answer (CODI, PCCoT, KaVa).",
+    "concept": "It compresses what it reads and writes into concept tokens.",
+    "planner": "It plans in concepts and writes the text from the plan alone.",
+}
+DROPPED = {
+    "hrpo": "the thinking modules: what is left decodes without thinking",
+    "latent": "the latent tokens and their projection: what is left answers without thinking",
+    "concept": "the concept head and embedding: what is left reads every token in every layer",
+    "planner": "the planner's head: what is left writes without a plan",
+}
+
+
+@dataclass
+class Part:
+    """Ours of a card, and the metadata that goes with it."""
+
+    text: str
+    metadata: dict[str, Any]
+    tags: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{BEGIN.format(digest(self.text))}\n{self.text}\n{END}"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_model_card(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    method: str,
+    loader: str,
+    settings: Any = None,
+    trainer: str | None = None,
+    kept: str | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Write `README.md` into a folder that a model was saved to.
+
+    Args:
+        method: of latent reasoning, or a name for how an ordinary model was trained.
+        loader: which class opens the folder; a key of `OPEN`.
+        settings: of the method.
+        trainer: the class that trained it, where that is known.
+        kept: the card that was there before the model was saved.
+        repo_id: where the folder is going, for the hub.
+    """
+    part = model_part(folder, model, method, loader, settings, trainer, repo_id)
+    file = Path(folder, "README.md")
+    found = kept if kept is not None else file.read_text() if file.is_file() else None
+    card = ModelCard(found, ignore_metadata_errors=True) if found is not None and not is_template(found) else None
+    if card is None:
+        card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n{part}\n")
+    else:
+        card.text = with_part(card.text, part, file)
+    for key, value in part.metadata.items():
+        if value is None:
+            card.data.__dict__.pop(key, None)
+        else:
+            card.data[key] = value
+    card.data.tags = sorted({*(card.data.tags or []), *part.tags})
+    file.write_text(str(card))
+
+
+def is_template(content: str) -> bool:
+    """Whether a card is PEFT's or the hub's template, that nobody has filled in."""
+    return ModelCard(content, ignore_metadata_errors=True).text.strip().startswith(_template())
+
+
+@functools.cache
+def _template() -> str:
+    return ModelCard.from_template(ModelCardData()).text.strip()
+
+
+def with_part(text: str, part: Part, file: Path) -> str:
+    """A card's text with our part in place of the one that is there, or else at its end."""
+    found = PART.search(text)
+    if found is None:
+        return f"{text.rstrip()}\n\n{part}\n"
+    if found[1] != digest(found[2]):
+        logger.warning(
+            f"{file} keeps its part on how to open the model, which was changed by hand; delete it for a new one"
+        )
+        return text
+    return f"{text[: found.start()]}{part}{text[found.end() :]}"
+
+
+def outside(content: str) -> str:
+    """What others have written in a card: its text without our part and PEFT's note of its version."""
+    text = PART.sub("", ModelCard(content, ignore_metadata_errors=True).text)
+    return re.sub(r"### Framework versions\n\n(- PEFT \S+\s*)+\Z", "", text.strip()).strip()
+
+
+def _name_of(model: nn.Module) -> str:
+    """Where a model comes from; empty for a module that does not say."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
+def model_part(
+    folder: str | Path,
+    model: nn.Module,
+    method: str,
+    loader: str,
+    settings: Any,
+    trainer: str | None,
+    repo_id: str | None,
+) -> Part:
+    """Ours of a model's card."""
+    adapter = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
+    base = adapter.base_model_name_or_path if adapter is not None else _name_of(model)
+    where = repo_id or place(folder)
+    kind = "an adapter (PEFT)" if adapter is not None else "a full model"
+    lines = [
+        f"# A model of the method {method}" if method in WHAT else f"# A model trained by {method}",
+        "",
+        f"{WHAT.get(method, 'It is an ordinary causal language model: every loader reads the whole of it.')} "
+        f"The folder holds {kind}{f', made from `{base}`' if base else ''}."
+        + (f" Trained by `{trainer}`." if trainer else ""),
+        "",
+        "## How to open it",
+        "",
+        *(["In the folder itself:", ""] if where == "." else []),
+        "```python",
+        OPEN[loader].format(where=json.dumps(where, ensure_ascii=False)),
+        "```",
+    ]
+    if method in DROPPED:
+        lines += [
+            "",
+            "## What other loaders leave out",
+            "",
+            f"Loaders that do not know `{LIBRARY}` drop {DROPPED[method]}. `AutoModelForCausalLM`, `pipeline` and what is "
+            "built on them (such as `hf` of lm-eval) report the dropped tensors as UNEXPECTED and go on; `PeftModel` says "
+            "nothing. Formats such as GGUF have no place for them. Figures measured that way are not this model's.",
+        ]
+    if settings:
+        lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
+    tags = [method, *(["latent-reasoning"] if method in WHAT else []), *(["peft"] if adapter is not None else [])]
+    tags += [tag for tag in getattr(model, "model_tags", None) or [] if tag]
+    library = LIBRARY if method in WHAT else "peft" if adapter is not None else "transformers"
+    return Part(
+        "\n".join(lines),
+        {"base_model": hub_id(base), "library_name": library, "method": method, "pipeline_tag": "text-generation"},
+        tags,
+    )
+
+
+def place(folder: str | Path) -> str:
+    """How to name a folder in its own card: from here where it is inside, so that no card tells of a home directory."""
+    path = os.path.relpath(folder)
+    return "." if path.startswith("..") else Path(path).as_posix()
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name`, where it may be one of the hub's; the hub refuses cards with a path for a base."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name

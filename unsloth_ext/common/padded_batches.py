@@ -1,0 +1,52 @@
+"""Whether a model decodes a batch as it decodes each of its rows alone: asked of the model itself."""
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from .evaluation_mode import evaluating
+from .layer_kinds import HYBRID, RECURRENT, layer_kinds
+from .trial_text import same_states
+from .unsloth_decoding import on_unsloth
+from .wrapping import backbone_of, causal_lm_of
+
+
+LENGTH, PADS, TOKENS = 8, 2, 3  # of the two texts that are asked about: tokens, pads before the second, what is decoded
+
+
+@torch.no_grad()
+def check_batches(model: nn.Module) -> None:
+    """Raises a ValueError for a model with a recurrent state that rows of a batch share, as RWKV's, or that pads
+    get into, as RecurrentGemma's (transformers 5.17).
+
+    Asked once, by a few greedy tokens behind two texts. Weights that are not there yet (meta device, ZeRO-3) cannot be
+    asked. Draws nothing from the global RNG.
+    """
+    causal_lm, backbone = causal_lm_of(model), backbone_of(model)
+    if on_unsloth(causal_lm) or not {RECURRENT, HYBRID} & {kind.name for kind in layer_kinds(model)}:
+        return
+    weight = causal_lm.get_input_embeddings().weight
+    if weight.is_meta or not weight.numel():
+        return
+    if not hasattr(backbone, "decodes_batches"):
+        backbone.decodes_batches = _decodes_batches(causal_lm, weight)
+    if not backbone.decodes_batches:
+        raise ValueError(
+            f"{type(causal_lm).__name__} decodes a batch otherwise than each of its rows alone, also without thinking: "
+            "generate from one prompt at a time; to train, take another family"
+        )
+
+
+def _decodes_batches(causal_lm: nn.Module, weight: torch.Tensor) -> bool:
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(weight.shape[0], (2, LENGTH), generator=source).to(weight.device)
+    mask = torch.ones_like(ids)
+    mask[1, :PADS] = 0
+    config = GenerationConfig(
+        max_new_tokens=TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    with evaluating(causal_lm):
+        out = causal_lm.generate(ids, attention_mask=mask, generation_config=config)
+        first, second = out.sequences[:1], out.sequences[1:, PADS:]
+        alone = torch.stack([causal_lm(text, use_cache=False).logits[0, -2] for text in (first, second)])
+    return same_states(out.logits[-1], alone.to(weight.dtype))

@@ -1,0 +1,286 @@
+"""`latent_reasoning.json`: what a saved model does beyond its class, in a file of its own beside PEFT's or transformers'.
+
+    {"method": "hrpo", "version": 1, "settings": {...}}
+
+Older folders have the settings in `adapter_config.json` or `config.json` and are read as well. A full model's `config.json`
+still holds them too. What a folder says is compared with the tensors that it holds: one without the other is an error.
+"""
+
+import json
+import logging
+import os
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import patches
+
+from ..hrpo.adapter import THINKING_MODULES
+from .model_card import write_model_card
+
+
+logger = logging.getLogger(__name__)
+
+FILE = "latent_reasoning.json"
+TENSORS = "latent_reasoning.safetensors"  # a method's own tensors, where someone else wrote the rest
+ADAPTER = "adapter_model.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of latent reasoning.
+
+    Attributes:
+        name: in `latent_reasoning.json`.
+        key: of its settings in a model's configuration.
+        modules: that it gives the decoder.
+        loader: which class of `unsloth_ext` opens its folders.
+    """
+
+    name: str
+    key: str
+    modules: tuple[str, ...]
+    loader: str
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("hrpo", "thinking", THINKING_MODULES, "FastThinkingModel"),
+        Method("latent", "latent", ("latent_projection",), "LatentModel"),
+        Method("concept", "concepts", ("concept_head", "concept_embedding"), "ConceptModel"),
+        Method("planner", "planner", ("unified_head",), "PlannerExecutorModel"),
+    )
+}
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+
+def describe_when_saved(model: nn.Module, backbone: nn.Module) -> None:
+    """From now on whatever saves this model, or a PEFT model around it, also writes `latent_reasoning.json` and a card.
+
+    Raises:
+        ValueError: the model has the settings of two methods.
+    """
+    method_of(model.config)
+    backbone.describe_saved = types.MethodType(_describe, backbone)
+    backbone.complete_saved = types.MethodType(_complete, backbone)
+    patches.apply("save_pretrained")
+    patches.apply("upload_saved")
+
+
+def method_of(config: Any) -> tuple[Method | None, Any]:
+    """The method whose settings a model's configuration holds, and these.
+
+    Raises:
+        ValueError: there are two.
+    """
+    found = [(method, getattr(config, method.key)) for method in METHODS.values() if getattr(config, method.key, None)]
+    if len(found) > 1:
+        raise ValueError(
+            f"the model has the settings of {' and '.join(method.name for method, _ in found)}: a model has one method"
+        )
+    return found[0] if found else (None, None)
+
+
+def check_free(model: nn.Module, method: str) -> None:
+    """Raises a ValueError for a model that has the settings of another method, before anything of this one is attached."""
+    there = {key for key in (each.key for each in METHODS.values()) if getattr(model.config, key, None)}
+    others = sorted(each.name for each in METHODS.values() if each.key in there and each.name != method)
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} has the settings of {' and '.join(others)}: a model has one method; load the base "
+            f"anew for {method}"
+        )
+
+
+def _describe(
+    backbone: nn.Module, model: nn.Module, folder: str | Path, kept_card: str | None = None, repo_id: str | None = None
+) -> None:
+    """Write settings and card into a folder that `model` has just been saved to, and beside each further adapter in it."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    method, settings = method_of(bare.config)
+    if method is None:
+        return
+    if model is bare:  # its own files hold all of it, and would be read after that one
+        Path(folder, TENSORS).unlink(missing_ok=True)
+        if Path(folder, "adapter_config.json").exists():
+            logger.warning(
+                f"{folder} holds an adapter as well, which every loader takes for the model: delete adapter_config.json "
+                f"and {ADAPTER} there, or save the whole model in a folder of its own"
+            )
+    others = [name for name in getattr(model, "peft_config", None) or () if name != "default"]
+    content = json.dumps({"method": method.name, "version": VERSION, "settings": settings}, indent=2) + "\n"
+    for place in (Path(folder), *(Path(folder, name) for name in others if Path(folder, name).is_dir())):
+        (place / FILE).write_text(content)
+        write_model_card(
+            place, model, method=method.name, loader=method.loader, settings=settings, kept=kept_card, repo_id=repo_id
+        )
+        kept_card = None
+
+
+def _complete(backbone: nn.Module, model: nn.Module, folder: str | Path) -> None:
+    """Write a method's own tensors, settings and card into a folder with a full model that other software has written."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    method, settings = method_of(bare.config)
+    tensors = {}
+    for name in method.modules:
+        module = getattr(backbone, name, None)
+        if hasattr(module, "modules_to_save"):  # PEFT's wrapper around the trained one
+            module = module.modules_to_save[model.active_adapter]
+        for key, tensor in (module.state_dict() if module is not None else {}).items():
+            tensors[f"{bare.base_model_prefix}.{name}.{key}"] = tensor.detach().cpu().contiguous()
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), method.key: settings}, indent=2) + "\n")
+    _describe(backbone, bare, folder)
+    save_file(tensors, Path(folder, TENSORS), metadata={"format": "pt"})
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_json(folder: str, filename: str, token: str | None) -> dict | None:
+    """A JSON object in a file of a local folder or a hub repository; None where there is none.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(folder, filename)
+    if not os.path.isdir(folder):
+        try:
+            path = Path(hf_hub_download(folder, filename, token=token))
+        except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+            return None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder or a hub repository says about its model.
+
+    Attributes:
+        name: the folder or hub id.
+        adapter: its `adapter_config.json`; None for a full model.
+        method, settings: of latent reasoning; None: there is none.
+    """
+
+    name: str
+    adapter: dict | None
+    method: Method | None
+    settings: Any
+
+
+def read_saved(name: str, expected: str | None = None, token: str | None = None) -> Saved:
+    """What a saved model is, after its files.
+
+    Args:
+        expected: the method that the caller can open; None: no method at all.
+
+    Raises:
+        ValueError: it is of another method, or holds a method's tensors and nothing says how to use them.
+    """
+    adapter = read_json(name, "adapter_config.json", token)
+    method, settings = _settings(name, adapter, token)
+    held = held_by(tensor_names(name, adapter is not None, token))
+    for other, why in ((method, "its settings say so"), (held and held[0], f"it holds {held and held[1]}")):
+        if other is not None and other.name != expected:
+            raise ValueError(
+                f"{name} holds a model of the method {other.name} ({why}), which would be lost here; open it with "
+                f"unsloth_ext.{other.loader}.from_pretrained"
+            )
+    if held and method is None:
+        raise ValueError(missing_settings(name, *held))
+    return Saved(name, adapter, method, settings)
+
+
+def missing_settings(name: str, method: Method, tensor: str) -> str:
+    """What to say of tensors that nothing says how to use."""
+    return (
+        f"{name} holds {tensor}, a tensor of the method {method.name}, but no {FILE} that says how it is used: other "
+        f"software has saved the model; copy {FILE} from the folder that it was made from"
+    )
+
+
+def _settings(name: str, adapter: dict | None, token: str | None) -> tuple[Method | None, Any]:
+    file = read_json(name, FILE, token)
+    older = adapter if adapter is not None else read_json(name, "config.json", token) or {}
+    there = [(method, older[method.key]) for method in METHODS.values() if older.get(method.key)]
+    if file is None:
+        return there[0] if there else (None, None)
+    if file.get("version") != VERSION or file.get("method") not in METHODS or not file.get("settings"):
+        raise ValueError(
+            f"{name}: {FILE} has method={file.get('method')!r}, version={file.get('version')!r}; this package reads "
+            f"version {VERSION} of {', '.join(METHODS)}, with settings"
+        )
+    method = METHODS[file["method"]]
+    if there and there[0] != (method, file["settings"]):
+        raise ValueError(
+            f"{name}: {FILE} and {'config.json' if adapter is None else 'adapter_config.json'} hold different settings; "
+            f"delete {there[0][0].key!r} from the latter, or make them agree"
+        )
+    return method, file["settings"]
+
+
+def tensor_names(name: str, adapter: bool, token: str | None = None) -> list[str]:
+    """Names of the tensors in the safetensors files of a folder; of a hub repository, as far as it has been fetched.
+
+    Raises:
+        ValueError: a file is truncated or damaged.
+    """
+    if os.path.isdir(name):
+        files = [Path(name, ADAPTER)] if adapter else [*Path(name).glob("model*.safetensors"), Path(name, TENSORS)]
+    else:
+        wanted = (ADAPTER,) if adapter else ("model.safetensors", "model.safetensors.index.json", TENSORS)
+        files = [Path(file) for file in (_cached(name, file) for file in wanted) if file]
+    found: list[str] = []
+    for file in files:
+        if file.suffix == ".json":
+            found += json.loads(file.read_text())["weight_map"]
+        elif file.exists():
+            found += safetensors_keys(file)
+    return found
+
+
+def _cached(name: str, file: str) -> str | None:
+    try:
+        found = try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def safetensors_keys(path: Path) -> list[str]:
+    """Raises a ValueError if the file is truncated or damaged."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error})") from error
+
+
+def held_by(names: Iterable[str]) -> tuple[Method, str] | None:
+    """The method that some of these tensors belong to, and the first of them."""
+    for name in names:
+        parts = name.split(".")
+        for method in METHODS.values():
+            if any(module in parts for module in method.modules):
+                return method, name
+    return None

@@ -1,0 +1,57 @@
+"""Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off; and single rows of
+embeddings, which PEFT trains one by one."""
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.utils.other import _set_trainable
+from torch import nn
+
+
+THINKING_MODULES = (
+    "thinking_residual_gate_r",
+    "thinking_residual_gate_i",
+    "thinking_residual_Lambda",
+    "thinking_projection",
+)
+
+
+def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config that make it train and save the thinking modules, and LoRA leave them alone.
+
+    Raises:
+        ValueError: the PEFT method has no `modules_to_save`.
+    """
+    if not hasattr(config, "modules_to_save"):
+        raise ValueError(f"{type(config).__name__} cannot train the thinking modules: it has no modules_to_save")
+    changes = {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))}
+    if getattr(config, "target_modules", None) == "all-linear":
+        changes["exclude_modules"] = [*(config.exclude_modules or []), *THINKING_MODULES]
+    return changes
+
+
+def join_adapter(model: PeftModel) -> None:
+    """Make freshly attached modules part of the active adapter, which exists already."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    config.modules_to_save = with_thinking_modules(config)["modules_to_save"]
+    _set_trainable(model, name, inference_mode=config.inference_mode, module_names=THINKING_MODULES)
+
+
+class Unloaded(nn.Module):
+    """Stands where PEFT keeps the untrained original of a thinking module: an adapter that is off does not think."""
+
+    def forward(self, *_: Any) -> None:
+        raise RuntimeError(
+            "a thinking module was called with its adapter off or unloaded; pass no thinking states then, or merge the "
+            "adapter instead of unloading it"
+        )
+
+
+def free_originals(backbone: nn.Module) -> None:
+    """Drop PEFT's untrained copies of the thinking modules: 3 d^2 parameters that nothing reads. Call it once no adapter
+    will be added any more, since PEFT starts new ones from these copies."""
+    for name in THINKING_MODULES:
+        wrapper = getattr(backbone, name)
+        if hasattr(wrapper, "original_module"):
+            wrapper.original_module = Unloaded()

@@ -1,0 +1,306 @@
+"""Hybrid decoding: sample tokens, and feed each thinking token as `fused(E[x], s)` instead of `E[x]` (HRPO, sec. 3).
+
+transformers' own sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`); three hooks ride on it:
+a pre-hook on the LM head sees the hidden state, the last logits processor sees the warped distribution, the stopping
+criteria see the sampled token, and a hook on the input embedding fuses the state into the next forward. Greedy and
+sampled decoding, EOS, `num_return_sequences`, streamers, stopping criteria and scores are therefore transformers' own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers.generation import (
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from ..common.ablations import ABLATIONS
+from ..common.delimiter import DelimiterMatcher
+from ..common.generation_arguments import check, check_context, refuse_empty, samplers_count, settle
+from ..common.padded_batches import check_batches
+from ..common.unsloth_decoding import returning_hidden_states, without_decode_graphs
+from ..common.wrapping import backbone_of
+from .residual import has_thinking
+from .states import Warper, project, soft_embedding
+
+
+KEPT = ("thinking_states", "hidden_states", "log_probs")  # beside the mask, when asked for
+
+
+@dataclass
+class ThinkingTrace:
+    """What a hybrid decode leaves behind; C is the number of decoded tokens, rows are those of the returned sequences.
+
+    Attributes:
+        thinking_mask (B, C) bool: tokens before the delimiter is complete, and before the row ends.
+        thinking_states (B, C, d): the state fused into each token, zero where none was; None unless asked for.
+        hidden_states (B, C, d): the hidden state that produced each token; None unless asked for.
+        log_probs (B, C) fp32: of each token under the distribution it was drawn from; None unless asked for.
+    """
+
+    thinking_mask: torch.Tensor
+    thinking_states: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+
+
+class HybridSession:
+    """State of one hybrid decode. `keep` names the tensors of `ThinkingTrace` to record beside the mask."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        matcher: DelimiterMatcher,
+        keep: tuple[str, ...] = (),
+        ablation: str | None = None,
+        streamer: Any = None,
+        synced_gpus: bool | None = None,
+    ):
+        if not has_thinking(model):
+            raise ValueError(f"{type(model).__name__} has no thinking modules; call attach_thinking(model) first")
+        if ablation is not None and ablation not in ABLATIONS:
+            raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}, off")
+        if unknown := [name for name in keep if name not in KEPT]:
+            raise ValueError(f"keep: {unknown[0]!r}: choose of {', '.join(KEPT)}")
+        self.matcher, self.keep, self.ablation = matcher, keep, ablation
+        self.streamer, self.synced_gpus = streamer, synced_gpus
+        self.backbone = backbone_of(model)
+        self.embedding = self.backbone.get_input_embeddings()
+        self.lm_head = model.get_output_embeddings()
+        self.source = self.backbone.thinking_config.thinking_source
+        self.needs_hidden = self.source == "projection" or "hidden_states" in keep
+        self._masks: list[torch.Tensor] = []
+        self._states: list[torch.Tensor] = []
+        self._hidden: list[torch.Tensor] = []
+        self._log_probs: list[torch.Tensor] = []
+        self._last_hidden: torch.Tensor | None = None
+        self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._matched: torch.Tensor | None = None
+        self._ended: torch.Tensor | None = None
+
+    # -- the four places where the loop calls us, in the order of one step ------------------------------------------
+
+    def see_hidden(self, _: nn.Module, args: tuple) -> None:
+        """LM-head pre-hook: hidden states (B, T, d)."""
+        self._last_hidden = args[0][:, -1].clone()  # a view would keep the whole prefill alive
+
+    def see_scores(self, scores: torch.Tensor) -> None:
+        """Warped scores (B, V) of the token about to be chosen."""
+        self._scores = scores
+
+    def see_token(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
+        """The chosen tokens (B,), and which rows end with them (B,) bool. Everything here is queued on the device; nothing
+        waits for it."""
+        if self._matched is None:
+            self._matched = torch.zeros_like(tokens)
+            self._ended = torch.zeros_like(tokens, dtype=torch.bool)
+        self._matched = self.matcher.step(self._matched, tokens)
+        if self.eos is not None:
+            self._ended = self._ended | (tokens[:, None] == self.eos).any(-1)
+        self._masks.append((self._matched != self.matcher.done) & ~self._ended)
+        self._ended = self._ended | done  # by a stop string, say: from the next token on
+        if "log_probs" in self.keep:
+            self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
+        if "hidden_states" in self.keep:
+            self._hidden.append(self._last_hidden)
+        if self.source == "projection":
+            self._pending = (self._last_hidden, None)
+            return
+        probs = (self.warper(self._scores) if self.warp else self._scores).softmax(-1)
+        count = (probs > 0).sum(-1).max().to("cpu", non_blocking=True) if self.warper.truncates else None
+        self._pending = (probs, count)  # `count` is read after the loop's own stopping check has synchronised
+
+    def fuse(self, _: nn.Module, args: tuple, embeds: torch.Tensor) -> torch.Tensor | None:
+        """Embedding hook: embeds (B, T, d) of the tokens about to be fed. T > 1 after the prefill means no cache."""
+        if not self._masks:
+            return None
+        if self._pending is not None:
+            self._states.append(self._ablated(self._state(*self._pending)))
+            self._pending = None
+        span = min(embeds.shape[1], len(self._masks))
+        mask, states = (torch.stack(x[-span:], dim=1) for x in (self._masks, self._states))
+        if "thinking_states" not in self.keep and embeds.shape[1] == 1:
+            self._states.clear()
+        return self.backbone.fuse_thinking(embeds, mask, states)
+
+    # -- the state itself -----------------------------------------------------------------------------------------
+
+    def _state(self, basis: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+        if self.source == "projection":
+            return project(self.backbone, basis)
+        return soft_embedding(self.embedding, basis, None if count is None else int(count))
+
+    def _ablated(self, state: torch.Tensor) -> torch.Tensor:
+        return ABLATIONS[self.ablation](state) if self.ablation else state
+
+    def prepare(self, config: GenerationConfig) -> None:
+        """Read what the session needs from the generation config."""
+        self.eos = getattr(config, "_eos_token_tensor", None)
+        self.warper = Warper.of(config)
+        self.warp = not config.do_sample  # sampling warps in the loop; greedy keeps the state of that distribution
+
+    def trace(self) -> ThinkingTrace:
+        """The record so far; outside inference mode, so that training may use it."""
+        states = None
+        if "thinking_states" in self.keep:
+            # The last token is never fed, so it has no state: zero
+            states = [*self._states, *[torch.zeros_like(self._empty_state())] * (len(self._masks) - len(self._states))]
+        stack = lambda steps: torch.stack(steps, dim=1).clone()  # noqa: E731
+        return ThinkingTrace(
+            thinking_mask=stack(self._masks),
+            thinking_states=None if states is None else stack(states),
+            hidden_states=stack(self._hidden) if "hidden_states" in self.keep else None,
+            log_probs=stack(self._log_probs) if "log_probs" in self.keep else None,
+        )
+
+    def _empty_state(self) -> torch.Tensor:
+        weight = self.embedding.weight
+        return weight.new_zeros(len(self._masks[0]), weight.shape[1])
+
+
+class _SeeScores(LogitsProcessor):
+    def __init__(self, session: HybridSession):
+        self.session = session
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.session.see_scores(scores)
+        return scores
+
+
+class _SeeingCriteria(StoppingCriteriaList):
+    """The loop's own criteria; what they say is shown to the session."""
+
+    def __init__(self, criteria: StoppingCriteriaList, session: HybridSession):
+        super().__init__(criteria)
+        self.session = session
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.session.see_token(input_ids[:, -1], done)
+        return done
+
+
+def hybrid_decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    hybrid: HybridSession | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The `custom_generate` callable: `model.generate(..., custom_generate=hybrid_decode, hybrid=HybridSession(...))`.
+
+    Raises:
+        ValueError: no session was given, or the generation config asks for what thinking states do not survive
+            (`unsloth_ext.common.generation_arguments`).
+    """
+    if hybrid is None:
+        raise ValueError("custom_generate=hybrid_decode needs hybrid=HybridSession(...); or call hybrid_generate")
+    check("hybrid", generation_config)
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        raise ValueError(
+            f"hybrid decoding samples or takes the greedy token; {mode.value} cannot carry thinking states"
+        )
+    if len(input_ids) > 1:
+        check_batches(model)
+    generation_config.disable_compile = True  # the hooks are Python
+    hybrid.prepare(generation_config)
+    from_logits = returning_hidden_states(model) if hybrid.needs_hidden else None
+    if from_logits is not None and generation_config.output_logits:
+        raise ValueError("output_logits=True: under Unsloth the raw logits are hidden states here; use output_scores")
+    processors = LogitsProcessorList([*logits_processor, _SeeScores(hybrid)])
+    criteria = _SeeingCriteria(stopping_criteria, hybrid)
+    handles = [hybrid.embedding.register_forward_hook(hybrid.fuse)]
+    if hybrid.needs_hidden and from_logits is None:
+        handles.append(hybrid.lm_head.register_forward_pre_hook(hybrid.see_hidden))
+    try:
+        with without_decode_graphs():
+            if from_logits is None:
+                return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
+            with from_logits:  # Unsloth never calls its LM head: it hands us the hidden states instead of the logits
+                processors.insert(0, from_logits.processor(hybrid))
+                return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs):
+    from transformers.generation.utils import _get_torch_distributed_world_size
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    # `generate` drops these two for a callable `custom_generate`
+    synced = hybrid.synced_gpus
+    if synced is None:
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        synced = sharded and _get_torch_distributed_world_size() > 1
+    return type(model)._sample(
+        model, input_ids, processors, criteria, generation_config, synced, hybrid.streamer, **kwargs
+    )
+
+
+def hybrid_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    matcher: DelimiterMatcher,
+    *,
+    keep: tuple[str, ...] = (),
+    ablation: str | None = None,
+    return_trace: bool = False,
+    streamer: Any = None,
+    **generate_kwargs: Any,
+) -> Any:
+    """`model.generate` with thinking states.
+
+    Args:
+        model: a causal LM with thinking modules, wrapped by PEFT or not.
+        input_ids (B, P) long, left-padded; pass `attention_mask` as for `generate`.
+        matcher: finds the delimiter that ends the thinking.
+        keep: which tensors of `ThinkingTrace` to record: `"thinking_states"`, `"hidden_states"`, `"log_probs"`.
+        ablation: `"zero"`, `"shuffle"` (another row's state) or `"noise"` (same norm) in the state's place; `"off"` is
+            plain `generate`.
+        return_trace: also return the `ThinkingTrace`.
+        **generate_kwargs: as for `generate`; docs/generation.md has what works.
+
+    Returns:
+        What `generate` returns, or (that, `ThinkingTrace`) with `return_trace`.
+
+    Raises:
+        ValueError: an argument that thinking states do not survive, a prompt without tokens, or one that leaves no room for
+            the answer.
+    """
+    if ablation == "off":
+        if return_trace:
+            raise ValueError("ablation='off' is plain generate and leaves no trace")
+        return model.generate(input_ids=input_ids, streamer=streamer, **generate_kwargs)
+    with samplers_count():
+        config = settle(model, "hybrid", generate_kwargs)
+    mask = generate_kwargs.get("attention_mask")
+    lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1).tolist()
+    refuse_empty(lengths)
+    check_context(model, lengths, config)
+    session = HybridSession(model, matcher, keep, ablation, streamer, generate_kwargs.pop("synced_gpus", None))
+    tokenizer = generate_kwargs.pop("tokenizer", None)
+    if config.stop_strings is not None:  # `generate` drops the tokenizer for a callable `custom_generate`
+        if tokenizer is None:
+            raise ValueError(
+                f"stop_strings={config.stop_strings!r}: pass the tokenizer beside them, tokenizer=tokenizer"
+            )
+        criteria = [
+            *(generate_kwargs.get("stopping_criteria") or []),
+            StopStringCriteria(tokenizer, config.stop_strings),
+        ]
+        generate_kwargs |= {"stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}
+    with samplers_count():
+        out = model.generate(
+            input_ids=input_ids, streamer=streamer, custom_generate=hybrid_decode, hybrid=session, **generate_kwargs
+        )
+    return (out, session.trace()) if return_trace else out

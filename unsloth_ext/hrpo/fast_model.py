@@ -1,0 +1,242 @@
+"""`FastThinkingModel`: load, wrap, save, merge. Unsloth where it can run, transformers + PEFT otherwise."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft import get_peft_model as peft_get_peft_model
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+
+import patches
+
+from ..common.backend import unsloth_can_run
+from ..common.hub import (
+    adapter_keys,
+    as_dtype,
+    base_of,
+    check_causal_lm,
+    check_model,
+    check_name,
+    check_tokenizer,
+    load_adapter,
+    load_causal_lm,
+    load_modules,
+    load_tokenizer,
+)
+from ..common.settings_file import held_by, read_saved
+from .adapter import THINKING_MODULES
+from .residual import ThinkingConfig, attach_thinking, drop_thinking, has_thinking, read_settings
+
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FastThinkingModel:
+    """Loader with the arguments of Unsloth's `FastLanguageModel`; ours are keyword-only."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "Qwen/Qwen2.5-1.5B-Instruct",
+        max_seq_length: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool | None = None,
+        *,
+        full_finetuning: bool = False,
+        device_map: Any = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+        thinking: ThinkingConfig | None = None,
+        use_unsloth: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[PreTrainedModel | PeftModel, Any]:
+        """Load a base model, a full thinking model, or an adapter folder with its base, thinking modules attached.
+
+        Args:
+            model_name: hub id, or a folder with a model or an adapter.
+            max_seq_length: prompt and completion together, in tokens; None takes 2048, or fewer where the model has fewer.
+            dtype: such as `torch.bfloat16` or `"bfloat16"`; None takes bf16 on a GPU that has it, fp32 on a CPU.
+            load_in_4bit: None means 4-bit on a GPU with bitsandbytes, else not.
+            thinking: how to think. None takes what was saved with the model, or the defaults on a model that never
+                thought.
+            use_unsloth: None decides by `unsloth_ext.common.backend.unsloth_can_run`.
+
+        Returns:
+            (model, tokenizer); the model is a `PeftModel` when `model_name` is an adapter.
+
+        Raises:
+            ValueError: there is no such model, it is of another method, thinking modules and settings are not both there,
+                files are damaged, lack tensors or hold NaN; or an adapter never thought and `thinking` was not given.
+        """
+        dtype = as_dtype(dtype, kwargs)
+        check_name(model_name, token)
+        saved = read_saved(model_name, "hrpo", token)
+        base_name = model_name if saved.adapter is None else base_of(saved.adapter, model_name)
+        base = saved if saved.adapter is None else read_saved(base_name, "hrpo", token)
+        # What PEFT restores: only what the model has by then
+        own = saved.adapter is not None and held_by(adapter_keys(model_name, token)) is not None
+        if saved.adapter is not None and not own and not base.settings and saved.settings:
+            raise ValueError(
+                f"{model_name} says that its model thinks, but lacks {', '.join(sorted(THINKING_MODULES))}"
+            )
+        if saved.adapter is not None and not own and not base.settings and thinking is None:
+            raise ValueError(
+                f"the adapter {model_name} has no thinking modules ({', '.join(sorted(THINKING_MODULES))}); pass "
+                "thinking=ThinkingConfig() to start from its LoRA weights with new ones"
+            )
+        use_unsloth = unsloth_can_run()[0] if use_unsloth is None else use_unsloth
+        if load_in_4bit is None:
+            load_in_4bit = (
+                not full_finetuning and torch.cuda.is_available() and bool(importlib.util.find_spec("bitsandbytes"))
+            )
+        load = _load_unsloth if use_unsloth else _load_transformers
+        model, tokenizer = load(
+            base_name,
+            max_seq_length=max_seq_length,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            full_finetuning=full_finetuning,
+            device_map=device_map,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+        if not base.settings:  # of a hub model, the files are here by now
+            read_saved(base_name, "hrpo", token)
+        settings = saved.settings or base.settings
+        thinking = thinking or (read_settings(settings, model_name) if settings else None)
+        before = saved.adapter is None or own or bool(base.settings)
+        if before:
+            attach_thinking(model, thinking)
+            if base.settings:
+                load_modules(model, base_name, THINKING_MODULES, token)
+        if saved.adapter is not None:
+            model = load_adapter(model, model_name, is_trainable=True, token=token)
+            if use_unsloth:
+                from unsloth import FastLanguageModel
+
+                model = FastLanguageModel.patch_peft_model(model, kwargs.get("use_gradient_checkpointing", "unsloth"))
+            if not before:
+                attach_thinking(model, thinking)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: Any = LINEAR_LAYERS,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = False,
+        random_state: int = 3407,
+        modules_to_save: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """LoRA on a thinking model; the thinking modules train in full beside it and are saved with the adapter.
+
+        Raises:
+            ValueError: the model has an adapter.
+        """
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "the model has an adapter, which from_pretrained loads to be trained on: leave get_peft_model out, or "
+                "merge it first (FastThinkingModel.merge)"
+            )
+        if not has_thinking(model):
+            attach_thinking(model)
+        modules_to_save = [*(modules_to_save or []), *THINKING_MODULES]
+        if target_modules == "all-linear":
+            kwargs["exclude_modules"] = [*kwargs.get("exclude_modules", []), *THINKING_MODULES]
+        elif not isinstance(target_modules, str):
+            target_modules = list(target_modules)
+        settings = {
+            "r": r,
+            "target_modules": target_modules,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "bias": bias,
+            "modules_to_save": modules_to_save,
+            **kwargs,
+        }
+        if _is_unsloth(model):
+            from unsloth import FastLanguageModel
+
+            patches.apply("peft_module_check")
+            model = FastLanguageModel.get_peft_model(
+                model,
+                use_gradient_checkpointing=use_gradient_checkpointing,
+                random_state=random_state,
+                **settings,
+            )
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(random_state)
+                model = peft_get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+            if use_gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.enable_input_require_grads()
+        return model
+
+    @staticmethod
+    def merge(model: PeftModel, *, keep_thinking: bool = True) -> PreTrainedModel:
+        """The base model with the adapter merged in; its thinking modules stay (`save_pretrained` then writes them and
+        `from_pretrained` finds them) or are dropped."""
+        merged = model.merge_and_unload()
+        return merged if keep_thinking else drop_thinking(merged)
+
+
+def _is_unsloth(model: PreTrainedModel) -> bool:
+    return hasattr(model, "max_seq_length") and hasattr(model, "for_training")
+
+
+def _positions(name: str, **options) -> int | None:
+    """Tokens that a model was made for, where its configuration says so."""
+    return getattr(AutoConfig.from_pretrained(name, **options).get_text_config(), "max_position_embeddings", None)
+
+
+def _load_transformers(
+    name: str, *, max_seq_length, dtype, load_in_4bit, full_finetuning, device_map, token, trust_remote_code, **kwargs
+):
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if load_in_4bit:
+        compute = None if dtype == "auto" else dtype
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
+        )
+    if device_map is None and torch.cuda.is_available():
+        device_map = {"": torch.cuda.current_device()}
+    common = {"token": token, "trust_remote_code": trust_remote_code}
+    check_causal_lm(name, "hrpo", **common)
+    most = _positions(name, **common)
+    if max_seq_length is not None and most is not None and max_seq_length > most:
+        raise ValueError(
+            f"max_seq_length={max_seq_length} is more than {name} was made for (max_position_embeddings={most})"
+        )
+    model = load_causal_lm(name, method="hrpo", dtype=dtype, device_map=device_map, **common, **kwargs)
+    return model, load_tokenizer(name, padding_side="left", **common)
+
+
+def _load_unsloth(name: str, **kwargs):
+    from unsloth import FastLanguageModel
+
+    if kwargs["device_map"] is None:  # its own default is not None
+        del kwargs["device_map"]
+    if kwargs["dtype"] == "auto":
+        kwargs["dtype"] = None
+    common = {"token": kwargs["token"], "trust_remote_code": kwargs["trust_remote_code"]}
+    check_causal_lm(name, "hrpo", **common)  # Unsloth takes a name that is not there for a model it does not support
+    check_tokenizer(name)
+    if kwargs["max_seq_length"] is None:
+        kwargs["max_seq_length"] = min(2048, _positions(name, **common) or 2048)
+    # Before Unsloth binds its exports to the model
+    patches.apply("save_pretrained")
+    patches.apply("unsloth_export")
+    patches.apply("unsloth_save_merged")
+    # Unsloth's classes keep the stock forward for models it did not load: that one must know our keywords as well
+    patches.apply("base_model_forward")
+    patches.apply("llama_fast_forward")
+    model, tokenizer = FastLanguageModel.from_pretrained(name, **kwargs)
+    check_model(model, name)
+    return model, tokenizer

@@ -1,0 +1,202 @@
+"""The thinking residual: gates that mix a thinking state into a token's input embedding (HRPO, arXiv 2505.18454, eq. 3-5).
+
+    r = sigmoid(W_r e + b_r)            i = sigmoid(W_i e + b_i)
+    a = exp(-c softplus(-Lambda) r)     c = 8, a in (0, 1], elementwise
+    fused = a e + sqrt(1 - a^2 + eps) (i s)
+
+`e` (B, T, d) is the token's input embedding, `s` (B, T, d) its thinking state. All four modules are registered
+submodules of the decoder (`model.base_model`), so that optimizers, PEFT and safetensors see them under the names
+`thinking_residual_gate_r`, `thinking_residual_gate_i`, `thinking_residual_Lambda`, `thinking_projection`.
+"""
+
+import types
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..common.master_weights import MasterLinear, MasterWeights, beside
+from ..common.settings_file import check_free, describe_when_saved
+from ..common.wrapping import backbone_of, causal_lm_of
+from .adapter import THINKING_MODULES, join_adapter
+from .forward import teach_forward
+from .states import NORMS, SOURCES, project
+
+
+GATE_SCALE = 8.0  # c
+EPS = 1e-8
+PROJECTION_INIT_STD = 0.001
+
+
+@dataclass
+class ThinkingConfig:
+    """How a model thinks. Saved in `latent_reasoning.json` (a full model's `config.json` has it too, under `"thinking"`).
+
+    Attributes:
+        thinking_source: `"projection"`, s = W h / |W h| of the previous hidden state, or `"soft_embedding"`, the
+            probability-weighted input embedding of the paper.
+        thinking_norm: of the projection source: `"unit"`, `"embedding_rms"` (the mean norm of an input embedding) or
+            `"none"`.
+        residual_r_min, residual_r_max: at r = 1 the initial `a` is uniform between them.
+    """
+
+    thinking_source: str = field(default="projection")
+    thinking_norm: str = field(default="unit")
+    residual_r_min: float = field(default=0.99)
+    residual_r_max: float = field(default=0.999)
+
+    def __post_init__(self) -> None:
+        if self.thinking_source not in SOURCES:
+            raise ValueError(f"thinking_source={self.thinking_source!r}: choose one of {', '.join(SOURCES)}")
+        if self.thinking_norm not in NORMS:
+            raise ValueError(f"thinking_norm={self.thinking_norm!r}: choose one of {', '.join(NORMS)}")
+        if not 0 < self.residual_r_min < self.residual_r_max < 1:
+            raise ValueError(
+                f"residual_r_min={self.residual_r_min}, residual_r_max={self.residual_r_max}: need "
+                "0 < residual_r_min < residual_r_max < 1"
+            )
+
+
+def read_settings(saved: Any, name: str) -> ThinkingConfig:
+    """What `attach_thinking` wrote into the JSON of `name`.
+
+    Raises:
+        ValueError: something is missing, unknown or of the wrong type.
+    """
+    known = {f.name for f in fields(ThinkingConfig)}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
+        raise ValueError(f"{name}: its thinking settings are not those of this version: {wrong}")
+    try:
+        return ThinkingConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: its thinking settings: {error}") from error
+
+
+class ThinkingResidualLambda(MasterWeights):
+    """The learned decay rate `Lambda` (d,).
+
+    At init `exp(-c softplus(-Lambda))` is uniform in [r_min, r_max], so `a = u^r` exactly.
+    """
+
+    def __init__(self, hidden_size: int, r_min: float, r_max: float, device: torch.device | None = None):
+        super().__init__()
+        u = torch.empty(hidden_size, dtype=torch.float64).uniform_(r_min, r_max)
+        initial = -torch.log(u.pow(-1 / GATE_SCALE) - 1)
+        self.Lambda = nn.Parameter(initial.float().to(device))
+
+    def forward(self, r: torch.Tensor) -> torch.Tensor:
+        """log a (..., d), in fp32 or wider, from the recurrence gate r (..., d)."""
+        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        return -GATE_SCALE * F.softplus(-self.Lambda) * r
+
+
+def gate(backbone: nn.Module, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(a, sqrt(1 - a^2 + eps), i) of token embeddings (..., d), in fp32 or wider."""
+    r = torch.sigmoid(backbone.thinking_residual_gate_r(embeds))
+    i = torch.sigmoid(backbone.thinking_residual_gate_i(embeds))
+    log_a = backbone.thinking_residual_Lambda(r)
+    # expm1 keeps 1 - a^2 when a is near 1, where the difference would round to nothing
+    return log_a.exp(), (EPS - torch.expm1(2 * log_a)).sqrt(), i
+
+
+def fuse_thinking(
+    backbone: nn.Module,
+    inputs_embeds: torch.Tensor,
+    thinking_mask: torch.Tensor,
+    thinking_embeds: torch.Tensor | None = None,
+    recompute_thinking_projection: bool = False,
+    thinking_hidden_states_cache: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Input embeddings with the thinking states fused in, where the mask says so.
+
+    Args:
+        inputs_embeds (B, T, d): token embeddings.
+        thinking_mask (B, S) bool, S <= T: which of the *last* S positions think.
+        thinking_embeds (B, S, d): the state of each of those positions, that is, made from the position before it.
+        recompute_thinking_projection: make the states from the cache instead, with gradients into `thinking_projection`.
+        thinking_hidden_states_cache (B, S, d): [:, t] is the hidden state that *produced* the token at t, i.e. of t-1.
+
+    Returns:
+        (B, T, d) in the dtype of `inputs_embeds`, a new tensor (in-place writes would break gradient checkpointing).
+    """
+    if recompute_thinking_projection:
+        if thinking_hidden_states_cache is None:
+            raise ValueError("recompute_thinking_projection=True needs thinking_hidden_states_cache")
+        thinking_embeds = project(backbone, thinking_hidden_states_cache)
+    if thinking_embeds is None:
+        raise ValueError("thinking_mask was given without thinking_embeds or thinking_hidden_states_cache")
+    span = thinking_mask.shape[1]
+    if thinking_embeds.shape[:2] != thinking_mask.shape or span > inputs_embeds.shape[1]:
+        raise ValueError(
+            f"thinking_mask {tuple(thinking_mask.shape)} and states {tuple(thinking_embeds.shape)} do not cover the "
+            f"end of inputs_embeds {tuple(inputs_embeds.shape)}"
+        )
+    before, embeds = (
+        inputs_embeds[:, : inputs_embeds.shape[1] - span],
+        inputs_embeds[:, inputs_embeds.shape[1] - span :],
+    )
+    a, b, i = gate(backbone, embeds)
+    fused = (a * embeds + b * (i * thinking_embeds.to(embeds.dtype))).to(embeds.dtype)
+    fused = torch.where(thinking_mask[..., None].bool(), fused, embeds)
+    return fused if span == inputs_embeds.shape[1] else torch.cat([before, fused], dim=1)
+
+
+def has_thinking(model: nn.Module) -> bool:
+    """Whether `attach_thinking` has been here."""
+    return hasattr(backbone_of(model), "thinking_config")
+
+
+def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None) -> PreTrainedModel:
+    """Give a causal LM its thinking modules, in place, and teach its forward our keywords.
+
+    Any causal LM whose decoder takes `inputs_embeds` will do, wrapped by PEFT or not: it is asked by forwards of a short
+    text (`unsloth_ext.hrpo.forward`). The modules are fp32 whatever its dtype is. Draws from the global RNG.
+
+    Raises:
+        ValueError: the model has thinking modules already, no input embeddings of its own, or a forward in which thinking
+            states would be lost.
+    """
+    config = config or ThinkingConfig()
+    backbone = backbone_of(model)
+    if hasattr(backbone, "thinking_config"):
+        raise ValueError(f"{type(model).__name__} has thinking modules already")
+    check_free(model, "hrpo")
+    embedding = backbone.get_input_embeddings()
+    if embedding is None:
+        raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")
+    teach_forward(causal_lm_of(model), backbone, config.thinking_source)
+    d, weight = embedding.weight.shape[1], embedding.weight
+    like = beside(weight)
+    backbone.thinking_residual_gate_r = MasterLinear(d, d, **like)
+    backbone.thinking_residual_gate_i = MasterLinear(d, d, **like)
+    backbone.thinking_residual_Lambda = ThinkingResidualLambda(
+        d, config.residual_r_min, config.residual_r_max, weight.device
+    )
+    backbone.thinking_projection = MasterLinear(d, d, bias=False, **like)
+    for linear in (backbone.thinking_residual_gate_r, backbone.thinking_residual_gate_i):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    nn.init.normal_(backbone.thinking_projection.weight, std=PROJECTION_INIT_STD)
+    backbone.thinking_config = config
+    backbone.fuse_thinking = types.MethodType(fuse_thinking, backbone)
+    model.config.thinking = asdict(config)
+    if isinstance(model, PeftModel):
+        join_adapter(model)
+    describe_when_saved(model, backbone)
+    return model
+
+
+def drop_thinking(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the thinking modules off again, in place: a plain causal LM remains. Merge or unload PEFT first."""
+    backbone = backbone_of(model)
+    for name in (*THINKING_MODULES, "thinking_config", "fuse_thinking", "describe_saved", "complete_saved"):
+        if hasattr(backbone, name):
+            delattr(backbone, name)
+    if hasattr(model.config, "thinking"):
+        del model.config.thinking
+    return model

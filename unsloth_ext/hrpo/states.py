@@ -1,0 +1,84 @@
+"""Thinking states: what position t is given, always made from position t-1.
+
+| source           | formula                                                          | from                       |
+|------------------|------------------------------------------------------------------|----------------------------|
+| `projection`     | s_t = W h_{t-1} / (norm(W h_{t-1}) + 1e-8)                       | the dynamic projection     |
+| `soft_embedding` | s_t = sum_v p_{t-1}(v) E[v] / sqrt(sum_v p_{t-1}(v)^2)           | arXiv 2505.18454, eq. 2    |
+
+`h` is the last hidden state after the final norm, `p` the warped distribution that the next token was drawn from.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from unsloth_ext.common.embeddings import embed_scale, embedding_norm
+
+
+SOURCES = ("projection", "soft_embedding")
+NORMS = ("unit", "embedding_rms", "none")
+
+
+def project(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Projection states (..., d) from the hidden states (..., d) of the positions before, with gradients into W."""
+    states = backbone.thinking_projection(hidden)
+    norm = backbone.thinking_config.thinking_norm
+    if norm != "none":
+        states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True) + 1e-8)
+    if norm == "embedding_rms":
+        states = states * embedding_norm(backbone)
+    return states.to(hidden.dtype)
+
+
+def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:
+    """Soft-embedding states (..., d) of distributions (..., V).
+
+    Args:
+        candidates: an upper bound on how many entries of any row are non-zero (after top-k, top-p, min-p). Only that
+            many rows of the embedding are then read; None reads them all.
+    """
+    weight = embedding.weight
+    scale = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
+    if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering has its price too
+        mixed = probs.to(weight.dtype) @ weight
+    else:
+        top, index = probs.topk(candidates, dim=-1)
+        rows = nn.functional.embedding(index, weight)
+        mixed = (top.to(weight.dtype).unsqueeze(-2) @ rows).squeeze(-2)
+    return (mixed / scale).to(weight.dtype) * embed_scale(embedding)
+
+
+class Warper:
+    """Temperature, top-k, top-p and min-p on scores (..., V), as `generate` applies them when it samples.
+
+    One warper gives states, rollout and training the same distribution; greedy decoding keeps its states too.
+
+    Attributes:
+        truncates: whether some probabilities may become exactly zero.
+    """
+
+    def __init__(self, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None):
+        self.truncates = bool(top_k) or (top_p or 1.0) < 1.0 or bool(min_p)
+        self.warpers = LogitsProcessorList()
+        if temperature not in (None, 0, 1.0):
+            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if (top_p or 1.0) < 1.0:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        if min_p:
+            self.warpers.append(MinPLogitsWarper(min_p))
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> "Warper":
+        return cls(config.temperature, config.top_k, config.top_p, config.min_p)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.warpers(None, scores) if self.warpers else scores

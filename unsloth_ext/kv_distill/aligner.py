@@ -1,0 +1,285 @@
+"""`MapProjectionAligner`: brings keys, values and queries of a teacher and a student to one shape."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..common.master_weights import MasterWeights
+from .heads import HeadwiseMapProjector, KVDimensionProjector
+from .rope import Rotary
+from .shapes import AttentionShape, teacher_layers
+from .time_warping import SegmentTimeWarper
+
+
+MODES = ("structured", "flat")
+DIRECTIONS = ("student_to_teacher", "teacher_to_student")
+ROPE_SPACES = ("rerotate", "pre", "post")
+NAMES = ("k", "v", "q")
+FILES = ("aligner.json", "aligner.safetensors")
+
+KVQ = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+class MapProjectionAligner(MasterWeights):
+    """Layer map, time warp, and a projection of heads and widths for each of K, V and Q.
+
+    Layers and times are the teacher's that are chosen or interpolated; only the projection learns. Which side it is put on
+    is the direction. With the teacher's tensors as the learnt side, the distillation loss is smallest where they are all
+    the same: the target collapses. That is why the student is projected by default.
+
+    Args:
+        teacher, student: configurations of models, or `AttentionShape`s.
+        mode: `"structured"`, by heads, or `"flat"`, one linear map of all heads side by side.
+        direction: what is projected: `"student_to_teacher"`, or `"teacher_to_student"` (the note's; collapses if it is not
+            frozen).
+        layer_map, share_dim_proj, init_uniform, init: see `teacher_layers` and `HeadwiseMapProjector`; of these a flat
+            aligner takes the layer map and `init="procrustes"`.
+        rope_space: where keys and queries, which come as attention uses them, are mixed: `"rerotate"`, without their
+            rotary embedding, which is put on again at the new times; `"pre"`, without, and it stays off; `"post"`, with.
+        time_warper: how times are resampled; None takes every token once.
+        frozen: the projection does not learn.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        student: Any,
+        mode: str = "structured",
+        direction: str = "student_to_teacher",
+        layer_map: str | Sequence[int] = "uniform",
+        share_dim_proj: bool = True,
+        init_uniform: bool = True,
+        init: str | None = None,
+        rope_space: str = "rerotate",
+        time_warper: SegmentTimeWarper | None = None,
+        frozen: bool = False,
+    ):
+        super().__init__()
+        choices = {"mode": (mode, MODES), "direction": (direction, DIRECTIONS), "rope_space": (rope_space, ROPE_SPACES)}
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
+        if mode == "flat" and init not in (None, "procrustes"):
+            raise ValueError(f"init={init!r}: a flat aligner has no heads to map; None or 'procrustes'")
+        self.teacher, self.student = AttentionShape.of(teacher), AttentionShape.of(student)
+        self.direction, self.rope_space, self.time_warper = direction, rope_space, time_warper
+        self.settings = {
+            "mode": mode, "direction": direction, "layer_map": layer_map, "share_dim_proj": share_dim_proj,
+            "init_uniform": init_uniform, "init": init, "rope_space": rope_space, "frozen": frozen,
+        }  # fmt: skip
+        self.layers = teacher_layers(layer_map, self.teacher.num_layers, self.student.num_layers)
+        source, target = (self.student, self.teacher) if self.projects_student else (self.teacher, self.student)
+
+        def projector(name: str) -> nn.Module:
+            heads = [shape.num_heads if name == "q" else shape.num_kv_heads for shape in (source, target)]
+            if mode == "flat":
+                return KVDimensionProjector(*heads, source.head_dim, target.head_dim, init)
+            return HeadwiseMapProjector(*heads, source.head_dim, target.head_dim, share_dim_proj, init_uniform, init)
+
+        self.maps = nn.ModuleDict({name: projector(name) for name in NAMES})
+        self.requires_grad_(not frozen)
+        if rope_space != "post":
+            self.rotary = nn.ModuleDict({"teacher": Rotary(self.teacher), "student": Rotary(self.student)})
+
+    @property
+    def projects_student(self) -> bool:
+        return self.direction == "student_to_teacher"
+
+    def forward(
+        self,
+        k_t: torch.Tensor,
+        v_t: torch.Tensor,
+        q_t: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        T_s: int | None = None,
+    ) -> KVQ:
+        """The teacher's tensors in the student's shape.
+
+        Where the student is what is projected, that is by the pseudo-inverse of the learnt maps and without gradients.
+
+        Args:
+            k_t, v_t (B, L_t, H_kv, T, D_t), q_t (B, L_t, H_q, T, D_t): as attention uses them.
+            segment_ids (B, T) long: 0, 1, 2 for prompt, reasoning, answer, negative for padding; None: no padding.
+            T_s: output times, with a time warper.
+
+        Returns:
+            k, v (B, L_s, H_kv, T_s, D_s), q (B, L_s, H_q, T_s, D_s).
+
+        Raises:
+            ValueError: shapes that are not the teacher's.
+        """
+        given = _each(lambda n, x: self._checked(x, n, self.teacher)[:, self.layers], (k_t, v_t, q_t))
+        if segment_ids is None:
+            segment_ids = torch.zeros(k_t.shape[0], k_t.shape[3], dtype=torch.long, device=k_t.device)
+        given = _each(lambda n, x: self._plain(n, x, "teacher", segment_ids), given)
+        ids = segment_ids
+        if self.time_warper is not None or T_s is not None:
+            plan = (self.time_warper or SegmentTimeWarper()).plan(segment_ids, T_s)
+            given, ids = _each(lambda _, x: plan.apply(x), given), plan.segment_ids
+        project = (lambda n, x: self.maps[n].inverse(x)) if self.projects_student else (lambda n, x: self.maps[n](x))
+        return tuple(_each(lambda n, x: self._placed(n, x, "student", ids), _each(project, given)))
+
+    def pairs(
+        self,
+        student: KVQ,
+        teacher: KVQ,
+        student_ids: torch.Tensor,
+        teacher_ids: torch.Tensor | None = None,
+        T_s: int | None = None,
+    ) -> tuple[KVQ, KVQ, torch.Tensor]:
+        """Both sides as `StructuralKVLoss` compares them: in the shape of the side that is not projected.
+
+        Args:
+            student: k, v (B, L, H_kv, T, D) and q (B, L, H_q, T, D).
+            teacher: the same of its layers `aligner.layers`, one for each of the student's.
+            student_ids, teacher_ids (B, T) long: segments of both texts; None: the teacher read the student's. Where the
+                texts differ, the teacher's segments are resampled to the lengths of the student's.
+            T_s: resample both to so many times.
+
+        Returns:
+            (student's k, v, q), (teacher's k, v, q), validity mask (B, T_s) bool.
+        """
+        side = "teacher" if self.projects_student else "student"
+        same_times = self.time_warper is None and T_s is None and teacher_ids is None
+        keeps = side if same_times and self.rope_space == "rerotate" else None  # off and on again would change nothing
+        s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s, keeps)
+        if self.projects_student:
+            s = _each(lambda n, x: self.maps[n](x), s)
+        else:
+            t = _each(lambda n, x: self.maps[n](x), t)
+        s, t = (
+            xs if own == keeps else _each(lambda n, x: self._placed(n, x, side, ids), xs)
+            for own, xs in (("student", s), ("teacher", t))
+        )
+        return tuple(s), tuple(t), ids >= 0
+
+    def compared(self, segment_ids: torch.Tensor, T_s: int | None = None) -> torch.Tensor:
+        """Of tokens' segments (B, T) those (B, T_s) at the times that `pairs` compares, negative where there is none."""
+        if self.time_warper is None and T_s is None:
+            return segment_ids
+        return (self.time_warper or SegmentTimeWarper()).plan(segment_ids, T_s).segment_ids
+
+    @torch.no_grad()
+    def fit(
+        self,
+        student: KVQ,
+        teacher: KVQ,
+        student_ids: torch.Tensor,
+        teacher_ids: torch.Tensor | None = None,
+        T_s: int | None = None,
+    ) -> None:
+        """The projections in closed form from one batch, with the arguments of `pairs`: `init="procrustes"`."""
+        s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s)
+        for name, ours, theirs in zip(NAMES, s, t):
+            source, target = (ours, theirs) if self.projects_student else (theirs, ours)
+            self.maps[name].fit(source, target, ids >= 0)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether nothing waits for `fit`."""
+        return all(bool(projector.fitted) for projector in self.maps.values())
+
+    def _meet(self, student, teacher, student_ids, teacher_ids, T_s, keeps=None) -> tuple[list, list, torch.Tensor]:
+        """Both sides at the same times, without rotary embedding but for the one that `keeps` it; the segments there."""
+        s = _each(lambda n, x: self._checked(x, n, self.student), student)
+        t = _each(lambda n, x: self._checked(x, n, self.teacher), teacher)
+        same_text = teacher_ids is None
+        if same_text:
+            teacher_ids = student_ids
+        if keeps != "student":
+            s = _each(lambda n, x: self._plain(n, x, "student", student_ids), s)
+        if keeps != "teacher":
+            t = _each(lambda n, x: self._plain(n, x, "teacher", teacher_ids), t)
+        warper, ids = self.time_warper or SegmentTimeWarper(), student_ids
+        if self.time_warper is not None or T_s is not None:
+            common = warper.plan(student_ids, T_s)
+            s, ids = _each(lambda _, x: common.apply(x), s), common.segment_ids
+        if not same_text or ids is not student_ids:
+            plan = warper.plan(teacher_ids, target_ids=ids)
+            t = _each(lambda _, x: plan.apply(x), t)
+        return s, t, ids
+
+    def _plain(self, name: str, x: torch.Tensor, side: str, ids: torch.Tensor) -> torch.Tensor:
+        if name == "v" or self.rope_space == "post":
+            return x
+        return self.rotary[side].undo(x, _positions(ids))
+
+    def _placed(self, name: str, x: torch.Tensor, side: str, ids: torch.Tensor) -> torch.Tensor:
+        if name == "v" or self.rope_space != "rerotate":
+            return x
+        return self.rotary[side](x, _positions(ids))
+
+    def _checked(self, x: torch.Tensor, name: str, shape: AttentionShape) -> torch.Tensor:
+        heads = shape.num_heads if name == "q" else shape.num_kv_heads
+        side = "teacher" if shape is self.teacher else "student"
+        if x.dim() != 5 or (x.shape[2], x.shape[4]) != (heads, shape.head_dim):
+            raise ValueError(
+                f"{name} of the {side} {tuple(x.shape)}: (B, L, {heads}, T, {shape.head_dim}) is its shape"
+            )
+        return x
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it was made with, as in `aligner.json`."""
+        warper = self.time_warper
+        return {
+            "teacher": self.teacher.to_dict(),
+            "student": self.student.to_dict(),
+            **self.settings,
+            "time_warper": warper and {"ratio_map": warper.ratio_map, "alpha_map": warper.alpha_map},
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`aligner.json` and `aligner.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILES[0]).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        save_file({n: x.contiguous() for n, x in self.state_dict().items()}, folder / FILES[1])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MapProjectionAligner":
+        """What `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a file is missing, damaged, or of another shape.
+        """
+        folder = Path(folder)
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing")
+        try:
+            config = json.loads((folder / FILES[0]).read_text())
+            warper = config.pop("time_warper")
+            aligner = cls(**config, time_warper=warper and SegmentTimeWarper(**warper))
+            aligner.load_state_dict(load_file(folder / FILES[1]))
+        except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"{folder}: no aligner that can be loaded: {error}") from error
+        return aligner
+
+
+def create_structured_aligner(
+    teacher_cfg: Any, student_cfg: Any, mode: str = "structured", **options: Any
+) -> MapProjectionAligner:
+    """`MapProjectionAligner(teacher_cfg, student_cfg, mode, **options)`. With `mode=config.kv_projection_mode` one field of
+    a configuration switches between the projection by heads and the flat baseline."""
+    return MapProjectionAligner(teacher_cfg, student_cfg, mode=mode, **options)
+
+
+def create_flat_aligner(teacher_cfg: Any, student_cfg: Any, **options: Any) -> MapProjectionAligner:
+    """`MapProjectionAligner(teacher_cfg, student_cfg, mode="flat", **options)`: the baseline."""
+    return MapProjectionAligner(teacher_cfg, student_cfg, mode="flat", **options)
+
+
+def _each(work: Callable[[str, torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor | None]) -> list:
+    """`work(name, x)` of K, V and Q; None stays None."""
+    return [None if x is None else work(name, x) for name, x in zip(NAMES, tensors, strict=True)]
+
+
+def _positions(ids: torch.Tensor) -> torch.Tensor:
+    """Of each token its position among the row's real ones, as models count them under a mask."""
+    return ((ids >= 0).cumsum(1) - 1).clamp(min=0)
