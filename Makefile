@@ -18,7 +18,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test test-slow mutants lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv bench-kv-alignment bench-hrpo bench-learning gpu-check clean clean-runs
+.PHONY: help setup doctor test test-slow mutants lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv-distill train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv-compression bench-kv-distill bench-hrpo bench-learning gpu-check clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -89,8 +89,8 @@ train-pccot: $(READY)  ## PCCoT: the embedded default on a CPU, GPT-2 on GSM8K-A
 train-kava: $(READY)  ## KaVa: the embedded default on a CPU, Qwen2.5-0.5B on GSM8K-Aug with a GPU
 	@$(RUN) recipes/kava_gsm8k.py $(call LATENT,kava) $(ARGS)
 
-train-kv: $(READY)  ## KV alignment: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; ARGS="--flag value"
-	@$(RUN) recipes/kv_distill.py $(call LATENT,kv) $(ARGS)
+train-kv-distill: $(READY)  ## KV alignment: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; ARGS="--flag value"
+	@$(RUN) recipes/kv_distill.py $(call LATENT,kv_distill) $(ARGS)
 
 train-concept: $(READY) $(SMOLLM2)  ## concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU; MODEL=smollm2
 	@$(RUN) recipes/concept_v2.py $(call LATENT,concept) $(ARGS)
@@ -134,11 +134,11 @@ bench-concept-pretrained: $(READY) $(VENV)/.smollm2  ## concept tokens on SmolLM
 bench-minimind: $(READY)  ## MiniMind's stages over seeds, each against its control; PPO, GRPO, CISPO and SPO at equal generated tokens
 	@$(RUN) -m benchmarks.bench_minimind $(ARGS)
 
-bench-kv: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
-	@$(RUN) benchmarks/bench_kv.py $(ARGS)
+bench-kv-compression: $(READY)  ## scoring, redundancy, steps, latent tokens and decoding against what one would use instead
+	@$(RUN) benchmarks/bench_kv_compression.py $(ARGS)
 
-bench-kv-alignment: $(READY)  ## held-out accuracy over seeds: each projection between teacher and student, and controls
-	@$(RUN) benchmarks/bench_kv_alignment.py $(ARGS)
+bench-kv-distill: $(READY)  ## held-out accuracy over seeds: each projection between teacher and student, and controls
+	@$(RUN) benchmarks/bench_kv_distill.py $(ARGS)
 
 gpu-check: $(READY)  ## the GPU suite: the real Unsloth path, kernels, timings
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)

@@ -1,6 +1,6 @@
 """Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without. HRPO: rollout and
 training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. KV
-distillation: `gpu_kv.py`. Concept tokens: `gpu_concept.py`. Planner and executor: `gpu_planner.py`. SPO, PPO and
+distillation: `gpu_kv_distill.py`. Concept tokens: `gpu_concept.py`. Planner and executor: `gpu_planner.py`. SPO, PPO and
 distillation of logits and reasoning: `gpu_minimind.py`. A process for each backend and precision, all at once on a GPU.
 Ends with a table and `results/gpu_check_<device>.json`; its seconds say what a case costs, not how fast a method is.
 
@@ -66,12 +66,12 @@ def backend(name: str, precision: str, rehearse: bool) -> dict:
     base.save_pretrained(folder)
     setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
     import gpu_concept
-    import gpu_kv
+    import gpu_kv_distill
     import gpu_latent
     import gpu_minimind
     import gpu_planner
 
-    modules = {gpu_latent: "", gpu_kv: "KV ", gpu_concept: "concepts ", gpu_planner: "planner "}
+    modules = {gpu_latent: "", gpu_kv_distill: "KV ", gpu_concept: "concepts ", gpu_planner: "planner "}
     if name == "stock":
         modules[gpu_minimind] = ""  # Unsloth's trainers are refused
     cases = {f"{source} {mode}": partial(train, folder, name, precision, source, mode) for source, mode in MODES}

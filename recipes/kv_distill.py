@@ -1,6 +1,6 @@
 """A student that follows a larger teacher's keys, values and attention, beside plain SFT on the same rows.
 
-    make train-kv                                       # the embedded default; with a GPU, Qwen2.5-7B to 1.5B on GSM8K
+    make train-kv-distill                                    # the embedded default; with a GPU, Qwen2.5-7B to 1.5B on GSM8K
     python recipes/kv_distill.py --kv_projection_mode flat --output_dir runs/kv_flat
     python recipes/kv_distill.py --model_name Qwen/Qwen2.5-1.5B-Instruct --teacher_model_name_or_path \\
         Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k --dataset_config main
@@ -84,7 +84,7 @@ def load_data(script: ScriptArguments, data: DataArguments, args: KVDistillConfi
 
 def main() -> None:
     parser = RecipeParser((ScriptArguments, DataArguments, KVDistillConfig), EMBEDDED)
-    _, config, others = chosen(sys.argv[1:], CONFIGS, "kv", EMBEDDED)
+    _, config, others = chosen(sys.argv[1:], CONFIGS, "kv_distill", EMBEDDED)
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     check_tiny(script.model_name, data.dataset)
     started = time.time()

@@ -5,7 +5,7 @@
         --batch_size 2 --seq_length 100               # sums written out, made in code
     python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct \\
         --mode both --dataset openai/gsm8k --dataset_config main --batch_size 4 --seq_length 256
-    python recipes/profile_alignment.py --student runs/kv_tiny/final --aligner runs/kv_tiny/final/aligner
+    python recipes/profile_alignment.py --student runs/kv_distill_tiny/final --aligner runs/kv_distill_tiny/final/aligner
 
 Each mode is shown as it starts, and with the projection fitted in closed form on the first batch; both are measured on the
 second. Writes `profile.json` and `profile.png` (map of heads, attention side by side) into the output directory.

@@ -1,7 +1,7 @@
 """Keys and values: scoring inside SDPA against eager attention, redundancy against its T x T form, a step of KAVATrainer
 against SFT, Jacobi against sequential latents, decoding with a compressed cache against a full one. Ratios of one process.
 
-    python benchmarks/bench_kv.py [--repeats 7] [--quick] [--only training]
+    python benchmarks/bench_kv_compression.py [--repeats 7] [--quick] [--only training]
 """
 
 import argparse
@@ -267,7 +267,7 @@ def main() -> None:
         print(setups.peak_memory())
         return
     results: dict = {
-        "command": "make bench-kv",
+        "command": "make bench-kv-compression",
         "model": f"Qwen2 shape, {sum(p.numel() for p in setups.qwen2(size).parameters()) / 1e6:.0f}M parameters",
         "rows": options.rows,
         "repeats": options.repeats,
@@ -281,7 +281,7 @@ def main() -> None:
         "latent phase": lambda: bench_jacobi(size, options.rows, options.repeats),
         f"decoding {length} tokens": lambda: bench_decoding(size, options.rows, length, 1 if options.quick else 3),
     }
-    name = "bench_kv" if options.quick else "kv"
+    name = "bench_kv_compression" if options.quick else "kv_compression"
     path = setups.RESULTS / f"{name}_{setups.device_name()}.json"
     if options.only and path.exists():
         kept = json.loads(path.read_text())

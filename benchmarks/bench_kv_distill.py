@@ -1,10 +1,10 @@
 """Does structure help? The same student with each projection between it and its teacher, and the controls: cross-entropy
 only, the note's direction, and each projection with a teacher that was never trained.
 
-    python benchmarks/bench_kv_alignment.py [--seeds 0 1 2] [--steps N]
+    python benchmarks/bench_kv_distill.py [--seeds 0 1 2] [--steps N]
 
-Settings are those of recipes/configs/kv_tiny.yaml. Writes benchmarks/results/kv_alignment_<device>.json after every run,
-and in the end the table in docs/kv_alignment.md and docs/kv_alignment.png. Runs that the file holds already are not
+Settings are those of recipes/configs/kv_distill_tiny.yaml. Writes benchmarks/results/kv_distill_<device>.json after every
+run, and in the end the table in docs/kv_distill.md and docs/kv_distill.png. Runs that the file holds already are not
 repeated (`--fresh` forgets them).
 """
 
@@ -105,7 +105,7 @@ def settings(**changes: Any) -> tuple[dict, int]:
 
     disable_progress_bars()
     logging.set_verbosity_error()
-    found = yaml.safe_load((ROOT / "recipes/configs/kv_tiny.yaml").read_text())
+    found = yaml.safe_load((ROOT / "recipes/configs/kv_distill_tiny.yaml").read_text())
     known = KVDistillConfig.__dataclass_fields__
     args = {k: v for k, v in found.items() if k in known} | changes
     args |= {
@@ -214,9 +214,9 @@ def main() -> None:
     from trl_ext.cli.report import write_between
     from trl_ext.tasks import equations, warm_start
 
-    config = (ROOT / "recipes/configs/kv_tiny.yaml").read_text()
+    config = (ROOT / "recipes/configs/kv_distill_tiny.yaml").read_text()
     made_with = {"steps": options.steps, "teacher_steps": options.teacher_steps, "runs": digest([GROUPS, config])}
-    path, results = setups.so_far("kv_alignment", options.fresh, made_with)
+    path, results = setups.so_far("kv_distill", options.fresh, made_with)
     teacher = warm_start.tiny_with_steps(
         Path(options.cache), seed=0, held_out=HELD_OUT, steps=options.teacher_steps or equations.TEACHER.warm_start_steps,
         size=equations.TEACHER, progress=False,
@@ -232,19 +232,17 @@ def main() -> None:
             last = done.result()
             results.setdefault(group, {})[str(seed)] = last
             print(f"seed {seed}  {group}: {last['accuracy']:.3f}, {last['ms_per_step']:.0f} ms a step", flush=True)
-            setups.write(
-                "kv_alignment", {"command": "make bench-kv-alignment", "made_with": made_with, "results": results}
-            )
+            setups.write("kv_distill", {"command": "make bench-kv-distill", "made_with": made_with, "results": results})
     done = {
         group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0]))) for group in RUNS if group in results
     }
     markdown = table(done)
     PlainConsole().print(markdown)
-    if path.name == "kv_alignment_cpu.json":
+    if path.name == "kv_distill_cpu.json":
         seeds = min(len(runs) for runs in done.values())
         note = f"{seeds} seeds, {HELD_OUT} held-out questions; mean, lowest and highest."
-        write_between(ROOT / "docs/kv_alignment.md", "alignment", f"{note}\n\n{markdown}")
-        plot(ROOT / "docs/kv_alignment.png", done)
+        write_between(ROOT / "docs/kv_distill.md", "alignment", f"{note}\n\n{markdown}")
+        plot(ROOT / "docs/kv_distill.png", done)
     print(path)
 
 
