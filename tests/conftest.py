@@ -32,6 +32,13 @@ def _what_is_imported_is_no_garbage():
     gc.freeze()
 
 
+@pytest.fixture
+def transformers_warnings(caplog, monkeypatch):
+    """`caplog` sees what goes through transformers' logger."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+
+
 class TogetherOnUnsloth(LoadFileScheduling):
     """A process takes whole files, and all that run scripts on Unsloth go to one, since its import takes half a minute."""
 

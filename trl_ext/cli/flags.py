@@ -217,6 +217,14 @@ def must_ignore_lengths(arguments: Any) -> None:
         )
 
 
+def must_stay(arguments: Any, why: str, **only: Any) -> None:
+    """Raises a ValueError that names a field whose value is not the only one that works, which comes behind `why`; a field
+    that is not there has it."""
+    for name, value in only.items():
+        if getattr(arguments, name, value) != value:
+            raise ValueError(f"{name}={getattr(arguments, name)!r}: {why} {value!r}")
+
+
 def must_be_off(arguments: Any, **why: str) -> None:
     """Raises a ValueError that names a switch which is on, and says why it cannot be; a field that is not there is off."""
     for name, reason in why.items():

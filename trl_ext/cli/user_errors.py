@@ -62,9 +62,8 @@ def in_sentences() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # every library's bars; a file would get one endless line of them
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_offer)
-    warnings.filterwarnings(
-        "ignore", "fan_in_fan_out is set to False"
-    )  # of GPT-2's layers, which PEFT then sets itself
+    # PEFT says this of GPT-2's layers, and then sets it right itself
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
     usual = sys.excepthook
     if getattr(usual, "speaks", False):
         return

@@ -384,9 +384,8 @@ class SafeCheckpointMixin:
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:
         scheduler = self.lr_scheduler
-        if not isinstance(
-            scheduler, LambdaLR
-        ):  # adaptive ones carry more than a position: the rates that they have found
+        # Adaptive ones carry more than a position: the rates that they have found
+        if not isinstance(scheduler, LambdaLR):
             scheduler.load_state_dict(state)
             for group, rate in zip(scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
                 group["lr"] = rate

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from patches import fused_lm_head
 
-from ..cli.flags import check_values
+from ..cli.flags import check_values, must_stay
 from .rollout_diagnostics import RolloutDiagnostics
 from .sampling import check_generation_kwargs, rollout_config, warn_of_truncation
 
@@ -38,12 +38,8 @@ class OneSampleConfig(GRPOConfig):
             self.num_generations_eval = evaluations or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = given, evaluations
-        for name, only in (("multi_objective_aggregation", "sum_then_normalize"), ("scale_rewards", "group")):
-            if getattr(self, name) != only:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: rewards are weighted and summed here, and there are no groups; leave "
-                    f"it at {only!r}"
-                )
+        why = "rewards are weighted and summed here, and there are no groups; leave it at"
+        must_stay(self, why, multi_objective_aggregation="sum_then_normalize", scale_rewards="group")
 
 
 class OwnAdvantages:

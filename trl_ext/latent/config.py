@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv_compression.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
-from ..cli.flags import check_values, check_weights, must_be_off, must_ignore_lengths, must_prepare, one_of
+from ..cli.flags import check_values, check_weights, must_be_off, must_ignore_lengths, must_prepare, must_stay, one_of
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
@@ -129,9 +129,7 @@ class LatentArguments:
             raise ValueError("completion_only_loss=False: a question is read, and not learnt; leave it unset")
         must_ignore_lengths(self)
         must_prepare(self, "leaves rows without tokens; rows that have theirs are taken as they are")
-        for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-            if getattr(self, name, only) != only:
-                raise ValueError(f"{name}={getattr(self, name)!r}: the loss of latent distillation knows only {only!r}")
+        must_stay(self, "the loss of latent distillation knows only", loss_type="nll", label_smoothing_factor=0.0)
 
     def latent_config(self) -> LatentConfig:
         """The model's part of these fields."""

@@ -17,6 +17,7 @@ from ..cli.flags import (
     must_be_off,
     must_ignore_lengths,
     must_prepare,
+    must_stay,
     one_of,
 )
 from .data import MODES
@@ -211,9 +212,7 @@ class PlannerExecutorConfig(SFTConfig):
                 "text; hard_em can do with it",
             )
         must_ignore_lengths(self)
-        for name, only in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)!r}: the executor's loss knows only {only!r}")
+        must_stay(self, "the executor's loss knows only", loss_type="nll", label_smoothing_factor=0.0)
 
     def planner(self) -> PlannerConfig:
         """The model's part of these fields.

@@ -1,4 +1,4 @@
-"""Logits at some positions only: those of all others are never made."""
+"""Logits as the model's own head makes them, of hidden states or at some positions only."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A question as tokens."""
+"""A question as token ids."""
 
 from transformers import PreTrainedTokenizerBase
 

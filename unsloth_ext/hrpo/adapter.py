@@ -1,5 +1,4 @@
-"""Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off; and single rows of
-embeddings, which PEFT trains one by one."""
+"""Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off."""
 
 from typing import Any
 

@@ -181,22 +181,23 @@ def test_a_full_disk_is_a_sentence_in_every_command(monkeypatch):
             file.close()
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_bars_are_for_terminals(monkeypatch, terminal):
-    monkeypatch.setenv("TQDM_DISABLE", "to be restored")
-    monkeypatch.delenv("TQDM_DISABLE")
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+@pytest.fixture
+def in_a_recipe(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", SimpleNamespace(speaks=True))  # is not to be changed
     monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals(in_a_recipe, monkeypatch, terminal):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
     user_errors.in_sentences()
     assert os.environ.get("TQDM_DISABLE") == (None if terminal else "1")
 
 
-def test_an_offer_that_nobody_needs_is_left_out(monkeypatch, caplog):
+def test_an_offer_that_nobody_needs_is_left_out(in_a_recipe, caplog):
     """bitsandbytes makes it when it is imported, on some CPUs only."""
-    monkeypatch.setattr(sys, "excepthook", SimpleNamespace(speaks=True))
-    monkeypatch.setattr(sys, "argv", ["recipe.py"])
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     user_errors.in_sentences()
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
@@ -204,11 +205,8 @@ def test_an_offer_that_nobody_needs_is_left_out(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == ["another"]
 
 
-def test_what_peft_sets_right_by_itself_is_left_out(monkeypatch, recwarn):
+def test_what_peft_sets_right_by_itself_is_left_out(in_a_recipe, recwarn):
     """A LoRA on GPT-2's layers, as CODI's and PCCoT's configurations have it."""
-    monkeypatch.setattr(sys, "excepthook", SimpleNamespace(speaks=True))
-    monkeypatch.setattr(sys, "argv", ["recipe.py"])
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     user_errors.in_sentences()
     get_peft_model(tiny.model("gpt2"), LoraConfig(target_modules=["c_attn"]))
     assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]

@@ -1,7 +1,5 @@
 """Runs from which nothing can be learnt say so, once."""
 
-import logging
-
 import pytest
 from transformers import TrainerControl, TrainerState
 
@@ -27,13 +25,7 @@ def said(caplog, *phases, process_zero=True) -> list[str]:
     return [r.message for r in caplog.records]
 
 
-@pytest.fixture(autouse=True)
-def _propagate(caplog):
-    library = logging.getLogger("transformers")
-    library.propagate, before = True, library.propagate
-    caplog.set_level(logging.WARNING)
-    yield
-    library.propagate = before
+pytestmark = pytest.mark.usefixtures("transformers_warnings")
 
 
 @pytest.mark.parametrize(

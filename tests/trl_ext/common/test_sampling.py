@@ -1,7 +1,6 @@
 """Rollouts from another distribution than the loss computes: said by name, wherever the setting comes from."""
 
 import inspect
-import logging
 
 import pytest
 import torch
@@ -12,13 +11,7 @@ from tests.trl_ext.ppo import setups as ppo_setups
 from trl_ext.common.sampling import UNCHANGED, warn_of_truncation
 
 
-@pytest.fixture(autouse=True)
-def _propagate(caplog):
-    library = logging.getLogger("transformers")
-    library.propagate, before = True, library.propagate
-    caplog.set_level(logging.WARNING)
-    yield
-    library.propagate = before
+pytestmark = pytest.mark.usefixtures("transformers_warnings")
 
 
 def named(caplog) -> list[str]:
