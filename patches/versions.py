@@ -3,29 +3,32 @@
 import os
 from importlib import metadata
 
-from packaging.specifiers import SpecifierSet
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 
 ALLOW_UNTESTED = "LATENT_ALLOW_UNTESTED_VERSIONS"
 """Set this environment variable to 1 to go on with versions nobody has tested together."""
 
-TESTED = {
-    "torch": SpecifierSet(">=2.11,<2.14"),
-    "transformers": SpecifierSet("==5.17.*"),
-    "trl": SpecifierSet("==1.15.*"),
-    "peft": SpecifierSet("==0.21.*"),
-    "accelerate": SpecifierSet("==1.15.*"),
-    "datasets": SpecifierSet(">=4.8,<5"),
-    "bitsandbytes": SpecifierSet("==0.50.*"),
-    "unsloth": SpecifierSet("==2026.10.9"),
-    "unsloth_zoo": SpecifierSet("==2026.10.9"),
-}
-OPTIONAL = frozenset({"bitsandbytes", "unsloth", "unsloth_zoo"})
-
 
 class UntestedVersionError(ImportError):
     """An installed version lies outside the tested range."""
+
+
+def _read_requirements() -> list[Requirement]:
+    """What pyproject.toml asks for, read from the installed package: always, and for Unsloth."""
+    try:
+        lines = metadata.requires("latent-reasoning-trl") or []
+    except metadata.PackageNotFoundError:
+        raise UntestedVersionError(
+            "latent-reasoning-trl is not installed, so its tested versions are unknown. Run: pip install -e ."
+        ) from None
+    found = [Requirement(line) for line in lines]
+    return [one for one in found if one.specifier and (not one.marker or one.marker.evaluate({"extra": "unsloth"}))]
+
+
+TESTED = {one.name: one.specifier for one in _read_requirements()}
+OPTIONAL = frozenset(one.name for one in _read_requirements() if one.marker)
 
 
 def installed_version(package: str) -> Version | None:

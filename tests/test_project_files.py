@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
+
+from patches import versions
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("patches", "unsloth_ext", "trl_ext")
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
 
 
 def pins(file: str) -> dict[str, str]:
@@ -24,6 +28,41 @@ def test_pre_commit_runs_the_ruff_that_make_lint_runs():
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (ruff,) = (repo for repo in repos if repo["repo"].endswith("/ruff-pre-commit"))
     assert ruff["rev"] == f"v{pins('dev.txt')['ruff']}"
+
+
+def ranges(*groups: list[str]) -> dict[str, str]:
+    needs = [Requirement(line) for group in groups for line in group]
+    return {need.name: need.specifier for need in needs if need.specifier}
+
+
+def test_pins_are_within_the_ranges_of_the_package():
+    """The ranges stand in pyproject.toml, the versions of one set-up in requirements/, each package once."""
+    files = [pins(file.name) for file in (ROOT / "requirements").glob("*.txt")]
+    pinned = {name: version for file in files for name, version in file.items()}
+    assert len(pinned) == sum(map(len, files))
+    for name, allowed in ranges(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()).items():
+        assert allowed.contains(pinned[name]), name
+
+
+def test_patches_are_held_to_the_ranges_of_the_package():
+    extra = PROJECT["optional-dependencies"]["unsloth"]
+    assert ranges(PROJECT["dependencies"], extra) == versions.TESTED
+    assert ranges(extra).keys() == versions.OPTIONAL
+
+
+@pytest.mark.parametrize(
+    "file", ["Makefile", "README.md", ".ci/run", ".github/workflows/ci.yml", "patches/versions.py"]
+)
+def test_no_version_of_a_package_stands_elsewhere(file):
+    assert not re.search(r"[=><~]=\s*\d", (ROOT / file).read_text())
+    assert not any(version in (ROOT / file).read_text() for version in pins("unsloth.txt").values())
+
+
+def test_python_versions_agree():
+    (oldest,) = re.findall(r"sys.version_info < \((\d+), (\d+)\)", (ROOT / "Makefile").read_text())
+    assert PROJECT["requires-python"] == f">={'.'.join(oldest)}"
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"][0] == ".".join(oldest)
 
 
 def test_the_version_is_the_same_everywhere():
