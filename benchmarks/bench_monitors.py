@@ -28,7 +28,7 @@ from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.planner import monitors
-from trl_ext.planner.advice import PlannerMonitorCallback
+from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 
 
 ROOT = Path(__file__).parents[1]

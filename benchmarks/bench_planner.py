@@ -100,7 +100,7 @@ COLUMNS = (
     ("delta_random", "random", ".2f"),
     ("concepts", "concepts", ".1f"),
     ("bits", "bits", ".0f"),
-    ("told", "told", ".1f"),
+    ("explained_bits", "bits explained", ".1f"),
     ("mean_perplexity", "perplexity", ".1f"),
     ("distinct", "distinct", ".0%"),
     ("plan_ms", "ms to plan", ".2f"),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_ext import ConceptConfig, ConceptTrainer
 from unsloth_ext import backbone_of
-from unsloth_ext.concept import flex
+from unsloth_ext.concept import flex_attention
 
 
 CASES = {"literal": {}, "stable": {**ConceptConfig.preset_fields("stable"), "num_codebooks": 2}}
@@ -100,15 +100,15 @@ def skipped(trainer: ConceptTrainer) -> float:
     """FlexAttention, as long texts have it on a GPU, against SDPA: states and the embedding's gradient."""
     if not setups.CUDA:
         return 0.0
-    backbone, ids, concepts = some(trainer, flex.FLEX_FROM)
-    found, kept = [], flex.FLEX_FROM
+    backbone, ids, concepts = some(trainer, flex_attention.FLEX_FROM)
+    found, kept = [], flex_attention.FLEX_FROM
     weights = torch.randn(
         *ids.shape, backbone.config.hidden_size, device=ids.device
     )  # normed states' own squares are alike
     for start in (kept, 10 * kept):
-        flex.FLEX_FROM = start
+        flex_attention.FLEX_FROM = start
         states = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
         weight = next(p for n, p in trainer.model.named_parameters() if "concept_embedding" in n and p.requires_grad)
         found.append((states.detach(), torch.autograd.grad((states.float() * weights).sum(), weight)[0]))
-    flex.FLEX_FROM = kept
+    flex_attention.FLEX_FROM = kept
     return max(off(a, b) for a, b in zip(*found, strict=True))

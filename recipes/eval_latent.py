@@ -32,8 +32,8 @@ from trl_ext.common.run_folder import writable_folder
 from trl_ext.latent.config import LatentArguments
 from trl_ext.latent.data import LatentCollator, LatentTokenizer
 from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answers
-from trl_ext.latent.looks import plot_similarity, probe
 from trl_ext.latent.sources import load_rows
+from trl_ext.latent.visualization import plot_similarity, probe
 from trl_ext.tasks import equations
 from unsloth_ext import LatentModel, kv_similarity
 from unsloth_ext.common.hub import saved_settings

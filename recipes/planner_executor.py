@@ -37,8 +37,8 @@ from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
 from trl_ext.cli.report import MONITOR_CURVES, PLANNER_CURVES, compact_progress, plot_curves
 from trl_ext.concept.recipe import plain
-from trl_ext.planner.advice import PlannerMonitorCallback
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
+from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 from trl_ext.tasks import facts
 from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments
@@ -115,7 +115,7 @@ def show(before: PlanEvaluation, after: PlanEvaluation, console: PlainConsole) -
         ("concepts of a plan", lambda e: per_type(e.lengths)),
         ("perplexity of their use", lambda e: per_type(e.perplexity)),
         ("plans that differ", lambda e: f"{e.distinct:.0%}"),
-        ("bits of a plan, bits it tells", lambda e: f"{e.bits:.1f}, {e.told:.1f}"),
+        ("bits of a plan, bits it explains", lambda e: f"{e.bits:.1f}, {e.explained_bits:.1f}"),
         ("tokens for each concept", lambda e: f"{e.ratio:.2f}"),
         ("ms to plan, to write", lambda e: f"{e.plan_ms:.1f}, {e.write_ms:.1f}"),
     ):

@@ -17,7 +17,7 @@ in_sentences()
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.report import write_summary
 from trl_ext.common.run_folder import begin, finished, lock, writable_folder
-from trl_ext.minimind.origin import remember
+from trl_ext.minimind.provenance import remember
 from trl_ext.minimind.stage import DataStageArguments, parse, show
 from unsloth_ext import train_tokenizer
 

@@ -19,9 +19,9 @@ from trl import TrlParser
 from trl_ext.cli.command_line import CommandLine, did_you_mean, underscored
 from unsloth_ext.common.hub import check_name
 
+from .aliases import flattened, renamed
 from .flag_help import GENERAL, METAVARS, REST, USUAL, USUAL_TITLE, FlagsHelp, plain_type, title_of
 from .flags import check_values, read_config
-from .other_names import flattened, renamed
 
 
 # What a configuration file says of its dataset is not said of another one

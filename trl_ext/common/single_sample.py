@@ -16,7 +16,7 @@ from .sampling import check_generation_kwargs, rollout_config, warn_of_truncatio
 
 
 @dataclass
-class OneSampleConfig(GRPOConfig):
+class SingleSampleConfig(GRPOConfig):
     """`GRPOConfig` that takes one completion a prompt. There are no groups, by which `scale_rewards` could scale."""
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions of each prompt in a rollout."})

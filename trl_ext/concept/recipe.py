@@ -25,8 +25,8 @@ from ..tasks.data import DataArguments
 from ..tasks.evaluation import AccuracyCallback
 from .config import PRESETS, ConceptConfig
 from .evaluation import ConceptEvaluation, evaluate_concepts
-from .looks import write_page
 from .trainer import ConceptTrainer
+from .visualization import write_page
 
 
 EMBEDDED = ("tiny", "smollm2")

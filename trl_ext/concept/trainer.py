@@ -33,7 +33,7 @@ from unsloth_ext.concept.modules import (
     with_concept_modules,
 )
 
-from ..common.all_reduce import everywhere
+from ..common.all_reduce import all_reduce_sum
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.codeword_usage import usage_kl_to_uniform
 from ..common.metric_sums import Sums
@@ -200,15 +200,15 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         choice, valid, args = self._seen.choice, self._seen.valid, self.args
         config = backbone_of(self.model).concept_config
         own = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.logit.dtype)
-        tokens, concepts = self._everywhere(own)
+        tokens, concepts = self._all_reduce_sum(own)
         own_probability = (choice.probability * valid).sum()
         codes = choice.logits[choice.concept][:, :-1].unflatten(-1, (config.num_codebooks, -1))
         own_use = codes.softmax(-1).sum(0)
-        use = self._everywhere(own_use) + torch.finfo(codes.dtype).tiny
+        use = self._all_reduce_sum(own_use) + torch.finfo(codes.dtype).tiny
         terms = {
             "ratio": (
                 args.ratio_weight,
-                ratio_loss(concepts / tokens, self._everywhere(own_probability) / tokens, args.target_ratio),
+                ratio_loss(concepts / tokens, self._all_reduce_sum(own_probability) / tokens, args.target_ratio),
             ),
             "usage": (args.usage_weight, usage_kl_to_uniform(use)),
         }
@@ -255,8 +255,8 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             self._log("eval")
         return output
 
-    def _everywhere(self, local: torch.Tensor) -> torch.Tensor:
-        return everywhere(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)
+    def _all_reduce_sum(self, local: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)
 
     # -- learning rates -----------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ from ..tasks.warm_start import cached
 from . import embedded
 from .data import load_minimind_data
 from .embedded import write_embedded
-from .origin import changes, origin, remember
+from .provenance import changes, origin, remember
 
 
 logger = logging.get_logger(__name__)

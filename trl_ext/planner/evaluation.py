@@ -34,8 +34,9 @@ class PlanEvaluation:
         nll: of the texts under their plans; nll_null without a plan, nll_shuffled under another text's, nll_random.
         lengths: mean number of concepts, by type. perplexity: exp of the entropy of the concepts' use, by type.
         distinct: plans that no other text has, as a share of the texts.
-        bits: log2 V of every concept of a mean plan, all that it can hold. told: what a mean text costs less with its plan
-            than without, bits; much more than `bits` would say that the model without a plan is a poor one.
+        bits: log2 V of every concept of a mean plan, all that it can hold.
+        explained_bits: what a mean text costs less with its plan than without, in bits. Much more than `bits` would say
+            that the model without a plan is a poor one.
         ratio: tokens of a text for each of its concepts.
         plan_ms, write_ms: wall time of a text, planned and written in batches.
         samples: the first texts, with what was written: (text, plan, from the plan, from a random plan).
@@ -55,7 +56,7 @@ class PlanEvaluation:
     perplexity: dict[str, float]
     distinct: float
     bits: float
-    told: float
+    explained_bits: float
     ratio: float
     plan_ms: float
     write_ms: float
@@ -153,7 +154,7 @@ def evaluate_plans(
         perplexity={kind.name: _perplexity(together[:, i], kind.num_concepts) for i, kind in enumerate(types)},
         distinct=len(together.flatten(1).unique(dim=0)) / n,
         bits=sum(length * torch.tensor(float(size)).log2().item() for length, size in zip(lengths, sizes)),
-        told=(sums["null"] - sums["nll"]) / n / math.log(2),
+        explained_bits=(sums["null"] - sums["nll"]) / n / math.log(2),
         ratio=tokens / n / max(sum(lengths), 1e-9),
         plan_ms=1000 * clock["plan"] / n,
         write_ms=1000 * clock["write"] / n,

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.planner.executor import executor_prefix, text_nll
+from unsloth_ext.planner.forward_passes import teacher_forced
 from unsloth_ext.planner.head import concept_embeds
-from unsloth_ext.planner.passes import teacher_forced
 from unsloth_ext.planner.planning import SoftPlan
 from unsloth_ext.planner.vocabulary import plan_lengths
 

@@ -26,7 +26,7 @@ from unsloth_ext.planner.head import HEAD, with_planner_modules
 from unsloth_ext.planner.planning import plan, plan_soft
 from unsloth_ext.planner.vocabulary import plan_lengths
 
-from ..common.all_reduce import everywhere
+from ..common.all_reduce import all_reduce_sum
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.fingerprint import content_hash
 from ..common.gradients import average_gradients
@@ -42,7 +42,6 @@ from ..common.model_loading import (
 from ..common.parameter_groups import split_by_role
 from ..common.update_sizes import UpdateSizesMixin
 from . import monitors
-from .advice import PlannerMonitorCallback
 from .config import PlannerExecutorConfig
 from .data import COLUMNS, HASHED, SAMPLE_ID, PlannerCollator, RowSplitter, cut, prepare
 from .em import EStep, e_step, number_of_plans
@@ -56,6 +55,7 @@ from .losses import (
     plan_predictions,
     signal_nll,
 )
+from .monitor_callback import PlannerMonitorCallback
 from .preparation import attach, check_given, check_method
 from .probe import probe
 from .state import check_state, load_state, new_state, save_state
@@ -203,11 +203,11 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         terms = {
             "commitment": (args.commitment_weight, commitment_loss(soft).mean()),
             "eos": (args.eos_weight, loss_eos(soft, [kind.quota for kind in types]).mean()),
-            "usage": (args.usage_weight, self.planner_state["usage"].loss([self._everywhere(use) for use in uses])),
+            "usage": (args.usage_weight, self.planner_state["usage"].loss([self._all_reduce_sum(use) for use in uses])),
         }
         if "quota" in self.planner_state:
             lengths, rows = soft.expected_lengths.sum(0), torch.tensor(len(scored), device=scored.device)
-            mean = self._everywhere(lengths) / self._everywhere(rows)
+            mean = self._all_reduce_sum(lengths) / self._all_reduce_sum(rows)
             terms["quota"] = (args.quota_weight, self.planner_state["quota"].loss(mean))
             self._note(lengths=lengths, rows=rows)
         self._note(use=torch.cat(uses))
@@ -283,8 +283,8 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         end = args.temperature if args.temperature_end is None else args.temperature_end
         return args.temperature * (end / args.temperature) ** (self.state.global_step / max(1, self.state.max_steps))
 
-    def _everywhere(self, local: torch.Tensor) -> torch.Tensor:
-        return everywhere(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)
+    def _all_reduce_sum(self, local: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(local, lambda x: self.accelerator.reduce(x, "sum"), self.accelerator.num_processes)
 
     def _across_processes(self) -> bool:
         return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1

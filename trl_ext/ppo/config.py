@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from ..cli.flags import at_least, check_positive, check_weights, one_of
-from ..common.single_sample import OneSampleConfig
+from ..common.single_sample import SingleSampleConfig
 
 
 @dataclass
-class PPOConfig(OneSampleConfig):
+class PPOConfig(SingleSampleConfig):
     """`GRPOConfig` with the values that MiniMind publishes for PPO; learning rates stay GRPO's.
 
     GRPO's fields that PPO knows by another name: `num_iterations` are the epochs over a rollout, `epsilon` the clipping of

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..cli.flags import one_of
-from ..common.single_sample import OneSampleConfig
+from ..common.single_sample import SingleSampleConfig
 from .tracker import AutoAdaptiveValueTracker
 
 
@@ -11,7 +11,7 @@ TRACKERS = ("prompt", "global")
 
 
 @dataclass
-class SPOConfig(OneSampleConfig):
+class SPOConfig(SingleSampleConfig):
     """`GRPOConfig` with the paper's values: one completion a prompt, token-level clipping at 0.2 and 0.28, no KL.
 
     `shuffle_dataset=False` takes rows in order instead of by priority.

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from .evaluation_mode import evaluating
 from .layer_kinds import HYBRID, RECURRENT, layer_kinds
-from .trial_text import same_states
+from .model_probe import same_states
 from .unsloth_decoding import on_unsloth
 from .wrapping import backbone_of, causal_lm_of
 

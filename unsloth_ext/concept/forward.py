@@ -18,11 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..common.layer_kinds import check_length
 from .cache import ConceptCache, SlotCache, used_first
-from .flex import FLEX, flex_from
+from .flex_attention import FLEX, flex_from
 from .gate import Choice, decide, given
 from .masks import Slots, before, causal_mask
+from .packing import Texts
 from .segmenters import Memory
-from .texts import Texts
 
 
 @dataclass

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..common.logits import logits_of
+from .packing import Texts
 from .segmenters import Memory, boundaries
-from .texts import Texts
 
 
 ENTROPY_ROWS = 1024  # tokens whose logits over the vocabulary are held at once

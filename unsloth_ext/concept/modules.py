@@ -74,7 +74,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
             Unsloth's fast forwards, or has concepts already.
     """
     from .forward import concept_forward
-    from .split import check_split
+    from .layer_split import check_split
 
     config = config or OnlineConceptConfig()
     backbone = backbone_of(model)

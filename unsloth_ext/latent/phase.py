@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..common.evaluation_mode import evaluating
-from ..common.trial_text import same_states, trial_ids
+from ..common.model_probe import same_states, trial_ids
 from ..common.wrapping import backbone_of, causal_lm_of
 
 

@@ -19,12 +19,12 @@ from ..common.embeddings import embedding_rms
 from ..common.evaluation_mode import evaluating
 from ..common.layer_kinds import check_layers
 from ..common.master_weights import MasterWeights, beside, without_autocast
+from ..common.model_probe import same_states, trial_ids
 from ..common.settings_file import check_free, describe_when_saved
-from ..common.trial_text import same_states, trial_ids
 from ..common.unsloth_decoding import on_unsloth
 from ..common.wrapping import backbone_of
 from .config import PlannerConfig
-from .tape import Tape
+from .slot_sequence import SlotSequence
 from .vocabulary import BOS, PlannerVocabulary
 
 
@@ -148,12 +148,12 @@ def check_backbone(model: nn.Module) -> float:
             plain = backbone(
                 inputs_embeds=embeds[:, :8], attention_mask=torch.ones_like(times), position_ids=times, use_cache=False
             ).last_hidden_state
-            tape = Tape(backbone, 1, embeds.device)
-            tape.add(embeds[:, :4], times[:, :4])
-            tape.add(embeds[:, 8:], times[:, 3:7], branch=0)
-            tape.read()
-            tape.add(embeds[:, 4:8], times[:, 4:])
-            hidden = tape.read()
+            slots = SlotSequence(backbone, 1, embeds.device)
+            slots.add(embeds[:, :4], times[:, :4])
+            slots.add(embeds[:, 8:], times[:, 3:7], branch=0)
+            slots.read()
+            slots.add(embeds[:, 4:8], times[:, 4:])
+            hidden = slots.read()
         except (TypeError, AttributeError, ValueError, KeyError) as error:
             raise ValueError(f"{lacks} ({error}); take a model such as llama or qwen3") from error
     if not same_states(hidden, plain[:, 4:]):

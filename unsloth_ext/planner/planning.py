@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from ..common.evaluation_mode import evaluating
 from ..common.wrapping import backbone_of
+from .decoding_strategies import BeamDecoding, DiverseBeamDecoding, HardDecoding, SoftDecoding
+from .forward_passes import read_text, teacher_forced, write
 from .head import concept_embeds
-from .passes import read_text, teacher_forced, write
-from .tape import Tape
+from .slot_sequence import SlotSequence
 from .vocabulary import check_plan, plan_lengths
-from .writers import BeamWriter, DiverseWriter, HardWriter, SoftWriter
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def plan_soft(
     backbone = backbone_of(model)
     config = backbone.planner_config
     one_pass = config.multi_token and len(config.groups) == 1
-    tape, origin = read_text(backbone, input_ids, attention_mask, cached=not one_pass)
-    writer = SoftWriter(backbone.unified_head, config, temperature, generator)
-    write(tape, origin, writer, config.groups)
+    slots, origin = read_text(backbone, input_ids, attention_mask, cached=not one_pass)
+    strategy = SoftDecoding(backbone.unified_head, config, temperature, generator)
+    write(slots, origin, strategy, config.groups)
 
     quota = config.max_quota
     found = {name: [] for name in ("ids", "embeds", "soft", "hard", "open", "eos", "survival", "log_probs")}
-    for kind, steps in zip(config.types, writer.steps):
+    for kind, steps in zip(config.types, strategy.steps):
         rest = kind.quota - len(steps)
         made = {name: torch.stack(parts, dim=1) for name, parts in zip(steps[0]._fields, zip(*steps))}
         stay = torch.cat([made["stay"], made["stay"][:, -1:].expand(-1, rest)], dim=1)
@@ -148,47 +148,49 @@ def plan(
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
     with evaluating(model):
-        tape, origin = read_text(backbone, input_ids, attention_mask)
+        slots, origin = read_text(backbone, input_ids, attention_mask)
         copies = num_beams if num_beams > 1 else num_return_sequences
         if copies > 1:
-            tape.read()
-            tape.repeat(copies)
+            slots.read()
+            slots.repeat(copies)
             origin = origin.repeat_interleave(copies)
         if num_beams == 1:
-            writer = HardWriter(head, config, origin, temperature if do_sample else None, generator)
-            write(tape, origin, writer, config.groups)
-            return writer.plan
+            strategy = HardDecoding(head, config, origin, temperature if do_sample else None, generator)
+            write(slots, origin, strategy, config.groups)
+            return strategy.plan
         if beam_diversity:
-            writer = DiverseWriter(head, config, origin, num_beams, beam_diversity)
-            write(tape, origin, writer, config.groups)
-            scores, best = writer.scores.sort(dim=1, descending=True, stable=True)
-            found = writer.plan.unflatten(0, scores.shape)
+            strategy = DiverseBeamDecoding(head, config, origin, num_beams, beam_diversity)
+            write(slots, origin, strategy, config.groups)
+            scores, best = strategy.scores.sort(dim=1, descending=True, stable=True)
+            found = strategy.plan.unflatten(0, scores.shape)
             found = found[torch.arange(len(found), device=best.device)[:, None], best]
             return found[:, :num_return_sequences].flatten(0, 1)
         if config.ordering == "sequential":
-            writer = BeamWriter(head, config, origin, num_beams)
-            write(tape, origin, writer, config.groups)
-            found, scores = writer.plan.unflatten(0, writer.scores.shape), writer.scores
+            strategy = BeamDecoding(head, config, origin, num_beams)
+            write(slots, origin, strategy, config.groups)
+            found, scores = strategy.plan.unflatten(0, strategy.scores.shape), strategy.scores
         else:
-            found, scores = _best_together(tape, origin, num_beams)
+            found, scores = _best_together(slots, origin, num_beams)
         found, scores = found[:, :num_return_sequences], scores[:, :num_return_sequences]
     if scores.isinf().any():
         raise ValueError(f"num_return_sequences={num_return_sequences}: there are fewer plans under these quotas")
     return found.flatten(0, 1)
 
 
-def _best_together(tape: Tape, origin: torch.Tensor, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_together(slots: SlotSequence, origin: torch.Tensor, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Plans (B, K, n, Q) and scores (B, K) of types that do not see each other: the best of each, then of their pairs."""
-    backbone = tape.backbone
+    backbone = slots.backbone
     config, found, scores = backbone.planner_config, None, None
-    for i in range(len(config.types)):  # on one tape: they are branches, and what they share is alike in a text's beams
-        writer = BeamWriter(backbone.unified_head, config, origin, beams)
-        write(tape, origin, writer, [[i]])
-        plans = writer.plan.unflatten(0, writer.scores.shape)
+    for i in range(
+        len(config.types)
+    ):  # on one slots: they are branches, and what they share is alike in a text's beams
+        strategy = BeamDecoding(backbone.unified_head, config, origin, beams)
+        write(slots, origin, strategy, [[i]])
+        plans = strategy.plan.unflatten(0, strategy.scores.shape)
         if i == 0:
-            found, scores = plans, writer.scores
+            found, scores = plans, strategy.scores
             continue
-        scores, best = (scores[:, :, None] + writer.scores[:, None]).flatten(1).topk(beams)
+        scores, best = (scores[:, :, None] + strategy.scores[:, None]).flatten(1).topk(beams)
         texts = torch.arange(len(best), device=best.device)[:, None]
         found = found[texts, best // beams]
         found[:, :, i] = plans[texts, best % beams, i]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.common.all_reduce import everywhere
+from trl_ext.common.all_reduce import all_reduce_sum
 from trl_ext.common.codeword_usage import usage_kl_to_uniform
 from trl_ext.concept.config import ConceptConfig
 from trl_ext.concept.losses import ratio_loss
@@ -41,9 +41,9 @@ def test_sums_over_processes_have_the_gradient_that_their_mean_makes_whole():
     local = [shared * v**2 for v in x]
     whole = torch.stack([v.detach() for v in local]).sum()
     gradients = [
-        torch.autograd.grad(everywhere(v, lambda _: whole, 3).square(), shared, retain_graph=True)[0] for v in local
+        torch.autograd.grad(all_reduce_sum(v, lambda _: whole, 3).square(), shared, retain_graph=True)[0] for v in local
     ]
-    assert all(everywhere(v, lambda _: whole, 3) == whole for v in local)
+    assert all(all_reduce_sum(v, lambda _: whole, 3) == whole for v in local)
     wanted = torch.autograd.grad(sum(local).square(), shared)[0]
     assert abs(sum(gradients) / 3 - wanted) <= 1e-12
 

@@ -6,8 +6,8 @@ import torch
 
 from tests import tiny
 from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers, is_right
-from trl_ext.latent.looks import _mean, plot_similarity, probe
 from trl_ext.latent.sources import row_of_gsm8k
+from trl_ext.latent.visualization import _mean, plot_similarity, probe
 from trl_ext.tasks.evaluation import wilson_interval
 from unsloth_ext import LatentConfig, LatentModel, attach_latent, kv_similarity
 from unsloth_ext.common.ablations import ABLATIONS

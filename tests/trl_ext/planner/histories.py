@@ -1,6 +1,6 @@
 """Made-up histories of the monitors, healthy and with one sign each, and what is done about it."""
 
-from trl_ext.planner.signs import SIGNS
+from trl_ext.planner.diagnostics import SIGNS
 
 
 HEALTHY = {

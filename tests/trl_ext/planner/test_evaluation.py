@@ -47,7 +47,7 @@ def test_every_figure_is_the_texts_own(tmp_path, mode, count):
     lengths = plan_lengths(plans).double().mean(0).tolist()
     for name, value in {
         "nll": own.mean(), "nll_null": without.mean(), "nll_shuffled": shuffled.mean(), "nll_random": chance.mean(),
-        "token_accuracy": hits.double().mean(), "told": (without - own).sum() / n / math.log(2),
+        "token_accuracy": hits.double().mean(), "explained_bits": (without - own).sum() / n / math.log(2),
         "bits": lengths[0] * math.log2(5) + lengths[1] * 2, "ratio": len(own) / n / sum(lengths),
         "distinct": len({str(p.tolist()) for p in plans}) / n,
         "accuracy": sum(written(plans[i : i + 1]).strip() == t.strip() for i, t in enumerate(texts)) / n,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.marks import slow
 from trl_ext.common.checkpointing import CheckpointError, last_complete_checkpoint
-from trl_ext.planner.advice import PlannerMonitorCallback
+from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 
 from . import setups
 

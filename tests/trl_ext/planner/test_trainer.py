@@ -157,7 +157,9 @@ def test_accumulated_steps_are_one_batch(tmp_path):
 def test_accumulated_soft_steps_are_one_batch(tmp_path, monkeypatch):
     """Without noise, so that draws are the same; terms that are means over rows or sums over tokens, 1e-6. Those of use and
     quota are of each micro-batch, what goes on from step to step of all."""
-    monkeypatch.setattr("unsloth_ext.planner.writers.gumbel_noise", lambda logits, _: torch.zeros_like(logits))
+    monkeypatch.setattr(
+        "unsloth_ext.planner.decoding_strategies.gumbel_noise", lambda logits, _: torch.zeros_like(logits)
+    )
     changes = {"usage_weight": 0.0, "z_dropout": 0.0, "eos_weight": 0.4, "target_length": [2.0, 1.0],
                "quota_weight": 0.0}  # fmt: skip
     one, many = (

@@ -8,12 +8,12 @@ import torch
 
 from tests.processes import leave
 from tests.trl_ext.planner import setups
-from unsloth_ext.planner import tape, writers
+from unsloth_ext.planner import decoding_strategies, slot_sequence
 
 
 # SGD: AdamW would turn the rounding of gradients that should be zero into whole steps
 PLAIN = {"optim": "sgd", "learning_rate": 0.05, "gradient_accumulation_steps": 2, "z_dropout": 0.0}
-READ = tape.Tape.read
+READ = slot_sequence.SlotSequence.read
 CASES = {
     "soft": {"target_length": [2.0, 1.0], "eos_weight": 0.2, "usage_weight": 0.2, "length_curriculum": [6]},
     "soft lora": {"peft": True, "target_length": [2.0, 1.0]},
@@ -24,9 +24,9 @@ CASES = {
 def run(folder: Path, case: str, rows: int) -> None:
     passes = []
     sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
-    tape.Tape.read = READ
+    slot_sequence.SlotSequence.read = READ
     trainer = setups.trainer(folder, **PLAIN, **sizes, **CASES[case])
-    tape.Tape.read = lambda self: passes.append(trainer.state.global_step) or READ(self)
+    slot_sequence.SlotSequence.read = lambda self: passes.append(trainer.state.global_step) or READ(self)
     trainer.train()
     trained = [passes.count(step) for step in range(4)]
     evaluated = trainer.evaluate()
@@ -54,7 +54,7 @@ def run(folder: Path, case: str, rows: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     # A row's own, or draws would depend on who draws them
-    writers.gumbel_noise = lambda logits, _: 3 * torch.sin(31 * logits.detach())
+    decoding_strategies.gumbel_noise = lambda logits, _: 3 * torch.sin(31 * logits.detach())
     for case in CASES:
         run(Path(sys.argv[1], case), case, int(sys.argv[2]))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from unsloth_ext.common.wrapping import backbone_of
-from unsloth_ext.concept import flex, forward
+from unsloth_ext.concept import flex_attention, forward
 from unsloth_ext.concept.config import OnlineConceptConfig
 from unsloth_ext.concept.modules import attach_concepts
 
@@ -203,7 +203,7 @@ def test_flex_attention_is_sdpa(monkeypatch, rows, keeps, backward):
         asked = []
         monkeypatch.setattr(forward, "flex_from", lambda hidden: asked.append(hidden.shape) or True)
         if backward:
-            monkeypatch.setattr(flex, "kernel", lambda device: dense)
+            monkeypatch.setattr(flex_attention, "kernel", lambda device: dense)
         found, ours = run()
     assert asked and ((found - wanted) * real).abs().max() <= 1e-10
     for name, one, other in zip(read, ours, plain):

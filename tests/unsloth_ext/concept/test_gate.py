@@ -5,8 +5,8 @@ import torch
 
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.gate import decide, next_entropy
+from unsloth_ext.concept.packing import Texts
 from unsloth_ext.concept.segmenters import Memory
-from unsloth_ext.concept.texts import Texts
 
 from .test_forward import V, model, states
 

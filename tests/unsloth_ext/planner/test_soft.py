@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unsloth_ext import backbone_of, executor_prefix, plan, plan_lengths, plan_soft, text_log_prob
-from unsloth_ext.planner import writers
+from unsloth_ext.planner import decoding_strategies
 from unsloth_ext.planner.planning import teacher_forced
 
 from .setups import FAMILIES, WAYS, Literal, assert_same_gradients, executor_log_prob, gradients, model, plans, texts
@@ -28,14 +28,14 @@ def noise(monkeypatch):
         -torch.rand(4, quota, size + 1, dtype=torch.float64, generator=generator).log().neg().log()
         for size, quota in ((5, 3), (4, 4))
     )
-    step, now = writers.SoftWriter.step, {}
+    step, now = decoding_strategies.SoftDecoding.step, {}
 
     def noted(self, i, j, logits):
         now.update(i=i, j=j)
         return step(self, i, j, logits)
 
-    monkeypatch.setattr(writers.SoftWriter, "step", noted)
-    monkeypatch.setattr(writers, "gumbel_noise", lambda logits, _: drawn[now["i"]][drawn.rows, now["j"]])
+    monkeypatch.setattr(decoding_strategies.SoftDecoding, "step", noted)
+    monkeypatch.setattr(decoding_strategies, "gumbel_noise", lambda logits, _: drawn[now["i"]][drawn.rows, now["j"]])
     return drawn
 
 
@@ -212,7 +212,7 @@ def test_samples_do_not_depend_on_the_temperature_but_gradients_do(noise, way):
 
 def test_noise_is_gumbels():
     """Mean 0.5772, variance pi^2 / 6, within 4 standard errors; finite in fp32 however often it is drawn."""
-    drawn = writers.gumbel_noise(torch.zeros(1_000_000), torch.Generator().manual_seed(0))
+    drawn = decoding_strategies.gumbel_noise(torch.zeros(1_000_000), torch.Generator().manual_seed(0))
     assert abs(drawn.mean() - 0.57722) < 4 * (torch.pi**2 / 6 / 1e6) ** 0.5
     assert abs(drawn.var() - torch.pi**2 / 6) < 4 * (4.4 * (torch.pi**2 / 6) ** 2 / 1e6) ** 0.5
     assert drawn.isfinite().all()

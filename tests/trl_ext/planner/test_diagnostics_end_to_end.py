@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trl_ext.planner import advice, em, probe
+from trl_ext.planner import em, monitor_callback, probe
 from trl_ext.planner import trainer as module
-from trl_ext.planner.advice import PlannerMonitorCallback
-from trl_ext.planner.signs import advise
+from trl_ext.planner.diagnostics import advise
+from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 from unsloth_ext import backbone_of
-from unsloth_ext.planner.passes import read_text
+from unsloth_ext.planner.forward_passes import read_text
 
 from . import setups
 from .histories import BLURRED, CHANGES, DEAD, ONE_FOR_ALL, SETTLED, SPIKE, STALE, UNDECIDED, UNUSED
@@ -70,7 +70,7 @@ def run(folder, monkeypatch, training, sign, auto):
     monitor = PlannerMonitorCallback(auto, every=1, cooldown=1000, thresholds=THRESHOLDS)
     trainer = setups.trainer(folder, callbacks=[monitor], training=training, **{**BASE, **changes})
     with monkeypatch.context() as patch:
-        patch.setattr(advice, "advise", lambda *args: [x for x in advise(*args) if x.sign == sign])
+        patch.setattr(monitor_callback, "advise", lambda *args: [x for x in advise(*args) if x.sign == sign])
         if sicken is not None:
             sicken(trainer, patch)
         trainer.train()
@@ -87,7 +87,7 @@ def run(folder, monkeypatch, training, sign, auto):
 def test_a_sick_run_shows_its_sign_and_the_action_helps(tmp_path, monkeypatch, training, sign):
     quantity, rises = CASES[training, sign][2:]
     (alone, without), (helped, after) = (run(tmp_path, monkeypatch, training, sign, auto) for auto in (False, True))
-    assert list(alone.told) == list(helped.told) == [sign] and alone.applied == []
+    assert list(alone.last_warned) == list(helped.last_warned) == [sign] and alone.applied == []
     fields = {change["field"] for change in helped.applied}
     assert fields and fields <= {*CHANGES[training, sign], "entropy_weight"}
     half = len(without) // 2
@@ -103,7 +103,7 @@ def test_an_executor_that_is_given_no_plan_shows_it(tmp_path, monkeypatch, train
     for each in (module, em, probe):
         deaf(each, monkeypatch)
     trainer.train()
-    assert monitor.told[UNUSED] == 2 and setups.logged(trainer, "monitor/delta_nll_null") == [0.0] * 3
+    assert monitor.last_warned[UNUSED] == 2 and setups.logged(trainer, "monitor/delta_nll_null") == [0.0] * 3
     made = {change["field"]: change["new"] for change in monitor.applied if change["sign"] == UNUSED}
     assert made == CHANGES[training, UNUSED]
 
@@ -124,7 +124,7 @@ def test_an_executor_that_cannot_read_all_words_uses_its_plan(tmp_path):
 @pytest.mark.slow
 def test_in_hard_em_plans_are_worth_more_where_words_are_dropped(tmp_path, monkeypatch):
     """Plans are used by all these runs: a threshold that calls them unused, and the mean of five seeds."""
-    monkeypatch.setattr(advice, "advise", lambda *args: [x for x in advise(*args) if x.sign == UNUSED])
+    monkeypatch.setattr(monitor_callback, "advise", lambda *args: [x for x in advise(*args) if x.sign == UNUSED])
     worth = []
     for auto in (False, True):
         found = []
@@ -133,7 +133,7 @@ def test_in_hard_em_plans_are_worth_more_where_words_are_dropped(tmp_path, monke
             settings = {**BASE, "max_steps": 60, "usage_weight": 0.3, "learning_rate": 1e-2, "z_dropout": 0.05}
             trainer = setups.trainer(tmp_path, callbacks=[monitor], training="hard_em", seed=seed, **settings)
             trainer.train()
-            assert UNUSED in monitor.told and {x["field"] for x in monitor.applied} <= {"word_dropout"}
+            assert UNUSED in monitor.last_warned and {x["field"] for x in monitor.applied} <= {"word_dropout"}
             found.append(trainer.probe(setups.batch_of(trainer, range(8)))["monitor/delta_nll_shuffled"])
         worth.append(sum(found) / len(found))
     assert worth[1] > 1.1 * worth[0], worth  # seen: 2.84 and 3.40 nats a token
@@ -158,7 +158,7 @@ def test_a_planner_that_no_gradient_reaches_shows_it_until_it_does(tmp_path, mon
             if sick and training == "soft":
                 patch.setattr(module, "plan_soft", detached)
             trainer.train()
-        told.append(DEAD in monitor.told)
+        told.append(DEAD in monitor.last_warned)
         assert (max(setups.logged(trainer, "monitor/planner_grad_norm")) == 0) == sick
     assert told == [True, False]
 
@@ -169,7 +169,7 @@ def test_a_spike_is_seen_and_the_steps_after_it_are_smaller(tmp_path, monkeypatc
     sure of what is not so. A logit's gradient has a bound, so that it cannot grow tenfold in six steps."""
     moved, factor = [], 0.01 if training == "soft" else 100
     for auto in (False, True):
-        monkeypatch.setattr(advice, "advise", lambda *args: [x for x in advise(*args) if x.sign == SPIKE])
+        monkeypatch.setattr(monitor_callback, "advise", lambda *args: [x for x in advise(*args) if x.sign == SPIKE])
         monitor = PlannerMonitorCallback(auto, every=100, thresholds={"window": 3, "gradient_spike": 2.0})
         trainer = setups.trainer(tmp_path, callbacks=[monitor], training=training, **{**BASE, "max_steps": 8})
         table, steps, inner = backbone_of(trainer.model).unified_head.table, [], trainer.training_step
@@ -182,7 +182,9 @@ def test_a_spike_is_seen_and_the_steps_after_it_are_smaller(tmp_path, monkeypatc
 
         trainer.training_step = step
         trainer.train()
-        assert SPIKE in monitor.told and monitor.told[SPIKE] <= 7, setups.logged(trainer, "monitor/planner_grad_norm")
+        assert SPIKE in monitor.last_warned and monitor.last_warned[SPIKE] <= 7, setups.logged(
+            trainer, "monitor/planner_grad_norm"
+        )
         assert {change["sign"] for change in monitor.applied} == ({SPIKE} if auto else set())
         fields = {change["field"] for change in monitor.applied}
         assert fields == (set(CHANGES[training, SPIKE]) if auto else set())

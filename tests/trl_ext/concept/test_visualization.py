@@ -2,7 +2,7 @@
 
 import re
 
-from trl_ext.concept.looks import colour, write_page
+from trl_ext.concept.visualization import colour, write_page
 
 
 class Cut:

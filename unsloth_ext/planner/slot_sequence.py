@@ -14,7 +14,7 @@ from ..common.layer_kinds import check_length
 EVERYBODY = -1
 
 
-class Tape:
+class SlotSequence:
     """Slots are put behind one another (`add`) and run through the backbone together (`read`).
 
     Attributes:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..common.evaluation_mode import evaluating
-from ..common.trial_text import same_states, trial_ids
+from ..common.model_probe import same_states, trial_ids
 from ..common.wrapping import backbone_of
 from .forward import run_layers
 from .masks import causal_mask

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trl_ext.common.run_folder import begin
-from trl_ext.minimind.origin import changes, origin, remember
+from trl_ext.minimind.provenance import changes, origin, remember
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unsloth_ext.common.trial_text import same_states
+from unsloth_ext.common.model_probe import same_states
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])

@@ -5,68 +5,70 @@ from torch import nn
 
 from ..common.wrapping import backbone_of
 from .config import PlannerConfig
+from .decoding_strategies import HardDecoding, SoftDecoding
 from .head import text_embeds
-from .tape import EVERYBODY, Tape
+from .slot_sequence import EVERYBODY, SlotSequence
 from .vocabulary import PLAN
-from .writers import HardWriter, SoftWriter
 
 
 def read_text(
     backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: bool = True
-) -> tuple[Tape, torch.Tensor]:
-    """A tape that begins with the text and <PLAN>, not read yet, and the plan's origin (B,)."""
+) -> tuple[SlotSequence, torch.Tensor]:
+    """A slot sequence that begins with the text and <PLAN>, not read yet, and the plan's origin (B,)."""
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    tape = Tape(backbone, len(input_ids), input_ids.device, cached)
+    slots = SlotSequence(backbone, len(input_ids), input_ids.device, cached)
     length = valid.sum(1)
-    tape.add(text_embeds(backbone, input_ids), (valid.cumsum(1) - 1).clamp(min=0), valid)
-    tape.add(backbone.unified_head.special(PLAN), length[:, None])
-    return tape, length + 1
+    slots.add(text_embeds(backbone, input_ids), (valid.cumsum(1) - 1).clamp(min=0), valid)
+    slots.add(backbone.unified_head.special(PLAN), length[:, None])
+    return slots, length + 1
 
 
-def write(tape: Tape, origin: torch.Tensor, writer: HardWriter | SoftWriter, groups: list[list[int]]) -> None:
-    """Types group after group; on the tape, all that a later one may see."""
-    config, head = tape.backbone.planner_config, tape.backbone.unified_head
+def write(
+    slots: SlotSequence, origin: torch.Tensor, strategy: HardDecoding | SoftDecoding, groups: list[list[int]]
+) -> None:
+    """Types group after group; in the slot sequence, all that a later one may see."""
+    config, head = slots.backbone.planner_config, slots.backbone.unified_head
     for group in groups:
         last = group is groups[-1]
         if config.multi_token:
-            _write_at_once(tape, origin, writer, group, last)
+            _write_at_once(slots, origin, strategy, group, last)
             continue
         for i in group:
-            _open_type(tape, origin, i)
+            _open_type(slots, origin, i)
         going, j = list(group), 0
         while going:
-            hidden = tape.read()[:, -len(going) :]
-            steps = [(i, writer.step(i, j, head(hidden[:, k], i))) for k, i in enumerate(going)]
+            hidden = slots.read()[:, -len(going) :]
+            steps = [(i, strategy.step(i, j, head(hidden[:, k], i))) for k, i in enumerate(going)]
             going, j = [], j + 1
             for i, step in steps:
                 if step.order is not None:
-                    tape.reorder(step.order)
+                    slots.reorder(step.order)
                 if not step.alive.any():
                     continue
                 if j < config.types[i].quota:
                     going.append(i)
                 if i in going or not last:
                     embeds = head.typed(step.embeds, i)[:, None]
-                    tape.add(embeds, origin[:, None] + j, step.alive[:, None], _branch(config, i))
+                    slots.add(embeds, origin[:, None] + j, step.alive[:, None], _branch(config, i))
 
 
 def _write_at_once(
-    tape: Tape, origin: torch.Tensor, writer: HardWriter | SoftWriter, group: list[int], last: bool
+    slots: SlotSequence, origin: torch.Tensor, strategy: HardDecoding | SoftDecoding, group: list[int], last: bool
 ) -> None:
-    head = tape.backbone.unified_head
-    counts = [_open_type(tape, origin, i) for i in group]
-    for i, part in zip(group, tape.read()[:, -sum(counts) :].split(counts, dim=1)):
+    head = slots.backbone.unified_head
+    counts = [_open_type(slots, origin, i) for i in group]
+    for i, part in zip(group, slots.read()[:, -sum(counts) :].split(counts, dim=1)):
         logits, written = head(part[:, 1:], i), []
         for j in range(logits.shape[1]):
-            step = writer.step(i, j, logits[:, j])
+            step = strategy.step(i, j, logits[:, j])
             if step.order is not None:
-                tape.reorder(step.order)
+                slots.reorder(step.order)
                 logits = logits[step.order]
                 written = [(embeds[step.order], alive[step.order]) for embeds, alive in written]
             written.append((head.typed(step.embeds, i), step.alive))
         if not last:
             embeds, alive = (torch.stack(parts, dim=1) for parts in zip(*written))
-            tape.add(embeds, origin[:, None] + torch.arange(1, len(written) + 1, device=origin.device), alive)
+            slots.add(embeds, origin[:, None] + torch.arange(1, len(written) + 1, device=origin.device), alive)
 
 
 def teacher_forced(
@@ -86,18 +88,18 @@ def teacher_forced(
     """
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
-    tape, origin = read_text(backbone, input_ids, attention_mask, cached=False)
+    slots, origin = read_text(backbone, input_ids, attention_mask, cached=False)
     starts = []
     for i, kind in enumerate(config.types):
         later = config.ordering == "sequential" and i < len(config.types) - 1
-        starts.append(tape.length + config.multi_token)
-        _open_type(tape, origin, i)
+        starts.append(slots.length + config.multi_token)
+        _open_type(slots, origin, i)
         # The last concept predicts nothing; those behind a query are there for other types
         count = kind.quota if later else 0 if config.multi_token else kind.quota - 1
         if count:
             positions = origin[:, None] + torch.arange(1, count + 1, device=origin.device)
-            tape.add(head.typed(embeds[:, i, :count], i), positions, alive[:, i, :count], _branch(config, i))
-    hidden = tape.read()
+            slots.add(head.typed(embeds[:, i, :count], i), positions, alive[:, i, :count], _branch(config, i))
+    hidden = slots.read()
     return [head(hidden[:, start : start + kind.quota], i) for i, (start, kind) in enumerate(zip(starts, config.types))]
 
 
@@ -106,12 +108,12 @@ def _branch(config: PlannerConfig, i: int) -> int:
     return i if config.ordering == "parallel" else EVERYBODY
 
 
-def _open_type(tape: Tape, origin: torch.Tensor, i: int) -> int:
+def _open_type(slots: SlotSequence, origin: torch.Tensor, i: int) -> int:
     """The separator of a type, and its queries if it has any; how many slots that makes."""
-    config, head = tape.backbone.planner_config, tape.backbone.unified_head
-    tape.add(head.sep(i), origin[:, None], branch=_branch(config, i))
+    config, head = slots.backbone.planner_config, slots.backbone.unified_head
+    slots.add(head.sep(i), origin[:, None], branch=_branch(config, i))
     if not config.multi_token:
         return 1
     quota = config.types[i].quota
-    tape.add(head.queries(i), origin[:, None] + torch.arange(1, quota + 1, device=origin.device), branch=i)
+    slots.add(head.queries(i), origin[:, None] + torch.arange(1, quota + 1, device=origin.device), branch=i)
     return 1 + quota

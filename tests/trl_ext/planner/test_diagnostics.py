@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from trl_ext.planner.signs import SIGNS, WHOLE, Action, Thresholds, advise
+from trl_ext.planner.diagnostics import SIGNS, WHOLE, Action, Thresholds, advise
 
 from .histories import (
     BLURRED,

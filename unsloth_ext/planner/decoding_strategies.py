@@ -23,7 +23,7 @@ class Step(NamedTuple):
     order: torch.Tensor | None = None
 
 
-class HardWriter:
+class HardDecoding:
     """Concepts without a gradient.
 
     Attributes:
@@ -56,7 +56,7 @@ class HardWriter:
         return Step(F.embedding(choice.clamp(max=end - 1), self.head.concepts(i)), alive)
 
 
-class BeamWriter(HardWriter):
+class BeamDecoding(HardDecoding):
     """The likeliest plans: K rows for every text, those of a text behind one another.
 
     Attributes:
@@ -82,7 +82,7 @@ class BeamWriter(HardWriter):
         return self.put(i, j, (best % choices).flatten(), choices - 1)._replace(order=order)
 
 
-class DiverseWriter(HardWriter):
+class DiverseBeamDecoding(HardDecoding):
     """Plans that differ: K rows for every text, each a greedy plan that pays for every concept that one before it has in
     the same place (diverse beam search with a beam for a group, arXiv 1610.02424). Where the planner is surer than that,
     they are alike all the same.
@@ -124,7 +124,7 @@ class _Choices(NamedTuple):
     embeds: torch.Tensor
 
 
-class SoftWriter:
+class SoftDecoding:
     """Samples with the gradient of the expected concept, see `plan_soft`."""
 
     def __init__(
@@ -138,7 +138,7 @@ class SoftWriter:
         self.steps: list[list[_Choices]] = [[] for _ in config.types]
 
     def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
-        """As of `HardWriter`."""
+        """As of `HardDecoding`."""
         end = logits.shape[1] - 1
         log_probs = logits.log_softmax(-1)
         perturbed = (logits + gumbel_noise(logits, self.generator)) / self.temperature

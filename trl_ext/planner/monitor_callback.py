@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .signs import LEARNING_RATE, THRESHOLDS, WATCHED, Advice, History, Thresholds, advise
+from .diagnostics import LEARNING_RATE, THRESHOLDS, WATCHED, Advice, History, Thresholds, advise
 
 
 logger = logging.get_logger(__name__)
@@ -54,7 +54,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
 
     def _forget(self) -> None:
         self.history: History = []
-        self.told: dict[str, int] = {}  # step of each sign's last warning
+        self.last_warned: dict[str, int] = {}  # step of each sign's last warning
         self.applied: list[dict[str, Any]] = []
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         given = {"auto": self.auto, "every": self.every, "cooldown": self.cooldown}
         return {
             "args": {**given, "thresholds": asdict(self.thresholds)},
-            "attributes": {"told": dict(self.told), "applied": [dict(change) for change in self.applied]},
+            "attributes": {"told": dict(self.last_warned), "applied": [dict(change) for change in self.applied]},
         }
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **_):
@@ -76,7 +76,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
             return
         for entry in state.log_history:
             self._remember(entry, entry["step"])
-        self.told, self.applied = dict(saved["attributes"]["told"]), list(saved["attributes"]["applied"])
+        self.last_warned, self.applied = dict(saved["attributes"]["told"]), list(saved["attributes"]["applied"])
         if self.auto:
             self._apply_again(args, optimizer, lr_scheduler)
 
@@ -122,12 +122,12 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
             due = [
                 x
                 for x in advise(self.history, self.thresholds, args.training)
-                if self._over(step, self.told.get(x.sign))
+                if self._over(step, self.last_warned.get(x.sign))
             ]
         if self.auto and args.world_size > 1:  # or processes would go on with different settings
             due = broadcast_object_list([due])[0]
         for advice in due:
-            self.told[advice.sign] = step
+            self.last_warned[advice.sign] = step
             changes = self._act(advice, step, args, optimizer, lr_scheduler) if self.auto else []
             if state.is_world_process_zero:
                 done = [f"{x['field']} {x['old']} -> {x['new']}" for x in changes]

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.utils import logging as hf_logging
 
 from trl_ext.common.checkpointing import SafeCheckpointMixin
-from trl_ext.planner import advice as module
-from trl_ext.planner.advice import PlannerMonitorCallback, scale_learning_rate
-from trl_ext.planner.signs import Thresholds
+from trl_ext.planner import monitor_callback as module
+from trl_ext.planner.diagnostics import Thresholds
+from trl_ext.planner.monitor_callback import PlannerMonitorCallback, scale_learning_rate
 
 from .histories import BLURRED, CHANGES, FIELDS, ILL, SETTLED, SPIKE, STALE, UNUSED, history
 
@@ -398,7 +398,7 @@ def test_state_is_json_and_comes_back(warnings):
     state = json.loads(json.dumps(run.callback.state()))
     back = PlannerMonitorCallback.from_state(state)
     assert back.state() == run.callback.state() and back.thresholds == Thresholds(cos=0.7) and back.auto
-    assert back.applied == run.callback.applied != [] and back.told == {UNUSED: 50}
+    assert back.applied == run.callback.applied != [] and back.last_warned == {UNUSED: 50}
 
 
 def test_a_new_run_begins_anew(warnings):
@@ -406,13 +406,13 @@ def test_a_new_run_begins_anew(warnings):
     run.log(history(UNUSED))
     run.state = TrainerState(stateful_callbacks=[run.callback], is_world_process_zero=True)
     run.begin()
-    assert run.callback.history == [] and run.callback.told == {}
+    assert run.callback.history == [] and run.callback.last_warned == {}
     run.log(history(UNUSED))
     assert len(warnings) == 2
 
 
 def test_warnings_go_through_transformers_logger(caplog):
-    assert module.logger.name == "trl_ext.planner.advice" and hf_logging.get_logger("trl_ext") is not None
+    assert module.logger.name == "trl_ext.planner.monitor_callback" and hf_logging.get_logger("trl_ext") is not None
     with caplog.at_level(logging.WARNING, logger=module.logger.name):
         module.logger.addHandler(caplog.handler)
         Run(PlannerMonitorCallback()).log(history(UNUSED))
