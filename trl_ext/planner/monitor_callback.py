@@ -64,7 +64,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         given = {"auto": self.auto, "every": self.every, "cooldown": self.cooldown}
         return {
             "args": {**given, "thresholds": asdict(self.thresholds)},
-            "attributes": {"told": dict(self.last_warned), "applied": [dict(change) for change in self.applied]},
+            "attributes": {"last_warned": dict(self.last_warned), "applied": [dict(change) for change in self.applied]},
         }
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **_):
@@ -76,7 +76,11 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
             return
         for entry in state.log_history:
             self._remember(entry, entry["step"])
-        self.last_warned, self.applied = dict(saved["attributes"]["told"]), list(saved["attributes"]["applied"])
+        attributes = saved["attributes"]
+        self.last_warned = dict(
+            attributes.get("last_warned") or attributes.get("told", {})
+        )  # "told" in older checkpoints
+        self.applied = list(attributes["applied"])
         if self.auto:
             self._apply_again(args, optimizer, lr_scheduler)
 
