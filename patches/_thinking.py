@@ -32,7 +32,7 @@ def fused_embeddings(
     inputs_embeds: torch.Tensor | None,
     thinking: dict[str, Any],
 ) -> torch.Tensor:
-    """Embed the tokens, then fuse the thinking states in. Three ways to say which is which:
+    """Embed the tokens, then fuse the thinking states in. There are three ways to say which is which:
 
     | input_ids | inputs_embeds | tokens        | states                                                                |
     |-----------|---------------|---------------|-----------------------------------------------------------------------|
@@ -42,8 +42,12 @@ def fused_embeddings(
 
     The maths lives on the model (`backbone.fuse_thinking`, put there by `unsloth_ext.attach_thinking`).
 
+    The keywords of the patched forward end here: `thinking_embeds` become `thinking_states`, and
+    `thinking_hidden_states_cache` become the `hidden_states` that these are made from.
+
     Raises:
-        ValueError: the model has no thinking modules; in the third way, states are given twice or cannot be states.
+        ValueError: the model has no thinking modules; there are no states; in the third way, states are given twice or
+            cannot be states.
     """
     if not hasattr(backbone, "fuse_thinking"):
         raise ValueError(
@@ -68,4 +72,14 @@ def fused_embeddings(
         inputs_embeds = None
     if inputs_embeds is None:
         inputs_embeds = embedding(input_ids)
-    return backbone.fuse_thinking(inputs_embeds, **thinking)
+    recompute, cache = thinking.get("recompute_thinking_projection"), thinking.get("thinking_hidden_states_cache")
+    if recompute and cache is None:
+        raise ValueError("recompute_thinking_projection=True needs thinking_hidden_states_cache")
+    if not recompute and thinking.get("thinking_embeds") is None:
+        raise ValueError("thinking_mask was given without thinking_embeds or thinking_hidden_states_cache")
+    return backbone.fuse_thinking(
+        inputs_embeds,
+        thinking["thinking_mask"],
+        thinking_states=None if recompute else thinking["thinking_embeds"],
+        hidden_states=cache if recompute else None,
+    )

@@ -1,7 +1,7 @@
 """HRPO on top of whichever GRPOTrainer is live. What differs from GRPO, and where:
 
 - rollouts: `_generate_single_turn` lets the parent generate, with hybrid decoding in `generate`'s place, and keeps what
-  the training forward will need (`unsloth_ext.hrpo.recompute.saved_fields`);
+  the training forward will need (`unsloth_ext.hrpo.recompute.trace_fields`);
 - the batch: `_generate_and_score_completions` adds those tensors, so the parent's shuffling and splitting carry them;
 - log-probs: `_get_per_token_logps_and_entropies` hands the model the states. One path serves the old policy and the
   loss, so the importance ratio is 1 at the first inner step. The KL reference does not think;
@@ -29,7 +29,7 @@ from unsloth_ext.common.settings_file import read_json
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.hrpo.adapter import THINKING_MODULES, free_originals, with_thinking_modules
 from unsloth_ext.hrpo.decoding import HybridSession, ThinkingTrace, hybrid_decode
-from unsloth_ext.hrpo.recompute import SavedThinking, saved_fields, thinking_keywords
+from unsloth_ext.hrpo.recompute import thinking_keywords, trace_fields
 from unsloth_ext.hrpo.residual import attach_thinking, has_thinking, read_settings
 from unsloth_ext.hrpo.states import Warper
 
@@ -74,7 +74,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._check_parent()
         given = self._named(model, reward_funcs, args, *positional, **keywords)
         self.hrpo = args if isinstance(args, HRPOArguments) else HRPOArguments()
-        self._saved: SavedThinking | None = None
+        self._saved: ThinkingTrace | None = None
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
@@ -102,7 +102,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         decoding = rollout_config(self)
         warn_of_truncation(decoding, self.temperature)
         self.warper = Warper.of(decoding)
-        self.fields = saved_fields(self.hrpo.recompute, backbone.thinking_config.thinking_source)
+        self.fields = trace_fields(self.hrpo.recompute, backbone.thinking_config.thinking_source)
         self.monitor = GateMonitor(backbone)
         self.add_callback(RolloutDiagnostics(self.hrpo.answer_delimiter))
 
@@ -176,7 +176,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         generate, own = model.generate, "generate" in vars(model)
 
         def hybrid(*args: Any, **kwargs: Any) -> Any:
-            session = HybridSession(model, self.matcher, keep=self._kept())
+            session = HybridSession(model, self.matcher, keep=(*self.fields, "log_probs"))
             out = generate(*args, custom_generate=hybrid_decode, hybrid=session, **kwargs)
             self._trace = session.trace()
             return out
@@ -191,32 +191,22 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             else:
                 del model.generate
 
-    def _kept(self) -> tuple[str, ...]:
-        return (
-            *({"states": "thinking_states", "hidden": "hidden_states"}[field] for field in self.fields),
-            "log_probs",
-        )
-
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.thinking:
             return super()._generate_and_score_completions(inputs)
         try:
             out = super()._generate_and_score_completions(inputs)
             length = out["completion_ids"].shape[1]
-            saved = self._saved_from_trace(length)
-            out["thinking_mask"] = saved.mask
-            if saved.states is not None:
-                out["thinking_states"] = saved.states
-            if saved.hidden is not None:
-                out["thinking_hidden"] = saved.hidden
-            out["rollout_logps"] = _fit(self._trace.log_probs, length)
+            trace = self._fitted_trace(length)
+            out["thinking_mask"], out["rollout_logps"] = trace.thinking_mask, trace.log_probs
+            out |= {name: getattr(trace, name) for name in self.fields}
             mode = "train" if self.model.training else "eval"
             real = out["completion_mask"].bool()
             ends = torch.isin(out["completion_ids"], torch.tensor(self.eos_token_ids, device=real.device))
             # EOS ends the thinking too; any other token that does not think stands at the delimiter or behind it
-            delimited = (real & ~ends & ~saved.mask).any(1)
+            delimited = (real & ~ends & ~trace.thinking_mask).any(1)
             counts = torch.stack(
-                [saved.mask.sum(), real.sum(), delimited.sum(), torch.as_tensor(len(real)).to(real.device)]
+                [trace.thinking_mask.sum(), real.sum(), delimited.sum(), torch.as_tensor(len(real)).to(real.device)]
             )
             thinking, total, with_delimiter, rows = self.accelerator.gather(counts).view(-1, 4).sum(0).tolist()
             self._metrics[mode]["thinking/fraction"].append(thinking / max(total, 1))
@@ -226,11 +216,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         finally:
             self._trace = None
 
-    def _saved_from_trace(self, length: int) -> SavedThinking:
-        trace = self._trace
-        return SavedThinking(
-            _fit(trace.thinking_mask, length), _fit(trace.thinking_states, length), _fit(trace.hidden_states, length)
-        )
+    def _fitted_trace(self, length: int) -> ThinkingTrace:
+        return ThinkingTrace(**{name: _fit(value, length) for name, value in vars(self._trace).items()})
 
     # -- log-probs and loss -----------------------------------------------------------------------------------------
 
@@ -239,7 +226,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     ):
         saved = self._saved
         if saved is None and self._trace is not None:  # the old policy, scored inside the rollout
-            saved = self._saved_from_trace(logits_to_keep)
+            saved = self._fitted_trace(logits_to_keep)
         if saved is None or self._is_reference(model):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
@@ -252,7 +239,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             if self._takes_position_ids:
                 # As in decoding. Rotary models do not care; GPT-2's left-padded rows would be shifted
                 inputs["position_ids"] = (attention_mask[rows].cumsum(-1) - 1).clamp(min=0)
-            part = SavedThinking(*(None if x is None else x[rows] for x in (saved.mask, saved.states, saved.hidden)))
+            part = ThinkingTrace(**{name: None if x is None else x[rows] for name, x in vars(saved).items()})
             extra = self._keywords(model, part, **inputs)
             if self._takes_position_ids:
                 extra["position_ids"] = inputs["position_ids"]
@@ -269,11 +256,11 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             None if aux[0] is None else torch.stack(aux).mean(),
         )
 
-    def _keywords(self, model: nn.Module, saved: SavedThinking, **inputs: torch.Tensor) -> dict[str, Any]:
+    def _keywords(self, model: nn.Module, trace: ThinkingTrace, **inputs: torch.Tensor) -> dict[str, Any]:
         """What the forward of `model` over `inputs` (`input_ids`, `attention_mask` (B, T)) must be given to think."""
         with self._autocast():
             return thinking_keywords(
-                model, self.hrpo.recompute, saved, self.warper, self.hrpo.jacobi_iterations, **inputs
+                model, self.hrpo.recompute, trace, self.warper, self.hrpo.jacobi_iterations, **inputs
             )
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -295,7 +282,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     def _compute_loss(self, model, inputs):
         if not self.thinking:
             return super()._compute_loss(model, inputs)
-        self._saved = _saved_in(inputs)
+        self._saved = _trace_in(inputs)
         try:
             with self.monitor.watching():
                 loss = super()._compute_loss(model, inputs)
@@ -355,9 +342,10 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         super().log(logs, *args, **kwargs)
 
 
-def _saved_in(inputs: dict[str, Any]) -> SavedThinking:
-    """What the rollout put into a batch."""
-    return SavedThinking(inputs["thinking_mask"], inputs.get("thinking_states"), inputs.get("thinking_hidden"))
+def _trace_in(inputs: dict[str, Any]) -> ThinkingTrace:
+    """What the rollout put into a batch. In rollouts of checkpoints before 0.1, hidden states are "thinking_hidden"."""
+    hidden_states = inputs.get("hidden_states", inputs.get("thinking_hidden"))
+    return ThinkingTrace(inputs["thinking_mask"], inputs.get("thinking_states"), hidden_states)
 
 
 def _refuse(args: Any) -> None:

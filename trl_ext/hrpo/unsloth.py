@@ -24,7 +24,7 @@ from patches.grpo_accumulated_loss import NAME, thinking_batch, thinking_forward
 from unsloth_ext.common.unsloth_decoding import on_unsloth
 
 from .config import HRPOArguments
-from .trainer import HRPOMixin, _saved_in
+from .trainer import HRPOMixin, _trace_in
 
 
 logger = logging.get_logger(__name__)
@@ -113,7 +113,7 @@ class UnslothHRPOMixin(HRPOMixin):
         if self._trace is None or self._is_reference(model):  # no forward at all from the loss, or no thinking
             return parent()
         self._decide_precision("_unsloth_grpo_autocast")
-        saved = self._saved_from_trace(logits_to_keep)
+        saved = self._fitted_trace(logits_to_keep)
         # Before the parent's inference mode, whose tensors no later forward could use
         keywords = self._keywords(model, saved, input_ids=input_ids, attention_mask=attention_mask)
         with thinking_forwards(model, input_ids, self._tokenizer.pad_token_id, **keywords):
@@ -125,7 +125,7 @@ class UnslothHRPOMixin(HRPOMixin):
         self._decide_precision("_unsloth_grpo_autocast_unscored")
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        keywords = self._keywords(model, _saved_in(inputs), input_ids=ids, attention_mask=attention)
+        keywords = self._keywords(model, _trace_in(inputs), input_ids=ids, attention_mask=attention)
         with self.monitor.watching(), thinking_batch(**keywords) as scored:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         # Upstream takes a pad token for padding wherever it stands, so that one (often EOS) is in no loss

@@ -75,8 +75,8 @@ class HybridSession:
         self.source = self.backbone.thinking_config.thinking_source
         self.needs_hidden = self.source == "projection" or "hidden_states" in keep
         self._masks: list[torch.Tensor] = []
-        self._states: list[torch.Tensor] = []
-        self._hidden: list[torch.Tensor] = []
+        self._thinking_states: list[torch.Tensor] = []
+        self._hidden_states: list[torch.Tensor] = []
         self._log_probs: list[torch.Tensor] = []
         self._last_hidden: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -107,7 +107,7 @@ class HybridSession:
         if "log_probs" in self.keep:
             self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
         if "hidden_states" in self.keep:
-            self._hidden.append(self._last_hidden)
+            self._hidden_states.append(self._last_hidden)
         if self.source == "projection":
             self._pending = (self._last_hidden, None)
             return
@@ -120,13 +120,13 @@ class HybridSession:
         if not self._masks:
             return None
         if self._pending is not None:
-            self._states.append(self._ablated(self._state(*self._pending)))
+            self._thinking_states.append(self._ablated(self._state(*self._pending)))
             self._pending = None
         span = min(embeds.shape[1], len(self._masks))
-        mask, states = (torch.stack(x[-span:], dim=1) for x in (self._masks, self._states))
+        thinking_mask, thinking_states = (torch.stack(x[-span:], dim=1) for x in (self._masks, self._thinking_states))
         if "thinking_states" not in self.keep and embeds.shape[1] == 1:
-            self._states.clear()
-        return self.backbone.fuse_thinking(embeds, mask, states)
+            self._thinking_states.clear()
+        return self.backbone.fuse_thinking(embeds, thinking_mask, thinking_states)
 
     # -- the state itself -----------------------------------------------------------------------------------------
 
@@ -146,15 +146,16 @@ class HybridSession:
 
     def trace(self) -> ThinkingTrace:
         """The record so far; outside inference mode, so that training may use it."""
-        states = None
+        thinking_states = None
         if "thinking_states" in self.keep:
             # The last token is never fed, so it has no state: zero
-            states = [*self._states, *[torch.zeros_like(self._empty_state())] * (len(self._masks) - len(self._states))]
+            unfed = len(self._masks) - len(self._thinking_states)
+            thinking_states = [*self._thinking_states, *[torch.zeros_like(self._empty_state())] * unfed]
         stack = lambda steps: torch.stack(steps, dim=1).clone()  # noqa: E731
         return ThinkingTrace(
             thinking_mask=stack(self._masks),
-            thinking_states=None if states is None else stack(states),
-            hidden_states=stack(self._hidden) if "hidden_states" in self.keep else None,
+            thinking_states=None if thinking_states is None else stack(thinking_states),
+            hidden_states=stack(self._hidden_states) if "hidden_states" in self.keep else None,
             log_probs=stack(self._log_probs) if "log_probs" in self.keep else None,
         )
 

@@ -69,8 +69,8 @@ def _states_arrive(model: PreTrainedModel, backbone: nn.Module) -> bool:
     half = LENGTH // 2
     mask = torch.ones(1, half, dtype=torch.bool, device=ids.device)
     states = model.get_input_embeddings()(others[:, half:])
-    backbone.fuse_thinking = lambda embeds, thinking_mask, thinking_embeds: torch.cat(
-        [embeds[:, :half], thinking_embeds], dim=1
+    backbone.fuse_thinking = lambda embeds, thinking_mask, thinking_states, hidden_states: torch.cat(
+        [embeds[:, :half], thinking_states], dim=1
     )
     try:
         given = model(input_ids=ids, thinking_mask=mask, thinking_embeds=states, use_cache=False).logits

@@ -11,7 +11,6 @@
 `jacobi` with K >= the longest run of thinking tokens is the exact sequential state of the present weights.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..common.logits import logits_of
 from ..common.wrapping import backbone_of, unwrapped
+from .decoding import ThinkingTrace
 from .forward import decoder_of
 from .states import Warper, soft_embedding
 
@@ -28,77 +28,86 @@ RECOMPUTE_MODES = ("frozen", "rollout", "two_pass", "soft_bptt", "jacobi")
 TOKENS_PER_CHUNK = 512  # of the (tokens, V) distributions that soft embeddings need
 
 
-@dataclass(frozen=True)
-class SavedThinking:
-    """What a rollout keeps for training. Rows B, completion length C.
+def trace_fields(mode: str, source: str) -> tuple[str, ...]:
+    """The tensors of `ThinkingTrace` that a recompute mode reads beside the mask. A rollout need not keep the others.
 
-    Attributes:
-        mask (B, C) bool: thinking tokens.
-        states (B, C, d): fused at the rollout; for `frozen`, `soft_bptt` and `jacobi` with soft embeddings.
-        hidden (B, C, d): [:, t] produced token t; for `rollout`, and `jacobi` with the projection.
+    Args:
+        mode: one of `RECOMPUTE_MODES`.
+        source: `thinking_source` of the model's `ThinkingConfig`.
+
+    Returns:
+        No name for `two_pass`; `"hidden_states"` for `rollout`, and for `jacobi` with the projection; else
+        `"thinking_states"`.
     """
-
-    mask: torch.Tensor
-    states: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-
-
-def saved_fields(mode: str, source: str) -> tuple[str, ...]:
-    """Fields of `SavedThinking` that a mode reads beside the mask: nothing else is worth its memory."""
     if mode == "two_pass":
         return ()
     if mode == "rollout" or (mode == "jacobi" and source == "projection"):
-        return ("hidden",)
-    return ("states",)
+        return ("hidden_states",)
+    return ("thinking_states",)
 
 
 def thinking_keywords(
     model: nn.Module,
     mode: str,
-    saved: SavedThinking,
+    trace: ThinkingTrace,
     warp: Warper,
     iterations: int,
     **inputs: torch.Tensor,
 ) -> dict[str, Any]:
-    """Keywords for the forward that takes the gradient.
+    """Keywords for the forward that takes the gradient, under the names of the patched `LlamaModel_fast_forward`.
+
+    This is the one place where our names become those: `thinking_states` are passed as `thinking_embeds`, and
+    `hidden_states` as `thinking_hidden_states_cache`.
 
     Args:
         model: the (wrapped) causal LM.
-        inputs: what that forward gets too: `input_ids` (B, T) and `attention_mask` (B, T), T >= C, completions last.
+        mode: one of `RECOMPUTE_MODES`.
+        trace: what the rollout kept, (B, C) and (B, C, d); see `trace_fields`.
         warp: temperature and support of the rollout.
         iterations: K of `jacobi`.
+        **inputs: what that forward gets too: `input_ids` (B, T) and `attention_mask` (B, T) long, T >= C, completions
+            last.
+
+    Returns:
+        `thinking_mask` (B, C) bool with either `thinking_embeds` (B, C, d), or `thinking_hidden_states_cache` (B, C, d)
+        and `recompute_thinking_projection=True`.
+
+    Raises:
+        ValueError: `mode` is unknown.
     """
     model = unwrapped(model)  # these passes come before the one that DDP counts
     source = backbone_of(model).thinking_config.thinking_source
 
-    def from_hidden(hidden: torch.Tensor) -> dict[str, Any]:
+    mask = trace.thinking_mask
+
+    def from_hidden(hidden_states: torch.Tensor) -> dict[str, Any]:
         if source == "projection":
             return {
-                "thinking_mask": saved.mask,
+                "thinking_mask": mask,
                 "recompute_thinking_projection": True,
-                "thinking_hidden_states_cache": hidden,
+                "thinking_hidden_states_cache": hidden_states,
             }
-        return {"thinking_mask": saved.mask, "thinking_embeds": soft_states(model, hidden, saved.mask, warp)}
+        return {"thinking_mask": mask, "thinking_embeds": soft_states(model, hidden_states, mask, warp)}
 
-    from_states = {"thinking_mask": saved.mask, "thinking_embeds": saved.states}
+    from_states = {"thinking_mask": mask, "thinking_embeds": trace.thinking_states}
     if mode == "frozen":
         return from_states
     if mode == "rollout":
-        return from_hidden(saved.hidden)
-    length = saved.mask.shape[1]
+        return from_hidden(trace.hidden_states)
+    length = mask.shape[1]
     if mode == "two_pass":
         with torch.no_grad():
-            hidden = previous_hidden(model, length, **inputs)
-        return from_hidden(hidden)
+            hidden_states = previous_hidden(model, length, **inputs)
+        return from_hidden(hidden_states)
     if mode == "soft_bptt":
         return from_hidden(previous_hidden(model, length, **inputs, **from_states))
     if mode == "jacobi":
         with torch.no_grad():
-            keywords = from_hidden(saved.hidden) if source == "projection" else from_states
+            keywords = from_hidden(trace.hidden_states) if source == "projection" else from_states
             for _ in range(iterations):
-                hidden = previous_hidden(model, length, **inputs, **keywords)
-                keywords = from_hidden(hidden)
-        return from_hidden(hidden)
+                hidden_states = previous_hidden(model, length, **inputs, **keywords)
+                keywords = from_hidden(hidden_states)
+        return from_hidden(hidden_states)
     raise ValueError(f"recompute={mode!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
 
 
@@ -113,17 +122,19 @@ def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tenso
     return found[0][:, -length - 1 : -1]
 
 
-def soft_states(model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor, warp: Warper) -> torch.Tensor:
-    """Soft-embedding states (B, C, d) of hidden states (B, C, d) where the mask is set, zero elsewhere."""
+def soft_states(
+    model: nn.Module, hidden_states: torch.Tensor, thinking_mask: torch.Tensor, warp: Warper
+) -> torch.Tensor:
+    """Soft-embedding thinking states (B, C, d) of hidden states (B, C, d) where the mask is set, zero elsewhere."""
     embedding = backbone_of(model).get_input_embeddings()
 
     def chunk(rows: torch.Tensor) -> torch.Tensor:
         probs = warp(logits_of(model, rows).float()).softmax(-1)
         return soft_embedding(embedding, probs, int((probs > 0).sum(-1).max()) if warp.truncates else None)
 
-    chunks = hidden[mask].split(TOKENS_PER_CHUNK)
+    chunks = hidden_states[thinking_mask].split(TOKENS_PER_CHUNK)
     if torch.is_grad_enabled() and len(chunks) > 1:
         states = torch.cat([checkpoint(chunk, rows, use_reentrant=False) for rows in chunks])
     else:
         states = torch.cat([chunk(rows) for rows in chunks])
-    return torch.zeros_like(hidden).masked_scatter(mask[..., None], states.to(hidden.dtype))
+    return torch.zeros_like(hidden_states).masked_scatter(thinking_mask[..., None], states.to(hidden_states.dtype))

@@ -108,32 +108,32 @@ def fuse_thinking(
     backbone: nn.Module,
     inputs_embeds: torch.Tensor,
     thinking_mask: torch.Tensor,
-    thinking_embeds: torch.Tensor | None = None,
-    recompute_thinking_projection: bool = False,
-    thinking_hidden_states_cache: torch.Tensor | None = None,
+    thinking_states: torch.Tensor | None = None,
+    hidden_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Input embeddings with the thinking states fused in, where the mask says so.
+    """Input embeddings with the thinking states fused in, where the mask says so (arXiv 2505.18454, eq. 3-5).
 
     Args:
         inputs_embeds (B, T, d): token embeddings.
         thinking_mask (B, S) bool, S <= T: which of the *last* S positions think.
-        thinking_embeds (B, S, d): the state of each of those positions, that is, made from the position before it.
-        recompute_thinking_projection: make the states from the cache instead, with gradients into `thinking_projection`.
-        thinking_hidden_states_cache (B, S, d): [:, t] is the hidden state that *produced* the token at t, i.e. of t-1.
+        thinking_states (B, S, d): the state of each of those positions. It was made from the position before it.
+        hidden_states (B, S, d): make the thinking states from these instead, with gradients into `thinking_projection`.
+            [:, t] is the hidden state that *produced* the token at t, that is, of position t-1.
 
     Returns:
         (B, T, d) in the dtype of `inputs_embeds`, a new tensor (in-place writes would break gradient checkpointing).
+
+    Raises:
+        ValueError: both or neither of the two are given, or they do not fit the mask and `inputs_embeds`.
     """
-    if recompute_thinking_projection:
-        if thinking_hidden_states_cache is None:
-            raise ValueError("recompute_thinking_projection=True needs thinking_hidden_states_cache")
-        thinking_embeds = project(backbone, thinking_hidden_states_cache)
-    if thinking_embeds is None:
-        raise ValueError("thinking_mask was given without thinking_embeds or thinking_hidden_states_cache")
+    if (thinking_states is None) == (hidden_states is None):
+        raise ValueError("thinking_mask needs either thinking_states or the hidden_states that they are made from")
+    if hidden_states is not None:
+        thinking_states = project(backbone, hidden_states)
     span = thinking_mask.shape[1]
-    if thinking_embeds.shape[:2] != thinking_mask.shape or span > inputs_embeds.shape[1]:
+    if thinking_states.shape[:2] != thinking_mask.shape or span > inputs_embeds.shape[1]:
         raise ValueError(
-            f"thinking_mask {tuple(thinking_mask.shape)} and states {tuple(thinking_embeds.shape)} do not cover the "
+            f"thinking_mask {tuple(thinking_mask.shape)} and states {tuple(thinking_states.shape)} do not cover the "
             f"end of inputs_embeds {tuple(inputs_embeds.shape)}"
         )
     before, embeds = (
@@ -141,7 +141,7 @@ def fuse_thinking(
         inputs_embeds[:, inputs_embeds.shape[1] - span :],
     )
     a, b, i = gate(backbone, embeds)
-    fused = (a * embeds + b * (i * thinking_embeds.to(embeds.dtype))).to(embeds.dtype)
+    fused = (a * embeds + b * (i * thinking_states.to(embeds.dtype))).to(embeds.dtype)
     fused = torch.where(thinking_mask[..., None].bool(), fused, embeds)
     return fused if span == inputs_embeds.shape[1] else torch.cat([before, fused], dim=1)
 

@@ -26,15 +26,15 @@ SOURCES = ("projection", "soft_embedding")
 NORMS = ("unit", "embedding_rms", "none")
 
 
-def project(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def project(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Projection states (..., d) from the hidden states (..., d) of the positions before, with gradients into W."""
-    states = backbone.thinking_projection(hidden)
+    thinking_states = backbone.thinking_projection(hidden_states)
     norm = backbone.thinking_config.thinking_norm
     if norm != "none":
-        states = states / (torch.linalg.vector_norm(states, dim=-1, keepdim=True) + 1e-8)
+        thinking_states = thinking_states / (torch.linalg.vector_norm(thinking_states, dim=-1, keepdim=True) + 1e-8)
     if norm == "embedding_rms":
-        states = states * embedding_norm(backbone)
-    return states.to(hidden.dtype)
+        thinking_states = thinking_states * embedding_norm(backbone)
+    return thinking_states.to(hidden_states.dtype)
 
 
 def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:

@@ -6,7 +6,8 @@ import torch
 
 from tests import tiny
 from unsloth_ext import FastThinkingModel, backbone_of
-from unsloth_ext.hrpo.recompute import SavedThinking, previous_hidden, thinking_keywords
+from unsloth_ext.hrpo.decoding import ThinkingTrace
+from unsloth_ext.hrpo.recompute import previous_hidden, thinking_keywords
 from unsloth_ext.hrpo.states import Warper
 
 from . import setups
@@ -26,7 +27,7 @@ def test_scoring_in_chunks_is_scoring_at_once(tmp_path):
     loud(trainer)
     inputs = one_batch(trainer)
     ids, attention, length = whole(inputs)
-    trainer._saved = SavedThinking(inputs["thinking_mask"], None, inputs["thinking_hidden"])
+    trainer._saved = ThinkingTrace(inputs["thinking_mask"], None, inputs["hidden_states"])
     with torch.no_grad():
         once, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, length)
         for size in (3, 1):
@@ -84,7 +85,7 @@ def thinking_model():
     tiny.loud_gates(backbone_of(net))
     torch.manual_seed(0)
     ids, mask = torch.randint(3, 40, (2, 9)), torch.ones(2, 5, dtype=torch.bool)
-    saved = SavedThinking(mask, torch.randn(2, 5, 32), torch.randn(2, 5, 32))
+    saved = ThinkingTrace(mask, torch.randn(2, 5, 32), torch.randn(2, 5, 32))
     return net, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, saved
 
 
@@ -102,9 +103,9 @@ def test_jacobi_starts_from_what_the_rollout_saved():
     found = thinking_keywords(net, "jacobi", saved, Warper(1.0, 0, 1.0, None), 1, **inputs)
     with torch.no_grad():
         given = {
-            "thinking_mask": saved.mask,
+            "thinking_mask": saved.thinking_mask,
             "recompute_thinking_projection": True,
-            "thinking_hidden_states_cache": saved.hidden,
+            "thinking_hidden_states_cache": saved.hidden_states,
         }
         assert torch.equal(found["thinking_hidden_states_cache"], previous_hidden(net, 5, **inputs, **given))
         blind = previous_hidden(net, 5, **inputs)

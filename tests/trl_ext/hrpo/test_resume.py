@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.marks import slow
@@ -42,6 +42,21 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, changes):
         a, b = setups.parameters(whole), setups.parameters(resumed)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         assert setups.losses(whole)[step:] == setups.losses(resumed)[step:]
+
+
+def test_rollouts_of_older_checkpoints_resume(tmp_path):
+    """Their hidden states are called "thinking_hidden"."""
+    changes = {**SAVING, "num_iterations": 2}
+    whole = setups.hrpo(tmp_path, **changes)
+    whole.train()
+    file = tmp_path / "out" / "checkpoint-3" / "rollout_0.safetensors"
+    tensors = load_file(file)
+    older = {name.replace("hidden_states", "thinking_hidden"): tensor for name, tensor in tensors.items()}
+    assert older.keys() != tensors.keys()
+    save_file(older, file)
+    resumed = setups.hrpo(tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=checkpoint(tmp_path, 3))
+    assert setups.losses(whole)[3:] == setups.losses(resumed)[3:]
 
 
 def test_stage_two_trains_the_projection_at_its_own_rate(tmp_path):

@@ -15,7 +15,8 @@ from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.hrpo.monitors import projection_weight
 from trl_ext.hrpo.trainer import _fit
 from unsloth_ext import FastThinkingModel, attach_thinking, backbone_of, has_thinking
-from unsloth_ext.hrpo.recompute import SavedThinking, previous_hidden, thinking_keywords
+from unsloth_ext.hrpo.decoding import ThinkingTrace
+from unsloth_ext.hrpo.recompute import previous_hidden, thinking_keywords
 from unsloth_ext.hrpo.states import project
 
 from . import setups
@@ -118,18 +119,20 @@ def test_jacobi_equals_sequential_recomputation_after_the_weights_changed(tmp_pa
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    saved = SavedThinking(inputs["thinking_mask"], None, inputs["thinking_hidden"])
+    saved = ThinkingTrace(inputs["thinking_mask"], None, inputs["hidden_states"])
     shared = {"input_ids": ids, "attention_mask": attention}
-    backbone, length = backbone_of(trainer.model), saved.mask.shape[1]
+    backbone, length = backbone_of(trainer.model), saved.thinking_mask.shape[1]
     with torch.no_grad():
-        states = torch.zeros_like(saved.hidden)
+        states = torch.zeros_like(saved.hidden_states)
         for t in range(length):
-            hidden = previous_hidden(trainer.model, length, **shared, thinking_mask=saved.mask, thinking_embeds=states)
+            hidden = previous_hidden(
+                trainer.model, length, **shared, thinking_mask=saved.thinking_mask, thinking_embeds=states
+            )
             states[:, t] = project(backbone, hidden[:, t])
         keywords = lambda k: thinking_keywords(trainer.model, "jacobi", saved, None, k, **shared)  # noqa: E731
         exact = project(backbone, keywords(length)["thinking_hidden_states_cache"])
         short = project(backbone, keywords(1)["thinking_hidden_states_cache"])
-    live = saved.mask & inputs["completion_mask"].bool()
+    live = saved.thinking_mask & inputs["completion_mask"].bool()
     assert (exact - states)[live].abs().max() <= 1e-5
     assert (short - states)[live].abs().max() > 1e-3
 

@@ -69,7 +69,7 @@ def test_gates_are_computed_in_float32_with_and_without_autocast(dtype):
     mask = torch.ones(2, 5, dtype=torch.bool)
 
     def fused():
-        return fuse_thinking(backbone, embeds, mask, None, True, hidden)
+        return fuse_thinking(backbone, embeds, mask, hidden_states=hidden)
 
     r, i = ((x.weight, x.bias) for x in (backbone.thinking_residual_gate_r, backbone.thinking_residual_gate_i))
     r, i = (torch.sigmoid(embeds.double() @ w.double().T + b.double()) for w, b in (r, i))

@@ -7,7 +7,8 @@ import transformers
 
 from tests import tiny
 from unsloth_ext import DelimiterMatcher, ThinkingConfig, attach_thinking, backbone_of, has_thinking, hybrid_generate
-from unsloth_ext.hrpo.recompute import SavedThinking, previous_hidden, thinking_keywords
+from unsloth_ext.hrpo.decoding import ThinkingTrace
+from unsloth_ext.hrpo.recompute import previous_hidden, thinking_keywords
 from unsloth_ext.hrpo.states import Warper, project
 
 
@@ -70,8 +71,8 @@ def test_log_probs_of_the_rollout_are_those_of_training(family, source):
         logits = warp(net(**inputs, **thinking).logits[:, 5:-1])
         return logits.log_softmax(-1).gather(-1, out[:, 6:, None]).squeeze(-1)
 
-    saved = SavedThinking(trace.thinking_mask, trace.thinking_states, trace.hidden_states)
-    unsaved = SavedThinking(
+    saved = ThinkingTrace(trace.thinking_mask, trace.thinking_states, trace.hidden_states)
+    unsaved = ThinkingTrace(
         trace.thinking_mask, torch.zeros_like(trace.thinking_states), torch.zeros_like(trace.hidden_states)
     )
     modes = [("frozen", saved), ("jacobi", unsaved)] + [("rollout", saved)] * (source == "projection")
@@ -91,7 +92,7 @@ def test_the_states_of_two_pass_are_of_a_pass_without_thinking():
     tiny.loud_gates(backbone_of(net))
     ids, mask = torch.randint(3, 40, (2, 9)), torch.ones(2, 4, dtype=torch.bool)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = thinking_keywords(net, "two_pass", SavedThinking(mask), Warper(1.0, 0, 1.0, None), 1, **inputs)
+    found = thinking_keywords(net, "two_pass", ThinkingTrace(mask), Warper(1.0, 0, 1.0, None), 1, **inputs)
     hidden = net(**inputs, output_hidden_states=True).hidden_states[-1][:, 4:-1]
     states = project(backbone_of(net), found["thinking_hidden_states_cache"])
     torch.testing.assert_close(states, project(backbone_of(net), hidden), rtol=1e-6, atol=1e-6)

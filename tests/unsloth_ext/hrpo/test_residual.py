@@ -120,7 +120,7 @@ def test_shapes_that_do_not_fit_are_named():
     e = torch.zeros(2, 3, 32)
     with pytest.raises(ValueError, match=r"\(2, 4\)"):
         backbone.fuse_thinking(e, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, 32))
-    with pytest.raises(ValueError, match="without thinking_embeds"):
+    with pytest.raises(ValueError, match="either thinking_states or the hidden_states"):
         backbone.fuse_thinking(e, torch.ones(2, 3, dtype=torch.bool))
 
 
