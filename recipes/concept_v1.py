@@ -23,8 +23,8 @@ in_sentences()
 
 from accelerate import PartialState
 
-from trl_ext.cli.command_line import underscored
-from trl_ext.cli.flags import one_of
+from trl_ext.common.config_checks import one_of
+from trl_ext.common.spelling import underscored
 from trl_ext.concept.recipe import ScriptArguments, parse, refuse_resume, run
 
 

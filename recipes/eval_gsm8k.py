@@ -31,8 +31,8 @@ if unsloth_can_run()[0]:
 
 from rich.table import Table
 
-from trl_ext.cli.flags import at_least
 from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.config_checks import at_least
 from trl_ext.common.run_folder import writable_file
 from trl_ext.tasks import arithmetic
 from trl_ext.tasks.data import HELD_OUT_SEED, DataArguments, chat_dataset, without

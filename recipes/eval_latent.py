@@ -26,8 +26,8 @@ in_sentences()
 from rich.table import Table
 
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.flags import at_least
 from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.config_checks import at_least
 from trl_ext.common.run_folder import writable_folder
 from trl_ext.latent.config import LatentArguments
 from trl_ext.latent.data import LatentCollator, LatentTokenizer

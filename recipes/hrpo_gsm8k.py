@@ -24,8 +24,9 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.cli.flags import at_least, chosen
+from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.config_checks import at_least
 from unsloth_ext.common.backend import unsloth_can_run
 
 

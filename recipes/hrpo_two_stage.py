@@ -19,7 +19,8 @@ from trl_ext.cli.user_errors import in_sentences
 in_sentences()
 
 from trl_ext.cli.command_line import CommandLine
-from trl_ext.cli.flags import at_least, chosen, read_config
+from trl_ext.cli.flags import chosen, read_config
+from trl_ext.common.config_checks import at_least
 from trl_ext.common.run_folder import begun_by, check_free, resume_command
 
 

@@ -28,10 +28,11 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
-from trl_ext.cli.flags import at_least, chosen
+from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
 from trl_ext.cli.report import KV_CURVES, before_after_table, compact_progress
+from trl_ext.common.config_checks import at_least
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments

@@ -32,10 +32,11 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.flags import at_least, chosen
+from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
 from trl_ext.cli.report import MONITOR_CURVES, PLANNER_CURVES, compact_progress, plot_curves
+from trl_ext.common.config_checks import at_least
 from trl_ext.concept.recipe import plain
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
 from trl_ext.planner.monitor_callback import PlannerMonitorCallback

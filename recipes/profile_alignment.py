@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl.data_utils import apply_chat_template, is_conversational
 
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.flags import at_least, one_of
 from trl_ext.cli.parser import RecipeParser
+from trl_ext.common.config_checks import at_least, one_of
 from trl_ext.common.run_folder import writable_folder
 from trl_ext.common.teacher import check_vocabularies
 from trl_ext.kv_distill.profile import capture_both, plot_profiles, profile_alignment

@@ -58,6 +58,15 @@ def test_methods_import_what_is_shared_and_not_each_other():
     assert {(own, other) for own, other in found if own != other and other not in SHARED} == BUILDS_ON
 
 
+def test_what_all_methods_share_imports_no_method_and_no_command_line():
+    for file in (ROOT / "trl_ext" / "common").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = ("trl_ext." if node.level == 2 else "") + (node.module or "")
+                inside = module.startswith("trl_ext.") and not module.startswith("trl_ext.common")
+                assert not inside, f"{file}: {module}"
+
+
 def test_only_our_three_packages_are_installed():
     import tomllib
 

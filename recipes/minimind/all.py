@@ -21,8 +21,9 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.cli.command_line import CommandLine, underscored
+from trl_ext.cli.command_line import CommandLine
 from trl_ext.common.run_folder import begun_by, check_free, checkpoints, holds_results, noted, resume_command
+from trl_ext.common.spelling import underscored
 
 
 RECIPES = Path(__file__).parent

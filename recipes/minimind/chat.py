@@ -14,7 +14,7 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.cli.flags import at_least
+from trl_ext.common.config_checks import at_least
 from trl_ext.minimind.chat import Dialogue
 from trl_ext.minimind.stage import FolderArguments, load_model, parse
 

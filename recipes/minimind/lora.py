@@ -14,8 +14,8 @@ in_sentences()
 
 from trl import SFTConfig, SFTTrainer
 
-from trl_ext.cli.flags import at_least
 from trl_ext.cli.recipe import LoraArguments
+from trl_ext.common.config_checks import at_least
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import StageArguments, load_model, parse, resumable, run
 

@@ -4,7 +4,7 @@ is not. docs/migrating.md is their table."""
 from collections.abc import Collection
 from typing import Any
 
-from trl_ext.cli.command_line import did_you_mean
+from trl_ext.common.spelling import did_you_mean
 
 
 # Theirs: ours, and where they differ, ours for each of their values

@@ -1,16 +1,16 @@
 """A command line whose flags are given in full, in either spelling, and whose mistakes are sentences."""
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from trl_ext.common.spelling import did_you_mean, underscored
 
 
 MOST_CHOICES = 250  # characters of them that are shown
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-FLAG = re.compile(r"--[\w-]+")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -64,20 +64,3 @@ def _truth(text: str) -> bool:
     if text.lower() not in TRUTHS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return TRUTHS[text.lower()]
-
-
-def underscored(argv: Iterable[str]) -> list[str]:
-    """Flags as fields are written: `--model-name=a-b` becomes `--model_name=a-b`."""
-    found = []
-    for text in argv:
-        name, equals, value = text.partition("=")
-        found.append("--" + name[2:].replace("-", "_") + equals + value if FLAG.fullmatch(name) else text)
-    return found
-
-
-def did_you_mean(name: str, known: Iterable[str], mark: str = "") -> str:
-    """`; did you mean a or b?` of what begins like it or is spelled nearly so, or nothing."""
-    known = sorted({each for each in known if "-" not in each})
-    near = [each for each in known if each.startswith(name)][:3] if name else []
-    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(mark + each for each in near)}?" if near else ""

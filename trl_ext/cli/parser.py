@@ -16,12 +16,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from trl_ext.cli.command_line import CommandLine, did_you_mean, underscored
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.common.spelling import did_you_mean, underscored
 from unsloth_ext.common.hub import check_name
 
+from ..common.config_checks import check_values
 from .aliases import flattened, renamed
 from .flag_help import GENERAL, METAVARS, REST, USUAL, USUAL_TITLE, FlagsHelp, plain_type, title_of
-from .flags import check_values, read_config
+from .flags import read_config
 
 
 # What a configuration file says of its dataset is not said of another one

@@ -10,9 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 from trl_ext.cli.console import PlainConsole
 
+from ..common.config_checks import at_least
 from ..common.run_folder import check_apart, finished
 from ..tasks.evaluation import AccuracyCallback
-from .flags import at_least
 from .report import plot_curves, write_summary
 from .resuming import claim, explain_the_end
 

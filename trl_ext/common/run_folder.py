@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trl_ext.cli.command_line import underscored
+from .spelling import underscored
 
 
 RUN_FILE, LOCK_FILE = "run.json", "run.lock"

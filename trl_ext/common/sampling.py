@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from trl_ext.cli.command_line import did_you_mean
+from .spelling import did_you_mean
 
 
 logger = logging.get_logger(__name__)

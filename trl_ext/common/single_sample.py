@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from patches import fused_lm_head
 
-from ..cli.flags import check_values, must_stay
+from .config_checks import check_values, must_stay
 from .rollout_diagnostics import RolloutDiagnostics
 from .sampling import check_generation_kwargs, rollout_config, warn_of_truncation
 

@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 
-from ..cli.flags import check_values
+from .config_checks import check_values
 
 
 @dataclass

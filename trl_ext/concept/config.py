@@ -8,8 +8,8 @@ from trl import SFTConfig
 
 from unsloth_ext.concept.config import GATES, SEGMENTERS, OnlineConceptConfig
 
-from ..cli.flags import at_least, check_positive, check_values, check_weights, must_be_off
 from ..cli.presets import Presets
+from ..common.config_checks import at_least, check_positive, check_values, check_weights, must_be_off
 
 
 CODEBOOK_INITS = ("random", "kmeans")

@@ -15,10 +15,11 @@ from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 from unsloth_ext.concept.model import ConceptModel
 
-from ..cli.flags import at_least, chosen, chosen_preset
+from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
 from ..cli.recipe import RecipeArguments, check_tiny, finish, start
 from ..cli.report import CONCEPT_CURVES, compact_progress
+from ..common.config_checks import at_least
 from ..tasks import facts, warm_start
 from ..tasks.completions import completions
 from ..tasks.data import DataArguments

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from ..cli.flags import check_positive, check_values
+from ..common.config_checks import check_positive, check_values
 from ..common.teacher import TeacherConfig
 
 

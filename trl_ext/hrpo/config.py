@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
 from unsloth_ext.hrpo.residual import ThinkingConfig
 
-from ..cli.flags import at_least, check_values, one_of
+from ..common.config_checks import at_least, check_values, one_of
 
 
 @dataclass

@@ -9,7 +9,7 @@ from unsloth_ext.kv_distill.heads import INITS
 from unsloth_ext.kv_distill.loss import StructuralKVLoss
 from unsloth_ext.kv_distill.time_warping import SegmentTimeWarper
 
-from ..cli.flags import at_least, check_weights, must_be_off, must_prepare, one_of
+from ..common.config_checks import at_least, check_weights, must_be_off, must_prepare, one_of
 from ..common.teacher import TeacherConfig
 
 

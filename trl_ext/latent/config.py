@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv_compression.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
-from ..cli.flags import check_values, check_weights, must_be_off, must_ignore_lengths, must_prepare, must_stay, one_of
+from ..common.config_checks import (
+    check_values,
+    check_weights,
+    must_be_off,
+    must_ignore_lengths,
+    must_prepare,
+    must_stay,
+    one_of,
+)
 from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 

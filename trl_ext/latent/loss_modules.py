@@ -10,7 +10,7 @@ from unsloth_ext.kv_compression.compressor import RKVCompressor
 from unsloth_ext.latent.kv_projection import KVProjection
 from unsloth_ext.latent.reasoning_module import LatentReasoningModule
 
-from ..cli.flags import check_weights
+from ..common.config_checks import check_weights
 from .losses import LOSSES, codi_loss, kv_loss
 
 

@@ -14,10 +14,11 @@ from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common import hub
 from unsloth_ext.common.ablations import ABLATIONS
 
-from ..cli.flags import at_least, chosen, chosen_preset
+from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
 from ..cli.recipe import RecipeArguments, check_tiny, finish, start
 from ..cli.report import LATENT_CURVES, compact_progress, comparison_table
+from ..common.config_checks import at_least
 from ..tasks import equations, warm_start
 from ..tasks.data import without
 from ..tasks.evaluation import AccuracyCallback

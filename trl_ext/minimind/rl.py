@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from unsloth_ext.common.hub import load_classifier, load_tokenizer
 
-from ..cli.flags import at_least
+from ..common.config_checks import at_least
 from ..common.rollout_diagnostics import RolloutDiagnostics
 from ..tasks.reward import make_reward
 from . import metrics

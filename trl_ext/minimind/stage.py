@@ -28,11 +28,11 @@ from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 
-from ..cli.flags import at_least
 from ..cli.parser import RecipeParser
 from ..cli.recipe import start
 from ..cli.report import compact_progress, plot_curves, write_summary
 from ..common.checkpointing import SafeCheckpointMixin
+from ..common.config_checks import at_least
 from ..common.run_folder import finished
 from ..tasks import arithmetic
 from ..tasks.files import DataError

@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from unsloth_ext.planner.config import ORDERINGS, PlannerConfig
 
-from ..cli.flags import (
+from ..common.config_checks import (
     at_least,
     check_positive,
     check_values,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..cli.flags import at_least, check_positive, check_weights, one_of
+from ..common.config_checks import at_least, check_positive, check_weights, one_of
 from ..common.single_sample import SingleSampleConfig
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..cli.flags import one_of
+from ..common.config_checks import one_of
 from ..common.single_sample import SingleSampleConfig
 from .tracker import AutoAdaptiveValueTracker
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from trl_ext import HRPOConfig, KAVAConfig, KVDistillConfig
-from trl_ext.cli.command_line import CommandLine, underscored
+from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments
+from trl_ext.common.spelling import underscored
 from trl_ext.latent.recipe import ScriptArguments as LatentScript
 from trl_ext.tasks.data import DataArguments
 

@@ -14,8 +14,8 @@ from transformers.utils.versions import require_version
 from patches.versions import UntestedVersionError, require_tested
 from tests import tiny
 from trl_ext.cli import user_errors
-from trl_ext.cli.flags import one_of
 from trl_ext.cli.user_errors import explained, sentence
+from trl_ext.common.config_checks import one_of
 
 
 def raised(work) -> BaseException:
@@ -143,7 +143,7 @@ from trl_ext.cli.user_errors import in_sentences
 in_sentences()
 in_sentences()
 import sys
-from trl_ext.cli.flags import one_of
+from trl_ext.common.config_checks import one_of
 class Some: color = "red"
 one_of(Some, color=("blue",)) if "user" in sys.argv else int("x")
 """

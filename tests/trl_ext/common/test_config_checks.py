@@ -8,8 +8,8 @@ import pytest
 import trl
 
 import trl_ext
-from trl_ext.cli.flags import RL_CHOICES, check_values
 from trl_ext.cli.recipe import RecipeArguments
+from trl_ext.common.config_checks import RL_CHOICES, check_values
 from trl_ext.concept import recipe as concept
 from trl_ext.latent import recipe as latent
 from trl_ext.minimind.rl import RLArguments

@@ -1,0 +1,25 @@
+"""How flags and names are spelt."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+FLAG = re.compile(r"--[\w-]+")
+
+
+def underscored(argv: Iterable[str]) -> list[str]:
+    """Flags as fields are written: `--model-name=a-b` becomes `--model_name=a-b`."""
+    found = []
+    for text in argv:
+        name, equals, value = text.partition("=")
+        found.append("--" + name[2:].replace("-", "_") + equals + value if FLAG.fullmatch(name) else text)
+    return found
+
+
+def did_you_mean(name: str, known: Iterable[str], mark: str = "") -> str:
+    """`; did you mean a or b?` of what begins like it or is spelled nearly so, or nothing."""
+    known = sorted({each for each in known if "-" not in each})
+    near = [each for each in known if each.startswith(name)][:3] if name else []
+    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(mark + each for each in near)}?" if near else ""
