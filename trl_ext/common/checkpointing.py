@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from patches.save_pretrained import describer
 
+from . import mixin_bases
 from .model_card import complete_run_card, read_card, write_card_of
 from .model_loading import (
     check_arguments,
@@ -107,7 +108,7 @@ def no_steps_left(step: int, of: int) -> str:
     )
 
 
-class SafeCheckpointMixin:
+class SafeCheckpointMixin(mixin_bases.Trainer):
     """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it.
 
     Raises:

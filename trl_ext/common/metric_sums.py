@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import mixin_bases
+
 
 class Sums:
     """Named sums of one process, in fp64 on the device they come from; nothing waits for it before `pop`."""
@@ -47,7 +49,7 @@ class Sums:
         return sums, {name: total / count for name, (total, count) in divided.items() if count}
 
 
-class ExactMeans:
+class ExactMeans(mixin_bases.Trainer):
     """Put before a trainer of TRL's, which logs the mean of the numbers that micro-batches gave it: a token of a short one
     then counts for more than a token of a long one. Figures that are added here are means over everything since the last
     log."""

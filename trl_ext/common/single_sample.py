@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from patches import fused_lm_head
 
+from . import mixin_bases
 from .config_checks import check_values, must_stay
 from .rollout_diagnostics import RolloutDiagnostics
 from .sampling import check_generation_kwargs, rollout_config, warn_of_truncation
@@ -42,7 +43,7 @@ class SingleSampleConfig(GRPOConfig):
         must_stay(self, why, multi_objective_aggregation="sum_then_normalize", scale_rewards="group")
 
 
-class OwnAdvantages:
+class OwnAdvantages(mixin_bases.GRPOTrainer):
     """Put before a `GRPOTrainer`: `_advantages` says what takes the place of GRPO's, in training."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import mixin_bases
+
 
 ROLES = {
     "gate": r"thinking_residual_gate",
@@ -30,7 +32,7 @@ ROLES = {
 }  # by the names of parameters; the first that fits. What has no role, a whole model above all, is not copied
 
 
-class UpdateSizesMixin:
+class UpdateSizesMixin(mixin_bases.Trainer):
     """Put before a Trainer class that has `SafeCheckpointMixin`, whose names of what is trained it reads."""
 
     _watched: torch.optim.Optimizer | None = None

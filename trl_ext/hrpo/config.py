@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
 from unsloth_ext.hrpo.residual import ThinkingConfig
 
+from ..common import mixin_bases
 from ..common.config_checks import at_least, check_values, one_of
 
 
 @dataclass
-class HRPOArguments:
+class HRPOArguments(mixin_bases.GRPOConfig):
     """Fields that `HRPOConfig` has beside those of TRL's `GRPOConfig`.
 
     Example:

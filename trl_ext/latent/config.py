@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from unsloth_ext.kv_compression.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
+from ..common import mixin_bases
 from ..common.config_checks import (
     check_values,
     check_weights,
@@ -18,7 +19,7 @@ from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 
 @dataclass
-class LatentArguments:
+class LatentArguments(mixin_bases.SFTConfig):
     """Fields beside those of TRL's `SFTConfig`, shared by `CODIConfig`, `PCCoTConfig` and `KAVAConfig`.
 
     loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV
