@@ -50,5 +50,16 @@ PATCH = Patch(
     parameters=("self", "input_ids"),
     sites=_sites,
     wrap=_wrap,
+    fingerprints={
+        "transformers/models/llama/modeling_llama.py:LlamaModel.forward": "700c9dabbe26",
+        "transformers/models/qwen2/modeling_qwen2.py:Qwen2Model.forward": "523115d50c78",
+        "transformers/models/qwen3/modeling_qwen3.py:Qwen3Model.forward": "523115d50c78",
+        "transformers/models/mistral/modeling_mistral.py:MistralModel.forward": "3ee496d6cbc0",
+        "transformers/models/gemma/modeling_gemma.py:GemmaModel.forward": "41c151c4d2c2",
+        "transformers/models/gpt2/modeling_gpt2.py:GPT2Model.forward": "dd7587b172ed",
+    },
+    effect="The forward of a decoder takes thinking states, as the keywords in `patches/_thinking.py`.",
     reason="stock backend: the decoder's forward takes thinking states",
+    upstream="no upstream issue is known: the keywords belong to this project",
+    removable="never, while HRPO passes thinking states to `model.forward`",
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .registry import _MARK as MARK
 from .registry import Patch, PatchError, Site, apply
 
 
@@ -35,9 +36,9 @@ def _sites(*owners: Any) -> list[Site]:
 
     if _unsloth_did_it():
         raise PatchError(f"patch {NAME!r} is not needed: Unsloth's CPU backend has replaced TRL's fused LM head")
-    if trl_utils._ChunkedLogProbFunction is None:  # no Triton: give the registry an original with the signature
-        trl_utils._ChunkedLogProbFunction = types.SimpleNamespace(apply=_without_triton, forward=_forward_signature)
     holder = trl_utils._ChunkedLogProbFunction
+    if holder is None or hasattr(holder, MARK):  # no Triton, or what was put in the place of None
+        return [(trl_utils, "_ChunkedLogProbFunction")]
     return [(holder, "apply")]
 
 
@@ -67,7 +68,15 @@ def _chunk(hidden, weight, bias, targets, temperature, softcap, logit_scale, out
     return log_probs, entropy, log_sum_sq, mean_logits, is_top1
 
 
+def _signed(owner: Any, attribute: str) -> Any:
+    return _forward_signature if getattr(owner, attribute) is None else owner.forward
+
+
 def _wrap(original: Any) -> Any:
+    """Of `ChunkedLogProbFunction.apply`; without Triton, of the None in the class's place."""
+    if original is None:
+        return types.SimpleNamespace(apply=_wrap(_without_triton).__func__, forward=_forward_signature)
+
     def apply(
         hidden,
         weight,
@@ -114,8 +123,14 @@ PATCH = Patch(
         "logit_scale",
         "outputs",
     ),
-    signed=lambda owner, _: owner.forward,
+    signed=_signed,
     sites=_sites,
     wrap=_wrap,
+    fingerprints={
+        "trl/kernels/chunked_logprob.py:ChunkedLogProbFunction": "3df46a505054",
+    },
+    effect="On CPU tensors, a chunked PyTorch version computes what the Triton kernel would.",
     reason="a CPU: TRL's loss kernel is Triton",
+    upstream="https://github.com/huggingface/trl/issues/7244",
+    removable="when TRL's own loss head runs on a CPU",
 )

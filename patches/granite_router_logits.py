@@ -49,5 +49,11 @@ PATCH = Patch(
     parameters=("self", "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"),
     sites=_sites,
     wrap=_wrap,
+    fingerprints={
+        "transformers/models/granitemoeshared/modeling_granitemoeshared.py:GraniteMoeSharedModel": "8e1592652fe8",
+    },
+    effect="The model's output has `router_logits`, which forward hooks on the routers record.",
     reason="MiniMind2-MoE: the auxiliary loss that keeps its experts in use",
+    upstream="no upstream issue is known for this model; for others https://github.com/huggingface/transformers/pull/46642",
+    removable="when transformers records GraniteMoeShared's router logits",
 )

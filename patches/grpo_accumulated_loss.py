@@ -21,19 +21,18 @@ import contextvars
 import functools
 import inspect
 import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ._thinking import KEYWORDS, take_thinking
-from .registry import Patch, PatchError, Site
+from .grpo_log_probs import recording
+from .registry import Patch, PatchError, Site, applied
 
 
 NAME = "grpo_accumulated_loss"
 STATES = ("thinking_embeds", "thinking_hidden_states_cache")
-LOSS = "UnslothEfficientGRPO"
 Batch = tuple[dict[str, Any], list[torch.Tensor]]  # keywords to take, log-probs to give
 _batch: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("thinking_batch", default=None)
 
@@ -97,16 +96,12 @@ def thinking_forwards(
         raise ValueError(f"{type(model).__name__} has {len(decoders)} decoders with thinking modules; need one")
     rows = _Rows(input_ids, pad_token_id, thinking_mask, states, STATES[recompute_thinking_projection])
     handle = decoders[0].register_forward_pre_hook(rows.hand_over, with_kwargs=True)
-    grouper = sys.modules.get("unsloth.utils.prefix_grouper")
-    grouping = grouper is not None and grouper._ENABLED
+    on_unsloth = "unsloth.utils.prefix_grouper" in sys.modules
     try:
-        if grouping:
-            grouper._ENABLED = False
-        yield
+        with applied("unsloth_prefix_grouper") if on_unsloth else contextlib.nullcontext():
+            yield
     finally:
         handle.remove()
-        if grouping:
-            grouper._ENABLED = True
     if rows.unseen:
         raise PatchError(f"rows {sorted(rows.unseen)} of the batch were never forwarded with their thinking states")
 
@@ -164,23 +159,6 @@ def _sites(*owners: Any) -> list[Site]:
     return sites
 
 
-@contextlib.contextmanager
-def _recording(function: Any, scored: list[torch.Tensor]) -> Iterator[None]:
-    """Upstream returns no log-probs: see those that it hands to the autograd function of its loss."""
-    names = inspect.unwrap(function).__globals__
-    loss = names[LOSS]
-
-    def apply(log_probs: torch.Tensor, *args: Any) -> Any:
-        scored.append(log_probs.detach())
-        return loss.apply(log_probs, *args)
-
-    names[LOSS] = types.SimpleNamespace(apply=apply)
-    try:
-        yield
-    finally:
-        names[LOSS] = loss
-
-
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def grpo_accumulated_loss(trainer, input_ids, *args, **kwargs):
@@ -191,7 +169,7 @@ def _wrap(original: Any) -> Any:
             return original(trainer, input_ids, *args, **kwargs)
         model = trainer.accelerator.unwrap_model(trainer.model)
         pad = trainer.processing_class.pad_token_id
-        with thinking_forwards(model, input_ids, pad, **thinking), _recording(original, scored):
+        with thinking_forwards(model, input_ids, pad, **thinking), recording(original, scored):
             return original(trainer, input_ids, *args, **kwargs)
 
     return grpo_accumulated_loss
@@ -216,5 +194,11 @@ PATCH = Patch(
     ),
     sites=_sites,
     wrap=_wrap,
+    fingerprints={
+        "unsloth_zoo/rl_replacements.py:grpo_accumulated_loss": "350aa878d6f5",
+    },
+    effect="The forwards inside Unsloth's GRPO loss get the batch's thinking states, in the layout of each forward.",
     reason="Unsloth backend: the GRPO loss sees thinking states",
+    upstream="no upstream issue is known: the keywords belong to this project",
+    removable="never, while HRPO trains on Unsloth",
 )

@@ -36,5 +36,11 @@ PATCH = Patch(
     parameters=("self", "working_dir", "repo_id"),
     sites=_sites,
     wrap=_wrap,
+    fingerprints={
+        "transformers/utils/hub.py:PushToHubMixin._upload_modified_files": "33106b652244",
+    },
+    effect="Before an upload, the decoder's `describe_saved` completes the folder again.",
     reason="what is pushed to the hub has latent_reasoning.json and our card",
+    upstream="no upstream issue is known",
+    removable="when `push_to_hub` keeps a model card that is in the folder",
 )

@@ -54,3 +54,17 @@ def test_only_what_is_asked_for_is_computed():
             torch.randn(3, 4), torch.randn(5, 4), None, torch.tensor([0, 1, 2]), 1.0, 8, None, 1.0, ("log_probs",)
         )
     assert out[0].shape == (3,) and out[1:] == (None, None, None, None)
+
+
+def test_without_triton_none_comes_back(monkeypatch):
+    """TRL's name is None then; while the patch is applied, a CPU has the twin and other devices an error."""
+    import trl.trainer.utils as trl_utils
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", None)
+    with patches.applied("fused_lm_head"), patches.applied("fused_lm_head"):
+        assert patches.status()["fused_lm_head"].live
+        args = (torch.randn(5, 4), None, torch.tensor([0, 1, 2]), 1.0, 8, None, 1.0, ("log_probs",))
+        assert trl_utils._ChunkedLogProbFunction.apply(torch.randn(3, 4), *args)[0].shape == (3,)
+        with pytest.raises(RuntimeError, match="needs Triton"):
+            trl_utils._ChunkedLogProbFunction.apply(torch.randn(3, 4, device="meta"), *args)
+    assert trl_utils._ChunkedLogProbFunction is None

@@ -141,9 +141,9 @@ def undo() -> dict:
     before = [getattr(m, name) for m in modules]
     patches.apply("llama_fast_forward")
     after = [getattr(m, name) for m in modules]
-    count = len(patches.get("llama_fast_forward").originals)
+    count = len(patches.get("llama_fast_forward").changes)
     patches.apply("llama_fast_forward")
-    again = len(patches.get("llama_fast_forward").originals)
+    again = len(patches.get("llama_fast_forward").changes)
     status = patches.status()["llama_fast_forward"]
     patches.revert("llama_fast_forward")
     return {
@@ -159,7 +159,7 @@ def undo() -> dict:
 
 def loaded_first() -> float:
     """A model that Unsloth loaded before the patch was applied thinks as well."""
-    assert not patches.get("llama_fast_forward").originals
+    assert not patches.get("llama_fast_forward").changes
     folder = saved(tiny.model("qwen2"))
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=128, dtype=torch.float32, load_in_4bit=False, device_map="cpu"

@@ -1,5 +1,6 @@
 """`make doctor`: versions found and tested, the backend and why, the patches that would apply. Exit status 1 on the
-first version that nobody tested (unless the override is set)."""
+first version that nobody tested (unless the override is set). Upstream code that differs from what a patch was written
+for is a warning."""
 
 import importlib.util
 import sys
@@ -23,6 +24,9 @@ def main() -> int:
     use_unsloth, why = unsloth_can_run()
     console.print(f"backend: {'unsloth' if use_unsloth else 'transformers + peft'} ({why})")
     _patches_list(console, use_unsloth)
+    for status in patches.status().values():
+        for warning in status.warnings:
+            console.print(f"warning: {warning}; read the upstream code, then record its fingerprint", style="yellow")
     if not problems:
         console.print("all versions are tested together", style="green")
         return 0
@@ -53,7 +57,7 @@ def _patches_list(console: PlainConsole, use_unsloth: bool) -> None:
             patch = patches.get(name)
             applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
             if used == (applies and importlib.util.find_spec(patch.package) is not None):
-                console.print(f"  {name}: {patch.reason}")
+                console.print(f"  {name}{' (for a while)' if patch.scoped else ''}: {patch.reason}")
                 console.print(f"    in {patch.target}")
 
 

@@ -1,7 +1,6 @@
 """How a model comes into an SFT trainer: TRL's own, or the one that Unsloth puts in its place when it is imported first."""
 
 import contextlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,8 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from patches.trainer_model_loading import watching_models
+from patches.trainer_reward_models import loading_reward_models
 from unsloth_ext.common.hub import (
     check_causal_lm,
     check_model,
@@ -44,33 +45,13 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] =
     Raises:
         ValueError: its files lack tensors, which TRL 1.15 would draw at random, or hold NaN; or they lack the tokenizer.
     """
-    names = inspect.unwrap(init).__globals__
-    create = names.get("create_model_from_path")
 
-    def create_and_prepare(name: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        model, found = create(name, *args, output_loading_info=True, **kwargs)
-        check_model(model, name, found["missing_keys"])
+    def check_and_prepare(model: PreTrainedModel, name: str, missing: list[str]) -> None:
+        check_model(model, name, missing)
         prepare(model)
-        return (model, found) if output_loading_info else model
 
-    class Judge:
-        from_pretrained = staticmethod(load_classifier)
-
-    class JudgesTokenizer:
-        from_pretrained = staticmethod(load_tokenizer)
-
-    replaced = {
-        "create_model_from_path": create_and_prepare,
-        "AutoModelForSequenceClassification": Judge,
-        "AutoTokenizer": JudgesTokenizer,
-    }
-    # Unsloth's trainers take no names of models to train, TRL's SFTTrainer none of reward models
-    before = {name: names[name] for name in replaced if name in names}
-    names.update((name, replaced[name]) for name in before)
-    try:
+    with watching_models(init, check_and_prepare), loading_reward_models(init, load_classifier, load_tokenizer):
         yield
-    finally:
-        names.update(before)
 
 
 def attach_saved(

@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import nn
 
+import patches
+
 
 def unsloth_can_run() -> tuple[bool, str]:
     """(whether `FastLanguageModel` is to be used, why). Does not import Unsloth.
@@ -26,12 +28,11 @@ def unsloth_can_run() -> tuple[bool, str]:
 def without_block_compile(model: nn.Module) -> None:
     """Let decoder layers that Unsloth compiles whole in training run as they are written, from now on.
 
-    Once it has given LoRA to one model, Unsloth compiles the layers of all models of that class, stock ones too. What looks
-    inside a layer is in its graph; checkpointing's recomputation, after the look, would compile another one and fail.
+    `patches/unsloth_block_compile.py` says why.
     """
     blocks = sys.modules.get("unsloth.models._block_compile")
     if blocks is None:
         return
-    for module in model.modules():
-        if getattr(type(module).forward, blocks._MARK, False):
-            module.__dict__["_unsloth_block_mode"] = blocks._OFF
+    compiled = [module for module in model.modules() if getattr(type(module).forward, blocks._MARK, False)]
+    if compiled:
+        patches.apply("unsloth_block_compile", *compiled)

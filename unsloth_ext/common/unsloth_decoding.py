@@ -7,7 +7,6 @@ is off meanwhile.
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,9 +15,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-
-SWITCH = "UNSLOTH_RETURN_HIDDEN_STATES"
-NO_FALLBACK = "_unsloth_grpo_hidden_states_unsafe"  # Unsloth's GRPO trainer wraps forwards; the wrapper decodes twice
+import patches
 
 
 def on_unsloth(model: nn.Module) -> bool:
@@ -29,15 +26,9 @@ def on_unsloth(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def without_decode_graphs() -> Iterator[None]:
     """No CUDA-graph decoding inside, where Unsloth is loaded."""
-    graphs = sys.modules.get("unsloth.models._decode_graphs")
-    if graphs is None:
+    loaded = "unsloth.models._decode_graphs" in sys.modules
+    with patches.applied("unsloth_decode_graphs") if loaded else contextlib.nullcontext():
         yield
-        return
-    before, graphs.ENABLED = graphs.ENABLED, False
-    try:
-        yield
-    finally:
-        graphs.ENABLED = before
 
 
 def returning_hidden_states(model: nn.Module) -> "_HiddenStates | None":
@@ -52,22 +43,13 @@ class _HiddenStates(contextlib.ExitStack):
 
     def __enter__(self):
         super().__enter__()
-        before = os.environ.get(SWITCH)
-        os.environ[SWITCH] = "1"
-        self.callback(_restore, before)
-        self.callback(setattr, self.model, NO_FALLBACK, getattr(self.model, NO_FALLBACK, False))
-        setattr(self.model, NO_FALLBACK, True)
+        self.enter_context(patches.applied("unsloth_hidden_states"))
+        self.enter_context(patches.applied("unsloth_hidden_states_wrapper", self.model))
         return self
 
     def processor(self, session: Any) -> LogitsProcessor:
         """The first processor of the loop: hidden states (B, d), shown to `session.see_hidden`, to logits (B, V)."""
         return _Head(self.model, session.see_hidden)
-
-
-def _restore(before: str | None) -> None:
-    os.environ.pop(SWITCH, None)
-    if before is not None:
-        os.environ[SWITCH] = before
 
 
 class _Head(LogitsProcessor):

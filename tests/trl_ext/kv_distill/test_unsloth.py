@@ -42,7 +42,7 @@ def test_models_with_unsloths_fast_forwards_and_names_are_refused():
 def test_layers_that_unsloth_compiles_are_looked_into_all_the_same(tmp_path):
     """With gradient checkpointing, whose recomputation runs after the look; every figure of the first step to 1e-4."""
     found = run("kv_compiled")
-    assert found["wrapped"] == ["Qwen2DecoderLayer"]
+    assert found["wrapped"] == ["Qwen2DecoderLayer"] and found["off"] and found["reverted"]
     trainer = setups.trainer(tmp_path, peft=True, family="qwen2", gradient_checkpointing=True)
     setups.trained(trainer)
     first = next(entry for entry in trainer.state.log_history if "kv/loss" in entry)

@@ -1,0 +1,61 @@
+"""The log-probs inside Unsloth's GRPO loss, which returns none: recorded as they pass to its autograd function."""
+
+import contextlib
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from .registry import Patch, PatchError, Site, applied
+
+
+NAME = "grpo_log_probs"
+CLASS = "UnslothEfficientGRPO"
+_scored: ContextVar[list[torch.Tensor] | None] = ContextVar("scored_log_probs", default=None)
+
+
+@contextlib.contextmanager
+def recording(loss: Callable, scored: list[torch.Tensor]) -> Iterator[None]:
+    """While open, `loss` (Unsloth's `grpo_accumulated_loss`) puts the log-probs it is made from into `scored`."""
+    token = _scored.set(scored)
+    try:
+        with applied(NAME, inspect.unwrap(loss).__globals__):
+            yield
+    finally:
+        _scored.reset(token)
+
+
+def _sites(*owners: Any) -> list[Site]:
+    if not owners:
+        raise PatchError(f"patch {NAME!r} is applied to one module's names: use recording")
+    return [(owner, CLASS) for owner in owners]
+
+
+def _wrap(original: Any) -> Any:
+    def apply(log_probs: torch.Tensor, *args: Any) -> Any:
+        scored = _scored.get()
+        if scored is not None:
+            scored.append(log_probs.detach())
+        return original.apply(log_probs, *args)
+
+    return types.SimpleNamespace(apply=apply, forward=original.forward)
+
+
+PATCH = Patch(
+    name=NAME,
+    package="unsloth_zoo",
+    target=f"{CLASS}.apply",
+    parameters=("ctx", "_new_logps"),
+    signed=lambda owner, attribute: owner[attribute].forward,
+    sites=_sites,
+    wrap=_wrap,
+    fingerprints={"unsloth_zoo/rl_replacements.py:UnslothEfficientGRPO": "97e006d97b3e"},
+    effect="The log-probs that Unsloth's GRPO loss is made from are recorded.",
+    reason="Unsloth backend, while a loss with thinking states runs: the ratios that HRPO reports",
+    upstream="no upstream issue is known",
+    removable="when Unsloth's GRPO loss returns its log-probs",
+    scoped=True,
+)

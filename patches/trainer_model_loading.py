@@ -1,0 +1,80 @@
+"""How TRL's trainers load models by name: `create_model_from_path` tells the caller which tensors the files lacked.
+
+TRL 1.15 draws tensors that a model's files lack at random, with a warning that is easily missed. Inside
+`watching_models`, a function of ours sees each model and the names of the missing tensors before the trainer goes on; it
+may raise an error, or attach modules.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from .registry import Patch, PatchError, Site, applied
+
+
+NAME = "trainer_model_loading"
+FUNCTION = "create_model_from_path"
+Seen = Callable[[Any, str, Any], None]
+_watchers: ContextVar[tuple[tuple[dict, Seen], ...]] = ContextVar("model_watchers", default=())
+
+
+@contextlib.contextmanager
+def watching_models(init: Callable, seen: Seen) -> Iterator[None]:
+    """While open, `seen(model, name, missing_keys)` is called with each model that a trainer loads by name.
+
+    Blocks of one kind of trainer may be nested: the outermost `seen` is called first. Blocks of different trainers, and of
+    other threads, do not see each other's models.
+
+    Args:
+        init: the trainer's `__init__`, which tells the module where the trainer looks the function up. A module that
+            lacks it (Unsloth's trainers take no names of models) is left alone.
+    """
+    names = inspect.unwrap(init).__globals__
+    token = _watchers.set((*_watchers.get(), (names, seen)))
+    try:
+        with applied(NAME, names) if FUNCTION in names else contextlib.nullcontext():
+            yield
+    finally:
+        _watchers.reset(token)
+
+
+def _sites(*owners: Any) -> list[Site]:
+    if not owners:
+        raise PatchError(f"patch {NAME!r} is applied to one trainer's module: use watching_models")
+    return [(owner, FUNCTION) for owner in owners]
+
+
+def _wrap(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_model_from_path(model_id: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        watchers = _watchers.get()
+        if not watchers:
+            if output_loading_info:
+                kwargs["output_loading_info"] = True
+            return original(model_id, *args, **kwargs)
+        model, found = original(model_id, *args, output_loading_info=True, **kwargs)
+        for names, seen in watchers:
+            if names is watchers[-1][0]:  # of the trainer that is being built, not of one around it
+                seen(model, model_id, found["missing_keys"])
+        return (model, found) if output_loading_info else model
+
+    return create_model_from_path
+
+
+PATCH = Patch(
+    name=NAME,
+    package="trl",
+    target="create_model_from_path in the module of a TRL trainer",
+    parameters=("model_id", "architecture"),
+    sites=_sites,
+    wrap=_wrap,
+    fingerprints={"trl/trainer/utils.py:create_model_from_path": "9361d90c0834"},
+    effect="A function of ours sees each model that a trainer loads by name, and the tensors that its files lacked.",
+    reason="while a trainer is constructed: incomplete files are errors, and models get their modules",
+    upstream="https://github.com/huggingface/transformers/issues/32067",
+    removable="when TRL's trainers can be given a function that loads the model",
+    scoped=True,
+)

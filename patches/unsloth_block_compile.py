@@ -1,0 +1,41 @@
+"""Unsloth compiles decoder layers whole in training: layers that are looked into run as they are written, from then on.
+
+Once it has given LoRA to one model, Unsloth compiles the layers of all models of that class, stock ones too. What looks
+inside a layer would be in its graph; checkpointing's recomputation, after the look, would compile another one and fail.
+"""
+
+from typing import Any
+
+from .registry import PatchError, Site, Switch
+
+
+NAME = "unsloth_block_compile"
+ATTRIBUTE = "_unsloth_block_mode"
+
+
+def _sites(*owners: Any) -> list[Site]:
+    from unsloth.models import _block_compile
+
+    if not owners:
+        raise PatchError(f"patch {NAME!r} is applied to layers: patches.apply({NAME!r}, *layers)")
+    return [(owner, ATTRIBUTE) for owner in owners if getattr(type(owner).forward, _block_compile._MARK, False)]
+
+
+def _off() -> int:
+    from unsloth.models import _block_compile
+
+    return _block_compile._OFF
+
+
+PATCH = Switch(
+    name=NAME,
+    package="unsloth",
+    target=f"the attribute {ATTRIBUTE} of decoder layers",
+    sites=_sites,
+    value=_off,
+    fingerprints={"unsloth/models/_block_compile.py:_wrap": "68551d5a1e90"},
+    effect="Layers of this model run without Unsloth's compiled region.",
+    reason="Unsloth backend: methods that look inside attention, from their first step on",
+    upstream="no upstream issue is known",
+    removable="when Unsloth leaves layers alone whose attention function is a registered one",
+)

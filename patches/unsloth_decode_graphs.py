@@ -1,0 +1,26 @@
+"""Unsloth's decoding from captured CUDA graphs: off for a while. A replayed graph would skip our embedding hook."""
+
+from typing import Any
+
+from .registry import Site, Switch
+
+
+def _sites(*owners: Any) -> list[Site]:
+    from unsloth.models import _decode_graphs
+
+    return [(owner, "ENABLED") for owner in owners or (_decode_graphs,)]
+
+
+PATCH = Switch(
+    name="unsloth_decode_graphs",
+    package="unsloth",
+    target="unsloth.models._decode_graphs.ENABLED",
+    sites=_sites,
+    value=lambda: False,
+    fingerprints={"unsloth/models/_decode_graphs.py:enabled": "1e50b2e87696"},
+    effect="Unsloth decodes without CUDA graphs.",
+    reason="Unsloth backend, while hybrid decoding runs: captured graphs skip Python hooks",
+    upstream="no upstream issue is known; the flag is Unsloth's own override",
+    removable="when Unsloth leaves graphs off for modules with forward hooks",
+    scoped=True,
+)

@@ -1,0 +1,26 @@
+"""Unsloth's shared-prompt deduplication (PrefixGrouper): off for a while, since it forwards no whole rows of the batch."""
+
+from typing import Any
+
+from .registry import Site, Switch
+
+
+def _sites(*owners: Any) -> list[Site]:
+    from unsloth.utils import prefix_grouper
+
+    return [(owner, "_ENABLED") for owner in owners or (prefix_grouper,)]
+
+
+PATCH = Switch(
+    name="unsloth_prefix_grouper",
+    package="unsloth",
+    target="unsloth.utils.prefix_grouper._ENABLED",
+    sites=_sites,
+    value=lambda: False,
+    fingerprints={"unsloth/utils/prefix_grouper.py:prefix_grouper_enabled": "6763babc3ed5"},
+    effect="Unsloth's GRPO forwards each row of the batch with its prompt.",
+    reason="Unsloth backend, while a loss with thinking states runs: rows are found by their tokens",
+    upstream="no upstream issue is known; the flag is Unsloth's own",
+    removable="when thinking states can be laid out over shared prompts",
+    scoped=True,
+)
