@@ -63,8 +63,8 @@ test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehear
 mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)
 
-lint: $(READY)  ## ruff, as CI runs it
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: $(READY)  ## ruff and mypy, as CI runs them
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 format: $(READY)  ## ruff, in place
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .

@@ -51,7 +51,8 @@ def thinking_batch(**thinking: Any) -> Iterator[list[torch.Tensor]]:
     unknown = thinking.keys() - set(KEYWORDS)
     if unknown:
         raise TypeError(f"thinking_batch() takes {', '.join(KEYWORDS)}; not {', '.join(sorted(unknown))}")
-    given, scored = dict(thinking), []
+    given = dict(thinking)
+    scored: list[Any] = []
     token = _batch.set((given, scored))
     try:
         yield scored
@@ -153,7 +154,7 @@ def _sites(*owners: Any) -> list[Site]:
     sites = []
     for trainer in owners or (trl.GRPOTrainer,):
         for cls in inspect.getmro(trainer):
-            module = sys.modules.get(getattr(vars(cls).get("compute_loss"), "__module__", None))
+            module = sys.modules.get(getattr(vars(cls).get("compute_loss"), "__module__", ""))
             if hasattr(module, NAME) and (module, NAME) not in sites:
                 sites.append((module, NAME))
     return sites

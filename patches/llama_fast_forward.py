@@ -29,10 +29,10 @@ def _sites(*owners: Any) -> list[Site]:
     if owners:
         return [(owner, "forward" if isinstance(owner, type) else NAME) for owner in owners]
     modules = {name: module for name, module in sys.modules.items() if module is not None}
-    sites = [
+    sites: list[Site] = [
         (module, NAME)
         for name, module in modules.items()
-        if name.startswith("unsloth.models.") and inspect.unwrap(vars(module).get(NAME)) is original
+        if name.startswith("unsloth.models.") and inspect.unwrap(vars(module).get(NAME, object)) is original
     ]
     for name, module in modules.items():
         if not name.startswith("transformers.models.") or ".modeling_" not in name:

@@ -68,7 +68,7 @@ class Change:
 
     def __init__(self, owner: Any, attribute: str, replacement: Any):
         try:
-            self._owner = weakref.ref(owner)
+            self._owner: Callable[[], Any] = weakref.ref(owner)
         except TypeError:  # a kind of object that takes no weak references
             self._owner = lambda: owner
         self.attribute = attribute

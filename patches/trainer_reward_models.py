@@ -41,7 +41,7 @@ def _sites(*owners: Any) -> list[Site]:
     return [(owner, name) for owner in owners for name in (MODEL, TOKENIZER) if name in owner]
 
 
-def _wrap(original: type) -> type:
+def _wrap(original: Any) -> type:
     def from_pretrained(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:
         loaders = _loaders.get()
         load = original.from_pretrained if loaders is None else loaders[original.__name__]

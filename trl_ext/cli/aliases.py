@@ -78,9 +78,9 @@ def renamed(name: str, value: Any, known: Collection[str]) -> tuple[str, Any] | 
     """
     if name in known:
         return None
-    target = RENAMED.get(name)
-    target, values = target if isinstance(target, tuple) else (target, None)
-    if target in known:
+    found = RENAMED.get(name)
+    target, values = found if isinstance(found, tuple) else (found, None)
+    if target is not None and target in known:
         if values is None:
             return target, value
         theirs = str(value).lower()

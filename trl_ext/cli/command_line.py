@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from trl_ext.common.spelling import did_you_mean, underscored
 
@@ -23,7 +23,7 @@ class CommandLine(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
         return super().add_argument(*underscored(names), **kwargs)
@@ -34,15 +34,15 @@ class CommandLine(argparse.ArgumentParser):
             name, nargs="?", const=True, default=False, type=_truth, metavar="true|false", help=help
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, others = self.parse_known_args(args, namespace)
         self.refuse(others)
         return found
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         return super().parse_known_args(underscored(sys.argv[1:] if args is None else args), namespace)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         said, _, choices = message.removeprefix("argument ").partition(" (choose from ")
         if len(choices) > MOST_CHOICES:
             value = said.rpartition("'")[0].rpartition("'")[2]

@@ -52,8 +52,8 @@ def title_of(dtype: type, name: str | None) -> str:
 
 def plain_type(hint: Any) -> Any:
     """A field's type without None, of a list its elements'; None where that leaves several."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kinds = [kind for kind in kinds if kind is not type(None)]
+    given = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [kind for kind in given if kind is not type(None)]
     if len(kinds) == 2 and str in kinds:  # as JSON on a command line
         kinds.remove(str)
     if get_origin(kinds[0]) is list:
@@ -71,7 +71,7 @@ class FlagsHelp(argparse.ArgumentDefaultsHelpFormatter):
         if action.required:
             return f"{action.help} (required)"
         if action.default is argparse.SUPPRESS:
-            return action.help
+            return action.help or ""
         return f"{action.help} (default: {_as_typed(action.default)})".replace(" (default: )", "")
 
     def _split_lines(self, text: str, width: int) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import sys
 import types
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -88,7 +88,7 @@ class RecipeParser(CommandLine, TrlParser):
         for name in dict.fromkeys(name for cls in dtype.__mro__ for name in inspect.get_annotations(cls)):
             if name in declared:
                 self.types[name] = hints[name]
-                field = copy(declared[name])  # upstream narrows the type in place
+                field: Any = copy(declared[name])  # upstream narrows the type in place
                 field.type = hints[name]
                 title = title_of(dtype, name)
                 if title == USUAL_TITLE:
@@ -118,7 +118,7 @@ class RecipeParser(CommandLine, TrlParser):
             sys.exit(0)
         return found
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, others = super().parse_known_args(args, namespace)
         self.refuse(others)
         self._model_name = getattr(found, "model_name", None)  # the namespace is emptied later
@@ -148,7 +148,7 @@ class RecipeParser(CommandLine, TrlParser):
                 raise
             way_out = ""
             if self.embedded and self._model_name not in self.embedded:  # a typo chooses the configuration for a GPU
-                check_name(self._model_name)
+                check_name(self._model_name)  # type: ignore[arg-type]  # a recipe with `embedded` has the flag
                 way_out = f", or --model_name {self.embedded[0]}, made for it"
             made_for = f" {self.config} does not say use_cpu: true;" if self.config else ""
             raise ValueError(
@@ -227,7 +227,7 @@ class RecipeParser(CommandLine, TrlParser):
 
 
 class _HelpAll(argparse.Action):
-    def __call__(self, parser: RecipeParser, *_: Any) -> None:
+    def __call__(self, parser: Any, *_: Any) -> None:
         parser.everything = True
         parser.print_help()
         parser.exit()
@@ -263,7 +263,7 @@ def fitted(name: str, value: Any, hint: Any, action: argparse.Action) -> Any:
     raise ValueError(f"{name}: {_as_yaml(value)} is not {_in_words(kinds)}")
 
 
-def _read(name: str, text: str, reader: Callable[[str], Any] | None, kinds: Sequence[Any]) -> Any:
+def _read(name: str, text: str, reader: Any, kinds: Sequence[Any]) -> Any:
     try:
         return reader(text) if reader else text
     except (ValueError, TypeError, ArgumentTypeError):

@@ -33,7 +33,7 @@ class CompactProgress(ProgressCallback):
         "concept/perplexity": "perplexity",
     }
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {
                 short: f"{round(logs[name], 3) + 0.0:.3f}"

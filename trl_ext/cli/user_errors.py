@@ -84,7 +84,7 @@ def in_sentences() -> None:
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(status)
 
-    hook.speaks = True
+    hook.speaks = True  # type: ignore[attr-defined]  # asked for above
     sys.excepthook = hook
 
 
@@ -103,7 +103,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     if full := disk_is_full(error):
         return full, STATUS
     text = sentence(error)
-    return text and (text, STATUS)
+    return (text, STATUS) if text else None
 
 
 def disk_is_full(error: BaseException) -> str | None:
@@ -125,7 +125,7 @@ def sentence(error: BaseException) -> str | None:
     (TypeError, KeyError) is a bug.
     """
     if isinstance(error, ModuleNotFoundError) and _is_absent(error.name):
-        package = _package(error.name)
+        package = _package(error.name or "")
         return f"the package {package!r} is not installed in {sys.executable}; `make setup` makes .venv, which has it"
     frames = list(walk_tb(error.__traceback__))
     if not frames:
@@ -138,7 +138,8 @@ def sentence(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if type(error).__module__ == "jinja2.exceptions":  # "System role not supported", say
         return f"the tokenizer's chat template does not take these messages, or is damaged: {text}"
-    if not text or not _is_raised(error.__traceback__) or not (isinstance(error, DELIBERATE) or _is_our_kind(error)):
+    raised = _is_raised(error.__traceback__)  # type: ignore[arg-type]  # it has frames
+    if not text or not raised or not (isinstance(error, DELIBERATE) or _is_our_kind(error)):
         return None
     if ours:
         return text

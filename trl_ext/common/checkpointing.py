@@ -317,7 +317,8 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         version, internal, gauss = random.getstate()
-        kind, keys, pos, has_gauss, cached = np.random.get_state()
+        state: Any = np.random.get_state()
+        kind, keys, pos, has_gauss, cached = state
         plain = {
             "python": [version, list(internal), gauss],
             "numpy": [kind, keys.tolist(), pos, has_gauss, cached],

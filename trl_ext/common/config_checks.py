@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
@@ -54,7 +55,7 @@ def at_least(arguments: Any, **lowest: int) -> None:
         value = getattr(arguments, name)
         if value is not None and (not isinstance(value, Real) or value == math.inf):
             raise ValueError(f"{name}={value!r}: a finite number")
-        if value is not None and not value >= least:  # NaN too
+        if value is not None and not value >= least:  # type: ignore[operator]  # NaN too
             raise ValueError(f"{name}={value}: at least {least}")
 
 
@@ -123,7 +124,7 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def one_of(arguments: Any, **choices: tuple) -> None:
+def one_of(arguments: Any, **choices: Collection[Any]) -> None:
     """Raises a ValueError that names a field whose value is not among its choices."""
     for name, allowed in choices.items():
         value = getattr(arguments, name)

@@ -42,7 +42,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
 
     _train_sampler: Sampler | None = None
     _reference: str | None = None
-    _unknown_as_nan = ("sampling_per_token_logps",)  # vLLM's
+    _unknown_as_nan: tuple[str, ...] = ("sampling_per_token_logps",)  # vLLM's
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -109,7 +109,8 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
         if self._moving_reference() is not None and self._own_format() and self.args.should_save:
             self._moving_reference().save_pretrained(Path(output_dir, REFERENCE))
         rank = self.args.process_index
-        tensors, plain = {}, {"step": self._step, "batches": 0, "reference": self._reference_sum()}
+        tensors: dict[str, torch.Tensor] = {}
+        plain = {"step": self._step, "batches": 0, "reference": self._reference_sum()}
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             plain["batches"] = len(self._buffered_inputs)
             for i, batch in enumerate(self._buffered_inputs):
@@ -128,7 +129,8 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
             return
         plain = json.loads(file.read_text())
         plain.pop("reference", None)
-        self._step, batches = plain.pop("step"), [{} for _ in range(plain.pop("batches"))]
+        self._step = plain.pop("step")
+        batches: list[dict[str, Any]] = [{} for _ in range(plain.pop("batches"))]
         for name, value in {**plain, **load_file(file.with_suffix(".safetensors"))}.items():
             index, _, key = name.partition(".")
             batches[int(index)][key] = value.to(self.args.device) if isinstance(value, torch.Tensor) else value

@@ -92,7 +92,7 @@ class RolloutDiagnostics(TrainerCallback):
         return found
 
     def _series(self, name: str, missing: float = 0.0) -> list[float]:
-        return [logs.get(name) if logs.get(name) is not None else missing for logs in self._recent]
+        return [missing if (value := logs.get(name)) is None else value for logs in self._recent]
 
 
 def _mean(values: list[float]) -> float:

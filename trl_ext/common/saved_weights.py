@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ def _tell_of_changes(folder: Path, before: dict, settings: dict) -> None:
         logger.warning(f"{folder} was trained with other settings than this model has now: {changes}")
 
 
-def check_finite(files: list[Path], buffers: set[str] = frozenset(), unknown: set[str] = frozenset()) -> None:
+def check_finite(files: list[Path], buffers: Set[str] = frozenset(), unknown: Set[str] = frozenset()) -> None:
     """Raises a CheckpointError that names a tensor with NaN in it, or infinity, which only `buffers` may hold. In
     `unknown` ones NaN has a meaning."""
     for file in files:
@@ -228,7 +228,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensors.get_tensor(name)
 
 
-def _check_equal(saved: Iterator[tuple[str, torch.Tensor]], memory: Tensors, folder: Path) -> None:
+def _check_equal(saved: Iterable[tuple[str, torch.Tensor]], memory: Tensors, folder: Path) -> None:
     """What was read must be what is there, in the dtype that it has there."""
     for name, tensor in saved:
         here = memory.get(name)

@@ -36,7 +36,7 @@ class SingleSampleConfig(GRPOConfig):
                     f"per_device_train_batch_size={self.per_device_train_batch_size}: a rollout of one completion has "
                     "nothing to be whitened with; raise it, or gradient_accumulation_steps"
                 )
-            self.num_generations_eval = evaluations or 1
+            self.num_generations_eval: int | None = evaluations or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = given, evaluations
         why = "rewards are weighted and summed here, and there are no groups; leave it at"

@@ -35,7 +35,7 @@ class TeacherConfig(SFTConfig):
 
 
 def load_teacher(
-    teacher: PreTrainedModel | str, given: dict[str, Any] | None, trust_remote_code: bool, device: torch.device
+    teacher: PreTrainedModel | str, given: Any, trust_remote_code: bool, device: torch.device
 ) -> PreTrainedModel:
     """The teacher, frozen and in evaluation mode, in its own dtype; on `device` unless it has a device map or is quantised.
 

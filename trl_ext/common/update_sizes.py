@@ -37,6 +37,7 @@ class UpdateSizesMixin(mixin_bases.Trainer):
 
     _watched: torch.optim.Optimizer | None = None
     _update_sizes: dict[str, torch.Tensor] | None = None
+    _before_update: dict[str, tuple[list[nn.Parameter], list[torch.Tensor]]]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args, **kwargs)

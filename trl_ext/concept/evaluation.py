@@ -82,7 +82,8 @@ def evaluate_concepts(
     sums: dict[str, float] = dict.fromkeys(
         ("tokens", "nll", "hits", "boundary", "made", "random", "others", "concepts", "real", "tail"), 0.0
     )
-    counts, right = 0, 0
+    counts = torch.zeros((), dtype=torch.long)
+    right = 0
     with evaluating(model):
         for start in tqdm(
             range(0, len(rows), batch_size), "Evaluating", leave=False, disable=None if progress else True

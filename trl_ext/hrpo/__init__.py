@@ -32,7 +32,7 @@ def _config_class(parent: type) -> type:
     if hasattr(parent, "unsloth_grpo_mini_batch"):
         from .unsloth import config_init
 
-        HRPOConfig.__init__ = config_init(HRPOConfig, parent)
+        HRPOConfig.__init__ = config_init(HRPOConfig, parent)  # type: ignore[method-assign]
     return _importable(HRPOConfig)
 
 

@@ -162,7 +162,7 @@ def completion_log_probs(packed: torch.Tensor, prompt_mask: torch.Tensor, mask: 
     return packed.gather(1, columns).masked_fill(mask == 0, 0)
 
 
-def config_init(cls: type, parent: type) -> Callable[..., None]:
+def config_init(cls: type, parent: Any) -> Callable[..., None]:
     """The `__init__` of an `HRPOConfig` whose parent is Unsloth's `GRPOConfig`.
 
     TRL's documented defaults hold, as on stock TRL and as they do when a command line is parsed into any of these
@@ -173,12 +173,14 @@ def config_init(cls: type, parent: type) -> Callable[..., None]:
     the default `loss_type` counts as unnamed (named, "dapo" would set epsilon_high=0.28), `bf16=None` leaves the
     precision to what the model and the device can do, and no router loss, which it cannot compute.
     """
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory for f in fields(cls) if f.init}
+    defaults: dict[str, Any] = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory for f in fields(cls) if f.init
+    }
     factories = {f.name for f in fields(cls) if f.default_factory is not MISSING}
     own = {f.name for f in fields(HRPOArguments)}
     known = defaults.keys() | inspect.signature(parent.__init__).parameters.keys()
 
-    @functools.wraps(cls.__init__)
+    @functools.wraps(cls.__init__)  # type: ignore[misc]  # of this very class
     def __init__(self, output_dir: str | None = None, **given: Any) -> None:
         unknown = given.keys() - known  # Unsloth's would swallow them
         if unknown:
@@ -198,7 +200,7 @@ def config_init(cls: type, parent: type) -> Callable[..., None]:
     return __init__
 
 
-def _base(cls: type, name: str) -> type:
+def _base(cls: type, name: str) -> Any:
     """The generated class that defines `name`."""
     return next(base for base in cls.__mro__ if name in vars(base) and hasattr(sys.modules.get(base.__module__), NAME))
 

@@ -71,7 +71,7 @@ def _check_row(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
         ids, tokens = row.get(f"{whose}segment_ids"), row.get(f"{whose}input_ids")
         if whose and ids is None and tokens is None:
             continue
-        if len(ids or ()) != len(tokens or ()) or not all(i in (PROMPT, REASONING, ANSWER) for i in ids):
+        if len(ids or ()) != len(tokens or ()) or not all(i in (PROMPT, REASONING, ANSWER) for i in ids or ()):
             raise ValueError(
                 f"{name} dataset, row {index}: {whose}segment_ids are one of {PROMPT}, {REASONING}, {ANSWER} for each of "
                 f"the {len(tokens or ())} {whose}input_ids; found {len(ids or ())}"

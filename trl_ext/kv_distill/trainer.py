@@ -92,7 +92,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         self.aligner = self.teacher = None
         if not args.lambda_kv:
             return
-        self.data_collator = SegmentCollator(self.data_collator)
+        self.data_collator: Any = SegmentCollator(self.data_collator)
         self.teacher = load_teacher(
             teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code, self.accelerator.device
         )
@@ -225,7 +225,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _layer_loss(self, student: tuple, teacher: tuple, segments: tuple):
         ours, theirs = (tuple(x[:, None] for x in side) for side in (student, teacher))
         s, t, mask = self.aligner.pairs(ours, theirs, *segments, T_s=self.args.T_s)
-        return self._structural_loss(*s, *t, mask)
+        return self._structural_loss(*s, *t, mask)  # type: ignore[call-arg]  # three tensors a side
 
     @torch.no_grad()
     def _fit(self, student: dict, teacher: dict, segments: tuple) -> None:

@@ -1,7 +1,10 @@
 """Published settings by name (docs/latent.md says where each comes from): which config they belong to, and its fields; and
 the LoRA that all of them were trained with."""
 
-LORA = {"r": 128, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
+from typing import Any
+
+
+LORA: dict[str, Any] = {"r": 128, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear"}
 
 _SCHEDULE = {
     "per_device_train_batch_size": 32,

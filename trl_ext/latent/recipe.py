@@ -78,8 +78,8 @@ def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, lis
     """Training rows and held-out ones, which need no steps; the unusable ones are counted on the screen."""
     check_tiny(script.model_name, script.dataset)
     if script.dataset == "tiny":
-        train, held_out = equations.split(script.eval_size, script.warm_start_seed)
-        return Rows("tiny", train, len(train)), held_out
+        made, held_out = equations.split(script.eval_size, script.warm_start_seed)
+        return Rows("tiny", made, len(made)), held_out
     train = load_rows(script.dataset, config=script.dataset_config, size=script.train_size)
     if script.eval_dataset:
         found = load_rows(
@@ -140,7 +140,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         datasets["eval_dataset"] = Dataset.from_list(with_steps.map(tokenize))
     console.print(train.report())
 
-    how = {
+    how: dict[str, Any] = {
         "answer_prompt": args.answer_prompt,
         "max_new_tokens": script.max_new_tokens,
         "batch_size": script.eval_batch,
@@ -158,18 +158,18 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
     )
     compact_progress(trainer)
     model = trainer.model
-    explicit = [evaluate_answers(model, tokenizer, held_out, latents="off", **how)]
+    explicit = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
 
     trainer.train(resume_from_checkpoint=resume)
     after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
-    explicit.append(evaluate_answers(model, tokenizer, held_out, latents="off", **how))
+    explicit_after = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
     trainer.save_model(str(output / "final"))
     if not trainer.is_world_process_zero():
         return
     rows = {
         "latent tokens": (accuracy.before, after["on"]),
         **{f"latent tokens: {name}": (None, after[name]) for name in ABLATIONS},
-        "explicit steps": tuple(explicit),
+        "explicit steps": (explicit, explicit_after),
     }
     comparison_table(rows, console)
     finish(

@@ -212,6 +212,7 @@ def run(
         more: for the summary, asked for at the end.
     """
     started = time.time()
+    assert stage.begun is not None  # `parse` has called `start`
     console, output, resume = stage.begun
     fused_lm_head.ensure()
     granite_router_logits.ensure()

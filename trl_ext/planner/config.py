@@ -220,7 +220,7 @@ class PlannerExecutorConfig(SFTConfig):
         Raises:
             ValueError: see `PlannerConfig`.
         """
-        given = {} if self.types is None else {"types": self.types}
+        given: dict[str, Any] = {} if self.types is None else {"types": self.types}
         return PlannerConfig(ordering=self.ordering, multi_token=self.multi_token, **given)
 
     def targets(self, planner: PlannerConfig) -> list[float] | None:

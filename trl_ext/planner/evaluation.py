@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -93,7 +94,9 @@ def evaluate_plans(
     sizes = [kind.num_concepts for kind in types]
     names = ("nll", "null", "shuffled", "random")
     sums, tokens, hits, right, by_chance = dict.fromkeys(names, 0.0), 0, 0, 0, 0
-    plans, samples, clock = [], [], {"plan": 0.0, "write": 0.0}
+    plans: list[torch.Tensor] = []
+    samples: list[Any] = []
+    clock = {"plan": 0.0, "write": 0.0}
     how = {"max_new_tokens": max_new_tokens, "do_sample": False,
            "eos_token_id": end_tokens(model, tokenizer) or None}  # fmt: skip
 

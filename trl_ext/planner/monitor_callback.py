@@ -42,7 +42,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         auto: bool = False,
         every: int = 50,
         cooldown: int = 200,
-        thresholds: Thresholds | dict[str, float] = THRESHOLDS,
+        thresholds: Thresholds | dict[str, Any] = THRESHOLDS,
     ):
         if every < 1 or cooldown < 1:
             raise ValueError(f"every={every}, cooldown={cooldown}: at least 1 step")
@@ -155,7 +155,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
             if isinstance(action, str) or action.field in changed:
                 continue
             rate = action.field == LEARNING_RATE
-            old = _learning_rate_scale(scheduler) if rate else getattr(args, action.field, None)
+            old: Any = _learning_rate_scale(scheduler) if rate else getattr(args, action.field, None)
             value = getattr(args, UNSET.get(action.field, ""), None) if old is None else old
             if value is None:
                 continue

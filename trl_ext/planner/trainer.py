@@ -61,7 +61,8 @@ from .probe import probe
 from .state import check_state, load_state, new_state, save_state
 
 
-Batch = Logged = dict[str, torch.Tensor]
+Batch = dict[str, torch.Tensor]
+Logged = dict[str, torch.Tensor]
 
 
 class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):

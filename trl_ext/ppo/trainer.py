@@ -93,13 +93,14 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
                 "processing_class is a processor: PPO's critic reads text alone; use a text model's tokenizer"
             )
         if critic_model is None:
-            critic_model = critic_of(self.model)
+            self.critic = critic_of(self.model)
         elif isinstance(critic_model, str):
-            critic_model = load_critic(critic_model, self.model.dtype, args.trust_remote_code)
-        ready(critic_model, len(self._tokenizer), self.accelerator.device)
+            self.critic = load_critic(critic_model, self.model.dtype, args.trust_remote_code)
+        else:
+            self.critic = critic_model
+        ready(self.critic, len(self._tokenizer), self.accelerator.device)
         if args.gradient_checkpointing:
-            critic_model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        self.critic = critic_model
+            self.critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self._divergences: list[torch.Tensor] = []  # of the coming step's batches: (sum, tokens)
         self._dropping = False
 

@@ -1,5 +1,7 @@
 """Problems as prompts and completions: reasoning, delimiter, answer."""
 
+from collections.abc import Sequence
+
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -7,7 +9,7 @@ from .data import chat_dataset, solved
 
 
 def completions(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, delimiter: str, examples: list[dict] = ()
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, delimiter: str, examples: Sequence[dict] = ()
 ) -> Dataset:
     """Columns `prompt`, `completion`, `answer` from rows with `question`, `solution`, `answer`, the solved examples before
     each question: conversations where the tokenizer has a chat template, texts otherwise."""

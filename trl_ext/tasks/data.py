@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,14 @@ class DataArguments:
 
     def rows(self, *, split: str, size: int | None, seed: int) -> list[dict]:
         """`load_rows` of these arguments."""
+        options: Any = self.dataset_options or {}
         return load_rows(
-            self.dataset, split=split, size=size, seed=seed, config=self.dataset_config, **(self.dataset_options or {})
+            self.dataset,
+            split=split,
+            size=size,
+            seed=seed,
+            config=self.dataset_config,
+            **options,
         )
 
     def split(
@@ -173,7 +180,7 @@ def solved(row: dict, delimiter: str) -> str:
     return f"{working}\n{delimiter} {row['answer']}".lstrip()
 
 
-def chat_dataset(rows: list[dict], delimiter: str, examples: list[dict] = ()) -> Dataset:
+def chat_dataset(rows: list[dict], delimiter: str, examples: Sequence[dict] = ()) -> Dataset:
     """Conversational prompts: the system prompt that asks for the delimiter, solved examples, then the question."""
     shown = [{"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}]
     for row in examples:

@@ -54,7 +54,7 @@ def split(held_out: int, seed: int, size: Size | None = None) -> tuple[list[dict
     while len(kept) < held_out:
         row = equation(rng, size.operations)
         kept[row["question"]] = row
-    train = []
+    train: list[dict] = []
     while len(train) < size.rows:
         row = equation(rng, size.operations)
         if row["question"] not in kept:

@@ -96,7 +96,7 @@ def evaluate(
             if hybrid:
                 out, trace = hybrid_generate(
                     model,
-                    matcher=matcher,
+                    matcher=matcher,  # type: ignore[arg-type]  # made above
                     ablation=None if thinking == "on" else thinking,
                     return_trace=True,
                     generation_config=config,

@@ -60,7 +60,8 @@ SMALL = Size()
 
 def texts(number: int, seed: int, facts: int, fillers: int = 0) -> list[str]:
     """Distinct texts, each of facts about different people."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
     while len(found) < number:
         said = [f"{name} {rng.choice(NUMBERS)} {rng.choice(THINGS)} ." for name in rng.sample(NAMES, facts)]
         places = sorted(rng.sample(range(fillers + facts), facts))  # of the facts among the words

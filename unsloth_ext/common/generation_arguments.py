@@ -181,7 +181,7 @@ def context_of(model: nn.Module) -> int | None:
     Of RoPEs that depend on the length of the text, those up to which it is one and the same: behind them transformers 5.17
     reads the whole text anew (Phi-3) or goes on with keys of two kinds, and a batch is not its rows.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     changing = _changing(model)
     if changing:  # longrope has its own field, which its config always fills; dynamic changes behind the positions
         return min(
@@ -249,13 +249,13 @@ def grouped(texts: list[str], prompts: int) -> list:
 def table() -> str:
     """The table of docs/generation.md."""
     cells = {True: "works", False: "refused"}
-    refused = {**REFUSED, **REFUSED_PARAMETERS}
+    refused: dict[str, Refusal] = {**REFUSED, **REFUSED_PARAMETERS}
     lines = ["| argument | " + " | ".join(KINDS) + " | refused because |", "|---|" + "---|" * (len(KINDS) + 1)]
     for name in sorted({*WORKS, *WITHOUT_EFFECT, *PARAMETERS_THAT_WORK, *refused}):
         if name in WITHOUT_EFFECT:
             row, why = ["no effect"] * len(KINDS), ""
         else:
-            kinds, why, _ = refused.get(name, Refusal((), ""))
-            row = [cells[kind not in kinds] for kind in KINDS]
+            refusal = refused.get(name, Refusal((), ""))
+            row, why = [cells[kind not in refusal.kinds] for kind in KINDS], refusal.why
         lines.append(f"| `{name}` | " + " | ".join(row) + f" | {why} |")
     return "\n".join(lines) + "\n"

@@ -104,8 +104,9 @@ def check_layers(model: nn.Module, what: str, longest: int | None = None, window
 
 def check_length(model: nn.Module, tokens: int, what: str) -> None:
     """Raises a ValueError if a text is longer than a window that was taken for the whole text."""
-    kind = min((kind for kind in layer_kinds(model) if kind.window), key=lambda kind: kind.window, default=None)
-    if kind is not None and tokens > kind.window:
+    kinds = [kind for kind in layer_kinds(model) if kind.window and tokens > kind.window]
+    if kinds:
+        kind = min(kinds, key=lambda kind: kind.window or 0)
         raise ValueError(
             f"{tokens:,} tokens: the model has {kind}; {what} needs every layer to see all of them: shorten the text, or "
             f"load the model with a larger {kind.field}"

@@ -63,7 +63,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 def master_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters, by name, that are to be float32 or wider."""
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, MasterWeights) and module.kept:
             found |= dict(module.named_parameters(prefix))
@@ -85,7 +85,7 @@ def widen(model: nn.Module, values: dict[nn.Parameter, torch.Tensor] | None = No
 
 def copied_by_peft(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     """Of each master weight that PEFT has copied to train, the original."""
-    found = {}
+    found: dict[nn.Parameter, torch.Tensor] = {}
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and isinstance(wrapper.original_module, MasterWeights):
             originals = dict(wrapper.original_module.named_parameters())

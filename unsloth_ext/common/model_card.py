@@ -125,7 +125,7 @@ def write_model_card(
             card.data.__dict__.pop(key, None)
         else:
             card.data[key] = value
-    card.data.tags = sorted({*(card.data.tags or []), *part.tags})
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *part.tags})
     file.write_text(str(card))
 
 

@@ -133,9 +133,10 @@ def _complete(backbone: nn.Module, model: nn.Module, folder: str | Path) -> None
     """Write a method's own tensors, settings and card into a folder with a full model that other software has written."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     method, settings = method_of(bare.config)
+    assert method is not None  # which its caller has seen to
     tensors = {}
     for name in method.modules:
-        module = getattr(backbone, name, None)
+        module: Any = getattr(backbone, name, None)
         if hasattr(module, "modules_to_save"):  # PEFT's wrapper around the trained one
             module = module.modules_to_save[model.active_adapter]
         for key, tensor in (module.state_dict() if module is not None else {}).items():

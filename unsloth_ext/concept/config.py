@@ -1,7 +1,6 @@
 """How a model compresses while it reads and writes."""
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 
 SEGMENTERS = ("null", "threshold", "fixed", "entropy", "autoregressive")
@@ -73,5 +72,5 @@ class OnlineConceptConfig:
     @property
     def parts(self) -> tuple[range, range, range]:
         """Indices of the shallow, middle and deep layers."""
-        ends = (0, self.n_shallow, self.n_shallow + self.n_middle, self.n_shallow + self.n_middle + self.n_deep)
-        return tuple(range(start, stop) for start, stop in pairwise(ends))
+        middle, deep = self.n_shallow, self.n_shallow + self.n_middle
+        return range(middle), range(middle, deep), range(deep, deep + self.n_deep)

@@ -43,7 +43,8 @@ class Slots:
         both = zip(
             (past.times, past.valid, past.concept, past.since), (self.times, self.valid, self.concept, self.since)
         )
-        return Slots(*(torch.cat(parts, dim=1) for parts in both), self.documents)
+        times, valid, concept, since = (torch.cat(parts, dim=1) for parts in both)
+        return Slots(times, valid, concept, since, self.documents)
 
     def dense_mask(self, first: int = 0) -> torch.Tensor:
         """(B, 1, S - first, S) bool, for SDPA: what the slots from `first` on see."""

@@ -22,6 +22,9 @@ class CompressedLayer(DynamicLayer):
         valid (B, S) bool: which of the S kept columns are real.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, budget: int, buffer: int, scoring: KVScoring):
         super().__init__()
         self.budget, self.buffer, self.scoring = budget, buffer, scoring

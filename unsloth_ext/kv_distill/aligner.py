@@ -77,10 +77,12 @@ class MapProjectionAligner(MasterWeights):
         source, target = (self.student, self.teacher) if self.projects_student else (self.teacher, self.student)
 
         def projector(name: str) -> nn.Module:
-            heads = [shape.num_heads if name == "q" else shape.num_kv_heads for shape in (source, target)]
+            ours, theirs = (shape.num_heads if name == "q" else shape.num_kv_heads for shape in (source, target))
             if mode == "flat":
-                return KVDimensionProjector(*heads, source.head_dim, target.head_dim, init)
-            return HeadwiseMapProjector(*heads, source.head_dim, target.head_dim, share_dim_proj, init_uniform, init)
+                return KVDimensionProjector(ours, theirs, source.head_dim, target.head_dim, init)
+            return HeadwiseMapProjector(
+                ours, theirs, source.head_dim, target.head_dim, share_dim_proj, init_uniform, init
+            )
 
         self.maps = nn.ModuleDict({name: projector(name) for name in NAMES})
         self.requires_grad_(not frozen)

@@ -69,9 +69,9 @@ def kv_similarity(
     width, count = question_ids.shape[1], backbone.latent_config.num_latents
     teacher_mask = trace_mask.bool() | answer_mask.bool()
     mask = torch.cat([question_mask.bool(), teacher_mask], dim=1).long()
-    after = (F.pad(x.bool(), (width, 0)) for x in (trace_mask, answer_mask))
+    trace, answer = (F.pad(x.bool(), (width, 0)) for x in (trace_mask, answer_mask))
     cache = DynamicCache(config=backbone.config)
-    with compressed_trace(model, *after, count, scoring) as kept:
+    with compressed_trace(model, trace, answer, count, scoring) as kept:
         model(
             input_ids=torch.cat([question_ids, teacher_ids], dim=1),
             attention_mask=mask,

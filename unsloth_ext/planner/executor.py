@@ -46,11 +46,11 @@ def executor_prefix(model: nn.Module, plan: torch.Tensor | SoftPlan, null: torch
     """
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
-    soft = isinstance(plan, SoftPlan)
-    ids = plan.ids if soft else plan
-    if not soft:
-        check_plan(ids, config)
-    embeds = plan.embeds if soft else concept_embeds(backbone, ids)
+    if isinstance(plan, SoftPlan):
+        ids, embeds = plan.ids, plan.embeds
+    else:
+        check_plan(plan, config)
+        ids, embeds = plan, concept_embeds(backbone, plan)
     rows = len(ids)
     if null is None:
         null = torch.zeros(rows, dtype=torch.bool, device=ids.device)

@@ -58,7 +58,8 @@ def _write_at_once(
     head = slots.backbone.unified_head
     counts = [_open_type(slots, origin, i) for i in group]
     for i, part in zip(group, slots.read()[:, -sum(counts) :].split(counts, dim=1)):
-        logits, written = head(part[:, 1:], i), []
+        logits = head(part[:, 1:], i)
+        written: list[torch.Tensor] = []
         for j in range(logits.shape[1]):
             step = strategy.step(i, j, logits[:, j])
             if step.order is not None:

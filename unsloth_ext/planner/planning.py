@@ -83,7 +83,9 @@ def plan_soft(
     write(slots, origin, strategy, config.groups)
 
     quota = config.max_quota
-    found = {name: [] for name in ("ids", "embeds", "soft", "hard", "open", "eos", "survival", "log_probs")}
+    found: dict[str, list] = {
+        name: [] for name in ("ids", "embeds", "soft", "hard", "open", "eos", "survival", "log_probs")
+    }
     for kind, steps in zip(config.types, strategy.steps):
         rest = kind.quota - len(steps)
         made = {name: torch.stack(parts, dim=1) for name, parts in zip(steps[0]._fields, zip(*steps))}
