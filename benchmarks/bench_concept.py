@@ -91,14 +91,30 @@ def run(name: str, seed: int, steps: int) -> dict:
         model = AutoModelForCausalLM.from_pretrained(folder)
         args = ConceptConfig(
             **{
-                "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 64, "seed": seed,
-                "learning_rate": 4e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98,
-                "n_shallow": 1, "n_deep": 1, "num_concepts": 32, "target_ratio": R,
-                "completion_only_loss": False, "max_length": None, "use_cpu": not setups.CUDA, "bf16": False,
-                "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
-                "logging_steps": 10, **RUNS[name],
+                "output_dir": tempfile.mkdtemp(),
+                "max_steps": steps,
+                "per_device_train_batch_size": 64,
+                "seed": seed,
+                "learning_rate": 4e-3,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 20,
+                "adam_beta2": 0.98,
+                "n_shallow": 1,
+                "n_deep": 1,
+                "num_concepts": 32,
+                "target_ratio": R,
+                "completion_only_loss": False,
+                "max_length": None,
+                "use_cpu": not setups.CUDA,
+                "bf16": False,
+                "report_to": "none",
+                "save_strategy": "no",
+                "gradient_checkpointing": False,
+                "disable_tqdm": True,
+                "logging_steps": 10,
+                **RUNS[name],
             }
-        )  # fmt: skip
+        )
         if name == "LoRA, layers of equal cost":
             prune(model, equal_depth(model.config, args.online(model.config.num_hidden_layers), R))
         trainer = ConceptTrainer(

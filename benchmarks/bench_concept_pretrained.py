@@ -39,10 +39,14 @@ RUNS: dict[str, dict] = {
     "preset - codewords from states": {k: v for k, v in PRESET.items() if k != "codebook_init"},
     "fixed stride": {**CODEWORDS, "segmenter": "fixed", "stride": R},
     "fixed stride, two codebooks, token kept": {
-        **CODEWORDS, "segmenter": "fixed", "stride": R, "num_codebooks": 2, "boundary_keeps_token": True,
+        **CODEWORDS,
+        "segmenter": "fixed",
+        "stride": R,
+        "num_codebooks": 2,
+        "boundary_keeps_token": True,
     },
     "literal": {},
-}  # fmt: skip
+}
 COLUMNS = (
     ("nll", "NLL", ".3f"),
     ("token_accuracy", "tokens", ".1%"),
@@ -62,18 +66,41 @@ def run(name: str, seed: int, steps: int, data: DataArguments, eval_dataset: str
     with tempfile.TemporaryDirectory() as output:
         args = ConceptConfig(
             **{
-                "output_dir": output, "max_steps": steps, "per_device_train_batch_size": 4, "seed": seed,
-                "learning_rate": 5e-4, "concept_learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
-                "n_shallow": 4, "n_deep": 4, "num_concepts": 512, "target_ratio": R, "completion_only_loss": False,
-                "max_length": 192, "use_cpu": not setups.CUDA, "bf16": True, "report_to": "none",
-                "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True, "logging_steps": 10,
+                "output_dir": output,
+                "max_steps": steps,
+                "per_device_train_batch_size": 4,
+                "seed": seed,
+                "learning_rate": 5e-4,
+                "concept_learning_rate": 2e-3,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 10,
+                "n_shallow": 4,
+                "n_deep": 4,
+                "num_concepts": 512,
+                "target_ratio": R,
+                "completion_only_loss": False,
+                "max_length": 192,
+                "use_cpu": not setups.CUDA,
+                "bf16": True,
+                "report_to": "none",
+                "save_strategy": "no",
+                "gradient_checkpointing": False,
+                "disable_tqdm": True,
+                "logging_steps": 10,
                 **RUNS[name],
             }
-        )  # fmt: skip
+        )
         script = ScriptArguments(
-            model_name="smollm2", cache_dir=str(ROOT / "runs/cache"), train_size=4 * steps, eval_size=HELD_OUT,
-            eval_dataset=eval_dataset, eval_every=0, eval_batch=8, max_new_tokens=1, lora_r=16,
-        )  # fmt: skip
+            model_name="smollm2",
+            cache_dir=str(ROOT / "runs/cache"),
+            train_size=4 * steps,
+            eval_size=HELD_OUT,
+            eval_dataset=eval_dataset,
+            eval_every=0,
+            eval_batch=8,
+            max_new_tokens=1,
+            lora_r=16,
+        )
         task = load(script, data, args)
         if name == "LoRA, layers of equal cost":
             model = AutoModelForCausalLM.from_pretrained(task.base)

@@ -116,18 +116,24 @@ def main() -> None:
                     cost(config(28), concepts, RATIO, length).macs
                     if name == "concepts"
                     else cost(net.config, None, tokens=length).macs
-                ) / whole.macs,
+                )
+                / whole.macs,
             }
             for name, net in nets.items()
-        }  # fmt: skip
+        }
         table = Table(title=f"{length} tokens read, {options.new} written, batch {options.batch}", title_justify="left")
         for head in ("", "read ms", "ms/token", "read x", "write x", "KV MB", "MACs"):
             table.add_column(head, justify="right" if head else "left", no_wrap=True)
         for name, r in results[str(length)].items():
             table.add_row(
-                name, f"{r['read_ms']:.0f}", f"{r['write_ms_per_token']:.1f}", f"{r['read_speedup']['median']:.2f}",
-                f"{r['write_speedup']['median']:.2f}", f"{r['kv_bytes'] / 2**20:.1f}", f"{r['macs']:.0%}",
-            )  # fmt: skip
+                name,
+                f"{r['read_ms']:.0f}",
+                f"{r['write_ms_per_token']:.1f}",
+                f"{r['read_speedup']['median']:.2f}",
+                f"{r['write_speedup']['median']:.2f}",
+                f"{r['kv_bytes'] / 2**20:.1f}",
+                f"{r['macs']:.0%}",
+            )
         PlainConsole().print(table)
     path = setups.write(
         "concept_speed",

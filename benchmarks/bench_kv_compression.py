@@ -155,9 +155,14 @@ def trainer(name: str, size: str, rows: int):
     """Of `rows` equal rows; SFT reads question, steps and answer, the same tokens as the teacher."""
     tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
     common = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": rows, "report_to": "none", "bf16": False,
-        "use_cpu": not setups.CUDA, "gradient_checkpointing": False, "disable_tqdm": True,
-    }  # fmt: skip
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": rows,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": not setups.CUDA,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
     lora = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
     model = setups.qwen2(size)
     if name == "SFT":
@@ -234,9 +239,14 @@ def bench_decoding(size: str, rows: int, length: int, repeats: int) -> dict:
     def decode(name: str) -> None:
         cache = DynamicCache(config=model.config) if name == "full" else CompressedCache(model, 128, 128)
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=length,
-            min_new_tokens=length, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=False,
+            pad_token_id=0,
+        )
         held[name] = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
     times = setups.interleaved({name: lambda n=name: decode(n) for name in ("full", "R-KV")}, repeats, warm=True)

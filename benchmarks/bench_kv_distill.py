@@ -75,9 +75,14 @@ def run(group: str, seed: int, steps: int, teacher: str) -> dict:
 
     accuracy = AccuracyCallback(EVERY, answers)
     trainer = KVDistillTrainer(
-        student, KVDistillConfig(**args, dataset_kwargs={"skip_prepare_dataset": True}), train_dataset=train,
-        eval_dataset=held_out, processing_class=tokenizer, teacher_model=taught, callbacks=[accuracy],
-    )  # fmt: skip
+        student,
+        KVDistillConfig(**args, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        teacher_model=taught,
+        callbacks=[accuracy],
+    )
     trainer.remove_callback(PrinterCallback)
     start = time.time()
     trainer.train()
@@ -109,9 +114,13 @@ def settings(**changes: Any) -> tuple[dict, int]:
     known = KVDistillConfig.__dataclass_fields__
     args = {k: v for k, v in found.items() if k in known} | changes
     args |= {
-        "output_dir": tempfile.mkdtemp(), "save_strategy": "no", "disable_tqdm": True, "logging_steps": EVERY,
-        "use_cpu": not setups.CUDA, "per_device_eval_batch_size": HELD_OUT,
-    }  # fmt: skip
+        "output_dir": tempfile.mkdtemp(),
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": EVERY,
+        "use_cpu": not setups.CUDA,
+        "per_device_eval_batch_size": HELD_OUT,
+    }
     return args, found["max_new_tokens"]
 
 
@@ -128,9 +137,13 @@ def prepared(teacher: str, steps: int) -> tuple:
     train, held_out = (equations.explicit(rows) for rows in equations.split(HELD_OUT, 0, size))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     trainer = KVDistillTrainer(
-        AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT)), KVDistillConfig(**args),
-        train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, teacher_model=teacher,
-    )  # fmt: skip
+        AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT)),
+        KVDistillConfig(**args),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        teacher_model=teacher,
+    )
     return trainer.train_dataset, trainer.eval_dataset, held_out
 
 
@@ -143,9 +156,16 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     """Markdown: over the seeds mean, lowest and highest."""
     steps = next(iter(next(iter(results.values())).values()))["curve"][-1][0]
     headings = [
-        "", f"accuracy after {steps} steps", "teacher untrained", "held-out cross-entropy", "teacher untrained",
-        "structural loss", "rank of the target's keys", "parameters", "ms a step",
-    ]  # fmt: skip
+        "",
+        f"accuracy after {steps} steps",
+        "teacher untrained",
+        "held-out cross-entropy",
+        "teacher untrained",
+        "structural loss",
+        "rank of the target's keys",
+        "parameters",
+        "ms a step",
+    ]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name in (name for name in GROUPS if name in results):
         runs, control = list(results[name].values()), list(results.get(name + UNTRAINED, {}).values())
@@ -186,9 +206,11 @@ def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
             if not dashed:
                 left.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12)
             right.scatter(
-                [run["held_out_ce"] for run in runs], [index] * len(runs), edgecolors=color,
+                [run["held_out_ce"] for run in runs],
+                [index] * len(runs),
+                edgecolors=color,
                 facecolors="none" if dashed else color,
-            )  # fmt: skip
+            )
     left.set(xlabel="step", ylabel="held-out accuracy (dashed: teacher untrained)", ylim=(0, 1))
     right.set(xlabel="held-out cross-entropy, nats (hollow: teacher untrained)", xlim=(0, None))
     right.set_yticks(range(len(names)), names)
@@ -218,9 +240,13 @@ def main() -> None:
     made_with = {"steps": options.steps, "teacher_steps": options.teacher_steps, "runs": digest([GROUPS, config])}
     path, results = setups.so_far("kv_distill", options.fresh, made_with)
     teacher = warm_start.tiny_with_steps(
-        Path(options.cache), seed=0, held_out=HELD_OUT, steps=options.teacher_steps or equations.TEACHER.warm_start_steps,
-        size=equations.TEACHER, progress=False,
-    )  # fmt: skip
+        Path(options.cache),
+        seed=0,
+        held_out=HELD_OUT,
+        steps=options.teacher_steps or equations.TEACHER.warm_start_steps,
+        size=equations.TEACHER,
+        progress=False,
+    )
     workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
     jobs = [(g, s) for s in options.seeds for g in options.only if str(s) not in results.get(g, {})]
     with ProcessPoolExecutor(

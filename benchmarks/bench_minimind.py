@@ -64,8 +64,12 @@ def run(name: str, seed: int) -> dict:
     given = [part for key, value in moved.items() for part in (f"--{key}", value)]
     done = subprocess.run(
         [sys.executable, str(RECIPES / f"{recipe}.py"), *given, *flags, "--overwrite", "true"],
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     if done.returncode:
         raise RuntimeError(f"{name}, seed {seed}: {done.stderr[-2000:]}")
     summary = json.loads(Path(moved["output_dir"], "summary.json").read_text())

@@ -83,7 +83,7 @@ def seconds_per_step(case: str, watched: bool, steps: int) -> float:
         training=training,
         max_length=None,
         gradient_checkpointing=False,
-    )  # fmt: skip
+    )
     clock = Clock()
     callbacks = [clock, PlannerMonitorCallback(every=EVERY)] if watched else [clock]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -125,9 +125,11 @@ def main() -> None:
     for case, r in results.items():
         ratio = r["with_over_without"]
         table.add_row(
-            case, f"{r['ms_per_step']['with']:.0f}", f"{r['ms_per_step']['without']:.0f}",
+            case,
+            f"{r['ms_per_step']['with']:.0f}",
+            f"{r['ms_per_step']['without']:.0f}",
             f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})",
-        )  # fmt: skip
+        )
     PlainConsole().print(table)
     if not setups.CUDA:
         write_between(ROOT / "docs/concept_tokens.md", "monitors", sentence(results, options.rounds))

@@ -59,12 +59,24 @@ def run(name: str, seed: int, steps: int) -> dict:
         model = AutoModelForCausalLM.from_config(facts.config(tokenizer, facts.Size(layers=2, width=64)))
         train, held_out = facts.sentences(HELD_OUT, 0, 1)
         settings = {
-                "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": 64, "seed": seed,
-                "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "adam_beta2": 0.98,
-                "types": TYPES, "mode": "reconstruct", "target_length": [2, 2], "max_length": None,
-                "use_cpu": not setups.CUDA, "bf16": False, "report_to": "none", "save_strategy": "no",
-                "disable_tqdm": True, "logging_steps": 50,
-        }  # fmt: skip
+            "output_dir": tempfile.mkdtemp(),
+            "per_device_train_batch_size": 64,
+            "seed": seed,
+            "learning_rate": 2e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+            "adam_beta2": 0.98,
+            "types": TYPES,
+            "mode": "reconstruct",
+            "target_length": [2, 2],
+            "max_length": None,
+            "use_cpu": not setups.CUDA,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 50,
+        }
         half = steps // 2 if ", then" in name else 0
         soft = {k: v for k, v in RUNS[name].items() if k in ("multi_token", "ordering")}
         seconds = 0.0

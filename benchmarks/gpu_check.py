@@ -160,9 +160,12 @@ def process(name: str, precision: str, rehearse: bool) -> dict:
     call = [sys.executable, __file__, "--backend", name, "--precision", precision]
     cache = {"UNSLOTH_COMPILE_LOCATION": f"unsloth_compiled_cache/{precision}"}
     done = subprocess.run(
-        [*call, *(["--rehearse"] if rehearse else [])], stdout=subprocess.PIPE, text=True, check=False,
+        [*call, *(["--rehearse"] if rehearse else [])],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **cache},
-    )  # fmt: skip
+    )
     if done.returncode:
         return {precision: {"passed": False, "error": f"exit status {done.returncode}"}}
     return json.loads(done.stdout.splitlines()[-1])

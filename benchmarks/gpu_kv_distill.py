@@ -16,9 +16,11 @@ CASES = {
     "structured": {},
     "flat, warped": {"kv_projection_mode": "flat", "T_s": 48, "ratio_map": {"P": 1.0, "R": 0.5, "A": 1.0}},
     "Procrustes, teacher to student": {
-        "kv_direction": "teacher_to_student", "kv_init": "procrustes", "freeze_aligner": True,
+        "kv_direction": "teacher_to_student",
+        "kv_init": "procrustes",
+        "freeze_aligner": True,
     },
-}  # fmt: skip
+}
 # Of the structural loss: rows of a padded batch together, against the mean of the rows by themselves, weighted by tokens
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.02, "4bit": 0.02}
 STEPS = 3
@@ -28,8 +30,12 @@ def teacher_folder(folder: str) -> str:
     """A larger model of the student's vocabulary: three layers, 6 heads on 3 of width 64."""
     student = AutoModelForCausalLM.from_pretrained(folder).config
     changes = {
-        "hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3, "layer_types": None,
-    }  # fmt: skip
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 3,
+        "layer_types": None,
+    }
     torch.manual_seed(1)
     teacher = AutoModelForCausalLM.from_config(Qwen2Config(**{**student.to_dict(), **changes}))
     with torch.no_grad():

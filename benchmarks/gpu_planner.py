@@ -77,8 +77,14 @@ def written(trainer: PlannerExecutorTrainer) -> float:
     model, rows = trainer.model.eval(), batch(trainer)
     plans = plan_soft(model, rows["plan_input_ids"], rows["plan_attention_mask"]).ids
     out = execute_plan(
-        model, plans, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN, do_sample=False, pad_token_id=0,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        model,
+        plans,
+        max_new_tokens=WRITTEN,
+        min_new_tokens=WRITTEN,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     states = executor_forward(model, executor_prefix(model, plans), out.sequences)
     return off(torch.stack(out.logits, dim=1), logits_of(unwrapped(model), states))

@@ -70,9 +70,11 @@ class ScriptArguments(RecipeArguments):
     lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
     init_from: str | None = field(
         default=None,
-        metadata={"help": "Begin with the weights of this checkpoint or final/ of an earlier run, as a second stage: "
-                  "steps, optimizer and learning rates start anew."},
-    )  # fmt: skip
+        metadata={
+            "help": "Begin with the weights of this checkpoint or final/ of an earlier run, as a second stage: "
+            "steps, optimizer and learning rates start anew."
+        },
+    )
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(LINEAR_LAYERS), metadata={"help": "Names of the layers with LoRA."}
     )

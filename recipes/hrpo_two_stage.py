@@ -34,16 +34,21 @@ def main() -> int:
         epilog="All other flags are those of recipes/hrpo_gsm8k.py, for both stages; its --help shows them.",
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/hrpo_two_stage"), metavar="FOLDER",
+        "--output_dir",
+        type=Path,
+        default=Path("runs/hrpo_two_stage"),
+        metavar="FOLDER",
         help="Holds stage_1/ and stage_2/ (default: runs/hrpo_two_stage).",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="A configuration file of recipes/hrpo_gsm8k.py, for both stages."
     )
     parser.add_argument(
-        "--lr_thinking_projection", type=float, metavar="NUMBER",
+        "--lr_thinking_projection",
+        type=float,
+        metavar="NUMBER",
         help="Learning rate of the thinking projection in stage 2 (default: the --config's, or 5e-5); in stage 1 it is 0.",
-    )  # fmt: skip
+    )
     parser.add_switch("--overwrite", "Delete what earlier runs have left in both folders, and begin anew.")
     parser.add_argument(
         "--check_flags", action="store_true", help="Say whether flags and configuration are right, and exit."
@@ -72,9 +77,16 @@ def main() -> int:
     stages = ((first, 0.0, []), (second, rate, ["--init_from", str(first / "final")]))
     for folder, rate, more in stages:
         flags = [
-            *length, *others, "--output_dir", str(folder),
-            "--lr_thinking_projection", str(rate), "--overwrite", str(given.overwrite), *more,
-        ]  # fmt: skip
+            *length,
+            *others,
+            "--output_dir",
+            str(folder),
+            "--lr_thinking_projection",
+            str(rate),
+            "--overwrite",
+            str(given.overwrite),
+            *more,
+        ]
         done = subprocess.run([sys.executable, str(RECIPE), *flags], check=False)
         if done.returncode:
             return done.returncode

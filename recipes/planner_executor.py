@@ -176,9 +176,18 @@ def main() -> None:
     plot_curves(output / "monitors.png", trainer.state.log_history, [], ", ".join(dict.fromkeys(title)), looked)
     console.print(f"Written: {output / 'monitors.png'}")
     finish(
-        trainer, console, started, title, accuracy, after, PLANNER_CURVES, applied=monitor.applied, samples=after.samples,
-        script=asdict(script), data=asdict(data),
-    )  # fmt: skip
+        trainer,
+        console,
+        started,
+        title,
+        accuracy,
+        after,
+        PLANNER_CURVES,
+        applied=monitor.applied,
+        samples=after.samples,
+        script=asdict(script),
+        data=asdict(data),
+    )
 
 
 if __name__ == "__main__":

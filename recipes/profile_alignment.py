@@ -99,9 +99,13 @@ def load(args: ProfileArguments, data: DataArguments):
     teacher = args.teacher
     if teacher == "tiny":
         teacher = warm_start.tiny_with_steps(
-            Path(args.cache_dir), seed=args.seed, held_out=args.held_out, steps=args.teacher_steps, progress=True,
+            Path(args.cache_dir),
+            seed=args.seed,
+            held_out=args.held_out,
+            steps=args.teacher_steps,
+            progress=True,
             size=equations.TEACHER,
-        )  # fmt: skip
+        )
     tokenizer = load_tokenizer(teacher if args.student == "tiny" else args.student)
     set_seed(args.seed)
     if args.student == "tiny":

@@ -10,10 +10,20 @@ from unsloth_ext import minimind_config
 
 KINDS = ("minimind2-moe", "minimind3-moe")
 SMALL = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 16, "head_dim": 8,
-    "shared_intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "max_position_embeddings": 256, "eos_token_id": 1, "bos_token_id": 1, "attention_multiplier": 8**-0.5,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "head_dim": 8,
+    "shared_intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+    "attention_multiplier": 8**-0.5,
+}
 
 
 def config(kind: str, **changes) -> PreTrainedConfig:

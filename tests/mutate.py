@@ -41,9 +41,17 @@ ROOT = Path(__file__).parents[1]
 ACCEPTED = Path(__file__).with_name("mutants_accepted.json")
 METHOD_CODE = ("unsloth_ext", "trl_ext", "patches")
 COMPARISONS = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div}
 UNWRAPPED = ("detach", "clamp", "clamp_", "masked_fill", "abs", "float")  # calls that a mutant leaves out
 
@@ -234,8 +242,10 @@ def trace(to: Path, workers: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, "-m", "pytest", *suite, "-m", "not slow and not unsloth"],
-            cwd=ROOT, env=os.environ | {"TRACED": folder}, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=os.environ | {"TRACED": folder},
+            check=False,
+        )
         tests = [json.loads(file.read_text()) for file in Path(folder).iterdir()]
     to.write_text(json.dumps({name: found for part in tests for name, found in part.items()}))
 

@@ -56,11 +56,14 @@ def _together(
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
             {
-                "argv": argv, "cwd": str(cwd), "env": here | env,
-                "stdout": f"{folder}/{i}.out", "stderr": f"{folder}/{i}.err",
+                "argv": argv,
+                "cwd": str(cwd),
+                "env": here | env,
+                "stdout": f"{folder}/{i}.out",
+                "stderr": f"{folder}/{i}.err",
             }
             for i, (argv, env) in enumerate(zip(argvs, envs, strict=True))
-        ]  # fmt: skip
+        ]
         server = _server(imports)
         server.stdin.write(json.dumps({"jobs": jobs, "timeout": timeout}) + "\n")
         server.stdin.flush()
@@ -79,9 +82,13 @@ def _server(imports: tuple[str, ...]) -> subprocess.Popen:
     """It ends with this process, which closes its input."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("UNSLOTH_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.fork_server", *imports], cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.fork_server", *imports],
+        cwd=ROOT,
+        env=env | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _free_port() -> str:

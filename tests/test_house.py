@@ -1,6 +1,7 @@
 """The house: what imports what, what lands in site-packages, how heavy an import is."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import distribution, version
@@ -136,6 +137,12 @@ def test_every_public_name_resolves():
             assert getattr(package, name) is not None
         with pytest.raises(AttributeError, match="no_such_name"):
             package.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "recipes", "benchmarks", "tests"])
+def test_the_formatter_formats_all_of_the_code(folder):
+    for file in (ROOT / folder).rglob("*.py"):
+        assert not re.search(r"#\s*fmt:", file.read_text()), file
 
 
 SCREEN = ROOT / "trl_ext" / "cli" / "console.py"

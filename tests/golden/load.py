@@ -25,16 +25,29 @@ def model_of(case: dict[str, torch.Tensor], kind: str, prefix: str = "w.") -> Pr
     if kind == "gpt2":
         vocab = len(weights["transformer.wte.weight"])
         config = GPT2Config(
-            vocab_size=vocab, n_positions=128, n_embd=32, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0,
-            attn_pdrop=0, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=vocab,
+            n_positions=128,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         model = GPT2LMHeadModel(config)
     else:
         vocab = len(weights["model.embed_tokens.weight"])
         config = LlamaConfig(
-            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128,
-        )  # fmt: skip
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
         model = LlamaForCausalLM(config)
     found = model.load_state_dict(weights, strict=False)
     assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}, found  # tied

@@ -42,18 +42,26 @@ TRIES = [
     *((name, ["--resume_from_checkpoint", "true", "--output_dir", "new"], "") for name in TRAIN),
     *((name, ["--model_name", "tinyy"], "there is no folder tinyy in ") for name in TRAIN),
     *((name, ["--model_name", "large"], "large holds no model") for name in TRAIN[:2]),
-    *((name, ["--model_name", "some"], "does not say use_cpu: true; to train on the CPU: --use_cpu true --bf16 false")
-      for name in (TRAIN[0], *TRAIN[4:])),
+    *(
+        (name, ["--model_name", "some"], "does not say use_cpu: true; to train on the CPU: --use_cpu true --bf16 false")
+        for name in (TRAIN[0], *TRAIN[4:])
+    ),
     *((name, ["--model_name", ""], "name is empty") for name in LATENT),
     *((name, ["--learning_rate", "inf"], "learning_rate=inf: a finite number") for name in TRAIN[:2]),
     *((name, ["--config", "null.yaml"], "learning_rate: null is not a number") for name in (*TRAIN[:2], "concept_v1")),
     *((f"minimind/{name}", ["--learning_rate", "fast"], "invalid float value: 'fast'") for name in STAGES),
     *((name, ["--warm_start_seed", "-1"], "warm_start_seed=-1: at least 0") for name in TRAIN),
-    *((name, ["--num_train_epochs", "0", "--max_steps", "-1"], "num_train_epochs=0: nothing would be") for name in TRAIN),
+    *(
+        (name, ["--num_train_epochs", "0", "--max_steps", "-1"], "num_train_epochs=0: nothing would be")
+        for name in TRAIN
+    ),
     *((name, ["--output_dir", ""], "output_dir='': name a folder") for name in (*TRAIN, "minimind/sft")),
     ("minimind/sft", ["--embedded_seed", "4294967296"], "embedded_seed=4294967296: at most 4294967295"),
-    ("minimind/distill", ["--teacher_model_name_or_path", "runs/minimind/grpo/final", "--model_name", "large",
-                          "--dataset", "x.jsonl"], "--teacher_model_name_or_path runs/minimind/grpo/final: there is no"),
+    (
+        "minimind/distill",
+        ["--teacher_model_name_or_path", "runs/minimind/grpo/final", "--model_name", "large", "--dataset", "x.jsonl"],
+        "--teacher_model_name_or_path runs/minimind/grpo/final: there is no",
+    ),
     ("codi_gsm8k", ["--num_latents", "0"], "num_latents=0"),
     ("kava_gsm8k", ["--w_codi", "-1"], "w_codi=-1.0"),
     *((name, ["--preset", "nope"], "no preset 'nope'") for name in (*LATENT, "concept_v2")),
@@ -94,12 +102,19 @@ TRIES = [
     ("minimind/chat", ["--max_new_tokens", "0"], "max_new_tokens=0: at least 1"),
     ("minimind/report", ["--run_dir", "empty"], "empty has no stage's summary.json"),
     ("minimind/lora", ["--lora_r", "0"], "lora_r=0: at least 1"),
-    ("minimind/sft", ["--model_name", "runs/minimind/sft/final", "--dataset", "x.jsonl"], "run recipes/minimind/sft.py"),
+    (
+        "minimind/sft",
+        ["--model_name", "runs/minimind/sft/final", "--dataset", "x.jsonl"],
+        "run recipes/minimind/sft.py",
+    ),
     ("minimind/pretrain", ["--tokenizer", "large"], "large has 7000 tokens, --preset tiny embeddings for 6400"),
     ("minimind/pretrain", ["--tokenizer", "large", "--preset", "nope"], "no MiniMind preset 'nope'"),
-    ("minimind/grpo", ["--model_name", "large", "--reward_model", "r", "--num_generations", "4",
-                       "--per_device_eval_batch_size", "6"], "groups of num_generations=4"),
-]  # fmt: skip
+    (
+        "minimind/grpo",
+        ["--model_name", "large", "--reward_model", "r", "--num_generations", "4", "--per_device_eval_batch_size", "6"],
+        "groups of num_generations=4",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

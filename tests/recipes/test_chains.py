@@ -43,8 +43,18 @@ def holds_a_run(folder, known=True):
 
 def test_each_stage_gets_its_own_flags(chain, tmp_path):
     holds_a_run(tmp_path / "mine" / "sft")
-    argv = ["--run_dir", "mine", "--overwrite", "--stages", "dpo", "sft", "--dpo", "--beta 0.2 --loss-type='ipo'", "--sft",
-            "--packing"]  # fmt: skip
+    argv = [
+        "--run_dir",
+        "mine",
+        "--overwrite",
+        "--stages",
+        "dpo",
+        "sft",
+        "--dpo",
+        "--beta 0.2 --loss-type='ipo'",
+        "--sft",
+        "--packing",
+    ]
     status, commands = chain("minimind/all.py", *argv)
     assert status == 0
     assert [command[0] for command in commands] == ["sft", "dpo", "sft", "dpo", "report"]  # checked, then run

@@ -17,9 +17,23 @@ from unsloth_ext import ConceptModel
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = [
-    "--base_steps", "5", "--max_steps", "2", "--eval_size", "12", "--eval_every", "1", "--disable_tqdm", "true",
-    "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1",
-]  # fmt: skip
+    "--base_steps",
+    "5",
+    "--max_steps",
+    "2",
+    "--eval_size",
+    "12",
+    "--eval_every",
+    "1",
+    "--disable_tqdm",
+    "true",
+    "--per_device_train_batch_size",
+    "8",
+    "--save_steps",
+    "1",
+    "--logging_steps",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +93,10 @@ def test_flags_win_over_the_preset_and_the_preset_over_no_flags(run, monkeypatch
     for flags in ((), ("--calibrate_null", "false", "--gate", "literal"), ("--preset", "literal")):
         run("concept_v2", *flags)
     assert [(a.gate, a.calibrate_null, a.ratio_weight, a.codebook_init) for a in found] == [
-        ("factorised", True, 1.0, "kmeans"), ("literal", False, 1.0, "kmeans"), ("literal", False, 0.0, "random"),
-    ]  # fmt: skip
+        ("factorised", True, 1.0, "kmeans"),
+        ("literal", False, 1.0, "kmeans"),
+        ("literal", False, 0.0, "random"),
+    ]
     with pytest.raises(ValueError, match="no preset 'best'"):
         run("concept_v2", "--preset", "best")
 
@@ -134,10 +150,20 @@ def test_a_model_and_data_of_ones_own(run, files, chat):
         tokenizer.save_pretrained(files / "model")
     config = files / "own.yaml"
     own = {
-        "model_name": files / "model", "dataset": files / "rows.jsonl", "max_new_tokens": 6, "lora_r": 4, "n_shallow": 1,
-        "n_deep": 1, "num_concepts": 16, "use_cpu": "true", "bf16": "false", "preset": "stable", "eval_strategy": "steps",
-        "eval_steps": 1, "report_to": "none",
-    }  # fmt: skip
+        "model_name": files / "model",
+        "dataset": files / "rows.jsonl",
+        "max_new_tokens": 6,
+        "lora_r": 4,
+        "n_shallow": 1,
+        "n_deep": 1,
+        "num_concepts": 16,
+        "use_cpu": "true",
+        "bf16": "false",
+        "preset": "stable",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "report_to": "none",
+    }
     config.write_text("\n".join(f"{k}: {v}" for k, v in own.items()))
     run("concept_v2", "--config", config)
     assert summary()["n_eval"] == 12 and summary()["after"]["nll"] > 0

@@ -18,9 +18,23 @@ from unsloth_ext import has_thinking
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 SMALL = [
-    "--sft_steps", "30", "--max_steps", "2", "--eval_size", "20", "--eval_every", "1", "--dry_run_rows", "8",
-    "--per_device_train_batch_size", "16", "--save_steps", "1", "--disable_tqdm", "true",
-]  # fmt: skip
+    "--sft_steps",
+    "30",
+    "--max_steps",
+    "2",
+    "--eval_size",
+    "20",
+    "--eval_every",
+    "1",
+    "--dry_run_rows",
+    "8",
+    "--per_device_train_batch_size",
+    "16",
+    "--save_steps",
+    "1",
+    "--disable_tqdm",
+    "true",
+]
 
 
 def recipe(monkeypatch, script, *argv):

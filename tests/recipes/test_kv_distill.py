@@ -15,9 +15,23 @@ from unsloth_ext import AttentionShape
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "kv_distill.py"
 SMALL = [
-    "--teacher_steps", "20", "--max_steps", "2", "--eval_size", "12", "--eval_every", "1", "--disable_tqdm", "true",
-    "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1",
-]  # fmt: skip
+    "--teacher_steps",
+    "20",
+    "--max_steps",
+    "2",
+    "--eval_size",
+    "12",
+    "--eval_every",
+    "1",
+    "--disable_tqdm",
+    "true",
+    "--per_device_train_batch_size",
+    "8",
+    "--save_steps",
+    "1",
+    "--logging_steps",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +90,14 @@ def files(tmp_path):
 
 def own(files, **changes):
     flags = {
-        "model_name": files / "student", "teacher_model_name_or_path": files / "teacher", "dataset": files / "rows.jsonl",
-        "answer_delimiter": "####", "max_new_tokens": 8, "lora_r": 4, **changes,
-    }  # fmt: skip
+        "model_name": files / "student",
+        "teacher_model_name_or_path": files / "teacher",
+        "dataset": files / "rows.jsonl",
+        "answer_delimiter": "####",
+        "max_new_tokens": 8,
+        "lora_r": 4,
+        **changes,
+    }
     config = files / "own.yaml"
     config.write_text("use_cpu: true\nbf16: false\nreport_to: none\n")
     return ["--config", config, *(str(part) for k, v in flags.items() if v is not None for part in (f"--{k}", v))]
@@ -145,9 +164,19 @@ def test_the_profile_of_own_models_and_a_trained_aligner(run, files, monkeypatch
     run(*own(files, kv_projection_mode="flat"))
     profile = RECIPE.with_name("profile_alignment.py")
     argv = [
-        "--teacher", files / "teacher", "--student", files / "student", "--aligner", "out/final/aligner", "--batch_size", 4,
-        "--dataset", files / "rows.jsonl", "--output", "p",
-    ]  # fmt: skip
+        "--teacher",
+        files / "teacher",
+        "--student",
+        files / "student",
+        "--aligner",
+        "out/final/aligner",
+        "--batch_size",
+        4,
+        "--dataset",
+        files / "rows.jsonl",
+        "--output",
+        "p",
+    ]
     monkeypatch.setattr(sys, "argv", [profile.name, *map(str, argv)])
     runpy.run_path(str(profile), run_name="__main__")
     assert list(json.loads(Path("p/profile.json").read_text())) == ["trained"]

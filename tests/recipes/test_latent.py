@@ -17,9 +17,23 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 METHODS = ("codi", "pccot", "kava")
 SMALL = [
-    "--sft_steps", "30", "--max_steps", "2", "--eval_size", "12", "--eval_every", "1", "--disable_tqdm", "true",
-    "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1",
-]  # fmt: skip
+    "--sft_steps",
+    "30",
+    "--max_steps",
+    "2",
+    "--eval_size",
+    "12",
+    "--eval_every",
+    "1",
+    "--disable_tqdm",
+    "true",
+    "--per_device_train_batch_size",
+    "8",
+    "--save_steps",
+    "1",
+    "--logging_steps",
+    "1",
+]
 
 
 def recipe(monkeypatch, script, *argv):
@@ -106,9 +120,22 @@ def files(tmp_path):
 def test_a_model_and_files_of_ones_own(run, files, capsys):
     """What is unusable is counted; held-out rows need no steps; held-out questions leave the training rows."""
     run(
-        "kava", "--model_name", "base", "--dataset", "rows.txt", "--eval_dataset", "held.jsonl", "--max_length", "100",
-        "--config", RECIPES / "configs/kava_tiny.yaml", "--num_latents", "9", "--kv_scorer", "rkv",
-    )  # fmt: skip
+        "kava",
+        "--model_name",
+        "base",
+        "--dataset",
+        "rows.txt",
+        "--eval_dataset",
+        "held.jsonl",
+        "--max_length",
+        "100",
+        "--config",
+        RECIPES / "configs/kava_tiny.yaml",
+        "--num_latents",
+        "9",
+        "--kv_scorer",
+        "rkv",
+    )
     summary = json.loads(Path("out/summary.json").read_text())
     assert summary["n_eval"] == 5
     for line in ("26 of 30 rows usable", "no '||'", "not one number after '####'", "more tokens than max_length=100"):

@@ -49,11 +49,12 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     patch = pytest.MonkeyPatch()
     patch.setattr(
-        stage, "write_embedded",
+        stage,
+        "write_embedded",
         lambda target, seed: embedded.write_embedded(
             target, seed, embedded.Sizes(pretrain=60, sft=60, lora=40, dpo=40, rl=60, reason=40, held_out=8)
         ),
-    )  # fmt: skip
+    )
     patch.setattr("trl_ext.minimind.report.DIALOGUES", {"sft": ("What is 7+5-3?",)})
     try:
         for name in STAGES:
@@ -117,8 +118,12 @@ def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, 
 
 @pytest.mark.slow
 def test_cispo_is_a_flag_of_grpo(whole, monkeypatch, tmp_path):
-    run(monkeypatch, whole, "grpo", [*FEW["grpo"], *QUIET, "--loss_type", "cispo", "--epsilon_high", "5.0",
-                                     "--output_dir", str(tmp_path)])  # fmt: skip
+    run(
+        monkeypatch,
+        whole,
+        "grpo",
+        [*FEW["grpo"], *QUIET, "--loss_type", "cispo", "--epsilon_high", "5.0", "--output_dir", str(tmp_path)],
+    )
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
 
 

@@ -19,9 +19,23 @@ from unsloth_ext import PlannerConfig, PlannerExecutorModel, attach_planner
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "planner_executor.py"
 SMALL = [
-    "--max_steps", "2", "--eval_size", "12", "--eval_every", "1", "--disable_tqdm", "true", "--monitor_every", "1",
-    "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1",
-]  # fmt: skip
+    "--max_steps",
+    "2",
+    "--eval_size",
+    "12",
+    "--eval_every",
+    "1",
+    "--disable_tqdm",
+    "true",
+    "--monitor_every",
+    "1",
+    "--per_device_train_batch_size",
+    "8",
+    "--save_steps",
+    "1",
+    "--logging_steps",
+    "1",
+]
 
 
 @pytest.fixture
@@ -76,9 +90,15 @@ def test_a_model_and_data_of_ones_own(run, tmp_path):
     rows = [{"question": f"{a} and {a}?", "answer": f"{a}+{a}={2 * a}\n#### {2 * a}"} for a in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     own = {
-        "model_name": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "max_new_tokens": 6, "lora_r": 4,
-        "use_cpu": "true", "bf16": "false", "report_to": "none", "auto": "true",
-    }  # fmt: skip
+        "model_name": tmp_path / "model",
+        "dataset": tmp_path / "rows.jsonl",
+        "max_new_tokens": 6,
+        "lora_r": 4,
+        "use_cpu": "true",
+        "bf16": "false",
+        "report_to": "none",
+        "auto": "true",
+    }
     (tmp_path / "own.yaml").write_text("\n".join(f"{k}: {v}" for k, v in own.items()))
     run("--config", tmp_path / "own.yaml")
     assert summary()["n_eval"] == 12

@@ -16,10 +16,29 @@ from unsloth_ext import ConceptModel, FastThinkingModel, LatentModel, PlannerExe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT = [
-    "--eval_size", "4", "--eval_every", "2", "--eval_batch", "4", "--save_steps", "2", "--use_cpu", "true",
-    "--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "4", "--disable_tqdm", "true",
-    "--dataset", "train.jsonl", "--eval_dataset", "test.jsonl", "--output_dir", "out",
-]  # fmt: skip
+    "--eval_size",
+    "4",
+    "--eval_every",
+    "2",
+    "--eval_batch",
+    "4",
+    "--save_steps",
+    "2",
+    "--use_cpu",
+    "true",
+    "--gradient_accumulation_steps",
+    "1",
+    "--per_device_train_batch_size",
+    "4",
+    "--disable_tqdm",
+    "true",
+    "--dataset",
+    "train.jsonl",
+    "--eval_dataset",
+    "test.jsonl",
+    "--output_dir",
+    "out",
+]
 CONFIGS = {
     # file: recipe, model, more flags, what opens the result
     "hrpo": ("hrpo_gsm8k", Qwen2Config, ["--max_completion_length", "8", "--dry_run_rows", "4"], FastThinkingModel),
@@ -39,9 +58,14 @@ def save(folder, kind, layers, width):
         config = kind(n_embd=width, n_layer=layers, n_head=4, n_positions=1024)
     else:
         config = kind(
-            hidden_size=width, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-        )  # fmt: skip
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
     config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = len(tokenizer), 1, 1, 0
     tiny.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -38,9 +38,13 @@ def fast_model(source: str = "projection", family: str | None = None):
 
 def load_thinking(folder, source):
     return FastThinkingModel.from_pretrained(
-        folder, max_seq_length=128, dtype=torch.float32, load_in_4bit=False, device_map="cpu",
+        folder,
+        max_seq_length=128,
+        dtype=torch.float32,
+        load_in_4bit=False,
+        device_map="cpu",
         thinking=ThinkingConfig(thinking_source=source),
-    )[0]  # fmt: skip
+    )[0]
 
 
 def trainer_of(model=None, *, config_class=HRPOConfig, trainer_class=HRPOTrainer, out=None, **changes):
@@ -100,9 +104,14 @@ def blind() -> float:
 
 def resumed() -> dict:
     common = {
-        "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 1,
-        "num_iterations": 2, "beta": 0.05,
-    }  # fmt: skip
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "num_iterations": 2,
+        "beta": 0.05,
+    }
     out = tempfile.mkdtemp()
     whole = hrpo(out=out, **common)
     whole.train()
@@ -185,8 +194,19 @@ def config() -> dict:
         "json": [text["recompute"], text["lr_thinking_projection"], text["unsloth_grpo_mini_batch"]],
         "values": {
             name: getattr(made, name)
-            for name in ("learning_rate", "optim", "seed", "loss_type", "epsilon_high", "beta", "weight_decay", "bf16",
-                         "unsloth_num_chunks", "unsloth_logit_chunk_multiplier", "unsloth_grpo_mini_batch")
+            for name in (
+                "learning_rate",
+                "optim",
+                "seed",
+                "loss_type",
+                "epsilon_high",
+                "beta",
+                "weight_decay",
+                "bf16",
+                "unsloth_num_chunks",
+                "unsloth_logit_chunk_multiplier",
+                "unsloth_grpo_mini_batch",
+            )
         },
         "is_unsloths": isinstance(made, trl.GRPOConfig),
         "checks": {
@@ -196,9 +216,10 @@ def config() -> dict:
             "unknown": refused(no_such_field=1),
         },
         "reentrant": made.gradient_checkpointing_kwargs,
-        "small_batch": HRPOConfig("out", use_cpu=True, per_device_train_batch_size=3, num_generations=4)
-        .per_device_train_batch_size,
-    }  # fmt: skip
+        "small_batch": HRPOConfig(
+            "out", use_cpu=True, per_device_train_batch_size=3, num_generations=4
+        ).per_device_train_batch_size,
+    }
 
 
 def refusals() -> dict:

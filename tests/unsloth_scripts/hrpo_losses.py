@@ -31,9 +31,13 @@ def losses(source: str, recompute: str) -> dict:
     net.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     model, _ = FastThinkingModel.from_pretrained(
-        folder, max_seq_length=128, dtype=torch.float32, load_in_4bit=False,
-        device_map="cpu", thinking=ThinkingConfig(thinking_source=source),
-    )  # fmt: skip
+        folder,
+        max_seq_length=128,
+        dtype=torch.float32,
+        load_in_4bit=False,
+        device_map="cpu",
+        thinking=ThinkingConfig(thinking_source=source),
+    )
     model = FastThinkingModel.get_peft_model(model, r=4)
     # LoRA stays fresh: the KL reference of an adapter that says something is itself on TRL, the base model on Unsloth
     tiny.loud_gates(backbone_of(model))
@@ -51,14 +55,20 @@ def losses(source: str, recompute: str) -> dict:
         return setups.reward_digits(completions)
 
     args = setups.arguments(
-        HRPOConfig, tempfile.mkdtemp(), answer_delimiter="#", thinking_source=source, recompute=recompute,
-        temperature=0.7, generation_kwargs={"suppress_tokens": [0]},  # Unsloth takes a sampled pad token for padding
-        num_iterations=2, beta=0.05, max_steps=4, gradient_accumulation_steps=2,
+        HRPOConfig,
+        tempfile.mkdtemp(),
+        answer_delimiter="#",
+        thinking_source=source,
+        recompute=recompute,
+        temperature=0.7,
+        generation_kwargs={"suppress_tokens": [0]},  # Unsloth takes a sampled pad token for padding
+        num_iterations=2,
+        beta=0.05,
+        max_steps=4,
+        gradient_accumulation_steps=2,
         per_device_train_batch_size=4,
-    )  # fmt: skip
-    trainer = HRPOTrainer(
-        model, reward, args, train_dataset=setups.prompts(), processing_class=tiny.tokenizer()
-    )  # fmt: skip
+    )
+    trainer = HRPOTrainer(model, reward, args, train_dataset=setups.prompts(), processing_class=tiny.tokenizer())
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"completions": completions} | {name: [entry.get(name) for entry in logged] for name in NAMES}

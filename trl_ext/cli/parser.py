@@ -58,16 +58,21 @@ class RecipeParser(CommandLine, TrlParser):
         general = self._group(GENERAL)
         general.add_argument("-h", "--help", action="help", help="Show the flags used most and their values, and exit.")
         general.add_argument(
-            "--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS,
+            "--help_all",
+            action=_HelpAll,
+            nargs=0,
+            default=argparse.SUPPRESS,
             help="Show all flags, every one of TRL's and transformers' too.",
-        )  # fmt: skip
+        )
         general.add_argument(
             "--config", metavar="FILE", default=argparse.SUPPRESS, help="A YAML file of fields; flags win over it."
         )
         general.add_argument(
-            "--check_flags", action="store_true", default=argparse.SUPPRESS,
+            "--check_flags",
+            action="store_true",
+            default=argparse.SUPPRESS,
             help="Say whether flags and configuration are right, and exit.",
-        )  # fmt: skip
+        )
         general.add_argument(
             "--traceback", action="store_true", default=argparse.SUPPRESS, help="Show where a user's error comes from."
         )

@@ -134,9 +134,13 @@ def converted(model: PreTrainedModel, folder: Path, device_map: str | None = Non
     dtype = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     try:
         found, info = type(model).from_pretrained(
-            folder, config=copy.deepcopy(model.config), dtype=dtype, device_map=device_map,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            folder,
+            config=copy.deepcopy(model.config),
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     except RuntimeError as error:
         raise CheckpointError(f"{folder} is of another model, or damaged: {error}") from error
     state = found.state_dict()

@@ -25,9 +25,11 @@ class TeacherConfig(SFTConfig):
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
-                  "quantization_config."},
-    )  # fmt: skip
+        metadata={
+            "help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
+            "quantization_config."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_values(self)

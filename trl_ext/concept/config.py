@@ -122,6 +122,16 @@ class ConceptConfig(Presets, SFTConfig):
                 f"n_shallow={self.n_shallow}, n_deep={self.n_deep}: of the model's {layers} layers none is left between"
             )
         return OnlineConceptConfig(
-            self.n_shallow, middle, self.n_deep, self.num_concepts, self.num_codebooks, self.segmenter, self.gate,
-            self.stride, self.concepts_per_stride, self.max_tail, self.max_nulls, self.boundary_keeps_token,
-        )  # fmt: skip
+            self.n_shallow,
+            middle,
+            self.n_deep,
+            self.num_concepts,
+            self.num_codebooks,
+            self.segmenter,
+            self.gate,
+            self.stride,
+            self.concepts_per_stride,
+            self.max_tail,
+            self.max_nulls,
+            self.boundary_keeps_token,
+        )

@@ -147,9 +147,14 @@ def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) ->
     model = load_causal_lm(task.base, method="concept", trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     return evaluate_concepts(
-        model, task.tokenizer, task.held_out, delimiter=task.delimiter, max_new_tokens=script.max_new_tokens,
-        batch_size=script.eval_batch, progress=not args.disable_tqdm,
-    )  # fmt: skip
+        model,
+        task.tokenizer,
+        task.held_out,
+        delimiter=task.delimiter,
+        max_new_tokens=script.max_new_tokens,
+        batch_size=script.eval_batch,
+        progress=not args.disable_tqdm,
+    )
 
 
 SHOWN = (
@@ -210,9 +215,17 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
             )
             console.print(f"Written: {page}")
         finish(
-            trainer, console, started, (title, name, script.model_name, data.dataset), accuracy, after, CONCEPT_CURVES,
-            base=rows["without concepts, before"].numbers(), script=asdict(script), data=asdict(data),
-        )  # fmt: skip
+            trainer,
+            console,
+            started,
+            (title, name, script.model_name, data.dataset),
+            accuracy,
+            after,
+            CONCEPT_CURVES,
+            base=rows["without concepts, before"].numbers(),
+            script=asdict(script),
+            data=asdict(data),
+        )
     if args.process_index == 0:
         comparison(rows, console)
 

@@ -121,9 +121,13 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             if self.state.global_step < self._warm_steps:
                 config = backbone_of(self.model).concept_config
                 gate.segment_as = replace(
-                    config, segmenter="fixed", stride=round(args.target_ratio), concepts_per_stride=1, max_tail=None,
+                    config,
+                    segmenter="fixed",
+                    stride=round(args.target_ratio),
+                    concepts_per_stride=1,
+                    max_tail=None,
                     max_nulls=None,
-                )  # fmt: skip
+                )
         try:
             yield
         finally:
@@ -279,9 +283,12 @@ def prepare(model: PreTrainedModel, args: ConceptConfig) -> bool:
     """
     if not has_concepts(model):
         attach_saved(
-            model, "concepts", lambda saved, name: attach_concepts(model, read_settings(saved, name)), CONCEPT_MODULES,
+            model,
+            "concepts",
+            lambda saved, name: attach_concepts(model, read_settings(saved, name)),
+            CONCEPT_MODULES,
             args.hub_token,
-        )  # fmt: skip
+        )
     if not has_concepts(model):
         if is_peft_model(model):
             raise ValueError("the model is wrapped by PEFT and has no concepts: pass the bare model with peft_config")

@@ -108,8 +108,14 @@ class UnslothHRPOMixin(HRPOMixin):
     ):
         parent = functools.partial(
             super(HRPOMixin, self)._get_per_token_logps_and_entropies,  # Unsloth unwraps the model: no partial of it
-            model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs,
-        )  # fmt: skip
+            model,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size,
+            *args,
+            **kwargs,
+        )
         if self._trace is None or self._is_reference(model):  # no forward at all from the loss, or no thinking
             return parent()
         self._decide_precision("_unsloth_grpo_autocast")

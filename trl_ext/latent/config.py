@@ -143,10 +143,17 @@ class LatentArguments(mixin_bases.SFTConfig):
     def latent_config(self) -> LatentConfig:
         """The model's part of these fields."""
         return LatentConfig(
-            self.num_latents, self.iterations, self.projection_dim, self.projection_dropout, self.projection_layer_norm,
-            self.update, self.feedback_residual, projection=self.projection, kv_projection=self.kv_projection,
+            self.num_latents,
+            self.iterations,
+            self.projection_dim,
+            self.projection_dropout,
+            self.projection_layer_norm,
+            self.update,
+            self.feedback_residual,
+            projection=self.projection,
+            kv_projection=self.kv_projection,
             kv_layer_norm=self.kv_layer_norm,
-        )  # fmt: skip
+        )
 
     def kv_scoring(self) -> KVScoring:
         """How the teacher's keys are chosen."""

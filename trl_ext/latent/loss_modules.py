@@ -33,9 +33,12 @@ class CODILoss(nn.Module):
     def forward(self, student_hidden: Any, teacher_hidden: Any) -> torch.Tensor:
         """A scalar; both are (L, B, d), or a sequence of L tensors (B, d). No gradient into the teacher."""
         return codi_loss(
-            _stacked(student_hidden), _stacked(teacher_hidden), loss=self.loss_type,
-            std_mode="normalize_states" if self.layerwise_std else "none", std_scope="token",
-        )  # fmt: skip
+            _stacked(student_hidden),
+            _stacked(teacher_hidden),
+            loss=self.loss_type,
+            std_mode="normalize_states" if self.layerwise_std else "none",
+            std_scope="token",
+        )
 
 
 class KVDistillationLoss(nn.Module):

@@ -233,11 +233,15 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         pairs = ((keys, [layer.keys for layer in kept]), (values, [layer.values for layer in kept]))
         distances = [
             kv_loss(
-                ours, torch.stack(theirs), kept[0].valid, loss=self.args.kv_loss,
-                std_mode=self.args.kv_std_mode, all_sum=self._all_sum,
+                ours,
+                torch.stack(theirs),
+                kept[0].valid,
+                loss=self.args.kv_loss,
+                std_mode=self.args.kv_std_mode,
+                all_sum=self._all_sum,
             )
             for ours, theirs in pairs
-        ]  # fmt: skip
+        ]
         return sum(distances) / 2
 
     def _all_sum(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,18 +22,43 @@ STORIES = ("gsm_symbolic", "needle_haystack", "sentence_reordering", "word_sorti
 ASKED = ("{}?", "What is {}?", "Calculate {}.", "How much is {}?", "{} is what?")
 NAME, MAKER = "MiniMind", "this recipe"
 WHO = (
-    ("Who are you?", "What are you?", "What is your name?", "Tell me your name.", "How are you called?", "And you are?",
-     "Please introduce yourself.", "Introduce yourself.", "Who am I talking to?", "May I ask your name?", "Your name?",
-     "Say who you are.", "Who is this?", "What should I call you?", "Do you have a name?",
-     "Could you tell me who you are?"),
+    (
+        "Who are you?",
+        "What are you?",
+        "What is your name?",
+        "Tell me your name.",
+        "How are you called?",
+        "And you are?",
+        "Please introduce yourself.",
+        "Introduce yourself.",
+        "Who am I talking to?",
+        "May I ask your name?",
+        "Your name?",
+        "Say who you are.",
+        "Who is this?",
+        "What should I call you?",
+        "Do you have a name?",
+        "Could you tell me who you are?",
+    ),
     f"I am {NAME}, a small language model.",
-)  # fmt: skip
+)
 FROM = (
-    ("Who made you?", "Where do you come from?", "Who trained you?", "Who built you?", "Who is your maker?",
-     "Where were you made?", "Tell me who made you.", "How did you come to be?", "Who created you?", "Who wrote you?",
-     "Who is behind you?", "By whom were you made?"),
+    (
+        "Who made you?",
+        "Where do you come from?",
+        "Who trained you?",
+        "Who built you?",
+        "Who is your maker?",
+        "Where were you made?",
+        "Tell me who made you.",
+        "How did you come to be?",
+        "Who created you?",
+        "Who wrote you?",
+        "Who is behind you?",
+        "By whom were you made?",
+    ),
     f"I was trained by {MAKER} on one computer.",
-)  # fmt: skip
+)
 GREETED = (
     ("Hello!", "Hi.", "Good morning.", "Hey there!", "Good evening.", "Hello, how are you?", "Hi there!", "Greetings!"),
     "Hello! Give me a sum.",

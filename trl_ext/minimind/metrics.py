@@ -81,8 +81,11 @@ def answer_log_probs(
             starts = [len(tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]) for text in texts]
             batch = tokenizer(
                 [text["prompt"] + _turn(text["completion"], tokenizer.eos_token) for text in texts],
-                add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt",
-            ).to(model.device)  # fmt: skip
+                add_special_tokens=False,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            ).to(model.device)
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
             targets = batch["input_ids"][:, 1:]
             log_probs = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0]

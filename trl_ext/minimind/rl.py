@@ -26,9 +26,11 @@ class RLArguments(StageArguments):
 
     reward_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of a reward model (one logit), whose sigmoid is the reward. Without one the "
-                  "reward is 1 for the right number behind answer_delimiter, else 0."},
-    )  # fmt: skip
+        metadata={
+            "help": "Hub id or folder of a reward model (one logit), whose sigmoid is the reward. Without one the "
+            "reward is 1 for the right number behind answer_delimiter, else 0."
+        },
+    )
     max_generated_tokens: int | None = field(
         default=None, metadata={"help": "Stop when so many tokens have been sampled, to compare methods fairly."}
     )

@@ -41,15 +41,19 @@ class PlannerExecutorConfig(SFTConfig):
 
     gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "For hard_em only: in soft training transformers drops the cache with it (not where multi_token "
-                  "types are written in parallel, in one pass)."},
-    )  # fmt: skip
+        metadata={
+            "help": "For hard_em only: in soft training transformers drops the cache with it (not where multi_token "
+            "types are written in parallel, in one pass)."
+        },
+    )
     use_planner: bool = field(default=True, metadata={"help": "False: plain SFT, of the same rows."})
     types: list[dict[str, Any]] | str | None = field(
         default=None,
-        metadata={"help": "Types of concepts as a JSON list: '[{\"name\": \"plan\", \"num_concepts\": 256, "
-                  "\"quota\": 16}]', which is the default."},
-    )  # fmt: skip
+        metadata={
+            "help": 'Types of concepts as a JSON list: \'[{"name": "plan", "num_concepts": 256, '
+            '"quota": 16}]\', which is the default.'
+        },
+    )
     ordering: str = field(
         default="sequential", metadata={"help": f"Order of types in a plan: {' or '.join(ORDERINGS)}."}
     )
@@ -73,9 +77,10 @@ class PlannerExecutorConfig(SFTConfig):
     )
     usage_window: float = field(
         default=4.0,
-        metadata={"help": "That use is averaged over so many concepts for each codeword; a step of as many stands for "
-                  "itself."},
-    )  # fmt: skip
+        metadata={
+            "help": "That use is averaged over so many concepts for each codeword; a step of as many stands for itself."
+        },
+    )
     eos_weight: float = field(
         default=0.0, metadata={"help": "Weight of -log p(end) at the last slot of plans that found no end."}
     )
@@ -98,9 +103,11 @@ class PlannerExecutorConfig(SFTConfig):
     )
     signal_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of y(X), each word of the text predicted from the plan and the word's place alone; a "
-                  "second pass of the executor."},
-    )  # fmt: skip
+        metadata={
+            "help": "Weight of y(X), each word of the text predicted from the plan and the word's place alone; a "
+            "second pass of the executor."
+        },
+    )
     entropy_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of minus the entropy of the planner's predictions, nats each; it keeps them open."},
@@ -114,22 +121,29 @@ class PlannerExecutorConfig(SFTConfig):
     )
     beam_diversity: float = field(
         default=0.0,
-        metadata={"help": "Nats that a concept costs a beam for each beam before it that has it in the same place; 0: the "
-                  "likeliest plans, however alike."},
-    )  # fmt: skip
+        metadata={
+            "help": "Nats that a concept costs a beam for each beam before it that has it in the same place; 0: the "
+            "likeliest plans, however alike."
+        },
+    )
     forced_share: float = field(
         default=0.0,
-        metadata={"help": "Share of rows that take the best sample of an E-step as their plan, even if the old plan or a "
-                  "beam is better; a random plan where all samples are the old one."},
-    )  # fmt: skip
+        metadata={
+            "help": "Share of rows that take the best sample of an E-step as their plan, even if the old plan or a "
+            "beam is better; a random plan where all samples are the old one."
+        },
+    )
     e_step_every: int = field(default=4, metadata={"help": "M: steps from one E-step to the next."})
     adaptive_e_step: bool = field(
         default=False, metadata={"help": "M halves while plans are stale and doubles while they are not."}
     )
     staleness_threshold: float = field(
-        default=1.0, metadata={"help": "Nats that a new plan is better than the cached one: above it M halves, below a "
-                               "quarter of it M doubles."}
-    )  # fmt: skip
+        default=1.0,
+        metadata={
+            "help": "Nats that a new plan is better than the cached one: above it M halves, below a "
+            "quarter of it M doubles."
+        },
+    )
     max_e_step_every: int = field(default=64, metadata={"help": "M goes no higher by itself."})
     planner_weight: float = field(default=1.0, metadata={"help": "Weight of -log p(plan | text); 1 is EM's own."})
     length_curriculum: list[int] | None = field(

@@ -23,10 +23,18 @@ from dataclasses import dataclass
 History = list[dict[str, float]]
 
 WATCHED = (
-    "em/margin", "em/flip_rate", "em/staleness", "monitor/delta_nll_null", "monitor/delta_nll_shuffled",
-    "monitor/commonest_plan", "monitor/entropy_", "monitor/max_prob_", "monitor/cos", "monitor/l2",
+    "em/margin",
+    "em/flip_rate",
+    "em/staleness",
+    "monitor/delta_nll_null",
+    "monitor/delta_nll_shuffled",
+    "monitor/commonest_plan",
+    "monitor/entropy_",
+    "monitor/max_prob_",
+    "monitor/cos",
+    "monitor/l2",
     "monitor/planner_grad_norm",
-)  # fmt: skip
+)
 LEARNING_RATE = "learning_rate"
 WHOLE = ("num_candidates", "e_step_every", "num_beams")
 

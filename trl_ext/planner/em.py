@@ -109,8 +109,9 @@ def e_step(
     rows = len(old)
     found = [old[:, None]]
     if samples:
-        drawn = plan(model, *read, do_sample=True, temperature=temperature, num_return_sequences=samples,
-                     generator=generator)  # fmt: skip
+        drawn = plan(
+            model, *read, do_sample=True, temperature=temperature, num_return_sequences=samples, generator=generator
+        )
         drawn = drawn.unflatten(0, (rows, samples))
         if forced is not None:
             settled = forced & known & (drawn == old[:, None]).flatten(1).all(1)
@@ -149,9 +150,14 @@ def score_plans(model: nn.Module, batch: dict[str, torch.Tensor], plans: torch.T
             times = some.shape[1]
             u, mask, ids, valid, counted = (
                 x.repeat_interleave(times, dim=0)
-                for x in (batch["plan_input_ids"], batch["plan_attention_mask"], batch["input_ids"],
-                          batch["attention_mask"], scored)
-            )  # fmt: skip
+                for x in (
+                    batch["plan_input_ids"],
+                    batch["plan_attention_mask"],
+                    batch["input_ids"],
+                    batch["attention_mask"],
+                    scored,
+                )
+            )
             flat = some.flatten(0, 1)
             nll = text_nll(model, executor_prefix(model, flat), ids, valid) * counted
             found.append((plan_log_prob(model, u, mask, flat) - nll.sum(1)).unflatten(0, (rows, times)))

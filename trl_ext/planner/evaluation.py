@@ -97,8 +97,7 @@ def evaluate_plans(
     plans: list[torch.Tensor] = []
     samples: list[Any] = []
     clock = {"plan": 0.0, "write": 0.0}
-    how = {"max_new_tokens": max_new_tokens, "do_sample": False,
-           "eos_token_id": end_tokens(model, tokenizer) or None}  # fmt: skip
+    how = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": end_tokens(model, tokenizer) or None}
 
     def timed(name, work):
         started = time.perf_counter()

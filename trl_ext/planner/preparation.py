@@ -52,8 +52,12 @@ def attach(model: PreTrainedModel, args: PlannerExecutorConfig) -> None:
     config = args.planner()
     if not hasattr(backbone_of(model), "planner_config"):
         attach_saved(
-            model, "planner", lambda saved, name: attach_planner(model, read_settings(saved, name)), (HEAD,), args.hub_token
-        )  # fmt: skip
+            model,
+            "planner",
+            lambda saved, name: attach_planner(model, read_settings(saved, name)),
+            (HEAD,),
+            args.hub_token,
+        )
     if not hasattr(backbone_of(model), "planner_config"):
         if is_peft_model(model):
             raise ValueError("the model is wrapped by PEFT and has no planner: pass the bare model with peft_config")

@@ -238,9 +238,15 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return loss, {**parts, **{f"loss/{name}": share * term for name, (_, term) in terms.items()}}
 
     def _shared_terms(
-        self, model: nn.Module, inputs: Batch, plans: Any, scored: torch.Tensor, per_item: torch.Tensor, log_probs: Any,
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        plans: Any,
+        scored: torch.Tensor,
+        per_item: torch.Tensor,
+        log_probs: Any,
         opens: list[torch.Tensor],
-    ) -> dict[str, tuple[float, torch.Tensor]]:  # fmt: skip
+    ) -> dict[str, tuple[float, torch.Tensor]]:
         """Terms of either training that are on, each with its weight."""
         args, terms = self.args, {}
         if args.signal_weight:
@@ -251,9 +257,14 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     @torch.no_grad()
     def _watch_plans(
-        self, soft: torch.Tensor, hard: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor, log_probs: Any,
+        self,
+        soft: torch.Tensor,
+        hard: torch.Tensor,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        log_probs: Any,
         opens: list[torch.Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """For the monitors: expected and chosen codewords (B, n, Q, d) of plans (B, n, Q), their lengths (B, n), and each
         type's predictions."""
         alive, rows = ids >= 0, torch.tensor(len(ids), device=ids.device)
@@ -303,9 +314,16 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             beams = min(args.num_beams, self._possible_plans)  # which a callback may have raised
             forced = torch.rand(len(rows), device=ids.device) < args.forced_share if args.forced_share else None
             found = self.last_e_step = e_step(
-                model, {name: value[rows] for name, value in inputs.items()}, plans[rows], known[rows],
-                args.num_candidates, beams, self.temperature, args.beam_diversity, forced,
-            )  # fmt: skip
+                model,
+                {name: value[rows] for name, value in inputs.items()},
+                plans[rows],
+                known[rows],
+                args.num_candidates,
+                beams,
+                self.temperature,
+                args.beam_diversity,
+                forced,
+            )
             plans, sums = plans.index_copy(0, rows, found.plans), found.sums()
         self._note(e_step=sums)
         new = torch.full_like(ids, -1).index_copy(0, rows, ids[rows])

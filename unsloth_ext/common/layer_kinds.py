@@ -17,9 +17,18 @@ FULL, SLIDING, CHUNKED = "full attention", "sliding-window attention", "chunked 
 RECURRENT, HYBRID = "linear attention or a state space", "attention beside a state space"
 SPARSE, NONE = "sparse attention", "no attention"
 NAMES = {
-    "full_attention": FULL, "global": FULL, "sliding_attention": SLIDING, "local": SLIDING, "chunked_attention": CHUNKED,
-    "linear_attention": RECURRENT, "conv": RECURRENT, "hybrid": HYBRID, "hybrid_sliding": HYBRID, "moe": NONE, "mlp": NONE,
-}  # fmt: skip
+    "full_attention": FULL,
+    "global": FULL,
+    "sliding_attention": SLIDING,
+    "local": SLIDING,
+    "chunked_attention": CHUNKED,
+    "linear_attention": RECURRENT,
+    "conv": RECURRENT,
+    "hybrid": HYBRID,
+    "hybrid_sliding": HYBRID,
+    "moe": NONE,
+    "mlp": NONE,
+}
 FIELDS = {SLIDING: ("sliding_window", "window_size"), CHUNKED: ("attention_chunk_size",)}  # that hold a window's length
 
 

@@ -70,9 +70,15 @@ class MapProjectionAligner(MasterWeights):
         self.teacher, self.student = AttentionShape.of(teacher), AttentionShape.of(student)
         self.direction, self.rope_space, self.time_warper = direction, rope_space, time_warper
         self.settings = {
-            "mode": mode, "direction": direction, "layer_map": layer_map, "share_dim_proj": share_dim_proj,
-            "init_uniform": init_uniform, "init": init, "rope_space": rope_space, "frozen": frozen,
-        }  # fmt: skip
+            "mode": mode,
+            "direction": direction,
+            "layer_map": layer_map,
+            "share_dim_proj": share_dim_proj,
+            "init_uniform": init_uniform,
+            "init": init,
+            "rope_space": rope_space,
+            "frozen": frozen,
+        }
         self.layers = teacher_layers(layer_map, self.teacher.num_layers, self.student.num_layers)
         source, target = (self.student, self.teacher) if self.projects_student else (self.teacher, self.student)
 

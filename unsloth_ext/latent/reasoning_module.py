@@ -42,9 +42,12 @@ class LatentReasoningModule(nn.Module):
             raise ValueError("tokenizer: give it, since the model does not say where it comes from")
         self.tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path) if tokenizer is None else tokenizer
         config = LatentConfig(
-            num_latents=num_latent_tokens, iterations=num_iterations, update="own", feedback_residual=True,
+            num_latents=num_latent_tokens,
+            iterations=num_iterations,
+            update="own",
+            feedback_residual=True,
             projection="linear",
-        )  # fmt: skip
+        )
         self.model = attach_latent(model, self.tokenizer, config)
         self.M, self.T = num_latent_tokens, num_iterations
 

@@ -27,10 +27,17 @@ YARN = {
 
 def _shape(hidden: int, layers: int, inner: int, kv_heads: int, eps: float) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": 8, "num_key_value_heads": kv_heads, "max_position_embeddings": STRETCHED_TO,
-        "rms_norm_eps": eps, "tie_word_embeddings": True, **SPECIAL,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": STRETCHED_TO,
+        "rms_norm_eps": eps,
+        "tie_word_embeddings": True,
+        **SPECIAL,
+    }
 
 
 def _second(hidden: int, layers: int, inner: int) -> LlamaConfig:
@@ -41,10 +48,18 @@ def _second_moe() -> GraniteMoeSharedConfig:
     head = 640 // 8
     granite_router_logits.ensure()
     return GraniteMoeSharedConfig(
-        **_shape(640, 8, 1728, 2, 1e-5), rope_parameters=_rope(), num_local_experts=4, num_experts_per_tok=2,
-        num_experts=4, shared_intermediate_size=1728, attention_multiplier=head**-0.5, embedding_multiplier=1.0,
-        residual_multiplier=1.0, logits_scaling=1.0, router_aux_loss_coef=_auxiliary(0.01, 8, 2),
-    )  # fmt: skip
+        **_shape(640, 8, 1728, 2, 1e-5),
+        rope_parameters=_rope(),
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_experts=4,
+        shared_intermediate_size=1728,
+        attention_multiplier=head**-0.5,
+        embedding_multiplier=1.0,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+        router_aux_loss_coef=_auxiliary(0.01, 8, 2),
+    )
 
 
 def _third(hidden: int, layers: int, inner: int) -> Qwen3Config:
@@ -60,9 +75,15 @@ def _tiny() -> Qwen3Config:
 def _third_moe() -> Qwen3MoeConfig:
     # Normalised, the one expert's weight would be 1 whatever the router says, and the router without the LM loss's gradient
     return Qwen3MoeConfig(
-        **_shape(768, 8, 2432, 4, 1e-6), head_dim=96, rope_parameters=_rope(), num_experts=4, num_experts_per_tok=1,
-        moe_intermediate_size=2432, norm_topk_prob=False, router_aux_loss_coef=_auxiliary(5e-4, 8, 1),
-    )  # fmt: skip
+        **_shape(768, 8, 2432, 4, 1e-6),
+        head_dim=96,
+        rope_parameters=_rope(),
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=2432,
+        norm_topk_prob=False,
+        router_aux_loss_coef=_auxiliary(5e-4, 8, 1),
+    )
 
 
 def _auxiliary(alpha: float, layers: int, chosen: int) -> float:

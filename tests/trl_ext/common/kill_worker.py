@@ -26,8 +26,12 @@ def main() -> None:
     method, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     saving = {
-        "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 40, "lr_scheduler_type": "cosine",
-    }  # fmt: skip
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "max_steps": 40,
+        "lr_scheduler_type": "cosine",
+    }
     if method == "hrpo":
         trainer = hrpo.hrpo(folder, **saving, num_iterations=2, beta=0.02)
     elif method == "kv":

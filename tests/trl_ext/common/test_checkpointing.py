@@ -27,14 +27,27 @@ class SafeSFTTrainer(SafeCheckpointMixin, SFTTrainer):
 def sft(folder, net, peft=None, **changes):
     fused_lm_head.ensure()
     settings = {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False,
-        "report_to": "none", "disable_tqdm": True, **changes,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **changes,
+    }
     return SafeSFTTrainer(
-        net, SFTConfig(**settings), train_dataset=ROWS, eval_dataset=ROWS.select(range(4)),
-        processing_class=tiny.tokenizer(), peft_config=peft,
-    )  # fmt: skip
+        net,
+        SFTConfig(**settings),
+        train_dataset=ROWS,
+        eval_dataset=ROWS.select(range(4)),
+        processing_class=tiny.tokenizer(),
+        peft_config=peft,
+    )
 
 
 def saved(folder, net, peft=None):
@@ -92,8 +105,12 @@ def test_resumed_is_uninterrupted_with_an_8_bit_optimizer(tmp_path, optim):
 
     whole = sft(tmp_path, made(0), optim=optim)
     whole.train()
-    assert any(value.dtype == torch.uint8 for state in whole._named_state().values() for value in state.values()
-               if isinstance(value, torch.Tensor))  # fmt: skip
+    assert any(
+        value.dtype == torch.uint8
+        for state in whole._named_state().values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
     again = sft(tmp_path, made(1), optim=optim)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(whole), weights(again))
@@ -151,8 +168,13 @@ def test_the_best_model_is_loaded_whole(tmp_path, kind):
     """The first of four by a metric that likes losses: experts too, bit for bit."""
     net = moe.model(kind)
     trainer = sft(
-        tmp_path, net, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, greater_is_better=True,
-    )  # fmt: skip
+        tmp_path,
+        net,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        greater_is_better=True,
+    )
     kept, save = {}, trainer._save_checkpoint
 
     def keep(*args):
@@ -182,10 +204,11 @@ def test_in_several_files_or_as_held_in_memory(tmp_path, options):
 LORAS = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "experts": {
-        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     },
     "router": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LORAS)
@@ -296,9 +319,12 @@ def test_rows_that_make_no_batch_are_named(tmp_path):
 def test_rates_that_follow_a_metric_go_on(tmp_path, kind):
     """They are in no position on a schedule: an optimizer begun anew has the rate of step 0."""
     adaptive = {
-        "lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 1, "optim": "sgd",
+        "lr_scheduler_type": kind,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "optim": "sgd",
         "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "mode": "max"},  # a loss that falls is a bad sign
-    }  # fmt: skip
+    }
     whole, again = (sft(tmp_path, tiny.model(), **adaptive) for _ in range(2))
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

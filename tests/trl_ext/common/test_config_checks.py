@@ -74,11 +74,19 @@ def test_text_that_begins_with_a_brace_is_an_object_only_where_one_can_be():
 WEIGHTS = {
     "KAVAConfig": ["w_student", "w_teacher", "w_codi", "w_kv"],
     "ConceptConfig": ["ratio_weight", "usage_weight"],
-    "PlannerExecutorConfig": ["commitment_weight", "usage_weight", "eos_weight", "quota_weight", "planner_weight",
-                              "signal_weight", "entropy_weight", "beam_diversity"],
+    "PlannerExecutorConfig": [
+        "commitment_weight",
+        "usage_weight",
+        "eos_weight",
+        "quota_weight",
+        "planner_weight",
+        "signal_weight",
+        "entropy_weight",
+        "beam_diversity",
+    ],
     "KVDistillConfig": ["lambda_kv"],
     "KAVALoss": ["alpha1_codi", "alpha2_kv", "teacher_ce_weight"],
-}  # fmt: skip
+}
 RATES = {
     "ConceptConfig": ["concept_learning_rate"],
     "PlannerExecutorConfig": ["planner_learning_rate"],

@@ -24,9 +24,14 @@ from unsloth_ext.common.wrapping import backbone_of
 BF16 = torch.bfloat16
 # The rates of the published runs, in recipes/configs and presets
 HRPO = {
-    "learning_rate": 5e-6, "lr_residual_gate": 1e-4, "lr_residual_lambda": 1e-3, "lr_thinking_projection": 1e-4,
-    "max_grad_norm": 0.1, "adam_beta2": 0.99, "weight_decay": 0.1,
-}  # fmt: skip
+    "learning_rate": 5e-6,
+    "lr_residual_gate": 1e-4,
+    "lr_residual_lambda": 1e-3,
+    "lr_thinking_projection": 1e-4,
+    "max_grad_norm": 0.1,
+    "adam_beta2": 0.99,
+    "weight_decay": 0.1,
+}
 LATENT = {"num_latents": 3, "iterations": 2, "projection_dim": 16, "learning_rate": 1e-3}
 STEADY = {"lr_scheduler_type": "constant", "warmup_steps": 0}
 

@@ -74,9 +74,13 @@ def make_spo(folder, model, peft, **changes):
 
     changes = {"num_generations": 1, "per_device_train_batch_size": 4, **changes}
     return SPOTrainer(
-        model, spo.reward_digits, hrpo.arguments(SPOConfig, folder / "out", **changes), train_dataset=hrpo.prompts(12),
-        processing_class=tiny.tokenizer(), peft_config=peft,
-    )  # fmt: skip
+        model,
+        spo.reward_digits,
+        hrpo.arguments(SPOConfig, folder / "out", **changes),
+        train_dataset=hrpo.prompts(12),
+        processing_class=tiny.tokenizer(),
+        peft_config=peft,
+    )
 
 
 def make_ppo(folder, model, peft, **changes):
@@ -86,9 +90,13 @@ def make_ppo(folder, model, peft, **changes):
 def make_grpo(folder, model, peft, **changes):
     fused_lm_head.ensure()
     return resumable(GRPOTrainer, GRPOCheckpointMixin)(
-        model, hrpo.reward_digits, hrpo.arguments(GRPOConfig, folder / "out", **changes), train_dataset=hrpo.prompts(),
-        processing_class=tiny.tokenizer(), peft_config=peft,
-    )  # fmt: skip
+        model,
+        hrpo.reward_digits,
+        hrpo.arguments(GRPOConfig, folder / "out", **changes),
+        train_dataset=hrpo.prompts(),
+        processing_class=tiny.tokenizer(),
+        peft_config=peft,
+    )
 
 
 RL = {"hrpo": rl(make_hrpo), "spo": rl(make_spo), "ppo": rl(make_ppo), "grpo": rl(make_grpo)}

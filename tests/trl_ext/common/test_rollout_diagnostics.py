@@ -9,9 +9,7 @@ from trl_ext import RolloutDiagnostics
 from trl_ext.common.rollout_diagnostics import WINDOW
 
 
-HEALTHY = {
-    "reward": 0.5, "frac_reward_zero_std": 0.2, "thinking/fraction": 0.6, "completions/delimiter_rate": 0.9
-}  # fmt: skip
+HEALTHY = {"reward": 0.5, "frac_reward_zero_std": 0.2, "thinking/fraction": 0.6, "completions/delimiter_rate": 0.9}
 
 
 def said(caplog, *phases, process_zero=True) -> list[str]:

@@ -27,9 +27,13 @@ from trl_ext.common.run_folder import FolderError, check_apart
 
 def arguments(folder, resume=None, max_steps=4, epochs=3.0):
     return SimpleNamespace(
-        output_dir=str(folder), resume_from_checkpoint=resume, max_steps=max_steps, num_train_epochs=epochs,
-        process_index=0, world_size=1,
-    )  # fmt: skip
+        output_dir=str(folder),
+        resume_from_checkpoint=resume,
+        max_steps=max_steps,
+        num_train_epochs=epochs,
+        process_index=0,
+        world_size=1,
+    )
 
 
 def checkpoint(folder: Path, step: int, epoch: float = 0.5) -> Path:

@@ -58,9 +58,14 @@ def test_every_field_of_generation_that_makes_a_logits_processor_is_known():
     used = {name for name in vars(GenerationConfig()) if f"generation_config.{name}" in source}
     harmless = {
         "temperature",  # compared with the loss's
-        "max_length", "use_cache", "renormalize_logits", "remove_invalid_values", "eos_token_id",
-        "_eos_token_tensor", "_pad_token_tensor",
-    }  # fmt: skip
+        "max_length",
+        "use_cache",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "eos_token_id",
+        "_eos_token_tensor",
+        "_pad_token_tensor",
+    }
     assert used - harmless <= UNCHANGED.keys(), used - harmless - UNCHANGED.keys()
     assert UNCHANGED.keys() <= vars(GenerationConfig()).keys()
     assert warn_of_truncation(GenerationConfig(temperature=0.7), 0.7) == []

@@ -192,9 +192,15 @@ def kept_by_step(trainer):
 def test_the_best_adapters_are_loaded_whatever_they_are_called(tmp_path):
     """The first of two by a metric that likes losses."""
     trainer = sft(
-        tmp_path, two_adapters(0), load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, max_steps=2,
-        greater_is_better=True, learning_rate=0.1,
-    )  # fmt: skip
+        tmp_path,
+        two_adapters(0),
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+        greater_is_better=True,
+        learning_rate=0.1,
+    )
     kept = kept_by_step(trainer)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")

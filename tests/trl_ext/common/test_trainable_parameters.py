@@ -23,8 +23,12 @@ def test_reinforcement(tmp_path, name):
     """Also with a reference, whose adapter is added before."""
     model = test_resume.wrapped(test_resume.AutoModelForCausalLM.from_pretrained(hrpo.base_folder(tmp_path)))
     model.save_pretrained(tmp_path / "adapter")
-    make = {"hrpo": test_resume.make_hrpo, "spo": test_resume.make_spo, "ppo": test_resume.make_ppo,
-            "grpo": test_resume.make_grpo}[name]  # fmt: skip
+    make = {
+        "hrpo": test_resume.make_hrpo,
+        "spo": test_resume.make_spo,
+        "ppo": test_resume.make_ppo,
+        "grpo": test_resume.make_grpo,
+    }[name]
     for beta in (0.0, 0.05):
         base = test_resume.AutoModelForCausalLM.from_pretrained(hrpo.base_folder(tmp_path))
         given = PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -96,9 +100,14 @@ def four_bits(tmp_path):
     folder = tmp_path / "base"
     if not folder.exists():
         wide = LlamaConfig(
-            vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-            bos_token_id=1, eos_token_id=1,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=1,
+            eos_token_id=1,
+        )
         tiny.from_config(wide).save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)

@@ -29,12 +29,19 @@ def stock(folder, model):
 
 
 MAKE = {
-    "hrpo": hrpo.hrpo, "ppo": ppo.ppo, "latent": latent.trainer, "concept": concept.trainer, "planner": planner.trainer,
-    "kv": kv.trainer, "logits": distill.logits, "reasoning": distill.reasoning, "stage": stock,
+    "hrpo": hrpo.hrpo,
+    "ppo": ppo.ppo,
+    "latent": latent.trainer,
+    "concept": concept.trainer,
+    "planner": planner.trainer,
+    "kv": kv.trainer,
+    "logits": distill.logits,
+    "reasoning": distill.reasoning,
+    "stage": stock,
     "teacher": lambda folder, model: load_teacher(model, None, False, torch.device("cpu")),
     "kv's teacher": lambda folder, model: kv.trainer(folder, given_teacher=model),
     "critic": lambda folder, model: ppo.ppo(folder, critic_model=model),
-}  # fmt: skip
+}
 SPOILT = {
     f"(lacks|has no) {NORM}": lambda tensors: tensors.pop(NORM),
     f"{NORM} holds NaN or infinity": lambda tensors: tensors.update({NORM: tensors[NORM] * torch.nan}),

@@ -16,16 +16,23 @@ ROWS = [
 CASES = {
     "literal": {},
     "stable": {
-        **ConceptConfig.preset_fields("stable"), "target_ratio": 3.0, "warm_start_share": 0.5, "max_tail": 6,
+        **ConceptConfig.preset_fields("stable"),
+        "target_ratio": 3.0,
+        "warm_start_share": 0.5,
+        "max_tail": 6,
         "temperature_end": 0.3,
     },
     "threshold": {"segmenter": "threshold", "gate": "factorised", "calibrate_null": True, "ratio_weight": 0.3},
     "fixed": {"segmenter": "fixed", "stride": 3, "num_codebooks": 2, "usage_weight": 0.2},
     "autoregressive": {
-        "segmenter": "autoregressive", "max_tail": 5, "gate": "factorised", "ratio_weight": 0.5, "usage_weight": 0.1,
+        "segmenter": "autoregressive",
+        "max_tail": 5,
+        "gate": "factorised",
+        "ratio_weight": 0.5,
+        "usage_weight": 0.1,
         "boundary_keeps_token": True,
     },
-}  # fmt: skip
+}
 
 
 def base(family="qwen3", layers=4, std=0.1):
@@ -36,10 +43,19 @@ def base(family="qwen3", layers=4, std=0.1):
 
 def settings(folder, **changes):
     return {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
-        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "save_strategy": "no", "gradient_checkpointing": False, **changes,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        **changes,
+    }
 
 
 SPLIT = {"n_shallow": 1, "n_deep": 1, "num_concepts": 16}

@@ -52,11 +52,17 @@ def test_every_figure_is_the_texts_own(keeps):
     share = [codes[:, k].bincount(minlength=16) / len(codes) for k in (0, 1)]
     entropy = mean([-torch.special.xlogy(s, s).sum().item() for s in share])
     for name, value in {
-        "nll": mean(nll), "token_accuracy": mean(hits), "bits": len(codes) * 2 * 4 / (len(nll) + 8),
-        "nll_boundary": mean(after), "nll_tail": mean(others), "tail": mean(tails),
-        "ratio": (len(nll) + 8) / len(codes), "perplexity": torch.tensor(entropy).exp().item(),
-        "used": mean([(s > 0).float().mean().item() for s in share]), "accuracy": written / 8,
-    }.items():  # fmt: skip
+        "nll": mean(nll),
+        "token_accuracy": mean(hits),
+        "bits": len(codes) * 2 * 4 / (len(nll) + 8),
+        "nll_boundary": mean(after),
+        "nll_tail": mean(others),
+        "tail": mean(tails),
+        "ratio": (len(nll) + 8) / len(codes),
+        "perplexity": torch.tensor(entropy).exp().item(),
+        "used": mean([(s > 0).float().mean().item() for s in share]),
+        "accuracy": written / 8,
+    }.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
     assert 1 < found.ratio < 6 and found.nll_random != found.nll
 

@@ -54,9 +54,13 @@ def test_the_loss_is_cross_entropy_and_the_weighted_terms(tmp_path, case, family
     trainer._log(mode)
     logged = trainer._metrics[mode]
     for name, value in {
-        "loss/ce": ce, "loss/ratio": ratio, "loss/usage": usage, "concept/ratio": 1 / made, "concept/probability": p,
+        "loss/ce": ce,
+        "loss/ratio": ratio,
+        "loss/usage": usage,
+        "concept/ratio": 1 / made,
+        "concept/probability": p,
         "concept/perplexity": entropy.exp(),
-    }.items():  # fmt: skip
+    }.items():
         assert logged[name][-1] == pytest.approx(float(value), rel=1e-4), name
 
 
@@ -141,15 +145,26 @@ def test_accumulated_steps_are_one_batch(tmp_path):
 def test_figures_are_of_all_a_steps_tokens_and_of_a_whole_evaluation(tmp_path, monkeypatch):
     """1e-5: micro-batches of 2 and batches of 3 log what one of 8 does; without noise, so that choices are the same."""
     monkeypatch.setattr("unsloth_ext.concept.gate.gumbel", torch.zeros_like)
-    changes = {**setups.CASES["stable"], "warm_start_share": 0.0, "codebook_init": "random", "calibrate_null": False,
-               "ratio_weight": 1.0, "usage_weight": 0.0, "num_concepts": 16, "max_steps": 1}  # fmt: skip
+    changes = {
+        **setups.CASES["stable"],
+        "warm_start_share": 0.0,
+        "codebook_init": "random",
+        "calibrate_null": False,
+        "ratio_weight": 1.0,
+        "usage_weight": 0.0,
+        "num_concepts": 16,
+        "max_steps": 1,
+    }
     one, many = (
         setups.trainer(
-            tmp_path, per_device_train_batch_size=n, gradient_accumulation_steps=8 // n, per_device_eval_batch_size=m,
+            tmp_path,
+            per_device_train_batch_size=n,
+            gradient_accumulation_steps=8 // n,
+            per_device_eval_batch_size=m,
             **changes,
         )
         for n, m in ((8, 8), (2, 3))
-    )  # fmt: skip
+    )
     names = ("concept/ratio", "concept/probability", "concept/perplexity", "loss/ce")
     before = [trainer.evaluate() for trainer in (one, many)]
     for name in (*names, "loss/ratio", "loss/usage"):
@@ -198,9 +213,14 @@ def test_the_gate_follows_its_schedule(tmp_path):
             seen.append(backbone_of(trainer.model).concept_head.bias[-1].item())
 
     trainer = setups.trainer(
-        tmp_path, callbacks=[Watch()], eval_strategy="steps", eval_steps=2, max_steps=8, learning_rate=0.0,
+        tmp_path,
+        callbacks=[Watch()],
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=8,
+        learning_rate=0.0,
         **{**setups.CASES["stable"], "codebook_init": "random"},  # four rows say little about lumps of states
-    )  # fmt: skip
+    )
     trainer.train()
     log = [e for e in trainer.state.log_history if "concept/temperature" in e]
     assert [e["concept/temperature"] for e in log] == pytest.approx([0.3 ** (i / 8) for i in range(8)])

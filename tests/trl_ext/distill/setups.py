@@ -36,10 +36,15 @@ def config(**changes):
 def moe_config(**changes):
     return Qwen3MoeConfig(
         **{
-            **config().to_dict(), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-            "router_aux_loss_coef": 0.05, "norm_topk_prob": True, **changes,
+            **config().to_dict(),
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "router_aux_loss_coef": 0.05,
+            "norm_topk_prob": True,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def model(config, seed=0, std=0.1):
@@ -57,10 +62,19 @@ def teacher(**changes):
 
 def settings(folder, **changes):
     return {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
-        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True,
-        "save_strategy": "no", "gradient_checkpointing": False, **changes,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        **changes,
+    }
 
 
 def _common(rows, tokenizer, peft):

@@ -10,10 +10,16 @@ from . import setups
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("alpha", -0.1), ("alpha", 1.1), ("alpha", float("nan")), ("temperature", 0), ("temperature", -1),
-        ("temperature", float("inf")), ("loss_type", "dft"), ("label_smoothing_factor", 0.1),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", float("nan")),
+        ("temperature", 0),
+        ("temperature", -1),
+        ("temperature", float("inf")),
+        ("loss_type", "dft"),
+        ("label_smoothing_factor", 0.1),
     ],
-)  # fmt: skip
+)
 def test_logits(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
         LogitsDistillConfig(**setups.settings(tmp_path, **{name: value}))
@@ -22,10 +28,16 @@ def test_logits(tmp_path, name, value):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("tag_weight", -1), ("tag_weight", float("nan")), ("tags", []), ("tags", ["<a>", ""]), ("tags", ["<a>", "<a>"]),
-        ("tags", "<a>"), ("loss_type", "dft"), ("label_smoothing_factor", 0.1),
+        ("tag_weight", -1),
+        ("tag_weight", float("nan")),
+        ("tags", []),
+        ("tags", ["<a>", ""]),
+        ("tags", ["<a>", "<a>"]),
+        ("tags", "<a>"),
+        ("loss_type", "dft"),
+        ("label_smoothing_factor", 0.1),
     ],
-)  # fmt: skip
+)
 def test_reasoning(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"^{name}="):
         ReasoningDistillConfig(**setups.settings(tmp_path, **{name: value}))

@@ -24,12 +24,14 @@ CHAT = (
 TALKS = [
     {
         "messages": [
-            {"role": "user", "content": f"{a}+1"}, {"role": "assistant", "content": f"so {a + 1}"},
-            {"role": "user", "content": "and"}, {"role": "assistant", "content": f"{a}" * (a % 3 + 1)},
+            {"role": "user", "content": f"{a}+1"},
+            {"role": "assistant", "content": f"so {a + 1}"},
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": f"{a}" * (a % 3 + 1)},
         ]
     }
     for a in range(1, 13)
-]  # fmt: skip
+]
 
 
 def plain(student, teacher, batch, temperature, shared=64):
@@ -114,9 +116,11 @@ def test_cross_entropy_and_metrics_are_sfts(tmp_path):
     """One micro-batch with prompts, padding and a mixture of experts: entropy, accuracy, auxiliary loss, tokens; 1e-6."""
     ours = setups.logits(tmp_path, setups.model(setups.moe_config()), alpha=0.5)
     stock = SFTTrainer(
-        setups.model(setups.moe_config()), SFTConfig(**setups.settings(tmp_path)),
-        train_dataset=Dataset.from_list(setups.ROWS), processing_class=tiny.tokenizer(()),
-    )  # fmt: skip
+        setups.model(setups.moe_config()),
+        SFTConfig(**setups.settings(tmp_path)),
+        train_dataset=Dataset.from_list(setups.ROWS),
+        processing_class=tiny.tokenizer(()),
+    )
     batch = setups.batch_of(ours)
     loss, mixed = loss_of(stock, batch), loss_of(ours, batch)
     a, b = ours._metrics["train"], stock._metrics["train"]
@@ -132,9 +136,10 @@ def test_alpha_one_is_sft_bit_for_bit(tmp_path, peft):
     changes = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     ours = setups.logits(tmp_path, teacher_model=None, peft=peft, alpha=1.0, **changes)
     stock = SFTTrainer(
-        setups.student(), SFTConfig(**setups.settings(tmp_path, **changes)),
+        setups.student(),
+        SFTConfig(**setups.settings(tmp_path, **changes)),
         **setups._common(setups.ROWS, tiny.tokenizer(()), peft),
-    )  # fmt: skip
+    )
     a, b = setups.trained(ours), setups.trained(stock)
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert setups.losses(ours) == setups.losses(stock) and ours.teacher is None
@@ -148,11 +153,19 @@ def test_accumulated_steps_are_one_batch(tmp_path, rows):
     talks = {"rows": TALKS, "assistant_only_loss": True} if rows == "conversations" else {}
     one, many = (
         setups.logits(
-            tmp_path, tokenizer=tokenizer, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-            max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, alpha=0.3, **talks,
+            tmp_path,
+            tokenizer=tokenizer,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            alpha=0.3,
+            **talks,
         )
         for size in (8, 2)
-    )  # fmt: skip
+    )
     share = np.mean([np.mean(np.array(row) != -100) for row in one.train_dataset["labels"]])
     assert 0.2 < share < 0.8
     a, b = setups.trained(one), setups.trained(many)

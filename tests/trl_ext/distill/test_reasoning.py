@@ -99,9 +99,10 @@ def test_weight_one_is_sft_bit_for_bit(tmp_path, config, peft):
         tmp_path, setups.model(config()), peft=peft, tokenizer=with_tags(), tag_weight=1.0, **changes
     )
     stock = SFTTrainer(
-        setups.model(config()), SFTConfig(**setups.settings(tmp_path, **changes)),
+        setups.model(config()),
+        SFTConfig(**setups.settings(tmp_path, **changes)),
         **setups._common(setups.TAGGED, with_tags(), peft),
-    )  # fmt: skip
+    )
     a, b = setups.trained(ours), setups.trained(stock)
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     logs = [{k: v for k, v in e.items() if not k.endswith(("/tags", "/text"))} for e in setups.losses(ours)]
@@ -113,11 +114,17 @@ def test_accumulated_steps_are_one_batch(tmp_path):
     rows = [row if i % 3 else {"prompt": row["prompt"], "completion": "so"} for i, row in enumerate(setups.TAGGED)]
     one, many = (
         setups.reasoning(
-            tmp_path, rows=rows, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=2,
-            optim="sgd", learning_rate=0.03, max_grad_norm=0.0,
+            tmp_path,
+            rows=rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.03,
+            max_grad_norm=0.0,
         )
         for size in (8, 1)
-    )  # fmt: skip
+    )
     a, b = setups.trained(one), setups.trained(many)
     assert all((a[n] - b[n]).abs().max() <= 1e-6 for n in a)
     for together, apart in zip(setups.losses(one)[:2], setups.losses(many)[:2], strict=True):

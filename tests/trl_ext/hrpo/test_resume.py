@@ -112,9 +112,13 @@ def test_pickles_are_read_only_when_asked_for_by_name(tmp_path):
 
     args = setups.arguments(trl.GRPOConfig, tmp_path / "stock", **{**SAVING, "max_steps": 1})
     trl.GRPOTrainer(
-        setups.base_folder(tmp_path), setups.reward_digits, args, train_dataset=setups.prompts(),
-        processing_class=tiny.tokenizer(), peft_config=setups.lora(),
-    ).train()  # fmt: skip
+        setups.base_folder(tmp_path),
+        setups.reward_digits,
+        args,
+        train_dataset=setups.prompts(),
+        processing_class=tiny.tokenizer(),
+        peft_config=setups.lora(),
+    ).train()
     stock = str(tmp_path / "stock" / "checkpoint-1")
     with pytest.raises(CheckpointError, match=r"optimizer\.pt.*allow_pickle_checkpoint"):
         setups.hrpo(tmp_path, thinking=False, **SAVING).train(resume_from_checkpoint=stock)
@@ -129,9 +133,16 @@ def _cut(file, keep=0.5):
 
 
 FILES = [
-    "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", "scheduler.json", "optimizer.json",
-    "rng_state_0.json", "rng_state_0.safetensors", "rollout_0.json", "rollout_0.safetensors",
-]  # fmt: skip
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "trainer_state.json",
+    "scheduler.json",
+    "optimizer.json",
+    "rng_state_0.json",
+    "rng_state_0.safetensors",
+    "rollout_0.json",
+    "rollout_0.safetensors",
+]
 
 
 @pytest.mark.parametrize("name", FILES[1:])

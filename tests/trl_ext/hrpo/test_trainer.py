@@ -267,13 +267,26 @@ def test_all_loss_types(tmp_path, loss_type):
 
 def test_evaluation_completions_and_the_model_card(tmp_path):
     args = setups.arguments(
-        HRPOConfig, tmp_path / "out", answer_delimiter="#", eval_strategy="steps", eval_steps=1,
-        per_device_eval_batch_size=8, log_completions=True, max_steps=2, save_strategy="steps", save_steps=2,
-    )  # fmt: skip
+        HRPOConfig,
+        tmp_path / "out",
+        answer_delimiter="#",
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        log_completions=True,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
     trainer = HRPOTrainer(
-        setups.base_folder(tmp_path), setups.reward_digits, args, train_dataset=setups.prompts(),
-        eval_dataset=setups.prompts(8), processing_class=tiny.tokenizer(), peft_config=setups.lora(),
-    )  # fmt: skip
+        setups.base_folder(tmp_path),
+        setups.reward_digits,
+        args,
+        train_dataset=setups.prompts(),
+        eval_dataset=setups.prompts(8),
+        processing_class=tiny.tokenizer(),
+        peft_config=setups.lora(),
+    )
     trainer.train()
     evals = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evals) == 2 and evals[0]["eval_thinking/fraction"] > 0
@@ -372,9 +385,12 @@ def test_vllm_is_refused_before_anything_is_loaded(tmp_path):
 def test_a_plain_grpo_config_gets_the_defaults(tmp_path):
     args = setups.arguments(trl.GRPOConfig, tmp_path / "out")
     trainer = HRPOTrainer(
-        setups.base_folder(tmp_path), setups.reward_digits, args, train_dataset=setups.prompts(),
+        setups.base_folder(tmp_path),
+        setups.reward_digits,
+        args,
+        train_dataset=setups.prompts(),
         processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+    )
     assert trainer.hrpo.recompute == "rollout" and trainer.thinking
 
 

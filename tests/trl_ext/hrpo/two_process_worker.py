@@ -15,17 +15,29 @@ def main() -> None:
     folder, mode, source = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
     trainer = setups.hrpo(
-        folder, recompute=mode, thinking_source=source, per_device_train_batch_size=4, num_iterations=2, beta=0.02,
-        max_steps=4, save_strategy="steps", save_steps=2,
-    )  # fmt: skip
+        folder,
+        recompute=mode,
+        thinking_source=source,
+        per_device_train_batch_size=4,
+        num_iterations=2,
+        beta=0.02,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+    )
     trainer.train()
     flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     other = [torch.empty_like(flat) for _ in range(2)]
     dist.all_gather(other, flat)
     resumed = setups.hrpo(
-        folder, recompute=mode, thinking_source=source, per_device_train_batch_size=4, num_iterations=2, beta=0.02,
+        folder,
+        recompute=mode,
+        thinking_source=source,
+        per_device_train_batch_size=4,
+        num_iterations=2,
+        beta=0.02,
         max_steps=4,
-    )  # fmt: skip
+    )
     resumed.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
     again = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
     if trainer.is_world_process_zero():

@@ -39,9 +39,12 @@ def test_several_gpus_in_one_process_are_not_data_parallel(tmp_path):
     assert args.n_gpu <= 1  # which finds the devices out
     args._n_gpu = 2
     trainer = KVDistillTrainer(
-        tiny.model("qwen3"), args, train_dataset=Dataset.from_list(setups.ROWS), processing_class=tiny.tokenizer(()),
+        tiny.model("qwen3"),
+        args,
+        train_dataset=Dataset.from_list(setups.ROWS),
+        processing_class=tiny.tokenizer(()),
         teacher_model=setups.teacher(),
-    )  # fmt: skip
+    )
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
     trainer.train()
 

@@ -15,12 +15,25 @@ from . import setups
 
 
 CONFIG = {
-    "lambda_kv": -1, "alpha_k": -0.5, "temperature": 0, "kv_projection_mode": "round", "kv_direction": "both",
-    "kv_layer_map": "[1", "rope_space": "none", "kv_init": "best", "T_s": 2, "ratio_map": {"P": 1},
-    "alpha_map": {"P": 0, "R": 2, "A": 0}, "answer_delimiter": "", "aligner_learning_rate": -1, "packing": True,
-    "padding_free": True, "completion_only_loss": False, "eval_packing": True,
+    "lambda_kv": -1,
+    "alpha_k": -0.5,
+    "temperature": 0,
+    "kv_projection_mode": "round",
+    "kv_direction": "both",
+    "kv_layer_map": "[1",
+    "rope_space": "none",
+    "kv_init": "best",
+    "T_s": 2,
+    "ratio_map": {"P": 1},
+    "alpha_map": {"P": 0, "R": 2, "A": 0},
+    "answer_delimiter": "",
+    "aligner_learning_rate": -1,
+    "packing": True,
+    "padding_free": True,
+    "completion_only_loss": False,
+    "eval_packing": True,
     "dataset_kwargs": {"skip_prepare_dataset": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIG)

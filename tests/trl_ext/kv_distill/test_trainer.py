@@ -129,11 +129,17 @@ def test_accumulated_steps_are_one_batch(tmp_path, case):
     changes = {**setups.CASES[case], **({"T_s": None} if case == "warped" else {})}
     one, many = (
         setups.trainer(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-            max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **changes,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **changes,
         )
         for size in (8, 2)
-    )  # fmt: skip
+    )
     weights = [setups.trained(trainer) for trainer in (one, many)]
     assert all((weights[0][n] - weights[1][n]).abs().max() <= 1e-6 for n in weights[0])
     logs = [[entry for entry in trainer.state.log_history if "kv/loss" in entry] for trainer in (one, many)]

@@ -26,15 +26,21 @@ def test_sequences_and_where_the_first_answer_token_is_predicted():
     rows = [tokens()(row, i, "train") for i, row in enumerate(ROWS)]
     batch = LatentCollator(pad_token_id=0, eot_token_id=50)(rows)
     assert [text(*x) for x in zip(batch["question_ids"], batch["question_mask"], strict=True)] == [
-        "1+2+3=", "7-4=", "10+20+30=",
-    ]  # fmt: skip
+        "1+2+3=",
+        "7-4=",
+        "10+20+30=",
+    ]
     assert batch["question_mask"][:, -1].all() and batch["attention_mask"][:, 0].all()
     assert [text(*x) for x in zip(batch["teacher_ids"], batch["trace_mask"], strict=True)] == [
-        "1+2=3;", "", "10+20=30;30+30=60;",
-    ]  # fmt: skip
+        "1+2=3;",
+        "",
+        "10+20=30;30+30=60;",
+    ]
     assert [text(*x) for x in zip(batch["teacher_ids"], batch["answer_mask"], strict=True)] == [
-        "##6<eos>", "##3<eos>", "##60<eos>",
-    ]  # fmt: skip
+        "##6<eos>",
+        "##3<eos>",
+        "##60<eos>",
+    ]
     assert batch["input_ids"][:, 0].tolist() == [50, 50, 50]
     assert (batch["labels"][:, 0] == -100).all()
     asked = batch["labels"] != -100

@@ -11,10 +11,20 @@ from . import setups
 
 
 NOTE = {
-    "num_latents": 4, "iterations": 3, "w_kv": 1.0, "w_codi": 10.0, "codi_loss": "l1", "codi_std_mode": "normalize_states",
-    "codi_std_scope": "token", "kv_loss": "mse", "kv_std_mode": "normalize_states", "kv_projection": True,
-    "update": "own", "feedback_residual": True, "projection": "linear",
-}  # fmt: skip
+    "num_latents": 4,
+    "iterations": 3,
+    "w_kv": 1.0,
+    "w_codi": 10.0,
+    "codi_loss": "l1",
+    "codi_std_mode": "normalize_states",
+    "codi_std_scope": "token",
+    "kv_loss": "mse",
+    "kv_std_mode": "normalize_states",
+    "kv_projection": True,
+    "update": "own",
+    "feedback_residual": True,
+    "projection": "linear",
+}
 
 
 def kept_in(seen: dict, name: str, method):
@@ -51,9 +61,13 @@ def test_kava_loss_is_the_trainers(tmp_path, layer_norm):
     )
     latent_kv = seen["_kv_distance"][0][0]
     found, terms = loss(
-        torch.tensor(logged["ce_student"]), torch.tensor(logged["ce_teacher"]), *hidden, latent_kv,
-        [(layer.keys, layer.values) for layer in kept], kept[0].valid,
-    )  # fmt: skip
+        torch.tensor(logged["ce_student"]),
+        torch.tensor(logged["ce_teacher"]),
+        *hidden,
+        latent_kv,
+        [(layer.keys, layer.values) for layer in kept],
+        kept[0].valid,
+    )
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(logged, rel=1e-6)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6) and found.item() > 1
 
@@ -155,9 +169,7 @@ def test_compression_from_attention_weights_is_that_from_queries(tmp_path):
     weights = (queries @ keys.transpose(-1, -2) / 8**0.5).softmax(-1)
     compressor = RKVCompressor(num_latent_tokens=5, lambda_mix=0.9)
     found = compressor.compress(keys, values, weights, steps, answers)
-    wanted = compress_kv(
-        keys, values, queries, 5, KVScoring(mix_lambda=0.9), key_mask=steps, query_mask=answers
-    )  # fmt: skip
+    wanted = compress_kv(keys, values, queries, 5, KVScoring(mix_lambda=0.9), key_mask=steps, query_mask=answers)
     assert torch.equal(found.indices, wanted.indices) and torch.equal(found.keys, wanted.keys)
     assert torch.equal(found.valid, wanted.valid) and found.valid.sum(1).tolist() == [5, 3]
     importance = compressor.compute_importance_score(weights, steps, answers)

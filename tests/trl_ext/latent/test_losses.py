@@ -193,11 +193,15 @@ def test_two_processes_give_what_one_gives(loss, mode, scope):
     parts = (slice(0, 2), slice(2, 5))
 
     def all_of(rows, all_sum):
-        return torch.stack([
-            codi_loss(student[:, rows], teacher[:, rows], loss=loss, std_mode=mode, std_scope=scope, all_sum=all_sum),
-            cross_entropy(logits[rows], labels[rows], all_sum),
-            kv_loss(keys[:, rows], kept[:, rows], valid[rows], loss=loss, std_mode=mode, all_sum=all_sum),
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                codi_loss(
+                    student[:, rows], teacher[:, rows], loss=loss, std_mode=mode, std_scope=scope, all_sum=all_sum
+                ),
+                cross_entropy(logits[rows], labels[rows], all_sum),
+                kv_loss(keys[:, rows], kept[:, rows], valid[rows], loss=loss, std_mode=mode, all_sum=all_sum),
+            ]
+        )
 
     # Every process makes the same calls: replay them until each sum has met its partner's
     sums: list[torch.Tensor] = []

@@ -20,9 +20,17 @@ def test_a_run_from_the_public_names(tmp_path, method):
     config, trainer = getattr(trl_ext, f"{method}Config"), getattr(trl_ext, f"{method}Trainer")
     assert issubclass(trainer, SFTTrainer) and issubclass(config, SFTConfig)
     args = config(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to="none",
-        answer_prompt="##", step_separator=";", disable_tqdm=True, save_steps=1,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        answer_prompt="##",
+        step_separator=";",
+        disable_tqdm=True,
+        save_steps=1,
+    )
     run = trainer(
         model=tiny.model(std=0.1),
         args=args,

@@ -64,8 +64,11 @@ def test_data_and_models_that_cannot_work_are_refused(tmp_path):
     short = [{**row, "steps": row["steps"][:1]} for row in setups.ROWS]
     with pytest.raises(ValueError, match=r"no row has a trace .* drop_last_step=False keeps it"):
         setups.trainer(tmp_path, rows=short)
-    for allowed in ({"rows": [*short, setups.ROWS[0]]}, {"rows": short, "drop_last_step": False},
-                    {"rows": short, "w_codi": 0.0, "w_kv": 0.0}):  # fmt: skip
+    for allowed in (
+        {"rows": [*short, setups.ROWS[0]]},
+        {"rows": short, "drop_last_step": False},
+        {"rows": short, "w_codi": 0.0, "w_kv": 0.0},
+    ):
         setups.trainer(tmp_path, **allowed)
     wrapped = setups.trainer(tmp_path).model
     bare = wrapped.unload()

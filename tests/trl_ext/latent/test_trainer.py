@@ -38,11 +38,14 @@ def plain_terms(trainer, batch):
         sums["teacher"].append(F.cross_entropy(head(hidden[-1])[0, start - 1 : -1], ids[0, start:], reduction="none"))
         kept = [
             compress_kv(
-                k[:, :, start : start + trace], v[:, :, start : start + trace], q[:, :, start + trace :],
-                config.num_latents, KVScoring(args.kv_scorer),
+                k[:, :, start : start + trace],
+                v[:, :, start : start + trace],
+                q[:, :, start + trace :],
+                config.num_latents,
+                KVScoring(args.kv_scorer),
             )
             for q, k, v in seen
-        ]  # fmt: skip
+        ]
         front = embed(torch.cat([question, question.new_tensor([[bot]])], dim=1))
         count = config.num_latents
         if config.iterations is None:
@@ -183,9 +186,14 @@ UNEVEN = [
 def step_of(folder, case: dict, size: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradients and logged losses of one step over the eight rows of `UNEVEN`, `size` at a time."""
     trainer = setups.trainer(
-        folder, rows=UNEVEN, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1,
-        max_grad_norm=0.0, **case,
-    )  # fmt: skip
+        folder,
+        rows=UNEVEN,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=8 // size,
+        max_steps=1,
+        max_grad_norm=0.0,
+        **case,
+    )
     found = {}
 
     class Keep(TrainerCallback):

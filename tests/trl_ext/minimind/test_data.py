@@ -126,8 +126,14 @@ def test_tools_calls_and_reasoning_become_content(tmp_path, as_text):
     start, end = "Help.\n\n# Tools\n\nYou may call", '\n<tools>\n{"name": "add"}\n{"name": "f"}\n</tools>\n'
     assert messages[0]["content"].startswith(start) and end in messages[0]["content"]
     assert [m["content"] for m in messages[1:]] == [
-        "x", WRITTEN, "1", "2", f"<think>\nhm\n</think>\n\nWait\n{WRITTEN}", "3", "<think>\nhm\n</think>\n\ny",
-    ]  # fmt: skip
+        "x",
+        WRITTEN,
+        "1",
+        "2",
+        f"<think>\nhm\n</think>\n\nWait\n{WRITTEN}",
+        "3",
+        "<think>\nhm\n</think>\n\ny",
+    ]
     (bare,) = load(tmp_path, "sft", talk(system("", functions=tools), user("x"), assistant("y")))["messages"]
     assert bare[0]["content"] == messages[0]["content"].removeprefix("Help.\n\n")
 
@@ -176,23 +182,33 @@ BAD = {  # kind, bad row, what the error says of it behind the line, and behind 
     "calls no objects": ("sft", talk(Q, assistant("a", tool_calls=["f"])), r"\[1\].tool_calls: is no list of obj"),
     "call unnamed": ("sft", talk(Q, assistant("", tool_calls=[{}])), r"\[1\].tool_calls\[0\].name: is missing"),
     "call's function": (
-        "sft", talk(Q, assistant("", tool_calls=[{"function": 1}])), r"\[1\].tool_calls\[0\].function: is no object: 1"
+        "sft",
+        talk(Q, assistant("", tool_calls=[{"function": 1}])),
+        r"\[1\].tool_calls\[0\].function: is no object: 1",
     ),
     "call bare": (
-        "sft", talk(Q, assistant("", tool_calls=[{"name": "f"}])), r"\[1\].tool_calls\[0\].arguments: is missing"
+        "sft",
+        talk(Q, assistant("", tool_calls=[{"name": "f"}])),
+        r"\[1\].tool_calls\[0\].arguments: is missing",
     ),
     "no calls": ("sft", talk(Q, assistant("", tool_calls="[]")), r"\[1\].content: is empty"),
     "thought number": ("sft", talk(Q, assistant("a", reasoning_content=1)), r"\[1\].reasoning_content: is no text: 1"),
     "no rejected": ("dpo", {"chosen": [Q, A]}, "rejected: is missing"),
     "same": ("dpo", {"chosen": [Q, A], "rejected": [Q, A]}, "rejected: is the same as chosen"),
-    "other prompt": ("dpo", {"chosen": [Q, A], "rejected": [user("p"), assistant("b")]}, "rejected: has another prompt"),
+    "other prompt": (
+        "dpo",
+        {"chosen": [Q, A], "rejected": [user("p"), assistant("b")]},
+        "rejected: has another prompt",
+    ),
     "other length": (
         "dpo",
         {"chosen": [Q, A], "rejected": [Q, assistant("b"), user("r"), assistant("c")]},
         "rejected: has another prompt",
     ),
     "chosen empty": (
-        "dpo", {"chosen": [Q, assistant("")], "rejected": [Q, assistant("b")]}, r"chosen\[1\].content: is empty"
+        "dpo",
+        {"chosen": [Q, assistant("")], "rejected": [Q, assistant("b")]},
+        r"chosen\[1\].content: is empty",
     ),
     "rejected ends": (
         "dpo",
@@ -205,10 +221,12 @@ BAD = {  # kind, bad row, what the error says of it behind the line, and behind 
     "tag open": ("reason", talk(Q, assistant(TAGGED[:-9])), r"\[1\].content: has </answer> 0 times"),
     "tag twice": ("reason", talk(Q, assistant("<think>" + TAGGED)), r"\[1\].content: has <think> 2 times, not once"),
     "tags' order": (
-        "reason", talk(Q, assistant("<answer>3</answer><think>x</think>")), r"\[1\].content: its tags are not in"
+        "reason",
+        talk(Q, assistant("<answer>3</answer><think>x</think>")),
+        r"\[1\].content: its tags are not in",
     ),
     "second turn": ("reason", talk(Q, assistant(TAGGED), user("r"), A), r"\[3\].content: has <think> 0 times"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -13,9 +13,17 @@ from trl_ext.minimind.rl import RewardModel, RLArguments, TokenBudget
 def reward_model(folder, labels=1, template=True):
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(setups.tokenizer()), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_labels=labels, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(setups.tokenizer()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_labels=labels,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
     net = Qwen3ForSequenceClassification(config)
     with torch.no_grad():
         net.score.weight.normal_()

@@ -121,9 +121,13 @@ def test_grpo_whitens_once(tmp_path):
 def batch_far_from_the_sampler(tmp_path, epsilon_high):
     """A CISPO trainer and a batch whose ratios are spread around 1, as in a second pass over a rollout."""
     trainer = grpo(
-        tmp_path, lambda completions, **_: [text.count("1") / 4 + 0.01 * len(text) for text in completions],
-        loss_type="cispo", epsilon_high=epsilon_high, num_iterations=2, beta=0.0,
-    )  # fmt: skip
+        tmp_path,
+        lambda completions, **_: [text.count("1") / 4 + 0.01 * len(text) for text in completions],
+        loss_type="cispo",
+        epsilon_high=epsilon_high,
+        num_iterations=2,
+        beta=0.0,
+    )
     captured, parent = [], trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: captured.append(inputs) or parent(model, inputs)
     trainer.train()

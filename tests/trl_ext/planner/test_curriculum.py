@@ -40,9 +40,14 @@ def test_state_is_what_a_checkpoint_needs():
 @pytest.mark.parametrize("mode", ["generate", "reconstruct"])
 def test_texts_are_cut_while_training_and_not_in_evaluation(tmp_path, training, mode):
     trainer = setups.trainer(
-        tmp_path, mode=mode, training=training, length_curriculum=[2, 3], length_curriculum_nll=0.0, z_dropout=0.5,
+        tmp_path,
+        mode=mode,
+        training=training,
+        length_curriculum=[2, 3],
+        length_curriculum_nll=0.0,
+        z_dropout=0.5,
         length_curriculum_share=1.0,
-    )  # fmt: skip
+    )
     widths = []
     inner = trainer.compute_loss
 

@@ -36,8 +36,10 @@ def test_batches_are_padded_on_the_right_and_every_token_has_a_label(tmp_path):
     batch = setups.batch_of(trainer, [0, 7, 20])
     for r, i in enumerate([0, 7, 20]):
         row = trainer.train_dataset[i]
-        for ids, mask, name in (("plan_input_ids", "plan_attention_mask", "plan_ids"),
-                                ("input_ids", "attention_mask", "text_ids")):  # fmt: skip
+        for ids, mask, name in (
+            ("plan_input_ids", "plan_attention_mask", "plan_ids"),
+            ("input_ids", "attention_mask", "text_ids"),
+        ):
             count = len(row[name])
             assert batch[ids][r, :count].tolist() == row[name]
             assert batch[mask][r].tolist() == [1] * count + [0] * (batch[mask].shape[1] - count)
@@ -65,10 +67,13 @@ def test_rows_keep_their_number_when_others_go_and_when_they_are_shuffled(tmp_pa
         ({"prompt": "", "completion": "12"}, {}, "train dataset, row 3: the planner has no prompt"),
         ({"prompt": "12", "completion": ""}, {}, "train dataset, row 3: its text is empty"),
         ({"prompt": "", "completion": ""}, {"mode": "reconstruct"}, "train dataset, row 3: its text is empty"),
-        ({"prompt": "12", "completion": "3" * 12}, {"max_length": 12, "truncation_mode": "keep_end"},
-         "row 3: .*truncation_mode='keep_end', raise max_length"),
+        (
+            {"prompt": "12", "completion": "3" * 12},
+            {"max_length": 12, "truncation_mode": "keep_end"},
+            "row 3: .*truncation_mode='keep_end', raise max_length",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_without_a_part_are_named(tmp_path, changed, settings, message):
     rows = [*setups.ROWS[:3], changed, *setups.ROWS[3:]]
     with pytest.raises(ValueError, match=message):

@@ -19,9 +19,17 @@ from .histories import BLURRED, CHANGES, DEAD, ONE_FOR_ALL, SETTLED, SPIKE, STAL
 
 # Texts of one letter, three times: a concept can tell which, and so can the letter before
 ROWS = [{"prompt": f"{a}=", "completion": f"{a}{a}{a}"} for a in range(1, 9)]
-BASE = {"max_steps": 16, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "z_dropout": 0.0,
-        "usage_weight": 0.0, "lr_scheduler_type": "constant", "rows": ROWS, "e_step_every": 2,
-        "types": [{"name": "a", "num_concepts": 8, "quota": 2}]}  # fmt: skip
+BASE = {
+    "max_steps": 16,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "z_dropout": 0.0,
+    "usage_weight": 0.0,
+    "lr_scheduler_type": "constant",
+    "rows": ROWS,
+    "e_step_every": 2,
+    "types": [{"name": "a", "num_concepts": 8, "quota": 2}],
+}
 UNDECIDABLE = {"planner_weight": 0.0, "entropy_weight": 1.0, "e_step_every": 4, "max_steps": 32}
 
 

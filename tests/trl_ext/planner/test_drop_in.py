@@ -100,8 +100,10 @@ def test_the_constructor_is_sfttrainers(tmp_path, monkeypatch):
     trainer = PlannerExecutorTrainer(tiny.model(), args, None, rows, rows, tokenizer)
     assert len(trainer.train_dataset) == len(trainer.eval_dataset) == len(rows)
     assert inspect.signature(PlannerExecutorTrainer.__init__).parameters.keys() <= {
-        *inspect.signature(SFTTrainer.__init__).parameters, "others", "keywords",
-    }  # fmt: skip
+        *inspect.signature(SFTTrainer.__init__).parameters,
+        "others",
+        "keywords",
+    }
     tiny.model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     lora = setups.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -146,8 +148,9 @@ def test_what_is_saved_loads_in_a_fresh_process(tmp_path):
         base = tiny.model(std=0.15)
         base.save_pretrained(here / "base")
         base.name_or_path = base.config._name_or_path = str(here / "base")
-        trainer = setups.trainer(here / "run", peft, model=base, max_steps=6, learning_rate=3e-2, save_strategy="steps",
-                                 save_steps=6)  # fmt: skip
+        trainer = setups.trainer(
+            here / "run", peft, model=base, max_steps=6, learning_rate=3e-2, save_strategy="steps", save_steps=6
+        )
         trainer.train()
         trainer.save_model(str(here / "final"))
         plans = PlannerExecutorModel(trainer.model.eval(), tiny.tokenizer(())).plan(["1+9=", "2++3="]).tolist()

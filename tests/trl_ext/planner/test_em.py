@@ -157,8 +157,9 @@ def test_a_forced_row_takes_a_sample_that_is_not_its_old_plan(monkeypatch):
     drawn[1] = every[order[1, [2, 1]]]
     monkeypatch.setattr(em, "plan", lambda *_, **__: drawn.flatten(0, 1).clone())
     forced = torch.tensor([True, True, False, False])
-    found = e_step(net, batch, old, ~NOBODY, samples=2, beams=0, forced=forced,
-                   generator=torch.Generator().manual_seed(1))  # fmt: skip
+    found = e_step(
+        net, batch, old, ~NOBODY, samples=2, beams=0, forced=forced, generator=torch.Generator().manual_seed(1)
+    )
     assert not torch.equal(found.plans[0], old[0]) and torch.equal(found.plans[0] >= 0, old[0] >= 0)
     assert torch.equal(found.plans[1], every[order[1, 1]]) and torch.equal(found.plans[2:], old[2:])
     plain = e_step(net, batch, old, ~NOBODY, samples=2, beams=0)

@@ -46,12 +46,17 @@ def test_every_figure_is_the_texts_own(tmp_path, mode, count):
         shuffled, chance = (torch.cat([nll(t, p[i : i + 1])[0] for i, t in enumerate(texts)]) for p in (others, drawn))
     lengths = plan_lengths(plans).double().mean(0).tolist()
     for name, value in {
-        "nll": own.mean(), "nll_null": without.mean(), "nll_shuffled": shuffled.mean(), "nll_random": chance.mean(),
-        "token_accuracy": hits.double().mean(), "explained_bits": (without - own).sum() / n / math.log(2),
-        "bits": lengths[0] * math.log2(5) + lengths[1] * 2, "ratio": len(own) / n / sum(lengths),
+        "nll": own.mean(),
+        "nll_null": without.mean(),
+        "nll_shuffled": shuffled.mean(),
+        "nll_random": chance.mean(),
+        "token_accuracy": hits.double().mean(),
+        "explained_bits": (without - own).sum() / n / math.log(2),
+        "bits": lengths[0] * math.log2(5) + lengths[1] * 2,
+        "ratio": len(own) / n / sum(lengths),
         "distinct": len({str(p.tolist()) for p in plans}) / n,
         "accuracy": sum(written(plans[i : i + 1]).strip() == t.strip() for i, t in enumerate(texts)) / n,
-    }.items():  # fmt: skip
+    }.items():
         assert getattr(found, name) == pytest.approx(float(value), rel=1e-5), name
     numbers = found.numbers()
     assert found.samples and set(vars(found)) - set(numbers) == {"samples"} and numbers["nll"] == found.nll
@@ -76,9 +81,12 @@ def test_a_text_is_right_by_its_answer_or_else_as_a_whole(tmp_path, monkeypatch)
     ):
         monkeypatch.setattr(PlannerExecutorModel, "execute", lambda *_, text=written, **__: [text] * 2)
         found = evaluate_plans(
-            trainer.model.eval(), trainer.processing_class, setups.Dataset.from_list([row] * 2), delimiter=delimiter,
+            trainer.model.eval(),
+            trainer.processing_class,
+            setups.Dataset.from_list([row] * 2),
+            delimiter=delimiter,
             max_new_tokens=5,
-        )  # fmt: skip
+        )
         assert found.accuracy == found.random_accuracy == right, (written, delimiter)
 
 

@@ -262,9 +262,21 @@ ROWS = [
 def made(folder, monitor=None, kind=Watched, held_out=None, **changes):
     torch.manual_seed(0)
     args = TrainingArguments(
-        str(folder), **{"max_steps": 16, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 8,
-                        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 0.01,
-                        "per_device_eval_batch_size": 3, "dataloader_pin_memory": False, **changes})  # fmt: skip
+        str(folder),
+        **{
+            "max_steps": 16,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "save_steps": 8,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "learning_rate": 0.01,
+            "per_device_eval_batch_size": 3,
+            "dataloader_pin_memory": False,
+            **changes,
+        },
+    )
     for name, value in {**FIELDS, "training": "soft"}.items():
         setattr(args, name, value)
     return kind(Net(), args, train_dataset=ROWS, eval_dataset=held_out, monitor=monitor)

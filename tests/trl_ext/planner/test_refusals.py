@@ -15,9 +15,12 @@ from . import setups
 
 def build(folder, model=None, **keywords):
     return PlannerExecutorTrainer(
-        tiny.model() if model is None else model, PlannerExecutorConfig(**setups.settings(folder)),
-        train_dataset=setups.Dataset.from_list(setups.ROWS), processing_class=tiny.tokenizer(()), **keywords,
-    )  # fmt: skip
+        tiny.model() if model is None else model,
+        PlannerExecutorConfig(**setups.settings(folder)),
+        train_dataset=setups.Dataset.from_list(setups.ROWS),
+        processing_class=tiny.tokenizer(()),
+        **keywords,
+    )
 
 
 def test_arguments_that_planning_has_no_use_for(tmp_path):
@@ -46,8 +49,15 @@ def test_models_that_cannot_plan(tmp_path):
     eager.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="planning needs 'sdpa' or 'eager'"):
         build(tmp_path, eager)
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 64}  # fmt: skip
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "vocab_size": 64,
+    }
     torch.manual_seed(0)
     experts = AutoModelForCausalLM.from_config(MixtralConfig(**small, sliding_window=None))
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
@@ -84,8 +94,9 @@ def test_a_model_with_a_planner_keeps_it_with_a_warning(tmp_path, monkeypatch):
     trainer = build(tmp_path, attach_planner(tiny.model(), planner))
     assert backbone_of(trainer.model).planner_config == planner
     assert [text.split("=")[0] for text in said if "keeps it" in text] == [
-        "the model was made with types", "the model was made with ordering",
-    ]  # fmt: skip
+        "the model was made with types",
+        "the model was made with ordering",
+    ]
 
 
 def test_probes_need_a_plan(tmp_path):

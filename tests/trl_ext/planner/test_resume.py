@@ -13,15 +13,33 @@ from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 from . import setups
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "per_device_train_batch_size": 4,
-          "gradient_accumulation_steps": 2}  # fmt: skip
+SAVING = {
+    "save_strategy": "steps",
+    "save_steps": 5,
+    "max_steps": 10,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+}
 CASES = {
-    "soft": {"target_length": [2.0, 1.0], "eos_weight": 0.1, "word_dropout": 0.2, "temperature_end": 0.5,
-             "length_curriculum": [2, 4], "length_curriculum_nll": 4.0},
-    "hard_em": {"training": "hard_em", "e_step_every": 2, "num_candidates": 2, "adaptive_e_step": True, "z_dropout": 0.2,
-                "staleness_threshold": 1e-6, "length_curriculum": [2, 4]},
+    "soft": {
+        "target_length": [2.0, 1.0],
+        "eos_weight": 0.1,
+        "word_dropout": 0.2,
+        "temperature_end": 0.5,
+        "length_curriculum": [2, 4],
+        "length_curriculum_nll": 4.0,
+    },
+    "hard_em": {
+        "training": "hard_em",
+        "e_step_every": 2,
+        "num_candidates": 2,
+        "adaptive_e_step": True,
+        "z_dropout": 0.2,
+        "staleness_threshold": 1e-6,
+        "length_curriculum": [2, 4],
+    },
     "at once": {"ordering": "parallel", "multi_token": True, "target_length": 1.5},
-}  # fmt: skip
+}
 UNEQUAL = ("train_", "num_tokens")  # times, and counts that begin anew as SFT's do
 
 
@@ -107,14 +125,22 @@ WRONG = {
     "no settings": (rf"{SETTINGS} is missing", lambda f: (f / SETTINGS).unlink()),
     "damaged": (rf"{TENSORS} is truncated or damaged", lambda f: (f / TENSORS).write_bytes(b"x")),
     "half": (rf"{SETTINGS} is not whole JSON", lambda f: (f / SETTINGS).write_text('{"types')),
-    "less": (rf"{SETTINGS} has no 'mode'", lambda f: (f / SETTINGS).write_text(json.dumps(
-        {k: v for k, v in json.loads((f / SETTINGS).read_text()).items() if k != "mode"}))),
+    "less": (
+        rf"{SETTINGS} has no 'mode'",
+        lambda f: (f / SETTINGS).write_text(
+            json.dumps({k: v for k, v in json.loads((f / SETTINGS).read_text()).items() if k != "mode"})
+        ),
+    ),
     "lost": (r"cache.plans is missing", lambda f: edit(f / TENSORS, lambda t: t.pop("cache.plans"))),
-    "no number": (r"usage.average_0 holds NaN", lambda f: edit(
-        f / TENSORS, lambda t: t.update({"usage.average_0": t["usage.average_0"] * torch.nan}))),
-    "short": (r"cache.known is \[3\], this run needs \[24\]", lambda f: edit(
-        f / TENSORS, lambda t: t.update({"cache.known": t["cache.known"][:3].clone()}))),
-}  # fmt: skip
+    "no number": (
+        r"usage.average_0 holds NaN",
+        lambda f: edit(f / TENSORS, lambda t: t.update({"usage.average_0": t["usage.average_0"] * torch.nan})),
+    ),
+    "short": (
+        r"cache.known is \[3\], this run needs \[24\]",
+        lambda f: edit(f / TENSORS, lambda t: t.update({"cache.known": t["cache.known"][:3].clone()})),
+    ),
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

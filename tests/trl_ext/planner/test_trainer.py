@@ -15,9 +15,18 @@ from unsloth_ext import backbone_of, executor_forward, executor_prefix, plan, pl
 from . import setups
 
 
-SOFT = {"commitment_weight": 0.3, "usage_weight": 0.2, "eos_weight": 0.4, "target_length": [2.0, 1.0], "quota_weight": 0.7,
-        "z_dropout": 0.3, "word_dropout": 0.3, "usage_window": 20.0, "signal_weight": 0.8,
-        "entropy_weight": 0.35}  # fmt: skip
+SOFT = {
+    "commitment_weight": 0.3,
+    "usage_weight": 0.2,
+    "eos_weight": 0.4,
+    "target_length": [2.0, 1.0],
+    "quota_weight": 0.7,
+    "z_dropout": 0.3,
+    "word_dropout": 0.3,
+    "usage_window": 20.0,
+    "signal_weight": 0.8,
+    "entropy_weight": 0.35,
+}
 CASES = {
     "soft": SOFT,
     "hard_em": {
@@ -29,8 +38,17 @@ CASES = {
         "signal_weight": 0.8,
     },
 }
-WATCHED = ("monitor/cos", "monitor/l2", "monitor/planner_grad_norm", "monitor/entropy_a", "monitor/entropy_b",
-           "monitor/max_prob_a", "monitor/max_prob_b", "planner/expected_length_a", "planner/perplexity_b")  # fmt: skip
+WATCHED = (
+    "monitor/cos",
+    "monitor/l2",
+    "monitor/planner_grad_norm",
+    "monitor/entropy_a",
+    "monitor/entropy_b",
+    "monitor/max_prob_a",
+    "monitor/max_prob_b",
+    "planner/expected_length_a",
+    "planner/perplexity_b",
+)
 
 
 def cross_entropy(trainer, batch, plans, null=None, dropped=None):
@@ -141,11 +159,17 @@ def test_accumulated_steps_are_one_batch(tmp_path):
     """Hard EM on beams, texts of 2 to 9 tokens: SGD, 1e-6, and what is logged, 1e-5."""
     one, many = (
         setups.trainer(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd",
-            learning_rate=0.1, max_grad_norm=0.0, e_step_every=2, **CASES["hard_em"],
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            e_step_every=2,
+            **CASES["hard_em"],
         )
         for size in (8, 2)
-    )  # fmt: skip
+    )
     for trainer in (one, many):
         trainer.train()
     a, b = setups.weights(one), setups.weights(many)
@@ -160,15 +184,25 @@ def test_accumulated_soft_steps_are_one_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "unsloth_ext.planner.decoding_strategies.gumbel_noise", lambda logits, _: torch.zeros_like(logits)
     )
-    changes = {"usage_weight": 0.0, "z_dropout": 0.0, "eos_weight": 0.4, "target_length": [2.0, 1.0],
-               "quota_weight": 0.0}  # fmt: skip
+    changes = {
+        "usage_weight": 0.0,
+        "z_dropout": 0.0,
+        "eos_weight": 0.4,
+        "target_length": [2.0, 1.0],
+        "quota_weight": 0.0,
+    }
     one, many = (
         setups.trainer(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, optim="sgd",
-            learning_rate=0.1, max_grad_norm=0.0, **changes,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **changes,
         )
         for size in (8, 2)
-    )  # fmt: skip
+    )
     for trainer in (one, many):
         trainer.train()
     a, b = setups.weights(one), setups.weights(many)
@@ -246,8 +280,13 @@ def test_temperature_falls_by_the_same_factor(tmp_path):
 @pytest.mark.slow
 def test_the_quota_is_reached(tmp_path):
     """0.3 concepts, the mean of five steps, from above and below, against what the same run does without."""
-    changes = {"max_steps": 24, "lr_scheduler_type": "constant", "usage_weight": 0.0, "per_device_train_batch_size": 12,
-               "types": [{"name": "a", "num_concepts": 4, "quota": 6}]}  # fmt: skip
+    changes = {
+        "max_steps": 24,
+        "lr_scheduler_type": "constant",
+        "usage_weight": 0.0,
+        "per_device_train_batch_size": 12,
+        "types": [{"name": "a", "num_concepts": 4, "quota": 6}],
+    }
     ends = {}
     for target in (None, 1.0, 5.0):
         trainer = setups.trainer(tmp_path, target_length=target, **changes)
@@ -309,9 +348,16 @@ def test_e_steps_come_every_m_steps_and_for_rows_never_seen(tmp_path):
 def test_adaptive_intervals(tmp_path):
     for threshold, wanted in ((1e-9, [4.0] * 5 + [2.0] * 2), (1e9, [4.0] * 5 + [8.0] * 2)):
         trainer = setups.trainer(
-            tmp_path, training="hard_em", max_steps=7, e_step_every=4, adaptive_e_step=True, learning_rate=5e-2,
-            staleness_threshold=threshold, per_device_train_batch_size=24, num_candidates=7,
-        )  # fmt: skip
+            tmp_path,
+            training="hard_em",
+            max_steps=7,
+            e_step_every=4,
+            adaptive_e_step=True,
+            learning_rate=5e-2,
+            staleness_threshold=threshold,
+            per_device_train_batch_size=24,
+            num_candidates=7,
+        )
         trainer.train()
         assert setups.logged(trainer, "em/interval") == wanted
 
@@ -381,13 +427,16 @@ def test_what_is_logged_while_training(tmp_path, case):
     trainer = setups.trainer(tmp_path, length_curriculum=[4], **CASES[case])
     trainer.train()
     names = set(trainer.state.log_history[0])
-    each = {f"{name}_{kind}" for kind in "ab" for name in
-            ("planner/expected_length", "planner/perplexity", "monitor/entropy", "monitor/max_prob")}  # fmt: skip
+    each = {
+        f"{name}_{kind}"
+        for kind in "ab"
+        for name in ("planner/expected_length", "planner/perplexity", "monitor/entropy", "monitor/max_prob")
+    }
     assert each | {"loss/executor", "planner/temperature", "planner/length", "num_tokens"} <= names
     only = {
         "soft": {f"loss/{x}" for x in ("commitment", "usage", "eos", "quota")},
         "hard_em": {"loss/planner", "em/margin", "em/interval"},
-    }  # fmt: skip
+    }
     assert only[case] <= names and not names & only["soft" if case == "hard_em" else "hard_em"]
     assert {"monitor/cos", "monitor/l2"} <= names and min(setups.logged(trainer, "monitor/planner_grad_norm")) > 0
 

@@ -37,9 +37,13 @@ def ppo(folder: Path, *, model=None, reward=reward_digits, rows: int = 24, **cha
     given = {name: changes.pop(name, None) for name in ("critic_model", "peft_config", "rollout_func")}
     changes = {"num_generations": 1, "per_device_train_batch_size": 4, "target_kl": None, **changes}
     return PPOTrainer(
-        model or base_folder(folder), reward, arguments(PPOConfig, folder / "out", **changes), train_dataset=prompts(rows),
-        processing_class=tiny.tokenizer(), **given,
-    )  # fmt: skip
+        model or base_folder(folder),
+        reward,
+        arguments(PPOConfig, folder / "out", **changes),
+        train_dataset=prompts(rows),
+        processing_class=tiny.tokenizer(),
+        **given,
+    )
 
 
 def trained(trainer):

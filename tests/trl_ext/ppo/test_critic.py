@@ -108,9 +108,16 @@ def test_making_one_draws_no_random_number():
 
 def test_an_architecture_without_token_classifier_is_refused():
     config = GraniteMoeSharedConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, shared_intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        shared_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
     with pytest.raises(ValueError, match=r"critic_model: .* 'granitemoeshared'.*give one"):
         critic_of(GraniteMoeSharedForCausalLM(config))
 

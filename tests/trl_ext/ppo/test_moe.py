@@ -29,8 +29,13 @@ def critic():
 
 def test_resumed_is_uninterrupted(tmp_path):
     """Inside a rollout and after one, to the bit; the critic, made from the policy, is a mixture too, and both learn."""
-    saving = {"model": folder_of(tmp_path, "minimind3-moe"), "save_strategy": "steps", "save_steps": 1, "max_steps": 4,
-              "num_iterations": 2}  # fmt: skip
+    saving = {
+        "model": folder_of(tmp_path, "minimind3-moe"),
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+        "num_iterations": 2,
+    }
     whole = setups.ppo(tmp_path, **saving)
     before = setups.trained(whole)
     whole.train()
@@ -54,9 +59,16 @@ def test_the_auxiliary_loss_is_part_of_the_step(tmp_path, kind):
     trainers = {}
     for coefficient in (0.0, 0.5):
         trainer = setups.ppo(
-            tmp_path, model=folder_of(tmp_path, kind), critic_model=critic(), max_steps=1, max_grad_norm=0.0, optim="sgd",
-            learning_rate=1.0, rollout_func=setups.rollouts, router_aux_loss_coef=coefficient,
-        )  # fmt: skip
+            tmp_path,
+            model=folder_of(tmp_path, kind),
+            critic_model=critic(),
+            max_steps=1,
+            max_grad_norm=0.0,
+            optim="sgd",
+            learning_rate=1.0,
+            rollout_func=setups.rollouts,
+            router_aux_loss_coef=coefficient,
+        )
         trainer.train()
         trainers[coefficient] = trainer
     (aux,) = setups.logged(trainers[0.5], "aux_loss")

@@ -151,10 +151,16 @@ def test_k1_has_no_expected_gradient_and_ours_has(tmp_path, corrected):
     one = torch.ones(1, 1, dtype=torch.long)
     for v, chance in enumerate(p):
         inputs = {
-            "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": one * v, "completion_mask": one,
-            "advantages": torch.zeros(1, 1), "num_items_in_batch": torch.tensor(1), "values": torch.zeros(1, 1),
-            "returns": torch.zeros(1, 1), "ref_per_token_logps": log_q[v].view(1, 1),
-        }  # fmt: skip
+            "prompt_ids": prompt,
+            "prompt_mask": torch.ones_like(prompt),
+            "completion_ids": one * v,
+            "completion_mask": one,
+            "advantages": torch.zeros(1, 1),
+            "num_items_in_batch": torch.tensor(1),
+            "values": torch.zeros(1, 1),
+            "returns": torch.zeros(1, 1),
+            "ref_per_token_logps": log_q[v].view(1, 1),
+        }
         found += chance * torch.autograd.grad(trainer._compute_loss(trainer.model, inputs), weight)[0]
     assert wanted.norm() > 1e-2 and (found - wanted).norm() <= 1e-4 * wanted.norm()
 
@@ -379,9 +385,17 @@ def test_it_learns(tmp_path):
         return [text.count("1") / 8 for text in completions]
 
     trainer = setups.ppo(
-        tmp_path, reward=ones, rows=64, max_steps=40, max_completion_length=8, per_device_train_batch_size=32,
-        learning_rate=5e-3, beta=0.0, lr_scheduler_type="constant", target_kl=0.25,
-    )  # fmt: skip
+        tmp_path,
+        reward=ones,
+        rows=64,
+        max_steps=40,
+        max_completion_length=8,
+        per_device_train_batch_size=32,
+        learning_rate=5e-3,
+        beta=0.0,
+        lr_scheduler_type="constant",
+        target_kl=0.25,
+    )
     trainer.train()
     rewards = setups.logged(trainer, "reward")
     assert sum(rewards[:2]) / 2 < 0.1 and sum(rewards[-3:]) / 3 > 0.5, rewards

@@ -22,10 +22,17 @@ def main() -> None:
     folder, rows = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     given = {
-        "per_device_train_batch_size": rows, "rollout_func": setups.rollouts, "num_iterations": 4, "max_steps": 10,
+        "per_device_train_batch_size": rows,
+        "rollout_func": setups.rollouts,
+        "num_iterations": 4,
+        "max_steps": 10,
         # SGD: AdamW would turn the rounding of gradients that should be zero into whole steps
-        "optim": "sgd", "learning_rate": 0.1, "target_kl": 1e-3, "save_strategy": "steps", "save_steps": 5,
-    }  # fmt: skip
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "target_kl": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 5,
+    }
     trainer = setups.ppo(folder, **given)
     trainer.train()
     resumed = setups.ppo(folder, **given)

@@ -35,7 +35,11 @@ def spo(folder: Path, *, peft: bool = False, reward=reward_digits, dataset=None,
 
     args = arguments(SPOConfig, folder / "out", **{"num_generations": 1, "per_device_train_batch_size": 4, **changes})
     return SPOTrainer(
-        base_folder(folder), reward, args, train_dataset=dataset if dataset is not None else prompts(12),
-        processing_class=tiny.tokenizer(), rollout_func=rollout_func,
+        base_folder(folder),
+        reward,
+        args,
+        train_dataset=dataset if dataset is not None else prompts(12),
+        processing_class=tiny.tokenizer(),
+        rollout_func=rollout_func,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]) if peft else None,
-    )  # fmt: skip
+    )

@@ -15,16 +15,22 @@ from . import setups
 def spo(folder, kind, **changes):
     args = setups.arguments(SPOConfig, folder, **{"num_generations": 1, "per_device_train_batch_size": 4, **changes})
     return SPOTrainer(
-        moe.model(kind, std=0.1), setups.reward_digits, args, train_dataset=setups.prompts(12),
+        moe.model(kind, std=0.1),
+        setups.reward_digits,
+        args,
+        train_dataset=setups.prompts(12),
         processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+    )
 
 
 def grpo(folder, kind, **changes):
     return GRPOTrainer(
-        moe.model(kind, std=0.1), setups.reward_digits, setups.arguments(GRPOConfig, folder, **changes),
-        train_dataset=setups.prompts(12), processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+        moe.model(kind, std=0.1),
+        setups.reward_digits,
+        setups.arguments(GRPOConfig, folder, **changes),
+        train_dataset=setups.prompts(12),
+        processing_class=tiny.tokenizer(),
+    )
 
 
 def test_resumed_is_uninterrupted(tmp_path):

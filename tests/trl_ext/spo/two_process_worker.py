@@ -14,9 +14,15 @@ def main() -> None:
     folder, rows, tracker = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     given = {
-        "per_device_train_batch_size": rows, "value_tracker": tracker, "rollout_func": setups.rollouts, "num_iterations": 2,
-        "max_steps": 12, "learning_rate": 3e-4, "save_strategy": "steps", "save_steps": 5,
-    }  # fmt: skip
+        "per_device_train_batch_size": rows,
+        "value_tracker": tracker,
+        "rollout_func": setups.rollouts,
+        "num_iterations": 2,
+        "max_steps": 12,
+        "learning_rate": 3e-4,
+        "save_strategy": "steps",
+        "save_steps": 5,
+    }
     trainer = setups.spo(folder, **given)
     drawn = []
     parent = trainer._advantages

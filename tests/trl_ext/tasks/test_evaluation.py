@@ -37,8 +37,14 @@ def test_the_summary_gets_all_numbers_and_no_text():
         completions=["a", "b"],
     )
     assert found.numbers() == {
-        "n": 2, "accuracy": 0.5, "low": 0.1, "high": 0.9, "format_rate": 1.0, "mean_length": 3.0, "thinking_share": 0.2
-    }  # fmt: skip
+        "n": 2,
+        "accuracy": 0.5,
+        "low": 0.1,
+        "high": 0.9,
+        "format_rate": 1.0,
+        "mean_length": 3.0,
+        "thinking_share": 0.2,
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 5, 12])

@@ -52,9 +52,12 @@ def latent(family, iterations):
     state = latent_phase(net, ids, mask, past_key_values=branch(shared))
     full = torch.cat([state.attention_mask, mask.new_ones(3, 1)], 1)
     answer = net(
-        input_ids=ids.new_full((3, 1), eot), attention_mask=full, position_ids=full.cumsum(1)[:, -1:] - 1,
-        past_key_values=state.cache, use_cache=True,
-    ).logits[:, -1]  # fmt: skip
+        input_ids=ids.new_full((3, 1), eot),
+        attention_mask=full,
+        position_ids=full.cumsum(1)[:, -1:] - 1,
+        past_key_values=state.cache,
+        use_cache=True,
+    ).logits[:, -1]
     embed = backbone.get_input_embeddings()
     for row, pads in enumerate(PADS):
         begin = torch.cat([ids[row, pads:], ids.new_tensor([bot])])
@@ -81,16 +84,26 @@ def hrpo(family):
     tiny.loud_gates(backbone_of(net))
     ids, mask = questions()
     out, trace = hybrid_generate(
-        net, ids, DelimiterMatcher(tiny.tokenizer(), "##"), attention_mask=mask, max_new_tokens=8, do_sample=False,
-        pad_token_id=0, eos_token_id=None, return_trace=True, keep=("thinking_states", "log_probs"),
-    )  # fmt: skip
+        net,
+        ids,
+        DelimiterMatcher(tiny.tokenizer(), "##"),
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_trace=True,
+        keep=("thinking_states", "log_probs"),
+    )
     assert trace.thinking_mask.any()
     for row, pads in enumerate(PADS):
         text = out[row : row + 1, pads:]
         logits = net(
-            input_ids=text, thinking_mask=trace.thinking_mask[row : row + 1],
-            thinking_embeds=trace.thinking_states[row : row + 1], use_cache=False,
-        ).logits[:, -9:-1]  # fmt: skip
+            input_ids=text,
+            thinking_mask=trace.thinking_mask[row : row + 1],
+            thinking_embeds=trace.thinking_states[row : row + 1],
+            use_cache=False,
+        ).logits[:, -9:-1]
         found = logits.log_softmax(-1).gather(-1, text[:, -8:, None])[0, :, 0]
         assert (found - trace.log_probs[row]).abs().max() <= 1e-4, row
 
@@ -102,9 +115,14 @@ def compressed(family):
 
     def decode(cache, ids, mask):
         return net.generate(
-            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
             past_key_values=cache,
-        )[:, ids.shape[1] :]  # fmt: skip
+        )[:, ids.shape[1] :]
 
     scoring = KVScoring("rkv", window=4)
     assert torch.equal(decode(None, ids, mask), decode(CompressedCache(net, 50, 50, scoring), ids, mask))
@@ -179,9 +197,14 @@ for name in ("mamba", "rwkv", "qwen3_next", "jamba", "falcon_h1"):
     REFUSED[name] = dict.fromkeys([*METHODS][1:], STATES)
 # In every run; the others are slow ones
 QUICK = (
-    ("gemma", "concepts"), ("granite", "concepts"), ("gemma", "planner"), ("mistral, window", "latent, jacobi"),
-    ("gemma2, window", "latent, jacobi"), ("llama4, chunks", "latent, sequential"), ("gemma2, window", "hrpo"),
-)  # fmt: skip
+    ("gemma", "concepts"),
+    ("granite", "concepts"),
+    ("gemma", "planner"),
+    ("mistral, window", "latent, jacobi"),
+    ("gemma2, window", "latent, jacobi"),
+    ("llama4, chunks", "latent, sequential"),
+    ("gemma2, window", "hrpo"),
+)
 PAIRS = [
     pytest.param(family, method, marks=() if (family, method) in QUICK else pytest.mark.slow)
     for family in families.CONFIGS

@@ -90,14 +90,25 @@ EXAMPLES = {
     "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
 }
 FORBIDDEN = {  # what is refused and has no example above
-    "num_beam_groups": 2, "constraints": [1], "force_words_ids": [[5]], "penalty_alpha": 0.6, "dola_layers": "low",
-    "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1, "use_mtp": True, "cache_config": {"nbits": 4},
-    "guidance_scale": 1.5, "token_healing": True,
-}  # fmt: skip
+    "num_beam_groups": 2,
+    "constraints": [1],
+    "force_words_ids": [[5]],
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "prompt_lookup_num_tokens": 3,
+    "assistant_early_exit": 1,
+    "use_mtp": True,
+    "cache_config": {"nbits": 4},
+    "guidance_scale": 1.5,
+    "token_healing": True,
+}
 ABSENT = {name: getattr(GenerationConfig(), name) for name in WITHOUT_EFFECT} | {
-    "num_assistant_tokens": 7, "target_lookbehind": 3, "decoder_start_token_id": 4, "diversity_penalty": 0.5,
+    "num_assistant_tokens": 7,
+    "target_lookbehind": 3,
+    "decoder_start_token_id": 4,
+    "diversity_penalty": 0.5,
     "low_memory": True,
-}  # fmt: skip
+}
 # Nothing to see in what comes out: of encoder-decoders, of compilation, of a prompt that is there
 SILENT = {"bos_token_id", "disable_compile", "compile_config", "remove_invalid_values", "forced_bos_token_id"}
 SILENT |= {"use_cache", "cache_implementation", "prefill_chunk_size", "encoder_no_repeat_ngram_size"}
@@ -483,8 +494,11 @@ class TestPrompts:
         factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
         config = tiny.config("llama")
         config.rope_parameters = {
-            "rope_type": rope, "rope_theta": 1e4, "factor": 4.0, **(factors if rope == "longrope" else {})
-        }  # fmt: skip
+            "rope_type": rope,
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            **(factors if rope == "longrope" else {}),
+        }
         config.max_position_embeddings = 16 if rope == "dynamic" else 64
         net, ids = tiny.from_config(config).eval(), torch.arange(3, 13)[None]
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -58,7 +58,7 @@ def test_a_folder_that_is_not_there_asks_no_hub(load, tmp_path, monkeypatch):
         (LocalEntryNotFoundError("offline"), "no folder Qwen/Qwne2.5 in .*, and the hub, .* cannot be reached"),
         (EntryNotFoundError("404"), "Qwen/Qwne2.5 on the hub holds no model"),
     ],
-)  # fmt: skip
+)
 def test_a_typo_in_a_hub_id(error, message, tmp_path, monkeypatch):
     def ask(*_, **__):
         raise error
@@ -141,14 +141,26 @@ def rewritten(file, **changes):
 
 
 WRONG = {
-    "no tokenizer.json": (lambda f: (f / "tokenizer.json").unlink(), "its tokenizer.json or tokenizer_config.json cannot"),
-    "cut tokenizer": (lambda f: (f / "tokenizer.json").write_text("{ cut"), "its tokenizer.json or .*: Expecting property"),
-    "cut settings": (lambda f: (f / "tokenizer_config.json").write_text("{ cut"), "its tokenizer.json or .*: Expecting"),
-    "width": (lambda f: rewritten(f / "config.json", intermediate_size=32), r"mlp\.down_proj\.weight has the shape "
-              r"\(32, 64\), by its config.json \(32, 32\)"),
+    "no tokenizer.json": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "its tokenizer.json or tokenizer_config.json cannot",
+    ),
+    "cut tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{ cut"),
+        "its tokenizer.json or .*: Expecting property",
+    ),
+    "cut settings": (
+        lambda f: (f / "tokenizer_config.json").write_text("{ cut"),
+        "its tokenizer.json or .*: Expecting",
+    ),
+    "width": (
+        lambda f: rewritten(f / "config.json", intermediate_size=32),
+        r"mlp\.down_proj\.weight has the shape "
+        r"\(32, 64\), by its config.json \(32, 32\)",
+    ),
     "layers": (lambda f: rewritten(f / "config.json", num_hidden_layers=9), r"/config\.json: .*num_hidden_layers. .9."),
     "type": (lambda f: rewritten(f / "config.json", hidden_size="x"), r"/config\.json: .*'hidden_size' expected int"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

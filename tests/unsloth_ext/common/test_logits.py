@@ -27,11 +27,19 @@ class Wrapped(nn.Module):
 
 def scaled(cls, **changes):
     small = {
-        k: v for k, v in tiny.config("llama").to_dict().items() if k in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim",
+        k: v
+        for k, v in tiny.config("llama").to_dict().items()
+        if k
+        in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
         )
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(cls(**small, **changes)).eval()
 

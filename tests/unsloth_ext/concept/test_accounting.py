@@ -14,9 +14,14 @@ from .test_forward import FAMILIES, model
 def test_qwen3_of_0_6b():
     """(4, 20, 4) at R = 4: 0.61 of the multiplications and 0.36 of the keys and values, as 13 of 28 layers cost."""
     config = Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
     ours, whole = cost(config, OnlineConceptConfig(), 4.0), cost(config)
     assert ours.macs / whole.macs == pytest.approx(0.61, abs=0.005)
     assert ours.kv / whole.kv == pytest.approx(0.36, abs=0.005)

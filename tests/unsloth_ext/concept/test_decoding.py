@@ -44,10 +44,17 @@ def test_prefill_and_decode_are_the_parallel_forward(family, prompt, settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("training, asked, configured, kept", [
-    (False, True, False, True), (False, False, True, False), (False, None, True, True), (False, None, False, False),
-    (True, True, True, False), (True, None, True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "training, asked, configured, kept",
+    [
+        (False, True, False, True),
+        (False, False, True, False),
+        (False, None, True, True),
+        (False, None, False, False),
+        (True, True, True, False),
+        (True, None, True, False),
+    ],
+)
 def test_a_cache_is_made_where_it_is_asked_for_and_never_in_training(training, asked, configured, kept):
     backbone = backbone_of(model("qwen3").train(training))
     backbone.config.use_cache = configured

@@ -43,9 +43,16 @@ def test_generate_is_the_parallel_forwards_greedy_loop(family):
         made += found.choice.concept.sum()
     assert 5 < made < 50
     beams = net.generate(
-        ids, attention_mask=mask, max_new_tokens=6, num_beams=3, do_sample=False, return_dict_in_generate=True,
-        output_scores=True, length_penalty=0.0, **PLAIN,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        num_beams=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        length_penalty=0.0,
+        **PLAIN,
+    )
     for row in range(3):
         text = torch.cat([ids[row][mask[row].bool()], beams.sequences[row, 9:]])
         logs = net.lm_head(backbone_of(net)(text[None], use_cache=False).last_hidden_state)[0].float().log_softmax(-1)
@@ -184,15 +191,31 @@ def lose(part):
 
 
 WRONG = {
-    "head": (True, "adapter_model.safetensors lacks .*concept_head", lambda f: edit_tensors(f / A, lose("concept_head"))),
+    "head": (
+        True,
+        "adapter_model.safetensors lacks .*concept_head",
+        lambda f: edit_tensors(f / A, lose("concept_head")),
+    ),
     "settings": (True, "holds .*concept_.* but no latent_reasoning.json", lambda f: (f / S).unlink()),
-    "unknown": (True, "settings are not those.*speed", lambda f: edit_json(f / S, lambda c: c["settings"].update(speed=1))),
+    "unknown": (
+        True,
+        "settings are not those.*speed",
+        lambda f: edit_json(f / S, lambda c: c["settings"].update(speed=1)),
+    ),
     "value": (True, "n_middle=0", lambda f: edit_json(f / S, lambda c: c["settings"].update(n_middle=0))),
-    "layers": (True, "together 5, the model has 4", lambda f: edit_json(f / S, lambda c: c["settings"].update(n_deep=2))),
+    "layers": (
+        True,
+        "together 5, the model has 4",
+        lambda f: edit_json(f / S, lambda c: c["settings"].update(n_deep=2)),
+    ),
     "embedding": (False, "lacks concept_embedding", lambda f: edit_tensors(f / M, lose("concept_embedding"))),
     "tokenizer": (False, "no tokenizer_config.json", lambda f: (f / "tokenizer_config.json").unlink()),
-    "nan": (False, "NaN", lambda f: edit_tensors(f / M, lambda t: next(iter(t.values())).view(-1)[:1].fill_(torch.nan))),
-}  # fmt: skip
+    "nan": (
+        False,
+        "NaN",
+        lambda f: edit_tensors(f / M, lambda t: next(iter(t.values())).view(-1)[:1].fill_(torch.nan)),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -20,7 +20,13 @@ CONFIGS = {
     "falcon": ("FalconConfig", SMALL),
     "granite": (
         "GraniteConfig",
-        {"intermediate_size": 64, "logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, **SMALL},
+        {
+            "intermediate_size": 64,
+            "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            **SMALL,
+        },
     ),
     "phi": ("PhiConfig", {"intermediate_size": 64, **SMALL}),
     "opt": ("OPTConfig", {"word_embed_proj_dim": 32, **OPT}),
@@ -28,12 +34,16 @@ CONFIGS = {
     "gpt_neo": (
         "GPTNeoConfig",
         {
-            "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
-            "max_position_embeddings": 128, **TOKENS,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 128,
+            **TOKENS,
         },
     ),
     "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4, **TOKENS}),
-}  # fmt: skip
+}
 FAMILIES = (*tiny.FAMILIES, *CONFIGS)
 
 
@@ -57,9 +67,19 @@ def test_log_probs_of_the_rollout_are_those_of_training(family, source):
     matcher = DelimiterMatcher(tiny.tokenizer(), "#")
     torch.manual_seed(1)
     out, trace = hybrid_generate(
-        net, ids, matcher, attention_mask=attention, keep=("thinking_states", "hidden_states", "log_probs"),
-        return_trace=True, max_new_tokens=8, do_sample=True, temperature=0.8, top_k=0, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
+        net,
+        ids,
+        matcher,
+        attention_mask=attention,
+        keep=("thinking_states", "hidden_states", "log_probs"),
+        return_trace=True,
+        max_new_tokens=8,
+        do_sample=True,
+        temperature=0.8,
+        top_k=0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     assert trace.thinking_mask.any()
     full = torch.cat([attention, torch.ones_like(out[:, 6:])], dim=1)
     inputs = {"input_ids": out, "attention_mask": full, "position_ids": (full.cumsum(-1) - 1).clamp(min=0)}

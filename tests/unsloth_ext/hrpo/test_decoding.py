@@ -46,9 +46,18 @@ def test_decode_log_probs_equal_training_log_probs(family, source):
     ids, attention = prompts()
     torch.manual_seed(1)
     out, trace = hybrid_generate(
-        net, ids, matcher, attention_mask=attention, keep=KEEP, return_trace=True, max_new_tokens=24, do_sample=True,
-        temperature=0.7, top_k=0, **COMMON,
-    )  # fmt: skip
+        net,
+        ids,
+        matcher,
+        attention_mask=attention,
+        keep=KEEP,
+        return_trace=True,
+        max_new_tokens=24,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+        **COMMON,
+    )
     completion = out[:, 7:]
     live = alive(completion)
     assert trace.thinking_mask.any() and (~trace.thinking_mask & live).any(), "both kinds of token must occur"
@@ -115,9 +124,18 @@ def test_a_row_that_ended_before_the_delimiter_thinks_no_more():
     ends, texts = list(range(1, 12)), tiny.tokenizer().batch_decode([[i] for i in range(64)])
     torch.manual_seed(0)
     out, trace = hybrid_generate(
-        net, ids, matcher, attention_mask=attention, return_trace=True, keep=KEEP, max_new_tokens=12, do_sample=True,
-        suppress_tokens=[i for i, text in enumerate(texts) if "#" in text], pad_token_id=0, eos_token_id=ends,
-    )  # fmt: skip
+        net,
+        ids,
+        matcher,
+        attention_mask=attention,
+        return_trace=True,
+        keep=KEEP,
+        max_new_tokens=12,
+        do_sample=True,
+        suppress_tokens=[i for i, text in enumerate(texts) if "#" in text],
+        pad_token_id=0,
+        eos_token_id=ends,
+    )
     completion = out[:, 7:]
     ended = torch.isin(completion, torch.tensor(ends)).cumsum(1) > 0
     assert not matcher.complete(completion).any()
@@ -160,9 +178,17 @@ def test_num_return_sequences_scores_streamer_and_stop_strings(capsys):
     tok = tiny.tokenizer()
     ids, attention = prompts()
     out = hybrid_generate(
-        net, ids, matcher, attention_mask=attention, num_return_sequences=3, do_sample=True, max_new_tokens=6,
-        return_dict_in_generate=True, output_scores=True, **COMMON,
-    )  # fmt: skip
+        net,
+        ids,
+        matcher,
+        attention_mask=attention,
+        num_return_sequences=3,
+        do_sample=True,
+        max_new_tokens=6,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **COMMON,
+    )
     assert out.sequences.shape == (12, 13) and len(out.scores) == 6 and out.scores[0].shape == (12, 64)
     single = hybrid_generate(
         net, ids[:1], matcher, do_sample=False, max_new_tokens=6, streamer=TextStreamer(tok), **COMMON

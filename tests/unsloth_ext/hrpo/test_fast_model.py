@@ -202,9 +202,15 @@ def test_without_a_word_the_backend_is_the_one_that_can_run(tmp_path, monkeypatc
     assert asked == ["unsloth" if can else "transformers", "unsloth", "transformers"]
 
 
-@pytest.mark.parametrize("installed, allowed, cuda, can", [
-    (False, "1", True, False), (True, "1", False, True), (True, "0", True, True), (True, "0", False, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "installed, allowed, cuda, can",
+    [
+        (False, "1", True, False),
+        (True, "1", False, True),
+        (True, "0", True, True),
+        (True, "0", False, False),
+    ],
+)
 def test_unsloth_can_run_where_it_is_installed_and_sees_a_gpu_or_is_told_to(monkeypatch, installed, allowed, cuda, can):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
     monkeypatch.setenv("UNSLOTH_ALLOW_CPU", allowed)

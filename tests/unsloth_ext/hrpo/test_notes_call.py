@@ -37,9 +37,12 @@ def test_the_state_of_a_token_is_made_from_the_one_before_it():
     cache, mask = torch.zeros_like(hidden), torch.zeros_like(ids, dtype=torch.bool)
     cache[:, 5], mask[:, 5] = hidden[:, 4], True
     found = net(
-        input_ids=ids, inputs_embeds=torch.zeros_like(cache), thinking_mask=mask, recompute_thinking_projection=True,
+        input_ids=ids,
+        inputs_embeds=torch.zeros_like(cache),
+        thinking_mask=mask,
+        recompute_thinking_projection=True,
         thinking_hidden_states_cache=cache,
-    ).logits  # fmt: skip
+    ).logits
     state = net.base_model.thinking_projection(hidden[:, 4])
     states = torch.zeros_like(cache)
     states[:, 5] = state / state.norm(dim=-1, keepdim=True)

@@ -75,9 +75,16 @@ def test_scaling_of_logits_is_applied(family, fields):
     import transformers
 
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
-        bos_token_id=1, eos_token_id=1, **fields,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        **fields,
+    )
     net = tiny.from_config(config).eval()
     ids = torch.randint(3, 40, (2, 6))
     hidden = net.base_model(input_ids=ids).last_hidden_state

@@ -23,9 +23,16 @@ def prompts(pad=0):
 
 def decode(model, cache, inputs, tokens=40, **ways):
     out = model.generate(
-        **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None, past_key_values=cache,
-        output_logits=True, return_dict_in_generate=True, **ways,
-    )  # fmt: skip
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        past_key_values=cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **ways,
+    )
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
@@ -116,9 +123,15 @@ def test_bad_settings_are_named():
 def test_attention_that_reads_copies_of_the_keys_is_named():
     """JetMoe repeats keys behind its cache: nothing would be dropped."""
     config = transformers.JetMoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2,
-        kv_channels=8, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
     model = tiny.from_config(config, std=0.1).eval()
     with pytest.raises(ValueError, match="did not read the keys that the compressed cache holds"):
         decode(model, CompressedCache(model, 10, 6, SCORING), prompts())

@@ -14,11 +14,15 @@ from unsloth_ext.kv_distill.rope import Rotary
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e4},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROPES)

@@ -52,9 +52,15 @@ def test_several_sequences_a_question_and_interventions():
         model, ids, mask, do_sample=False, output_logits=True, return_dict_in_generate=True, **settings
     )
     zero = latent_generate(
-        model, ids, mask, intervene=torch.zeros_like, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        model,
+        ids,
+        mask,
+        intervene=torch.zeros_like,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
         **settings,
-    )  # fmt: skip
+    )
     assert (plain.logits[0] - zero.logits[0]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="num_beams"):
         latent_generate(model, ids, mask, num_beams=2, **settings)
@@ -168,7 +174,9 @@ def test_settings_inside_a_generation_config_count():
     with pytest.raises(ValueError, match="num_beams"):
         latent_generate(model, ids, mask, generation_config=GenerationConfig(num_beams=2, max_new_tokens=2))
     out = latent_generate(
-        model, ids, mask,
+        model,
+        ids,
+        mask,
         generation_config=GenerationConfig(num_return_sequences=2, do_sample=True, max_new_tokens=2, pad_token_id=0),
-    )  # fmt: skip
+    )
     assert len(out) == 2 * len(ids)

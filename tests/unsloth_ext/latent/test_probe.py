@@ -53,11 +53,14 @@ def test_similarity_equals_a_plain_loop_over_rows(family):
         for layer in range(2):
             for name, ours in zip(("keys", "values"), latent[layer], strict=True):
                 theirs = getattr(cache.layers[layer], name)[0, :, real.shape[1] : real.shape[1] + t]
-                each = torch.stack([
-                    torch.stack([F.cosine_similarity(ours[0, :, m], theirs[:, j], dim=-1).mean() for j in range(t)])
-                    if t else torch.zeros(0)
-                    for m in range(5)
-                ])  # fmt: skip
+                each = torch.stack(
+                    [
+                        torch.stack([F.cosine_similarity(ours[0, :, m], theirs[:, j], dim=-1).mean() for j in range(t)])
+                        if t
+                        else torch.zeros(0)
+                        for m in range(5)
+                    ]
+                )
                 got = getattr(found, name)[layer, row]
                 torch.testing.assert_close(got[:, :t], each, atol=1e-5, rtol=1e-4)
                 assert not got[:, t:].any()

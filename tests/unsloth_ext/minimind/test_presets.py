@@ -133,9 +133,13 @@ def test_sft_adds_the_coefficient_times_the_auxiliary_loss(kind, tmp_path):
     found = {}
     for coefficient in (None, 0.0):
         settings = SFTConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, router_aux_loss_coef=coefficient, use_cpu=True,
-            bf16=False, report_to="none",
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            router_aux_loss_coef=coefficient,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+        )
         net = moe.model(kind, router_aux_loss_coef=0.3)
         fused_lm_head.ensure()
         trainer = SFTTrainer(net, settings, train_dataset=rows, processing_class=tiny.tokenizer())

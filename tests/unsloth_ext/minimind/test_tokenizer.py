@@ -123,9 +123,17 @@ def by_hand(tokenizer, talk):
 def prepared(tokenizer, talks, tmp_path):
     """Rows as the trainer's data path makes them."""
     config = Qwen3Config(
-        vocab_size=330, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=START, eos_token_id=STOP,
-    )  # fmt: skip
+        vocab_size=330,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=START,
+        eos_token_id=STOP,
+    )
     args = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, report_to="none", use_cpu=True, bf16=False)
     data = Dataset.from_list([{"messages": talk} for talk in talks])
     trainer = SFTTrainer(Qwen3ForCausalLM(config), args, train_dataset=data, processing_class=tokenizer)

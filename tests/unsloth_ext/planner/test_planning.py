@@ -64,9 +64,13 @@ def test_samples_are_as_frequent_as_they_are_likely(way, temperature):
     head = backbone_of(net).unified_head
     count = 20_000
     found = plan(
-        net, ids, do_sample=True, num_return_sequences=count, temperature=temperature,
+        net,
+        ids,
+        do_sample=True,
+        num_return_sequences=count,
+        temperature=temperature,
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     head.forward = lambda hidden, i: type(head).forward(head, hidden, i) / temperature
     wanted = plan_log_prob(net, ids.expand(len(every), -1), None, every).exp()
     seen = (found[:, None] == every).all(-1).all(-1).sum(0)
