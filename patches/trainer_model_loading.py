@@ -50,11 +50,7 @@ def _sites(*owners: Any) -> list[Site]:
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def create_model_from_path(model_id: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        watchers = _watchers.get()
-        if not watchers:
-            if output_loading_info:
-                kwargs["output_loading_info"] = True
-            return original(model_id, *args, **kwargs)
+        watchers = _watchers.get()  # none in another thread
         model, found = original(model_id, *args, output_loading_info=True, **kwargs)
         for names, seen in watchers:
             if names is watchers[-1][0]:  # of the trainer that is being built, not of one around it

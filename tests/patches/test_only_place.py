@@ -1,0 +1,259 @@
+"""`patches/` is the only place that changes other packages' code: nothing else assigns to what it imports."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.processes import fresh
+
+
+ROOT = Path(__file__).parents[2]
+OURS = {"patches", "unsloth_ext", "trl_ext", "recipes", "benchmarks", "tests"}
+CHECKED = ("unsloth_ext", "trl_ext", "recipes", "benchmarks")
+MUTATORS = {
+    *("update", "pop", "popitem", "setdefault", "clear", "append", "extend", "insert", "remove", "add", "discard"),
+    *("__setitem__", "__delitem__", "__setattr__", "__delattr__"),
+}
+GLOBALS = {"__globals__", "f_globals", "func_globals"}
+# A package's public way to be configured
+ALLOWED = {
+    "sys.argv.remove('--traceback')": "a flag that is read before all others",
+    "sys.path.insert(0, str(Path(__file__).parents[1]))": "a script that is started by its path",
+    "matplotlib.rcParams['text.parse_math']": "documented by matplotlib",
+    "sys.excepthook": "Python's hook for errors that nobody catches",
+    "os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')": "documented by tokenizers; a value that is set stays",
+    "os.environ.setdefault('TQDM_DISABLE', '1')": "documented by tqdm; a value that is set stays",
+    "os.environ[SHOW_TRACEBACK]": "a variable of this project",
+    "os.environ.update({key: str(value) for key, value in environment.items()})": "`env:` in a user's own config file",
+}
+
+
+class Assignments(ast.NodeVisitor):
+    """Finds assignments to attributes and items of what a file imports from other packages.
+
+    What is followed: names that are imported, their attributes and items, `vars`, `getattr` and `sys.modules` of them, the
+    class of any object (`type(x)`, `x.__class__`), and names that any of these are assigned to. The result of another call
+    is an object of this project's own making.
+    """
+
+    def __init__(self):
+        self.foreign: set[str] = set()
+        self.modules: set[str] = set()
+        self.found: list[tuple[int, str]] = []
+
+    def is_foreign(self, node: ast.expr) -> bool:
+        match node:
+            case ast.Name():
+                return node.id in self.foreign
+            case ast.Attribute():
+                return node.attr in {"__class__", *GLOBALS} or self.is_foreign(node.value)
+            case ast.Subscript(slice=ast.Slice()):
+                return False  # a copy
+            case ast.Subscript() | ast.Starred() | ast.NamedExpr():
+                return self.is_foreign(node.value)
+            case ast.Tuple() | ast.List():
+                return any(map(self.is_foreign, node.elts))
+            case ast.IfExp():
+                return self.is_foreign(node.body) or self.is_foreign(node.orelse)
+            case ast.BoolOp():
+                return any(map(self.is_foreign, node.values))
+            case ast.Call(func=ast.Name(id="type"), args=[_]):
+                return True
+            case ast.Call(func=ast.Name(id="vars" | "getattr"), args=[first, *_]):
+                return self.is_foreign(first)
+            case ast.Call():
+                called = ast.unparse(node.func)
+                return called.startswith("sys.modules.") or called.endswith("import_module")
+        return False
+
+    def report(self, node: ast.AST) -> None:
+        self.found.append((node.lineno, ast.unparse(node)))
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            if alias.name.split(".")[0] not in OURS:
+                name = alias.asname or alias.name.split(".")[0]
+                self.foreign.add(name)
+                self.modules.add(name)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if not node.level and node.module.split(".")[0] not in OURS:
+            self.foreign |= {alias.asname or alias.name for alias in node.names}
+
+    def bind(self, target: ast.expr, value: ast.expr | None) -> None:
+        """A store: an attribute or item of what is foreign is reported, a name for what is foreign is followed."""
+        match target:
+            case ast.Attribute() | ast.Subscript():
+                if self.is_foreign(target.value):
+                    self.report(target)
+            case ast.Name() if value is not None and self.is_foreign(value):
+                self.foreign.add(target.id)
+            case ast.Starred():
+                self.bind(target.value, value)
+            case ast.Tuple() | ast.List():
+                same = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
+                for each, its in zip(target.elts, value.elts if same else [value] * len(target.elts), strict=True):
+                    self.bind(each, its)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self.bind(target, node.value)
+        self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.bind(node.target, node.value)
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.bind(node.target, None)
+        self.generic_visit(node)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self.bind(node.target, node.value)
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        match node.iter:
+            case ast.Call(func=ast.Name(id="list" | "tuple" | "sorted" | "set" | "reversed"), args=[one]):
+                elements = one
+            case _:
+                elements = node.iter
+        match elements:
+            case ast.Call(func=ast.Attribute(value=owner, attr="values" | "items")):
+                elements = owner
+        self.bind(node.target, elements)
+        self.generic_visit(node)
+
+    def visit_With(self, node: ast.With) -> None:
+        for item in node.items:
+            if item.optional_vars is not None:
+                self.bind(item.optional_vars, item.context_expr)
+        self.generic_visit(node)
+
+    def visit_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self.bind(target, None)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """A function's names are its own, and may be used above the line that binds them (in a loop)."""
+        outside, arguments = self.foreign, node.args
+        own = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        self.foreign = outside - own
+        found, before = list(self.found), None
+        while before != self.foreign:
+            before, self.found = set(self.foreign), list(found)
+            self.generic_visit(node)
+        self.foreign = outside
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called, first = ast.unparse(node.func), node.args[0] if node.args else None
+        if called.split(".")[-1] in ("setattr", "delattr", "__setattr__", "__delattr__") and first is not None:
+            if self.is_foreign(first):
+                self.report(node)
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+            owner = node.func.value
+            if self.is_foreign(owner) and not (isinstance(owner, ast.Name) and owner.id in self.modules):
+                self.report(node)
+        elif called.endswith(("patch", "patch.object", "patch.dict", "patch.multiple")) and first is not None:
+            text = first.value if isinstance(first, ast.Constant) else None
+            if self.is_foreign(first) or (isinstance(text, str) and text.split(".")[0] not in OURS):
+                self.report(node)
+        self.generic_visit(node)
+
+
+def assignments(source: str) -> list[tuple[int, str]]:
+    """(line, text) of each assignment in `source` to what belongs to another package."""
+    finder = Assignments()
+    for _ in range(2):  # a function may use a name that the module binds below it
+        finder.found = []
+        finder.visit(ast.parse(source))
+    return finder.found
+
+
+@pytest.mark.parametrize("folder", CHECKED)
+def test_nothing_but_patches_assigns_to_another_package(folder):
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {text}"
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for line, text in assignments(file.read_text())
+        if text not in ALLOWED
+    ]
+    assert not found, "make it a record in patches/ (docs/patches.md):\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import trl\ntrl.GRPOTrainer.log = print",
+        "import trl as t\nt.trainer.utils.selective_log_softmax = print",
+        "from trl import GRPOTrainer\nGRPOTrainer.log = print",
+        "from trl import GRPOTrainer\ndel GRPOTrainer.log",
+        "from trl import GRPOTrainer as Parent\ndef f():\n    cls = Parent\n    cls.log = print",
+        "from trl import GRPOTrainer\nGRPOTrainer.calls += 1",
+        "from trl import GRPOTrainer\nbefore, GRPOTrainer.log = GRPOTrainer.log, print",
+        "from trl import GRPOTrainer\nsetattr(GRPOTrainer, 'log', print)",
+        "from trl import GRPOTrainer\nobject.__setattr__(GRPOTrainer, 'log', print)",
+        "from trl import GRPOTrainer\nfor cls in (GRPOTrainer, int):\n    cls.log: object = print",
+        "import sys\nsys.modules['trl.trainer.utils'].pad = print",
+        "import sys\nm = sys.modules.get('unsloth.models._decode_graphs')\nm.ENABLED = False",
+        "import sys\nfor module in list(sys.modules.values()):\n    module.pad = print",
+        "import importlib\nimportlib.import_module('trl').pad = print",
+        "def f(init):\n    names = init.__globals__\n    names.update(pad=print)",
+        "def f(init):\n    init.__globals__['pad'] = print",
+        "from trl.trainer import utils\nvars(utils)['pad'] = print",
+        "from trl.trainer import utils\nutils.__dict__.update(pad=print)",
+        "def f(model):\n    type(model).forward = print",
+        "def f(model):\n    cls = model.__class__\n    cls.forward = print",
+        "def f(model):\n    setattr(type(model), 'forward', print)",
+        "from transformers.models.auto.modeling_auto import MODEL_MAPPING\nMODEL_MAPPING['x'] = print",
+        "from transformers import ALL_ATTENTION_FUNCTIONS\nALL_ATTENTION_FUNCTIONS.update(x=print)",
+        "import os\nos.environ['UNSLOTH_RETURN_HIDDEN_STATES'] = '1'",
+        "import os\nos.environ.pop('UNSLOTH_RETURN_HIDDEN_STATES', None)",
+        "from os import environ\nenviron.setdefault('UNSLOTH_X', '1')",
+        "import torch\ntorch._dynamo.config.cache_size_limit = 1",
+        "from unittest import mock\nimport trl\nwith mock.patch.object(trl.GRPOTrainer, 'log', print):\n    pass",
+        "from unittest import mock\nwith mock.patch('trl.GRPOTrainer.log', print):\n    pass",
+        "def f():\n    trl.pad = print\nimport trl",
+    ],
+)
+def test_a_planted_assignment_is_found(source):
+    assert assignments(source), source
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from trl import GRPOTrainer\nclass Ours(GRPOTrainer):\n    def f(self):\n        self.log = print",
+        "from transformers import AutoConfig\nconfig = AutoConfig.for_model('llama')\nconfig.use_cache = False",
+        "import sys\nwords = list(sys.argv)\nwords[0] = 'x'\nmore = sys.argv[1:]\nmore[0] = 'y'",
+        "from transformers import AttentionInterface\nAttentionInterface.register('x', print)",
+        "import copy, torch\na = torch.zeros(2)\na[0] = 1\na.grad = None",
+        "def f(trl):\n    trl.x = 1",
+        "from patches import versions\nfrom .common import hub\nhub.x = versions.y = 1",
+        "import os\nos.remove('x')\nvalue = os.environ.get('x')",
+    ],
+)
+def test_what_is_ours_is_left_alone(source):
+    assert not assignments(source), source
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_constructing_trainers_changes_no_other_package(planted):
+    """Compared in a fresh process: each module and class of trl, transformers, peft and accelerate, and the environment."""
+    done = fresh("-m", "tests.patches.construct_trainers", *(["plant"] if planted else []))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if planted:
+        assert found == {"planted": ["trl.trainer.grpo_trainer.GRPOTrainer.log"]}
+    else:
+        assert len(found) == 9 and not any(found.values()), found
+
+
+def test_every_exception_is_needed():
+    files = [file for folder in CHECKED for file in (ROOT / folder).rglob("*.py")]
+    found = {text for file in files for _, text in assignments(file.read_text())}
+    assert ALLOWED.keys() <= found
