@@ -40,7 +40,6 @@ SHARED = {"common", "cli", "tasks"}
 BUILDS_ON = {
     ("latent", "kv_compression"),  # KaVa learns from the keys of a trace that R-KV's scores choose
     ("tasks", "hrpo"),  # evaluations decode with thinking states where a model has them
-    ("common", "hrpo"),  # the table of methods knows HRPO's modules
 }
 
 

@@ -189,7 +189,7 @@ def test_what_is_wrong_is_said_before_training(run, files, capsys, argv, message
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--checkpoint", "base"], "does not say how it thinks"),
+        (["--checkpoint", "base"], "no settings of the method latent"),
         (["--checkpoint", "base", "--latents", "half"], "choose from on"),
         (["--checkpoint", "base", "--dataset", "bad.txt"], "0 of 1 rows usable"),
         (["--checkpoint", "base", "--held_out", "0"], "0 held-out equations"),

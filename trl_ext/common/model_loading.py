@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from patches.trainer_model_loading import watching_models
 from patches.trainer_reward_models import loading_reward_models
+from unsloth_ext.common.attaching import check_adapter, read_settings, settings_of
 from unsloth_ext.common.hub import (
     check_causal_lm,
     check_model,
@@ -27,8 +28,9 @@ from unsloth_ext.common.hub import (
     load_tokenizer,
 )
 from unsloth_ext.common.master_weights import MasterWeights, copied_by_peft, master_weights, widen
+from unsloth_ext.common.method import Method
 from unsloth_ext.common.positions import learned_positions
-from unsloth_ext.common.settings_file import METHODS, read_saved
+from unsloth_ext.common.settings_file import read_saved
 
 
 logger = logging.get_logger(__name__)
@@ -54,15 +56,65 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] =
         yield
 
 
-def attach_saved(
-    model: PreTrainedModel, kept: str, attach: Callable[[Any, str], Any], modules: tuple[str, ...], token: str | None
+def attach_method(
+    model: PreTrainedModel,
+    method: Method,
+    attach: Callable[[Any], Any],
+    asked: Any,
+    token: str | None,
+    seed: int,
+    unasked: tuple[str, ...] = (),
 ) -> bool:
+    """Give a model the modules of a method: those it was saved with, or new ones. A model that has them keeps them.
+
+    Args:
+        model: to train, wrapped by PEFT or not.
+        attach: attaches the modules; called with the settings, those of the model's folder or `asked`.
+        asked: the settings that the trainer's configuration asks for.
+        token: for the hub.
+        seed: of new modules. The global random state stays as it is.
+        unasked: settings that the configuration leaves open.
+
+    Returns:
+        Whether the modules are new.
+
+    Raises:
+        ValueError: the model's adapter would leave the modules untrained, or was made before them; or the folder that the
+            model comes from lacks a tensor of theirs.
+    """
+    if settings_of(model, method) is None:
+        attach_saved(model, method, attach, token)
+    if settings_of(model, method) is None:
+        if is_peft_model(model):
+            raise ValueError(
+                f"the model is wrapped by PEFT and has no {method.what}: pass the bare model with peft_config"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            attach(asked)
+        return True
+    if is_peft_model(model):
+        check_adapter(model, method)
+    warn_of_kept_settings(model, settings_of(model, method), asked, unasked)
+    return False
+
+
+def warn_of_kept_settings(model: PreTrainedModel | str, kept: Any, asked: Any, unasked: tuple[str, ...] = ()) -> None:
+    """Warn of settings that a model was made with and keeps, where others are asked for."""
+    for name, value in vars(asked).items():
+        if name not in unasked and getattr(kept, name) != value:
+            logger.warning(
+                f"{name_of(model) or 'the model'} was made with {name}={getattr(kept, name)!r} and keeps it; asked for: "
+                f"{value!r}"
+            )
+
+
+def attach_saved(model: PreTrainedModel, method: Method, attach: Callable[[Any], Any], token: str | None) -> bool:
     """Give a model back the modules that its folder has and its class, which does not know them, has left there.
 
     Args:
-        kept: under which name the model's configuration says how they were made.
-        attach: makes them; called with what the configuration says and the folder's name.
-        modules: their names in the decoder.
+        attach: attaches the modules; called with the settings dataclass that the folder says.
+        token: for the hub.
 
     Returns:
         Whether there were any to give.
@@ -72,19 +124,19 @@ def attach_saved(
     """
     if is_peft_model(model):
         return False
-    name, saved = name_of(model), getattr(model.config, kept, None)
+    name, saved = name_of(model), getattr(model.config, method.key, None)
     if saved is None and os.path.isdir(name):
-        saved = read_saved(name, next(method.name for method in METHODS.values() if method.key == kept), token).settings
+        saved = read_saved(name, method.name, token).settings
     if saved is None:
         return False
     if not name:
         raise ValueError(
-            f"the model's configuration speaks of {', '.join(modules)}, which the model lacks, and names no folder: load "
-            f"it from where it was saved, or delete model.config.{kept} to begin with new ones"
+            f"the model's configuration speaks of {', '.join(method.modules)}, which the model lacks, and names no folder: "
+            f"load it from where it was saved, or delete model.config.{method.key} to begin with new ones"
         )
     with torch.random.fork_rng(devices=[]):  # what is drawn is not kept
-        attach(saved, name)
-    load_modules(model, name, modules, token)
+        attach(read_settings(saved, name, method))
+    load_modules(model, name, method.modules, token)
     return True
 
 

@@ -7,6 +7,7 @@ parent's; `use_concepts=False` is the parent.
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, is_peft_model
+from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -24,21 +25,15 @@ from unsloth_ext.common.evaluation_mode import evaluating
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.codebook import set_codebook
 from unsloth_ext.concept.forward import ConceptOutput
-from unsloth_ext.concept.modules import (
-    CONCEPT_MODULES,
-    attach_concepts,
-    check_adapter,
-    has_concepts,
-    read_settings,
-    with_concept_modules,
-)
+from unsloth_ext.concept.method import METHOD
+from unsloth_ext.concept.modules import attach_concepts, with_concept_modules
 
 from ..common.all_reduce import all_reduce_sum
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.codeword_usage import usage_kl_to_uniform
 from ..common.metric_sums import Sums
 from ..common.model_loading import (
-    attach_saved,
+    attach_method,
     check_name,
     default_args,
     keeping_master_weights,
@@ -273,36 +268,9 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
 
 def prepare(model: PreTrainedModel, args: ConceptConfig) -> bool:
-    """Give a model its concepts, unless it has them.
-
-    Returns:
-        Whether it had none.
-
-    Raises:
-        ValueError: its adapter would leave them untrained, or was made before them.
-    """
-    if not has_concepts(model):
-        attach_saved(
-            model,
-            "concepts",
-            lambda saved, name: attach_concepts(model, read_settings(saved, name)),
-            CONCEPT_MODULES,
-            args.hub_token,
-        )
-    if not has_concepts(model):
-        if is_peft_model(model):
-            raise ValueError("the model is wrapped by PEFT and has no concepts: pass the bare model with peft_config")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            attach_concepts(model, args.online(model.config.num_hidden_layers))
-        return True
-    if is_peft_model(model):
-        check_adapter(model)
-    kept = backbone_of(model).concept_config
-    for name, value in vars(args.online(model.config.num_hidden_layers)).items():
-        if getattr(kept, name) != value:
-            logger.warning(f"the model was made with {name}={getattr(kept, name)!r} and keeps it; asked for: {value!r}")
-    return False
+    """Give a model its concepts, unless it has them. Returns whether they are new; see `attach_method`."""
+    asked = args.online(model.config.num_hidden_layers)
+    return attach_method(model, METHOD, functools.partial(attach_concepts, model), asked, args.hub_token, args.seed)
 
 
 def shift(logit: torch.Tensor, args: ConceptConfig) -> torch.Tensor:

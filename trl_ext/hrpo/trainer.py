@@ -27,10 +27,11 @@ from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
 from unsloth_ext.common.wrapping import backbone_of
-from unsloth_ext.hrpo.adapter import THINKING_MODULES, free_originals, with_thinking_modules
+from unsloth_ext.hrpo.adapter import free_originals, with_thinking_modules
 from unsloth_ext.hrpo.decoding import HybridSession, ThinkingTrace, hybrid_decode
+from unsloth_ext.hrpo.method import METHOD
 from unsloth_ext.hrpo.recompute import thinking_keywords, trace_fields
-from unsloth_ext.hrpo.residual import attach_thinking, has_thinking, read_settings
+from unsloth_ext.hrpo.residual import attach_thinking, has_thinking
 from unsloth_ext.hrpo.states import Warper
 
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
@@ -153,13 +154,9 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
     def _give(self, model: nn.Module) -> None:
         """Thinking modules: those it was saved with, or new ones; nothing to a model that has them."""
-
-        def attach(saved: dict[str, Any], name: str) -> None:
-            attach_thinking(model, read_settings(saved, name))
-
-        token = getattr(self.hrpo, "hub_token", None)
-        if not has_thinking(model) and not attach_saved(model, "thinking", attach, THINKING_MODULES, token):
-            attach_thinking(model, self.hrpo.thinking_config())
+        attach, token = functools.partial(attach_thinking, model), getattr(self.hrpo, "hub_token", None)
+        if not has_thinking(model) and not attach_saved(model, METHOD, attach, token):
+            attach(self.hrpo.thinking_config())
 
     def _freeze_projection(self) -> None:
         """A projection that is not to be trained gets no gradient."""

@@ -10,23 +10,23 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from unsloth_ext.common.attaching import attached_modules, settings_of
 from unsloth_ext.common.attention_tap import check_look
 from unsloth_ext.common.hub import load_modules, load_tokenizer
 from unsloth_ext.common.layer_kinds import check_layers
 from unsloth_ext.common.positions import learned_positions
 from unsloth_ext.common.settings_file import read_saved
-from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.latent.config import (
     LatentConfig,
     attach_latent,
     attach_saved,
     check_adapter,
-    latent_modules,
     read_settings,
     with_latent_modules,
 )
+from unsloth_ext.latent.method import METHOD
 
-from ..common.model_loading import name_of
+from ..common.model_loading import name_of, warn_of_kept_settings
 from .config import LatentArguments
 
 
@@ -85,25 +85,20 @@ class Preparation:
             if self._saved is not None:
                 self.settings = read_settings(self._saved, self.model)[0]
         else:
-            self.settings = getattr(backbone_of(self.model), "latent_config", asked)
-        for name, value in vars(asked).items():
-            kept = getattr(self.settings, name)
-            if kept != value:
-                logger.warning(
-                    f"{name_of(self.model)} was made with {name}={kept!r} and keeps it; asked for: {value!r}"
-                )
+            self.settings = settings_of(self.model, METHOD) or asked
+        warn_of_kept_settings(self.model, self.settings, asked)
 
     def __call__(self, model: PreTrainedModel) -> None:
         """Raises a ValueError if this model cannot be trained."""
-        has_latent = hasattr(backbone_of(model), "latent_config")
+        has_latent = settings_of(model, METHOD) is not None
         if is_peft_model(model) and not has_latent:
             raise ValueError(
                 "the model is wrapped by PEFT and has no latent tokens: pass the bare model with peft_config"
             )
         if self._saved is not None:
             attach_saved(model, self.tokenizer, self._saved, self.model)
-            if latent_modules(backbone_of(model)):
-                load_modules(model, self.model, latent_modules(backbone_of(model)), self.args.hub_token)
+            if modules := attached_modules(model, METHOD):
+                load_modules(model, self.model, modules, self.args.hub_token)
         elif not has_latent:
             attach_latent(model, self.tokenizer, self.settings)
         if self.peft_config is not None:

@@ -1,23 +1,19 @@
 """What a trainer is given, checked before anything is loaded, and a model's planner."""
 
+import functools
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from unsloth_ext.common.wrapping import backbone_of
-from unsloth_ext.planner.config import read_settings
-from unsloth_ext.planner.head import HEAD, attach_planner, check_adapter
+from unsloth_ext.common.attaching import settings_of
+from unsloth_ext.planner.head import attach_planner
+from unsloth_ext.planner.method import METHOD
 
-from ..common.model_loading import attach_saved
+from ..common.model_loading import attach_method
 from .config import PlannerExecutorConfig
-
-
-logger = logging.get_logger(__name__)
 
 
 def check_given(given: dict[str, Any], args: PlannerExecutorConfig) -> None:
@@ -49,26 +45,14 @@ def attach(model: PreTrainedModel, args: PlannerExecutorConfig) -> None:
     Raises:
         ValueError: its adapter would leave the planner untrained, or was made before it.
     """
-    config = args.planner()
-    if not hasattr(backbone_of(model), "planner_config"):
-        attach_saved(
-            model,
-            "planner",
-            lambda saved, name: attach_planner(model, read_settings(saved, name)),
-            (HEAD,),
-            args.hub_token,
-        )
-    if not hasattr(backbone_of(model), "planner_config"):
-        if is_peft_model(model):
-            raise ValueError("the model is wrapped by PEFT and has no planner: pass the bare model with peft_config")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            attach_planner(model, config)
-        return
-    if is_peft_model(model):
+    if is_peft_model(model) and settings_of(model, METHOD) is not None:
         check_method(model.active_peft_config)
-        check_adapter(model)
-    kept = backbone_of(model).planner_config
-    for name, value in vars(config).items():
-        if getattr(kept, name) != value and (name != "types" or args.types is not None):
-            logger.warning(f"the model was made with {name}={getattr(kept, name)!r} and keeps it; asked for: {value!r}")
+    attach_method(
+        model,
+        METHOD,
+        functools.partial(attach_planner, model),
+        args.planner(),
+        args.hub_token,
+        args.seed,
+        unasked=("types",) if args.types is None else (),
+    )

@@ -1,11 +1,11 @@
-"""What the `generate` of each kind of model makes of each of transformers' arguments: it works, or it is refused by name.
+"""What generation with each method makes of each argument of transformers' `generate`: it works, or it is refused by name.
 
-| kind      | model                                         | called by                                     |
-|-----------|-----------------------------------------------|-----------------------------------------------|
-| `hybrid`  | thinking states (HRPO)                        | `hybrid_generate`, `hybrid_decode`            |
-| `latent`  | latent tokens                                 | `latent_generate`, `LatentModel.generate`     |
-| `concept` | concepts                                      | `ConceptModel.generate`                       |
-| `planner` | plan, then text                               | `execute_plan`, `PlannerExecutorModel`        |
+| method    | called by                                     |
+|-----------|-----------------------------------------------|
+| `hrpo`    | `hybrid_generate`, `hybrid_decode`            |
+| `latent`  | `latent_generate`, `LatentModel.generate`     |
+| `concept` | `ConceptModel.generate`                       |
+| `planner` | `execute_plan`, `PlannerExecutorModel`        |
 
 What works is `generate`'s own code; the table in docs/generation.md is `table()`. An argument counts wherever it stands:
 beside the prompt, in a `generation_config`, or in the model's own.
@@ -21,19 +21,23 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .log_filter import showing_only
+from .method import attaching_methods
 from .wrapping import causal_lm_of
 
 
 CHECKS = logging.getLogger("transformers.generation.configuration_utils")
-KINDS = ("hybrid", "latent", "concept", "planner")
 
 
 class Refusal(NamedTuple):
-    """Values of an argument other than `free` are refused, by these kinds."""
+    """Values of an argument other than `free` are refused: by every method, or by those whose record names the argument."""
 
-    kinds: tuple[str, ...]
+    by_all: bool
     why: str
     free: tuple = (None,)
+
+    def concerns(self, name: str, method: str) -> bool:
+        """Whether the argument called `name` is refused for models of a method."""
+        return self.by_all or name in attaching_methods()[method].refused_arguments
 
 
 _ASSISTED = "drafts of several tokens would be taken back out of the model's state: sample, or decode greedily"
@@ -61,59 +65,59 @@ _NOWHERE = """
 """
 WITHOUT_EFFECT = frozenset(_NOWHERE.split())
 REFUSED = {
-    "num_beams": Refusal(("hybrid", "latent"), _BEAMS, (None, 1)),
-    "num_beam_groups": Refusal(KINDS, _SEARCH, (None, 1)),
-    "constraints": Refusal(KINDS, _SEARCH),
-    "force_words_ids": Refusal(KINDS, _SEARCH),
-    "penalty_alpha": Refusal(KINDS, _SEARCH, (None, 0, 0.0)),
-    "dola_layers": Refusal(KINDS, _SEARCH),
-    "prompt_lookup_num_tokens": Refusal(KINDS, _ASSISTED),
-    "assistant_early_exit": Refusal(KINDS, _ASSISTED),
-    "use_mtp": Refusal(KINDS, _ASSISTED, (None, False)),
-    "use_cache": Refusal(("planner",), "the plan is read once and lives in the cache: leave it out", (None, True)),
-    "cache_implementation": Refusal(("latent", "concept", "planner"), _CACHE, (None, "dynamic", "hybrid")),
-    "cache_config": Refusal(KINDS, "quantised caches are not tested: leave it out"),
-    "prefill_chunk_size": Refusal(("latent", "concept", "planner"), "the prompt is read in one piece: leave it out"),
-    "guidance_scale": Refusal(KINDS, _GUIDANCE, (None, 1, 1.0)),
-    "token_healing": Refusal(KINDS, "it would change the prompt after it was read: leave it out", (None, False)),
-    "output_attentions": Refusal(("concept",), "layers see slots, not tokens: leave it out", (None, False)),
-    "output_hidden_states": Refusal(("concept",), "layers see slots, not tokens: leave it out", (None, False)),
-    "encoder_repetition_penalty": Refusal(("planner",), "the executor reads no text: leave it out", (None, 1, 1.0)),
-    "encoder_no_repeat_ngram_size": Refusal(("planner",), "the executor reads no text: leave it out", (None, 0)),
+    "num_beams": Refusal(False, _BEAMS, (None, 1)),
+    "num_beam_groups": Refusal(True, _SEARCH, (None, 1)),
+    "constraints": Refusal(True, _SEARCH),
+    "force_words_ids": Refusal(True, _SEARCH),
+    "penalty_alpha": Refusal(True, _SEARCH, (None, 0, 0.0)),
+    "dola_layers": Refusal(True, _SEARCH),
+    "prompt_lookup_num_tokens": Refusal(True, _ASSISTED),
+    "assistant_early_exit": Refusal(True, _ASSISTED),
+    "use_mtp": Refusal(True, _ASSISTED, (None, False)),
+    "use_cache": Refusal(False, "the plan is read once and lives in the cache: leave it out", (None, True)),
+    "cache_implementation": Refusal(False, _CACHE, (None, "dynamic", "hybrid")),
+    "cache_config": Refusal(True, "quantised caches are not tested: leave it out"),
+    "prefill_chunk_size": Refusal(False, "the prompt is read in one piece: leave it out"),
+    "guidance_scale": Refusal(True, _GUIDANCE, (None, 1, 1.0)),
+    "token_healing": Refusal(True, "it would change the prompt after it was read: leave it out", (None, False)),
+    "output_attentions": Refusal(False, "layers see slots, not tokens: leave it out", (None, False)),
+    "output_hidden_states": Refusal(False, "layers see slots, not tokens: leave it out", (None, False)),
+    "encoder_repetition_penalty": Refusal(False, "the executor reads no text: leave it out", (None, 1, 1.0)),
+    "encoder_no_repeat_ngram_size": Refusal(False, "the executor reads no text: leave it out", (None, 0)),
 }
 # Of `generate`, and of the model's forward: beside the generation config
 _BESIDE = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus streamer tokenizer"
 PARAMETERS_THAT_WORK = frozenset(_BESIDE.split())
 REFUSED_PARAMETERS = {
-    "inputs": Refusal(KINDS, "it has another name here"),
-    "assistant_model": Refusal(KINDS, _ASSISTED),
-    "assistant_tokenizer": Refusal(KINDS, _ASSISTED),
-    "negative_prompt_ids": Refusal(KINDS, _GUIDANCE),
-    "negative_prompt_attention_mask": Refusal(KINDS, _GUIDANCE),
-    "custom_generate": Refusal(KINDS, "a loop of its own knows nothing of this model's state: leave it out"),
-    "trust_remote_code": Refusal(KINDS, "no code is fetched: leave it out", (None, False)),
-    "input_ids": Refusal(("concept", "planner"), _PROMPT),
-    "attention_mask": Refusal(("concept", "planner"), _PROMPT),
-    "inputs_embeds": Refusal(("latent", "concept", "planner"), _PROMPT),
-    "position_ids": Refusal(("latent", "concept", "planner"), _PROMPT),
-    "past_key_values": Refusal(("latent", "concept", "planner"), _CACHE),
+    "inputs": Refusal(True, "it has another name here"),
+    "assistant_model": Refusal(True, _ASSISTED),
+    "assistant_tokenizer": Refusal(True, _ASSISTED),
+    "negative_prompt_ids": Refusal(True, _GUIDANCE),
+    "negative_prompt_attention_mask": Refusal(True, _GUIDANCE),
+    "custom_generate": Refusal(True, "a loop of its own knows nothing of this model's state: leave it out"),
+    "trust_remote_code": Refusal(True, "no code is fetched: leave it out", (None, False)),
+    "input_ids": Refusal(False, _PROMPT),
+    "attention_mask": Refusal(False, _PROMPT),
+    "inputs_embeds": Refusal(False, _PROMPT),
+    "position_ids": Refusal(False, _PROMPT),
+    "past_key_values": Refusal(False, _CACHE),
 }
 
 
-def settle(model: nn.Module, kind: str, arguments: dict[str, Any]) -> GenerationConfig:
-    """The generation config that `generate` will make of its arguments, once they are found fit for the kind of model.
+def settle(model: nn.Module, method: str, arguments: dict[str, Any]) -> GenerationConfig:
+    """The generation config that `generate` will make of its arguments, once they are found fit for the method.
 
     Args:
         model: the causal LM, wrapped by PEFT or not.
         arguments: keywords as for `generate`.
 
     Raises:
-        ValueError: an argument that does not work with this kind of model, or that transformers refuses.
+        ValueError: an argument that does not work with the method, or that transformers refuses.
     """
     for name, value in arguments.items():
         refusal = REFUSED_PARAMETERS.get(name)
-        if refusal is not None and kind in refusal.kinds and not _free(value, refusal):
-            raise ValueError(f"{name}: {refusal.why} ({kind} models, docs/generation.md)")
+        if refusal is not None and refusal.concerns(name, method) and not _free(value, refusal):
+            raise ValueError(f"{name}: {refusal.why} ({method} models, docs/generation.md)")
     if arguments.get("cache_implementation") == "paged":  # `generate` would hand over to continuous batching
         raise ValueError("cache_implementation='paged': continuous batching knows nothing of this model's state")
     causal_lm = causal_lm_of(model)
@@ -121,7 +125,7 @@ def settle(model: nn.Module, kind: str, arguments: dict[str, Any]) -> Generation
         causal_lm.generation_config = model.generation_config  # as PEFT's `generate` does
     fields = {name: value for name, value in arguments.items() if hasattr(GenerationConfig(), name)}
     config, _ = causal_lm._prepare_generation_config(arguments.get("generation_config"), **fields)
-    check(kind, config)
+    check(method, config)
     return config
 
 
@@ -132,12 +136,12 @@ def samplers_count() -> AbstractContextManager[None]:
     return showing_only(CHECKS, lambda record: not record.getMessage().startswith(untrue))
 
 
-def check(kind: str, config: GenerationConfig) -> None:
-    """Raises a ValueError if a finished generation config has a field that does not work with this kind of model."""
+def check(method: str, config: GenerationConfig) -> None:
+    """Raises a ValueError if a finished generation config has a field that does not work with the method."""
     for name, refusal in REFUSED.items():
         value = getattr(config, name, None)
-        if kind in refusal.kinds and not _free(value, refusal):
-            raise ValueError(f"{name}={value!r}: {refusal.why} ({kind} models, docs/generation.md)")
+        if refusal.concerns(name, method) and not _free(value, refusal):
+            raise ValueError(f"{name}={value!r}: {refusal.why} ({method} models, docs/generation.md)")
 
 
 def _free(value: Any, refusal: Refusal) -> bool:
@@ -250,12 +254,14 @@ def table() -> str:
     """The table of docs/generation.md."""
     cells = {True: "works", False: "refused"}
     refused: dict[str, Refusal] = {**REFUSED, **REFUSED_PARAMETERS}
-    lines = ["| argument | " + " | ".join(KINDS) + " | refused because |", "|---|" + "---|" * (len(KINDS) + 1)]
+    methods = list(attaching_methods())
+    lines = ["| argument | " + " | ".join(methods) + " | refused because |", "|---|" + "---|" * (len(methods) + 1)]
     for name in sorted({*WORKS, *WITHOUT_EFFECT, *PARAMETERS_THAT_WORK, *refused}):
         if name in WITHOUT_EFFECT:
-            row, why = ["no effect"] * len(KINDS), ""
+            row, why = ["no effect"] * len(methods), ""
         else:
-            refusal = refused.get(name, Refusal((), ""))
-            row, why = [cells[kind not in refusal.kinds] for kind in KINDS], refusal.why
+            refusal = refused.get(name)
+            row = [cells[refusal is None or not refusal.concerns(name, method)] for method in methods]
+            why = refusal.why if refusal else ""
         lines.append(f"| `{name}` | " + " | ".join(row) + f" | {why} |")
     return "\n".join(lines) + "\n"

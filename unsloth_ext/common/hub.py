@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from .log_filter import showing_only
-from .settings_file import ADAPTER, TENSORS, held_by, read_json, read_saved, safetensors_keys
+from .settings_file import ADAPTER, METHODS, TENSORS, held_by, read_json, read_saved, safetensors_keys
 from .wrapping import backbone_of
 
 
@@ -360,7 +360,7 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
     """
     saved = adapter_keys(name, kwargs.get("token"))
     with warnings.catch_warnings():
-        ours = r"('concepts'|'latent'|'planner'|'thinking'|, )+"
+        ours = "(" + "|".join(f"'{method.key}'" for method in METHODS.values()) + "|, )+"
         warnings.filterwarnings("ignore", message=rf"Unexpected keyword arguments \[{ours}\]")
         try:
             loaded = PeftModel.from_pretrained(model, name, **kwargs)

@@ -19,6 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from .method import attaching_methods
+
 
 logger = logging.getLogger(__name__)
 
@@ -29,50 +31,13 @@ PART = re.compile(
     re.escape(BEGIN).replace(re.escape("{}"), "([0-9a-f]{12})") + r"\n(.*?)\n" + re.escape(END), re.DOTALL
 )
 
-# What to run, and what stock loaders do with the folder: tests/unsloth_ext/common/test_saved.py runs and pins both
-OPEN = {
-    "FastThinkingModel": """\
-from unsloth_ext import DelimiterMatcher, FastThinkingModel, hybrid_generate
-
-model, tokenizer = FastThinkingModel.from_pretrained({where})
-inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False).to(model.device)
-matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the text that ended the thinking in training
-out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
-print(tokenizer.decode(out[0], skip_special_tokens=True))""",
-    "LatentModel": """\
-from unsloth_ext import LatentModel
-
-model = LatentModel.from_pretrained({where})
-print(model.generate("1+2=", max_new_tokens=32))""",
-    "ConceptModel": """\
-from unsloth_ext import ConceptModel
-
-model = ConceptModel.from_pretrained({where})
-print(model.generate("1+2=", max_new_tokens=32))""",
-    "PlannerExecutorModel": """\
-from unsloth_ext import PlannerExecutorModel
-
-model = PlannerExecutorModel.from_pretrained({where})
-print(model.plan("1+2="), model.generate("1+2=", max_new_tokens=32))""",
-    "AutoModelForCausalLM": """\
+# How to open a model of no method: tests/unsloth_ext/common/test_saved.py runs this and the examples of the records
+ORDINARY = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained({where}), AutoTokenizer.from_pretrained({where})
 inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))""",
-}
-WHAT = {
-    "hrpo": "It thinks in hidden states until a delimiter ends the thinking (HRPO, arXiv 2505.18454).",
-    "latent": "It thinks in latent tokens between question and answer (CODI, PCCoT, KaVa).",
-    "concept": "It compresses what it reads and writes into concept tokens.",
-    "planner": "It plans in concepts and writes the text from the plan alone.",
-}
-DROPPED = {
-    "hrpo": "the thinking modules: what is left decodes without thinking",
-    "latent": "the latent tokens and their projection: what is left answers without thinking",
-    "concept": "the concept head and embedding: what is left reads every token in every layer",
-    "planner": "the planner's head: what is left writes without a plan",
-}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"""
 
 
 @dataclass
@@ -96,7 +61,6 @@ def write_model_card(
     model: nn.Module,
     *,
     method: str,
-    loader: str,
     settings: Any = None,
     trainer: str | None = None,
     kept: str | None = None,
@@ -106,13 +70,12 @@ def write_model_card(
 
     Args:
         method: of latent reasoning, or a name for how an ordinary model was trained.
-        loader: which class opens the folder; a key of `OPEN`.
         settings: of the method.
         trainer: the class that trained it, where that is known.
         kept: the card that was there before the model was saved.
         repo_id: where the folder is going, for the hub.
     """
-    part = model_part(folder, model, method, loader, settings, trainer, repo_id)
+    part = model_part(folder, model, method, settings, trainer, repo_id)
     file = Path(folder, "README.md")
     found = kept if kept is not None else file.read_text() if file.is_file() else None
     card = ModelCard(found, ignore_metadata_errors=True) if found is not None and not is_template(found) else None
@@ -167,20 +130,20 @@ def model_part(
     folder: str | Path,
     model: nn.Module,
     method: str,
-    loader: str,
     settings: Any,
     trainer: str | None,
     repo_id: str | None,
 ) -> Part:
     """Ours of a model's card."""
+    record = attaching_methods().get(method)
     adapter = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
     base = adapter.base_model_name_or_path if adapter is not None else _name_of(model)
     where = repo_id or place(folder)
     kind = "an adapter (PEFT)" if adapter is not None else "a full model"
     lines = [
-        f"# A model of the method {method}" if method in WHAT else f"# A model trained by {method}",
+        f"# A model of the method {method}" if record else f"# A model trained by {method}",
         "",
-        f"{WHAT.get(method, 'It is an ordinary causal language model: every loader reads the whole of it.')} "
+        f"{record.about if record else 'It is an ordinary causal language model: every loader reads the whole of it.'} "
         f"The folder holds {kind}{f', made from `{base}`' if base else ''}."
         + (f" Trained by `{trainer}`." if trainer else ""),
         "",
@@ -188,23 +151,23 @@ def model_part(
         "",
         *(["In the folder itself:", ""] if where == "." else []),
         "```python",
-        OPEN[loader].format(where=json.dumps(where, ensure_ascii=False)),
+        (record.example if record else ORDINARY).replace("{where}", json.dumps(where, ensure_ascii=False)),
         "```",
     ]
-    if method in DROPPED:
+    if record:
         lines += [
             "",
             "## What other loaders leave out",
             "",
-            f"Loaders that do not know `{LIBRARY}` drop {DROPPED[method]}. `AutoModelForCausalLM`, `pipeline` and what is "
+            f"Loaders that do not know `{LIBRARY}` drop {record.dropped}. `AutoModelForCausalLM`, `pipeline` and what is "
             "built on them (such as `hf` of lm-eval) report the dropped tensors as UNEXPECTED and go on; `PeftModel` says "
             "nothing. Formats such as GGUF have no place for them. Figures measured that way are not this model's.",
         ]
     if settings:
         lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
-    tags = [method, *(["latent-reasoning"] if method in WHAT else []), *(["peft"] if adapter is not None else [])]
+    tags = [method, *(["latent-reasoning"] if record else []), *(["peft"] if adapter is not None else [])]
     tags += [tag for tag in getattr(model, "model_tags", None) or [] if tag]
-    library = LIBRARY if method in WHAT else "peft" if adapter is not None else "transformers"
+    library = LIBRARY if record else "peft" if adapter is not None else "transformers"
     return Part(
         "\n".join(lines),
         {"base_model": hub_id(base), "library_name": library, "method": method, "pipeline_tag": "text-generation"},

@@ -23,7 +23,7 @@ from torch import nn
 
 import patches
 
-from ..hrpo.adapter import THINKING_MODULES
+from .method import Method, attaching_methods
 from .model_card import write_model_card
 
 
@@ -35,32 +35,7 @@ ADAPTER = "adapter_model.safetensors"
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way of latent reasoning.
-
-    Attributes:
-        name: in `latent_reasoning.json`.
-        key: of its settings in a model's configuration.
-        modules: that it gives the decoder.
-        loader: which class of `unsloth_ext` opens its folders.
-    """
-
-    name: str
-    key: str
-    modules: tuple[str, ...]
-    loader: str
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("hrpo", "thinking", THINKING_MODULES, "FastThinkingModel"),
-        Method("latent", "latent", ("latent_projection",), "LatentModel"),
-        Method("concept", "concepts", ("concept_head", "concept_embedding"), "ConceptModel"),
-        Method("planner", "planner", ("unified_head",), "PlannerExecutorModel"),
-    )
-}
+METHODS = attaching_methods()
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------
@@ -123,9 +98,7 @@ def _describe(
     content = json.dumps({"method": method.name, "version": VERSION, "settings": settings}, indent=2) + "\n"
     for place in (Path(folder), *(Path(folder, name) for name in others if Path(folder, name).is_dir())):
         (place / FILE).write_text(content)
-        write_model_card(
-            place, model, method=method.name, loader=method.loader, settings=settings, kept=kept_card, repo_id=repo_id
-        )
+        write_model_card(place, model, method=method.name, settings=settings, kept=kept_card, repo_id=repo_id)
         kept_card = None
 
 

@@ -1,22 +1,18 @@
 """`ConceptModel`: load a model that compresses, and let it write."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.evaluation_mode import evaluating
 from ..common.generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
-from ..common.hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
-from ..common.settings_file import read_saved
+from ..common.method_model import MethodModel
 from ..common.wrapping import backbone_of
 from .config import OnlineConceptConfig
-from .modules import CONCEPT_MODULES, attach_concepts, has_concepts, read_settings
+from .method import METHOD
 
 
-class ConceptModel:
+class ConceptModel(MethodModel):
     """A model with its tokenizer, loaded from the folder that a trainer wrote.
 
     Attributes:
@@ -24,45 +20,12 @@ class ConceptModel:
         tokenizer: padding on the left.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
-        if not has_concepts(model):
-            raise ValueError(f"{type(model).__name__} has no concepts; call attach_concepts(model) first")
-        self.model, self.tokenizer = model, tokenizer
+    method = METHOD
 
     @property
     def config(self) -> OnlineConceptConfig:
         """How the model compresses."""
         return backbone_of(self.model).concept_config
-
-    @classmethod
-    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> "ConceptModel":
-        """Load an adapter folder with its base, or a full model, head and embedding included.
-
-        Args:
-            name: a folder or a hub id.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
-
-        Raises:
-            ValueError: nothing there says how the model compresses, or its files are damaged, lack tensors or hold NaN.
-        """
-        check_name(name, token)
-        saved = read_saved(name, "concept", token)
-        base = name if saved.adapter is None else base_of(saved.adapter, name)
-        tokenizer = load_tokenizer(name, token, padding_side="left")
-        if not saved.settings:
-            raise ValueError(f"{name} does not say how it compresses: it was not saved by a concept trainer")
-        model = load_causal_lm(base, method="concept", token=token, **kwargs)
-        attach_concepts(model, read_settings(saved.settings, name))
-        if saved.adapter is not None:
-            model = load_adapter(model, name, is_trainable=True, token=token)
-        else:
-            load_modules(model, name, CONCEPT_MODULES, token)
-        return cls(model.eval(), tokenizer)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Model (or adapter) and tokenizer, in safetensors and JSON, with a model card."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str], **kwargs: Any) -> Any:

@@ -1,25 +1,23 @@
 """The modules that a causal LM is given, and how its layers are split."""
 
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..common.attaching import check_attachable, remember, settings_of, with_modules
 from ..common.attention_tap import check_sdpa
 from ..common.embeddings import embedding_rms
 from ..common.layer_kinds import check_layers
 from ..common.master_weights import MasterLinear, MasterWeights, beside
-from ..common.settings_file import check_free, describe_when_saved
 from ..common.unsloth_decoding import on_unsloth
 from ..common.wrapping import backbone_of
 from .config import OnlineConceptConfig
-
-
-CONCEPT_MODULES = ("concept_head", "concept_embedding")
+from .method import METHOD
 
 
 class ConceptHead(MasterLinear):
@@ -88,44 +86,24 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
         raise ValueError(
             "the model runs Unsloth's fast forwards, whose layers cannot be run apart: load it with AutoModelForCausalLM"
         )
-    if hasattr(backbone, "concept_config"):
-        raise ValueError(f"{type(model).__name__} has concepts already")
-    check_free(model, "concept")
+    check_attachable(model, METHOD)
     scale = check_split(model)
     weight = model.get_input_embeddings().weight
     like = beside(weight)
     std = embedding_rms(model.get_input_embeddings()) * scale
     backbone.concept_head = ConceptHead(weight.shape[1], config, **like)
     backbone.concept_embedding = ConceptEmbedding(weight.shape[1], config, std, **like)
-    backbone.concept_config = config
     backbone.concept_gate = ConceptGate()
     backbone.concept_embed_scale = scale
     backbone.__dict__["concept_causal_lm"] = model  # not a submodule of itself
     backbone.forward = types.MethodType(concept_forward, backbone)
-    model.config.concepts = asdict(config)
-    describe_when_saved(model, backbone)
+    remember(model, METHOD, config)
     return model
 
 
 def has_concepts(model: nn.Module) -> bool:
     """Whether a causal LM, wrapped by PEFT or not, compresses."""
-    return hasattr(backbone_of(model), "concept_config")
-
-
-def read_settings(saved: Any, name: str) -> OnlineConceptConfig:
-    """Settings out of what `attach_concepts` wrote into the JSON of `name`.
-
-    Raises:
-        ValueError: something is missing, unknown or of the wrong type.
-    """
-    known = set(OnlineConceptConfig.__dataclass_fields__)
-    if not isinstance(saved, dict) or saved.keys() != known:
-        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
-        raise ValueError(f"{name}: its concept settings are not those of this version: {wrong}")
-    try:
-        return OnlineConceptConfig(**saved)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: its concept settings: {error}") from error
+    return settings_of(model, METHOD) is not None
 
 
 def with_concept_modules(config: PeftConfig) -> dict[str, Any]:
@@ -134,19 +112,4 @@ def with_concept_modules(config: PeftConfig) -> dict[str, Any]:
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.
     """
-    if not hasattr(config, "modules_to_save"):
-        raise ValueError(f"{type(config).__name__} cannot train the concepts: it has no modules_to_save; use LoRA")
-    changes = {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), *CONCEPT_MODULES]))}
-    if getattr(config, "target_modules", None) == "all-linear":
-        changes["exclude_modules"] = [*(config.exclude_modules or []), *CONCEPT_MODULES]
-    return changes
-
-
-def check_adapter(model: PeftModel) -> None:
-    """Raises a ValueError if the active adapter leaves head and embedding untrained."""
-    adapter = model.peft_config[model.active_adapter]
-    if not set(CONCEPT_MODULES) <= set(getattr(adapter, "modules_to_save", None) or ()):
-        raise ValueError(
-            "the adapter's modules_to_save would leave the concepts untrained and unsaved: pass the bare model with "
-            "peft_config, or a config that unsloth_ext.with_concept_modules has completed"
-        )
+    return with_modules(config, METHOD)

@@ -6,13 +6,9 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import _set_trainable
 from torch import nn
 
-
-THINKING_MODULES = (
-    "thinking_residual_gate_r",
-    "thinking_residual_gate_i",
-    "thinking_residual_Lambda",
-    "thinking_projection",
-)
+from ..common.attaching import with_modules
+from .method import METHOD
+from .method import MODULES as THINKING_MODULES
 
 
 def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
@@ -21,12 +17,7 @@ def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.
     """
-    if not hasattr(config, "modules_to_save"):
-        raise ValueError(f"{type(config).__name__} cannot train the thinking modules: it has no modules_to_save")
-    changes = {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), *THINKING_MODULES]))}
-    if getattr(config, "target_modules", None) == "all-linear":
-        changes["exclude_modules"] = [*(config.exclude_modules or []), *THINKING_MODULES]
-    return changes
+    return with_modules(config, METHOD)
 
 
 def join_adapter(model: PeftModel) -> None:

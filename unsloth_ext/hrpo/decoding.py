@@ -20,12 +20,13 @@ from transformers.generation import (
 )
 
 from ..common.ablations import ABLATIONS
+from ..common.attaching import check_attached
 from ..common.delimiter import DelimiterMatcher
 from ..common.generation_arguments import check, check_context, refuse_empty, samplers_count, settle
 from ..common.padded_batches import check_batches
 from ..common.unsloth_decoding import returning_hidden_states, without_decode_graphs
 from ..common.wrapping import backbone_of
-from .residual import has_thinking
+from .method import METHOD
 from .states import Warper, project, soft_embedding
 
 
@@ -61,8 +62,7 @@ class HybridSession:
         streamer: Any = None,
         synced_gpus: bool | None = None,
     ):
-        if not has_thinking(model):
-            raise ValueError(f"{type(model).__name__} has no thinking modules; call attach_thinking(model) first")
+        check_attached(model, METHOD)
         if ablation is not None and ablation not in ABLATIONS:
             raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}, off")
         if unknown := [name for name in keep if name not in KEPT]:
@@ -203,7 +203,7 @@ def hybrid_decode(
     """
     if hybrid is None:
         raise ValueError("custom_generate=hybrid_decode needs hybrid=HybridSession(...); or call hybrid_generate")
-    check("hybrid", generation_config)
+    check("hrpo", generation_config)
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(
@@ -283,7 +283,7 @@ def hybrid_generate(
             raise ValueError("ablation='off' is plain generate and leaves no trace")
         return model.generate(input_ids=input_ids, streamer=streamer, **generate_kwargs)
     with samplers_count():
-        config = settle(model, "hybrid", generate_kwargs)
+        config = settle(model, "hrpo", generate_kwargs)
     mask = generate_kwargs.get("attention_mask")
     lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1).tolist()
     refuse_empty(lengths)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 import patches
 
+from ..common.attaching import read_settings
 from ..common.backend import unsloth_can_run
 from ..common.hub import (
     adapter_keys,
@@ -26,7 +27,8 @@ from ..common.hub import (
 )
 from ..common.settings_file import held_by, read_saved
 from .adapter import THINKING_MODULES
-from .residual import ThinkingConfig, attach_thinking, drop_thinking, has_thinking, read_settings
+from .method import METHOD
+from .residual import ThinkingConfig, attach_thinking, drop_thinking, has_thinking
 
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -104,7 +106,7 @@ class FastThinkingModel:
         if not base.settings:  # of a hub model, the files are here by now
             read_saved(base_name, "hrpo", token)
         settings = saved.settings or base.settings
-        thinking = thinking or (read_settings(settings, model_name) if settings else None)
+        thinking = thinking or (read_settings(settings, model_name, METHOD) if settings else None)
         before = saved.adapter is None or own or bool(base.settings)
         if before:
             attach_thinking(model, thinking)

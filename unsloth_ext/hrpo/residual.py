@@ -10,8 +10,7 @@ submodules of the decoder (`model.base_model`), so that optimizers, PEFT and saf
 """
 
 import types
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -19,11 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..common.attaching import check_attachable, remember, settings_of
 from ..common.master_weights import MasterLinear, MasterWeights, beside
-from ..common.settings_file import check_free, describe_when_saved
 from ..common.wrapping import backbone_of, causal_lm_of
 from .adapter import THINKING_MODULES, join_adapter
 from .forward import teach_forward
+from .method import METHOD
 from .states import NORMS, SOURCES, project
 
 
@@ -59,22 +59,6 @@ class ThinkingConfig:
                 f"residual_r_min={self.residual_r_min}, residual_r_max={self.residual_r_max}: need "
                 "0 < residual_r_min < residual_r_max < 1"
             )
-
-
-def read_settings(saved: Any, name: str) -> ThinkingConfig:
-    """What `attach_thinking` wrote into the JSON of `name`.
-
-    Raises:
-        ValueError: something is missing, unknown or of the wrong type.
-    """
-    known = {f.name for f in fields(ThinkingConfig)}
-    if not isinstance(saved, dict) or saved.keys() != known:
-        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
-        raise ValueError(f"{name}: its thinking settings are not those of this version: {wrong}")
-    try:
-        return ThinkingConfig(**saved)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: its thinking settings: {error}") from error
 
 
 class ThinkingResidualLambda(MasterWeights):
@@ -148,7 +132,7 @@ def fuse_thinking(
 
 def has_thinking(model: nn.Module) -> bool:
     """Whether `attach_thinking` has been here."""
-    return hasattr(backbone_of(model), "thinking_config")
+    return settings_of(model, METHOD) is not None
 
 
 def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None) -> PreTrainedModel:
@@ -162,10 +146,7 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
             states would be lost.
     """
     config = config or ThinkingConfig()
-    backbone = backbone_of(model)
-    if hasattr(backbone, "thinking_config"):
-        raise ValueError(f"{type(model).__name__} has thinking modules already")
-    check_free(model, "hrpo")
+    backbone = check_attachable(model, METHOD)
     embedding = backbone.get_input_embeddings()
     if embedding is None:
         raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")
@@ -182,12 +163,10 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
     nn.init.normal_(backbone.thinking_projection.weight, std=PROJECTION_INIT_STD)
-    backbone.thinking_config = config
     backbone.fuse_thinking = types.MethodType(fuse_thinking, backbone)
-    model.config.thinking = asdict(config)
     if isinstance(model, PeftModel):
         join_adapter(model)
-    describe_when_saved(model, backbone)
+    remember(model, METHOD, config)
     return model
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,18 +11,21 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..common.attaching import attached_modules, check_attachable, remember, with_modules
+from ..common.attaching import check_adapter as check_modules_to_save
+from ..common.attaching import read_settings as settings_from_json
 from ..common.embedding_rows import check_rows
 from ..common.hub import fit_embeddings
 from ..common.layer_kinds import CHUNKED, SLIDING, check_layers, check_length
 from ..common.master_weights import MasterWeights, beside, without_autocast
-from ..common.settings_file import check_free, describe_when_saved, read_json
+from ..common.settings_file import read_json
 from ..common.unsloth_decoding import on_unsloth
 from ..common.wrapping import backbone_of
 from .kv_projection import KVProjection
+from .method import METHOD
 from .phase import check_backbone
 
 
-LATENT_MODULES = ("latent_projection", "latent_kv_projection")
 UPDATES = ("shifted", "own")
 PROJECTIONS = ("mlp", "linear")
 SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm")  # settings that folders saved before them do not have
@@ -140,9 +143,7 @@ def attach_latent(
             "the model runs Unsloth's fast forwards, which cannot go on from latent tokens: load it with "
             "AutoModelForCausalLM"
         )
-    if hasattr(backbone, "latent_config"):
-        raise ValueError(f"{type(model).__name__} has latent tokens already")
-    check_free(model, "latent")
+    check_attachable(model, METHOD)
     check_layers(model, "a latent phase", windows=(SLIDING, CHUNKED))
     check_length(model, config.num_latents + 2, "a latent phase")
     check_backbone(model)
@@ -155,10 +156,8 @@ def attach_latent(
         text = backbone.config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         backbone.latent_kv_projection = KVProjection(head_dim, config.kv_layer_norm, **beside(weight))
-    backbone.latent_config = config
     backbone.latent_token_ids = token_ids
-    model.config.latent = {**asdict(config), "token_ids": list(token_ids)}
-    describe_when_saved(model, backbone)
+    remember(model, METHOD, config, token_ids=list(token_ids))
     return model
 
 
@@ -186,21 +185,10 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
     Raises:
         ValueError: something is missing, unknown or of the wrong type.
     """
-    known = {f.name for f in fields(LatentConfig)} | {"token_ids"}
-    if isinstance(saved, dict):
-        saved = {f.name: f.default for f in fields(LatentConfig) if f.name in SINCE_THEN} | saved
-    if not isinstance(saved, dict) or saved.keys() != known:
-        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
-        raise ValueError(f"{name}: its latent settings are not those of this version: {wrong}")
-    try:
-        return LatentConfig(**{k: v for k, v in saved.items() if k != "token_ids"}), list(saved["token_ids"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: its latent settings: {error}") from error
-
-
-def latent_modules(backbone: nn.Module) -> tuple[str, ...]:
-    """Which of `LATENT_MODULES` a decoder has."""
-    return tuple(name for name in LATENT_MODULES if hasattr(backbone, name))
+    settings = settings_from_json(saved, name, METHOD, newer=SINCE_THEN, beside=("token_ids",))
+    if not isinstance(saved["token_ids"], list):
+        raise ValueError(f"{name}: its latent settings: token_ids={saved['token_ids']!r}: a list of ids")
+    return settings, saved["token_ids"]
 
 
 def trained_rows(adapter: PeftConfig) -> set[int]:
@@ -212,14 +200,8 @@ def trained_rows(adapter: PeftConfig) -> set[int]:
 def check_adapter(model: nn.Module) -> None:
     """Raises a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
     adapter, backbone = model.peft_config[model.active_adapter], backbone_of(model)
-    lacks = [] if trained_rows(adapter) >= set(backbone.latent_token_ids) else ["trainable_token_indices"]
-    if not set(latent_modules(backbone)) <= set(adapter.modules_to_save or ()):
-        lacks.append("modules_to_save")
-    if lacks:
-        raise ValueError(
-            f"the adapter's {' and '.join(lacks)} would leave the latent tokens untrained and unsaved: pass the bare model "
-            "with peft_config, or a config that unsloth_ext.with_latent_modules has completed"
-        )
+    trained = trained_rows(adapter) >= set(backbone.latent_token_ids)
+    check_modules_to_save(model, METHOD, () if trained else ("trainable_token_indices",))
 
 
 def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str, Any]:
@@ -240,8 +222,8 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
     rows = dict(asked) if isinstance(asked, dict) else {name: asked}
     rows[name] = sorted({*rows.get(name, ()), *backbone.latent_token_ids})
     changes: dict[str, Any] = {"trainable_token_indices": rows}
-    if latent_modules(backbone):
-        changes["modules_to_save"] = list(dict.fromkeys([*(config.modules_to_save or []), *latent_modules(backbone)]))
+    if modules := attached_modules(model, METHOD):
+        changes |= with_modules(config, METHOD, modules)
     return changes
 
 

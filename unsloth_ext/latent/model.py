@@ -2,8 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -11,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.evaluation_mode import evaluating
 from ..common.generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
-from ..common.hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
+from ..common.method_model import MethodModel
 from ..common.question_ids import question_ids
-from ..common.settings_file import read_saved
 from ..common.wrapping import backbone_of
-from .config import attach_saved, latent_modules, remember_latent
+from .config import attach_saved, remember_latent
+from .method import METHOD
 from .phase import Intervention, LatentState, latent_phase
 
 
@@ -99,7 +98,7 @@ def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> 
     return left_padded(tokenizer, rows)
 
 
-class LatentModel:
+class LatentModel(MethodModel):
     """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to answer questions.
 
     Attributes:
@@ -107,44 +106,19 @@ class LatentModel:
         tokenizer: with the latent tokens, padding on the left.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
-        if not hasattr(backbone_of(model), "latent_config"):
-            raise ValueError(f"{type(model).__name__} has no latent tokens; call attach_latent(model, tokenizer) first")
-        self.model, self.tokenizer = model, tokenizer
+    method = METHOD
+    attach_arguments = "model, tokenizer"
 
     @classmethod
-    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> "LatentModel":
-        """Load an adapter folder with its base, or a full model, latent tokens and projection included.
+    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> Self:
+        loaded = super().from_pretrained(name, token=token, **kwargs)
+        if isinstance(loaded.model, PeftModel):
+            remember_latent(loaded.model)
+        return loaded
 
-        Args:
-            name: a folder or a hub id.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
-
-        Raises:
-            ValueError: nothing there says how the model thinks in latent tokens, or its files are damaged, lack tensors
-                or hold NaN.
-        """
-        check_name(name, token)
-        saved = read_saved(name, "latent", token)
-        base = name if saved.adapter is None else base_of(saved.adapter, name)
-        tokenizer = load_tokenizer(name, token, padding_side="left")
-        if not saved.settings:
-            raise ValueError(
-                f"{name} does not say how it thinks in latent tokens: it was not saved by a latent trainer"
-            )
-        model = load_causal_lm(base, method="latent", token=token, **kwargs)
-        attach_saved(model, tokenizer, saved.settings, name)
-        if saved.adapter is not None:
-            model = load_adapter(model, name, is_trainable=True, token=token)
-            remember_latent(model)
-        elif latent_modules(backbone_of(model)):
-            load_modules(model, name, latent_modules(backbone_of(model)), token)
-        return cls(model.eval(), tokenizer)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Model (or adapter) and tokenizer, in safetensors and JSON, with a model card."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    @classmethod
+    def _attach(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
+        attach_saved(model, tokenizer, saved, name)
 
     def generate(self, questions: str | list[str] | torch.Tensor, **kwargs: Any) -> Any:
         """Answers to questions.

@@ -78,19 +78,3 @@ def _concept_type(given: Any) -> ConceptTypeConfig:
     except TypeError as error:
         known = ", ".join(f.name for f in fields(ConceptTypeConfig))
         raise ValueError(f"types: {given!r} is no ConceptTypeConfig; its fields are {known}") from error
-
-
-def read_settings(saved: Any, name: str) -> PlannerConfig:
-    """What `attach_planner` wrote into the JSON of `name`.
-
-    Raises:
-        ValueError: something is missing, unknown or of the wrong type.
-    """
-    known = {f.name for f in fields(PlannerConfig)}
-    if not isinstance(saved, dict) or saved.keys() != known:
-        wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
-        raise ValueError(f"{name}: its planner settings are not those of this version: {wrong}")
-    try:
-        return PlannerConfig(**saved)
-    except ValueError as error:
-        raise ValueError(f"{name}: its planner settings: {error}") from error

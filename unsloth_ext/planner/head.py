@@ -6,7 +6,6 @@
 Rotary positions are the model's own.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,21 +13,22 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..common.attaching import check_attachable, remember, with_modules
 from ..common.attention_tap import NAME as TAPPED
 from ..common.embeddings import embedding_rms
 from ..common.evaluation_mode import evaluating
 from ..common.layer_kinds import check_layers
 from ..common.master_weights import MasterWeights, beside, without_autocast
 from ..common.model_probe import same_states, trial_ids
-from ..common.settings_file import check_free, describe_when_saved
 from ..common.unsloth_decoding import on_unsloth
 from ..common.wrapping import backbone_of
 from .config import PlannerConfig
+from .method import METHOD
 from .slot_sequence import SlotSequence
 from .vocabulary import BOS, PlannerVocabulary
 
 
-HEAD = "unified_head"
+(HEAD,) = METHOD.modules
 # Standard deviation of the first logits. Gumbel noise has 1.3: below that, plans are noise to begin with, and the executor
 # learns to write without them before the planner can make them mean anything (docs/log.md)
 FIRST_LOGITS = 3.0
@@ -104,10 +104,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
         raise ValueError(
             "the model runs Unsloth's fast forwards, which take no masks of ours: load it with AutoModelForCausalLM"
         )
-    backbone = backbone_of(model)
-    if hasattr(backbone, "planner_config"):
-        raise ValueError(f"{type(model).__name__} has a planner already")
-    check_free(model, "planner")
+    backbone = check_attachable(model, METHOD)
     attention = backbone.config._attn_implementation
     if attention not in ("sdpa", "eager", TAPPED):
         raise ValueError(f"attn_implementation={attention!r}: planning needs 'sdpa' or 'eager'")
@@ -124,10 +121,8 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
         with torch.no_grad():
             head.table[BOS] = model.get_input_embeddings()(torch.tensor(bos, device=weight.device))
     setattr(backbone, HEAD, head)
-    backbone.planner_config = config
-    model.config.planner = asdict(config)
     model.generation_config.use_cache = True  # which a config saved in training may deny; a plan lives in the cache
-    describe_when_saved(model, backbone)
+    remember(model, METHOD, config)
     return model
 
 
@@ -167,15 +162,4 @@ def with_planner_modules(config: PeftConfig) -> dict[str, Any]:
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.
     """
-    if not hasattr(config, "modules_to_save"):
-        raise ValueError(f"{type(config).__name__} cannot train the planner's head: it has no modules_to_save")
-    return {"modules_to_save": list(dict.fromkeys([*(config.modules_to_save or []), HEAD]))}
-
-
-def check_adapter(model: nn.Module) -> None:
-    """Raises a ValueError if the active adapter of a `PeftModel` leaves the head untrained and unsaved."""
-    if HEAD not in (getattr(model.peft_config[model.active_adapter], "modules_to_save", None) or ()):
-        raise ValueError(
-            "the adapter's modules_to_save would leave the planner's head untrained and unsaved: make it from a config "
-            "that unsloth_ext.with_planner_modules has completed"
-        )
+    return with_modules(config, METHOD)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +9,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..common.attaching import check_adapter
 from ..common.evaluation_mode import evaluating
 from ..common.generation_arguments import check_context, context_of, grouped, left_padded, settle, with_tokenizer
-from ..common.hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
+from ..common.method_model import MethodModel
 from ..common.question_ids import question_ids
-from ..common.settings_file import read_saved
 from ..common.wrapping import backbone_of
-from .config import read_settings
 from .executor import Prefix, executor_prefix
-from .head import HEAD, attach_planner, check_adapter, text_embeds
+from .head import text_embeds
+from .method import METHOD
 from .planning import plan
 
 
@@ -71,7 +70,7 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
         )
 
 
-class PlannerExecutorModel:
+class PlannerExecutorModel(MethodModel):
     """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to plan and write.
 
     Attributes:
@@ -79,42 +78,12 @@ class PlannerExecutorModel:
         tokenizer: padding on the left.
     """
 
+    method = METHOD
+
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
-        if not hasattr(backbone_of(model), "planner_config"):
-            raise ValueError(f"{type(model).__name__} has no planner; call attach_planner(model) first")
+        super().__init__(model, tokenizer)
         if isinstance(model, PeftModel):
-            check_adapter(model)
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> "PlannerExecutorModel":
-        """Load an adapter folder with its base, or a full model, the planner's head included.
-
-        Args:
-            name: a folder or a hub id.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
-
-        Raises:
-            ValueError: nothing there says how the model plans, or its files are damaged, lack tensors or hold NaN.
-        """
-        check_name(name, token)
-        saved = read_saved(name, "planner", token)
-        base = name if saved.adapter is None else base_of(saved.adapter, name)
-        tokenizer = load_tokenizer(name, token, padding_side="left")
-        if not saved.settings:
-            raise ValueError(f"{name} does not say how it plans: it was not saved with a planner")
-        config = read_settings(saved.settings, name)
-        model = attach_planner(load_causal_lm(base, method="planner", token=token, **kwargs), config)
-        if saved.adapter is None:
-            load_modules(model, name, (HEAD,), token)
-        else:
-            model = load_adapter(model, name, is_trainable=True, token=token)
-        return cls(model.eval(), tokenizer)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Model (or adapter) and tokenizer, in safetensors and JSON, with a model card."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+            check_adapter(model, METHOD)
 
     def plan(self, texts: str | list[str], **kwargs: Any) -> torch.Tensor:
         """Plans (B, n, Q) long of texts; keywords as for `unsloth_ext.plan`. Greedy without any."""

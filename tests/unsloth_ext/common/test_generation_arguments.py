@@ -33,7 +33,8 @@ from unsloth_ext import (
     latent_generate,
 )
 from unsloth_ext.common import generation_arguments as arguments
-from unsloth_ext.common.generation_arguments import KINDS, REFUSED, REFUSED_PARAMETERS, WITHOUT_EFFECT, WORKS
+from unsloth_ext.common.generation_arguments import REFUSED, REFUSED_PARAMETERS, WITHOUT_EFFECT, WORKS
+from unsloth_ext.common.method import attaching_methods
 
 
 COMMON = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": 1, "do_sample": False}
@@ -221,9 +222,12 @@ class Planner:
 MADE = {}
 
 
+KINDS = list(attaching_methods())
+
+
 def kind_of(kind):
     if kind not in MADE:
-        MADE[kind] = {"hybrid": Hybrid, "latent": Latent, "concept": Concept, "planner": Planner}[kind]()
+        MADE[kind] = {"hrpo": Hybrid, "latent": Latent, "concept": Concept, "planner": Planner}[kind]()
     return MADE[kind]
 
 
@@ -257,7 +261,7 @@ def same(ours, plain):
 
 
 def works(kind):
-    names = (WORKS | WITHOUT_EFFECT | REFUSED.keys()) - {n for n, r in REFUSED.items() if kind in r.kinds}
+    names = (WORKS | WITHOUT_EFFECT | REFUSED.keys()) - {n for n, r in REFUSED.items() if r.concerns(n, kind)}
     return sorted(names)
 
 
@@ -269,7 +273,7 @@ def test_what_works_is_the_plain_way(kind):
     unseen = []
     for name in works(kind):
         kwargs = EXAMPLES.get(name, {name: ABSENT.get(name)})
-        if "num_beams" in kwargs and kind in REFUSED["num_beams"].kinds:
+        if "num_beams" in kwargs and REFUSED["num_beams"].concerns("num_beams", kind):
             kwargs = {name: kwargs[name]}  # without effect, as in `generate` without beams
         if kind == "planner" and "num_beams" in kwargs:
             continue  # `test_several_texts_and_beams_for_a_plan`
@@ -290,7 +294,7 @@ def test_what_works_is_the_plain_way(kind):
 def test_what_does_not_work_is_refused_by_name(kind):
     """Beside the prompt, inside a `generation_config`, and inside the model's own."""
     one = kind_of(kind)
-    refused = [name for name, refusal in REFUSED.items() if kind in refusal.kinds]
+    refused = [name for name, refusal in REFUSED.items() if refusal.concerns(name, kind)]
     for name in refused:
         value = FORBIDDEN[name] if name in FORBIDDEN else EXAMPLES[name][name]
         with pytest.raises(ValueError, match=f"{name}="):
@@ -308,7 +312,7 @@ def test_what_does_not_work_is_refused_by_name(kind):
     finally:
         setattr(one.net.generation_config, name, before)
     for name, refusal in REFUSED_PARAMETERS.items():
-        if kind in refusal.kinds:
+        if refusal.concerns(name, kind):
             with pytest.raises(ValueError, match=f"^{name}:"):
                 run(one.ours, {name: torch.ones(1, 1)})
     with pytest.raises(ValueError, match=r"cache_implementation"):
@@ -419,7 +423,7 @@ def test_texts_come_in_lists_where_several_are_asked_for(kind):
 
 
 def test_stop_strings_of_hybrid_decoding_need_a_tokenizer_and_end_the_thinking():
-    one = kind_of("hybrid")
+    one = kind_of("hrpo")
     with pytest.raises(ValueError, match=r"stop_strings=.*pass the tokenizer"):
         run(one.ours, {"stop_strings": ["1"]})
     out, trace = run(one.ours, {**EXAMPLES["stop_strings"], "return_trace": True, "max_new_tokens": 12})
@@ -433,7 +437,7 @@ def test_stop_strings_of_hybrid_decoding_need_a_tokenizer_and_end_the_thinking()
 
 
 def test_through_peft_the_models_own_settings_count():
-    one = kind_of("hybrid")
+    one = kind_of("hrpo")
     net = get_peft_model(tiny.model("qwen3"), LoraConfig(task_type="CAUSAL_LM"))
     attach_thinking(net)
     net.generation_config = GenerationConfig(prompt_lookup_num_tokens=2)
@@ -461,7 +465,7 @@ class TestPrompts:
             for texts in ([""], ["1+2=", ""]):
                 with pytest.raises(ValueError, match=f"prompt {len(texts) - 1} is empty"):
                     made.generate(texts, max_new_tokens=3)
-        one = kind_of("hybrid")
+        one = kind_of("hrpo")
         with pytest.raises(ValueError, match="prompt 1 is empty"):
             hybrid_generate(one.net, one.ids, one.matcher, attention_mask=torch.tensor([[1] * 8, [0] * 8, [1] * 8]))
         with pytest.raises(ValueError, match="prompt 0 is empty"):

@@ -117,7 +117,7 @@ def test_a_saved_model_says_the_same_in_a_fresh_process(tmp_path, family, peft):
 def test_a_folder_that_never_had_latent_tokens_says_so(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not say how it thinks"):
+    with pytest.raises(ValueError, match="no settings of the method latent"):
         LatentModel.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="has no latent tokens"):
         LatentModel(tiny.model(), tiny.tokenizer())

@@ -208,7 +208,7 @@ def test_what_cannot_work_is_refused():
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing is on"):
         latent_phase(model, *questions())
-    with pytest.raises(ValueError, match="has latent tokens already"):
+    with pytest.raises(ValueError, match="has the latent tokens already"):
         attach_latent(model, tiny.tokenizer())
 
 

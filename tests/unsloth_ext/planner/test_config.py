@@ -15,7 +15,8 @@ from unsloth_ext import (
     plan_lengths,
     with_planner_modules,
 )
-from unsloth_ext.planner.config import read_settings
+from unsloth_ext.common.attaching import read_settings
+from unsloth_ext.planner.method import METHOD
 from unsloth_ext.planner.vocabulary import BOS, DROPPED, NULL, PLAN, PlannerVocabulary, check_plan
 
 from .setups import WAYS, config, model, plans
@@ -38,7 +39,7 @@ def test_rows_stand_as_documented_and_none_twice(way):
 def test_settings_survive_json():
     given = PlannerConfig([ConceptTypeConfig("a", 3, 2), {"name": "b", "quota": 5}], "parallel", True)
     assert given.types[1] == ConceptTypeConfig("b", 256, 5) and given.max_quota == 5
-    assert PlannerConfig(**asdict(given)) == given == read_settings(asdict(given), "x")
+    assert PlannerConfig(**asdict(given)) == given == read_settings(asdict(given), "x", METHOD)
     assert PlannerConfig().groups == [[0]] and given.groups == [[0, 1]]
     assert PlannerConfig(given.types).groups == [[0], [1]]
 
@@ -119,11 +120,11 @@ def test_lora_trains_the_head_as_it_is():
 
 
 def test_what_cannot_plan_says_so():
-    with pytest.raises(ValueError, match="has a planner already"):
+    with pytest.raises(ValueError, match="has the planner already"):
         attach_planner(model())
     with pytest.raises(ValueError, match="wrapped by PEFT already"):
         attach_planner(model(lora=True))
-    with pytest.raises(ValueError, match="TrainableTokensConfig cannot train the planner's head"):
+    with pytest.raises(ValueError, match="TrainableTokensConfig cannot train the planner"):
         with_planner_modules(TrainableTokensConfig())
     net = tiny.model()
     net.config._attn_implementation = "flash_attention_2"

@@ -169,11 +169,11 @@ def test_models_without_a_planner_say_so(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer_config"):
         PlannerExecutorModel.from_pretrained(str(tmp_path))
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not say how it plans"):
+    with pytest.raises(ValueError, match="no settings of the method planner"):
         PlannerExecutorModel.from_pretrained(str(tmp_path))
     net = attach_planner(tiny.model(), config())
     net = get_peft_model(net, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="would leave the planner's head untrained"):
+    with pytest.raises(ValueError, match="would leave the planner untrained"):
         PlannerExecutorModel(net, tiny.tokenizer())
 
 

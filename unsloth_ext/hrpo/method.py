@@ -1,0 +1,48 @@
+"""The record of HRPO: hidden states that are fused into input embeddings until a delimiter ends the thinking."""
+
+from ..common.method import Method
+
+
+MODULES = (
+    "thinking_residual_gate_r",
+    "thinking_residual_gate_i",
+    "thinking_residual_Lambda",
+    "thinking_projection",
+)
+
+METHOD = Method(
+    name="hrpo",
+    exports={
+        "FastThinkingModel": "fast_model",
+        "HybridSession": "decoding",
+        "ThinkingConfig": "residual",
+        "ThinkingTrace": "decoding",
+        "attach_thinking": "residual",
+        "drop_thinking": "residual",
+        "has_thinking": "residual",
+        "hybrid_decode": "decoding",
+        "hybrid_generate": "decoding",
+        "project": "states",
+        "soft_embedding": "states",
+        "with_thinking_modules": "adapter",
+    },
+    what="thinking modules",
+    key="thinking",
+    settings="ThinkingConfig",
+    attribute="thinking_config",
+    modules=MODULES,
+    linear_modules=MODULES,
+    attach="attach_thinking",
+    loader="FastThinkingModel",
+    about="It thinks in hidden states until a delimiter ends the thinking (HRPO, arXiv 2505.18454).",
+    dropped="the thinking modules: what is left decodes without thinking",
+    example="""\
+from unsloth_ext import DelimiterMatcher, FastThinkingModel, hybrid_generate
+
+model, tokenizer = FastThinkingModel.from_pretrained({where})
+inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False).to(model.device)
+matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the text that ended the thinking in training
+out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
+print(tokenizer.decode(out[0], skip_special_tokens=True))""",
+    refused_arguments=("num_beams",),
+)

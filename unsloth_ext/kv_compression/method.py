@@ -1,0 +1,16 @@
+"""The record of KV compression: the keys and values of a trace that are worth keeping."""
+
+from ..common.method import Method
+
+
+METHOD = Method(
+    name="kv_compression",
+    exports={
+        "CompressedCache": "cache",
+        "CompressedKV": "compression",
+        "KVScoring": "compression",
+        "RKVCompressor": "compressor",
+        "compress_kv": "compression",
+        "compressed_trace": "trace",
+    },
+)
