@@ -43,13 +43,13 @@ class Method:
     name: str
     exports: Mapping[str, str] = field(default_factory=dict)
     what: str = ""
-    key: str | None = None
-    settings: str | None = None
-    attribute: str | None = None
+    key: str = ""
+    settings: str = ""
+    attribute: str = ""
     modules: tuple[str, ...] = ()
     linear_modules: tuple[str, ...] = ()
-    attach: str | None = None
-    loader: str | None = None
+    attach: str = ""
+    loader: str = ""
     about: str = ""
     dropped: str = ""
     example: str = ""
