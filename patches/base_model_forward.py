@@ -59,7 +59,7 @@ PATCH = Patch(
         "transformers/models/gpt2/modeling_gpt2.py:GPT2Model.forward": "dd7587b172ed",
     },
     effect="The forward of a decoder takes thinking states, as the keywords in `patches/_thinking.py`.",
-    reason="stock backend: the decoder's forward takes thinking states",
+    reason="HRPO on transformers' models: `forward` takes no thinking states",
     upstream="no upstream issue is known: the keywords belong to this project",
     removable="never, while HRPO passes thinking states to `model.forward`",
 )

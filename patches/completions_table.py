@@ -49,7 +49,7 @@ PATCH = Patch(
         "trl/trainer/utils.py:print_prompt_completions_sample": "10c3f997604b",
     },
     effect="The names of columns are printed as they are, and not read as rich's markup.",
-    reason="GRPO, HRPO, PPO and SPO: names of reward functions and columns are no markup",
+    reason="GRPO, HRPO, PPO and SPO with `log_completions`: a name such as `[/x]` ends training",
     upstream="no upstream issue is known",
     removable="when TRL escapes the names, or prints the table without markup",
 )

@@ -130,7 +130,7 @@ PATCH = Patch(
         "trl/kernels/chunked_logprob.py:ChunkedLogProbFunction": "3df46a505054",
     },
     effect="On CPU tensors, a chunked PyTorch version computes what the Triton kernel would.",
-    reason="a CPU: TRL's loss kernel is Triton",
+    reason="training on a CPU: TRL's loss kernel is written in Triton, which needs a GPU",
     upstream="https://github.com/huggingface/trl/issues/7244",
     removable="when TRL's own loss head runs on a CPU",
 )

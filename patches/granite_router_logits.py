@@ -53,7 +53,7 @@ PATCH = Patch(
         "transformers/models/granitemoeshared/modeling_granitemoeshared.py:GraniteMoeSharedModel": "8e1592652fe8",
     },
     effect="The model's output has `router_logits`, which forward hooks on the routers record.",
-    reason="MiniMind2-MoE: the auxiliary loss that keeps its experts in use",
+    reason="MiniMind2-MoE: the auxiliary loss needs router logits and fails without them",
     upstream="no upstream issue is known for this model; for others https://github.com/huggingface/transformers/pull/46642",
     removable="when transformers records GraniteMoeShared's router logits",
 )

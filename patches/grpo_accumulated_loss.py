@@ -199,7 +199,7 @@ PATCH = Patch(
         "unsloth_zoo/rl_replacements.py:grpo_accumulated_loss": "350aa878d6f5",
     },
     effect="The forwards inside Unsloth's GRPO loss get the batch's thinking states, in the layout of each forward.",
-    reason="Unsloth backend: the GRPO loss sees thinking states",
+    reason="HRPO on Unsloth: the loss must see the thinking states of the rollout",
     upstream="no upstream issue is known: the keywords belong to this project",
     removable="never, while HRPO trains on Unsloth",
 )

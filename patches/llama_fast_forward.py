@@ -86,7 +86,7 @@ PATCH = Patch(
         "unsloth/models/llama.py:LlamaModel_fast_forward": "66e39ef38b71",
     },
     effect="Unsloth's decoder forward takes thinking states, as the keywords in `patches/_thinking.py`.",
-    reason="Unsloth backend: the decoder's forward takes thinking states",
+    reason="HRPO on Unsloth: the decoder's forward takes no thinking states",
     upstream="no upstream issue is known: the keywords belong to this project",
     removable="never, while HRPO trains on Unsloth",
 )

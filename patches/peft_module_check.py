@@ -39,7 +39,7 @@ PATCH = Patch(
         "unsloth/models/llama.py:_norm_modules_to_save": "307c2f21f747",
     },
     effect="`get_peft_model` accepts modules of a model whose names begin with `thinking_` in `modules_to_save`.",
-    reason="Unsloth backend: thinking modules may be saved with an adapter",
+    reason="HRPO on Unsloth: thinking modules are trained and saved with a LoRA adapter",
     upstream="https://github.com/unslothai/unsloth/issues/3235",
     removable="when Unsloth accepts any module name in `modules_to_save`",
 )

@@ -52,7 +52,7 @@ PATCH = Patch(
         "peft/peft_model.py:PeftModel.save_pretrained": "9f3bb891b8ba",
     },
     effect="After a model is saved, its decoder's `describe_saved` writes our settings and completes the model card.",
-    reason="saved folders hold latent_reasoning.json and a model card",
+    reason="every method with modules: a saved folder holds `latent_reasoning.json` and a model card",
     upstream="no upstream issue is known",
     removable="when transformers and PEFT call a hook of the model after saving",
 )

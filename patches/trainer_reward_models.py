@@ -63,7 +63,7 @@ PATCH = Patch(
         "transformers/models/auto/tokenization_auto.py:AutoTokenizer.from_pretrained": "4ee22523e90f",
     },
     effect="Functions of ours load reward models and their tokenizers.",
-    reason="while a trainer is constructed: incomplete files of a reward model are errors",
+    reason="every trainer, while it is constructed: a reward model with incomplete files is an error",
     upstream="https://github.com/huggingface/transformers/issues/32067",
     removable="when transformers can refuse to load incomplete files",
     scoped=True,

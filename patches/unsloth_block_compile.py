@@ -35,7 +35,7 @@ PATCH = Switch(
     value=_off,
     fingerprints={"unsloth/models/_block_compile.py:_wrap": "68551d5a1e90"},
     effect="Layers of this model run without Unsloth's compiled region.",
-    reason="Unsloth backend: methods that look inside attention, from their first step on",
+    reason="methods that look inside attention, on layers that Unsloth compiles: from the first look on",
     upstream="no upstream issue is known",
     removable="when Unsloth leaves layers alone whose attention function is a registered one",
 )

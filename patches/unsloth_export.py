@@ -66,7 +66,7 @@ PATCH = Patch(
         "unsloth/models/_utils.py:_refuse_model_parallel_export": "08876f92bc0a",
     },
     effect="Unsloth's exports raise an error for a model whose thinking modules they would leave out.",
-    reason="Unsloth backend: an export that would drop the thinking modules is refused",
+    reason="HRPO on Unsloth: an export would drop the thinking modules without a message",
     upstream="no upstream issue is known",
     removable="when Unsloth's exports write modules that the model's class does not know",
 )

@@ -27,7 +27,7 @@ PATCH = Switch(
         "unsloth/models/mistral.py:MistralForCausalLM_fast_forward": "127b84654b04",
     },
     effect="Unsloth's forwards return the last hidden state instead of the logits.",
-    reason="Unsloth backend, while hybrid decoding runs: thinking states are made from the last hidden state",
+    reason="hybrid decoding on Unsloth, while it runs: thinking states are made from the last hidden state",
     upstream="no upstream issue is known; the variable is Unsloth's own",
     removable="when Unsloth's decoding calls the LM head as a module, or returns hidden states beside logits",
     scoped=True,

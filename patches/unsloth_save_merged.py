@@ -49,7 +49,7 @@ PATCH = Patch(
         "unsloth/save.py:unsloth_generic_save_pretrained_merged": "858596fe6c05",
     },
     effect="`save_pretrained_merged` also writes thinking modules and settings; methods that cannot are errors.",
-    reason="Unsloth backend: a merged model keeps its thinking modules",
+    reason="HRPO on Unsloth: a merged model keeps its thinking modules",
     upstream="no upstream issue is known; for modules of the model's class https://github.com/unslothai/unsloth-zoo/pull/369",
     removable="when Unsloth's merge writes modules that the model's class does not know",
 )

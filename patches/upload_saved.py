@@ -40,7 +40,7 @@ PATCH = Patch(
         "transformers/utils/hub.py:PushToHubMixin._upload_modified_files": "33106b652244",
     },
     effect="Before an upload, the decoder's `describe_saved` completes the folder again.",
-    reason="what is pushed to the hub has latent_reasoning.json and our card",
+    reason="every method with modules: `push_to_hub` writes a card of its own over ours",
     upstream="no upstream issue is known",
     removable="when `push_to_hub` keeps a model card that is in the folder",
 )

@@ -52,7 +52,7 @@ def _versions_table(console: PlainConsole, problems: dict[str, str]) -> None:
 def _patches_list(console: PlainConsole, use_unsloth: bool) -> None:
     """In lines, for a table would break the names of what is replaced."""
     for used in (True, False):
-        console.print("patches that apply here" if used else "patches that do not")
+        console.print("patches that are used here" if used else "patches that are not used here")
         for name in patches.NAMES:
             patch = patches.get(name)
             applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
