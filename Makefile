@@ -18,7 +18,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?= $(if $(GPU),Qwen/Qwen2.5-1.5B-Instruct,tiny)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow mutants lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv-distill train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv-compression bench-kv-distill bench-hrpo bench-learning gpu-check clean clean-runs
+.PHONY: help setup doctor test coverage test-slow mutants lint format train-hrpo train-hrpo-two-stage eval-hrpo train-codi train-pccot train-kava train-kv-distill train-concept train-planner minimind minimind-gpu chat profile-alignment eval-latent bench-latent bench-concept bench-concept-pretrained bench-minimind bench-kv-compression bench-kv-distill bench-hrpo bench-learning gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ BROKEN := $(if $(wildcard $(READY)),$(shell $(PY) -c $(RECENT) 2>/dev/null && PY
 .PHONY: broken
 broken:
 	@echo "$(VENV) has no Python that runs the packages of this folder: setting it up anew"
-	@rm -f $(READY) $(VENV)/.smollm2
+	@rm -f $(READY) $(VENV)/.smollm2 $(VENV)/.docs
 
 $(READY): $(BROKEN) $(addprefix requirements/,core.txt dev.txt unsloth.txt unsloth-cpu.txt) pyproject.toml setup.py
 	@$(PY) -c $(RECENT) 2>/dev/null || $(PYTHON) -c $(RECENT) 2>/dev/null || \
@@ -149,8 +149,16 @@ bench-kv-distill: $(READY)  ## held-out accuracy over seeds: each projection bet
 gpu-check: $(READY)  ## the GPU suite: the real Unsloth path, kernels, timings
 	@$(RUN) benchmarks/gpu_check.py $(ARGS)
 
+$(VENV)/.docs: $(READY) requirements/docs.txt
+	@$(PIP) -r requirements/docs.txt
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation site, in docs/_build/html; a warning is an error
+	@$(RUN) -m sphinx -W --keep-going -E -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:  ## remove .venv and what was built; the runs stay
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build docs/_build *.egg-info
 
 clean-runs:  ## remove runs/, with all that was trained there
 	rm -rf runs

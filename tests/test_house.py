@@ -144,6 +144,17 @@ def test_the_formatter_formats_all_of_the_code(folder):
         assert not re.search(r"#\s*fmt:", file.read_text()), file
 
 
+def test_every_public_name_has_a_docstring_of_its_own():
+    import patches
+    import trl_ext
+    import unsloth_ext
+
+    for package in (patches, unsloth_ext, trl_ext):
+        for name in set(package.__all__) - {"NAMES"}:
+            text = getattr(package, name).__doc__  # a class does not inherit its parent's
+            assert text and not text.startswith(f"{name}("), name  # as dataclasses begin the one that they make
+
+
 SCREEN = ROOT / "trl_ext" / "cli" / "console.py"
 
 

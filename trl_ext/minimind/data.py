@@ -34,13 +34,13 @@ TOOLS = (  # as Qwen's and MiniMind's chat templates present them
 def load_minimind_data(file: str | Path, kind: str) -> Dataset:
     """A file's rows, all of them, checked and memory-mapped; a message is its `role` and `content`, nothing else.
 
-    | kind | a line holds | columns |
-    |---|---|---|
-    | `pretrain` | `text` | `text` |
-    | `sft` | `conversations` | `messages` |
-    | `dpo` | `chosen` and `rejected`, which differ in the last turn | `prompt`, `chosen`, `rejected` (messages) |
-    | `rl` | `conversations` that end in a reference, which may be empty | `prompt` (messages), `answer` (text) |
-    | `reason` | `conversations` whose assistant turns have each of `TAGS` once, in order | `messages` |
+    What a line holds, and the columns that come of it, by kind:
+
+    - `pretrain`: `text`; column `text`
+    - `sft`: `conversations`; column `messages`
+    - `dpo`: `chosen` and `rejected`, which differ in the last turn; columns `prompt`, `chosen`, `rejected` (messages)
+    - `rl`: `conversations` that end in a reference, which may be empty; columns `prompt` (messages), `answer` (text)
+    - `reason`: `conversations` whose assistant turns have each of `TAGS` once, in order; column `messages`
 
     Where no turn has a role, user and assistant alternate. What else a message may hold (`reasoning_content`,
     `tool_calls`, the system message's `tools` or `functions`) becomes part of its content, as MiniMind's chat template

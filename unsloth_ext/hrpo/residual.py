@@ -37,7 +37,7 @@ class ThinkingConfig:
     """How a model thinks. Saved in `latent_reasoning.json` (a full model's `config.json` has it too, under `"thinking"`).
 
     Attributes:
-        thinking_source: `"projection"`, s = W h / |W h| of the previous hidden state, or `"soft_embedding"`, the
+        thinking_source: `"projection"`, `s = W h / |W h|` of the previous hidden state, or `"soft_embedding"`, the
             probability-weighted input embedding of the paper.
         thinking_norm: of the projection source: `"unit"`, `"embedding_rms"` (the mean norm of an input embedding) or
             `"none"`.

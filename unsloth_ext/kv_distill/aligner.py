@@ -34,7 +34,7 @@ class MapProjectionAligner(MasterWeights):
     the same: the target collapses. That is why the student is projected by default.
 
     Args:
-        teacher, student: configurations of models, or `AttentionShape`s.
+        teacher, student: configurations of models, or `AttentionShape` objects.
         mode: `"structured"`, by heads, or `"flat"`, one linear map of all heads side by side.
         direction: what is projected: `"student_to_teacher"`, or `"teacher_to_student"` (the note's; collapses if it is not
             frozen).

@@ -1,0 +1,66 @@
+"""The documentation site: the pages of this folder, and the public names of the packages."""
+
+import dataclasses
+import importlib
+from importlib import metadata
+
+from sphinx.util import logging
+
+
+project = "Latent reasoning on TRL and Unsloth"
+copyright = "the latent-reasoning-trl contributors"
+release = metadata.version("latent-reasoning-trl")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+html_theme = "furo"
+html_title = project
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 4
+
+default_role = "code"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+add_module_names = False
+
+PACKAGES = ("patches", "unsloth_ext", "trl_ext")
+
+
+def settings_of(obj):
+    """The fields with a help text that a configuration adds to its parents'."""
+    if not dataclasses.is_dataclass(obj):
+        return []
+    own = [cls for cls in obj.__mro__ if cls.__module__.split(".")[0] in PACKAGES]
+    names = {name for cls in own for name in vars(cls).get("__annotations__", ())}
+    return [field for field in dataclasses.fields(obj) if field.name in names and "help" in field.metadata]
+
+
+def hide_signature(app, what, name, obj, options, signature, returns):
+    """A configuration's constructor takes all fields of TRL's too, which would fill a page."""
+    return ("", None) if settings_of(obj) else None
+
+
+def add_settings(app, what, name, obj, options, lines):
+    """Append a configuration's own settings, with their defaults and the help that its recipe shows."""
+    settings = settings_of(obj)
+    if settings:
+        lines += ["", ".. rubric:: Settings", ""]
+    for field in settings:
+        default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+        lines += [f"``{field.name}{default}``", f"    {field.metadata['help']}", ""]
+
+
+def check_names(app, env):
+    """Warn of a public name that no page documents. `make docs` makes an error of every warning."""
+    documented = env.domains.python_domain.objects.keys()
+    for package in PACKAGES:
+        for name in importlib.import_module(package).__all__:
+            if not {f"{package}.{name}", f"unsloth_ext.{name}"} & documented:
+                logging.getLogger(__name__).warning(f"{package}.{name} is on no page")
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", hide_signature)
+    app.connect("autodoc-process-docstring", add_settings, priority=900)  # after Napoleon
+    app.connect("env-check-consistency", check_names)
