@@ -1,8 +1,8 @@
-"""Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without. HRPO: rollout and
-training agree, every part learns, the patched functions are the live ones. CODI, PCCoT, KaVa: `gpu_latent.py`. KV
-distillation: `gpu_kv_distill.py`. Concept tokens: `gpu_concept.py`. Planner and executor: `gpu_planner.py`. SPO, PPO and
-distillation of logits and reasoning: `gpu_minimind.py`. A process for each backend and precision, all at once on a GPU.
-Ends with a table and `results/gpu_check_<device>.json`; its seconds say what a case costs, not how fast a method is.
+"""Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without.
+
+The record of each method names the file with its cases. Each backend and precision has a process of its own; on a GPU they
+run all at once. The check ends with a table and `results/gpu_check_<device>.json`. Its seconds say what a case costs, not
+how fast a method is.
 
     python benchmarks/gpu_check.py [--rehearse]
 
@@ -10,6 +10,7 @@ The timings are `bench_hrpo.py`'s. `--rehearse` runs it without a GPU, Unsloth's
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -21,27 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import setups
 
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.user_errors import in_sentences
+from trl_ext.common.method import training_methods
 
 
 PRECISIONS = ("float32", "bfloat16", "4bit")
-# Of |p_train / p_rollout - 1| over the scored tokens of a step: the largest where all is float32. In bf16 a cached step and
-# a full forward round differently, and random weights carry it on: there the mean, 0.02 to 0.11; states lost, 0.75 to 1.4
-LARGEST, MEAN = 1e-3, 0.15
-MODES = [
-    ("projection", "frozen"),
-    ("projection", "rollout"),
-    ("projection", "jacobi"),
-    ("soft_embedding", "frozen"),
-    ("soft_embedding", "soft_bptt"),
-]
-LEARNS = ("lora_", "thinking_residual_gate_r", "thinking_residual_gate_i", "thinking_residual_Lambda")
-STEPS = 3
 
 
 def backend(name: str, precision: str, rehearse: bool) -> dict:
@@ -65,18 +54,12 @@ def backend(name: str, precision: str, rehearse: bool) -> dict:
         base.get_input_embeddings().weight[0] = 0  # and pad is never sampled, which Unsloth would take for padding
     base.save_pretrained(folder)
     setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
-    import gpu_concept
-    import gpu_kv_distill
-    import gpu_latent
-    import gpu_minimind
-    import gpu_planner
-
-    modules = {gpu_latent: "", gpu_kv_distill: "KV ", gpu_concept: "concepts ", gpu_planner: "planner "}
-    if name == "stock":
-        modules[gpu_minimind] = ""  # Unsloth's trainers are refused
-    cases = {f"{source} {mode}": partial(train, folder, name, precision, source, mode) for source, mode in MODES}
-    for module, prefix in modules.items():
-        cases |= {f"{prefix}{case}": partial(module.train, folder, case, precision) for case in module.CASES}
+    cases = {}
+    for method in training_methods().values():
+        if not method.gpu_check or (method.gpu_check_needs_stock and name == "unsloth"):
+            continue
+        module = importlib.import_module(method.gpu_check.removesuffix(".py"))
+        cases |= {f"{method.name} {case}": partial(module.train, folder, case, precision) for case in module.CASES}
     report: dict = {}
     for case, run in cases.items():
         result = report[f"{precision} {case}"] = checked(run)
@@ -94,65 +77,6 @@ def checked(run: Callable[[], dict]) -> dict:
         return {"passed": False, "error": f"{type(error).__name__}: {error}"}
     result["passed"] = result["finite"] and not result["not_learning"] and result["deviation"] <= result["bound"]
     return result
-
-
-def train(folder: str, name: str, precision: str, source: str, mode: str) -> dict:
-    """A few steps; what they say about agreement and learning."""
-    import torch
-    from datasets import Dataset
-
-    import trl_ext.hrpo.trainer as hrpo
-    from trl_ext import HRPOConfig, HRPOTrainer
-    from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
-
-    projects = source == "projection" and mode != "frozen"  # a gradient reaches the projection
-    exact = precision == "float32" and not (name == "unsloth" and setups.CUDA)  # there it trains under bf16 autocast
-    means, largest = [], hrpo.ratio_deviation
-
-    def mean_too(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        means.append(((new - rollout).exp() - 1).abs()[mask != 0].mean().item())
-        return largest(new, rollout, mask)
-
-    four_bit = precision == "4bit"
-    model, tokenizer = FastThinkingModel.from_pretrained(
-        folder,
-        max_seq_length=512 if setups.CUDA else 256,  # from 512 on Unsloth offloads activations, to pinned memory
-        dtype=torch.bfloat16 if four_bit else getattr(torch, precision),
-        load_in_4bit=four_bit,
-        device_map="cuda" if setups.CUDA else "cpu",
-        thinking=ThinkingConfig(source, residual_r_min=0.8, residual_r_max=0.9),
-        use_unsloth=name == "unsloth",
-    )
-    model = FastThinkingModel.get_peft_model(model, r=16)
-    torch.nn.init.normal_(backbone_of(model).thinking_projection.modules_to_save["default"].weight, std=0.05)
-    args = HRPOConfig(
-        thinking_source=source,
-        recompute=mode,
-        jacobi_iterations=64,
-        num_generations=4,
-        max_completion_length=64,
-        temperature=0.5,
-        learning_rate=1e-4,
-        **setups.few_steps(precision, STEPS),
-    )
-    trainer = HRPOTrainer(
-        model,
-        lambda completions, **_: [float(len(text) % 7) for text in completions],
-        args,
-        train_dataset=Dataset.from_list([{"prompt": "What is 12 plus 7? " * (1 + i % 3)} for i in range(24)]),
-        processing_class=tokenizer,
-    )
-    with mock.patch.object(hrpo, "ratio_deviation", mean_too):
-        learned = setups.watched(trainer, [*LEARNS, *(["thinking_projection"] if projects else [])])
-    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        **learned,
-        "seconds_per_step": round(min(entry["step_time"] for entry in steps), 3),
-        "deviation": max(entry["thinking/ratio_deviation"] for entry in steps) if exact else max(means),
-        "bound": LARGEST if exact else MEAN,
-        "trainer": f"{HRPOTrainer.__mro__[1].__name__}",
-        "thinking_fraction": steps[0]["thinking/fraction"],
-    }
 
 
 def process(name: str, precision: str, rehearse: bool) -> dict:

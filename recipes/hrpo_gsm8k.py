@@ -42,7 +42,8 @@ from transformers import set_seed
 from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.recipe import RecipeArguments, finish, start
-from trl_ext.cli.report import HRPO_CURVES, before_after_table, compact_progress
+from trl_ext.cli.report import before_after_table, compact_progress
+from trl_ext.hrpo.method import METHOD
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.data import DataArguments, chat_dataset
 from trl_ext.tasks.dry_run import dry_run
@@ -196,7 +197,7 @@ def main() -> None:
         ("HRPO", script.model_name, data.dataset),
         accuracy,
         after,
-        HRPO_CURVES,
+        METHOD.curves,
         script=asdict(script),
         data=asdict(data),
     )

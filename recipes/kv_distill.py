@@ -31,8 +31,9 @@ from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
-from trl_ext.cli.report import KV_CURVES, before_after_table, compact_progress
+from trl_ext.cli.report import before_after_table, compact_progress
 from trl_ext.common.config_checks import at_least
+from trl_ext.kv_distill.method import METHOD
 from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments
@@ -129,7 +130,7 @@ def main() -> None:
         ("KV distillation", script.model_name, data.dataset),
         accuracy,
         after,
-        KV_CURVES,
+        METHOD.curves,
         last={k: v for e in trainer.state.log_history for k, v in e.items() if k.startswith(("kv/", "loss"))},
         script=asdict(script),
         data=asdict(data),

@@ -35,10 +35,11 @@ from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
-from trl_ext.cli.report import MONITOR_CURVES, PLANNER_CURVES, compact_progress, plot_curves
+from trl_ext.cli.report import compact_progress, plot_curves
 from trl_ext.common.config_checks import at_least
 from trl_ext.concept.recipe import plain
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
+from trl_ext.planner.method import METHOD, MONITOR_CURVES
 from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 from trl_ext.tasks import facts
 from trl_ext.tasks.completions import completions
@@ -182,7 +183,7 @@ def main() -> None:
         title,
         accuracy,
         after,
-        PLANNER_CURVES,
+        METHOD.curves,
         applied=monitor.applied,
         samples=after.samples,
         script=asdict(script),

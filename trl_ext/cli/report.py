@@ -11,26 +11,15 @@ from transformers import ProgressCallback, Trainer
 
 from trl_ext.cli.console import PlainConsole
 
+from ..common.method import training_methods
+
 
 class CompactProgress(ProgressCallback):
     """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log; lines where
     there is no screen."""
 
-    SHOWN = {
-        "reward": "reward",
-        "thinking/fraction": "thinking",
-        "completions/mean_length": "length",
-        "loss": "loss",
-        "loss/ce_student": "student",
-        "loss/ce_teacher": "teacher",
-        "loss/codi": "codi",
-        "loss/kv": "kv",
-        "loss/ce": "ce",
-        "loss/executor": "executor",
-        "loss/planner": "planner",
-        "kv/loss": "kv",
-        "concept/ratio": "ratio",
-        "concept/perplexity": "perplexity",
+    SHOWN = {"reward": "reward", "completions/mean_length": "length", "loss": "loss"} | {
+        metric: short for method in training_methods().values() for metric, short in method.progress.items()
     }
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -109,64 +98,6 @@ def write_between(path: Path, name: str, text: str) -> None:
         raise ValueError(f"{path} has no marks {start} and {end}")
     head, _, rest = page.partition(start)
     path.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
-
-
-HRPO_CURVES = (
-    ("reward", "sampled reward"),
-    ("accuracy", "held-out accuracy"),
-    ("thinking/fraction", "thinking share of tokens"),
-    ("thinking/embeds_ratio", "gate: mean a (token embedding)"),
-    ("thinking/hidden_ratio", "gate: mean sqrt(1 - a^2) (thinking state)"),
-    ("completions/mean_length", "completion length, tokens"),
-    ("completions/delimiter_rate", "completions with the delimiter"),
-    ("frac_reward_zero_std", "groups with one reward for all"),
-    ("thinking/projection_mean_change", "projection: mean |W - W_0|"),
-    ("thinking/projection_grad_norm", "projection: norm of its gradient"),
-)
-LATENT_CURVES = (
-    ("accuracy", "held-out accuracy, latent tokens"),
-    ("loss", "loss"),
-    ("loss/ce_student", "student: cross-entropy"),
-    ("loss/ce_teacher", "teacher: cross-entropy"),
-    ("loss/codi", "L_CODI: hidden states"),
-    ("loss/kv", "L_KV: keys and values"),
-)
-
-KV_CURVES = (
-    ("accuracy", "held-out accuracy"),
-    ("loss/ce", "cross-entropy"),
-    ("kv/loss", "structural loss"),
-    ("kv/k", "keys: 1 - cosine"),
-    ("kv/v", "values: 1 - cosine"),
-    ("kv/attn", "attention rows: KL(teacher || student)"),
-)
-CONCEPT_CURVES = (
-    ("accuracy", "held-out accuracy"),
-    ("loss/ce", "cross-entropy"),
-    ("concept/ratio", "tokens for each concept, in training"),
-    ("concept/probability", "mean probability of a concept"),
-    ("concept/perplexity", "perplexity of the codewords"),
-    ("loss/usage", "KL(use of the codewords || uniform)"),
-)
-PLANNER_CURVES = (
-    ("accuracy", "held-out texts written exactly"),
-    ("loss/executor", "executor: cross-entropy"),
-    ("loss/planner", "planner: cross-entropy on the best plan"),
-    ("loss/commitment", "1 - cos(expected, chosen codeword)"),
-    ("loss/usage", "KL(use of the concepts || uniform)"),
-    ("loss/quota", "quota"),
-)
-MONITOR_CURVES = (
-    ("monitor/delta_nll_null", "NLL without a plan, minus under it"),
-    ("monitor/delta_nll_random", "NLL of a random plan, minus under its own"),
-    ("monitor/delta_nll_shuffled", "NLL of another text's plan, minus under its own"),
-    ("em/margin", "best plan's margin over the second"),
-    ("em/flip_rate", "plans that changed in an E-step"),
-    ("em/staleness", "nats that a new plan is better"),
-    ("monitor/cos", "cos(expected, chosen codeword)"),
-    ("monitor/l2", "L2 between them"),
-    ("monitor/planner_grad_norm", "gradient that reaches the plans"),
-)
 
 
 def pyplot_for_files() -> ModuleType:

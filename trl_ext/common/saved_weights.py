@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging
 
-from unsloth_ext.common.settings_file import FILE, method_of, read_json
+from unsloth_ext.common.settings_file import FILE, held_by, method_of, read_json
 
 
 logger = logging.get_logger(__name__)
@@ -222,8 +222,8 @@ def _place(tensor: torch.Tensor) -> tuple:
 
 
 def _lost(name: str) -> str:
-    kind = "a model without thinking modules" if "thinking" in name else "another model, or it is damaged"
-    return f"it was saved by {kind}"
+    held = held_by([name])
+    return f"it was saved by {f'a model without {held[0].what}' if held else 'another model, or it is damaged'}"
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -59,6 +59,19 @@ def load_teacher(
     return teacher.eval().requires_grad_(False)
 
 
+def for_teacher(teacher: PreTrainedModel, inputs: dict[str, Any], here: torch.device) -> dict[str, Any]:
+    """A batch on the device of the teacher's first weights.
+
+    Args:
+        inputs: tensors, and values that stay as they are.
+        here: the student's device. It serves where the teacher's weights are not in memory (meta device): accelerate's
+            hooks move the inputs on from there.
+    """
+    device = next(teacher.parameters()).device
+    device = here if device.type == "meta" else device
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
 def check_vocabularies(
     student: PreTrainedTokenizerBase, teacher: PreTrainedModel, given: PreTrainedTokenizerBase | None
 ) -> None:

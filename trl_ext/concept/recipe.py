@@ -18,7 +18,7 @@ from unsloth_ext.concept.model import ConceptModel
 from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
 from ..cli.recipe import RecipeArguments, check_tiny, finish, start
-from ..cli.report import CONCEPT_CURVES, compact_progress
+from ..cli.report import compact_progress
 from ..common.config_checks import at_least
 from ..tasks import facts, warm_start
 from ..tasks.completions import completions
@@ -26,6 +26,7 @@ from ..tasks.data import DataArguments
 from ..tasks.evaluation import AccuracyCallback
 from .config import PRESETS, ConceptConfig
 from .evaluation import ConceptEvaluation, evaluate_concepts
+from .method import METHOD
 from .trainer import ConceptTrainer
 from .visualization import write_page
 
@@ -221,7 +222,7 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
             (title, name, script.model_name, data.dataset),
             accuracy,
             after,
-            CONCEPT_CURVES,
+            METHOD.curves,
             base=rows["without concepts, before"].numbers(),
             script=asdict(script),
             data=asdict(data),

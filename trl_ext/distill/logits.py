@@ -10,7 +10,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from unsloth_ext.common.logits import logits_at
 
-from ..common.teacher import check_vocabularies, load_teacher
+from ..common.teacher import check_vocabularies, for_teacher, load_teacher
 from .config import LogitsDistillConfig
 from .per_token import PerTokenTrainer
 
@@ -105,12 +105,8 @@ class LogitsDistillTrainer(PerTokenTrainer):
 
     @torch.no_grad()
     def _teacher_logits(self, keep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        here = keep.device
-        device = next(self.teacher.parameters()).device
-        device = here if device.type == "meta" else device  # weights not in memory: accelerate's hooks move the inputs
         inputs = {k: x for k, x in inputs.items() if k not in NOT_FOR_THE_TEACHER}
-        inputs = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
-        return logits_at(self.teacher, keep, **inputs).logits
+        return logits_at(self.teacher, keep, **for_teacher(self.teacher, inputs, keep.device)).logits
 
     def _log_terms(self, num_items_in_batch: torch.Tensor | None, **terms: torch.Tensor) -> None:
         """Means per trained token; in training as SFT scales its loss, so that they are those of the step."""

@@ -27,7 +27,7 @@ from unsloth_ext.kv_distill.capture import captured_kvq, stacked
 from ..common.checkpointing import CheckpointError, SafeCheckpointMixin
 from ..common.gradients import average_gradients
 from ..common.model_loading import check_left, check_name, default_args, with_adapter
-from ..common.teacher import check_vocabularies, load_teacher
+from ..common.teacher import check_vocabularies, for_teacher, load_teacher
 from ..common.update_sizes import UpdateSizesMixin
 from .config import KVDistillConfig
 from .segments import TEACHER, SegmentCollator, add_segments
@@ -198,14 +198,9 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     @torch.no_grad()
     def _teacher_kvq(self, inputs: dict[str, torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:
         here = inputs["input_ids"].device
-        device = next(self.teacher.parameters()).device
-        device = here if device.type == "meta" else device  # weights not in memory: accelerate's hooks move the inputs
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with captured_kvq(self.teacher, self.aligner.layers, stop=True) as found:
-            self.teacher(
-                input_ids=inputs["input_ids"].to(device),
-                attention_mask=inputs["attention_mask"].to(device),
-                use_cache=False,
-            )
+            self.teacher(**for_teacher(self.teacher, inputs, here), use_cache=False)
         return {layer: tuple(x.to(here) for x in kvq) for layer, kvq in found.items()}
 
     def _structural(

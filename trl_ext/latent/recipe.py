@@ -17,7 +17,7 @@ from unsloth_ext.common.ablations import ABLATIONS
 from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
 from ..cli.recipe import RecipeArguments, check_tiny, finish, start
-from ..cli.report import LATENT_CURVES, compact_progress, comparison_table
+from ..cli.report import compact_progress, comparison_table
 from ..common.config_checks import at_least
 from ..tasks import equations, warm_start
 from ..tasks.data import without
@@ -25,6 +25,7 @@ from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
 from .data import LatentTokenizer
 from .evaluation import evaluate_answers
+from .method import METHOD
 from .presets import LORA
 from .sources import Rows, load_rows
 from .trainer import LatentTrainer
@@ -179,7 +180,7 @@ def run(method: str, config_class: type[LatentArguments], trainer_class: type[La
         (trainer._name, script.model_name, script.dataset),
         accuracy,
         after["on"],
-        LATENT_CURVES,
+        METHOD.curves,
         method=method,
         results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
         data=train.report(),

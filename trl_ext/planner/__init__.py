@@ -1,7 +1,1 @@
-"""Planner-executor: a plan of discrete concepts first, then text from it alone."""
-
-from .config import PlannerExecutorConfig
-from .trainer import PlannerExecutorTrainer
-
-
-__all__ = ["PlannerExecutorConfig", "PlannerExecutorTrainer"]
+"""Planner and executor: a plan of discrete concepts first, then text from it alone."""

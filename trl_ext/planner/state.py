@@ -1,24 +1,26 @@
 """What a run has learnt beside its weights: `planner_state.safetensors`, and what it must agree with in its JSON."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unsloth_ext.planner.config import PlannerConfig
 
-from ..common.saved_weights import CheckpointError, check_finite
+from ..common.saved_weights import CheckpointError
+from ..common.state_file import check_state, load_state, saved_shapes, tensors_file
 from .config import PlannerExecutorConfig
 from .curriculum import LengthCurriculum
 from .em import EStepSchedule, PlanCache, number_of_plans
 from .losses import UsageAverage
+from .method import METHOD
 from .quota import PlannerQuotaController
 
 
-TENSORS, SETTINGS = "planner_state.safetensors", "planner_state.json"
+OTHER_ROWS = (
+    "its plans belong to the rows of another training dataset; resume with that one, or start a new run from the saved "
+    "model"
+)
 
 
 def new_state(args: PlannerExecutorConfig, config: PlannerConfig, rows: int) -> nn.ModuleDict:
@@ -44,40 +46,20 @@ def new_state(args: PlannerExecutorConfig, config: PlannerConfig, rows: int) -> 
     return state
 
 
-def save_state(folder: str, state: nn.Module, settings: dict[str, Any]) -> None:
-    """Buffers of `state`, and the settings."""
-    save_file(state.state_dict(), Path(folder, TENSORS))
-    Path(folder, SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+def load_planner_state(folder: str | Path, state: nn.Module) -> None:
+    """Fill `state` from a checkpoint. Call `check_planner_state` before."""
+    state.load_state_dict(load_state(folder, METHOD.name))
 
 
-def load_state(folder: str, state: nn.Module) -> None:
-    """Buffers of `state`, checked before by `check_state`."""
-    state.load_state_dict(load_file(Path(folder, TENSORS)))
-
-
-def check_state(folder: Path, state: nn.Module, settings: dict[str, Any]) -> None:
+def check_planner_state(folder: Path, state: nn.Module, settings: dict[str, Any]) -> None:
     """Raises a CheckpointError that names the file that is missing, the setting that differs, or the tensor."""
-    for name in (TENSORS, SETTINGS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing: the checkpoint was not written by a run that plans")
-    saved = json.loads((folder / SETTINGS).read_text())
-    for name, value in settings.items():
-        if not isinstance(saved, dict) or name not in saved:
-            raise CheckpointError(f"{folder / SETTINGS} has no {name!r}")
-        if saved[name] == value:
-            continue
-        if name == "dataset":
-            raise CheckpointError(
-                f"{folder} keeps a plan for each row of another training dataset; resume with that one, or start a new run "
-                "from the saved model"
-            )
-        raise CheckpointError(f"{folder / SETTINGS} has {name}={saved[name]!r}, this run {value!r}")
+    infinite = {"curriculum.nll"}  # until something was measured
+    check_state(folder, METHOD.name, settings, {"dataset": OTHER_ROWS}, infinite=infinite)
     wanted = {name: list(tensor.shape) for name, tensor in state.state_dict().items()}
-    with safe_open(folder / TENSORS, framework="pt") as tensors:
-        found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    found = saved_shapes(folder, METHOD.name)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
-                f"{folder / TENSORS}: {name} is {found.get(name, 'missing')}, this run needs {wanted.get(name, 'none')}"
+                f"{tensors_file(folder, METHOD.name)}: {name} is {found.get(name, 'missing')}, this run needs "
+                f"{wanted.get(name, 'none')}"
             )
-    check_finite([folder / TENSORS], buffers={"curriculum.nll"})  # infinite until something was measured

@@ -40,6 +40,7 @@ from ..common.model_loading import (
     with_adapter,
 )
 from ..common.parameter_groups import split_by_role
+from ..common.state_file import save_state
 from ..common.update_sizes import UpdateSizesMixin
 from . import monitors
 from .config import PlannerExecutorConfig
@@ -55,10 +56,11 @@ from .losses import (
     plan_predictions,
     signal_nll,
 )
+from .method import METHOD
 from .monitor_callback import PlannerMonitorCallback
 from .preparation import attach, check_given, check_method
 from .probe import probe
-from .state import check_state, load_state, new_state, save_state
+from .state import check_planner_state, load_planner_state, new_state
 
 
 Batch = dict[str, torch.Tensor]
@@ -451,14 +453,14 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.use_planner and self.args.should_save:
-            save_state(output_dir, self.planner_state, self._settings())
+            save_state(output_dir, METHOD.name, self.planner_state.state_dict(), self._settings())
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
         if self.args.use_planner:
-            check_state(checkpoint, self.planner_state, self._settings())
+            check_planner_state(checkpoint, self.planner_state, self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.use_planner:
-            load_state(checkpoint, self.planner_state)
+            load_planner_state(checkpoint, self.planner_state)

@@ -8,29 +8,28 @@ Every process keeps the same state: what one of them has sampled is gathered.
 """
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
 from ..common.fingerprint import content_hash
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
 from ..common.model_loading import default_args
-from ..common.saved_weights import CheckpointError, check_finite
+from ..common.saved_weights import CheckpointError
 from ..common.single_sample import OwnAdvantages
+from ..common.state_file import check_state, load_state, save_state, saved_shapes, tensors_file
 from .config import SPOConfig
 from .memory import Response, batch_of, pack, unpack
+from .method import METHOD
 from .sampler import PrioritizedSampler
 
 
 ROW = "spo_row"  # the column that says which row of the dataset an example is
-TENSORS, SETTINGS = "spo_state.safetensors", "spo_state.json"
+OTHER_ROWS = "the values in spo_state.safetensors belong to the rows of another training dataset; resume with that one"
 
 
 class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
@@ -174,39 +173,23 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         if self._sampler is not None:
             over = float(self.state.epoch).is_integer()  # the next epoch draws anew
             tensors |= {f"sampler.{name}": x for name, x in self._sampler.state_dict(over).items()}
-        save_file({name: x.contiguous() for name, x in tensors.items()}, Path(output_dir, TENSORS))
-        Path(output_dir, SETTINGS).write_text(json.dumps(self._settings(), indent=1) + "\n")
+        save_state(output_dir, METHOD.name, tensors, self._settings())
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
-        for name in (TENSORS, SETTINGS):
-            if not (checkpoint / name).is_file():
-                raise CheckpointError(f"{checkpoint / name} is missing: the checkpoint was not written by SPO")
-        with safe_open(checkpoint / TENSORS, framework="pt") as tensors:
-            tracked = tensors.get_slice("tracker.a").get_shape()[0]
-            drawn = "sampler.draws" in tensors.keys()  # noqa: SIM118 - not a dict
-        if tracked != len(self.tracker.a):
-            raise CheckpointError(
-                f"{checkpoint / TENSORS} tracks {tracked} value(s), this run {len(self.tracker.a)}: another dataset or "
-                "value_tracker"
-            )
+        why = {"dataset": OTHER_ROWS}
+        check_state(checkpoint, METHOD.name, self._settings(), why, unknown={"memory.log_probs"})  # of a tool's tokens
+        drawn = "sampler.draws" in saved_shapes(checkpoint, METHOD.name)
         if drawn != self.shuffle_dataset:
-            raise CheckpointError(f"{checkpoint / TENSORS}: shuffle_dataset was {drawn}, is {self.shuffle_dataset}")
-        check_finite([checkpoint / TENSORS], unknown={"memory.log_probs"})  # of a tool's tokens
-        saved = json.loads((checkpoint / SETTINGS).read_text())
-        for name, value in self._settings().items():
-            if saved.get(name) != value:
-                raise CheckpointError(
-                    f"{checkpoint / SETTINGS} has {name}={saved.get(name)!r}, this run {value!r}: values belong to the "
-                    "rows of one dataset"
-                )
+            file = tensors_file(checkpoint, METHOD.name)
+            raise CheckpointError(f"{file}: shuffle_dataset was {drawn}, is {self.shuffle_dataset}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, x in load_file(Path(checkpoint, TENSORS)).items():
+        for name, x in load_state(checkpoint, METHOD.name).items():
             part, _, name = name.partition(".")
             parts.setdefault(part, {})[name] = x
         self.tracker.load_state_dict(parts["tracker"])

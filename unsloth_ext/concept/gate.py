@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..common.logits import logits_of
+from ..common.straight_through import gumbel_noise, straight_through
 from .packing import Texts
 from .segmenters import Memory, boundaries
 
@@ -67,7 +68,7 @@ def decide(
     known = next_entropy(backbone, shallow) if config.segmenter == "entropy" else codes[..., 0, :].logsumexp(-1)
     logit = known.to(null.dtype) - null
     literal = config.gate == "literal" and config.segmenter == "null"
-    noise = gumbel(logits) if literal and training else None
+    noise = gumbel_noise(logits) if literal and training else None
     if literal:
         noisy = logits if noise is None else logits + noise
         score = noisy[..., : config.num_concepts].amax(-1) - noisy[..., -1]
@@ -84,7 +85,7 @@ def decide(
 
     picked = codes[concept]
     if training:
-        picked = picked + (gumbel(picked) if noise is None else noise[concept][:, :-1].view_as(picked))
+        picked = picked + (gumbel_noise(picked) if noise is None else noise[concept][:, :-1].view_as(picked))
     ids = torch.zeros(*concept.shape, config.num_codebooks, dtype=torch.long, device=concept.device)
     two_sided = config.gate == "factorised" and training
     if two_sided:
@@ -94,13 +95,13 @@ def decide(
     if training:
         against = noisy[..., -1][concept] if literal else None
         soft = expected_embedding(backbone, picked, against).to(embeds.dtype)
-        embeds = embeds.masked_scatter(concept[..., None], embeds[concept] + (soft - soft.detach()))
+        embeds = embeds.masked_scatter(concept[..., None], straight_through(embeds[concept], soft))
     if not two_sided:
         embeds = embeds * concept[..., None]
         ids = ids * concept[..., None]
         return Choice(concept, ids, embeds, None, logit, logits), memory
     probability = logit.sigmoid()
-    weight = concept.to(probability.dtype) + (probability - probability.detach())
+    weight = straight_through(concept.to(probability.dtype), probability)
     return Choice(concept, ids * concept[..., None], embeds, weight, logit, logits), memory
 
 
@@ -118,12 +119,6 @@ def expected_embedding(backbone: nn.Module, noisy: torch.Tensor, null: torch.Ten
     y = (noisy / backbone.concept_gate.temperature).softmax(-1)
     table = backbone.concept_embedding.weight
     return (y if null is None else y[..., :-1]).flatten(1).to(table.dtype) @ table
-
-
-def gumbel(like: torch.Tensor) -> torch.Tensor:
-    """-log(-log u) in the shape and dtype of `like`, from torch's own generator."""
-    tiny = torch.finfo(like.dtype).tiny
-    return -(-torch.rand_like(like).clamp(min=tiny).log()).clamp(min=tiny).log()
 
 
 @torch.no_grad()

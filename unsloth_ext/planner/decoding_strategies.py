@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from ..common.straight_through import gumbel_noise, straight_through
 from .config import PlannerConfig
 from .head import SharedBackboneUnifiedHead
 
@@ -152,13 +153,7 @@ class SoftDecoding:
         table = self.head.concepts(i)
         hard = F.embedding(choice.clamp(max=end - 1), table)
         soft = perturbed[:, :-1].softmax(-1).to(table.dtype) @ table
-        embeds = hard + (soft - soft.detach())
+        embeds = straight_through(hard, soft)
         ids = choice.masked_fill(~alive, -1)
         self.steps[i].append(_Choices(open_, alive, ids, log_probs, stay, soft, hard, embeds))
         return Step(embeds, alive)
-
-
-def gumbel_noise(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Like `logits`, which are floating point."""
-    drawn = torch.empty_like(logits).exponential_(generator=generator)
-    return -drawn.clamp(min=torch.finfo(logits.dtype).tiny).log()

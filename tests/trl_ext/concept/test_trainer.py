@@ -144,7 +144,7 @@ def test_accumulated_steps_are_one_batch(tmp_path):
 
 def test_figures_are_of_all_a_steps_tokens_and_of_a_whole_evaluation(tmp_path, monkeypatch):
     """1e-5: micro-batches of 2 and batches of 3 log what one of 8 does; without noise, so that choices are the same."""
-    monkeypatch.setattr("unsloth_ext.concept.gate.gumbel", torch.zeros_like)
+    monkeypatch.setattr("unsloth_ext.concept.gate.gumbel_noise", torch.zeros_like)
     changes = {
         **setups.CASES["stable"],
         "warm_start_share": 0.0,

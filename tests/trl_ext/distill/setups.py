@@ -5,12 +5,7 @@ from peft import LoraConfig
 from transformers import Qwen3MoeConfig
 
 from tests import tiny
-from trl_ext.distill import (
-    LogitsDistillConfig,
-    LogitsDistillTrainer,
-    ReasoningDistillConfig,
-    ReasoningDistillTrainer,
-)
+from trl_ext import LogitsDistillConfig, LogitsDistillTrainer, ReasoningDistillConfig, ReasoningDistillTrainer
 
 
 # Completions of 6 to 20 tokens, prompts of 4 to 7

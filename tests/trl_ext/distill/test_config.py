@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_ext.distill import LogitsDistillConfig, ReasoningDistillConfig
+from trl_ext import LogitsDistillConfig, ReasoningDistillConfig
 
 from . import setups
 

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.processes import fresh
-from trl_ext.distill import LogitsDistillConfig
+from trl_ext import LogitsDistillConfig
 from trl_ext.distill import logits as module
 from trl_ext.distill.logits import token_terms
 

@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from tests.processes import fresh
-from trl_ext.distill import LogitsDistillConfig, ReasoningDistillTrainer
+from trl_ext import LogitsDistillConfig, ReasoningDistillTrainer
 from trl_ext.distill.config import TAGS
 from trl_ext.distill.tags import add_tags
 

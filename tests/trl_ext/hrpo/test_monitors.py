@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from trl_ext import ThinkingProjectionMonitor
-from trl_ext.cli.report import HRPO_CURVES
+from trl_ext.hrpo.method import METHOD
 from trl_ext.hrpo.monitors import projection_weight
 from unsloth_ext import backbone_of
 
@@ -87,7 +87,7 @@ def test_a_wrong_interval_is_refused():
 
 def test_the_curves_show_it():
     """What the recipe draws is logged under these names."""
-    assert {"thinking/projection_mean_change", "thinking/projection_grad_norm"} <= {name for name, _ in HRPO_CURVES}
+    assert {"thinking/projection_mean_change", "thinking/projection_grad_norm"} <= {name for name, _ in METHOD.curves}
 
 
 @pytest.mark.parametrize("ends", ["eos", "delimiter", "neither"])

@@ -7,7 +7,7 @@ import pytest
 from datasets import config as datasets_config
 from trl.data_utils import extract_prompt, is_conversational
 
-from trl_ext.minimind import load_minimind_data
+from trl_ext import load_minimind_data
 from trl_ext.tasks.files import DataError
 from unsloth_ext.minimind.tokenizer import train_tokenizer
 

@@ -87,7 +87,7 @@ def test_a_lost_part_would_be_seen(tmp_path, monkeypatch):
         folder = tmp_path / case
         whole = setups.trainer(folder, **SAVING, **CASES[case])
         whole.train()
-        monkeypatch.setattr(module, "load_state", lambda *_: None)
+        monkeypatch.setattr(module, "load_planner_state", lambda *_: None)
         again = setups.trainer(folder, **SAVING, **CASES[case])
         again.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
         monkeypatch.undo()
@@ -157,8 +157,8 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     setups.trainer(tmp_path, **SHORT).train()
     other_rows = [*setups.ROWS[:-1], {"prompt": "9=", "completion": "9"}]
     for changes, message in (
-        ({"rows": other_rows}, "a plan for each row of another training dataset"),
-        ({"rows": setups.ROWS[:-1]}, "a plan for each row of another training dataset"),
+        ({"rows": other_rows}, "rows of another training dataset"),
+        ({"rows": setups.ROWS[:-1]}, "rows of another training dataset"),
         ({"mode": "reconstruct"}, "mode='generate', this run 'reconstruct'"),
         ({"training": "soft"}, "training='hard_em', this run 'soft'"),
         ({"ordering": "parallel"}, "ordering='sequential', this run 'parallel'"),

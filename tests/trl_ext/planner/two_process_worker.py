@@ -54,7 +54,7 @@ def run(folder: Path, case: str, rows: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     # A row's own, or draws would depend on who draws them
-    decoding_strategies.gumbel_noise = lambda logits, _: 3 * torch.sin(31 * logits.detach())
+    decoding_strategies.gumbel_noise = lambda logits, *_: 3 * torch.sin(31 * logits.detach())
     for case in CASES:
         run(Path(sys.argv[1], case), case, int(sys.argv[2]))
 

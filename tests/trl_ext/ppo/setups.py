@@ -32,7 +32,7 @@ def lora(**changes) -> LoraConfig:
 
 def ppo(folder: Path, *, model=None, reward=reward_digits, rows: int = 24, **changes):
     """Keywords of PPOTrainer, and fields of PPOConfig."""
-    from trl_ext.ppo import PPOConfig, PPOTrainer
+    from trl_ext import PPOConfig, PPOTrainer
 
     given = {name: changes.pop(name, None) for name in ("critic_model", "peft_config", "rollout_func")}
     changes = {"num_generations": 1, "per_device_train_batch_size": 4, "target_kl": None, **changes}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.trl_ext.ppo import setups
-from trl_ext.ppo import PPOConfig
+from trl_ext import PPOConfig
 
 
 QUIET = {"report_to": "none", "use_cpu": True, "bf16": False}

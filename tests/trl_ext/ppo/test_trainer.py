@@ -337,7 +337,7 @@ def test_evaluation_is_the_parents(tmp_path):
 
 
 def test_other_configurations_are_refused(tmp_path):
-    from trl_ext.ppo import PPOTrainer
+    from trl_ext import PPOTrainer
 
     args = setups.arguments(trl.GRPOConfig, tmp_path)
     with pytest.raises(ValueError, match="args is a GRPOConfig; PPO needs a PPOConfig"):

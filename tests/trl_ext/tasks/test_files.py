@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from trl_ext import load_minimind_data
 from trl_ext.latent import sources
-from trl_ext.minimind import load_minimind_data
 from trl_ext.tasks import data, files
 from trl_ext.tasks.files import DataError, answer_text, number_in, read_json_rows, read_lines
 

@@ -66,8 +66,8 @@ def test_value_is_the_codeword_and_gradient_the_expectations():
     wrt = [state, net.concept_head.weight, net.concept_head.bias, table]
     found = torch.autograd.grad((choice.embeds * weights).sum(), wrt)
     torch.manual_seed(1)
-    uniform = torch.rand(4, 9, V + 1, dtype=torch.float64)
-    y = ((net.concept_head(state) - (-uniform.log()).log()) / 0.7).softmax(-1)
+    exponential = torch.empty(4, 9, V + 1, dtype=torch.float64).exponential_()
+    y = ((net.concept_head(state) - exponential.log()) / 0.7).softmax(-1)
     assert y.argmax(-1).equal(torch.where(concept, choice.ids[..., 0], V))
     soft = ((y[..., :V] @ table) * weights)[concept].sum()
     hard = (table[choice.ids[concept][:, 0]] * weights[concept]).sum()

@@ -1,0 +1,66 @@
+"""What `make TARGET` runs for the methods' targets, as their records declare it.
+
+    python -m trl_ext.cli.targets                                              # list them
+    python -m trl_ext.cli.targets train-hrpo --gpu --model NAME -- --flag value
+
+Without a GPU and a model the recipe runs its embedded default; with a GPU and no model it runs its GSM8K configuration.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..common.method import Command, commands
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def command_lines(command: Command, gpu: bool, model: str, arguments: list[str]) -> list[list[str]]:
+    """The command lines of one target, to be run from the project's root.
+
+    Args:
+        gpu: whether there is one.
+        model: for `--model_name`; empty: none was named.
+        arguments: of the user, for the first script.
+    """
+    chosen: list[str] = []
+    if command.takes_model and model:
+        chosen = ["--model_name", model]
+    elif command.takes_model and gpu:
+        chosen = ["--config", f"recipes/configs/{command.configs}_gsm8k.yaml"]
+    lines = [[sys.executable, script] for script in command.scripts]
+    lines[0] += [*command.arguments, *chosen, *arguments]
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("target", nargs="?", help="none: list them")
+    parser.add_argument("--gpu", action="store_true", help="there is one")
+    parser.add_argument("--model", default="", help="for --model_name")
+    given = sys.argv[1:]
+    at = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:at])
+    known = commands()
+    if options.target is None:
+        for command in known.values():
+            print(f"  make {command.name:24} {command.about}")
+        return 0
+    if options.target not in known:
+        print(f"there is no target {options.target}; `make help` lists them", file=sys.stderr)
+        return 2
+    *before, last = command_lines(known[options.target], options.gpu, options.model, given[at + 1 :])
+    os.chdir(ROOT)
+    if last[1].startswith("benchmarks/"):  # which import one another
+        os.environ["PYTHONPATH"] = str(ROOT)
+    for line in before:
+        if status := subprocess.run(line, check=False).returncode:
+            return status
+    os.execv(last[0], last)  # in this process's place: signals and the keyboard are the script's
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The record that declares a method on the training side.
+
+The folder of a method holds a file `method.py` with one `METHOD = TrainingMethod(...)`. Exports, make targets, progress
+bars, curves, the GPU check and the documentation's index read these records. A record imports nothing that is heavy.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from unsloth_ext.common.method import records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What one make target runs.
+
+    Attributes:
+        name: of the target, such as "train-hrpo".
+        about: one line for `make help`.
+        scripts: files that are run one after the other, from the project's root.
+        configs: prefix of the recipe's files in recipes/configs, `<prefix>_gsm8k.yaml` among them. A GPU and no model
+            named run that one.
+        takes_model: whether the recipe has `--model_name`.
+        arguments: further arguments of the first script.
+    """
+
+    name: str
+    about: str
+    scripts: tuple[str, ...]
+    configs: str = ""
+    takes_model: bool = False
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod:
+    """A method on the training side.
+
+    Attributes:
+        name: of the folder. A method that attaches modules has the same name in `unsloth_ext`.
+        about: one sentence that says what the method is for, for the documentation's index.
+        exports: the public names of the method, each with the module of the folder that defines it. Trainers and
+            configurations are among them; presets stand in the configuration's class.
+        commands: its make targets.
+        progress: metrics beside the progress bar, each with a short name.
+        curves: metrics of the picture that a recipe ends with, each with its title.
+        gpu_check: the file in benchmarks/ with its cases for `make gpu-check`: `CASES`, and `train(folder, case,
+            precision)`.
+        gpu_check_needs_stock: whether its trainers refuse Unsloth's models, so that the GPU check leaves them out there.
+    """
+
+    name: str
+    about: str
+    exports: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[Command, ...] = ()
+    progress: Mapping[str, str] = field(default_factory=dict)
+    curves: tuple[tuple[str, str], ...] = ()
+    gpu_check: str = ""
+    gpu_check_needs_stock: bool = False
+
+    @property
+    def page(self) -> str:
+        """Its page of the documentation."""
+        return f"docs/{self.name}.md"
+
+
+@functools.cache
+def training_methods() -> dict[str, TrainingMethod]:
+    """Every record of this package by its method's name: one for each folder with a `method.py`."""
+    return records(__package__.partition(".")[0])
+
+
+def commands() -> dict[str, Command]:
+    """The make targets of all methods by name.
+
+    Raises:
+        ValueError: two methods declare the same target.
+    """
+    found: dict[str, Command] = {}
+    for method in training_methods().values():
+        for command in method.commands:
+            if command.name in found:
+                raise ValueError(
+                    f"trl_ext/{method.name}/method.py: another method has the target {command.name} already"
+                )
+            found[command.name] = command
+    return found

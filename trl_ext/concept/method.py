@@ -1,0 +1,48 @@
+"""The record of concept tokens."""
+
+from ..common.method import Command, TrainingMethod
+
+
+METHOD = TrainingMethod(
+    name="concept",
+    about="Concept tokens: middle layers that read discrete concepts, made online of the model's own tokens.",
+    exports={
+        "ConceptConfig": "config",
+        "ConceptTrainer": "trainer",
+        "evaluate_concepts": "evaluation",
+        "ratio_loss": "losses",
+    },
+    commands=(
+        Command(
+            name="train-concept",
+            about="concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU; "
+            "MODEL=smollm2",
+            scripts=("recipes/concept_v2.py",),
+            configs="concept",
+            takes_model=True,
+        ),
+        Command(
+            name="bench-concept",
+            about="concept tokens: what is kept over seeds, wall time, the planner and its switches",
+            scripts=(
+                "benchmarks/bench_concept.py",
+                "benchmarks/bench_concept_speed.py",
+            ),
+        ),
+        Command(
+            name="bench-concept-pretrained",
+            about='concept tokens on SmolLM2-135M; ARGS="--dataset train.jsonl --eval_dataset test.jsonl"',
+            scripts=("benchmarks/bench_concept_pretrained.py",),
+        ),
+    ),
+    progress={"loss/ce": "ce", "concept/ratio": "ratio", "concept/perplexity": "perplexity"},
+    curves=(
+        ("accuracy", "held-out accuracy"),
+        ("loss/ce", "cross-entropy"),
+        ("concept/ratio", "tokens for each concept, in training"),
+        ("concept/probability", "mean probability of a concept"),
+        ("concept/perplexity", "perplexity of the codewords"),
+        ("loss/usage", "KL(use of the codewords || uniform)"),
+    ),
+    gpu_check="gpu_concept.py",
+)

@@ -1,0 +1,59 @@
+"""The record of HRPO."""
+
+from ..common.method import Command, TrainingMethod
+
+
+METHOD = TrainingMethod(
+    name="hrpo",
+    about="HRPO: reinforcement learning with hidden states fused into the embeddings of thinking tokens.",
+    exports={
+        "HRPOConfig": "classes",
+        "HRPOTrainer": "classes",
+        "ThinkingProjectionMonitor": "monitors",
+    },
+    commands=(
+        Command(
+            name="train-hrpo",
+            about='HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; ARGS="--overwrite --flag value"',
+            scripts=("recipes/hrpo_gsm8k.py",),
+            configs="hrpo",
+            takes_model=True,
+        ),
+        Command(
+            name="train-hrpo-two-stage",
+            about='stage 1 with the projection frozen, stage 2 with it at 5e-5; ARGS="--output_dir mine"',
+            scripts=("recipes/hrpo_two_stage.py",),
+            configs="hrpo",
+            takes_model=True,
+        ),
+        Command(
+            name="eval-hrpo",
+            about='accuracy of a checkpoint: ARGS="--checkpoint runs/hrpo_gsm8k/final --thinking zero"',
+            scripts=("recipes/eval_gsm8k.py",),
+        ),
+        Command(
+            name="bench-hrpo",
+            about="step time, decode rate and memory against stock TRL and transformers",
+            scripts=("benchmarks/bench_hrpo.py",),
+        ),
+        Command(
+            name="bench-learning",
+            about="held-out accuracy over seeds: warm start, GRPO, HRPO in each mode",
+            scripts=("benchmarks/bench_learning.py",),
+        ),
+    ),
+    progress={"thinking/fraction": "thinking"},
+    curves=(
+        ("reward", "sampled reward"),
+        ("accuracy", "held-out accuracy"),
+        ("thinking/fraction", "thinking share of tokens"),
+        ("thinking/embeds_ratio", "gate: mean a (token embedding)"),
+        ("thinking/hidden_ratio", "gate: mean sqrt(1 - a^2) (thinking state)"),
+        ("completions/mean_length", "completion length, tokens"),
+        ("completions/delimiter_rate", "completions with the delimiter"),
+        ("frac_reward_zero_std", "groups with one reward for all"),
+        ("thinking/projection_mean_change", "projection: mean |W - W_0|"),
+        ("thinking/projection_grad_norm", "projection: norm of its gradient"),
+    ),
+    gpu_check="gpu_hrpo.py",
+)

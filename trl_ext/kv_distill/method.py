@@ -1,0 +1,40 @@
+"""The record of KV distillation."""
+
+from ..common.method import Command, TrainingMethod
+
+
+METHOD = TrainingMethod(
+    name="kv_distill",
+    about="A student that follows a teacher's keys, values and attention, whatever the teacher's shape.",
+    exports={"KVDistillConfig": "config", "KVDistillTrainer": "trainer"},
+    commands=(
+        Command(
+            name="train-kv-distill",
+            about="KV distillation: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; "
+            'ARGS="--flag value"',
+            scripts=("recipes/kv_distill.py",),
+            configs="kv_distill",
+            takes_model=True,
+        ),
+        Command(
+            name="profile-alignment",
+            about='teacher against student before training: shapes, cosines, attention; ARGS="--mode both"',
+            scripts=("recipes/profile_alignment.py",),
+        ),
+        Command(
+            name="bench-kv-distill",
+            about="held-out accuracy over seeds: each projection between teacher and student, and controls",
+            scripts=("benchmarks/bench_kv_distill.py",),
+        ),
+    ),
+    progress={"loss/ce": "ce", "kv/loss": "kv"},
+    curves=(
+        ("accuracy", "held-out accuracy"),
+        ("loss/ce", "cross-entropy"),
+        ("kv/loss", "structural loss"),
+        ("kv/k", "keys: 1 - cosine"),
+        ("kv/v", "values: 1 - cosine"),
+        ("kv/attn", "attention rows: KL(teacher || student)"),
+    ),
+    gpu_check="gpu_kv_distill.py",
+)

@@ -1,0 +1,70 @@
+"""The record of latent tokens: CODI, PCCoT and KaVa."""
+
+from ..common.method import Command, TrainingMethod
+
+
+METHOD = TrainingMethod(
+    name="latent",
+    about="CODI, PCCoT and KaVa: explicit reasoning distilled into latent tokens between question and answer.",
+    exports={
+        "CODIConfig": "methods",
+        "CODILoss": "loss_modules",
+        "CODITrainer": "methods",
+        "KAVAConfig": "methods",
+        "KAVALoss": "loss_modules",
+        "KAVATrainer": "methods",
+        "KVDistillationLoss": "loss_modules",
+        "LatentReasoningModule": "loss_modules",
+        "PCCoTConfig": "methods",
+        "PCCoTTrainer": "methods",
+        "RKVCompressor": "loss_modules",
+    },
+    commands=(
+        Command(
+            name="train-codi",
+            about='CODI: the embedded default on a CPU, GPT-2 on GSM8K-Aug with a GPU; MODEL=folder, ARGS="--flag value"',
+            scripts=("recipes/codi_gsm8k.py",),
+            configs="codi",
+            takes_model=True,
+        ),
+        Command(
+            name="train-pccot",
+            about="PCCoT: the embedded default on a CPU, GPT-2 on GSM8K-Aug with a GPU",
+            scripts=("recipes/pccot_gsm8k.py",),
+            configs="pccot",
+            takes_model=True,
+        ),
+        Command(
+            name="train-kava",
+            about="KaVa: the embedded default on a CPU, Qwen2.5-0.5B on GSM8K-Aug with a GPU",
+            scripts=("recipes/kava_gsm8k.py",),
+            configs="kava",
+            takes_model=True,
+        ),
+        Command(
+            name="eval-latent",
+            about='a closer look at latent tokens: ARGS="--checkpoint runs/kava_tiny/final"',
+            scripts=("recipes/eval_latent.py",),
+        ),
+        Command(
+            name="bench-latent",
+            about="held-out accuracy over seeds: SFT with and without steps, pause tokens, CODI, PCCoT, KaVa",
+            scripts=("benchmarks/bench_latent.py",),
+        ),
+        Command(
+            name="bench-kv-compression",
+            about="scoring, redundancy, steps, latent tokens and decoding against what one would use instead",
+            scripts=("benchmarks/bench_kv_compression.py",),
+        ),
+    ),
+    progress={"loss/ce_student": "student", "loss/ce_teacher": "teacher", "loss/codi": "codi", "loss/kv": "kv"},
+    curves=(
+        ("accuracy", "held-out accuracy, latent tokens"),
+        ("loss", "loss"),
+        ("loss/ce_student", "student: cross-entropy"),
+        ("loss/ce_teacher", "teacher: cross-entropy"),
+        ("loss/codi", "L_CODI: hidden states"),
+        ("loss/kv", "L_KV: keys and values"),
+    ),
+    gpu_check="gpu_latent.py",
+)
