@@ -54,12 +54,13 @@ def main() -> int:
         return 2
     *before, last = command_lines(known[options.target], options.gpu, options.model, given[at + 1 :])
     os.chdir(ROOT)
+    environment = dict(os.environ)
     if last[1].startswith("benchmarks/"):  # which import one another
-        os.environ["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = str(ROOT)
     for line in before:
-        if status := subprocess.run(line, check=False).returncode:
+        if status := subprocess.run(line, env=environment, check=False).returncode:
             return status
-    os.execv(last[0], last)  # in this process's place: signals and the keyboard are the script's
+    os.execve(last[0], last, environment)  # in this process's place: signals and the keyboard are the script's
 
 
 if __name__ == "__main__":
