@@ -69,10 +69,10 @@ mutants: $(READY)  ## change the method code in 200 places and list the changes 
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)
 
 lint: $(READY)  ## ruff and mypy, as CI runs them
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m trl_ext.cli.stubs --check && $(PY) -m mypy
 
-format: $(READY)  ## ruff, in place
-	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+format: $(READY)  ## ruff in place, and the stubs of the public names
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(PY) -m trl_ext.cli.stubs
 
 # The methods' targets: trl_ext/*/method.py says what each runs. `make help` lists them
 TARGET = @$(RUN) -m trl_ext.cli.targets $@ $(if $(GPU),--gpu) $(if $(MODEL),--model $(MODEL)) -- $(ARGS)

@@ -4,6 +4,18 @@ those that Unsloth generated."""
 import functools
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
+    from trl import GRPOConfig, GRPOTrainer
+
+    from .config import HRPOArguments
+    from .trainer import HRPOMixin
+
+    class HRPOConfig(HRPOArguments, GRPOConfig): ...
+
+    class HRPOTrainer(HRPOMixin, GRPOTrainer): ...
 
 
 def __getattr__(name: str):
