@@ -68,8 +68,9 @@ test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehear
 mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)
 
-lint: $(READY)  ## ruff and mypy, as CI runs them
+lint: $(READY)  ## ruff, mypy, the stubs and the docstrings of public names, as CI checks them
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m trl_ext.cli.stubs --check && $(PY) -m mypy
+	@$(PY) -m tests.check_docstrings
 
 format: $(READY)  ## ruff in place, and the stubs of the public names
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(PY) -m trl_ext.cli.stubs
