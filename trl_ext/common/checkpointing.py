@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
+from patches import fused_lm_head
 from patches.save_pretrained import describer
 
 from . import mixin_bases
@@ -120,6 +121,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
     """The method of latent reasoning whose modules the trainer attaches; folders of another one are refused."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        fused_lm_head.ensure()  # TRL's trainers need it where Triton finds no GPU
         named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         named = {**named, **named.get("kwargs", {})}
         check_arguments(named)

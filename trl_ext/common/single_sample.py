@@ -8,8 +8,6 @@ import torch
 import trl
 from trl import GRPOConfig
 
-from patches import fused_lm_head
-
 from . import mixin_bases
 from .config_checks import check_values, must_stay
 from .rollout_diagnostics import RolloutDiagnostics
@@ -52,7 +50,6 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
                 f"{type(self).__name__} needs TRL's own GRPOTrainer, in whose place is Unsloth's, which takes one "
                 "advantage a completion and keeps its loss elsewhere; do not import unsloth in this process"
             )
-        fused_lm_head.ensure()
         super().__init__(*args, **kwargs)
         if not self.use_vllm:
             check_generation_kwargs(self.args.generation_kwargs)

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from patches import fused_lm_head
 from unsloth_ext.common.evaluation_mode import evaluating
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.codebook import set_codebook
@@ -69,7 +68,6 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if not isinstance(args, ConceptConfig):
             raise ValueError(f"args is a {type(args).__name__}; concept tokens need a ConceptConfig")
         check_name(model)
-        fused_lm_head.ensure()
         if not args.use_concepts:
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
             super().__init__(model, args, *others, **keywords)

@@ -12,8 +12,6 @@ import torch
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from patches import fused_lm_head
-
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.model_loading import default_args, on_unsloths_trainer
 
@@ -34,7 +32,6 @@ class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
             raise ValueError(
                 "Unsloth's trainer, live since Unsloth was imported, computes losses in ways of its own: do not import it"
             )
-        fused_lm_head.ensure()
         super().__init__(model, args, *others, **keywords)
         if self._is_sft:
             return

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from patches import fused_lm_head
 from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
@@ -79,7 +78,6 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
-        fused_lm_head.ensure()
         if not self.thinking:
             super().__init__(**given)
             self.add_callback(RolloutDiagnostics())

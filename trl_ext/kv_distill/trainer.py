@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from patches import fused_lm_head
 from unsloth_ext.common.attention_tap import check_look
 from unsloth_ext.common.layer_kinds import check_layers
 from unsloth_ext.common.unsloth_decoding import on_unsloth
@@ -87,7 +86,6 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if args.lambda_kv and args.n_gpu > 1:
             # No nn.DataParallel, from whose replicas nothing is captured; the teacher may have the other GPUs
             args._n_gpu = 1
-        fused_lm_head.ensure()
         super().__init__(model, args, *others, **keywords)
         self.aligner = self.teacher = None
         if not args.lambda_kv:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from trl import SFTTrainer
 
-from patches import fused_lm_head
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent
@@ -75,7 +74,6 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             raise ValueError("data_collator: the rows of teacher and student have one of their own")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: not one row")
-        fused_lm_head.ensure()
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)

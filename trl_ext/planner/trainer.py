@@ -18,7 +18,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from patches import fused_lm_head
 from unsloth_ext.common.logits import logits_of
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.planner.executor import executor_forward, executor_prefix, text_nll
@@ -90,7 +89,6 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if not isinstance(args, PlannerExecutorConfig):
             raise ValueError(f"args is a {type(args).__name__}; planning needs a PlannerExecutorConfig")
         check_name(model)
-        fused_lm_head.ensure()
         if not args.use_planner:
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
             super().__init__(model, args, *others, **keywords)

@@ -1,0 +1,21 @@
+"""The record of the toy method on the training side."""
+
+from ..common.method import Command, TrainingMethod
+
+
+METHOD = TrainingMethod(
+    name="toy",
+    about="Toy: SFT of a model whose input embeddings are shifted by a learned vector.",
+    exports={"ToyConfig": "trainer", "ToyTrainer": "trainer"},
+    commands=(
+        Command(
+            name="train-toy",
+            about="the toy method",
+            scripts=("recipes/toy.py",),
+            configs="toy",
+            takes_model=True,
+        ),
+    ),
+    progress={"toy/norm": "shift"},
+    curves=(("loss", "loss"), ("toy/norm", "norm of the shift")),
+)
