@@ -6,6 +6,8 @@ from importlib import metadata
 
 from sphinx.util import logging
 
+from trl_ext.common.method import training_methods
+
 
 project = "Latent reasoning on TRL and Unsloth"
 copyright = "the latent-reasoning-trl contributors"
@@ -60,7 +62,14 @@ def check_names(app, env):
                 logging.getLogger(__name__).warning(f"{package}.{name} is on no page")
 
 
+def list_methods(app, docname, source):
+    """Put the methods' records into the index, where it says so."""
+    rows = [f"| [{record.name}]({record.name}.md) | {record.about} |" for record in training_methods().values()]
+    source[0] = source[0].replace("<!-- methods -->", "\n".join(["| page | what |", "|---|---|", *rows]))
+
+
 def setup(app):
+    app.connect("source-read", list_methods)
     app.connect("autodoc-process-signature", hide_signature)
     app.connect("autodoc-process-docstring", add_settings, priority=900)  # after Napoleon
     app.connect("env-check-consistency", check_names)
