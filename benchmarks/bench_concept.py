@@ -16,7 +16,7 @@ import time
 import torch
 
 from benchmarks import setups
-from benchmarks.over_seeds import ROOT, compare
+from benchmarks.over_seeds import ROOT, compare, in_order, seeds_of, table
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.concept.config import PRESETS
 
@@ -162,9 +162,28 @@ COLUMNS = (
 )
 
 
+def page(found: dict) -> str:
+    """The table of benchmarks/results/concept_<device>.md."""
+    results, made_with = in_order(found["results"], RUNS), found["made_with"]
+    return f"""# Concept tokens over seeds
+
+{seeds_of(results)} seeds, {made_with["held_out"]}, {made_with["steps"]} steps; mean (lowest..highest).
+
+- texts repeated: held-out texts that are repeated exactly; tokens: tokens predicted right.
+- NLL: nats a token of the held-out texts. "After a concept" and "after others" split it by the token before.
+- random concepts: the same figure when each concept is replaced by a random one.
+- tail: mean number of tokens since the last concept. Perplexity and used: of the codewords.
+- MACs, KV: multiplications, and keys and values in the cache, as shares of the model without concepts.
+
+{table(results, COLUMNS)}"""
+
+
+TABLES = {"concept": page}
+
+
 def main() -> None:
     base()  # before two processes want it
-    compare(__doc__, "concept", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out texts", "learning")
+    compare(__doc__, "concept", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out texts", page)
 
 
 if __name__ == "__main__":

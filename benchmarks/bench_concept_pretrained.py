@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import setups
 from benchmarks.bench_concept import CODEWORDS, PRESET, prune
-from benchmarks.over_seeds import ROOT, arguments, table
+from benchmarks.over_seeds import ROOT, arguments, in_order, table
 from trl_ext import ConceptConfig
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.common.fingerprint import digest
 from trl_ext.concept.recipe import ScriptArguments, load, train
@@ -139,12 +138,22 @@ def main() -> None:
             print(f"seed {seed}  {table({name: {seed: last}}, COLUMNS).splitlines()[-1]}", flush=True)
             about = {"command": "make bench-concept-pretrained", **what, "made_with": made_with}
             setups.write("concept_pretrained", {**about, "results": results})
-    markdown = table({name: results[name] for name in RUNS if name in results}, COLUMNS)
-    PlainConsole().print(markdown)
-    if not setups.CUDA:
-        note = f"{HELD_OUT} held-out texts, {options.steps} steps of 4."
-        write_between(ROOT / "docs/concept_tokens.md", "pretrained", f"{note}\n\n{markdown}")
+    PlainConsole().print(table(in_order(results, RUNS), COLUMNS))
+    setups.write_table(path, page)
     print(path)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/concept_pretrained_<device>.md."""
+    return f"""# Concept tokens on a pretrained model
+
+SmolLM2-135M, 22 of its 30 layers on concepts of 9 bits. {HELD_OUT} held-out texts, {found["steps"]} steps of 4 texts, one
+seed. The columns are those of [concept_cpu.md](concept_cpu.md).
+
+{table(in_order(found["results"], RUNS), COLUMNS)}"""
+
+
+TABLES = {"concept_pretrained": page}
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Wall time of reading and writing texts of 512, 2,048 and 4,096 tokens: with concepts, without, and with fewer layers.
 
     make bench-concept                     # with the other parts
-    python benchmarks/bench_concept_speed.py --lengths 4096
+    python -m benchmarks.bench_concept_speed --lengths 4096
 
 28 layers, 4 of them on either side of the concepts, one concept for every 4 tokens (a fixed stride: every length gets
 exactly that). The peer is the same model without concepts; beside it one of as many layers as cost the same. All in turn,
 in one run; random weights. Writes benchmarks/results/concept_speed_<device>.json.
 """
 
-import argparse
 import copy
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -19,14 +17,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 from benchmarks import setups
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from unsloth_ext import OnlineConceptConfig, attach_concepts
 from unsloth_ext.concept.accounting import cost, equal_depth
 
 
 RATIO = 4
-ROOT = Path(__file__).parents[1]
 
 
 def config(layers: int) -> Qwen3Config:
@@ -137,32 +133,43 @@ def main() -> None:
         PlainConsole().print(table)
     path = setups.write(
         "concept_speed",
-        {"command": "make bench-concept", "batch": options.batch, "new": options.new, "results": results},
+        {
+            "command": "make bench-concept",
+            "batch": options.batch,
+            "new": options.new,
+            "repeats": options.repeats,
+            "results": results,
+        },
     )
-    if not setups.CUDA:
-        write_between(ROOT / "docs/concept_tokens.md", "speed", markdown(results, options))
+    setups.write_table(path, page)
     print(path)
 
 
-def markdown(results: dict, options: argparse.Namespace) -> str:
-    """The table of the documentation."""
-    spread = lambda q: f"{q['median']:.2f} ({q['lowest']:.2f} to {q['highest']:.2f})"  # noqa: E731
+def page(found: dict) -> str:
+    """The table of benchmarks/results/concept_speed_<device>.md."""
     lines = [
-        f"How many times as fast as the same model without concepts, of {options.repeats} rounds the median (lowest to "
-        f"highest); {options.new} tokens written, batch {options.batch}, two CPU cores.",
+        "# Speed of concept tokens",
+        "",
+        "How many times as fast as the same model of 28 layers without concepts. 20 of the layers read concepts, one for "
+        "every 4 tokens; the other rows are a model with as many layers as cost the same. Random weights.",
+        f"Median of {found['repeats']} rounds (lowest to highest); {found['new']} tokens written, batch {found['batch']}.",
         "",
         "| tokens read | | reading | writing | keys, values | multiplications |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for length, rows in results.items():
+    for length, rows in found["results"].items():
         whole = rows["without concepts"]["kv_bytes"]
         for name, r in rows.items():
             if name != "without concepts":
                 lines.append(
-                    f"| {length} | {name} | {spread(r['read_speedup'])} | {spread(r['write_speedup'])} | "
+                    f"| {length} | {name} | {setups.quotient_text(r['read_speedup'])} | "
+                    f"{setups.quotient_text(r['write_speedup'])} | "
                     f"{r['kv_bytes'] / whole:.0%} | {r['macs']:.0%} |"
                 )
     return "\n".join(lines)
+
+
+TABLES = {"concept_speed": page}
 
 
 if __name__ == "__main__":

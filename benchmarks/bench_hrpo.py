@@ -1,7 +1,7 @@
 """HRPO against the peers a user would pick: step time and memory against TRL's GRPOTrainer, decoding against `generate`
 and against the published algorithm taken literally. Every figure is a ratio of interleaved repeats in one process.
 
-    python benchmarks/bench_hrpo.py [--repeats 9] [--quick]
+    python -m benchmarks.bench_hrpo [--repeats 9] [--quick]
 """
 
 import argparse
@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 
-import setups
 import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from public_algorithm import LiteralSession
 
 import patches
+from benchmarks import setups
+from benchmarks.public_algorithm import LiteralSession
 from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.user_errors import in_sentences
@@ -29,6 +29,7 @@ from unsloth_ext.hrpo.decoding import hybrid_decode
 
 DELIMITER = "####"
 TOP_K = 50  # what the public code samples with
+MASTERS = "OMP_NUM_THREADS=1 python -m benchmarks.bench_hrpo --masters --length 64 --repeats 11"
 MODES = {
     "grpo": None,
     "hrpo frozen projection": ("frozen", "projection"),
@@ -117,7 +118,17 @@ def bench_memory(size: str, rows: int, length: int) -> dict:
             peaks[name] = setups.peak_memory()
             del made
         else:
-            call = [sys.executable, __file__, "--peak", name, "--rows", str(rows), "--length", str(length)]
+            call = [
+                sys.executable,
+                "-m",
+                "benchmarks.bench_hrpo",
+                "--peak",
+                name,
+                "--rows",
+                str(rows),
+                "--length",
+                str(length),
+            ]
             peaks[name] = int(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
     return {name: {"ratio": round(peak / peaks["grpo"], 4), "MiB": peak >> 20} for name, peak in peaks.items()}
 
@@ -212,13 +223,15 @@ def main() -> None:
     patches.apply("fused_lm_head")
     size = "1.5b" if setups.CUDA else "cpu"
     if options.masters:
-        found = {"new_tokens": options.length, "repeats": options.repeats}
+        found = {"command": MASTERS, "new_tokens": options.length, "repeats": options.repeats}
         for dtype in (torch.bfloat16,) if setups.CUDA else (torch.float32, torch.bfloat16):
             for batch in (8, 32):
                 name = f"{str(dtype).removeprefix('torch.')}, batch {batch}"
                 found[name] = bench_master_weights(batch, options.length, options.repeats, dtype)
                 print(name, found[name], flush=True)
-        print(setups.write("hrpo_master_weights", found))
+        path = setups.write("hrpo_master_weights", found)
+        setups.write_table(path, masters_page)
+        print(path)
         return
     if options.peak:
         made = trainer(MODES[options.peak], size, options.rows, options.length)
@@ -238,7 +251,9 @@ def main() -> None:
         """Written at once: a run that is stopped leaves what it has."""
         print(name, value, flush=True)
         results[name] = value
-        print(setups.write("bench_hrpo" if options.quick else "hrpo", results), flush=True)
+        path = setups.write("bench_hrpo" if options.quick else "hrpo", results)
+        setups.write_table(path, page)
+        print(path, flush=True)
 
     measured("step_time_over_grpo", bench_steps(size, options.rows, options.length, options.repeats))
     measured("peak_memory_over_grpo", bench_memory(size, options.rows, options.length))
@@ -248,6 +263,72 @@ def main() -> None:
             long = length > lengths[0]  # comes second, when all is warm
             repeats = 3 if long else options.repeats
             measured(f"decode, batch {batch}, {length} tokens", bench_decode(size, batch, length, repeats, long))
+
+
+def page(found: dict) -> str:
+    """The tables of benchmarks/results/hrpo_<device>.md, of the parts that are there."""
+    decoded = {name.removeprefix("decode, "): part for name, part in found.items() if name.startswith("decode, ")}
+    headings = [f"{name}, {part['repeats']} pairs" for name, part in decoded.items()]
+    lines = [
+        "# Speed and memory of HRPO",
+        "",
+        f"{found['model']}, random weights. Each figure is the median of pairs that were measured in turn in one process, "
+        "with the lowest and highest pair.",
+        "",
+        f"One step (rollout, loss, backward, update; LoRA r = 32, {found['completions_per_step']} completions of "
+        f"{found['completion_tokens']} tokens) over TRL's `GRPOTrainer`, {found['repeats']} pairs:",
+        "",
+        "| | time | peak memory of the process |",
+        "|---|---|---|",
+    ]
+    memory = {name: f"{part['ratio']:.2f}" for name, part in found.get("peak_memory_over_grpo", {}).items()}
+    lines += [
+        f"| {name} | {setups.quotient_text(step['time_over_grpo'])} | {memory.get(name, '')} |"
+        for name, step in found.get("step_time_over_grpo", {}).items()
+        if name != "grpo"
+    ]
+    lines += [
+        "",
+        "Tokens per second of hybrid decoding over transformers' `generate` with the same warpers. The last row is the "
+        "rate over the published algorithm taken literally, in the same loop: each row's text is decoded and searched at "
+        "every step, and the soft embedding is a dense V x d product.",
+        "",
+        f"| {' | '.join(['', *headings])} |",
+        "|---" * (len(decoded) + 1) + "|",
+    ]
+    rows = {
+        "projection": "hybrid projection",
+        "soft embedding, whole vocabulary": "hybrid soft_embedding",
+        f"soft embedding, `top_k={TOP_K}`": f"hybrid soft_embedding, top_k={TOP_K}",
+    }
+    for label, name in rows.items():
+        cells = [setups.quotient_text(part[name]["rate_over_generate"]) for part in decoded.values()]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    literal = [setups.quotient_text(part["rate_over_literal"]) for part in decoded.values()]
+    lines.append(f"| {' | '.join(['the same over the literal algorithm', *literal])} |")
+    return "\n".join(lines)
+
+
+def masters_page(found: dict) -> str:
+    """The table of benchmarks/results/hrpo_master_weights_<device>.md."""
+    lines = [
+        "# Decoding with float32 thinking modules",
+        "",
+        f"Rate with float32 modules over the rate with modules in the model's dtype; {found['new_tokens']} new tokens, "
+        f"{found['repeats']} pairs. In float32 both sides are alike, so these rows show the noise.",
+        "",
+        "| model | median of pairs (lowest to highest) | ratio of the median rates |",
+        "|---|---|---:|",
+    ]
+    for name, part in found.items():
+        if isinstance(part, dict) and "rate_over_model_dtype" in part:
+            lines.append(
+                f"| {name} | {setups.quotient_text(part['rate_over_model_dtype'])} | {part['ratio_of_medians']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES = {"hrpo": page, "hrpo_master_weights": masters_page}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Keys and values: scoring inside SDPA against eager attention, redundancy against its T x T form, a step of KAVATrainer
 against SFT, Jacobi against sequential latents, decoding with a compressed cache against a full one. Ratios of one process.
 
-    python benchmarks/bench_kv_compression.py [--repeats 7] [--quick] [--only training]
+    python -m benchmarks.bench_kv_compression [--repeats 7] [--quick] [--only training]
 """
 
 import argparse
@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-import setups
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -21,6 +20,7 @@ from transformers import DynamicCache
 from trl import SFTConfig, SFTTrainer
 
 import patches
+from benchmarks import setups
 from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.user_errors import in_sentences
@@ -105,7 +105,17 @@ def bench_scoring(size: str, rows: int, repeats: int) -> dict:
 def peak(size: str, way: str, length: int, rows: int) -> int:
     """Most memory of one such forward: the GPU's allocator, or a process of its own on a CPU. `none` only loads."""
     if not setups.CUDA:
-        call = [sys.executable, __file__, "--peak", way, "--length", str(length), "--rows", str(rows)]
+        call = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_kv_compression",
+            "--peak",
+            way,
+            "--length",
+            str(length),
+            "--rows",
+            str(rows),
+        ]
         return int(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
     model = scoring_model(size, way)
     torch.cuda.empty_cache()
@@ -302,7 +312,58 @@ def main() -> None:
         results[part] = measure()
         print(part, results[part], flush=True)
         setups.write(name, results)  # at once: a run that is stopped leaves what it has
+        setups.write_table(path, page)
     print(path)
+
+
+def page(found: dict) -> str:
+    """The tables of benchmarks/results/kv_compression_<device>.md, of the parts that are there."""
+    scoring, redundancy = found.get("scoring the trace", {}), found.get("redundancy", {})
+    text = setups.quotient_text
+    lines = [
+        "# Speed and memory of key-value compression and of latent tokens",
+        "",
+        f"{found['model']}, random weights, {found['rows']} rows. Each figure is the median of pairs that were measured "
+        "in turn in one process, with the lowest and highest pair.",
+        "",
+        f"A forward that ends with each layer's trace compressed to {BUDGET} keys. The tap scores inside SDPA; eager reads "
+        "the maps of `output_attentions`.",
+        "",
+        f"| T = | {' | '.join(scoring)} |",
+        "|---" * (len(scoring) + 1) + "|",
+    ]
+    rows = {
+        "time, tap over eager": lambda part: text(part["time_tap_over_eager"]),
+        "time, tap over the same forward without scoring": lambda part: text(part["time_tap_over_plain"]),
+        "peak memory above the model, tap over eager": lambda part: f"{part['memory_tap_over_eager']:.2f}",
+        "peak memory above the model, tap / eager, MiB": lambda part: (
+            f"{part['MiB_above_the_model']['tap']:.0f} / {part['MiB_above_the_model']['eager']:,.0f}"
+        ),
+    }
+    lines += [f"| {' | '.join([label, *map(cell, scoring.values())])} |" for label, cell in rows.items()]
+    cells = [text(part["time_over_pairs"]) for part in redundancy.values()]
+    lines.append(f"| {' | '.join(['time of redundancy (KaVa) over its T x T form', *cells])} |")
+    lines += ["", "| | ratio |", "|---|---|"]
+    for name, part in found.get("training step", {}).items():
+        if isinstance(part, dict):
+            tokens = found["training step"]["tokens_a_row"]
+            lines.append(
+                f"| a step of {name} over SFTTrainer on the same {tokens} tokens a row | {text(part['time_over_sft'])} |"
+            )
+    for name, part in found.get("latent phase", {}).items():
+        what = name.replace("and", "forward and")
+        label = f"latent phase, Jacobi T = 3 over 24 sequential tokens (question of 64), {what}"
+        lines.append(f"| {label} | {text(part['time_over_sequential'])} |")
+    for name, part in found.items():
+        if name.startswith("decoding "):
+            what = f"{name} with R-KV (budget 128, buffer 128)"
+            lines.append(f"| {what}: tokens per second over the full cache | {text(part['rate_over_full_cache'])} |")
+            size = f"{part['cache_over_full']:.3f} ({part['cache_MiB']['R-KV']:.1f} of {part['cache_MiB']['full']:.0f} MiB)"
+            lines.append(f"| {what}: cache at the end over the full one | {size} |")
+    return "\n".join(lines)
+
+
+TABLES = {"kv_compression": page}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Does structure help? The same student with each projection between it and its teacher, and the controls: cross-entropy
 only, the note's direction, and each projection with a teacher that was never trained.
 
-    python benchmarks/bench_kv_distill.py [--seeds 0 1 2] [--steps N]
+    python -m benchmarks.bench_kv_distill [--seeds 0 1 2] [--steps N]
 
 Settings are those of recipes/configs/kv_distill_tiny.yaml. Writes benchmarks/results/kv_distill_<device>.json after every
-run, and in the end the table in docs/kv_distill.md and docs/kv_distill.png. Runs that the file holds already are not
-repeated (`--fresh` forgets them).
+run, and in the end the table beside it and docs/kv_distill.png. Runs that the file holds already are not repeated
+(`--fresh` forgets them).
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import setups
 import torch
 import yaml
 
+from benchmarks import setups
+from benchmarks.over_seeds import in_order, seeds_of
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.user_errors import in_sentences
@@ -233,7 +234,6 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/cache")
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
-    from trl_ext.cli.report import write_between
     from trl_ext.tasks import equations, warm_start
 
     config = (ROOT / "recipes/configs/kv_distill_tiny.yaml").read_text()
@@ -259,17 +259,27 @@ def main() -> None:
             results.setdefault(group, {})[str(seed)] = last
             print(f"seed {seed}  {group}: {last['accuracy']:.3f}, {last['ms_per_step']:.0f} ms a step", flush=True)
             setups.write("kv_distill", {"command": "make bench-kv-distill", "made_with": made_with, "results": results})
-    done = {
-        group: dict(sorted(results[group].items(), key=lambda pair: int(pair[0]))) for group in RUNS if group in results
-    }
-    markdown = table(done)
-    PlainConsole().print(markdown)
+    done = in_order(results, RUNS)
+    PlainConsole().print(table(done))
+    setups.write_table(path, page)
     if path.name == "kv_distill_cpu.json":
-        seeds = min(len(runs) for runs in done.values())
-        note = f"{seeds} seeds, {HELD_OUT} held-out questions; mean, lowest and highest."
-        write_between(ROOT / "docs/kv_distill.md", "alignment", f"{note}\n\n{markdown}")
         plot(ROOT / "docs/kv_distill.png", done)
     print(path)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/kv_distill_<device>.md."""
+    results = in_order(found["results"], RUNS)
+    return f"""# KV distillation over seeds
+
+{seeds_of(results)} seeds, {HELD_OUT} held-out questions; mean (lowest to highest). A student with random weights is
+trained for the same number of steps by each way. "Teacher untrained" is the same run with a teacher that learnt nothing:
+what the teacher knows is the difference between the two columns.
+
+{table(results)}"""
+
+
+TABLES = {"kv_distill": page}
 
 
 if __name__ == "__main__":

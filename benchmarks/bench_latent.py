@@ -1,12 +1,11 @@
 """Does it learn? Held-out accuracy over seeds, by real generation: plain SFT with and without steps, pause tokens, CODI,
 PCCoT and KaVa with each choice of keys, from the same warm start with the same number of steps.
 
-    python benchmarks/bench_latent.py [--seeds 0 1 2] [--steps N] [--size small|large]
+    python -m benchmarks.bench_latent [--seeds 0 1 2] [--steps N] [--size small|large]
 
 Settings are those of recipes/configs/*_tiny.yaml; with a GPU the task and the model are larger (`LARGE`). Writes
-benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and in the end the table in
-docs/latent.md, if it was the small size on a CPU. Runs that the file holds already are not repeated (`--fresh` forgets
-them).
+benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and in the end the table
+beside it. Runs that the file holds already are not repeated (`--fresh` forgets them).
 """
 
 import dataclasses
@@ -17,17 +16,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import setups
 import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import patches
+from benchmarks import setups
+from benchmarks.over_seeds import in_order, seeds_of
 from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.common.fingerprint import digest
 from trl_ext.latent.evaluation import bootstrap_interval, evaluate_answers
@@ -203,14 +202,29 @@ def main() -> None:
                 name, {"command": "make bench-latent", "setting": note, "made_with": made_with, "results": results}
             )
             gc.collect()
-    found = read(path)
-    done = {variant: found[variant] for variant in VARIANTS if variant in found}
-    markdown = table(done)
-    PlainConsole().print(markdown)
-    seeds = min(len(runs) for runs in done.values())
-    if path.name == "latent_cpu.json":
-        write_between(ROOT / "docs/latent.md", "latent", f"{seeds} seeds, {note}.\n\n{markdown}")
+    PlainConsole().print(table(in_order(read(path), VARIANTS)))
+    setups.write_table(path, page)
     print(path)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/latent_<device>.md."""
+    results = in_order(found["results"], VARIANTS)
+    return f"""# Latent tokens over seeds
+
+{seeds_of(results)} seeds, {found["setting"]}. Every method starts from the same warm start and trains for the same
+number of steps.
+
+- SFT without steps answers at once; SFT with steps writes the steps out. Pause tokens are PCCoT with T = 0, without
+  distillation. "9 by ..." keeps nine of the twelve tokens of the teacher's trace, chosen by that scorer.
+- zero, shuffle, noise: accuracy when the latent tokens are replaced by zeros, by another question's, or by noise.
+- passes: forward passes for a question. Milliseconds are for a question, in batches of 250 and alone; times are the
+  fastest of the seeds, on one thread, with other work on the machine.
+
+{table(results)}"""
+
+
+TABLES = {"latent": page, "latent_large": page}
 
 
 if __name__ == "__main__":

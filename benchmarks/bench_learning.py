@@ -1,10 +1,10 @@
 """Does it learn? Held-out accuracy over seeds: warm start, plain GRPO, and HRPO in each mode, with the same budget.
 
-    python benchmarks/bench_learning.py [--seeds 3] [--steps 60]
+    python -m benchmarks.bench_learning [--seeds 3] [--steps 60]
 
 Each seed has its own problems, warm start and training. The settings are those of recipes/configs/hrpo_tiny.yaml; GRPO
 trains the same LoRA at the same rate on the same prompts. Writes benchmarks/results/learning_<device>.json and the table
-in docs/hrpo.md.
+beside it.
 """
 
 import gc
@@ -13,17 +13,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import setups
 import trl
 import yaml
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import patches
+from benchmarks import setups
 from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.hrpo.config import HRPOArguments
 from trl_ext.tasks import arithmetic, warm_start
@@ -142,12 +141,23 @@ def main() -> None:
             last = results[name][-1]
             print(f"seed {seed}  {name}: greedy {last['greedy']:.3f} sampled {last['sampled']:.3f}", flush=True)
             gc.collect()
-    markdown = table(results)
-    PlainConsole().print(markdown)
+    PlainConsole().print(table(results))
     note = f"{options.seeds} seeds, {options.steps} steps of 48 x 8 completions, {options.held_out} held-out problems"
     path = setups.write("learning", {"command": "make bench-learning", "setting": note, "results": results})
-    write_between(ROOT / "docs/hrpo.md", "learning", f"{note}.\n\n{markdown}")
+    setups.write_table(path, page)
     print(path)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/learning_<device>.md."""
+    return f"""# HRPO and GRPO over seeds
+
+{found["setting"]}. Each seed has its own problems, warm start and training; every variant has the same budget.
+
+{table(found["results"])}"""
+
+
+TABLES = {"learning": page}
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks import setups
-from benchmarks.over_seeds import ROOT, arguments, spread
+from benchmarks.over_seeds import ROOT, arguments, in_order, seeds_of, spread
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.common.fingerprint import digest
 
@@ -93,21 +92,30 @@ def main() -> None:
     options = arguments(__doc__, list(RUNS), None, [0, 1, 2]).parse_args()
     configs = {file.name: file.read_text() for file in sorted(RECIPES.glob("configs/*_tiny.yaml"))}
     made_with = {"generated_tokens": TOKENS, "runs": digest([RUNS, configs])}
-    _, results = setups.so_far("minimind", options.fresh, made_with)
+    path, results = setups.so_far("minimind", options.fresh, made_with)
     for seed in options.seeds:
         for name in (n for n in RUNS if n in options.only and str(seed) not in results.get(n, {})):
             found = results.setdefault(name, {})[str(seed)] = run(name, seed)
             print(f"seed {seed}  {name}: {found['before']} -> {found['after']}", flush=True)
             about = {"command": "make bench-minimind", "generated_tokens": TOKENS, "made_with": made_with}
             setups.write("minimind", {**about, "results": results})
-    markdown = table(results)
-    PlainConsole().print(markdown)
-    if not setups.CUDA:
-        seeds = min(len(runs) for runs in results.values())
-        note = (
-            f"{seeds} seeds, 300 held-out rows, reinforcement at {TOKENS:,} generated tokens; mean (lowest..highest)."
-        )
-        write_between(ROOT / "docs/minimind.md", "stages", f"{note}\n\n{markdown}")
+    PlainConsole().print(table(results))
+    setups.write_table(path, page)
+    print(path)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/minimind_<device>.md."""
+    results = in_order(found["results"], RUNS)
+    return f"""# MiniMind's stages over seeds
+
+{seeds_of(results)} seeds, 300 held-out rows, reinforcement learning at {found["generated_tokens"]:,} generated tokens; mean
+(lowest..highest). Each stage is followed by its controls.
+
+{table(results)}"""
+
+
+TABLES = {"minimind": page}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the monitors of planner and executor cost: a step with all of them over a step with none.
 
-    make bench-concept                     # with the other parts
+    make bench-planner                     # with the other parts
     python -m benchmarks.bench_monitors --rounds 5
 
 With: the callback at its default of a probe every 50 steps, and what the trainer computes at every step for the log.
@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -25,13 +24,11 @@ from benchmarks import setups
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.planner import monitors
 from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 
 
-ROOT = Path(__file__).parents[1]
 TYPES = [{"name": "what", "num_concepts": 256, "quota": 6}, {"name": "how", "num_concepts": 64, "quota": 2}]
 # Size of `setups.qwen2`, training, tokens of a text, batch. The first is so small that Python is most of a step
 CASES = {
@@ -97,10 +94,28 @@ def seconds_per_step(case: str, watched: bool, steps: int) -> float:
     return clock.seconds / steps
 
 
-def sentence(results: dict[str, dict], rounds: int) -> str:
-    shares = {case: {k: f"{v - 1:.1%}" for k, v in r["with_over_without"].items()} for case, r in results.items()}
-    shown = (f"{case}: {s['median']} ({s['lowest']} to {s['highest']})" for case, s in shares.items())
-    return f"Share of a step on two CPU cores, the median of {rounds} rounds (lowest to highest): {'; '.join(shown)}."
+def page(found: dict) -> str:
+    """The table of benchmarks/results/monitors_<device>.md."""
+    lines = [
+        "# What the planner's monitors cost",
+        "",
+        f"A step with the monitor callback (a probe every {found['every']} steps) and the figures of every step, against "
+        f"one without: how much longer it takes. Median of {found['rounds']} rounds (lowest to highest).",
+        "",
+        "| model, training | longer by | ms a step | without |",
+        "|---|---|---:|---:|",
+    ]
+    for case, r in found["results"].items():
+        share = {k: f"{v - 1:.1%}" for k, v in r["with_over_without"].items()}
+        ms = r["ms_per_step"]
+        lines.append(
+            f"| {case} | {share['median']} ({share['lowest']} to {share['highest']}) | {ms['with']:.0f} | "
+            f"{ms['without']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"monitors": page}
 
 
 def main() -> None:
@@ -131,9 +146,10 @@ def main() -> None:
             f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})",
         )
     PlainConsole().print(table)
-    if not setups.CUDA:
-        write_between(ROOT / "docs/concept_tokens.md", "monitors", sentence(results, options.rounds))
-    print(setups.write("monitors", {"command": "make bench-concept", "every": EVERY, "results": results}))
+    about = {"command": "make bench-planner", "every": EVERY, "rounds": options.rounds}
+    path = setups.write("monitors", {**about, "results": results})
+    setups.write_table(path, page)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 import torch
 
 from benchmarks import setups
-from benchmarks.over_seeds import compare
+from benchmarks.over_seeds import compare, in_order, seeds_of, table
 from trl_ext.cli.user_errors import in_sentences
 
 
@@ -121,6 +121,25 @@ COLUMNS = (
 )
 
 
+def page(found: dict) -> str:
+    """The table of benchmarks/results/planner_<device>.md."""
+    results, made_with = in_order(found["results"], RUNS), found["made_with"]
+    return f"""# Planner and executor over seeds
+
+{seeds_of(results)} seeds, {made_with["held_out"]}, {made_with["steps"]} steps; mean (lowest..highest).
+
+- written right: held-out facts that are written exactly from their plans; tokens: tokens predicted right.
+- NLL: nats a token under the text's own plan. dNLL: how much more without a plan (null), under another text's plan
+  (shuffled), and under a random plan.
+- concepts, bits: length of a plan, and the most that it could tell. Bits explained: what it does tell.
+- perplexity: of the codewords; distinct: share of different plans among the texts.
+
+{table(results, COLUMNS)}"""
+
+
+TABLES = {"planner": page}
+
+
 if __name__ == "__main__":
     in_sentences()
-    compare(__doc__, "planner", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out facts", "planner")
+    compare(__doc__, "planner", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out facts", page)

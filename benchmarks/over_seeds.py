@@ -1,16 +1,15 @@
-"""Runs by name over seeds, in two processes, results kept as they come, and their table on a page of the documentation."""
+"""Runs by name over seeds, in two processes. Results are kept as they come."""
 
 import argparse
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import setups
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.report import write_between
 from trl_ext.common.fingerprint import digest
 
 
@@ -26,16 +25,16 @@ def compare(
     steps: int,
     columns: Columns,
     held_out: str,
-    section: str,
+    page: Callable[[dict], str],
 ) -> None:
-    """A command line that runs what is missing of benchmarks/results/<name>_<device>.json, and makes the table of all.
+    """A command line that runs what is missing in benchmarks/results/<name>_<device>.json and writes the table beside it.
 
     Args:
         about: the script's docstring.
         run: (name, seed, steps) to figures, a function of its module.
         runs: what is different in each, by name; results of other settings are not mixed with these.
         held_out: so many of what; said above the table.
-        section: of docs/concept_tokens.md, which is written on a CPU.
+        page: from what the JSON file holds to Markdown.
     """
     names = list(runs)
     options = arguments(about, names, steps, [0, 1, 2]).parse_args()
@@ -49,15 +48,20 @@ def compare(
             n, seed = running[done]
             results.setdefault(n, {})[str(seed)] = done.result()
             print(f"seed {seed}  {table({n: {seed: done.result()}}, columns).splitlines()[-1]}", flush=True)
-            setups.write(name, {"command": "make bench-concept", "made_with": made_with, "results": results})
-    done = {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in names if n in results}
-    markdown = table(done, columns)
-    PlainConsole().print(markdown)
-    if not setups.CUDA:
-        seeds = min(len(runs) for runs in done.values())
-        note = f"{seeds} seeds, {held_out}, {options.steps} steps; mean (lowest..highest)."
-        write_between(ROOT / "docs/concept_tokens.md", section, f"{note}\n\n{markdown}")
+            setups.write(name, {"command": f"make bench-{name}", "made_with": made_with, "results": results})
+    PlainConsole().print(table(in_order(results, names), columns))
+    setups.write_table(path, page)
     print(path)
+
+
+def in_order(results: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
+    """Runs in the order of `names`, each with its seeds in order."""
+    return {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in names if n in results}
+
+
+def seeds_of(results: dict[str, dict]) -> int:
+    """How many seeds every run has at least."""
+    return min(len(runs) for runs in results.values())
 
 
 def arguments(about: str, names: list[str], steps: int | None, seeds: list[int]) -> argparse.ArgumentParser:

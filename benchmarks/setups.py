@@ -143,6 +143,11 @@ def quotient(above: list[float], below: list[float]) -> dict[str, float]:
     }
 
 
+def quotient_text(q: dict[str, float]) -> str:
+    """A `quotient` in a table: the median, with the lowest and the highest pair."""
+    return f"{q['median']:.2f} ({q['lowest']:.2f} to {q['highest']:.2f})"
+
+
 def peak_memory() -> int:
     """Bytes: most that the GPU's allocator held, or the most of this process that was in memory."""
     if CUDA:
@@ -171,6 +176,27 @@ def write(name: str, results: dict) -> Path:
     path = RESULTS / f"{name}_{device_name()}.json"
     path.write_text(json.dumps({**header, **results}, indent=2) + "\n")
     return path
+
+
+def write_table(path: Path, table: Callable[[dict], str]) -> None:
+    """Write the Markdown page beside a JSON file of results."""
+    path.with_suffix(".md").write_text(page(path, table))
+
+
+def page(path: Path, table: Callable[[dict], str]) -> str:
+    """The Markdown page of a JSON file of results.
+
+    Args:
+        path: the JSON file.
+        table: from what the file holds to Markdown with a heading.
+    """
+    found = json.loads(path.read_text())
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    device = f"a CPU (threads: {found['threads']})" if found["device"] == "cpu" else found["device"]
+    return (
+        f"{table(found)}\n\nMade by `{found['command']}` from [{path.name}]({path.name}). Measured on {device}, "
+        f"{found['machine']}, with {versions}.\n"
+    )
 
 
 def so_far(name: str, fresh: bool, made_with: dict[str, Any]) -> tuple[Path, dict[str, dict]]:

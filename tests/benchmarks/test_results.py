@@ -1,10 +1,10 @@
-"""Results so far are taken up only by runs with the same settings."""
+"""Results so far are taken up only by runs with the same settings; their pages are what their figures give."""
 
 import json
 
 import pytest
 
-from benchmarks import setups
+from benchmarks import setups, tables
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
@@ -17,3 +17,11 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"other settings \(steps=600, now 10\): --fresh forgets"):
         setups.so_far("x", False, {**made_with, "steps": 10})
     assert setups.so_far("x", True, {**made_with, "steps": 10})[1] == {} and not path.exists()
+
+
+def test_every_page_of_results_is_what_its_figures_give():
+    found = tables.pages()
+    assert len(found) > 10
+    assert {path: path.read_text() for path in found} == found
+    figures = {path for path in setups.RESULTS.glob("*.json") if not path.stem.startswith("gpu_check_")}
+    assert {path.with_suffix(".json") for path in found} == figures

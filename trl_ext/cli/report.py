@@ -86,20 +86,6 @@ def write_summary(folder: Path, **values: Any) -> None:
     part.replace(target)
 
 
-def write_between(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a page.
-
-    Raises:
-        ValueError: the page has no such pair of marks.
-    """
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    page = path.read_text()
-    if start not in page or end not in page:
-        raise ValueError(f"{path} has no marks {start} and {end}")
-    head, _, rest = page.partition(start)
-    path.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
-
-
 def pyplot_for_files() -> ModuleType:
     """matplotlib's pyplot, drawing without a screen; a `$` in a title is a dollar, for names and paths may hold one, and a
     letter that the font does not have is a box, which the picture shows without a warning."""
