@@ -27,9 +27,9 @@ def command_lines(command: Command, gpu: bool, model: str, arguments: list[str])
         arguments: of the user, for the first script.
     """
     chosen: list[str] = []
-    if command.takes_model and model:
+    if command.configs and model:
         chosen = ["--model_name", model]
-    elif command.takes_model and gpu:
+    elif command.configs and gpu:
         chosen = ["--config", f"recipes/configs/{command.configs}_gsm8k.yaml"]
     lines = [[sys.executable, script] for script in command.scripts]
     lines[0] += [*command.arguments, *chosen, *arguments]

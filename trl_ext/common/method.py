@@ -11,26 +11,21 @@ from dataclasses import dataclass, field
 from unsloth_ext.common.method import records
 
 
-@dataclass(frozen=True, kw_only=True)
 class Command:
-    """What one make target runs.
+    """What one make target runs."""
 
-    Attributes:
-        name: of the target, such as "train-hrpo".
-        about: one line for `make help`.
-        scripts: files that are run one after the other, from the project's root.
-        configs: prefix of the recipe's files in recipes/configs, `<prefix>_gsm8k.yaml` among them. A GPU and no model
-            named run that one.
-        takes_model: whether the recipe has `--model_name`.
-        arguments: further arguments of the first script.
-    """
-
-    name: str
-    about: str
-    scripts: tuple[str, ...]
-    configs: str = ""
-    takes_model: bool = False
-    arguments: tuple[str, ...] = ()
+    def __init__(self, name: str, about: str, *scripts: str, configs: str = "", arguments: tuple[str, ...] = ()):
+        """
+        Args:
+            name: of the target, such as "train-hrpo".
+            about: one line for `make help`.
+            *scripts: files that are run one after the other, from the project's root.
+            configs: of recipes that take `--model_name`, the prefix of their files in recipes/configs. With a GPU and no
+                model named, `<prefix>_gsm8k.yaml` is run.
+            arguments: further arguments of the first script.
+        """
+        self.name, self.about, self.scripts = name, about, scripts
+        self.configs, self.arguments = configs, arguments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,25 +14,22 @@ METHOD = TrainingMethod(
     },
     commands=(
         Command(
-            name="train-concept",
-            about="concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU; "
+            "train-concept",
+            "concept tokens, compressed online: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU; "
             "MODEL=smollm2",
-            scripts=("recipes/concept_v2.py",),
+            "recipes/concept_v2.py",
             configs="concept",
-            takes_model=True,
         ),
         Command(
-            name="bench-concept",
-            about="concept tokens: what is kept over seeds, wall time, the planner and its switches",
-            scripts=(
-                "benchmarks/bench_concept.py",
-                "benchmarks/bench_concept_speed.py",
-            ),
+            "bench-concept",
+            "concept tokens: what is kept over seeds, wall time, the planner and its switches",
+            "benchmarks/bench_concept.py",
+            "benchmarks/bench_concept_speed.py",
         ),
         Command(
-            name="bench-concept-pretrained",
-            about='concept tokens on SmolLM2-135M; ARGS="--dataset train.jsonl --eval_dataset test.jsonl"',
-            scripts=("benchmarks/bench_concept_pretrained.py",),
+            "bench-concept-pretrained",
+            'concept tokens on SmolLM2-135M; ARGS="--dataset train.jsonl --eval_dataset test.jsonl"',
+            "benchmarks/bench_concept_pretrained.py",
         ),
     ),
     progress={"loss/ce": "ce", "concept/ratio": "ratio", "concept/perplexity": "perplexity"},

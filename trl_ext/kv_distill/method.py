@@ -9,22 +9,21 @@ METHOD = TrainingMethod(
     exports={"KVDistillConfig": "config", "KVDistillTrainer": "trainer"},
     commands=(
         Command(
-            name="train-kv-distill",
-            about="KV distillation: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; "
+            "train-kv-distill",
+            "KV distillation: the embedded default on a CPU, Qwen2.5-7B to 1.5B on GSM8K with a GPU; "
             'ARGS="--flag value"',
-            scripts=("recipes/kv_distill.py",),
+            "recipes/kv_distill.py",
             configs="kv_distill",
-            takes_model=True,
         ),
         Command(
-            name="profile-alignment",
-            about='teacher against student before training: shapes, cosines, attention; ARGS="--mode both"',
-            scripts=("recipes/profile_alignment.py",),
+            "profile-alignment",
+            'teacher against student before training: shapes, cosines, attention; ARGS="--mode both"',
+            "recipes/profile_alignment.py",
         ),
         Command(
-            name="bench-kv-distill",
-            about="held-out accuracy over seeds: each projection between teacher and student, and controls",
-            scripts=("benchmarks/bench_kv_distill.py",),
+            "bench-kv-distill",
+            "held-out accuracy over seeds: each projection between teacher and student, and controls",
+            "benchmarks/bench_kv_distill.py",
         ),
     ),
     progress={"loss/ce": "ce", "kv/loss": "kv"},

@@ -39,16 +39,16 @@ METHOD = TrainingMethod(
     },
     commands=(
         Command(
-            name="train-planner",
-            about="planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU",
-            scripts=("recipes/planner_executor.py",),
+            "train-planner",
+            "planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU",
+            "recipes/planner_executor.py",
             configs="planner",
-            takes_model=True,
         ),
         Command(
-            name="bench-planner",
-            about="planner and executor over seeds and switches, and what the monitors cost",
-            scripts=("benchmarks/bench_planner.py", "benchmarks/bench_monitors.py"),
+            "bench-planner",
+            "planner and executor over seeds and switches, and what the monitors cost",
+            "benchmarks/bench_planner.py",
+            "benchmarks/bench_monitors.py",
         ),
     ),
     progress={"loss/executor": "executor", "loss/planner": "planner"},

@@ -10,7 +10,7 @@ from trl_ext.cli.targets import command_lines
 from trl_ext.common.method import Command, commands
 
 
-TRAIN = Command(name="train-x", about="", scripts=("recipes/x.py", "recipes/y.py"), configs="x", takes_model=True)
+TRAIN = Command("train-x", "", "recipes/x.py", "recipes/y.py", configs="x")
 CONFIG = ["--config", "recipes/configs/x_gsm8k.yaml"]
 
 

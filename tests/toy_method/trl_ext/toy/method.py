@@ -9,11 +9,10 @@ METHOD = TrainingMethod(
     exports={"ToyConfig": "trainer", "ToyTrainer": "trainer"},
     commands=(
         Command(
-            name="train-toy",
-            about="the toy method",
-            scripts=("recipes/toy.py",),
+            "train-toy",
+            "the toy method",
+            "recipes/toy.py",
             configs="toy",
-            takes_model=True,
         ),
     ),
     progress={"toy/norm": "shift"},
