@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
 from tests import tiny
-from unsloth_ext.common.logits import logits_at
+from unsloth_ext.common.logits import logits_at, logits_of
 
 
 INPUTS = {"input_ids": torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))}
@@ -89,3 +89,53 @@ def test_the_hook_goes_when_the_forward_fails_and_a_model_without_a_head_is_name
     assert not model.get_output_embeddings()._forward_pre_hooks
     with pytest.raises(ValueError, match="Qwen3Model has no output embedding"):
         logits_at(model.model, KEEP, **INPUTS)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_logits_of_hidden_states_are_the_models_own(family):
+    net = tiny.model(family)
+    ids = torch.randint(3, 40, (2, 6))
+    hidden = net.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family, fields", [("Granite", {"logits_scaling": 3.0}), ("Cohere", {"logit_scale": 0.3})])
+def test_scaling_of_logits_is_applied(family, fields):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        **fields,
+    )
+    net = tiny.from_config(config).eval()
+    ids = torch.randint(3, 40, (2, 6))
+    hidden = net.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_soft_capping_is_applied():
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(
+        Gemma2Config(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            final_logit_softcapping=0.01,
+        )
+    ).eval()
+    ids = torch.randint(3, 40, (2, 6))
+    hidden = net.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)

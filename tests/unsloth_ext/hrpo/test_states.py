@@ -6,8 +6,6 @@ from transformers import GenerationConfig
 
 from tests import tiny
 from unsloth_ext import ThinkingConfig, attach_thinking, backbone_of, project, soft_embedding
-from unsloth_ext.common.embeddings import embedding_norm
-from unsloth_ext.common.logits import logits_of
 from unsloth_ext.hrpo.states import Warper
 
 
@@ -60,61 +58,3 @@ def test_warper_is_what_generate_samples_from(sampling):
     assert torch.equal(Warper.of(config)(out.logits[0]), out.scores[0])
     assert not torch.equal(out.logits[0], out.scores[0])
     assert Warper.of(config).truncates == out.scores[0].isinf().any()
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logits_of_hidden_states_are_the_models_own(family):
-    net = tiny.model(family)
-    ids = torch.randint(3, 40, (2, 6))
-    hidden = net.base_model(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family, fields", [("Granite", {"logits_scaling": 3.0}), ("Cohere", {"logit_scale": 0.3})])
-def test_scaling_of_logits_is_applied(family, fields):
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        **fields,
-    )
-    net = tiny.from_config(config).eval()
-    ids = torch.randint(3, 40, (2, 6))
-    hidden = net.base_model(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
-
-
-def test_soft_capping_is_applied():
-    from transformers import AutoModelForCausalLM, Gemma2Config
-
-    torch.manual_seed(0)
-    net = AutoModelForCausalLM.from_config(
-        Gemma2Config(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            final_logit_softcapping=0.01,
-        )
-    ).eval()
-    ids = torch.randint(3, 40, (2, 6))
-    hidden = net.base_model(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(logits_of(net, hidden), net(input_ids=ids).logits, rtol=0, atol=0)
-
-
-def test_the_norm_of_narrow_embeddings_is_not_rounded_on_the_way():
-    """1e-6: squares of bfloat16 have three digits."""
-    net = tiny.model(dtype=torch.bfloat16)
-    weight = net.get_input_embeddings().weight.detach().double()
-    wanted = weight.norm(dim=-1).square().mean().sqrt()
-    assert abs(embedding_norm(backbone_of(net)) / wanted - 1) <= 1e-6
