@@ -37,12 +37,11 @@ from trl_ext.cli.parser import RecipeParser
 from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
 from trl_ext.cli.report import compact_progress, plot_curves
 from trl_ext.common.config_checks import at_least
-from trl_ext.concept.recipe import plain
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
 from trl_ext.planner.method import METHOD, MONITOR_CURVES
 from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 from trl_ext.tasks import facts
-from trl_ext.tasks.completions import completions
+from trl_ext.tasks.completions import completions, plain
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback
 from unsloth_ext import PlannerExecutorModel

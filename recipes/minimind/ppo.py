@@ -12,10 +12,29 @@ in_sentences()
 
 from trl_ext import PPOConfig, PPOTrainer
 from trl_ext.minimind import rl
+from trl_ext.minimind.stage import load_model, run
 
 
 def main() -> None:
-    rl.run(__file__, PPOConfig, PPOTrainer)
+    stage, args = rl.parse_rl(__file__, PPOConfig)
+    train, held_out = stage.load("rl", "rl")
+    model, tokenizer = load_model(stage.model_name)
+    reward, budget = stage.reward(), rl.TokenBudget(stage.max_generated_tokens)
+
+    def make_trainer():
+        trainer = PPOTrainer(
+            model,
+            reward,
+            args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[budget],
+        )
+        return rl.diagnosed(trainer)
+
+    measures = rl.measures(stage, args, held_out, tokenizer)
+    run(__file__, stage, args, make_trainer, measures, generated_tokens=lambda: budget.generated)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_cispo_is_a_flag_of_grpo(whole, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["ppo", "grpo", "spo"])
 def test_reinforcement_says_once_when_nothing_can_be_learnt(whole, monkeypatch, tmp_path, name):
     made = []
-    monkeypatch.setattr(rl, "run_stage", lambda recipe, stage, args, make, measures, **_: made.append(make()))
+    monkeypatch.setattr(stage, "run", lambda recipe, stage, args, make, measures, **_: made.append(make()))
     run(monkeypatch, whole, name, [*FEW[name], *QUIET, "--output_dir", str(tmp_path)])
     callbacks = made[0].callback_handler.callbacks
     assert sum(isinstance(callback, RolloutDiagnostics) for callback in callbacks) == 1

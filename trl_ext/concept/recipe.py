@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
-from trl.data_utils import apply_chat_template, is_conversational
 
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
@@ -21,7 +20,7 @@ from ..cli.recipe import RecipeArguments, check_tiny, finish, start
 from ..cli.report import compact_progress
 from ..common.config_checks import at_least
 from ..tasks import facts, warm_start
-from ..tasks.completions import completions
+from ..tasks.completions import completions, plain
 from ..tasks.data import DataArguments
 from ..tasks.evaluation import AccuracyCallback
 from .config import PRESETS, ConceptConfig
@@ -97,19 +96,6 @@ def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> T
         plain(completions(rows, tokenizer, script.answer_delimiter, examples), tokenizer) for rows in both
     )
     return Task(base, tokenizer, train, held_out, script.answer_delimiter)
-
-
-def plain(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Conversations as texts, without the special token that the tokenizer puts before every text."""
-    if not is_conversational(rows[0]):
-        return rows
-    bos = tokenizer.bos_token or ""
-
-    def text(row: dict[str, Any]) -> dict[str, str]:
-        made = apply_chat_template({name: row[name] for name in ("prompt", "completion")}, tokenizer)
-        return {**made, "prompt": made["prompt"].removeprefix(bos)}
-
-    return rows.map(text)
 
 
 def train(

@@ -1,34 +1,25 @@
-"""What recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py share: flags, data, model, training, and how a run ends."""
+"""What recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py share: flags, data and the base model."""
 
-import os
-import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common import hub
-from unsloth_ext.common.ablations import ABLATIONS
 
 from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
-from ..cli.recipe import RecipeArguments, check_tiny, finish, start
-from ..cli.report import compact_progress, comparison_table
+from ..cli.recipe import RecipeArguments, check_tiny
 from ..common.config_checks import at_least
 from ..tasks import equations, warm_start
 from ..tasks.data import without
-from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
 from .data import LatentTokenizer
-from .evaluation import evaluate_answers
-from .method import METHOD
 from .presets import LORA
 from .sources import Rows, load_rows
-from .trainer import LatentTrainer
 
 
 EMBEDDED = ("tiny",)
@@ -126,63 +117,26 @@ def load_tokenizer(script: ScriptArguments, args: LatentArguments) -> tuple[str,
     return name, tokenizer
 
 
-def run(method: str, config_class: type[LatentArguments], trainer_class: type[LatentTrainer], configs: Path) -> None:
-    """Train by `method` as the command line says; writes `final/`, `summary.json` and `curves.png` into the output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    script, args = parse(sys.argv[1:], method, config_class, configs)
-    started = time.time()
-    console, output, resume = start(args, script, EMBEDDED)
-    train, held_out = load_data(script, console)
-    base, tokenizer = load_tokenizer(script, args)
+def tokenized(
+    train: Rows, held_out: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, args: LatentArguments
+) -> dict[str, Dataset]:
+    """`train_dataset` for a trainer, and `eval_dataset` where `args` ask for evaluation.
+
+    The loss of evaluation is the teacher's too, so `eval_dataset` has only rows with steps.
+    """
     tokenize = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
     datasets = {"train_dataset": Dataset.from_list(train.map(tokenize))}
-    if args.eval_strategy != "no":  # its loss is the teacher's too
+    if args.eval_strategy != "no":
         with_steps = Rows("held-out", [row for row in held_out if row["steps"]])
         datasets["eval_dataset"] = Dataset.from_list(with_steps.map(tokenize))
-    console.print(train.report())
+    return datasets
 
-    how: dict[str, Any] = {
+
+def evaluation_options(script: ScriptArguments, args: LatentArguments) -> dict[str, Any]:
+    """Keywords of `evaluate_answers`."""
+    return {
         "answer_prompt": args.answer_prompt,
         "max_new_tokens": script.max_new_tokens,
         "batch_size": script.eval_batch,
         "progress": not args.disable_tqdm and args.process_index == 0,
     }
-    accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_answers(model, tokenizer, held_out, **how))
-    set_seed(args.seed)
-    trainer = trainer_class(
-        base,
-        args,
-        **datasets,
-        processing_class=tokenizer,
-        peft_config=script.lora(),
-        callbacks=[accuracy],
-    )
-    compact_progress(trainer)
-    model = trainer.model
-    explicit = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
-
-    trainer.train(resume_from_checkpoint=resume)
-    after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
-    explicit_after = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
-    trainer.save_model(str(output / "final"))
-    if not trainer.is_world_process_zero():
-        return
-    rows = {
-        "latent tokens": (accuracy.before, after["on"]),
-        **{f"latent tokens: {name}": (None, after[name]) for name in ABLATIONS},
-        "explicit steps": (explicit, explicit_after),
-    }
-    comparison_table(rows, console)
-    finish(
-        trainer,
-        console,
-        started,
-        (trainer._name, script.model_name, script.dataset),
-        accuracy,
-        after["on"],
-        METHOD.curves,
-        method=method,
-        results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
-        data=train.report(),
-        script=asdict(script),
-    )

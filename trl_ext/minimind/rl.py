@@ -16,8 +16,7 @@ from ..common.rollout_diagnostics import RolloutDiagnostics
 from ..tasks.reward import make_reward
 from . import metrics
 from .embedded import DELIMITER
-from .stage import StageArguments, load_model, parse
-from .stage import run as run_stage
+from .stage import StageArguments, parse
 
 
 @dataclass
@@ -114,8 +113,12 @@ def measures(
     return {"accuracy": metrics.accuracy(held_out, tokenizer, stage.answer_delimiter, args.max_completion_length)}
 
 
-def run(recipe: str, config: type[GRPOConfig], trainer: type[GRPOTrainer]) -> None:
-    """A reinforcement stage with this trainer, as `stage.run`."""
+def parse_rl(recipe: str, config: type[GRPOConfig]) -> tuple[RLArguments, GRPOConfig]:
+    """`parse` for a reinforcement stage.
+
+    Raises:
+        ValueError: a reward model would judge completions in groups that are not whole.
+    """
     stage, args = parse(recipe, RLArguments, config)
     group = args.num_generations_eval or args.num_generations
     batch = args.per_device_eval_batch_size * args.world_size
@@ -125,23 +128,11 @@ def run(recipe: str, config: type[GRPOConfig], trainer: type[GRPOTrainer]) -> No
             f"groups of num_generations={group}, and {batch} on {args.world_size} process(es) are no whole "
             "groups; take a multiple"
         )
-    train, held_out = stage.load("rl", "rl")
-    model, tokenizer = load_model(stage.model_name)
-    reward, budget = stage.reward(), TokenBudget(stage.max_generated_tokens)
+    return stage, args
 
-    def make_trainer() -> GRPOTrainer:
-        made = trainer(
-            model,
-            reward,
-            args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=[budget],
-        )
-        made.pop_callback(RolloutDiagnostics)  # GRPO's has none of its own
-        made.add_callback(RolloutDiagnostics())
-        return made
 
-    found = measures(stage, args, held_out, tokenizer)
-    run_stage(recipe, stage, args, make_trainer, found, generated_tokens=lambda: budget.generated)
+def diagnosed(trainer: GRPOTrainer) -> GRPOTrainer:
+    """A trainer that warns of signs of a failing run. TRL's own GRPOTrainer does not have that callback."""
+    trainer.pop_callback(RolloutDiagnostics)
+    trainer.add_callback(RolloutDiagnostics())
+    return trainer

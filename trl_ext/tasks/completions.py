@@ -1,9 +1,11 @@
 """Problems as prompts and completions: reasoning, delimiter, answer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl import apply_chat_template, is_conversational
 
 from .data import chat_dataset, solved
 
@@ -26,3 +28,16 @@ def completions(
             for prompt, end, row in zip(prompts, ends, rows, strict=True)
         ]
     )
+
+
+def plain(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Conversations as texts, without the special token that the tokenizer puts before every text."""
+    if not is_conversational(rows[0]):
+        return rows
+    bos = tokenizer.bos_token or ""
+
+    def text(row: dict[str, Any]) -> dict[str, str]:
+        made = apply_chat_template({name: row[name] for name in ("prompt", "completion")}, tokenizer)
+        return {**made, "prompt": made["prompt"].removeprefix(bos)}
+
+    return rows.map(text)

@@ -57,10 +57,9 @@ def test_the_page_and_ones_own_callback_say_the_same(tmp_path, capsys):
     page = Path(__file__).parents[3] / "docs" / "hrpo.md"
     code = page.read_text().split("To watch the projection")[1].split("```python\n")[1].split("```")[0]
     trainer = setups.hrpo(tmp_path, max_steps=2, gradient_accumulation_steps=2)
-    exec(
-        code.replace("every=10", "every=1"),
-        {"trainer": trainer, "ThinkingProjectionMonitor": ThinkingProjectionMonitor},
-    )
+    page_names = {}
+    exec(code.replace("every=10", "every=1"), page_names)
+    trainer.add_callback(page_names["monitor"])
     trainer.add_callback(Own())
     trainer.train()
     out = capsys.readouterr().out

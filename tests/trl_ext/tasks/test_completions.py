@@ -1,7 +1,10 @@
 """Rows as prompts and completions, with and without a chat template."""
 
+import pytest
+from datasets import Dataset
+
 from tests import tiny
-from trl_ext.tasks.completions import completions
+from trl_ext.tasks.completions import completions, plain
 
 
 ROWS = [
@@ -25,3 +28,19 @@ def test_conversations():
     system, *shown = row["prompt"]
     assert system["role"] == "system" and "##" in system["content"]
     assert [turn["content"] for turn in shown] == ["4 and 4?", "4+4=8\n## 8", "2 and 3?"]
+
+
+@pytest.mark.parametrize("first", ["<unk>", None])
+def test_a_conversation_begins_with_one_special_token(first):
+    """The template writes the tokenizer's first token, and tokenizing adds it to every text."""
+    tokenizer = tiny.tokenizer(())
+    tokenizer.bos_token = first
+    tokenizer.chat_template = "{{ bos_token or '' }}{% for m in messages %}{{ m.role }} {{ m.content }};{% endfor %}"
+    asked, said = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
+    rows = Dataset.from_list([{"prompt": [asked], "completion": [said], "answer": "2"}])
+    assert list(plain(rows, tokenizer)) == [{"prompt": "user 1+1;", "completion": "assistant 2;", "answer": "2"}]
+
+
+def test_rows_of_texts_stay_as_they_are():
+    rows = Dataset.from_list([{"prompt": "<unk>1+1", "completion": "2", "answer": "2"}])
+    assert plain(rows, tiny.tokenizer(())) is rows
