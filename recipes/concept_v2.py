@@ -12,6 +12,8 @@ codewords, into the output directory.
 
 import os
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -23,8 +25,25 @@ from trl_ext.cli.user_errors import in_sentences
 in_sentences()
 
 from accelerate import PartialState
+from transformers import set_seed
 
-from trl_ext.concept.recipe import ScriptArguments, parse, run
+from trl_ext import ConceptTrainer, evaluate_concepts
+from trl_ext.cli.recipe import finish, start
+from trl_ext.cli.report import compact_progress
+from trl_ext.concept.method import METHOD
+from trl_ext.concept.recipe import (
+    BASE,
+    EMBEDDED,
+    ScriptArguments,
+    base_evaluation,
+    comparison,
+    evaluation_options,
+    load,
+    parse,
+    show_pieces,
+)
+from trl_ext.tasks.evaluation import AccuracyCallback
+from unsloth_ext.common.hub import load_causal_lm
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -32,7 +51,53 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def main() -> None:
     script, data, args = parse(sys.argv[1:], ScriptArguments, CONFIGS)
-    run((script, data, args), {"concepts": args}, "Concept tokens")
+    started = time.time()
+    console, output, resume = start(args, script, EMBEDDED)
+
+    # Data, and what the model is worth before it has concepts
+    task = load(script, data, args)
+    base = base_evaluation(task, script, args)
+
+    # Model and trainer: the trainer gives the model its concepts before LoRA wraps it
+    how = evaluation_options(task, script, args)
+    accuracy = AccuracyCallback(
+        script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)
+    )
+    set_seed(args.seed)
+    trainer = ConceptTrainer(
+        load_causal_lm(task.base, method=METHOD.name, trust_remote_code=args.trust_remote_code),
+        args,
+        train_dataset=task.train,
+        eval_dataset=task.held_out if args.eval_strategy != "no" else None,
+        processing_class=task.tokenizer,
+        peft_config=script.lora(),
+        callbacks=[accuracy],
+    )
+    compact_progress(trainer)
+
+    # Train
+    trainer.train(resume_from_checkpoint=resume)
+
+    # Evaluate, save and show
+    after = evaluate_concepts(trainer.model, task.tokenizer, task.held_out, **how)
+    trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
+    if args.use_concepts:
+        show_pieces(trainer, task, console, f"Concept tokens, {script.model_name}")
+    finish(
+        trainer,
+        console,
+        started,
+        ("Concept tokens", script.model_name, data.dataset),
+        accuracy,
+        after,
+        METHOD.curves,
+        base=base.numbers(),
+        script=asdict(script),
+        data=asdict(data),
+    )
+    comparison({BASE: base, "concepts": after}, console)
 
 
 if __name__ == "__main__":

@@ -85,20 +85,20 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys):
     assert summary()["accuracy_curve"].items() >= first["accuracy_curve"].items()
 
 
-def test_flags_win_over_the_preset_and_the_preset_over_no_flags(run, monkeypatch):
-    from trl_ext.concept import recipe
+def test_flags_win_over_the_preset_and_the_preset_over_no_flags():
+    from trl_ext.concept.recipe import ScriptArguments, parse
 
-    found = []
-    monkeypatch.setattr(recipe, "run", lambda parsed, *_: found.append(parsed[2]))
-    for flags in ((), ("--calibrate_null", "false", "--gate", "literal"), ("--preset", "literal")):
-        run("concept_v2", *flags)
+    found = [
+        parse(flags, ScriptArguments, RECIPES / "configs")[2]
+        for flags in ([], ["--calibrate_null", "false", "--gate", "literal"], ["--preset", "literal"])
+    ]
     assert [(a.gate, a.calibrate_null, a.ratio_weight, a.codebook_init) for a in found] == [
         ("factorised", True, 1.0, "kmeans"),
         ("literal", False, 1.0, "kmeans"),
         ("literal", False, 0.0, "random"),
     ]
     with pytest.raises(ValueError, match="no preset 'best'"):
-        run("concept_v2", "--preset", "best")
+        parse(["--preset", "best"], ScriptArguments, RECIPES / "configs")
 
 
 @pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("concept_*.yaml")), ids=lambda path: path.stem)

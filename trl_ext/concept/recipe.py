@@ -32,6 +32,7 @@ from .visualization import write_page
 
 EMBEDDED = ("tiny", "smollm2")
 PAGE_TEXTS = 12
+BASE = "without concepts, before"  # the model that training begins with
 
 
 @dataclass
@@ -102,12 +103,7 @@ def train(
     task: Task, script: ScriptArguments, args: ConceptConfig, console: PlainConsole, output: Path, resume: str | None
 ) -> tuple[ConceptTrainer, ConceptEvaluation, AccuracyCallback]:
     """One run: the trained model in `output / "final"`."""
-    how = {
-        "delimiter": task.delimiter,
-        "max_new_tokens": script.max_new_tokens,
-        "batch_size": script.eval_batch,
-        "progress": not args.disable_tqdm and args.process_index == 0,
-    }
+    how = evaluation_options(task, script, args)
     accuracy = AccuracyCallback(
         script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)
     )
@@ -133,15 +129,7 @@ def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) ->
     """Of the model before it has concepts."""
     model = load_causal_lm(task.base, method="concept", trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    return evaluate_concepts(
-        model,
-        task.tokenizer,
-        task.held_out,
-        delimiter=task.delimiter,
-        max_new_tokens=script.max_new_tokens,
-        batch_size=script.eval_batch,
-        progress=not args.disable_tqdm,
-    )
+    return evaluate_concepts(model, task.tokenizer, task.held_out, **evaluation_options(task, script, args))
 
 
 SHOWN = (
@@ -174,6 +162,25 @@ def comparison(rows: dict[str, ConceptEvaluation], console: PlainConsole) -> Non
     console.print(table)
 
 
+def evaluation_options(task: Task, script: ScriptArguments, args: ConceptConfig) -> dict[str, Any]:
+    """Keywords of `evaluate_concepts`."""
+    return {
+        "delimiter": task.delimiter,
+        "max_new_tokens": script.max_new_tokens,
+        "batch_size": script.eval_batch,
+        "progress": not args.disable_tqdm and args.process_index == 0,
+    }
+
+
+def show_pieces(trainer: ConceptTrainer, task: Task, console: PlainConsole, title: str) -> None:
+    """Write `concepts.html` into the run's folder: held-out texts in the pieces that their concepts stand for."""
+    rows = task.held_out.select(range(min(PAGE_TEXTS, len(task.held_out))))
+    page = Path(trainer.args.output_dir) / "concepts.html"
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    write_page(page, ConceptModel(trainer.model, task.tokenizer), texts, title)
+    console.print(f"Written: {page}")
+
+
 def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> None:
     """Train `runs` by name, one after the other, and show them beside the model that they began with.
 
@@ -186,7 +193,7 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
     for config in runs.values():
         console, _, resume = start(config, script, EMBEDDED)
     task = load(script, data, args)
-    rows = {"without concepts, before": base_evaluation(task, script, args)}
+    rows = {BASE: base_evaluation(task, script, args)}
     for name, config in runs.items():
         if len(runs) > 1:
             console.print(f"Training {name}")
@@ -195,12 +202,7 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
         if not trainer.is_world_process_zero():
             continue
         if config.use_concepts:
-            texts = [row["prompt"] + row["completion"] for row in task.held_out.select(range(min(PAGE_TEXTS, after.n)))]
-            page = Path(config.output_dir) / "concepts.html"
-            write_page(
-                page, ConceptModel(trainer.model, task.tokenizer), texts, f"{title}: {name}, {script.model_name}"
-            )
-            console.print(f"Written: {page}")
+            show_pieces(trainer, task, console, f"{title}: {name}, {script.model_name}")
         finish(
             trainer,
             console,
@@ -209,7 +211,7 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
             accuracy,
             after,
             METHOD.curves,
-            base=rows["without concepts, before"].numbers(),
+            base=rows[BASE].numbers(),
             script=asdict(script),
             data=asdict(data),
         )
