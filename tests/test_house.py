@@ -58,13 +58,15 @@ def test_methods_import_what_is_shared_and_not_each_other():
     assert {(own, other) for own, other in found if own != other and other not in SHARED} == BUILDS_ON
 
 
-def test_what_all_methods_share_imports_no_method_and_no_command_line():
-    for file in (ROOT / "trl_ext" / "common").glob("*.py"):
+@pytest.mark.parametrize("folder, below", [("common", set()), ("cli", {"common"}), ("tasks", {"common", "cli"})])
+def test_what_methods_share_stands_in_layers(folder, below):
+    """Each imports the ones below it, and no method."""
+    for file in (ROOT / "trl_ext" / folder).glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
                 module = ("trl_ext." if node.level == 2 else "") + (node.module or "")
-                inside = module.startswith("trl_ext.") and not module.startswith("trl_ext.common")
-                assert not inside, f"{file}: {module}"
+                if module.startswith("trl_ext."):
+                    assert module.split(".")[1] in below | {folder}, f"{file}: {module}"
 
 
 def test_only_our_three_packages_are_installed():

@@ -12,7 +12,6 @@ from trl_ext.cli.console import PlainConsole
 
 from ..common.config_checks import at_least
 from ..common.run_folder import check_apart, finished
-from ..tasks.evaluation import AccuracyCallback
 from .report import plot_curves, write_summary
 from .resuming import claim, explain_the_end
 
@@ -113,7 +112,7 @@ def finish(
     console: PlainConsole,
     started: float,
     title: tuple[str, ...],
-    measured: AccuracyCallback,
+    measured: Any,
     after: Any,
     curves: tuple,
     **more: Any,
@@ -123,7 +122,7 @@ def finish(
     Args:
         started: `time.time()` at the beginning.
         title: of the picture; what repeats is said once.
-        measured: accuracy before and during training.
+        measured: the `AccuracyCallback` of the run, with accuracy before and during training.
         after: the evaluation after it.
         more: for the summary.
     """
