@@ -35,8 +35,8 @@ class TrainingMethod:
     Attributes:
         name: of the folder. A method that attaches modules has the same name in `unsloth_ext`.
         about: one sentence that says what the method is for, for the documentation's index.
-        exports: the public names of the method, each with the module of the folder that defines it. Trainers and
-            configurations are among them; presets stand in the configuration's class.
+        trainers: its trainers by their public names, each with its configuration. Presets stand in the configuration.
+        exports: the public names of the method, each with the module of the folder that defines it.
         commands: its make targets.
         progress: metrics beside the progress bar, each with a short name.
         curves: metrics of the picture that a recipe ends with, each with its title.
@@ -47,6 +47,7 @@ class TrainingMethod:
 
     name: str
     about: str
+    trainers: Mapping[str, str] = field(default_factory=dict)
     exports: Mapping[str, str] = field(default_factory=dict)
     commands: tuple[Command, ...] = ()
     progress: Mapping[str, str] = field(default_factory=dict)

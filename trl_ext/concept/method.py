@@ -6,6 +6,7 @@ from ..common.method import Command, TrainingMethod
 METHOD = TrainingMethod(
     name="concept",
     about="Concept tokens: middle layers that read discrete concepts, made online of the model's own tokens.",
+    trainers={"ConceptTrainer": "ConceptConfig"},
     exports={
         "ConceptConfig": "config",
         "ConceptTrainer": "trainer",

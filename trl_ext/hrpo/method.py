@@ -6,6 +6,7 @@ from ..common.method import Command, TrainingMethod
 METHOD = TrainingMethod(
     name="hrpo",
     about="HRPO: reinforcement learning with hidden states fused into the embeddings of thinking tokens.",
+    trainers={"HRPOTrainer": "HRPOConfig"},
     exports={
         "HRPOConfig": "classes",
         "HRPOTrainer": "classes",

@@ -6,6 +6,7 @@ from ..common.method import Command, TrainingMethod
 METHOD = TrainingMethod(
     name="kv_distill",
     about="A student that follows a teacher's keys, values and attention, whatever the teacher's shape.",
+    trainers={"KVDistillTrainer": "KVDistillConfig"},
     exports={"KVDistillConfig": "config", "KVDistillTrainer": "trainer"},
     commands=(
         Command(

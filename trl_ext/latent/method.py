@@ -6,6 +6,7 @@ from ..common.method import Command, TrainingMethod
 METHOD = TrainingMethod(
     name="latent",
     about="CODI, PCCoT and KaVa: explicit reasoning distilled into latent tokens between question and answer.",
+    trainers={"CODITrainer": "CODIConfig", "PCCoTTrainer": "PCCoTConfig", "KAVATrainer": "KAVAConfig"},
     exports={
         "CODIConfig": "methods",
         "CODILoss": "loss_modules",

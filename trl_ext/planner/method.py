@@ -19,6 +19,7 @@ MONITOR_CURVES = (
 METHOD = TrainingMethod(
     name="planner",
     about="Planner and executor: a short plan in typed concepts, and a text that is written from the plan alone.",
+    trainers={"PlannerExecutorTrainer": "PlannerExecutorConfig"},
     exports={
         "GradientNorm": "monitors",
         "PlannerExecutorConfig": "config",

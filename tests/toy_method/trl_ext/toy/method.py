@@ -6,6 +6,7 @@ from ..common.method import Command, TrainingMethod
 METHOD = TrainingMethod(
     name="toy",
     about="Toy: SFT of a model whose input embeddings are shifted by a learned vector.",
+    trainers={"ToyTrainer": "ToyConfig"},
     exports={"ToyConfig": "trainer", "ToyTrainer": "trainer"},
     commands=(
         Command(
