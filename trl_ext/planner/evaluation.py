@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -42,6 +42,8 @@ class PlanEvaluation:
         plan_ms, write_ms: wall time of a text, planned and written in batches.
         samples: the first texts, with what was written: (text, plan, from the plan, from a random plan).
     """
+
+    former_names: ClassVar = {"told": "explained_bits"}  # in the checkpoints of earlier versions
 
     n: int
     accuracy: float

@@ -185,7 +185,8 @@ class AccuracyCallback(TrainerCallback, ExportableState):
             self.curve = [(step, accuracy) for step, accuracy in saved["curve"] if step < state.global_step]
         self.before = self._evaluate(state, model)
         if state.global_step and saved["before"]:
-            self.before = replace(self.before, **saved["before"])
+            former = getattr(self.before, "former_names", {})
+            self.before = replace(self.before, **{former.get(name, name): x for name, x in saved["before"].items()})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
