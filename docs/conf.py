@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import shutil
 from importlib import metadata
+from pathlib import Path
 
 from sphinx.util import logging
 
@@ -53,6 +55,19 @@ def add_settings(app, what, name, obj, options, lines):
         lines += [f"``{field.name}{default}``", f"    {field.metadata['help']}", ""]
 
 
+RESULTS = "../benchmarks/results/"
+
+
+def copy_results(app):
+    """Put the benchmarks' results, which are written outside this folder, into the site."""
+    shutil.copytree(Path(app.srcdir, RESULTS), Path(app.srcdir, "results"), dirs_exist_ok=True)
+
+
+def link_results(app, docname, source):
+    """Let links to the benchmarks' results lead to their pages on the site."""
+    source[0] = source[0].replace(f"({RESULTS}", "(results/")
+
+
 def check_names(app, env):
     """Warn of a public name that no page documents. `make docs` makes an error of every warning."""
     documented = env.domains.python_domain.objects.keys()
@@ -70,6 +85,8 @@ def list_methods(app, docname, source):
 
 def setup(app):
     app.connect("source-read", list_methods)
+    app.connect("builder-inited", copy_results)
+    app.connect("source-read", link_results)
     app.connect("autodoc-process-signature", hide_signature)
     app.connect("autodoc-process-docstring", add_settings, priority=900)  # after Napoleon
     app.connect("env-check-consistency", check_names)

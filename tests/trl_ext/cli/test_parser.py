@@ -63,7 +63,7 @@ def test_other_names_mean_what_the_page_says(theirs, ours, recipe, config):
     assert parse(recipe, *config(in_file)) == wanted
 
 
-@pytest.mark.parametrize("theirs, said, recipe", table("Flags that are answered"))
+@pytest.mark.parametrize("theirs, said, recipe", table("Flags that are refused with a hint"))
 def test_other_names_are_answered_as_the_page_says(theirs, said, recipe, config):
     with pytest.raises(ValueError, match=re.escape(said)):
         parse(recipe, *theirs.split())
