@@ -1,6 +1,6 @@
 """What a plan is worth, over seeds: soft planning, hard-EM, the switches of v3.1 one by one, and what each costs.
 
-    make bench-concept                                            # with the other parts
+    make bench-planner                                            # with what the monitors cost
     python -m benchmarks.bench_planner --seeds 0 --only soft multi_token
 
 The facts of recipes/planner_executor.py: a tiny model from random weights writes a fact that it never saw from a plan of

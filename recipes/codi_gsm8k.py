@@ -1,6 +1,6 @@
 """CODI (arXiv 2502.21074) on GSM8K-Aug, or, with no hub and no GPU, on equations with a tiny model taught here.
 
-    make train-codi                                     # the embedded default; with a GPU, Llama-3.2-1B on GSM8K-Aug
+    make train-codi                                     # the embedded default; with a GPU, GPT-2 on GSM8K-Aug
     python recipes/codi_gsm8k.py --model_name meta-llama/Llama-3.2-1B-Instruct --preset codi-llama-1b
     python recipes/codi_gsm8k.py --model_name FOLDER --dataset train.jsonl --eval_dataset test.jsonl
     python recipes/codi_gsm8k.py --resume_from_checkpoint latest

@@ -1,6 +1,6 @@
 """KaVa (arXiv 2510.02312) on GSM8K-Aug, or, with no hub and no GPU, on equations with a tiny model taught here.
 
-    make train-kava                                     # the embedded default; with a GPU, Llama-3.2-1B on GSM8K-Aug
+    make train-kava                                     # the embedded default; with a GPU, Qwen2.5-0.5B on GSM8K-Aug
     python recipes/kava_gsm8k.py --model_name meta-llama/Llama-3.2-1B-Instruct --preset kava-llama-1b-aug
     python recipes/kava_gsm8k.py --model_name FOLDER --dataset train.jsonl --eval_dataset test.jsonl
     python recipes/kava_gsm8k.py --resume_from_checkpoint latest

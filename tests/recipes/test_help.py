@@ -19,7 +19,7 @@ FIRST = {
     "kava_gsm8k": "Latent tokens (CODI, PCCoT, KaVa)",
     "concept_v1": "Concept tokens",
     "concept_v2": "Concept tokens",
-    "kv_distill": "KV alignment",
+    "kv_distill": "KV distillation",
     "planner_executor": "Planner and executor",
     "profile_alignment": "Models, data and alignment",
     "distill": "Distillation of logits",

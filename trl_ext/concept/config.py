@@ -13,7 +13,7 @@ from ..common.config_checks import at_least, check_positive, check_values, check
 
 
 CODEBOOK_INITS = ("random", "kmeans")
-# The additions that go together (docs/concept_tokens.md has the evidence for each)
+# The additions that go together (docs/concept.md#settings has the evidence for each)
 PRESETS: dict[str, dict[str, Any]] = {
     "literal": {},
     "stable": {

@@ -23,7 +23,7 @@ METHOD = TrainingMethod(
         ),
         Command(
             "bench-concept",
-            "concept tokens: what is kept over seeds, wall time, the planner and its switches",
+            "concept tokens over seeds: what is kept; wall time",
             "benchmarks/bench_concept.py",
             "benchmarks/bench_concept_speed.py",
         ),

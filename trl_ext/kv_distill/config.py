@@ -20,7 +20,7 @@ class KVDistillConfig(TeacherConfig):
     `lambda_kv=0` is SFT: no teacher is needed.
     """
 
-    flags_title = "KV alignment"
+    flags_title = "KV distillation"
     _VALID_DICT_FIELDS = [*TeacherConfig._VALID_DICT_FIELDS, "ratio_map", "alpha_map"]
 
     lambda_kv: float = field(default=1.0, metadata={"help": "Weight of the structural loss beside cross-entropy."})

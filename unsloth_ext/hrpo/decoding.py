@@ -1,8 +1,8 @@
 """Hybrid decoding: sample tokens, and feed each thinking token as `fused(E[x], s)` instead of `E[x]` (HRPO, sec. 3).
 
-transformers' own sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`); three hooks ride on it:
-a pre-hook on the LM head sees the hidden state, the last logits processor sees the warped distribution, the stopping
-criteria see the sampled token, and a hook on the input embedding fuses the state into the next forward. Greedy and
+transformers' own sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a
+pre-hook on the LM head reads the hidden state, the last logits processor reads the warped distribution, the stopping
+criteria read the sampled token, and a hook on the input embedding fuses the state into the next forward. Greedy and
 sampled decoding, EOS, `num_return_sequences`, streamers, stopping criteria and scores are therefore transformers' own.
 """
 
