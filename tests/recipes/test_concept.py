@@ -2,43 +2,24 @@
 
 import json
 import re
-import runpy
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
 from tests.marks import slow
+from tests.recipes.running import run_recipe
 from tests.trl_ext.concept import setups
 from trl_ext.tasks import facts
 from unsloth_ext import ConceptModel
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = [
-    "--base_steps",
-    "5",
-    "--max_steps",
-    "2",
-    "--eval_size",
-    "12",
-    "--eval_every",
-    "1",
-    "--disable_tqdm",
-    "true",
-    "--per_device_train_batch_size",
-    "8",
-    "--save_steps",
-    "1",
-    "--logging_steps",
-    "1",
-]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+SMALL = shlex.split(
+    "--base_steps 5 --max_steps 2 --eval_size 12 --eval_every 1 "
+    "--disable_tqdm true --per_device_train_batch_size 8 --save_steps 1 --logging_steps 1"
+)
 
 
 @pytest.fixture
@@ -47,8 +28,7 @@ def run(monkeypatch, tmp_path, cache):
     monkeypatch.setattr(facts, "SMALL", facts.Size(facts=3, fillers=2, rows=400, layers=4, width=32))
 
     def start(recipe, *argv):
-        monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *SMALL, *map(str, argv)])
-        runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+        run_recipe(monkeypatch, f"{recipe}.py", *SMALL, *argv)
 
     return lambda recipe, *argv: start(recipe, "--output_dir", "out", "--cache_dir", cache, *argv)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,41 +12,23 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.recipes.running import run_recipe
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext import has_thinking
 
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-SMALL = [
-    "--sft_steps",
-    "30",
-    "--max_steps",
-    "2",
-    "--eval_size",
-    "20",
-    "--eval_every",
-    "1",
-    "--dry_run_rows",
-    "8",
-    "--per_device_train_batch_size",
-    "16",
-    "--save_steps",
-    "1",
-    "--disable_tqdm",
-    "true",
-]
-
-
-def recipe(monkeypatch, script, *argv):
-    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-    runpy.run_path(str(RECIPES / script), run_name="__main__")
+SMALL = shlex.split(
+    "--sft_steps 30 --max_steps 2 --eval_size 20 --eval_every 1 "
+    "--dry_run_rows 8 --per_device_train_batch_size 16 --save_steps 1 --disable_tqdm true"
+)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return lambda *argv: recipe(
+    return lambda *argv: run_recipe(
         monkeypatch, "hrpo_gsm8k.py", *SMALL, "--output_dir", "out", "--cache_dir", tmp_path / "cache", *argv
     )
 
@@ -84,17 +67,17 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     )  # cosine of 2 steps, half way
     assert json.loads(Path("out_2/summary.json").read_text())["accuracy_before"] == again["accuracy_after"]
 
-    recipe(
+    run_recipe(
         monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--thinking", "on", "zero", "off"
     )
     found = json.loads(Path("out/final/eval.json").read_text())
     assert found["on"]["accuracy"] == again["accuracy_after"] and found["off"]["thinking_share"] == 0
 
-    recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--max_new_tokens", "2")
+    run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--max_new_tokens", "2")
     assert json.loads(Path("out/final/eval.json").read_text())["on"]["mean_length"] <= 2
 
     with pytest.raises(ValueError, match=r"max_seq_length=20: prompt \d+ has \d+ tokens, and max_new_tokens=36 may"):
-        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--max_seq_length", "20")
+        run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--max_seq_length", "20")
     with pytest.raises(ValueError, match=r"max_seq_length=20: .* and max_completion_length=\d+ may come behind"):
         run("--max_seq_length", "20", "--output_dir", "out_3")
     with pytest.raises(ValueError, match=r"max_seq_length=128: .* and max_completion_length=200 may come behind"):
@@ -103,7 +86,7 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
         run("--max_completion_length", "200", "--max_seq_length", "500", "--output_dir", "out_3")  # as that one said
 
     files = sorted(file.name for file in folder.iterdir())  # of the model that the run began with
-    recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
+    run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
     assert list(json.loads(Path("eval.json").read_text())) == ["off"]
     assert sorted(file.name for file in folder.iterdir()) == files, "nothing is written into a folder that is not ours"
 
@@ -113,16 +96,18 @@ def test_evaluation_says_what_is_wrong_before_it_begins(monkeypatch, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     monkeypatch.setattr("unsloth_ext.FastThinkingModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"never learnt to think.*--thinking off"):
-        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base")
+        run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base")
     with pytest.raises(ValueError, match="--output"):
-        recipe(
+        run_recipe(
             monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", tmp_path
         )
     with pytest.raises(ValueError, match=r"--output .*config.json"):
         out = tmp_path / "base" / "config.json" / "eval.json"
-        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", out)
+        run_recipe(
+            monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", out
+        )
     with pytest.raises(ValueError, match="there is no folder"):
-        recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "missing")
+        run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

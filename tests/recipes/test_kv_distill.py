@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,34 +10,16 @@ import pytest
 
 from tests import tiny
 from tests.marks import slow
+from tests.recipes.running import run_recipe
 from trl_ext.tasks import equations
 from unsloth_ext import AttentionShape
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "kv_distill.py"
-SMALL = [
-    "--teacher_steps",
-    "20",
-    "--max_steps",
-    "2",
-    "--eval_size",
-    "12",
-    "--eval_every",
-    "1",
-    "--disable_tqdm",
-    "true",
-    "--per_device_train_batch_size",
-    "8",
-    "--save_steps",
-    "1",
-    "--logging_steps",
-    "1",
-]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+SMALL = shlex.split(
+    "--teacher_steps 20 --max_steps 2 --eval_size 12 --eval_every 1 "
+    "--disable_tqdm true --per_device_train_batch_size 8 --save_steps 1 --logging_steps 1"
+)
 
 
 @pytest.fixture
@@ -46,8 +29,7 @@ def run(monkeypatch, tmp_path, cache):
     monkeypatch.setattr(equations, "TEACHER", equations.Size(rows=500, layers=3, width=64, heads=8, kv_heads=4))
 
     def start(*argv):
-        monkeypatch.setattr(sys, "argv", ["kv_distill.py", *SMALL, *map(str, argv)])
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        run_recipe(monkeypatch, "kv_distill.py", *SMALL, *argv)
 
     return lambda *argv: start("--output_dir", "out", "--cache_dir", cache, *argv)
 

@@ -2,13 +2,14 @@
 
 import json
 import runpy
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
 from tests.marks import slow
+from tests.recipes.running import run_recipe
 from trl_ext.latent.config import LatentArguments
 from trl_ext.tasks import equations
 
@@ -16,41 +17,17 @@ from trl_ext.tasks import equations
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 METHODS = ("codi", "pccot", "kava")
-SMALL = [
-    "--sft_steps",
-    "30",
-    "--max_steps",
-    "2",
-    "--eval_size",
-    "12",
-    "--eval_every",
-    "1",
-    "--disable_tqdm",
-    "true",
-    "--per_device_train_batch_size",
-    "8",
-    "--save_steps",
-    "1",
-    "--logging_steps",
-    "1",
-]
-
-
-def recipe(monkeypatch, script, *argv):
-    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-    runpy.run_path(str(RECIPES / script), run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+SMALL = shlex.split(
+    "--sft_steps 30 --max_steps 2 --eval_size 12 --eval_every 1 "
+    "--disable_tqdm true --per_device_train_batch_size 8 --save_steps 1 --logging_steps 1"
+)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(equations, "SMALL", equations.Size(rows=1000))
-    return lambda method, *argv: recipe(
+    return lambda method, *argv: run_recipe(
         monkeypatch, f"{method}_gsm8k.py", *SMALL, "--output_dir", "out", "--cache_dir", cache, *argv
     )
 
@@ -73,7 +50,7 @@ def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, ca
     assert again["steps"] == 3 and again["accuracy_before"] == summary["accuracy_before"]
     assert again["accuracy_curve"].items() >= summary["accuracy_curve"].items()
 
-    recipe(
+    run_recipe(
         monkeypatch, "eval_latent.py", "--checkpoint", "out/final", "--held_out", "12", "--show", "1", "--batch_size", 5
     )
     found = json.loads(Path("out/final/eval.json").read_text())
@@ -82,7 +59,7 @@ def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, ca
     assert Path("out/final/latent.png").stat().st_size > 10_000
     Path("one.jsonl").write_text(json.dumps({"question": "1+2=", "steps": ["1+2=3"], "answer": "3"}) + "\n")
     how = ("--max_new_tokens", "4", "--num_latents", "2", "--latents", "on", "--output", "one")
-    recipe(monkeypatch, "eval_latent.py", "--checkpoint", "out/final", "--dataset", "one.jsonl", *how)
+    run_recipe(monkeypatch, "eval_latent.py", "--checkpoint", "out/final", "--dataset", "one.jsonl", *how)
     assert Path("one/eval.json").exists() and not Path("one/latent.png").exists()  # steps without the last one: none
 
 
@@ -201,7 +178,7 @@ def test_what_is_wrong_is_said_before_training(run, files, capsys, argv, message
 def test_what_is_wrong_with_a_closer_look(files, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(files)
     with pytest.raises((ValueError, SystemExit)) as error:
-        recipe(monkeypatch, "eval_latent.py", *argv)
+        run_recipe(monkeypatch, "eval_latent.py", *argv)
     assert message in str(error.value) + capsys.readouterr().err
 
 

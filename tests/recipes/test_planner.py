@@ -2,7 +2,7 @@
 
 import json
 import runpy
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from tests import tiny
 from tests.marks import slow
+from tests.recipes.running import run_recipe
 from trl_ext import PlannerExecutorConfig
 from trl_ext.tasks import facts
 from trl_ext.tasks.data import DataArguments
@@ -18,24 +19,10 @@ from unsloth_ext import PlannerConfig, PlannerExecutorModel, attach_planner
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "planner_executor.py"
-SMALL = [
-    "--max_steps",
-    "2",
-    "--eval_size",
-    "12",
-    "--eval_every",
-    "1",
-    "--disable_tqdm",
-    "true",
-    "--monitor_every",
-    "1",
-    "--per_device_train_batch_size",
-    "8",
-    "--save_steps",
-    "1",
-    "--logging_steps",
-    "1",
-]
+SMALL = shlex.split(
+    "--max_steps 2 --eval_size 12 --eval_every 1 --disable_tqdm true "
+    "--monitor_every 1 --per_device_train_batch_size 8 --save_steps 1 --logging_steps 1"
+)
 
 
 @pytest.fixture
@@ -43,8 +30,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def start(*argv):
-        monkeypatch.setattr(sys, "argv", ["planner_executor.py", *SMALL, "--output_dir", "out", *map(str, argv)])
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        run_recipe(monkeypatch, "planner_executor.py", *SMALL, "--output_dir", "out", *argv)
 
     return start
 

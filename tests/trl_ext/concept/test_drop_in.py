@@ -1,87 +1,15 @@
 """What one expects of an SFTTrainer: callbacks, metrics of one's own, pushing, several evaluation sets, the constructor."""
 
 import inspect
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-import transformers.trainer
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from tests import tiny
 from trl_ext import ConceptConfig, ConceptTrainer
 
 from . import setups
-
-
-def test_compute_metrics_sees_logits_and_labels(tmp_path):
-    """Their cross-entropy is the evaluation's, 1e-5."""
-    seen = {}
-
-    def metrics(prediction) -> dict:
-        logits, labels = (torch.from_numpy(x) for x in (prediction.predictions, prediction.label_ids))
-        seen["shape"] = tuple(logits.shape)
-        ce = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100)
-        return {"ce": ce.item()}
-
-    trainer = setups.trainer(tmp_path, per_device_eval_batch_size=8)
-    trainer.compute_metrics = metrics
-    found = trainer.evaluate()
-    assert seen["shape"][0] == 8 and found["eval_ce"] == pytest.approx(found["eval_loss/ce"], abs=1e-5)
-
-
-def test_several_gpus_in_one_process_are_not_data_parallel(tmp_path):
-    args = ConceptConfig(**setups.settings(tmp_path, **setups.SPLIT))
-    assert args.n_gpu <= 1  # which finds the devices out
-    args._n_gpu = 2
-    trainer = ConceptTrainer(
-        setups.base(), args, train_dataset=Dataset.from_list(setups.ROWS), processing_class=tiny.tokenizer(())
-    )
-    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
-    trainer.train()
-
-
-def test_callbacks_and_several_evaluation_sets(tmp_path):
-    class Count(TrainerCallback):
-        steps = evaluations = 0
-
-        def on_step_end(self, *_, **__):
-            self.steps += 1
-
-        def on_evaluate(self, *_, **__):
-            self.evaluations += 1
-
-    count = Count()
-    trainer = setups.trainer(tmp_path, eval_strategy="steps", eval_steps=2, callbacks=[count])
-    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset.select(range(4))}
-    trainer.train()
-    assert count.steps == 4 and count.evaluations == 4
-    logged = {name for entry in trainer.state.log_history for name in entry}
-    assert {"eval_a_loss", "eval_b_loss", "eval_concept/ratio", "concept/perplexity"} <= logged
-
-
-def test_pushing_uploads_adapter_card_and_no_pickle(tmp_path, monkeypatch):
-    uploaded = {}
-
-    class Hub:
-        def create_repo(self, name, **_):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, repo_id, folder_path, **_):
-            uploaded[repo_id] = {str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()}
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_, **__: Hub())
-    trainer = setups.trainer(tmp_path / "pushed", peft=True)
-    trainer.train()
-    trainer.push_to_hub()
-    (files,) = uploaded.values()
-    assert {"adapter_model.safetensors", "README.md", "adapter_config.json"} <= files
-    assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
-    card = (tmp_path / "pushed" / "README.md").read_text()
-    assert "Concept tokens" in card and "concept-tokens" in card
 
 
 def test_the_constructor_is_sfttrainers(tmp_path, monkeypatch):

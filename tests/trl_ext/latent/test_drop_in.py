@@ -2,15 +2,11 @@
 
 import functools
 import inspect
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import transformers.trainer
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import SFTTrainer
 
 import trl_ext
@@ -36,46 +32,6 @@ def test_compute_metrics_sees_the_answers_logits_and_labels(tmp_path):
     (rows, length, _), labels = seen["shapes"]
     assert rows == 8 and labels == (8, length)
     assert found["eval_ce"] == pytest.approx(found["eval_loss/ce_student"], abs=1e-5)
-
-
-def test_callbacks_and_several_evaluation_sets(tmp_path):
-    class Count(TrainerCallback):
-        steps = evaluations = 0
-
-        def on_step_end(self, *_, **__):
-            self.steps += 1
-
-        def on_evaluate(self, *_, **__):
-            self.evaluations += 1
-
-    count = Count()
-    trainer = setups.trainer(tmp_path, eval_strategy="steps", eval_steps=2, **setups.CASES["jacobi"])
-    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset.select(range(4))}
-    trainer.add_callback(count)
-    trainer.train()
-    assert count.steps == 4 and count.evaluations == 4
-    logged = {name for entry in trainer.state.log_history for name in entry}
-    assert {"eval_a_loss", "eval_b_loss"} <= logged
-
-
-def test_pushing_uploads_adapter_card_and_no_pickle(tmp_path, monkeypatch):
-    uploaded = {}
-
-    class Hub:
-        def create_repo(self, name, **_):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, repo_id, folder_path, **_):
-            uploaded[repo_id] = {file.name for file in Path(folder_path).iterdir()}
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_, **__: Hub())
-    trainer = setups.trainer(tmp_path / "pushed", **setups.CASES["kv"])
-    trainer.train()
-    trainer.push_to_hub()
-    (files,) = uploaded.values()
-    assert list(uploaded) == ["someone/pushed"]
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"} <= files
-    assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
 
 
 def test_an_iterable_dataset_trains_the_same(tmp_path):
