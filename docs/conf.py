@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sphinx.util import logging
 
-from trl_ext.common.method import training_methods
+from trl_ext.common.method import index_table
 
 
 project = "Latent reasoning on TRL and Unsloth"
@@ -78,9 +78,8 @@ def check_names(app, env):
 
 
 def list_methods(app, docname, source):
-    """Put the methods' records into the index, where it says so."""
-    rows = [f"| [{record.name}]({record.name}.md) | {record.about} |" for record in training_methods().values()]
-    source[0] = source[0].replace("<!-- methods -->", "\n".join(["| page | what |", "|---|---|", *rows]))
+    """Put the methods' records where the index asks for them."""
+    source[0] = source[0].replace("<!-- methods -->", index_table())
 
 
 def setup(app):

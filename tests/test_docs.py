@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_ext.common.method import training_methods
+from trl_ext.common.method import commands, index_table, training_methods
 from unsloth_ext.common.method import all_methods
 
 
@@ -83,21 +83,21 @@ def test_pages_named_in_code_are_there():
     assert missing == []
 
 
-def test_readme_is_short_and_has_every_method():
+def test_readme_is_short_and_its_table_leads_to_pages_and_targets():
+    """A new method need not be in it before there is evidence."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     rows = [line for line in text.splitlines() if line.startswith("| [")]
-    for name, method in training_methods().items():
-        of_method = [row for row in rows if f"]({method.page})" in row]
-        assert of_method, f"{name} is not in README's table"
-        targets = {command.name for command in method.commands if command.name.startswith("train-")}
-        shown = set(re.findall(r"`make ([\w-]+)`", "\n".join(of_method)))
-        assert not targets or shown & targets, f"README's table has no command of {name}"
+    assert len(rows) > 10
+    for row in rows:
+        (name,) = re.findall(r"^\| \[[^]]+\]\(docs/(\w+)\.md\)", row)
+        assert name in training_methods() or name in all_methods(), row
+        assert set(re.findall(r"`make ([\w-]+)`", row)) <= commands().keys(), row
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_index_has_every_method(name):
-    assert f"]({name}.md) |" in (DOCS / "index.md").read_text()
+    assert f"]({name}.md) |" in index_table() and "<!-- methods -->" in (DOCS / "index.md").read_text()
 
 
 GPU_CONFIGS = sorted(path.stem.removesuffix("_gsm8k") for path in (ROOT / "recipes/configs").glob("*_gsm8k.yaml"))

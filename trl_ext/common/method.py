@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from unsloth_ext.common.method import records
+from unsloth_ext.common.method import all_methods, records
 
 
 class Command:
@@ -34,7 +34,7 @@ class TrainingMethod:
 
     Attributes:
         name: of the folder. A method that attaches modules has the same name in `unsloth_ext`.
-        about: one sentence that says what the method is for, for the documentation's index.
+        about: its title, a colon, and one sentence that says what it does. The documentation's index shows both.
         trainers: its trainers by their public names, each with its configuration. Presets stand in the configuration.
         exports: the public names of the method, each with the module of the folder that defines it.
         commands: its make targets.
@@ -82,3 +82,16 @@ def commands() -> dict[str, Command]:
                 )
             found[command.name] = command
     return found
+
+
+def index_table() -> str:
+    """The documentation's table of methods: those of this package, and those that have a model side only."""
+    records = {
+        **{name: method.about for name, method in all_methods().items()},
+        **{name: method.about for name, method in training_methods().items()},
+    }
+    lines = ["| page | what it does |", "|---|---|"]
+    for name, about in records.items():
+        title, _, sentence = about.partition(": ")
+        lines.append(f"| [{title}]({name}.md) | {sentence[0].upper()}{sentence[1:]} |")
+    return "\n".join(lines)

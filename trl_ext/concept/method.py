@@ -5,7 +5,7 @@ from ..common.method import Command, TrainingMethod
 
 METHOD = TrainingMethod(
     name="concept",
-    about="Concept tokens: middle layers that read discrete concepts, made online of the model's own tokens.",
+    about="Concept tokens: middle layers read discrete concepts that the model makes of its own tokens.",
     trainers={"ConceptTrainer": "ConceptConfig"},
     exports={
         "ConceptConfig": "config",

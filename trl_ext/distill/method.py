@@ -5,7 +5,7 @@ from ..common.method import TrainingMethod
 
 METHOD = TrainingMethod(
     name="distill",
-    about="Distillation from a teacher's next-token distributions, and from written reasoning with tags.",
+    about="Distillation: a student follows a teacher's distributions, or its written reasoning between tags.",
     trainers={
         "LogitsDistillTrainer": "LogitsDistillConfig",
         "ReasoningDistillTrainer": "ReasoningDistillConfig",

@@ -5,7 +5,7 @@ from ..common.method import Command, TrainingMethod
 
 METHOD = TrainingMethod(
     name="hrpo",
-    about="HRPO: reinforcement learning with hidden states fused into the embeddings of thinking tokens.",
+    about="HRPO: GRPO whose thinking tokens mix their embedding with a state made from the position before.",
     trainers={"HRPOTrainer": "HRPOConfig"},
     exports={
         "HRPOConfig": "classes",

@@ -5,7 +5,7 @@ from ..common.method import Command, TrainingMethod
 
 METHOD = TrainingMethod(
     name="kv_distill",
-    about="A student that follows a teacher's keys, values and attention, whatever the teacher's shape.",
+    about="KV distillation: a student follows the keys, values and attention of a larger teacher of another shape.",
     trainers={"KVDistillTrainer": "KVDistillConfig"},
     exports={"KVDistillConfig": "config", "KVDistillTrainer": "trainer"},
     commands=(

@@ -5,7 +5,7 @@ from ..common.method import Command, TrainingMethod
 
 METHOD = TrainingMethod(
     name="latent",
-    about="CODI, PCCoT and KaVa: explicit reasoning distilled into latent tokens between question and answer.",
+    about="CODI, PCCoT, KaVa: a student answers after a few latent tokens instead of written steps.",
     trainers={"CODITrainer": "CODIConfig", "PCCoTTrainer": "PCCoTConfig", "KAVATrainer": "KAVAConfig"},
     exports={
         "CODIConfig": "methods",

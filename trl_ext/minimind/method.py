@@ -5,7 +5,7 @@ from ..common.method import Command, TrainingMethod
 
 METHOD = TrainingMethod(
     name="minimind",
-    about="MiniMind: a small language model through every stage, from its tokenizer to a dialogue.",
+    about="MiniMind: a small language model goes through every stage, from its tokenizer to a dialogue.",
     exports={"load_minimind_data": "data"},
     commands=(
         Command(

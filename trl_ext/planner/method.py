@@ -18,7 +18,7 @@ MONITOR_CURVES = (
 
 METHOD = TrainingMethod(
     name="planner",
-    about="Planner and executor: a short plan in typed concepts, and a text that is written from the plan alone.",
+    about="Planner and executor: a model plans in typed concepts, and writes the text from the plan alone.",
     trainers={"PlannerExecutorTrainer": "PlannerExecutorConfig"},
     exports={
         "GradientNorm": "monitors",

@@ -5,7 +5,7 @@ from ..common.method import TrainingMethod
 
 METHOD = TrainingMethod(
     name="ppo",
-    about="PPO: policy optimization with a critic, on TRL's rollouts and losses.",
+    about="PPO: reinforcement learning with a critic.",
     trainers={"PPOTrainer": "PPOConfig"},
     exports={"PPOConfig": "config", "PPOTrainer": "trainer"},
 )

@@ -5,7 +5,7 @@ from ..common.method import TrainingMethod
 
 METHOD = TrainingMethod(
     name="spo",
-    about="SPO: policy optimization with one completion a prompt and a value that is tracked for each prompt.",
+    about="SPO: one completion a prompt is compared with the prompt's tracked expected reward.",
     trainers={"SPOTrainer": "SPOConfig"},
     exports={"AutoAdaptiveValueTracker": "tracker", "SPOConfig": "config", "SPOTrainer": "trainer"},
 )

@@ -33,7 +33,8 @@ class Method:
         linear_modules: those of them with linear layers, which LoRA on "all-linear" must leave alone.
         attach: the public function that gives a model its modules.
         loader: the public class that opens saved folders.
-        about: what such a model does, one sentence for its model card.
+        about: what such a model does, one sentence for its model card. Of a method without modules and without a training
+            side, its title, a colon, and a sentence for the documentation's index.
         dropped: what a loader that does not know the method leaves out, for the model card.
         example: Python lines that open a saved folder and use it; `{where}` stands for the folder.
         refused_arguments: arguments of `generate` that do not work with the method, beside those that work with none

@@ -5,6 +5,7 @@ from ..common.method import Method
 
 METHOD = Method(
     name="kv_compression",
+    about="KV compression: the keys and values that matter are kept, for KaVa and as a cache for `generate`.",
     exports={
         "CompressedCache": "cache",
         "CompressedKV": "compression",
