@@ -1,1 +1,1 @@
-"""What several methods use: wrapping, adapters, loading, saving, the attention tap, the delimiter, generate's arguments."""
+"""Code that several methods use: wrapping, adapters, loading, saving, attention taps, delimiters, generation arguments."""

@@ -1,4 +1,4 @@
-"""What stands in place of a thinking state or latent token to see what it contributes. Tensors (B, ..., d)."""
+"""Ablations that replace a thinking state or latent token, to measure what it contributes. Tensors are (B, ..., d)."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ import torch
 
 
 def shuffled(x: torch.Tensor) -> torch.Tensor:
-    """Another row's: right as a distribution, wrong for the row. A single row keeps its own."""
+    """Give each row the states of another row of the batch. A single row keeps its own."""
     return x.roll(1, dims=0)
 
 
 def noise(x: torch.Tensor) -> torch.Tensor:
-    """Gaussian, of the same norm at each position."""
+    """Draw Gaussian noise with the norm that `x` has at each position."""
     drawn = torch.randn_like(x)
     return drawn * (x.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
 

@@ -1,4 +1,4 @@
-"""What every method that attaches modules to a causal LM does alike: checks, settings, adapters."""
+"""Checks, settings and adapters of methods that attach modules to a causal LM."""
 
 from dataclasses import asdict, fields
 from typing import Any
@@ -12,25 +12,36 @@ from .wrapping import backbone_of
 
 
 def settings_of(model: nn.Module, method: Method) -> Any:
-    """The settings that a model's modules of a method were attached with; None if it has none.
+    """Return the settings that a method's modules were attached with, or None if the model has no such modules.
 
     Args:
         model: a causal LM, wrapped by PEFT or not.
+        method: the record of the method.
+
+    Returns:
+        The settings dataclass of the method, or None.
     """
     return getattr(backbone_of(model), method.attribute, None)
 
 
 def attached_modules(model: nn.Module, method: Method) -> tuple[str, ...]:
-    """Which of a method's modules the decoder of a model has."""
+    """Return the names of those modules of a method that the decoder of a model has."""
     backbone = backbone_of(model)
     return tuple(name for name in method.modules if hasattr(backbone, name))
 
 
 def check_attachable(model: nn.Module, method: Method) -> nn.Module:
-    """The decoder that the modules go to.
+    """Check that a method's modules can be attached to a model.
+
+    Args:
+        model: a causal LM, wrapped by PEFT or not.
+        method: the record of the method.
+
+    Returns:
+        The decoder that the modules go to.
 
     Raises:
-        ValueError: the model has them already, or has the settings of another method.
+        ValueError: the model already has these modules, or has the settings of another method.
     """
     if settings_of(model, method) is not None:
         raise ValueError(f"{type(model).__name__} has the {method.what} already")
@@ -39,17 +50,28 @@ def check_attachable(model: nn.Module, method: Method) -> nn.Module:
 
 
 def check_attached(model: nn.Module, method: Method, arguments: str = "model") -> None:
-    """Raises a ValueError for a model without the modules of a method. It names the call that attaches them."""
+    """Check that a model has the modules of a method.
+
+    Args:
+        model: a causal LM, wrapped by PEFT or not.
+        method: the record of the method.
+        arguments: the arguments of the attaching call, for the message.
+
+    Raises:
+        ValueError: the model has no such modules. The message names the call that attaches them.
+    """
     if settings_of(model, method) is None:
         raise ValueError(f"{type(model).__name__} has no {method.what}; call {method.attach}({arguments}) first")
 
 
 def remember(model: nn.Module, method: Method, settings: Any, **more: Any) -> None:
-    """Note in a model how its new modules were made. From now on its settings are saved with it, and a model card.
+    """Store a method's settings in a model, so that they are saved with it, together with a model card.
 
     Args:
+        model: a causal LM with the method's modules.
+        method: the record of the method.
         settings: a dataclass.
-        **more: further values for the file, which are not settings.
+        **more: other values for the file.
     """
     backbone = backbone_of(model)
     setattr(backbone, method.attribute, settings)
@@ -60,16 +82,20 @@ def remember(model: nn.Module, method: Method, settings: Any, **more: Any) -> No
 def read_settings(
     saved: Any, name: str, method: Method, newer: tuple[str, ...] = (), beside: tuple[str, ...] = ()
 ) -> Any:
-    """The settings dataclass of a method, out of what `remember` wrote into the JSON of a folder.
+    """Rebuild the settings of a method from the JSON that `remember` wrote.
 
     Args:
         saved: what the JSON holds.
-        name: of the folder or hub repository, for messages.
-        newer: fields that older folders may lack; they get their defaults.
-        beside: values that must stand there too and are no settings.
+        name: the folder or hub repository, for messages.
+        method: the record of the method.
+        newer: fields that older folders may lack. They get their defaults.
+        beside: values that must also be there and are no settings.
+
+    Returns:
+        The settings dataclass of the method.
 
     Raises:
-        ValueError: something is missing, unknown or of the wrong type.
+        ValueError: a value is missing, unknown or of the wrong type.
     """
     cls = method.settings_class()
     known = {f.name for f in fields(cls)} | set(beside)
@@ -85,10 +111,15 @@ def read_settings(
 
 
 def with_modules(config: PeftConfig, method: Method, modules: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """The fields of a PEFT config that make it train and save a method's modules in full, and LoRA leave them alone.
+    """Return the fields of a PEFT config that train and save a method's modules in full and keep LoRA off them.
 
     Args:
-        modules: those that the model has; None: all of the method's.
+        config: the PEFT config to complete.
+        method: the record of the method.
+        modules: the modules that the model has. None means all of the method's.
+
+    Returns:
+        Fields for `dataclasses.replace(config, **fields)`.
 
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.
@@ -103,10 +134,15 @@ def with_modules(config: PeftConfig, method: Method, modules: tuple[str, ...] | 
 
 
 def check_adapter(model: PeftModel, method: Method, lacks: tuple[str, ...] = ()) -> None:
-    """Raises a ValueError if the active adapter leaves a method's modules untrained and unsaved.
+    """Check that the active adapter trains and saves a method's modules.
 
     Args:
-        lacks: fields of the adapter's config that were found wanting already.
+        model: the PEFT model.
+        method: the record of the method.
+        lacks: fields of the adapter's config that the caller already found incomplete.
+
+    Raises:
+        ValueError: a field is incomplete.
     """
     adapter = model.peft_config[model.active_adapter]
     if not set(attached_modules(model, method)) <= set(getattr(adapter, "modules_to_save", None) or ()):

@@ -1,7 +1,7 @@
-"""A look at the queries, keys and values inside attention while SDPA runs as ever: no eager attention, no T x T map.
+"""Read the queries, keys and values inside attention, while the model keeps using SDPA.
 
 transformers lets one register attention functions (`AttentionInterface`). Ours calls the SDPA one and then shows the
-tensors to whoever listens; a model uses it while a tap on it is open.
+tensors to an observer. A model uses it while a tap on it is open. No T x T attention map is made.
 """
 
 import contextlib
@@ -38,8 +38,7 @@ _EXPECTING: ContextVar[_Layer | None] = ContextVar("cache_layer", default=None)
 
 
 def expect_attention(layer: _Layer) -> None:
-    """Called by a cache layer that was just updated: the next attention over its keys asks it for the mask and shows it the
-    queries."""
+    """Let a cache layer that was just updated give the mask of the next attention over its keys and see its queries."""
     _EXPECTING.set(layer)
 
 
@@ -63,7 +62,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def check_sdpa(model: nn.Module) -> None:
-    """Raises a ValueError if the model's attention is not SDPA."""
+    """Raise a ValueError if the model's attention is not SDPA."""
     found = backbone_of(model).config._attn_implementation
     if found not in ("sdpa", NAME):
         raise ValueError(
@@ -74,9 +73,14 @@ def check_sdpa(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """While open, every attention layer of `model` calls `observer(layer, query, key, value)`.
+    """Show the queries, keys and values of every attention layer to an observer, while the context is open.
 
-    query (B, Hq, T, D) and key (B, Hkv, S, D) are after rotary embedding, value (B, Hkv, S, D); S counts cached tokens too.
+    Args:
+        model: a causal LM with SDPA attention, wrapped by PEFT or not.
+        observer: called as `observer(layer, query, key, value)` in the forward of each layer. The query (B, Hq, T, D)
+            and
+            key (B, Hkv, S, D) are after rotary embedding, the value is (B, Hkv, S, D). All are in the model's dtype. S
+            counts cached tokens too.
 
     Raises:
         ValueError: the model's attention is not SDPA.
@@ -95,7 +99,14 @@ def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 def check_seen(model: nn.Module, layers: Iterable[int], what: str, wanted: Iterable[int] | None = None) -> None:
-    """Raises a ValueError that names the layers (all, or those `wanted`) that are not among the `layers` a tap has seen."""
+    """Raise a ValueError that names the layers that a tap should have seen and did not.
+
+    Args:
+        model: the model that was tapped.
+        layers: the layers that the tap saw.
+        what: the feature that needs them, as the subject of "needs".
+        wanted: the layers it should have seen. None means all.
+    """
     config = backbone_of(model).config.get_text_config(decoder=True)
     missing = sorted(set(range(config.num_hidden_layers) if wanted is None else wanted) - set(layers))
     if missing:
@@ -108,16 +119,18 @@ def check_seen(model: nn.Module, layers: Iterable[int], what: str, wanted: Itera
 
 @torch.no_grad()
 def check_look(model: nn.Module, what: str) -> None:
-    """One forward of two tokens, the first time for each model: what a tap sees is asked for, not what attention is called.
+    """Check with one forward of two tokens that a tap sees what a cache holds. This runs once for each model.
 
-    Not where weights are sharded or not in memory, which no forward of ours could use; there `compressed_trace` and
-    `captured_kvq` tell at their first use.
+    The check is skipped if weights are sharded or not in memory. `compressed_trace` and `captured_kvq` then raise an
+    error
+    at their first use.
 
     Args:
-        what: that looks inside attention, as the subject of "needs".
+        model: a causal LM, wrapped by PEFT or not.
+        what: the feature that looks inside attention, as the subject of "needs".
 
     Raises:
-        ValueError: attention is not SDPA; a layer was not seen; or what a cache holds are not the keys and values that
+        ValueError: attention is not SDPA; a layer was not seen; or a cache does not hold the keys and values that
             attention reads, as in models that cache something smaller (MLA).
     """
     check_sdpa(model)

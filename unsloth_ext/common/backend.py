@@ -1,4 +1,4 @@
-"""Which backend carries a model: Unsloth's CUDA path where it can run, transformers + PEFT everywhere else."""
+"""Choice of the backend that runs a model: Unsloth's CUDA path where it can run, transformers and PEFT elsewhere."""
 
 import importlib.util
 import os
@@ -11,10 +11,11 @@ import patches
 
 
 def unsloth_can_run() -> tuple[bool, str]:
-    """(whether `FastLanguageModel` is to be used, why). Does not import Unsloth.
+    """Return whether to use `FastLanguageModel`, and the reason. Does not import Unsloth.
 
-    Unsloth runs its own forwards on a GPU, or on a CPU under its CI switch `UNSLOTH_ALLOW_CPU=1`; its CPU backend is
-    stock transformers, so there the stock path is taken directly.
+    Unsloth runs its own forwards on a GPU, or on a CPU under its CI switch `UNSLOTH_ALLOW_CPU=1`. Its CPU backend is
+    stock
+    transformers, so on a CPU we use transformers directly.
     """
     if importlib.util.find_spec("unsloth") is None:
         return False, "unsloth is not installed"
@@ -26,9 +27,9 @@ def unsloth_can_run() -> tuple[bool, str]:
 
 
 def without_block_compile(model: nn.Module) -> None:
-    """Let decoder layers that Unsloth compiles whole in training run as they are written, from now on.
+    """Run decoder layers that Unsloth compiles whole in training without this compilation from now on.
 
-    `patches/unsloth_block_compile.py` says why.
+    `patches/unsloth_block_compile.py` gives the reason.
     """
     blocks = sys.modules.get("unsloth.models._block_compile")
     if blocks is None:

@@ -1,8 +1,9 @@
-"""Incremental search for the answer delimiter, on token ids, without decoding anything.
+"""Incremental search for the answer delimiter in token ids, without decoding.
 
-A Knuth-Morris-Pratt automaton over the bytes of UTF-8, compiled to one row per state and one column per token of the
-vocabulary: feeding a batch of tokens is one gather, on the device, and finds delimiters that are split over tokens, within
-a character too, or lie inside one token.
+A Knuth-Morris-Pratt automaton over the bytes of UTF-8 is compiled to a table with a row for each state and a column for
+each
+token of the vocabulary. Feeding a batch of tokens is one gather on the device. It finds delimiters that are split over
+several tokens, even within a character, and those that lie inside one token.
 """
 
 import re
@@ -12,20 +13,26 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
-BYTE = re.compile("<0x([0-9A-F]{2})>")  # a byte as a token of its own, as SentencePiece writes it
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece writes a token for one byte
 
 
 class DelimiterMatcher:
-    """Finds `delimiter` in streams of token ids.
-
-    Attributes:
-        table: (bytes of the delimiter + 1, V + 1) int16 on the CPU, `table[state, token]` is the next state. The last
-            state, `done`, is absorbing. Special tokens change nothing: text is decoded without them. Nor do ids behind the
-            tokenizer's, which a model with padded embeddings can sample: the last column stands for all of them.
-        done: the state in which the delimiter is complete.
+    """Finds a delimiter in streams of token ids.
 
     Args:
-        vocab_size: of the model, where it is known; the table is made as wide.
+        tokenizer: the tokenizer of the model.
+        delimiter: the text to find.
+        vocab_size: the vocabulary size of the model, if known. The table is made as wide.
+
+    Attributes:
+        table (S, V + 1): int16 on the CPU. `table[state, token]` is the next state. The number of states S is that of
+            the
+            delimiter's bytes plus 1. The last state, `done`, is absorbing. Special tokens leave the state unchanged,
+            since
+            text is decoded without them. So do ids above the tokenizer's, which a model with padded embeddings can
+            sample:
+            the last column stands for all of them.
+        done: the state in which the delimiter is complete.
 
     Raises:
         ValueError: the delimiter is empty, or the tokenizer cannot produce it.
@@ -52,14 +59,22 @@ class DelimiterMatcher:
             )
 
     def step(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Next states (B,) long after `tokens` (B,) long; no host synchronisation."""
+        """Advance the state of each row by one token, without host synchronisation.
+
+        Args:
+            state (B,): long, 0 at the start of a text.
+            tokens (B,): long.
+
+        Returns:
+            The next states (B,) long.
+        """
         if tokens.device not in self._tables:
             self._tables[tokens.device] = self.table.to(tokens.device)
         table = self._tables[tokens.device]
         return table[state, tokens.clamp(max=table.shape[1] - 1)].long()
 
     def complete(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) bool: whether the delimiter is complete once the token at t is there; for ids (B, T) long."""
+        """Return (B, T) bool for ids (B, T) long: whether the delimiter is complete after token t."""
         state = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         out = torch.empty_like(ids, dtype=torch.bool)
         for t in range(ids.shape[1]):
@@ -69,13 +84,13 @@ class DelimiterMatcher:
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """What each token adds to a text when it follows another one."""
+    """Return the bytes that each token adds to a text when it follows another token."""
     special = set(tokenizer.all_special_ids)
-    ids = range(max(tokenizer.get_vocab().values()) + 1)  # more than it has tokens where ids are left out
+    ids = range(max(tokenizer.get_vocab().values()) + 1)  # the ids may have gaps
     anchor = next((i for i in ids if i not in special and tokenizer.decode([i]).strip()), None)
     if anchor is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no token that holds text")
-    # Behind an anchor: some decoders strip the space of a first token
+    # After an anchor token, because some decoders strip the space of a first token
     head = tokenizer.decode([anchor], clean_up_tokenization_spaces=False)
     pairs = tokenizer.batch_decode([[anchor, i] for i in ids], clean_up_tokenization_spaces=False)
     texts = ["" if i in special else text[len(head) :] for i, text in zip(ids, pairs, strict=True)]
@@ -83,7 +98,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 
 
 def _part(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """A token that is no whole number of characters: it decodes to the replacement character by itself."""
+    """Return the bytes of a token that is not a whole number of characters and decodes to the replacement character."""
     name = tokenizer.convert_ids_to_tokens(token)
     byte = BYTE.fullmatch(name)
     if byte:

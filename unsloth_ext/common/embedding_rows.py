@@ -1,4 +1,4 @@
-"""Single rows of an embedding, which PEFT trains one by one."""
+"""Checks for single rows of an embedding that PEFT trains."""
 
 import re
 from collections.abc import Iterable
@@ -10,18 +10,33 @@ from transformers import PreTrainedModel
 
 
 def named(given: str | Iterable[str] | None, name: str) -> bool:
-    """Whether `target_modules` or `modules_to_save` of a PEFT config name a module by its full name, as PEFT reads them."""
+    """Return whether `target_modules` or `modules_to_save` of a PEFT config name a module, by the rules of PEFT.
+
+    Args:
+        given: the field of the config.
+        name: the full name of the module.
+
+    Returns:
+        True if the module is named.
+    """
     if isinstance(given, str):
         return re.fullmatch(given, name) is not None
     return any(name == each or name.endswith(f".{each}") for each in given or ())
 
 
 def check_rows(config: PeftConfig, model: PreTrainedModel, rows: str, modules: Iterable[nn.Module]) -> None:
-    """Raises a ValueError if a PEFT config would train one of these modules otherwise than by single rows, or a head that
-    is tied to them, which PEFT cannot do beside the rows.
+    """Check that a PEFT config does not also train whole modules, or heads tied to them, whose single rows are trained.
+
+    PEFT cannot do both.
 
     Args:
-        rows: whose they are.
+        config: the PEFT config.
+        model: the model that PEFT will wrap.
+        rows: whose rows they are, for the message.
+        modules: the modules with single trained rows.
+
+    Raises:
+        ValueError: the config names such a module.
     """
     weights = [module.weight for module in modules]
     for name, module in model.named_modules():

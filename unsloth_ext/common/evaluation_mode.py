@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, which leaves a model that can be trained."""
+"""Temporary evaluation mode that leaves the model trainable."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the block, then as it was."""
+    """Run the block in evaluation mode, then restore the mode."""
     never_pack(model)
     was = model.training
     model.eval()
@@ -21,8 +21,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def never_pack(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights, which it does in evaluation mode on CPUs with AVX512-BF16.
 
-    Version 0.50 cannot pack a layer narrower than a block of 64 weights, and no gradient passes one that is packed, in
-    later training either.
+    Version 0.50 cannot pack a layer narrower than a block of 64 weights. No gradient passes a packed layer, not even in
+    later
+    training.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -30,7 +31,7 @@ def never_pack(model: nn.Module) -> None:
 
 
 def packed_layer(model: nn.Module) -> str | None:
-    """The name of the first layer whose 4-bit weights are packed already; None: there is none."""
+    """Return the name of the first layer whose 4-bit weights are packed, or None."""
     for name, module in model.named_modules():
         if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
             return name

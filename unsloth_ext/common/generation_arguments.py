@@ -1,4 +1,4 @@
-"""What generation with each method makes of each argument of transformers' `generate`: it works, or it is refused by name.
+"""Arguments of transformers' `generate`: which work with each method, and which are refused by name.
 
 | method    | called by                                     |
 |-----------|-----------------------------------------------|
@@ -7,8 +7,8 @@
 | `concept` | `ConceptModel.generate`                       |
 | `planner` | `execute_plan`, `PlannerExecutorModel`        |
 
-What works is `generate`'s own code; the table in docs/generation.md is `table()`. An argument counts wherever it stands:
-beside the prompt, in a `generation_config`, or in the model's own.
+Arguments that work are handled by `generate` itself. The table in docs/generation.md is `table()`. An argument counts
+wherever it is set: in the call, in a `generation_config`, or in the model's own.
 """
 
 import logging
@@ -29,14 +29,14 @@ CHECKS = logging.getLogger("transformers.generation.configuration_utils")
 
 
 class Refusal(NamedTuple):
-    """Values of an argument other than `free` are refused: by every method, or by those whose record names the argument."""
+    """Values of an argument other than `free` are refused, by all methods or by those whose record names the argument."""
 
     by_all: bool
     why: str
     free: tuple = (None,)
 
     def concerns(self, name: str, method: str) -> bool:
-        """Whether the argument called `name` is refused for models of a method."""
+        """Return whether an argument is refused for models of a method."""
         return self.by_all or name in attaching_methods()[method].refused_arguments
 
 
@@ -57,7 +57,7 @@ _EVERYWHERE = """
     pad_token_id bos_token_id eos_token_id disable_compile compile_config
 """
 WORKS = frozenset(_EVERYWHERE.split())
-# Settings of what is refused, or of encoder-decoders: `generate` reads none of them here either
+# They belong to refused features or to encoder-decoders, so `generate` does not read them here
 _NOWHERE = """
     num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind
     assistant_ensemble_weight max_matching_ngram_size speculation_type decoder_start_token_id max_cache_len
@@ -85,7 +85,7 @@ REFUSED = {
     "encoder_repetition_penalty": Refusal(False, "the executor reads no text: leave it out", (None, 1, 1.0)),
     "encoder_no_repeat_ngram_size": Refusal(False, "the executor reads no text: leave it out", (None, 0)),
 }
-# Of `generate`, and of the model's forward: beside the generation config
+# Parameters of `generate` and of the model's forward that are not in the generation config
 _BESIDE = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus streamer tokenizer"
 PARAMETERS_THAT_WORK = frozenset(_BESIDE.split())
 REFUSED_PARAMETERS = {
@@ -105,14 +105,18 @@ REFUSED_PARAMETERS = {
 
 
 def settle(model: nn.Module, method: str, arguments: dict[str, Any]) -> GenerationConfig:
-    """The generation config that `generate` will make of its arguments, once they are found fit for the method.
+    """Build the generation config that `generate` would use and check it for the method.
 
     Args:
         model: the causal LM, wrapped by PEFT or not.
+        method: the name of the method.
         arguments: keywords as for `generate`.
 
+    Returns:
+        The complete generation config.
+
     Raises:
-        ValueError: an argument that does not work with the method, or that transformers refuses.
+        ValueError: an argument does not work with the method, or transformers refuses it.
     """
     for name, value in arguments.items():
         refusal = REFUSED_PARAMETERS.get(name)
@@ -130,14 +134,18 @@ def settle(model: nn.Module, method: str, arguments: dict[str, Any]) -> Generati
 
 
 def samplers_count() -> AbstractContextManager[None]:
-    """transformers 5.17 says of `top_k` and its like in greedy decoding that they "may be ignored", and no setting keeps it
-    from that. Soft embeddings, which are thinking states, are made with them: here it would be untrue."""
+    """Hide transformers' warning that sampling settings "may be ignored" in greedy decoding.
+
+    Soft embeddings, which are thinking states, are made with `top_k` and the like, so the warning would be wrong. No
+    setting
+    of transformers 5.17 turns it off.
+    """
     untrue = "The following generation flags are not valid and may be ignored"
     return showing_only(CHECKS, lambda record: not record.getMessage().startswith(untrue))
 
 
 def check(method: str, config: GenerationConfig) -> None:
-    """Raises a ValueError if a finished generation config has a field that does not work with the method."""
+    """Raise a ValueError if a complete generation config has a field that does not work with the method."""
     for name, refusal in REFUSED.items():
         value = getattr(config, name, None)
         if refusal.concerns(name, method) and not _free(value, refusal):
@@ -149,14 +157,16 @@ def _free(value: Any, refusal: Refusal) -> bool:
 
 
 def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationConfig, around: int = 0) -> None:
-    """Refuse texts that would run behind the positions that the model was made for.
+    """Check that prompts and answers fit into the positions that the model was made for.
 
     Args:
-        lengths: real tokens of each prompt.
-        around: positions that are spent on something else than prompt and answer.
+        model: the causal LM.
+        lengths: the number of real tokens of each prompt.
+        config: says how many new tokens there may be.
+        around: positions that are used for something other than prompt and answer.
 
     Raises:
-        ValueError: naming the longest prompt.
+        ValueError: a prompt with its answer is too long. The message names the longest prompt.
     """
     context = context_of(model)
     if context is None or not lengths:
@@ -164,7 +174,7 @@ def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationCo
     row = max(range(len(lengths)), key=lengths.__getitem__)
     room = context - around - lengths[row]
     new = config.max_new_tokens
-    if new is None:  # `max_length` counts the prompt; up to the model's context as many come as fit
+    if new is None:  # `max_length` counts the prompt; if it is within the model's context, one new token must fit
         new = config.max_length - lengths[row] if (config.max_length or 0) > context else 1
     if new > room:
         needed = f"{lengths[row]} tokens" + (f", {around} positions of the model's own" if around else "")
@@ -180,34 +190,39 @@ def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationCo
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Positions that a model was made for; None: no limit that its config knows.
+    """Return the number of positions that a model was made for, or None if its config sets no limit.
 
-    Of RoPEs that depend on the length of the text, those up to which it is one and the same: behind them transformers 5.17
-    reads the whole text anew (Phi-3) or goes on with keys of two kinds, and a batch is not its rows.
+    Some RoPEs depend on the length of the text. For these the limit is the length up to which the RoPE stays the same.
+    Beyond
+    it transformers 5.17 reads the whole text again (Phi-3) or mixes two kinds of keys, and a batch gives other results
+    than its
+    rows.
     """
     positions: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     changing = _changing(model)
-    if changing:  # longrope has its own field, which its config always fills; dynamic changes behind the positions
+    if changing:  # longrope has a field of its own, which its config always fills; dynamic changes beyond the positions
         return min(
             part["original_max_position_embeddings"] if part["rope_type"] == "longrope" else positions
             for part in changing
         )
     factor = max([part.get("factor") or 1 for part in _ropes(model)], default=1)
-    return None if positions is None else int(positions * factor)  # some configs have multiplied already: never too few
+    # Some configs are multiplied already, which only raises the limit
+    return None if positions is None else int(positions * factor)
 
 
 def _ropes(model: nn.Module) -> list[dict[str, Any]]:
-    """What a config says of its RoPE, or of that of each kind of layer."""
+    """Return the RoPE parameters of a config: one set, or one for each kind of layer."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
 def _changing(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the RoPE parameters that depend on the length of the text."""
     return [part for part in _ropes(model) if part.get("rope_type") in ("dynamic", "longrope")]
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: those of the model's generation config, else the tokenizer's; none if there are none."""
+    """Return the ids that end an answer: those of the model's generation config, else the tokenizer's, else none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
@@ -215,7 +230,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def refuse_empty(lengths: Sequence[int]) -> None:
-    """Raises a ValueError if one of the prompts has no tokens."""
+    """Raise a ValueError if a prompt has no tokens."""
     if 0 in lengths:
         raise ValueError(
             f"prompt {lengths.index(0)} is empty: it has no token to go on from; leave it out or write something"
@@ -223,7 +238,15 @@ def refuse_empty(lengths: Sequence[int]) -> None:
 
 
 def left_padded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, T) long of prompts. A tokenizer without a padding token will do."""
+    """Pad prompts on the left. The tokenizer need not have a padding token.
+
+    Args:
+        tokenizer: gives the padding token.
+        rows: the token ids of each prompt.
+
+    Returns:
+        `input_ids` and `attention_mask`, both (B, T) long.
+    """
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     width = max(map(len, rows))
     return {
@@ -233,8 +256,16 @@ def left_padded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> di
 
 
 def with_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `generate` with what a tokenizer adds where they do not say: the padding token, and itself for stop
-    strings."""
+    """Complete the arguments of `generate` with the tokenizer's padding token and, for stop strings, the tokenizer
+    itself.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        arguments: keywords for `generate`. They take precedence.
+
+    Returns:
+        The completed keywords.
+    """
     given = arguments.get("generation_config")
     added = {}
     if tokenizer.pad_token_id is not None and getattr(given, "pad_token_id", None) is None:
@@ -245,13 +276,13 @@ def with_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
 
 
 def grouped(texts: list[str], prompts: int) -> list:
-    """One text for each prompt, or with `num_return_sequences` > 1 a list of texts for each."""
+    """Return one text for each prompt, or a list of texts for each if `num_return_sequences` > 1."""
     copies = len(texts) // prompts
     return texts if copies == 1 else [texts[i : i + copies] for i in range(0, len(texts), copies)]
 
 
 def table() -> str:
-    """The table of docs/generation.md."""
+    """Return the table of docs/generation.md."""
     cells = {True: "works", False: "refused"}
     refused: dict[str, Refusal] = {**REFUSED, **REFUSED_PARAMETERS}
     methods = list(attaching_methods())

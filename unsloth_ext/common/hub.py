@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders and the hub, whole: what is missing or not right is named."""
+"""Loading models and tokenizers from folders and the hub, with checks that name what is missing or damaged."""
 
 import logging
 import os
@@ -40,18 +40,28 @@ from .wrapping import backbone_of
 
 MODELING = logging.getLogger("transformers.modeling_utils")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")  # any of them
-DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # how their classes are called
+TOKENIZERS = (
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)  # at least one of them
+DECODERS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # endings of their class names
 
 
 def as_dtype(dtype: torch.dtype | str | None, others: dict[str, Any] | None = None) -> torch.dtype | str | None:
-    """A dtype by torch's name for it; None and "auto", the checkpoint's own, stay.
+    """Return a torch dtype for its name. None and "auto", the checkpoint's own dtype, are returned as they are.
 
     Args:
-        others: further keywords. `torch_dtype`, as transformers used to call it, is taken out of them.
+        dtype: a dtype, its name, "auto" or None.
+        others: further keywords. `torch_dtype`, the old name in transformers, is removed from them and used.
+
+    Returns:
+        The dtype, "auto" or None.
 
     Raises:
-        ValueError: torch has no such floating-point dtype, or there are two.
+        ValueError: torch has no such floating-point dtype, or both names were given.
     """
     former = (others or {}).pop("torch_dtype", None)
     if former is not None and dtype is not None:
@@ -70,7 +80,7 @@ def as_dtype(dtype: torch.dtype | str | None, others: dict[str, Any] | None = No
 def check_name(
     name: str, token: str | None = None, files: tuple[str, ...] = ("config.json", "adapter_config.json")
 ) -> None:
-    """Raises a ValueError where `name` is neither a folder with one of these files nor a repository of the hub's."""
+    """Raise a ValueError if `name` is neither a folder with one of these files nor a hub repository."""
     if not name:
         raise ValueError("the model's name is empty: give a folder or a hub id")
     path = Path(name)
@@ -101,23 +111,23 @@ def check_name(
         except EntryNotFoundError as error:
             why = why or error
             if isinstance(error, LocalEntryNotFoundError):
-                break  # there is no connection: each further file is minutes of tries
+                break  # no connection: each further file would be retried for minutes
     if isinstance(why, LocalEntryNotFoundError):
         raise ValueError(f"{here}, and the hub, where it might be, cannot be reached from here") from why
     raise ValueError(f"{name} on the hub holds no model: it has neither {' nor '.join(files)}") from why
 
 
 def check_tokenizer(name: str) -> None:
-    """Raises a ValueError for a folder without a tokenizer, of which `AutoTokenizer` makes an empty one."""
+    """Raise a ValueError for a folder without a tokenizer. `AutoTokenizer` would return an empty one."""
     if os.path.isdir(name) and not any(Path(name, file).exists() for file in TOKENIZERS):
         raise ValueError(f"{name} has no tokenizer_config.json: the tokenizer was not saved with the model")
 
 
 def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`.
+    """Call `AutoTokenizer.from_pretrained` with clear errors.
 
     Raises:
-        ValueError: there is no such folder or model, or no tokenizer in it, or its files are damaged.
+        ValueError: there is no such folder or model, or it has no tokenizer, or its files are damaged.
     """
     if not os.path.isdir(name):
         check_name(name, token, ("config.json", "adapter_config.json", "tokenizer_config.json"))
@@ -126,7 +136,7 @@ def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTra
         return AutoTokenizer.from_pretrained(name, token=token, **kwargs)
     except StrictDataclassError as error:
         raise ValueError(_wrong_config(name, error)) from error
-    except Exception as error:  # of many kinds, few of which name the folder
+    except Exception as error:  # errors of many kinds, few of which name the folder
         why = " ".join(str(error).split())
         raise ValueError(f"{name}: its tokenizer.json or tokenizer_config.json cannot be read: {why:.200}") from error
 
@@ -136,10 +146,10 @@ def _wrong_config(name: str, error: StrictDataclassError) -> str:
 
 
 def base_of(adapter: dict, name: str) -> str:
-    """What the `adapter_config.json` of `name` says is its base.
+    """Return the base model that the `adapter_config.json` of `name` names.
 
     Raises:
-        ValueError: nothing, or a folder that is not there; or the adapter is of a kind that PEFT does not know.
+        ValueError: it names none, or a folder that does not exist; or PEFT does not know the kind of adapter.
     """
     if adapter.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
@@ -160,14 +170,18 @@ def base_of(adapter: dict, name: str) -> str:
 
 
 def check_causal_lm(name: str, method: str | None = None, token: str | None = None, **remote: Any) -> None:
-    """What can be said of a model before it is loaded.
+    """Check what is known of a model before it is loaded.
 
     Args:
-        method: of latent reasoning that the caller attaches.
+        name: a folder or a hub id.
+        method: the latent reasoning method that the caller attaches.
+        token: the access token for the hub.
         **remote: `trust_remote_code`, `revision`.
 
     Raises:
-        ValueError: there is no such model, it is no causal language model, or of another method, which would be lost.
+        ValueError: there is no such model, it is no causal language model, or it is of another method, whose modules
+            would
+            be lost.
     """
     check_name(name, token)
     saved = read_saved(name, method, token)
@@ -195,12 +209,19 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
 def load_causal_lm(
     name: str, *, method: str | None = None, token: str | None = None, dtype: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, with every tensor there.
+    """Call `AutoModelForCausalLM.from_pretrained` and check that every tensor is there.
 
     Args:
-        method: of latent reasoning that the caller attaches. Its tensors are left to the caller; transformers' report of
-            them is left out.
-        **kwargs: for `from_pretrained`.
+        name: a folder or a hub id.
+        method: the latent reasoning method that the caller attaches. The caller loads its tensors, so transformers'
+            report
+            of them is left out.
+        token: the access token for the hub.
+        dtype: a dtype, its name, "auto" or None.
+        **kwargs: keywords for `from_pretrained`.
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: see `check_causal_lm`; or tensors are missing or not finite, or their file is damaged.
@@ -210,7 +231,7 @@ def load_causal_lm(
         kwargs["dtype"] = dtype
     check_causal_lm(name, method, token, **{k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs})
     may_differ = kwargs.pop("ignore_mismatched_sizes", False)
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does is named below
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are named below
     try:
         with _errors_only():
             model, found = AutoModelForCausalLM.from_pretrained(name, token=token, **kwargs)
@@ -225,7 +246,7 @@ def load_causal_lm(
         MODELING.warning(
             f"{name} holds {len(others)} tensors that {type(model).__name__} has no use for: {others[0]} ..."
         )
-    if len(others) < len(found["unexpected_keys"]):  # of a hub model, the files are here only now
+    if len(others) < len(found["unexpected_keys"]):  # the files of a hub model are here only now
         read_saved(name, method, token)
     if found["mismatched_keys"] and not may_differ:
         key, held, wanted = sorted(found["mismatched_keys"])[0]
@@ -235,40 +256,53 @@ def load_causal_lm(
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows for all the tokenizer's tokens where the model has fewer. New ones are drawn around the mean of the others, as
-    transformers does; its explanation of that, with an option which is none of ours, is left out."""
+    """Add rows to the embeddings if the tokenizer has more tokens.
+
+    transformers draws new rows around the mean of the others. Its message about that mentions an option that we do not
+    have, so
+    it is left out.
+    """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         with _errors_only():
             model.resize_token_embeddings(len(tokenizer))
 
 
 def _errors_only() -> AbstractContextManager[None]:
-    """transformers' modelling code says nothing but errors. By a filter: with a level of WARNING or more on this logger,
-    transformers 5.17 would report "layers were not sharded" of every model."""
+    """Return a context in which transformers' modelling code logs only errors.
+
+    It is a filter because with a log level of WARNING or more transformers 5.17 reports "layers were not sharded" for
+    every
+    model.
+    """
     return showing_only(MODELING, lambda record: record.levelno >= logging.ERROR)
 
 
 def check_missing(names: Iterable[str], name: str) -> None:
-    """Raises a ValueError for tensors that the files of `name` lack and transformers has drawn at random."""
+    """Raise a ValueError for tensors that are not in the files of `name` and that transformers drew at random."""
     if lost := sorted(names):
         raise ValueError(f"{name} lacks {lost[0]}" + f" and {len(lost) - 1} more tensors" * (len(lost) > 1))
 
 
 def load_classifier(name: str, flag: str = "reward_funcs: ", **kwargs: Any) -> PreTrainedModel:
-    """A sequence classifier, such as a reward model, whole: a language model has no head that judges.
+    """Load a sequence classifier, such as a reward model, and check that every tensor is there.
 
     Args:
-        flag: in front of the name in what is said of it.
+        name: a folder or a hub id.
+        flag: the text before the name in messages.
+        **kwargs: keywords for `from_pretrained`.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: there is no such model, its files lack tensors, or hold NaN or infinity, its head has another number of
-            logits than is asked for, or it is an adapter with a head.
+        ValueError: there is no such model; files lack tensors or hold NaN or infinity; the head has another number of
+            logits than asked for; or it is an adapter with a head.
     """
     if not kwargs.get("subfolder"):
         check_name(name, kwargs.get("token"))
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the latter is named below
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are named below
     model, found = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
-    # transformers 5.17 looks for a head under PEFT's name in memory, which is not that in an adapter's file
+    # transformers 5.17 looks for a head under the name that PEFT uses in memory, and adapter files have another
     if any("modules_to_save" in key for key in found["missing_keys"]):
         raise ValueError(
             f"{flag}{name} is an adapter, whose head transformers would leave out: merge it into its base model "
@@ -286,7 +320,7 @@ def load_classifier(name: str, flag: str = "reward_funcs: ", **kwargs: Any) -> P
 
 
 def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) -> None:
-    """Raises a ValueError for NaN or infinity in a model, for an encoder, and for tensors that its files lack."""
+    """Raise a ValueError for NaN or infinity in a model, for an encoder, and for tensors that its files lack."""
     check_finite(dict(model.named_parameters()), name)
     _check_causal(model, name)  # an encoder's files lack the head of a decoder
     check_missing(missing, name)
@@ -294,11 +328,11 @@ def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) 
 
 @torch.no_grad()
 def _check_causal(model: PreTrainedModel, name: str) -> None:
-    """An encoder opens as a causal LM as well, and reads what it should predict: raises a ValueError for one."""
+    """Raise a ValueError for an encoder, which also opens as a causal LM but reads the tokens that it should predict."""
     if any(decoder in kind for kind in model.config.architectures or () for decoder in DECODERS):
         return
     ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
-    logits = getattr(model.eval()(input_ids=ids), "logits", None)  # TRL opens the class that a configuration names
+    logits = getattr(model.eval()(input_ids=ids), "logits", None)  # TRL opens the class that the configuration names
     first = None if logits is None else logits[:, 0].float()
     if first is None or not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
         raise ValueError(
@@ -308,14 +342,14 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
 
 
 def check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
-    """Raises a ValueError that names a tensor of `name` with NaN or infinity in it."""
+    """Raise a ValueError that names a tensor of `name` with NaN or infinity."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{name}: {key} holds NaN or infinity")
 
 
 def saved_settings(name: str, method: str, token: str | None = None) -> Any:
-    """The settings of `method` that a model was saved with, or its base if it is an adapter; None: the method is not its.
+    """Return the settings of `method` that a model, or the base of an adapter, was saved with; None if there are none.
 
     Raises:
         ValueError: there is no such model, or it is of another method.
@@ -328,8 +362,15 @@ def saved_settings(name: str, method: str, token: str | None = None) -> Any:
 
 
 def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], token: str | None) -> None:
-    """Fill submodules of the decoder, in place, from the safetensors files of a full model, a folder or a hub id. Those in
-    `latent_reasoning.safetensors` go before.
+    """Fill submodules of the decoder, in place, from the safetensors files of a full model.
+
+    Tensors in `latent_reasoning.safetensors` take precedence.
+
+    Args:
+        model: the model to fill.
+        name: a folder or a hub id.
+        names: the submodules.
+        token: the access token for the hub.
 
     Raises:
         ValueError: a tensor is missing.
@@ -352,11 +393,12 @@ def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], toke
 
 
 def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
-    """`PeftModel.from_pretrained`, with every tensor of the adapter there. In older folders our settings stand in
-    `adapter_config.json`; PEFT's warning of them is left out.
+    """Call `PeftModel.from_pretrained` and check that every tensor of the adapter is there.
+
+    Older folders have our settings in `adapter_config.json`; PEFT's warning about them is left out.
 
     Raises:
-        ValueError: the adapter's file is missing or damaged, or lacks tensors; NaN is in it.
+        ValueError: the adapter's file is missing or damaged, lacks tensors or holds NaN.
     """
     saved = adapter_keys(name, kwargs.get("token"))
     with warnings.catch_warnings():
@@ -364,9 +406,9 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
         warnings.filterwarnings("ignore", message=rf"Unexpected keyword arguments \[{ours}\]")
         try:
             loaded = PeftModel.from_pretrained(model, name, **kwargs)
-        except KeyError as error:  # of tensors that PEFT looks up by name
+        except KeyError as error:  # PEFT looks some tensors up by name
             raise ValueError(f"{name}: {ADAPTER} lacks {error}") from error
-        except RuntimeError as error:  # of shapes
+        except RuntimeError as error:  # the shapes differ
             raise ValueError(f"{name}: {ADAPTER} is of another model: {error}") from error
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     missing = sorted(wanted.keys() - saved)
@@ -379,7 +421,7 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
 
 
 def adapter_keys(name: str, token: str | None) -> set[str]:
-    """Names of the tensors in the file of an adapter folder or hub repository.
+    """Return the names of the tensors in the file of an adapter folder or hub repository.
 
     Raises:
         ValueError: see `load_adapter`.

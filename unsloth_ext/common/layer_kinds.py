@@ -1,8 +1,10 @@
-"""What each decoder layer of a model looks back on: the one place that decides it, for every method.
+"""The kind of attention of each decoder layer, decided here for all methods.
 
-transformers' rule is that of its caches (`get_layer_types_and_kwargs`, 5.17): `layer_types` where a configuration has them,
-else `sliding_window`, else `attention_chunk_size`. It leaves out models that say it otherwise (GPT-Neo), or not at all
-(RWKV, whose class says that it is recurrent). A window that is as long as the model's longest text hides nothing.
+transformers' rule is that of its caches (`get_layer_types_and_kwargs`, 5.17): `layer_types` if a configuration has
+them,
+else `sliding_window`, else `attention_chunk_size`. Some models do not follow it: GPT-Neo uses another field, and RWKV
+has
+none, only a class that says it is recurrent. A window as long as the model's longest text hides nothing.
 """
 
 from dataclasses import dataclass
@@ -29,17 +31,18 @@ NAMES = {
     "moe": NONE,
     "mlp": NONE,
 }
-FIELDS = {SLIDING: ("sliding_window", "window_size"), CHUNKED: ("attention_chunk_size",)}  # that hold a window's length
+# Fields of configurations that hold the length of a window
+FIELDS = {SLIDING: ("sliding_window", "window_size"), CHUNKED: ("attention_chunk_size",)}
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Of one layer.
+    """The kind of one layer.
 
     Attributes:
-        name: one of the names above; `SPARSE` is also what this file does not know.
-        window: tokens that one sees at most, itself included; None: all before it.
-        field: of the configuration, that holds the window.
+        name: one of the names above. Kinds that this file does not know are `SPARSE`.
+        window: the number of tokens that a token can see, itself included. None means all before it.
+        field: the field of the configuration that holds the window.
     """
 
     name: str
@@ -51,12 +54,12 @@ class LayerKind:
 
 
 def layer_kinds(model: nn.Module) -> list[LayerKind]:
-    """Of a causal LM, wrapped by PEFT or not, one for each layer."""
+    """Return the kind of each layer of a causal LM, wrapped by PEFT or not."""
     backbone = backbone_of(model)
     config = backbone.config.get_text_config(decoder=True)
     found = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or _implied(config)
     names = [NAMES.get(name, SPARSE) for name in found]
-    # A class with a recurrent state whose configuration does not say in which layers: in all of them
+    # The class has a recurrent state and the configuration does not say in which layers: assume all
     stateful = any(getattr(part, "_is_stateful", False) for part in (backbone, causal_lm_of(model)))
     if stateful and not {RECURRENT, HYBRID} & set(names):
         names = [RECURRENT] * len(names)
@@ -76,17 +79,22 @@ def _kind(name: str, config: PreTrainedConfig) -> LayerKind:
     for field in FIELDS.get(name, ()):
         if getattr(config, field, None):
             return LayerKind(name, getattr(config, field), field)
-    return LayerKind(FULL if name in FIELDS else name)  # a window of no length is none
+    return LayerKind(FULL if name in FIELDS else name)  # no length means no window
 
 
 def check_layers(model: nn.Module, what: str, longest: int | None = None, windows: tuple[str, ...] = ()) -> None:
-    """Raises a ValueError, which names the layers, their window and the remedy, if they cannot do `what`.
+    """Check that every layer sees the whole text.
 
     Args:
+        model: a causal LM, wrapped by PEFT or not.
         what: the method, as the subject of "needs".
-        longest: tokens that are read at most; None: as many as the model has positions. A window of that length hides
-            nothing.
-        windows: kinds of windows that the method can do with, however short they are.
+        longest: the largest number of tokens of a text. None means the model's number of positions. A window of that
+            length
+            hides nothing.
+        windows: kinds of windows that the method supports, however short they are.
+
+    Raises:
+        ValueError: some layers do not. The message names them, their window and the remedy.
     """
     kinds = layer_kinds(model)
     config = backbone_of(model).config.get_text_config(decoder=True)
@@ -112,7 +120,7 @@ def check_layers(model: nn.Module, what: str, longest: int | None = None, window
 
 
 def check_length(model: nn.Module, tokens: int, what: str) -> None:
-    """Raises a ValueError if a text is longer than a window that was taken for the whole text."""
+    """Raise a ValueError if a text is longer than a window that was assumed to cover the whole text."""
     kinds = [kind for kind in layer_kinds(model) if kind.window and tokens > kind.window]
     if kinds:
         kind = min(kinds, key=lambda kind: kind.window or 0)
@@ -123,7 +131,7 @@ def check_length(model: nn.Module, tokens: int, what: str) -> None:
 
 
 def numbered(layers: list[int]) -> str:
-    """Layers in words."""
+    """Return layer numbers in words."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
     if layers == list(range(layers[0], layers[-1] + 1)):

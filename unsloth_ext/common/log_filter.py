@@ -1,4 +1,4 @@
-"""Messages of other people's loggers that would mislead here are left out."""
+"""A filter for log messages of other packages that would mislead here."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def showing_only(logger: logging.Logger, wanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """While open, the logger passes on the `wanted` records alone. Its level, which others read, stays."""
+    """Let a logger pass only the wanted records while the context is open. Its level, which others read, is unchanged."""
     logger.addFilter(wanted)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Logits as the model's own head makes them, of hidden states or at some positions only."""
+"""Logits from the model's own head, for hidden states or for some positions only."""
 
 from typing import Any
 
@@ -10,17 +10,19 @@ from .wrapping import unwrapped
 
 
 def logits_at(model: nn.Module, keep: torch.Tensor, **inputs: Any) -> ModelOutput:
-    """The outputs of a causal LM, wrapped by PEFT and DDP or not, with logits at N positions instead of all B T.
+    """Run a causal LM and compute logits at N chosen positions instead of all B T.
 
-    A hook hands the model's own head the hidden states of these positions, so that whatever the model does to its logits
-    (scaling, soft-capping) is done to them, and gradients are those of `logits[keep]`.
+    A hook gives the model's own head only the hidden states of these positions. So scaling and soft-capping apply as
+    usual, and
+    gradients are those of `logits[keep]`.
 
     Args:
-        keep (B, T) bool: which positions; N of them.
-        inputs: of the forward, without labels.
+        model: a causal LM, wrapped by PEFT and DDP or not.
+        keep (B, T): bool, the N positions.
+        **inputs: keywords for the forward, without labels.
 
     Returns:
-        What the model returns, where `logits` (N, V) are in row order.
+        The model's outputs, with `logits` (N, V) in row order.
 
     Raises:
         ValueError: the model has no output embedding.
@@ -43,7 +45,15 @@ def logits_at(model: nn.Module, keep: torch.Tensor, **inputs: Any) -> ModelOutpu
 
 
 def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) of final-norm hidden states (..., d), with the scaling and soft-capping of the model's own head."""
+    """Compute logits with the scaling and soft-capping of the model's own head.
+
+    Args:
+        model: a causal LM.
+        hidden (..., d): hidden states after the final norm, in the dtype of the head.
+
+    Returns:
+        Logits (..., V) in the same dtype.
+    """
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
     if getattr(config, "logit_scale", None) is not None:  # cohere

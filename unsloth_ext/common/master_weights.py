@@ -1,8 +1,11 @@
-"""Small trained modules beside a model in half precision: float32 weights that learn.
+"""Small modules with float32 weights that are trained beside a model in half precision.
 
-bfloat16 has 8 bits: the neighbours of 0.05 are 2e-4 away from it, and an optimizer's steps of less than half of that round
-to nothing. So gates, projections, heads and codebooks have float32 weights whatever the model's dtype, and compute in
-float32 on inputs that are cast up. Autocast is off inside: it is on in training and off in decoding, which must agree.
+bfloat16 has 8 bits of precision: the neighbours of 0.05 are 2e-4 away, and optimizer steps of less than half of that
+round
+to nothing. So gates, projections, heads and codebooks have float32 weights whatever the model's dtype. They compute in
+float32 on inputs that are cast up. Autocast is off inside, because it is on in training and off in decoding and both
+must
+agree.
 """
 
 import contextlib
@@ -14,16 +17,18 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 
-PEFT_ROWS = "trainable_tokens_delta"  # embeddings of single tokens, which PEFT keeps in a parameter of its own
+PEFT_ROWS = "trainable_tokens_delta"  # PEFT's parameter for embeddings of single tokens
 
 
 class MasterWeights(nn.Module):
-    """Put before a module's class: its floating point tensors stay float32, or wider, whatever is done to the model.
+    """Mixin that keeps a module's floating-point tensors in float32 or wider when the model is cast.
 
-    `model.half()`, `model.to(torch.bfloat16)` and their like move them to the device and leave their values alone.
+    `model.half()`, `model.to(torch.bfloat16)` and the like move these tensors to the device and keep their values. Put
+    it before
+    the class of the module.
 
     Attributes:
-        kept: False where somebody else has the master weights, such as DeepSpeed.
+        kept: False if something else, such as DeepSpeed, has the master weights.
     """
 
     kept = True
@@ -33,36 +38,39 @@ class MasterWeights(nn.Module):
 
 
 class MasterLinear(MasterWeights, nn.Linear):
-    """A linear layer on inputs (..., in) of any floating dtype; its outputs (..., out) have its own, float32 or wider."""
+    """Linear layer from inputs (..., in) of any floating dtype to outputs (..., out) in its own dtype, float32 or
+    wider.
+    """
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "MasterLinear":
-        """One with the weights of another, and in its place."""
+        """Make a layer with the weights, device and training mode of another one."""
         weight = linear.weight
         made = cls(linear.in_features, linear.out_features, linear.bias is not None, **beside(weight))
         made.load_state_dict(linear.state_dict())
         return made.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to (..., in) of any floating dtype. The result is (..., out) in the dtype of the weights."""
         with without_autocast(x.device):
             return super().forward(x.to(self.weight.dtype))
 
 
 def beside(weight: torch.Tensor) -> dict[str, Any]:
-    """Device and dtype of a small module that works beside this weight, which may be quantized."""
+    """Return the device and dtype for a small module that works with this weight, which may be quantized."""
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     return {"device": weight.device, "dtype": dtype}
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast is off for the block."""
+    """Return a context in which autocast is off."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def master_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, that are to be float32 or wider."""
+    """Return the parameters, by name, that must be float32 or wider."""
     found: dict[str, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, MasterWeights) and module.kept:
@@ -72,10 +80,14 @@ def master_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def widen(model: nn.Module, values: dict[nn.Parameter, torch.Tensor] | None = None) -> list[str]:
-    """Give master weights that were narrowed, in place, float32 again; the names of those that were.
+    """Turn master weights that were narrowed into float32 again, in place.
 
     Args:
-        values: what they were before; of others, what is left of it.
+        model: the model.
+        values: their values before. Others keep what is left of theirs.
+
+    Returns:
+        The names of the parameters that were changed.
     """
     narrow = {name: parameter for name, parameter in master_weights(model).items() if _is_narrow(parameter)}
     for parameter in narrow.values():
@@ -84,7 +96,7 @@ def widen(model: nn.Module, values: dict[nn.Parameter, torch.Tensor] | None = No
 
 
 def copied_by_peft(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-    """Of each master weight that PEFT has copied to train, the original."""
+    """Map each trained copy that PEFT made of a master weight to the original."""
     found: dict[nn.Parameter, torch.Tensor] = {}
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and isinstance(wrapper.original_module, MasterWeights):

@@ -1,4 +1,4 @@
-"""A model of a method with its tokenizer: opened from the folder that a trainer wrote."""
+"""A model with a method's modules and its tokenizer, loaded from the folder that a trainer wrote."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,11 +13,15 @@ from .settings_file import read_saved
 
 
 class MethodModel:
-    """A causal LM with the modules of a method, and its tokenizer. Subclasses name their method and decode.
+    """A causal LM with the modules of a method, and its tokenizer. A subclass names the method and adds decoding.
+
+    Args:
+        model: the causal LM, or a `PeftModel` around it.
+        tokenizer: its tokenizer, which must pad on the left.
 
     Attributes:
-        model: the causal LM, a `PeftModel` where an adapter was loaded.
-        tokenizer: padding on the left.
+        model: as given.
+        tokenizer: as given.
 
     Raises:
         ValueError: the model has no modules of the method.
@@ -36,12 +40,14 @@ class MethodModel:
 
         Args:
             name: a folder or a hub id.
-            token: for the hub.
-            **kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
+            token: the access token for the hub.
+            **kwargs: keywords for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
+
+        Returns:
+            The model in evaluation mode, with its tokenizer.
 
         Raises:
-            ValueError: nothing there says how the method's modules were made, or files are damaged, lack tensors or hold
-                NaN.
+            ValueError: there are no settings of the method; or files are damaged, lack tensors or hold NaN.
         """
         check_name(name, token)
         saved = read_saved(name, cls.method.name, token)
@@ -59,12 +65,12 @@ class MethodModel:
 
     @classmethod
     def _attach(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
-        """Attach the method's modules to a loaded model, as the JSON of `name` says; `saved` is what it says."""
+        """Attach the method's modules to a loaded model. `saved` holds the settings from the JSON of `name`."""
         import unsloth_ext
 
         getattr(unsloth_ext, cls.method.attach)(model, read_settings(saved, name, cls.method))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save model (or adapter) and tokenizer in safetensors and JSON, with a model card."""
+        """Save the model (or adapter) and the tokenizer as safetensors and JSON, with a model card."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -1,7 +1,8 @@
-"""The model card of a saved folder: what the model is, how to open it, and what another loader leaves out.
+"""The model card of a saved folder: what the model is, how to open it, and what other loaders leave out.
 
-Ours is one part of `README.md`, between two comments, and some keys of its metadata. Saving again writes that part anew and
-leaves the rest alone; a part that somebody has changed is left alone too, with a warning.
+We own one part of `README.md`, between two comments, and some keys of its metadata. Saving again rewrites only that
+part. If
+somebody changed the part, it is kept, with a warning.
 """
 
 import functools
@@ -31,7 +32,7 @@ PART = re.compile(
     re.escape(BEGIN).replace(re.escape("{}"), "([0-9a-f]{12})") + r"\n(.*?)\n" + re.escape(END), re.DOTALL
 )
 
-# How to open a model of no method: tests/unsloth_ext/common/test_saved.py runs this and the examples of the records
+# How to open an ordinary model. tests/unsloth_ext/common/test_saved.py runs this and the examples of the records
 ORDINARY = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +43,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_spec
 
 @dataclass
 class Part:
-    """Ours of a card, and the metadata that goes with it."""
+    """Our part of a card, with its metadata."""
 
     text: str
     metadata: dict[str, Any]
@@ -53,6 +54,7 @@ class Part:
 
 
 def digest(text: str) -> str:
+    """Return 12 hex digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -69,11 +71,13 @@ def write_model_card(
     """Write `README.md` into a folder that a model was saved to.
 
     Args:
-        method: of latent reasoning, or a name for how an ordinary model was trained.
-        settings: of the method.
-        trainer: the class that trained it, where that is known.
+        folder: the folder.
+        model: the model that was saved.
+        method: the name of a latent reasoning method, or of the training method of an ordinary model.
+        settings: the settings of the method.
+        trainer: the class that trained the model, if known.
         kept: the card that was there before the model was saved.
-        repo_id: where the folder is going, for the hub.
+        repo_id: the hub repository that the folder is uploaded to, if any.
     """
     part = model_part(folder, model, method, settings, trainer, repo_id)
     file = Path(folder, "README.md")
@@ -93,7 +97,7 @@ def write_model_card(
 
 
 def is_template(content: str) -> bool:
-    """Whether a card is PEFT's or the hub's template, that nobody has filled in."""
+    """Return whether a card is the unchanged template of PEFT or the hub."""
     return ModelCard(content, ignore_metadata_errors=True).text.strip().startswith(_template())
 
 
@@ -103,7 +107,7 @@ def _template() -> str:
 
 
 def with_part(text: str, part: Part, file: Path) -> str:
-    """A card's text with our part in place of the one that is there, or else at its end."""
+    """Return the text of a card with our part, in the place of the old part or at the end."""
     found = PART.search(text)
     if found is None:
         return f"{text.rstrip()}\n\n{part}\n"
@@ -116,13 +120,13 @@ def with_part(text: str, part: Part, file: Path) -> str:
 
 
 def outside(content: str) -> str:
-    """What others have written in a card: its text without our part and PEFT's note of its version."""
+    """Return what others wrote in a card: its text without our part and PEFT's note of its version."""
     text = PART.sub("", ModelCard(content, ignore_metadata_errors=True).text)
     return re.sub(r"### Framework versions\n\n(- PEFT \S+\s*)+\Z", "", text.strip()).strip()
 
 
 def _name_of(model: nn.Module) -> str:
-    """Where a model comes from; empty for a module that does not say."""
+    """Return the name or path that a model was loaded from; empty if it has none."""
     return getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
@@ -134,7 +138,7 @@ def model_part(
     trainer: str | None,
     repo_id: str | None,
 ) -> Part:
-    """Ours of a model's card."""
+    """Build our part of a model's card. The arguments are those of `write_model_card`."""
     record = attaching_methods().get(method)
     adapter = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
     base = adapter.base_model_name_or_path if adapter is not None else _name_of(model)
@@ -176,13 +180,16 @@ def model_part(
 
 
 def place(folder: str | Path) -> str:
-    """How to name a folder in its own card: from here where it is inside, so that no card tells of a home directory."""
+    """Return how a card names its own folder: relative to the working directory if inside it, else `.`.
+
+    So no card contains a home directory.
+    """
     path = os.path.relpath(folder)
     return "." if path.startswith("..") else Path(path).as_posix()
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name`, where it may be one of the hub's; the hub refuses cards with a path for a base."""
+    """Return `name` if it may be a hub id, else None. The hub refuses cards that name a path as base model."""
     if not name or Path(name).exists():
         return None
     try:

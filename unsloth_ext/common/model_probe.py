@@ -1,4 +1,4 @@
-"""A trial text: what an attach asks of a model, in place of trusting its class's name."""
+"""Trial texts with which attaching tests a model, instead of trusting the name of its class."""
 
 import torch
 from torch import nn
@@ -6,20 +6,30 @@ from torch import nn
 from .wrapping import backbone_of
 
 
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}  # of states, by dtype; of narrower ones below
+# Relative tolerances, by the dtype of the states; NARROW is for narrower dtypes
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 NARROW = 0.1
 
 
 def trial_ids(model: nn.Module, length: int) -> torch.Tensor:
-    """(1, length) long: random tokens, the same each time; torch's own generator is not drawn from."""
+    """Return (1, length) long: random tokens, the same each time. The global generator is not used."""
     weight = backbone_of(model).get_input_embeddings().weight
     draw = torch.Generator().manual_seed(0)
     return torch.randint(weight.shape[0], (1, length), generator=draw).to(weight.device)
 
 
 def same_states(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two computations of the same hidden states agree, but for rounding: by the norm of their difference. NaN in
-    both, which is named where it does harm, is no difference."""
+    """Return whether two computations of the same hidden states agree up to rounding.
+
+    The norm of the difference is compared. NaN in both is no difference here; the code that NaN harms reports it.
+
+    Args:
+        ours (...): floating point.
+        theirs (...): floating point. Its dtype sets the tolerance.
+
+    Returns:
+        True if they agree.
+    """
     if ours.shape != theirs.shape or not torch.equal(ours.isnan(), theirs.isnan()):
         return False
     tolerance = TOLERANCE.get(theirs.dtype, NARROW)

@@ -1,4 +1,4 @@
-"""Whether a model decodes a batch as it decodes each of its rows alone: asked of the model itself."""
+"""Check that a model decodes a batch as it decodes each of its rows alone."""
 
 import torch
 from torch import nn
@@ -11,16 +11,21 @@ from .unsloth_decoding import on_unsloth
 from .wrapping import backbone_of, causal_lm_of
 
 
-LENGTH, PADS, TOKENS = 8, 2, 3  # of the two texts that are asked about: tokens, pads before the second, what is decoded
+LENGTH, PADS, TOKENS = 8, 2, 3  # of the two trial texts: their tokens, pads before the second, decoded tokens
 
 
 @torch.no_grad()
 def check_batches(model: nn.Module) -> None:
-    """Raises a ValueError for a model with a recurrent state that rows of a batch share, as RWKV's, or that pads
-    get into, as RecurrentGemma's (transformers 5.17).
+    """Check that rows of a batch do not affect each other and that pads do not enter a recurrent state.
 
-    Asked once, by a few greedy tokens behind two texts. Weights that are not there yet (meta device, ZeRO-3) cannot be
-    asked. Draws nothing from the global RNG.
+    The first fails for RWKV, the second for RecurrentGemma (transformers 5.17). The check decodes a few greedy tokens
+    after two
+    texts, once for each model. It is skipped if weights are not in memory (meta device, ZeRO-3). It does not use the
+    global
+    RNG.
+
+    Raises:
+        ValueError: the model decodes a batch differently.
     """
     causal_lm, backbone = causal_lm_of(model), backbone_of(model)
     if on_unsloth(causal_lm) or not {RECURRENT, HYBRID} & {kind.name for kind in layer_kinds(model)}:

@@ -1,4 +1,4 @@
-"""How many positions a model has."""
+"""The number of positions of a model."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from .wrapping import backbone_of
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model with a table of them has (GPT-2); None where positions are computed."""
+    """Return the number of positions of a model with a table of them (GPT-2), or None if positions are computed."""
     backbone = backbone_of(model)
     tables = [
         module.num_embeddings

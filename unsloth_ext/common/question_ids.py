@@ -1,9 +1,9 @@
-"""A question as token ids."""
+"""Token ids of a question."""
 
 from transformers import PreTrainedTokenizerBase
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Tokens of a question, with the special tokens that begin a text and without one that would end it."""
+    """Return the token ids of a question, with the special tokens that begin a text and without one that would end it."""
     ids = tokenizer(question)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

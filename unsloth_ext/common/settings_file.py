@@ -1,9 +1,9 @@
-"""`latent_reasoning.json`: what a saved model does beyond its class, in a file of its own beside PEFT's or transformers'.
+"""`latent_reasoning.json`: the method and settings of a saved model, in a file beside those of PEFT or transformers.
 
     {"method": "hrpo", "version": 1, "settings": {...}}
 
-Older folders have the settings in `adapter_config.json` or `config.json` and are read as well. A full model's `config.json`
-still holds them too. What a folder says is compared with the tensors that it holds: one without the other is an error.
+Older folders have the settings in `adapter_config.json` or `config.json`, which are read as well. A full model's
+`config.json` still has them too. Settings without the method's tensors, or tensors without settings, are an error.
 """
 
 import json
@@ -30,7 +30,7 @@ from .model_card import write_model_card
 logger = logging.getLogger(__name__)
 
 FILE = "latent_reasoning.json"
-TENSORS = "latent_reasoning.safetensors"  # a method's own tensors, where someone else wrote the rest
+TENSORS = "latent_reasoning.safetensors"  # a method's own tensors, if other software wrote the rest
 ADAPTER = "adapter_model.safetensors"
 VERSION = 1
 
@@ -42,7 +42,11 @@ METHODS = attaching_methods()
 
 
 def describe_when_saved(model: nn.Module, backbone: nn.Module) -> None:
-    """From now on whatever saves this model, or a PEFT model around it, also writes `latent_reasoning.json` and a card.
+    """Make every later save of this model, or of a PEFT model around it, also write `latent_reasoning.json` and a card.
+
+    Args:
+        model: the causal LM.
+        backbone: its decoder.
 
     Raises:
         ValueError: the model has the settings of two methods.
@@ -55,10 +59,10 @@ def describe_when_saved(model: nn.Module, backbone: nn.Module) -> None:
 
 
 def method_of(config: Any) -> tuple[Method | None, Any]:
-    """The method whose settings a model's configuration holds, and these.
+    """Return the method whose settings a model's configuration holds, and these settings.
 
     Raises:
-        ValueError: there are two.
+        ValueError: it holds the settings of two methods.
     """
     found = [(method, getattr(config, method.key)) for method in METHODS.values() if getattr(config, method.key, None)]
     if len(found) > 1:
@@ -69,7 +73,7 @@ def method_of(config: Any) -> tuple[Method | None, Any]:
 
 
 def check_free(model: nn.Module, method: str) -> None:
-    """Raises a ValueError for a model that has the settings of another method, before anything of this one is attached."""
+    """Raise a ValueError if a model has the settings of another method. Call it before modules are attached."""
     there = {key for key in (each.key for each in METHODS.values()) if getattr(model.config, key, None)}
     others = sorted(each.name for each in METHODS.values() if each.key in there and each.name != method)
     if others:
@@ -82,12 +86,14 @@ def check_free(model: nn.Module, method: str) -> None:
 def _describe(
     backbone: nn.Module, model: nn.Module, folder: str | Path, kept_card: str | None = None, repo_id: str | None = None
 ) -> None:
-    """Write settings and card into a folder that `model` has just been saved to, and beside each further adapter in it."""
+    """Write settings and card into a folder that `model` was saved to, and into the folder of each further adapter in
+    it.
+    """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     method, settings = method_of(bare.config)
     if method is None:
         return
-    if model is bare:  # its own files hold all of it, and would be read after that one
+    if model is bare:  # its own files hold all tensors, and would be read after that one
         Path(folder, TENSORS).unlink(missing_ok=True)
         if Path(folder, "adapter_config.json").exists():
             logger.warning(
@@ -103,10 +109,10 @@ def _describe(
 
 
 def _complete(backbone: nn.Module, model: nn.Module, folder: str | Path) -> None:
-    """Write a method's own tensors, settings and card into a folder with a full model that other software has written."""
+    """Write a method's own tensors, settings and card into a folder with a full model that other software saved."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     method, settings = method_of(bare.config)
-    assert method is not None  # which its caller has seen to
+    assert method is not None  # the caller checks it
     tensors = {}
     for name in method.modules:
         module: Any = getattr(backbone, name, None)
@@ -124,7 +130,7 @@ def _complete(backbone: nn.Module, model: nn.Module, folder: str | Path) -> None
 
 
 def read_json(folder: str, filename: str, token: str | None) -> dict | None:
-    """A JSON object in a file of a local folder or a hub repository; None where there is none.
+    """Read a JSON object from a file of a local folder or a hub repository; None if there is no such file.
 
     Raises:
         ValueError: the file holds something else.
@@ -152,8 +158,9 @@ class Saved:
 
     Attributes:
         name: the folder or hub id.
-        adapter: its `adapter_config.json`; None for a full model.
-        method, settings: of latent reasoning; None: there is none.
+        adapter: its `adapter_config.json`. None for a full model.
+        method: the latent reasoning method. None if there is none.
+        settings: the settings of the method.
     """
 
     name: str
@@ -163,13 +170,18 @@ class Saved:
 
 
 def read_saved(name: str, expected: str | None = None, token: str | None = None) -> Saved:
-    """What a saved model is, after its files.
+    """Read the kind of a saved model from its files.
 
     Args:
-        expected: the method that the caller can open; None: no method at all.
+        name: a folder or a hub id.
+        expected: the method that the caller can open. None means no method at all.
+        token: the access token for the hub.
+
+    Returns:
+        The method, settings and adapter of the model.
 
     Raises:
-        ValueError: it is of another method, or holds a method's tensors and nothing says how to use them.
+        ValueError: the model is of another method, or has a method's tensors without its settings.
     """
     adapter = read_json(name, "adapter_config.json", token)
     method, settings = _settings(name, adapter, token)
@@ -186,7 +198,7 @@ def read_saved(name: str, expected: str | None = None, token: str | None = None)
 
 
 def missing_settings(name: str, method: Method, tensor: str) -> str:
-    """What to say of tensors that nothing says how to use."""
+    """Return the message for tensors of a method whose settings are missing."""
     return (
         f"{name} holds {tensor}, a tensor of the method {method.name}, but no {FILE} that says how it is used: other "
         f"software has saved the model; copy {FILE} from the folder that it was made from"
@@ -214,7 +226,7 @@ def _settings(name: str, adapter: dict | None, token: str | None) -> tuple[Metho
 
 
 def tensor_names(name: str, adapter: bool, token: str | None = None) -> list[str]:
-    """Names of the tensors in the safetensors files of a folder; of a hub repository, as far as it has been fetched.
+    """Return the names of the tensors in the safetensors files of a folder, or in the cached files of a hub repository.
 
     Raises:
         ValueError: a file is truncated or damaged.
@@ -242,7 +254,7 @@ def _cached(name: str, file: str) -> str | None:
 
 
 def safetensors_keys(path: Path) -> list[str]:
-    """Raises a ValueError if the file is truncated or damaged."""
+    """Return the names of the tensors in a file. Raise a ValueError if it is truncated or damaged."""
     try:
         with safe_open(path, framework="pt") as tensors:
             return list(tensors.keys())
@@ -251,7 +263,7 @@ def safetensors_keys(path: Path) -> list[str]:
 
 
 def held_by(names: Iterable[str]) -> tuple[Method, str] | None:
-    """The method that some of these tensors belong to, and the first of them."""
+    """Return the method that some of these tensors belong to, and the name of the first of them; None if there is none."""
     for name in names:
         parts = name.split(".")
         for method in METHODS.values():

@@ -1,9 +1,9 @@
-"""Unsloth's fast decode path, as far as hybrid decoding must know it.
+"""Support for Unsloth's fast decoding path.
 
 Unsloth multiplies by the LM head's weight without calling the module, so no hook sees the last hidden state. Under its
-switch `UNSLOTH_RETURN_HIDDEN_STATES=1` its forwards return that state in the place of the logits; the first logits
-processor then does what the head would have done. Decoding from captured CUDA graphs would skip our embedding hook: it
-is off meanwhile.
+switch `UNSLOTH_RETURN_HIDDEN_STATES=1` its forwards return that state instead of the logits. The first logits processor
+then
+applies the head. Decoding from captured CUDA graphs would skip our embedding hook, so it is off meanwhile.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ import patches
 
 
 def on_unsloth(model: nn.Module) -> bool:
-    """Whether Unsloth's fast forwards run this causal LM (and not FastModel's or transformers' own)."""
+    """Return whether Unsloth's fast forwards run this causal LM, and not FastModel's or transformers' own."""
     return "unsloth" in sys.modules and getattr(model, "_unsloth_fast_path", False)
 
 
 @contextlib.contextmanager
 def without_decode_graphs() -> Iterator[None]:
-    """No CUDA-graph decoding inside, where Unsloth is loaded."""
+    """Turn off decoding from CUDA graphs inside the context, if Unsloth is loaded."""
     loaded = "unsloth.models._decode_graphs" in sys.modules
     with patches.applied("unsloth_decode_graphs") if loaded else contextlib.nullcontext():
         yield
 
 
 def returning_hidden_states(model: nn.Module) -> "_HiddenStates | None":
-    """A context in which Unsloth's forwards return hidden states for logits; None on a stock model."""
+    """Return a context in which Unsloth's forwards return hidden states instead of logits; None on a stock model."""
     return _HiddenStates(model) if on_unsloth(model) else None
 
 
@@ -48,7 +48,9 @@ class _HiddenStates(contextlib.ExitStack):
         return self
 
     def processor(self, session: Any) -> LogitsProcessor:
-        """The first processor of the loop: hidden states (B, d), shown to `session.see_hidden`, to logits (B, V)."""
+        """Return the first logits processor: it shows hidden states (B, d) to `session.see_hidden` and makes logits (B,
+        V).
+        """
         return _Head(self.model, session.see_hidden)
 
 
@@ -65,7 +67,7 @@ class _Head(LogitsProcessor):
             raise RuntimeError(
                 f"Unsloth returned scores {tuple(scores.shape)}, not hidden states (B, {weight.shape[1]})"
             )
-        # `_sample` has made them fp32; back to the model's dtype, in which Unsloth multiplies
+        # `_sample` has cast them to fp32; Unsloth multiplies in the model's dtype
         hidden = scores.to(weight.dtype)
         self.see_hidden(self.head, (hidden[:, None],))
         return self.finish(self.head(hidden)).float()

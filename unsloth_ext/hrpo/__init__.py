@@ -1,1 +1,1 @@
-"""HRPO's model side: thinking modules, states, decoding, and states that are recomputed for training."""
+"""HRPO on the model side: thinking modules, thinking states, hybrid decoding, and states recomputed for training."""

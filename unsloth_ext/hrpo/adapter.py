@@ -1,4 +1,4 @@
-"""Thinking modules inside a PEFT adapter: trained in full, saved with it, and off when it is off."""
+"""Thinking modules in a PEFT adapter, which trains and saves them and turns them off with itself."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .method import MODULES as THINKING_MODULES
 
 
 def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
-    """The fields of a PEFT config that make it train and save the thinking modules, and LoRA leave them alone.
+    """Return the fields of a PEFT config that train and save the thinking modules in full and keep LoRA off them.
 
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.
@@ -21,7 +21,7 @@ def with_thinking_modules(config: PeftConfig) -> dict[str, Any]:
 
 
 def join_adapter(model: PeftModel) -> None:
-    """Make freshly attached modules part of the active adapter, which exists already."""
+    """Add newly attached modules to the active adapter, which already exists."""
     name = model.active_adapter
     config = model.peft_config[name]
     config.modules_to_save = with_thinking_modules(config)["modules_to_save"]
@@ -29,7 +29,7 @@ def join_adapter(model: PeftModel) -> None:
 
 
 class Unloaded(nn.Module):
-    """Stands where PEFT keeps the untrained original of a thinking module: an adapter that is off does not think."""
+    """Replacement for PEFT's untrained original of a thinking module. An adapter that is off does not think."""
 
     def forward(self, *_: Any) -> None:
         raise RuntimeError(
@@ -39,8 +39,10 @@ class Unloaded(nn.Module):
 
 
 def free_originals(backbone: nn.Module) -> None:
-    """Drop PEFT's untrained copies of the thinking modules: 3 d^2 parameters that nothing reads. Call it once no adapter
-    will be added any more, since PEFT starts new ones from these copies."""
+    """Drop PEFT's untrained copies of the thinking modules, 3 d^2 parameters that nothing reads.
+
+    Call it when no more adapters will be added, since PEFT starts new ones from these copies.
+    """
     for name in THINKING_MODULES:
         wrapper = getattr(backbone, name)
         if hasattr(wrapper, "original_module"):

@@ -1,9 +1,10 @@
-"""Hybrid decoding: sample tokens, and feed each thinking token as `fused(E[x], s)` instead of `E[x]` (HRPO, sec. 3).
+"""Hybrid decoding: sample tokens, and feed each thinking token as `fused(E[x], s)` instead of `E[x]` (HRPO, arXiv
+2505.18454, sec. 3).
 
 transformers' own sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a
 pre-hook on the LM head reads the hidden state, the last logits processor reads the warped distribution, the stopping
-criteria read the sampled token, and a hook on the input embedding fuses the state into the next forward. Greedy and
-sampled decoding, EOS, `num_return_sequences`, streamers, stopping criteria and scores are therefore transformers' own.
+criteria read the sampled token, and a hook on the input embedding fuses the state into the next forward. So greedy and
+sampled decoding, EOS, `num_return_sequences`, streamers, stopping criteria and scores are transformers' own.
 """
 
 from dataclasses import dataclass
@@ -30,18 +31,20 @@ from .method import METHOD
 from .states import Warper, project, soft_embedding
 
 
-KEPT = ("thinking_states", "hidden_states", "log_probs")  # beside the mask, when asked for
+KEPT = ("thinking_states", "hidden_states", "log_probs")  # recorded on request; the mask always is
 
 
 @dataclass
 class ThinkingTrace:
-    """What a hybrid decode leaves behind; C is the number of decoded tokens, rows are those of the returned sequences.
+    """The record of a hybrid decode. C is the number of decoded tokens. Rows are those of the returned sequences.
 
     Attributes:
-        thinking_mask (B, C) bool: tokens before the delimiter is complete, and before the row ends.
-        thinking_states (B, C, d): the state fused into each token, zero where none was; None unless asked for.
-        hidden_states (B, C, d): the hidden state that produced each token; None unless asked for.
-        log_probs (B, C) fp32: of each token under the distribution it was drawn from; None unless asked for.
+        thinking_mask (B, C): bool, the tokens before the delimiter is complete and before the row ends.
+        thinking_states (B, C, d): the state fused into each token, in the model's dtype, and zero for other tokens.
+            None
+            unless requested.
+        hidden_states (B, C, d): the hidden state that produced each token, in the model's dtype. None unless requested.
+        log_probs (B, C): fp32, of each token under the distribution it was drawn from. None unless requested.
     """
 
     thinking_mask: torch.Tensor
@@ -51,7 +54,19 @@ class ThinkingTrace:
 
 
 class HybridSession:
-    """State of one hybrid decode. `keep` names the tensors of `ThinkingTrace` to record beside the mask."""
+    """The state of one hybrid decode.
+
+    Args:
+        model: a causal LM with thinking modules, wrapped by PEFT or not.
+        matcher: finds the delimiter that ends the thinking.
+        keep: the tensors of `ThinkingTrace` to record beside the mask.
+        ablation: replaces the thinking states, see `hybrid_generate`. None leaves them.
+        streamer: as for `generate`.
+        synced_gpus: as for `generate`.
+
+    Raises:
+        ValueError: the model has no thinking modules, or `keep` or `ablation` is unknown.
+    """
 
     def __init__(
         self,
@@ -83,19 +98,23 @@ class HybridSession:
         self._matched: torch.Tensor | None = None
         self._ended: torch.Tensor | None = None
 
-    # -- the four places where the loop calls us, in the order of one step ------------------------------------------
+    # -- the four hooks, in the order of one step -------------------------------------------------------------------
 
     def see_hidden(self, _: nn.Module, args: tuple) -> None:
-        """LM-head pre-hook: hidden states (B, T, d)."""
+        """Pre-hook of the LM head: store the last of the hidden states (B, T, d) in `args`."""
         self._last_hidden = args[0][:, -1].clone()  # a view would keep the whole prefill alive
 
     def see_scores(self, scores: torch.Tensor) -> None:
-        """Warped scores (B, V) of the token about to be chosen."""
+        """Store the warped scores (B, V), fp32, of the token to be chosen."""
         self._scores = scores
 
     def see_token(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
-        """The chosen tokens (B,), and which rows end with them (B,) bool. Everything here is queued on the device; nothing
-        waits for it."""
+        """Record the chosen tokens and prepare their thinking states. Nothing here waits for the device.
+
+        Args:
+            tokens (B,): long, the chosen tokens.
+            done (B,): bool, the rows that end with them.
+        """
         if self._matched is None:
             self._matched = torch.zeros_like(tokens)
             self._ended = torch.zeros_like(tokens, dtype=torch.bool)
@@ -103,7 +122,7 @@ class HybridSession:
         if self.eos is not None:
             self._ended = self._ended | (tokens[:, None] == self.eos).any(-1)
         self._masks.append((self._matched != self.matcher.done) & ~self._ended)
-        self._ended = self._ended | done  # by a stop string, say: from the next token on
+        self._ended = self._ended | done  # e.g. by a stop string, which ends the thinking after this token
         if "log_probs" in self.keep:
             self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
         if "hidden_states" in self.keep:
@@ -113,10 +132,20 @@ class HybridSession:
             return
         probs = (self.warper(self._scores) if self.warp else self._scores).softmax(-1)
         count = (probs > 0).sum(-1).max().to("cpu", non_blocking=True) if self.warper.truncates else None
-        self._pending = (probs, count)  # `count` is read after the loop's own stopping check has synchronised
+        self._pending = (probs, count)  # `count` is read after the loop's stopping check, which synchronises
 
     def fuse(self, _: nn.Module, args: tuple, embeds: torch.Tensor) -> torch.Tensor | None:
-        """Embedding hook: embeds (B, T, d) of the tokens about to be fed. T > 1 after the prefill means no cache."""
+        """Hook of the input embedding: fuse the pending states into the embeddings of the next tokens.
+
+        Args:
+            args: the arguments of the embedding, which are not used.
+            embeds (B, T, d): in the model's dtype, of the tokens to be fed. T > 1 after the prefill means that there is
+                no
+                cache.
+
+        Returns:
+            (B, T, d) in the same dtype, or None for the prompt, which does not think.
+        """
         if not self._masks:
             return None
         if self._pending is not None:
@@ -128,7 +157,7 @@ class HybridSession:
             self._thinking_states.clear()
         return self.backbone.fuse_thinking(embeds, thinking_mask, thinking_states)
 
-    # -- the state itself -----------------------------------------------------------------------------------------
+    # -- the thinking state ---------------------------------------------------------------------------------------
 
     def _state(self, basis: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
         if self.source == "projection":
@@ -139,16 +168,16 @@ class HybridSession:
         return ABLATIONS[self.ablation](state) if self.ablation else state
 
     def prepare(self, config: GenerationConfig) -> None:
-        """Read what the session needs from the generation config."""
+        """Read the settings of the session from the generation config."""
         self.eos = getattr(config, "_eos_token_tensor", None)
         self.warper = Warper.of(config)
-        self.warp = not config.do_sample  # sampling warps in the loop; greedy keeps the state of that distribution
+        self.warp = not config.do_sample  # sampling warps in the loop, greedy decoding does not
 
     def trace(self) -> ThinkingTrace:
-        """The record so far; outside inference mode, so that training may use it."""
+        """Return the record so far. Its tensors are not inference tensors, so training may use them."""
         thinking_states = None
         if "thinking_states" in self.keep:
-            # The last token is never fed, so it has no state: zero
+            # The last token is never fed, so its state is zero
             unfed = len(self._masks) - len(self._thinking_states)
             thinking_states = [*self._thinking_states, *[torch.zeros_like(self._empty_state())] * unfed]
         stack = lambda steps: torch.stack(steps, dim=1).clone()  # noqa: E731
@@ -174,7 +203,7 @@ class _SeeScores(LogitsProcessor):
 
 
 class _SeeingCriteria(StoppingCriteriaList):
-    """The loop's own criteria; what they say is shown to the session."""
+    """The loop's own stopping criteria, which also pass their result to the session."""
 
     def __init__(self, criteria: StoppingCriteriaList, session: HybridSession):
         super().__init__(criteria)
@@ -195,10 +224,24 @@ def hybrid_decode(
     hybrid: HybridSession | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The `custom_generate` callable: `model.generate(..., custom_generate=hybrid_decode, hybrid=HybridSession(...))`.
+    """Decode with thinking states: the `custom_generate` callable for `model.generate`.
+
+    Call it as `model.generate(..., custom_generate=hybrid_decode, hybrid=HybridSession(...))`.
+
+    Args:
+        model: a causal LM with thinking modules, wrapped by PEFT or not.
+        input_ids (B, P): long, left-padded prompts.
+        logits_processor: from `generate`.
+        stopping_criteria: from `generate`.
+        generation_config: from `generate`.
+        hybrid: the session.
+        **kwargs: from `generate`.
+
+    Returns:
+        What `generate` returns: ids (B, P + C) long, or a dictionary with them.
 
     Raises:
-        ValueError: no session was given, or the generation config asks for what thinking states do not survive
+        ValueError: there is no session, or an argument does not work with thinking states
             (`unsloth_ext.common.generation_arguments`).
     """
     if hybrid is None:
@@ -225,7 +268,7 @@ def hybrid_decode(
         with without_decode_graphs():
             if from_logits is None:
                 return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
-            with from_logits:  # Unsloth never calls its LM head: it hands us the hidden states instead of the logits
+            with from_logits:  # Unsloth never calls its LM head, so it returns hidden states instead of logits
                 processors.insert(0, from_logits.processor(hybrid))
                 return _sample(model, input_ids, processors, criteria, generation_config, hybrid, **kwargs)
     finally:
@@ -259,24 +302,25 @@ def hybrid_generate(
     streamer: Any = None,
     **generate_kwargs: Any,
 ) -> Any:
-    """`model.generate` with thinking states.
+    """Run `model.generate` with thinking states.
 
     Args:
         model: a causal LM with thinking modules, wrapped by PEFT or not.
-        input_ids (B, P) long, left-padded; pass `attention_mask` as for `generate`.
+        input_ids (B, P): long, left-padded. Pass `attention_mask` as for `generate`.
         matcher: finds the delimiter that ends the thinking.
-        keep: which tensors of `ThinkingTrace` to record: `"thinking_states"`, `"hidden_states"`, `"log_probs"`.
-        ablation: `"zero"`, `"shuffle"` (another row's state) or `"noise"` (same norm) in the state's place; `"off"` is
-            plain `generate`.
+        keep: the tensors of `ThinkingTrace` to record: `"thinking_states"`, `"hidden_states"`, `"log_probs"`.
+        ablation: replaces the thinking states by `"zero"`, `"shuffle"` (another row's states) or `"noise"` (of the same
+            norm). `"off"` is plain `generate`.
         return_trace: also return the `ThinkingTrace`.
-        **generate_kwargs: as for `generate`; docs/generation.md has what works.
+        streamer: as for `generate`.
+        **generate_kwargs: as for `generate`. docs/generation.md lists what works.
 
     Returns:
-        What `generate` returns, or (that, `ThinkingTrace`) with `return_trace`.
+        What `generate` returns, or this and the `ThinkingTrace` with `return_trace`.
 
     Raises:
-        ValueError: an argument that thinking states do not survive, a prompt without tokens, or one that leaves no room for
-            the answer.
+        ValueError: an argument does not work with thinking states; or a prompt is empty or leaves no room for the
+            answer.
     """
     if ablation == "off":
         if return_trace:

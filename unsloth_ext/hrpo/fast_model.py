@@ -1,4 +1,4 @@
-"""`FastThinkingModel`: load, wrap, save, merge. Unsloth where it can run, transformers + PEFT otherwise."""
+"""`FastThinkingModel`, which loads, wraps and merges HRPO models with Unsloth or with transformers and PEFT."""
 
 import importlib.util
 from typing import Any
@@ -35,7 +35,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 class FastThinkingModel:
-    """Loader with the arguments of Unsloth's `FastLanguageModel`; ours are keyword-only."""
+    """Loader with the arguments of Unsloth's `FastLanguageModel`. Our own arguments are keyword-only."""
 
     @staticmethod
     def from_pretrained(
@@ -52,30 +52,39 @@ class FastThinkingModel:
         use_unsloth: bool | None = None,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel | PeftModel, Any]:
-        """Load a base model, a full thinking model, or an adapter folder with its base, thinking modules attached.
+        """Load a base model, a full thinking model, or an adapter with its base, and attach thinking modules.
 
         Args:
-            model_name: hub id, or a folder with a model or an adapter.
-            max_seq_length: prompt and completion together, in tokens; None takes 2048, or fewer where the model has fewer.
-            dtype: such as `torch.bfloat16` or `"bfloat16"`; None takes bf16 on a GPU that has it, fp32 on a CPU.
+            model_name: a hub id, or a folder with a model or an adapter.
+            max_seq_length: tokens of prompt and completion together. None means 2048, or fewer if the model has fewer.
+            dtype: such as `torch.bfloat16` or `"bfloat16"`. None means bf16 on a GPU that supports it, and fp32 on a
+                CPU.
             load_in_4bit: None means 4-bit on a GPU with bitsandbytes, else not.
-            thinking: how to think. None takes what was saved with the model, or the defaults on a model that never
+            full_finetuning: train all weights, which are then not loaded in 4-bit by default.
+            device_map: as for transformers. None means the current device.
+            token: the access token for the hub.
+            trust_remote_code: as for transformers.
+            thinking: how to think. None means what was saved with the model, or the defaults for a model that never
                 thought.
             use_unsloth: None decides by `unsloth_ext.common.backend.unsloth_can_run`.
+            **kwargs: for the `from_pretrained` that is called.
 
         Returns:
-            (model, tokenizer); the model is a `PeftModel` when `model_name` is an adapter.
+            The model and its tokenizer. The model is a `PeftModel` if `model_name` is an adapter.
 
         Raises:
-            ValueError: there is no such model, it is of another method, thinking modules and settings are not both there,
-                files are damaged, lack tensors or hold NaN; or an adapter never thought and `thinking` was not given.
+            ValueError: there is no such model; it is of another method; it has thinking modules without settings or
+                settings
+                without modules; files are damaged, lack tensors or hold NaN; or an adapter never thought and `thinking`
+                was
+                not given.
         """
         dtype = as_dtype(dtype, kwargs)
         check_name(model_name, token)
         saved = read_saved(model_name, "hrpo", token)
         base_name = model_name if saved.adapter is None else base_of(saved.adapter, model_name)
         base = saved if saved.adapter is None else read_saved(base_name, "hrpo", token)
-        # What PEFT restores: only what the model has by then
+        # PEFT only restores modules that the model has when the adapter is loaded
         own = saved.adapter is not None and held_by(adapter_keys(model_name, token)) is not None
         if saved.adapter is not None and not own and not base.settings and saved.settings:
             raise ValueError(
@@ -103,7 +112,7 @@ class FastThinkingModel:
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-        if not base.settings:  # of a hub model, the files are here by now
+        if not base.settings:  # the files of a hub model are here only now
             read_saved(base_name, "hrpo", token)
         settings = saved.settings or base.settings
         thinking = thinking or (read_settings(settings, model_name, METHOD) if settings else None)
@@ -135,10 +144,25 @@ class FastThinkingModel:
         modules_to_save: list[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """LoRA on a thinking model; the thinking modules train in full beside it and are saved with the adapter.
+        """Add LoRA to a thinking model. The thinking modules are trained in full and saved with the adapter.
+
+        Args:
+            model: a causal LM. It gets thinking modules if it has none.
+            r: the rank, as in `LoraConfig`.
+            target_modules: the layers with LoRA, as in `LoraConfig`.
+            lora_alpha: as in `LoraConfig`.
+            lora_dropout: as in `LoraConfig`.
+            bias: as in `LoraConfig`.
+            use_gradient_checkpointing: also turn gradient checkpointing on. `"unsloth"` is Unsloth's own kind.
+            random_state: the seed of the new weights.
+            modules_to_save: modules to train in full beside the thinking modules.
+            **kwargs: further fields of `LoraConfig`.
+
+        Returns:
+            The `PeftModel`.
 
         Raises:
-            ValueError: the model has an adapter.
+            ValueError: the model already has an adapter.
         """
         if isinstance(model, PeftModel):
             raise ValueError(
@@ -182,8 +206,17 @@ class FastThinkingModel:
 
     @staticmethod
     def merge(model: PeftModel, *, keep_thinking: bool = True) -> PreTrainedModel:
-        """The base model with the adapter merged in; its thinking modules stay (`save_pretrained` then writes them and
-        `from_pretrained` finds them) or are dropped."""
+        """Merge the adapter into the base model.
+
+        Args:
+            model: a model with an adapter.
+            keep_thinking: keep the thinking modules, which `save_pretrained` then writes and `from_pretrained` loads.
+                False
+                gives a plain causal LM.
+
+        Returns:
+            The base model.
+        """
         merged = model.merge_and_unload()
         return merged if keep_thinking else drop_thinking(merged)
 
@@ -193,7 +226,7 @@ def _is_unsloth(model: PreTrainedModel) -> bool:
 
 
 def _positions(name: str, **options) -> int | None:
-    """Tokens that a model was made for, where its configuration says so."""
+    """Return the number of positions of a model, if its configuration states it."""
     return getattr(AutoConfig.from_pretrained(name, **options).get_text_config(), "max_position_embeddings", None)
 
 
@@ -223,12 +256,12 @@ def _load_transformers(
 def _load_unsloth(name: str, **kwargs):
     from unsloth import FastLanguageModel
 
-    if kwargs["device_map"] is None:  # its own default is not None
+    if kwargs["device_map"] is None:  # Unsloth's default is not None
         del kwargs["device_map"]
     if kwargs["dtype"] == "auto":
         kwargs["dtype"] = None
     common = {"token": kwargs["token"], "trust_remote_code": kwargs["trust_remote_code"]}
-    check_causal_lm(name, "hrpo", **common)  # Unsloth takes a name that is not there for a model it does not support
+    check_causal_lm(name, "hrpo", **common)  # Unsloth reports a missing model as an unsupported one
     check_tokenizer(name)
     if kwargs["max_seq_length"] is None:
         kwargs["max_seq_length"] = min(2048, _positions(name, **common) or 2048)
@@ -236,7 +269,7 @@ def _load_unsloth(name: str, **kwargs):
     patches.apply("save_pretrained")
     patches.apply("unsloth_export")
     patches.apply("unsloth_save_merged")
-    # Unsloth's classes keep the stock forward for models it did not load: that one must know our keywords as well
+    # Unsloth's classes keep the stock forward for models it did not load, so that forward is patched too
     patches.apply("base_model_forward")
     patches.apply("llama_fast_forward")
     model, tokenizer = FastLanguageModel.from_pretrained(name, **kwargs)

@@ -1,8 +1,9 @@
-"""Whether a causal LM's forward really thinks: asked of the model itself, since some drop keywords that they do not know.
+"""Extension of a causal LM's forward by thinking states, and a test that the states have an effect.
 
-`BloomForCausalLM`, `FalconForCausalLM`, `GPTJForCausalLM`, `MptForCausalLM` and others (transformers 5.17) take any keyword
-and hand none on to their decoder; `OPTForCausalLM` calls an inner decoder past `OPTModel`. There the causal LM's own
-forward is taught the keywords as well.
+`BloomForCausalLM`, `FalconForCausalLM`, `GPTJForCausalLM`, `MptForCausalLM` and others (transformers 5.17) accept any
+keyword and pass none to their decoder. `OPTForCausalLM` calls an inner decoder and not `OPTModel`. In such cases the
+causal
+LM's own forward is patched as well.
 """
 
 import torch
@@ -16,24 +17,27 @@ from ..common.logits import logits_of
 from ..common.unsloth_decoding import on_unsloth
 
 
-LENGTH = 8  # tokens of the text that is asked about; states are given for its second half
+LENGTH = 8  # tokens of the trial text; its second half gets states
 
 
 def teach_forward(model: PreTrainedModel, backbone: nn.Module, source: str) -> None:
-    """Teach a causal LM's forward our keywords, then ask it: two forwards of `LENGTH` tokens, no gradient.
+    """Add our keywords to a causal LM's forward and test them with two forwards of `LENGTH` tokens, without gradients.
 
-    The states given are embeddings of other tokens, taken whole; the logits must be those of a text with these tokens.
-    Weights that are not there yet (meta device, ZeRO-3) cannot be asked, nor can Unsloth's forwards, whose own patch is
-    verified when it is applied. Draws nothing from the global RNG.
+    The trial states are embeddings of other tokens, which replace those of the text. The logits must be those of a text
+    with
+    these tokens. The test is skipped if weights are not in memory (meta device, ZeRO-3), and for Unsloth's forwards,
+    whose
+    patch is verified when it is applied. The global RNG is not used.
 
     Args:
-        model: not wrapped by PEFT. backbone: its decoder.
-        source: of the thinking states, as in `ThinkingConfig`.
+        model: the causal LM, not wrapped by PEFT.
+        backbone: its decoder.
+        source: `thinking_source` of `ThinkingConfig`.
 
     Raises:
-        ValueError: thinking states would be lost, or the hidden states that the LM head reads are not the decoder's.
+        ValueError: thinking states would be lost, or the LM head reads other hidden states than the decoder's output.
     """
-    patches.apply("base_model_forward", type(backbone))  # a no-op where Unsloth's forward is patched already
+    patches.apply("base_model_forward", type(backbone))  # does nothing if Unsloth's forward is patched already
     if on_unsloth(model):
         return
     weight = model.get_input_embeddings().weight
@@ -52,9 +56,9 @@ def teach_forward(model: PreTrainedModel, backbone: nn.Module, source: str) -> N
 
 
 def decoder_of(model: nn.Module, backbone: nn.Module) -> nn.Module:
-    """What hands hidden states to the LM head: OPT's calls an inner decoder past its base model."""
+    """Return the module that gives the LM head its hidden states. OPT's is an inner decoder of its base model."""
     decoder = model.get_decoder()
-    return backbone if hasattr(decoder, "lm_head") else decoder  # of Llama 4 it is the causal LM (transformers 5.17)
+    return backbone if hasattr(decoder, "lm_head") else decoder  # Llama 4 returns the causal LM (transformers 5.17)
 
 
 def _texts(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +85,7 @@ def _states_arrive(model: PreTrainedModel, backbone: nn.Module) -> bool:
 
 
 def _check_hidden(model: PreTrainedModel, backbone: nn.Module, source: str) -> None:
-    """Rollouts read the LM head's input, training the decoder's output, soft embeddings `logits_of` it: all must agree."""
+    """Check that the LM head's input (read in rollouts), the decoder's output (read in training) and `logits_of` agree."""
     seen = []
     handles = [
         decoder_of(model, backbone).register_forward_hook(lambda _, __, output: seen.append(output[0])),
@@ -106,5 +110,5 @@ def _check_hidden(model: PreTrainedModel, backbone: nn.Module, source: str) -> N
 
 
 def _alike(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """The same operations on the same numbers, but for kernels that add up in any order."""
+    """Return whether tensors are equal up to the order in which kernels add."""
     return torch.allclose(found, wanted, rtol=0, atol=1e-2 * wanted.abs().max().item(), equal_nan=True)

@@ -1,4 +1,4 @@
-"""The record of HRPO: hidden states that are fused into input embeddings until a delimiter ends the thinking."""
+"""The record of HRPO, which fuses hidden states into input embeddings until a delimiter ends the thinking."""
 
 from ..common.method import Method
 

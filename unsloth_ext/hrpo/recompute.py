@@ -1,14 +1,15 @@
-"""Thinking states for the training forward: where they come from and which gradients they carry (docs/hrpo.md).
+"""Thinking states for the training forward (HRPO, arXiv 2505.18454): their origin and their gradients. See
+docs/hrpo.md.
 
 | mode        | states                                                          | extra passes | gradient into W |
 |-------------|-----------------------------------------------------------------|--------------|-----------------|
 | `frozen`    | those of the rollout                                            | 0            | no              |
-| `rollout`   | made anew from the rollout's hidden states                      | 0            | yes             |
+| `rollout`   | recomputed from the rollout's hidden states                     | 0            | yes             |
 | `two_pass`  | from a pass without thinking                                    | 1, no grad   | yes, biased     |
 | `soft_bptt` | from a pass with the rollout's states, gradient kept            | 1, with grad | (reaches LoRA)  |
-| `jacobi`    | K refinements from the rollout's, then as `rollout`             | K, no grad   | yes             |
+| `jacobi`    | K refinements of the rollout's, then as `rollout`               | K, no grad   | yes             |
 
-`jacobi` with K >= the longest run of thinking tokens is the exact sequential state of the present weights.
+`jacobi` with K >= the longest run of thinking tokens gives the exact sequential states of the current weights.
 """
 
 from typing import Any
@@ -25,18 +26,19 @@ from .states import Warper, soft_embedding
 
 
 RECOMPUTE_MODES = ("frozen", "rollout", "two_pass", "soft_bptt", "jacobi")
-TOKENS_PER_CHUNK = 512  # of the (tokens, V) distributions that soft embeddings need
+TOKENS_PER_CHUNK = 512  # bounds the (tokens, V) distributions of soft embeddings
 
 
 def trace_fields(mode: str, source: str) -> tuple[str, ...]:
-    """The tensors of `ThinkingTrace` that a recompute mode reads beside the mask. A rollout need not keep the others.
+    """Return the tensors of `ThinkingTrace` that a recompute mode reads beside the mask. A rollout need not keep the
+    others.
 
     Args:
         mode: one of `RECOMPUTE_MODES`.
         source: `thinking_source` of the model's `ThinkingConfig`.
 
     Returns:
-        No name for `two_pass`; `"hidden_states"` for `rollout`, and for `jacobi` with the projection; else
+        Nothing for `two_pass`; `"hidden_states"` for `rollout`, and for `jacobi` with the projection; else
         `"thinking_states"`.
     """
     if mode == "two_pass":
@@ -54,28 +56,30 @@ def thinking_keywords(
     iterations: int,
     **inputs: torch.Tensor,
 ) -> dict[str, Any]:
-    """Keywords for the forward that takes the gradient, under the names of the patched `LlamaModel_fast_forward`.
+    """Build the thinking keywords of the training forward, under the names of the patched `LlamaModel_fast_forward`.
 
-    This is the one place where our names become those: `thinking_states` are passed as `thinking_embeds`, and
-    `hidden_states` as `thinking_hidden_states_cache`.
+    Only this function translates our names to those: `thinking_states` are passed as `thinking_embeds`, and
+    `hidden_states` as
+    `thinking_hidden_states_cache`.
 
     Args:
         model: the (wrapped) causal LM.
         mode: one of `RECOMPUTE_MODES`.
-        trace: what the rollout kept, (B, C) and (B, C, d); see `trace_fields`.
-        warp: temperature and support of the rollout.
+        trace: what the rollout kept, (B, C) and (B, C, d). See `trace_fields`.
+        warp: the temperature and support of the rollout.
         iterations: K of `jacobi`.
-        **inputs: what that forward gets too: `input_ids` (B, T) and `attention_mask` (B, T) long, T >= C, completions
-            last.
+        **inputs: the other inputs of that forward: `input_ids` (B, T) and `attention_mask` (B, T), both long, with T >=
+            C
+            and completions last.
 
     Returns:
         `thinking_mask` (B, C) bool with either `thinking_embeds` (B, C, d), or `thinking_hidden_states_cache` (B, C, d)
-        and `recompute_thinking_projection=True`.
+        and `recompute_thinking_projection=True`. States are in the model's dtype.
 
     Raises:
         ValueError: `mode` is unknown.
     """
-    model = unwrapped(model)  # these passes come before the one that DDP counts
+    model = unwrapped(model)  # DDP must only count the training pass, which comes after these
     source = backbone_of(model).thinking_config.thinking_source
 
     mask = trace.thinking_mask
@@ -112,7 +116,16 @@ def thinking_keywords(
 
 
 def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tensor:
-    """(B, length, d): for each of the last `length` positions the final-norm hidden state of the position before it."""
+    """Return, for each of the last `length` positions, the final-norm hidden state of the position before it.
+
+    Args:
+        model: the causal LM.
+        length: the number of positions.
+        **inputs: keywords for the forward.
+
+    Returns:
+        (B, length, d) in the model's dtype.
+    """
     found = []
     hook = decoder_of(model, backbone_of(model)).register_forward_hook(lambda _, __, output: found.append(output[0]))
     try:
@@ -125,7 +138,17 @@ def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tenso
 def soft_states(
     model: nn.Module, hidden_states: torch.Tensor, thinking_mask: torch.Tensor, warp: Warper
 ) -> torch.Tensor:
-    """Soft-embedding thinking states (B, C, d) of hidden states (B, C, d) where the mask is set, zero elsewhere."""
+    """Compute soft-embedding thinking states.
+
+    Args:
+        model: the causal LM.
+        hidden_states (B, C, d): in the model's dtype.
+        thinking_mask (B, C): bool.
+        warp: the temperature and support of the rollout.
+
+    Returns:
+        (B, C, d) in the dtype of `hidden_states`, zero where the mask is not set.
+    """
     embedding = backbone_of(model).get_input_embeddings()
 
     def chunk(rows: torch.Tensor) -> torch.Tensor:

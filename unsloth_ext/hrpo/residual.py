@@ -1,12 +1,14 @@
-"""The thinking residual: gates that mix a thinking state into a token's input embedding (HRPO, arXiv 2505.18454, eq. 3-5).
+"""The thinking residual: gates that mix a thinking state into a token's input embedding (HRPO, arXiv 2505.18454, eq.
+3-5).
 
     r = sigmoid(W_r e + b_r)            i = sigmoid(W_i e + b_i)
     a = exp(-c softplus(-Lambda) r)     c = 8, a in (0, 1], elementwise
     fused = a e + sqrt(1 - a^2 + eps) (i s)
 
 `e` (B, T, d) is the token's input embedding, `s` (B, T, d) its thinking state. All four modules are registered
-submodules of the decoder (`model.base_model`), so that optimizers, PEFT and safetensors see them under the names
-`thinking_residual_gate_r`, `thinking_residual_gate_i`, `thinking_residual_Lambda`, `thinking_projection`.
+submodules of
+the decoder (`model.base_model`). So optimizers, PEFT and safetensors see them as `thinking_residual_gate_r`,
+`thinking_residual_gate_i`, `thinking_residual_Lambda` and `thinking_projection`.
 """
 
 import types
@@ -34,14 +36,18 @@ PROJECTION_INIT_STD = 0.001
 
 @dataclass
 class ThinkingConfig:
-    """How a model thinks. Saved in `latent_reasoning.json` (a full model's `config.json` has it too, under `"thinking"`).
+    """How a model thinks. Saved in `latent_reasoning.json`, and in a full model's `config.json` under `"thinking"`.
 
     Attributes:
-        thinking_source: `"projection"`, `s = W h / |W h|` of the previous hidden state, or `"soft_embedding"`, the
+        thinking_source: `"projection"`, `s = W h / |W h|` of the previous hidden state h; or `"soft_embedding"`, the
             probability-weighted input embedding of the paper.
-        thinking_norm: of the projection source: `"unit"`, `"embedding_rms"` (the mean norm of an input embedding) or
+        thinking_norm: the norm of projected states: `"unit"`, `"embedding_rms"` (the mean norm of an input embedding)
+            or
             `"none"`.
-        residual_r_min, residual_r_max: at r = 1 the initial `a` is uniform between them.
+        residual_r_min, residual_r_max: at r = 1 the initial `a` is uniform between these two.
+
+    Raises:
+        ValueError: a value is unknown or out of range.
     """
 
     thinking_source: str = field(default="projection")
@@ -62,9 +68,9 @@ class ThinkingConfig:
 
 
 class ThinkingResidualLambda(MasterWeights):
-    """The learned decay rate `Lambda` (d,).
+    """The learned decay rate `Lambda` (d,), float32.
 
-    At init `exp(-c softplus(-Lambda))` is uniform in [r_min, r_max], so `a = u^r` exactly.
+    At initialisation `exp(-c softplus(-Lambda))` is uniform in [r_min, r_max], so `a = u^r` exactly.
     """
 
     def __init__(self, hidden_size: int, r_min: float, r_max: float, device: torch.device | None = None):
@@ -74,17 +80,17 @@ class ThinkingResidualLambda(MasterWeights):
         self.Lambda = nn.Parameter(initial.float().to(device))
 
     def forward(self, r: torch.Tensor) -> torch.Tensor:
-        """log a (..., d), in fp32 or wider, from the recurrence gate r (..., d)."""
+        """Return log a (..., d), in fp32 or wider, for the recurrence gate r (..., d)."""
         r = r.to(torch.promote_types(r.dtype, torch.float32))
         return -GATE_SCALE * F.softplus(-self.Lambda) * r
 
 
 def gate(backbone: nn.Module, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(a, sqrt(1 - a^2 + eps), i) of token embeddings (..., d), in fp32 or wider."""
+    """Return (a, sqrt(1 - a^2 + eps), i), each (..., d) in fp32 or wider, for token embeddings (..., d)."""
     r = torch.sigmoid(backbone.thinking_residual_gate_r(embeds))
     i = torch.sigmoid(backbone.thinking_residual_gate_i(embeds))
     log_a = backbone.thinking_residual_Lambda(r)
-    # expm1 keeps 1 - a^2 when a is near 1, where the difference would round to nothing
+    # expm1 keeps 1 - a^2 accurate for a near 1, where the difference would round to 0
     return log_a.exp(), (EPS - torch.expm1(2 * log_a)).sqrt(), i
 
 
@@ -95,20 +101,22 @@ def fuse_thinking(
     thinking_states: torch.Tensor | None = None,
     hidden_states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Input embeddings with the thinking states fused in, where the mask says so (arXiv 2505.18454, eq. 3-5).
+    """Fuse thinking states into input embeddings where the mask is set (arXiv 2505.18454, eq. 3-5).
 
     Args:
-        inputs_embeds (B, T, d): token embeddings.
-        thinking_mask (B, S) bool, S <= T: which of the *last* S positions think.
-        thinking_states (B, S, d): the state of each of those positions. It was made from the position before it.
-        hidden_states (B, S, d): make the thinking states from these instead, with gradients into `thinking_projection`.
-            [:, t] is the hidden state that *produced* the token at t, that is, of position t-1.
+        backbone: the decoder with the thinking modules.
+        inputs_embeds (B, T, d): floating point, token embeddings.
+        thinking_mask (B, S): bool, S <= T: which of the *last* S positions think.
+        thinking_states (B, S, d): floating point, the state of each of these positions. It was made from the position
+            before it.
+        hidden_states (B, S, d): floating point. Thinking states are made from these instead, with gradients into
+            `thinking_projection`. [:, t] is the hidden state that *produced* the token at t, that of position t-1.
 
     Returns:
         (B, T, d) in the dtype of `inputs_embeds`, a new tensor (in-place writes would break gradient checkpointing).
 
     Raises:
-        ValueError: both or neither of the two are given, or they do not fit the mask and `inputs_embeds`.
+        ValueError: not exactly one of the two is given, or it does not fit the mask and `inputs_embeds`.
     """
     if (thinking_states is None) == (hidden_states is None):
         raise ValueError("thinking_mask needs either thinking_states or the hidden_states that they are made from")
@@ -131,19 +139,26 @@ def fuse_thinking(
 
 
 def has_thinking(model: nn.Module) -> bool:
-    """Whether `attach_thinking` has been here."""
+    """Return whether a model, wrapped by PEFT or not, has thinking modules."""
     return settings_of(model, METHOD) is not None
 
 
 def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None) -> PreTrainedModel:
-    """Give a causal LM its thinking modules, in place, and teach its forward our keywords.
+    """Add thinking modules to a causal LM, in place, and make its forward accept thinking states.
 
-    Any causal LM whose decoder takes `inputs_embeds` will do, wrapped by PEFT or not: it is asked by forwards of a short
-    text (`unsloth_ext.hrpo.forward`). The modules are fp32 whatever its dtype is. Draws from the global RNG.
+    Any causal LM whose decoder takes `inputs_embeds` works, which is tested by forwards of a short text
+    (`unsloth_ext.hrpo.forward`). The modules are fp32 whatever the model's dtype. The global RNG is used.
+
+    Args:
+        model: the causal LM, wrapped by PEFT or not.
+        config: how to think. None means the defaults.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: the model has thinking modules already, no input embeddings of its own, or a forward in which thinking
-            states would be lost.
+        ValueError: the model already has thinking modules, has no input embeddings, or has a forward that would lose
+            thinking states.
     """
     config = config or ThinkingConfig()
     backbone = check_attachable(model, METHOD)
@@ -171,7 +186,7 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
 
 
 def drop_thinking(model: PreTrainedModel) -> PreTrainedModel:
-    """Take the thinking modules off again, in place: a plain causal LM remains. Merge or unload PEFT first."""
+    """Remove the thinking modules, in place. A plain causal LM remains. Merge or unload PEFT first."""
     backbone = backbone_of(model)
     for name in (*THINKING_MODULES, "thinking_config", "fuse_thinking", "describe_saved", "complete_saved"):
         if hasattr(backbone, name):

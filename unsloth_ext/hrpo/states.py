@@ -1,8 +1,8 @@
-"""Thinking states: what position t is given, always made from position t-1.
+"""Thinking states. The state of position t is made from position t-1.
 
 | source           | formula                                                          | from                       |
 |------------------|------------------------------------------------------------------|----------------------------|
-| `projection`     | s_t = W h_{t-1} / (norm(W h_{t-1}) + 1e-8)                       | the dynamic projection     |
+| `projection`     | s_t = W h_{t-1} / (norm(W h_{t-1}) + 1e-8)                       | ours                       |
 | `soft_embedding` | s_t = sum_v p_{t-1}(v) E[v] / sqrt(sum_v p_{t-1}(v)^2)           | arXiv 2505.18454, eq. 2    |
 
 `h` is the last hidden state after the final norm, `p` the warped distribution that the next token was drawn from.
@@ -27,7 +27,15 @@ NORMS = ("unit", "embedding_rms", "none")
 
 
 def project(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Projection states (..., d) from the hidden states (..., d) of the positions before, with gradients into W."""
+    """Project hidden states to thinking states, with gradients into W.
+
+    Args:
+        backbone: the decoder with the thinking modules.
+        hidden_states (..., d): floating point, those of the positions before.
+
+    Returns:
+        (..., d) in the dtype of `hidden_states`.
+    """
     thinking_states = backbone.thinking_projection(hidden_states)
     norm = backbone.thinking_config.thinking_norm
     if norm != "none":
@@ -38,15 +46,21 @@ def project(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:
-    """Soft-embedding states (..., d) of distributions (..., V).
+    """Compute soft-embedding states of distributions (arXiv 2505.18454, eq. 2).
 
     Args:
-        candidates: an upper bound on how many entries of any row are non-zero (after top-k, top-p, min-p). Only that
-            many rows of the embedding are then read; None reads them all.
+        embedding: the input embedding, with V rows.
+        probs (..., V): floating point.
+        candidates: an upper bound on the number of non-zero entries of a row (after top-k, top-p, min-p). Only that
+            many
+            rows of the embedding are then read. None reads all.
+
+    Returns:
+        (..., d) in the dtype of the embedding.
     """
     weight = embedding.weight
     scale = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
-    if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering has its price too
+    if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering many rows costs more
         mixed = probs.to(weight.dtype) @ weight
     else:
         top, index = probs.topk(candidates, dim=-1)
@@ -58,7 +72,8 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
 class Warper:
     """Temperature, top-k, top-p and min-p on scores (..., V), as `generate` applies them when it samples.
 
-    One warper gives states, rollout and training the same distribution; greedy decoding keeps its states too.
+    With one warper, states, rollout and training have the same distribution. It also makes the states of greedy
+    decoding.
 
     Attributes:
         truncates: whether some probabilities may become exactly zero.
@@ -78,6 +93,7 @@ class Warper:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Warper":
+        """Return the warper of a generation config."""
         return cls(config.temperature, config.top_k, config.top_p, config.min_p)
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:

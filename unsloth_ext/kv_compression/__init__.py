@@ -1,1 +1,1 @@
-"""Which keys and values of a trace are worth keeping: scores, selection, and what reads or shortens a cache with them."""
+"""Compression of cached keys and values: scores, selection, and a cache that stays within a budget."""

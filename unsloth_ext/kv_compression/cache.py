@@ -1,7 +1,8 @@
-"""A cache for `generate()` that keeps the best keys of what was decoded: R-KV at decoding time (arXiv 2505.24133).
+"""A cache for `generate()` that keeps the best keys of a text: R-KV while decoding (arXiv 2505.24133).
 
-Each row of each layer grows to `budget + buffer` keys, is then cut to its `budget` best for each KV head, and grows again.
-Keys keep the rotary positions they were made at; new tokens stand at their true positions.
+Each row of each layer grows to `budget + buffer` keys, is cut to the `budget` best for each KV head, and grows again.
+Keys
+keep their rotary positions, and new tokens get their true positions.
 """
 
 import torch
@@ -15,11 +16,11 @@ from .compression import KVScoring, score_keys, take
 
 
 class CompressedLayer(DynamicLayer):
-    """One layer's keys and values, and the queries that will judge them.
+    """Keys and values of one layer, and the queries that score them.
 
     Attributes:
-        seen: tokens so far, those that were dropped too.
-        valid (B, S) bool: which of the S kept columns are real.
+        seen: the number of tokens so far, dropped ones included.
+        valid (B, S): bool, which of the S kept columns are real.
     """
 
     keys: torch.Tensor
@@ -30,13 +31,13 @@ class CompressedLayer(DynamicLayer):
         self.budget, self.buffer, self.scoring = budget, buffer, scoring
         self.seen = 0
         self.valid: torch.Tensor | None = None
-        self._most = 0  # real keys of the fullest row, or more: known without asking the device
+        self._most = 0  # upper bound on the real keys of a row, known without asking the device
         self._queries: torch.Tensor | None = None
-        self._asked: torch.Tensor | None = None  # which of the queries are real
+        self._asked: torch.Tensor | None = None  # which of the queries are of real tokens
         self._awaited = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if self._awaited:  # nothing would ever be dropped
+        if self._awaited:  # attention skipped `observe`, so nothing would ever be dropped
             raise ValueError(
                 "attention did not read the keys that the compressed cache holds, but made others of them: take a model "
                 "such as llama or qwen3"
@@ -51,13 +52,19 @@ class CompressedLayer(DynamicLayer):
         return self.seen
 
     def mask(self, length: int, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The attention mask (B, 1, length, S) of `length` new tokens over the kept columns.
+        """Return the attention mask of new tokens over the kept columns.
 
         Args:
-            given: transformers' mask over all columns ever seen, (B or 1, 1, length, seen) bool; None is causal.
+            length: the number of new tokens.
+            given: (B, 1, length, seen) or (1, 1, length, seen) bool, transformers' mask over all columns so far. None
+                is
+                causal.
+
+        Returns:
+            (B, 1, length, S) bool, or None for a causal mask.
         """
         rows, columns = self.keys.shape[0], self.keys.shape[-2]
-        # The last row of transformers' mask sees all that is real, and says which of the new tokens are
+        # The last row of transformers' mask sees every real token, so it says which new tokens are real
         real = self.keys.new_ones(rows, length, dtype=torch.bool)
         if given is not None:
             real = given[:, 0, -1, -length:].expand(rows, -1)
@@ -68,7 +75,7 @@ class CompressedLayer(DynamicLayer):
         return self.valid[:, None, None] & causal
 
     def observe(self, queries: torch.Tensor) -> None:
-        """Remember the latest queries (B, Hq, T, D) and compress the rows whose buffer is full."""
+        """Store the latest queries (B, Hq, T, D) and compress the rows whose buffer is full."""
         self._awaited = False
         length, window = queries.shape[2], self.scoring.window
         asked = self.valid[:, -length:]
@@ -88,7 +95,7 @@ class CompressedLayer(DynamicLayer):
             return
         scores = score_keys(self.keys, self._queries, self.budget, self.scoring, self.valid, self._asked)
         best = take(self.keys, self.values, scores, self.budget, self.valid).indices
-        # Rows whose buffer is not full keep all, as they would alone
+        # Rows whose buffer is not full keep all keys, as they would in a batch of their own
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best.clamp(min=0), best >= 0)
         keep = torch.where(torch.tensor(full, device=keep.device)[:, None, None], keep, self.valid[:, None])
         self._most = max(self.budget if over else count for over, count in zip(full, counts, strict=True))
@@ -113,19 +120,22 @@ class CompressedLayer(DynamicLayer):
 
 
 class CompressedCache(Cache):
-    """`model.generate(..., past_key_values=CompressedCache(model))`: memory for `budget + buffer` tokens however many come.
+    """A cache that holds at most `budget + buffer` tokens: `model.generate(...,
+    past_key_values=CompressedCache(model))`.
 
-    One cache serves one call: make a new one for each. The model's attention becomes SDPA with our look inside, which is
-    SDPA itself for every other cache.
+    Make a new cache for each call. The model's attention becomes SDPA with an observer, which is plain SDPA for other
+    caches.
 
     Args:
-        budget: keys that stay at a compression, the window included.
-        buffer: keys that gather before the next one.
-        scoring: `KVScoring("rkv")` by default; its window is the number of latest queries that judge.
+        model: a causal LM with SDPA attention, wrapped by PEFT or not.
+        budget: the number of keys that a compression keeps, the window included.
+        buffer: the number of keys that are added before the next compression.
+        scoring: None means `KVScoring("rkv")`. Its window is the number of latest queries that score the keys.
 
     Raises:
-        ValueError: the model's attention is not SDPA over the whole text, is not seen by a tap (Falcon), or reads other
-            keys than a cache holds (MLA).
+        ValueError: `budget` or `buffer` is too small; or the model's attention is not SDPA over the whole text, is not
+            seen
+            by a tap (Falcon), or reads other keys than a cache holds (MLA).
     """
 
     def __init__(self, model: torch.nn.Module, budget: int = 128, buffer: int = 128, scoring: KVScoring | None = None):
@@ -143,5 +153,5 @@ class CompressedCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Of the keys and values that are held now."""
+        """The number of bytes of the keys and values that the cache holds now."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in (layer.keys, layer.values))

@@ -1,4 +1,4 @@
-"""`compress_kv`: the keys and values of a trace that fit a budget, chosen for each sample and KV head."""
+"""Selection of the keys and values of a trace that fit a budget (KaVa, arXiv 2510.02312; R-KV, arXiv 2505.24133)."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,25 @@ SCORE_NORMS = ("none", "zscore", "rank")
 
 @dataclass(frozen=True)
 class KVScoring:
-    """How keys are ranked.
+    """Settings for scoring keys.
 
     Attributes:
         scorer: `"kava"` (arXiv 2510.02312), `"rkv"` (the official code of arXiv 2505.24133), or a control:
-            `"attention_only"` and `"cosine_only"` are `kava` with lambda 1 and 0, `"random"`, `"uniform"` (evenly spaced),
-            `"crop"` (the first ones: the trace cropped on its right).
-        mix_lambda: weight of the importance; the redundancy has the rest.
-        score_norm: scale on which the two are mixed: `"none"`, `"zscore"`, `"rank"`. Raw and at lambda 0.1 a `kava` score
-            is mostly attention.
-        window: most recent keys that `rkv` always keeps; part of the budget.
-        kernel_size: width of `rkv`'s max-pooling, odd.
-        retain: which neighbour a key lets go of in `rkv`: `"last"` or `"first"` (see `rkv_redundancy`).
-        seed: of the `random` scorer; the same call gives the same choice.
+            `"attention_only"` and `"cosine_only"` are `kava` with lambda 1 and 0; `"random"`; `"uniform"` (evenly
+            spaced);
+            `"crop"` (the first keys).
+        mix_lambda: the weight of the importance. The redundancy has weight 1 - `mix_lambda`.
+        score_norm: the scale on which the two are mixed: `"none"`, `"zscore"` or `"rank"`. With `"none"` and lambda 0.1
+            a
+            `kava` score is mostly attention.
+        window: the number of most recent keys that `rkv` always keeps. They are part of the budget.
+        kernel_size: the width of the max-pooling of `rkv`, odd.
+        retain: which neighbour of a key `rkv` leaves out of the redundancy: `"last"` or `"first"` (see
+            `rkv_redundancy`).
+        seed: the seed of the `random` scorer. The same call gives the same choice.
+
+    Raises:
+        ValueError: a value is unknown or out of range.
     """
 
     scorer: str = "kava"
@@ -50,12 +56,14 @@ class KVScoring:
 
 @dataclass(frozen=True)
 class CompressedKV:
-    """What was kept, in chronological order; a row with fewer real keys than the budget keeps them all, in front.
+    """The keys and values that were kept, in chronological order.
+
+    A row with fewer real keys than the budget keeps all of them, in front.
 
     Attributes:
-        keys, values (B, Hkv, M, D): zero where not valid.
-        indices (B, Hkv, M) long: positions in the trace; -1 where not valid.
-        valid (B, M) bool.
+        keys, values (B, Hkv, M, D): in the model's dtype, zero where not valid.
+        indices (B, Hkv, M): long, positions in the trace, -1 where not valid.
+        valid (B, M): bool.
     """
 
     keys: torch.Tensor
@@ -77,14 +85,20 @@ def compress_kv(
     """Keep the `budget` best keys of each sample and KV head.
 
     Args:
-        keys, values (B, Hkv, T, D): of the trace, keys after rotary embedding.
-        queries (B, Hq, A, D): that look back at it, after rotary embedding; Hq a multiple of Hkv. The answer's for `kava`;
-            of those for `rkv` the last `window` count.
+        keys, values (B, Hkv, T, D): floating point, of the trace. Keys are after rotary embedding.
+        queries (B, Hq, A, D): in the dtype of `keys`, after rotary embedding. They look back at the trace. Hq is a
+            multiple
+            of Hkv. `kava` takes those of the answer; `rkv` uses the last `window` of them.
         budget: M.
-        key_mask (B, T), query_mask (B, A) bool: which are real; None means all.
+        scoring: how keys are scored. None means the defaults.
+        key_mask (B, T): bool, the real keys. None means all.
+        query_mask (B, A): bool, the real queries. None means all.
+
+    Returns:
+        The kept keys and values, M for each head.
 
     Raises:
-        ValueError: the budget leaves nothing beside `rkv`'s window, or heads do not divide.
+        ValueError: the budget leaves no key beside the window of `rkv`, or Hq is no multiple of Hkv.
     """
     scoring = scoring or KVScoring()
     if budget < 1 or (scoring.scorer == "rkv" and budget <= scoring.window):
@@ -97,7 +111,7 @@ def compress_kv(
     if query_mask is None:
         query_mask = queries.new_ones(queries.shape[0], queries.shape[2], dtype=torch.bool)
     key_mask, query_mask = key_mask.bool(), query_mask.bool()
-    if keys.shape[2] == 0:  # nothing to choose from: one key that is not real
+    if keys.shape[2] == 0:  # an empty trace becomes one key that is not real
         keys, values = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys, values))
         key_mask = torch.nn.functional.pad(key_mask, (0, 1))
     scores = score_keys(keys, queries, budget, scoring, key_mask, query_mask)
@@ -112,16 +126,16 @@ def score_keys(
     key_mask: torch.Tensor,
     query_mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (B, Hkv, T) fp32; inf where a key must be kept. Those of masked keys mean nothing."""
+    """Return scores (B, Hkv, T) fp32, inf where a key must be kept. Scores of masked keys are arbitrary."""
     shape = keys.shape[:3]
     if scoring.scorer == "rkv":
         return _rkv(keys, queries, budget, scoring, key_mask, query_mask)
     if scoring.scorer == "random":
         return torch.rand(shape, generator=torch.Generator().manual_seed(scoring.seed)).to(keys.device)
     if scoring.scorer in ("uniform", "crop"):
-        order = key_mask.long().cumsum(-1) - 1  # 0, 1, ... of the real keys
+        order = key_mask.long().cumsum(-1) - 1  # the real keys count 0, 1, ...
         count = key_mask.sum(-1, keepdim=True).clamp(min=1)
-        spaced = (order + 1) * budget // count > order * budget // count  # true for `budget` of them
+        spaced = (order + 1) * budget // count > order * budget // count  # true for `budget` keys
         return (-order if scoring.scorer == "crop" else spaced).float()[:, None].expand(shape)
     weight = {"attention_only": 1.0, "cosine_only": 0.0}.get(scoring.scorer, scoring.mix_lambda)
     importance = normalized(kava_importance(queries, keys, key_mask, query_mask), key_mask, scoring.score_norm)
@@ -133,7 +147,7 @@ def _rkv(keys, queries, budget: int, scoring: KVScoring, key_mask, query_mask) -
     length, window = keys.shape[2], scoring.window
     if length <= window:
         return torch.full(keys.shape[:3], torch.inf, device=keys.device)
-    # Real keys to the right, so that the window is the last columns of every row; likewise the queries
+    # Move real keys to the right, so that the window is the last columns of every row; the same for queries
     order, asked = (mask.int().argsort(dim=-1, stable=True) for mask in (key_mask, query_mask))
     aligned = keys.gather(2, order[:, None, :, None].expand_as(keys))
     mask = key_mask.gather(1, order)
@@ -144,7 +158,7 @@ def _rkv(keys, queries, budget: int, scoring: KVScoring, key_mask, query_mask) -
     redundancy = rkv_redundancy(aligned, mask, retain=scoring.retain)[..., :-window]
     importance = normalized(importance, outside, scoring.score_norm) * scoring.mix_lambda
     score = importance - normalized(redundancy, outside, scoring.score_norm) * (1 - scoring.mix_lambda)
-    # Pooling makes neighbours equal. Which of them the official code keeps is up to topk, on exactly the row's real keys
+    # Pooling makes neighbours equal, and topk decides which is kept. The official code calls it on the row's real keys only
     best = torch.zeros_like(score, dtype=torch.bool)
     counts = outside.sum(-1)
     for count in counts.unique().tolist():

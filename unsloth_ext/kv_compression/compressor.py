@@ -1,4 +1,4 @@
-"""`RKVCompressor`: KaVa's compression of a teacher's keys and values, from attention weights at hand."""
+"""`RKVCompressor`: KaVa's compression from attention weights."""
 
 import torch
 
@@ -7,15 +7,22 @@ from .scores import kava_redundancy
 
 
 class RKVCompressor:
-    """Keeps the keys that an answer looks at and that are unlike each other: `lambda I + (1 - lambda) R`, the M largest
-    (KaVa, arXiv 2510.02312, sec. 3.2). `compress_kv` is the same from queries and keys, without attention weights.
+    """Keeps the keys that an answer attends to and that differ from each other (KaVa, arXiv 2510.02312, sec. 3.2).
 
-    Where several query heads share a key-value head, KaVa takes the largest *logit* of a group, which weights no longer
-    hold: here the group's weights are averaged. With as many key-value heads as query heads both agree.
+    The score is `lambda I + (1 - lambda) R`, and the M keys with the largest scores stay. `compress_kv` does the same
+    from
+    queries and keys, without attention weights.
+
+    If several query heads share a key-value head, KaVa takes the largest *logit* of the group, which weights no longer
+    contain.
+    Here the group's weights are averaged. With as many key-value heads as query heads both agree.
 
     Args:
         num_latent_tokens: M.
-        lambda_mix: weight of the importance I against the redundancy score R.
+        lambda_mix: the weight of the importance I against the redundancy score R.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     def __init__(self, num_latent_tokens: int = 24, lambda_mix: float = 0.1):
@@ -32,13 +39,15 @@ class RKVCompressor:
         answer_mask: torch.Tensor | None = None,
         num_key_value_heads: int | None = None,
     ) -> torch.Tensor:
-        """Mean over the answer's queries of the attention they pay to the steps; zero on other keys.
+        """Average the attention of the answer's queries to the steps. Other keys get 0.
 
         Args:
-            attention_weights (B, Hq, A, T): of the answer's A tokens to T keys; their share on the steps is scaled to 1.
-            step_mask (B, T): which keys are steps.
-            answer_mask (B, A): which queries are real; None takes all.
-            num_key_value_heads: Hkv; None takes Hq.
+            attention_weights (B, Hq, A, T): floating point, of the answer's A tokens to T keys. Their sum over the
+                steps is
+                scaled to 1.
+            step_mask (B, T): bool, which keys are steps.
+            answer_mask (B, A): bool, which queries are real. None means all.
+            num_key_value_heads: Hkv. None means Hq.
 
         Returns:
             (B, Hkv, T) fp32.
@@ -52,9 +61,14 @@ class RKVCompressor:
         return (weights * real).sum(2) / real.sum(2).clamp(min=1)
 
     def compute_redundancy_score(self, key_states: torch.Tensor, step_mask: torch.Tensor) -> torch.Tensor:
-        """softmax over the steps of minus the mean cosine similarity to the other steps, zero on other keys.
+        """Return the softmax over the steps of minus the mean cosine similarity to the other steps. Other keys get 0.
 
-        key_states (B, Hkv, T, D), step_mask (B, T); the result is (B, Hkv, T) fp32.
+        Args:
+            key_states (B, Hkv, T, D): floating point.
+            step_mask (B, T): bool, which keys are steps.
+
+        Returns:
+            (B, Hkv, T) fp32.
         """
         return kava_redundancy(key_states, step_mask.bool())
 
@@ -66,10 +80,18 @@ class RKVCompressor:
         step_mask: torch.Tensor,
         answer_mask: torch.Tensor | None = None,
     ) -> CompressedKV:
-        """The M best keys of each sample and head with their values, in chronological order.
+        """Keep the M best keys of each sample and head with their values, in chronological order.
 
-        key_states, value_states (B, Hkv, T, D); the others as for `compute_importance_score`. A sample with fewer steps
-        than M keeps them all, and `valid` says which slots these are.
+        A sample with fewer than M steps keeps all of them, and `valid` marks their slots.
+
+        Args:
+            key_states, value_states (B, Hkv, T, D): floating point.
+            attention_weights (B, Hq, A, T): floating point, see `compute_importance_score`.
+            step_mask (B, T): bool, which keys are steps.
+            answer_mask (B, A): bool, which queries are real. None means all.
+
+        Returns:
+            The kept keys and values.
         """
         importance = self.compute_importance_score(attention_weights, step_mask, answer_mask, key_states.shape[1])
         redundancy = self.compute_redundancy_score(key_states, step_mask)

@@ -1,4 +1,4 @@
-"""The record of KV compression: the keys and values of a trace that are worth keeping."""
+"""The record of KV compression, which keeps the most useful keys and values of a trace."""
 
 from ..common.method import Method
 

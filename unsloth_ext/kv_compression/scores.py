@@ -1,15 +1,17 @@
-"""Scores of cached keys: importance I from attention, redundancy R from cosine similarity. Higher is kept.
+"""Scores of cached keys: importance I from attention and redundancy R from cosine similarity. Keys with high scores are
+kept.
 
 | scorer | importance I                        | redundancy R                             | score          |
 |--------|-------------------------------------|------------------------------------------|----------------|
 | `kava` | softmax over keys, mean over queries | softmax(-mean cosine to the other keys) | l I + (1 - l) R |
-| `rkv`  | the same, max-pooled over neighbours | softmax(mean cosine, one neighbour off) | l I - (1 - l) R |
+| `rkv`  | the same, max-pooled over neighbours | softmax(mean cosine, without one neighbour) | l I - (1 - l) R |
 
 `kava`: arXiv 2510.02312, sec. 3.2. `rkv`: the official code of R-KV (arXiv 2505.24133) at d15c976, whose results these
-functions repeat bit for bit. In both, the logits of a group of query heads are reduced to their maximum first.
+functions reproduce bit for bit. In both, the logits of a group of query heads are first reduced to their maximum.
 
-Shapes: queries (B, Hq, A, D) after rotary embedding, keys (B, Hkv, T, D), key_mask (B, T) and query_mask (B, A) bool; all
-scores (B, Hkv, T), of `kava` in fp32. Keys and queries that are masked may hold anything.
+Shapes: queries (B, Hq, A, D) after rotary embedding, keys (B, Hkv, T, D), key_mask (B, T) and query_mask (B, A) bool.
+All
+scores are (B, Hkv, T), those of `kava` in fp32. Masked keys and queries may have any value.
 """
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 
 def group_logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """q k / sqrt(D), the largest of each group of query heads: (B, Hkv, A, T)."""
+    """Return q k / sqrt(D), the largest of each group of query heads: (B, Hkv, A, T)."""
     batch, heads, count, dim = queries.shape
     grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], count, dim)
     return (grouped @ keys.unsqueeze(2).transpose(3, 4) / dim**0.5).amax(2)
@@ -26,7 +28,7 @@ def group_logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def kava_importance(
     queries: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor, query_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Attention that the queries pay to each real key, averaged over the real queries; zero on masked keys."""
+    """Average the attention of the real queries to each real key. Masked keys get 0."""
     logits = group_logits(queries, keys).float()
     attention = _softmax(logits, key_mask[:, None, None])
     real = query_mask[:, None, :, None]
@@ -34,7 +36,10 @@ def kava_importance(
 
 
 def kava_redundancy(keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-    """softmax(-mean cosine to the other real keys), from the sum of the unit keys: O(T D), no T x T matrix."""
+    """Return softmax(-mean cosine to the other real keys).
+
+    It is computed from the sum of the unit keys in O(T D), without a T x T matrix.
+    """
     real = key_mask[:, None, :, None]
     unit = torch.where(real, _unit(keys.float()), 0.0)
     total = unit.sum(2, keepdim=True)
@@ -51,35 +56,39 @@ def rkv_importance(
     window: int,
     kernel_size: int,
 ) -> torch.Tensor:
-    """(B, Hkv, T - window): `kava_importance` without the last `window` keys, the largest of `kernel_size` neighbours, in
-    the queries' dtype."""
+    """Return (B, Hkv, T - window): `kava_importance` without the last `window` keys, max-pooled over `kernel_size`
+    neighbours.
+
+    The result is in the queries' dtype.
+    """
     importance = kava_importance(queries, keys[:, :, :-window], key_mask[:, :-window], query_mask).to(queries.dtype)
     return F.max_pool1d(importance, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def rkv_redundancy(keys: torch.Tensor, key_mask: torch.Tensor, threshold: float = 0.5, retain: str = "last"):
-    """softmax of each key's mean cosine to all keys, where every key has let go of one neighbour above the threshold.
-    In the keys' dtype, rounded where the official code rounds.
+    """Return the softmax of each key's mean cosine to all keys, leaving out one neighbour above the threshold.
 
-    `retain="last"`: of its most recent one, so that the newest of several equal keys stays. As in the official code, a key
-    without such a neighbour lets go of the first key, and `retain="first"` always does.
+    The result is in the keys' dtype, rounded where the official code rounds. `retain="last"` leaves out the most recent
+    neighbour, so that the newest of several equal keys stays. As in the official code, a key without such a neighbour
+    leaves out
+    the first key, and `retain="first"` always does.
     """
     unit = torch.where(key_mask[:, None, :, None], _unit(keys), 0.0)
     cosine = unit @ unit.transpose(-1, -2)
     cosine.diagonal(dim1=-2, dim2=-1).zero_()
     position = torch.arange(keys.shape[2], device=keys.device)
-    first = key_mask.int().argmax(-1)[:, None, None].expand(cosine.shape[:-1])  # real key of each row
+    first = key_mask.int().argmax(-1)[:, None, None].expand(cosine.shape[:-1])  # the first real key of each row
     last = torch.where(cosine > threshold, position, first.unsqueeze(-1)).amax(-1)
-    let_go = last if retain == "last" else first
-    cosine.scatter_(-1, let_go.unsqueeze(-1), 0.0)
+    left_out = last if retain == "last" else first
+    cosine.scatter_(-1, left_out.unsqueeze(-1), 0.0)
     mean = (cosine.float().sum(2) / key_mask.sum(-1)[:, None, None]).to(keys.dtype)
     return _softmax(mean, key_mask[:, None]).to(keys.dtype)
 
 
 def normalized(scores: torch.Tensor, key_mask: torch.Tensor, how: str) -> torch.Tensor:
-    """Scores (B, Hkv, T) on a common scale, so that a mixture is not decided by the larger of two ranges.
+    """Put scores (B, Hkv, T) on a common scale, so that the larger range does not decide a mixture.
 
-    `"none"`, `"zscore"` over the real keys, or `"rank"`: 0 for the lowest real key to 1 for the highest.
+    `"none"`, `"zscore"` over the real keys, or `"rank"` from 0 for the lowest real key to 1 for the highest.
     """
     real = key_mask[:, None].expand_as(scores)
     count = real.sum(-1, keepdim=True).clamp(min=1)
@@ -100,6 +109,6 @@ def _unit(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """fp32 softmax where the mask is set; zero elsewhere, and on rows with nothing set."""
+    """Return the fp32 softmax where the mask is set, and 0 elsewhere and in rows without a set entry."""
     lowest = torch.finfo(logits.dtype).min
     return logits.masked_fill(~mask, lowest).softmax(-1, dtype=torch.float32).masked_fill(~mask, 0.0)

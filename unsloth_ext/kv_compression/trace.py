@@ -1,4 +1,4 @@
-"""The keys and values of a trace that are worth keeping, taken from one forward."""
+"""Collection of a trace's most useful keys and values during a forward (KaVa, arXiv 2510.02312)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,20 +18,22 @@ def compressed_trace(
     budget: int,
     scoring: KVScoring | None = None,
 ) -> Iterator[list[CompressedKV]]:
-    """Collects, from the one forward run inside, each layer's `CompressedKV` of a trace.
+    """Collect each layer's `CompressedKV` of a trace from the forward run inside the context.
+
+    A row without a trace keeps nothing: its `valid` is False.
 
     Args:
-        trace_mask (B, S) bool: of all keys, cached ones too, those to choose from (a chain of thought).
-        query_mask (B, T) bool: of the forward's tokens those whose queries judge them (the answer).
+        model: a causal LM with SDPA attention, wrapped by PEFT or not.
+        trace_mask (B, S): bool, the keys to choose from (a chain of thought), among all keys including cached ones.
+        query_mask (B, T): bool, the tokens of the forward whose queries score the keys (the answer).
         budget: M.
+        scoring: how keys are scored. None means the defaults.
 
     Yields:
-        A list that the forward fills, one entry a layer.
-
-    A row without a trace keeps nothing (`valid` is False).
+        A list that the forward fills, with one entry for each layer.
 
     Raises:
-        ValueError: a row has no query; at the end, a layer was not seen.
+        ValueError: a row has no query; or, at the end, a layer was not seen.
     """
     trace_mask, query_mask = trace_mask.bool(), query_mask.bool()
     empty = (~query_mask.any(-1)).nonzero().flatten().tolist()
@@ -58,7 +60,9 @@ def compressed_trace(
 
 
 def _gather_index(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of the set entries of each row of (B, T), padded to the longest row: (B, A) and which of them are real."""
+    """Return the positions of the set entries of each row of (B, T), padded to the longest row, and which are real.
+    Both (B, A).
+    """
     order = (~mask).int().argsort(dim=-1, stable=True)
     count = mask.sum(-1)
     longest = int(count.max())

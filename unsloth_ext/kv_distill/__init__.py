@@ -1,1 +1,3 @@
-"""A teacher's keys, values and queries against a student's of another shape: layers, heads, time and width."""
+"""KV distillation on the model side: a student's keys, values and queries compared with those of a teacher of another
+shape.
+"""

@@ -1,4 +1,4 @@
-"""`MapProjectionAligner`: brings keys, values and queries of a teacher and a student to one shape."""
+"""`MapProjectionAligner`, which brings keys, values and queries of a teacher and a student to one shape (ours)."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,21 +29,27 @@ KVQ = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class MapProjectionAligner(MasterWeights):
     """Layer map, time warp, and a projection of heads and widths for each of K, V and Q.
 
-    Layers and times are the teacher's that are chosen or interpolated; only the projection learns. Which side it is put on
-    is the direction. With the teacher's tensors as the learnt side, the distillation loss is smallest where they are all
-    the same: the target collapses. That is why the student is projected by default.
+    The layers and times of the teacher are selected or interpolated; only the projection learns. `direction` says which
+    side is
+    projected. If the teacher's tensors are projected, the distillation loss is smallest where all of them are equal,
+    and the
+    target collapses. So the student is projected by default.
 
     Args:
-        teacher, student: configurations of models, or `AttentionShape` objects.
-        mode: `"structured"`, by heads, or `"flat"`, one linear map of all heads side by side.
-        direction: what is projected: `"student_to_teacher"`, or `"teacher_to_student"` (the note's; collapses if it is not
-            frozen).
-        layer_map, share_dim_proj, init_uniform, init: see `teacher_layers` and `HeadwiseMapProjector`; of these a flat
-            aligner takes the layer map and `init="procrustes"`.
-        rope_space: where keys and queries, which come as attention uses them, are mixed: `"rerotate"`, without their
-            rotary embedding, which is put on again at the new times; `"pre"`, without, and it stays off; `"post"`, with.
-        time_warper: how times are resampled; None takes every token once.
+        teacher, student: model configurations or `AttentionShape` objects.
+        mode: `"structured"`, by heads, or `"flat"`, one linear map of all heads concatenated.
+        direction: what is projected: `"student_to_teacher"`, or `"teacher_to_student"`, which collapses unless frozen.
+        layer_map: see `teacher_layers`.
+        share_dim_proj, init_uniform: see `HeadwiseMapProjector`. A flat aligner ignores them.
+        init: see `HeadwiseMapProjector`. A flat aligner takes None or `"procrustes"`.
+        rope_space: how keys and queries, which have a rotary embedding, are mixed. `"rerotate"` removes it and applies
+            it
+            again at the new times, `"pre"` removes it, `"post"` keeps it.
+        time_warper: how times are resampled. None uses every token once.
         frozen: the projection does not learn.
+
+    Raises:
+        ValueError: a setting is unknown, or does not fit the mode.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class MapProjectionAligner(MasterWeights):
 
     @property
     def projects_student(self) -> bool:
+        """Whether the student's tensors are projected, and not the teacher's."""
         return self.direction == "student_to_teacher"
 
     def forward(
@@ -107,20 +114,23 @@ class MapProjectionAligner(MasterWeights):
         segment_ids: torch.Tensor | None = None,
         T_s: int | None = None,
     ) -> KVQ:
-        """The teacher's tensors in the student's shape.
+        """Convert the teacher's tensors to the student's shape.
 
-        Where the student is what is projected, that is by the pseudo-inverse of the learnt maps and without gradients.
+        If the student is the projected side, the pseudo-inverse of the learned maps is used, without gradients.
 
         Args:
-            k_t, v_t (B, L_t, H_kv, T, D_t), q_t (B, L_t, H_q, T, D_t): as attention uses them.
-            segment_ids (B, T) long: 0, 1, 2 for prompt, reasoning, answer, negative for padding; None: no padding.
-            T_s: output times, with a time warper.
+            k_t, v_t (B, L_t, H_kv, T, D_t): floating point, the teacher's keys and values as attention uses them.
+            q_t (B, L_t, H_q, T, D_t): floating point, its queries, or None.
+            segment_ids (B, T): long, 0, 1, 2 for prompt, reasoning, answer, negative for padding. None means no
+                padding.
+            T_s: the number of output times, with a time warper.
 
         Returns:
-            k, v (B, L_s, H_kv, T_s, D_s), q (B, L_s, H_q, T_s, D_s).
+            Keys and values (B, L_s, H_kv, T_s, D_s) and queries (B, L_s, H_q, T_s, D_s), in the dtype of the
+                projection.
 
         Raises:
-            ValueError: shapes that are not the teacher's.
+            ValueError: the tensors do not have the teacher's shape.
         """
         given = _each(lambda n, x: self._checked(x, n, self.teacher)[:, self.layers], (k_t, v_t, q_t))
         if segment_ids is None:
@@ -141,21 +151,26 @@ class MapProjectionAligner(MasterWeights):
         teacher_ids: torch.Tensor | None = None,
         T_s: int | None = None,
     ) -> tuple[KVQ, KVQ, torch.Tensor]:
-        """Both sides as `StructuralKVLoss` compares them: in the shape of the side that is not projected.
+        """Bring both sides to the shape of the side that is not projected, as `StructuralKVLoss` compares them.
 
         Args:
-            student: k, v (B, L, H_kv, T, D) and q (B, L, H_q, T, D).
-            teacher: the same of its layers `aligner.layers`, one for each of the student's.
-            student_ids, teacher_ids (B, T) long: segments of both texts; None: the teacher read the student's. Where the
-                texts differ, the teacher's segments are resampled to the lengths of the student's.
-            T_s: resample both to so many times.
+            student: keys and values (B, L, H_kv, T, D) and queries (B, L, H_q, T, D), floating point.
+            teacher: keys and values (B, L, H_kv, T, D) and queries (B, L, H_q, T, D), floating point, of the teacher's
+                layers
+                `aligner.layers`.
+            student_ids (B, T): long, the segments of the student's text.
+            teacher_ids (B, T): long, the segments of the teacher's text. None means that the texts are the same.
+                Otherwise the
+                teacher's segments are resampled to the lengths of the student's.
+            T_s: the number of times to resample both to.
 
         Returns:
-            (student's k, v, q), (teacher's k, v, q), validity mask (B, T_s) bool.
+            The student's (k, v, q), the teacher's (k, v, q), both floating point as above, and a validity mask (B, T_s)
+                bool.
         """
         side = "teacher" if self.projects_student else "student"
         same_times = self.time_warper is None and T_s is None and teacher_ids is None
-        keeps = side if same_times and self.rope_space == "rerotate" else None  # off and on again would change nothing
+        keeps = side if same_times and self.rope_space == "rerotate" else None
         s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s, keeps)
         if self.projects_student:
             s = _each(lambda n, x: self.maps[n](x), s)
@@ -168,7 +183,15 @@ class MapProjectionAligner(MasterWeights):
         return tuple(s), tuple(t), ids >= 0
 
     def compared(self, segment_ids: torch.Tensor, T_s: int | None = None) -> torch.Tensor:
-        """Of tokens' segments (B, T) those (B, T_s) at the times that `pairs` compares, negative where there is none."""
+        """Return the segments at the times that `pairs` compares.
+
+        Args:
+            segment_ids (B, T): long, the segments of the tokens.
+            T_s: the number of times to resample to.
+
+        Returns:
+            (B, T_s) long, negative where there is no segment.
+        """
         if self.time_warper is None and T_s is None:
             return segment_ids
         return (self.time_warper or SegmentTimeWarper()).plan(segment_ids, T_s).segment_ids
@@ -182,7 +205,15 @@ class MapProjectionAligner(MasterWeights):
         teacher_ids: torch.Tensor | None = None,
         T_s: int | None = None,
     ) -> None:
-        """The projections in closed form from one batch, with the arguments of `pairs`: `init="procrustes"`."""
+        """Compute the projections in closed form from one batch, for `init="procrustes"`.
+
+        Args:
+            student: keys and values (B, L, H_kv, T, D) and queries (B, L, H_q, T, D), floating point.
+            teacher: keys and values (B, L, H_kv, T, D) and queries (B, L, H_q, T, D), floating point.
+            student_ids (B, T): long, the segments of the student's text.
+            teacher_ids (B, T): long, the segments of the teacher's text. None means that the texts are the same.
+            T_s: the number of times to resample both to.
+        """
         s, t, ids = self._meet(student, teacher, student_ids, teacher_ids, T_s)
         for name, ours, theirs in zip(NAMES, s, t):
             source, target = (ours, theirs) if self.projects_student else (theirs, ours)
@@ -190,11 +221,14 @@ class MapProjectionAligner(MasterWeights):
 
     @property
     def fitted(self) -> bool:
-        """Whether nothing waits for `fit`."""
+        """Whether all projectors are fitted."""
         return all(bool(projector.fitted) for projector in self.maps.values())
 
     def _meet(self, student, teacher, student_ids, teacher_ids, T_s, keeps=None) -> tuple[list, list, torch.Tensor]:
-        """Both sides at the same times, without rotary embedding but for the one that `keeps` it; the segments there."""
+        """Bring both sides to the same times, and return the segments there.
+
+        The rotary embedding is removed, except on the side that `keeps` names.
+        """
         s = _each(lambda n, x: self._checked(x, n, self.student), student)
         t = _each(lambda n, x: self._checked(x, n, self.teacher), teacher)
         same_text = teacher_ids is None
@@ -233,7 +267,7 @@ class MapProjectionAligner(MasterWeights):
         return x
 
     def to_dict(self) -> dict[str, Any]:
-        """What it was made with, as in `aligner.json`."""
+        """Return the constructor's arguments, as in `aligner.json`."""
         warper = self.time_warper
         return {
             "teacher": self.teacher.to_dict(),
@@ -243,7 +277,7 @@ class MapProjectionAligner(MasterWeights):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """`aligner.json` and `aligner.safetensors`."""
+        """Write `aligner.json` and `aligner.safetensors`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILES[0]).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
@@ -251,7 +285,7 @@ class MapProjectionAligner(MasterWeights):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MapProjectionAligner":
-        """What `save_pretrained` wrote.
+        """Load what `save_pretrained` wrote.
 
         Raises:
             ValueError: a file is missing, damaged, or of another shape.
@@ -273,21 +307,39 @@ class MapProjectionAligner(MasterWeights):
 def create_structured_aligner(
     teacher_cfg: Any, student_cfg: Any, mode: str = "structured", **options: Any
 ) -> MapProjectionAligner:
-    """`MapProjectionAligner(teacher_cfg, student_cfg, mode, **options)`. With `mode=config.kv_projection_mode` one field of
-    a configuration switches between the projection by heads and the flat baseline."""
+    """Make an aligner that projects by heads.
+
+    With `mode=config.kv_projection_mode`, a field of a configuration selects this projection or the flat baseline.
+
+    Args:
+        teacher_cfg, student_cfg: model configurations or `AttentionShape` objects.
+        mode: see `MapProjectionAligner`.
+        **options: further arguments of `MapProjectionAligner`.
+
+    Returns:
+        The aligner.
+    """
     return MapProjectionAligner(teacher_cfg, student_cfg, mode=mode, **options)
 
 
 def create_flat_aligner(teacher_cfg: Any, student_cfg: Any, **options: Any) -> MapProjectionAligner:
-    """`MapProjectionAligner(teacher_cfg, student_cfg, mode="flat", **options)`: the baseline."""
+    """Make an aligner with one linear map of all heads, the baseline.
+
+    Args:
+        teacher_cfg, student_cfg: model configurations or `AttentionShape` objects.
+        **options: further arguments of `MapProjectionAligner`.
+
+    Returns:
+        The aligner.
+    """
     return MapProjectionAligner(teacher_cfg, student_cfg, mode="flat", **options)
 
 
 def _each(work: Callable[[str, torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor | None]) -> list:
-    """`work(name, x)` of K, V and Q; None stays None."""
+    """Apply `work(name, x)` to K, V and Q. None stays None."""
     return [None if x is None else work(name, x) for name, x in zip(NAMES, tensors, strict=True)]
 
 
 def _positions(ids: torch.Tensor) -> torch.Tensor:
-    """Of each token its position among the row's real ones, as models count them under a mask."""
+    """Return the position of each token among the real tokens of its row, as models count them under a mask."""
     return ((ids >= 0).cumsum(1) - 1).clamp(min=0)

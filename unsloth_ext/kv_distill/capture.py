@@ -1,4 +1,4 @@
-"""Keys, values and queries of a forward pass, taken where attention uses them."""
+"""Capture of a forward's keys, values and queries as attention uses them (ours)."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,27 +10,28 @@ from ..common.attention_tap import attention_tap, check_seen
 
 
 class _Enough(Exception):
-    """Every layer that was asked for has been seen."""
+    """Every requested layer has been seen."""
 
 
 @contextlib.contextmanager
 def captured_kvq(
     model: nn.Module, layers: Sequence[int] | None = None, stop: bool = False
 ) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Collects K, V (B, H_kv, T, D) and Q (B, H_q, T, D) of the first forward inside, with their gradients' graph.
+    """Collect the keys, values and queries of the first forward inside the context, with the graph of their gradients.
 
-    They are the tensors that SDPA reads, after rotary embedding; no attention map is made.
+    They are the tensors that SDPA reads, after rotary embedding. No attention map is made.
 
     Args:
-        layers: which to keep; None: all.
-        stop: leave the block, without an error, once the last of `layers` has its attention: what comes after it is not
-            computed.
+        model: a causal LM with SDPA attention, wrapped by PEFT or not.
+        layers: the layers to keep. None means all.
+        stop: leave the block, without an error, after the attention of the last of `layers`. The rest is not computed.
 
     Yields:
-        By layer (k, v, q).
+        A dictionary from layer to (k, v, q): keys and values (B, H_kv, T, D) and queries (B, H_q, T, D) in the model's
+        dtype.
 
     Raises:
-        ValueError: the model's attention is not SDPA; at the end, a layer was not seen.
+        ValueError: the model's attention is not SDPA; or, at the end, a layer was not seen.
     """
     found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     wanted = None if layers is None else set(layers)
@@ -49,6 +50,6 @@ def captured_kvq(
 def stacked(
     found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], layers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K, V, Q (B, L, H, T, D) of these layers."""
+    """Stack the tensors of these layers: k, v and q, each (B, L, H, T, D)."""
     k, v, q = (torch.stack([found[layer][i] for layer in layers], dim=1) for i in range(3))
     return k, v, q

@@ -1,4 +1,4 @@
-"""Projections from one model's heads and widths to another's: structured by head, and the flat baseline."""
+"""Projections between the heads and widths of two models: by head, and the flat baseline (ours)."""
 
 import torch
 from torch import nn
@@ -8,19 +8,24 @@ INITS = ("uniform", "uniform_rms", "identity", "random", "procrustes")
 
 
 class HeadwiseMapProjector(nn.Module):
-    """y_s = P_s sum_h M[s, h] x_h: heads are mixed, then each vector's width is projected; never flattened to H D.
+    """Mix heads, then project the width of each vector: y_s = P_s sum_h M[s, h] x_h. Heads are never flattened to H D.
 
     Args:
-        H_t, H_s: heads that come in and go out (the teacher's and the student's in the note's direction).
-        D_t, D_s: widths of a head.
-        share_dim_proj: one P for all heads, or one for each that goes out.
-        init_uniform: heads spread evenly (rows of M sum to 1), or at random.
-        init: in place of `init_uniform`: `"uniform"`; `"uniform_rms"`, its rows of unit length, so that the mean of n
-            unlike heads is not sqrt(n) times smaller; `"identity"`, of each head one; `"random"`; `"procrustes"`, by
-            `fit` before the first use.
+        H_t, H_s: the numbers of input and output heads.
+        D_t, D_s: the input and output widths of a head.
+        share_dim_proj: one P for all heads, or one for each output head.
+        init_uniform: spread heads evenly (rows of M sum to 1), or draw M at random.
+        init: instead of `init_uniform`: `"uniform"`; `"uniform_rms"`, with rows of unit length, so that the mean of n
+            independent heads is not sqrt(n) times smaller; `"identity"`, one head each; `"random"`; `"procrustes"`, by
+            `fit`
+            before the first use.
 
     Attributes:
-        head_map: M (H_s, H_t). dim_map: P (D_s, D_t), or (H_s, D_s, D_t).
+        head_map (H_s, H_t): floating point, M.
+        dim_map (D_s, D_t): floating point, P, or (H_s, D_s, D_t) if it is not shared.
+
+    Raises:
+        ValueError: `init` is unknown.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class HeadwiseMapProjector(nn.Module):
         self.register_buffer("fitted", torch.tensor(init != "procrustes"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, H_t, T, D_t) to (B, L, H_s, T, D_s), in the projector's dtype.
+        """Project (B, L, H_t, T, D_t) of any floating dtype to (B, L, H_s, T, D_s) in the dtype of the projector.
 
         Raises:
             RuntimeError: `init="procrustes"` and `fit` was not called.
@@ -55,17 +60,22 @@ class HeadwiseMapProjector(nn.Module):
 
     @torch.no_grad()
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        """(B, L, H_s, T, D_s) back to (B, L, H_t, T, D_t), by pseudo-inverses and without gradients."""
+        """Project (B, L, H_s, T, D_s) back to (B, L, H_t, T, D_t) in the dtype of the projector.
+
+        It uses pseudo-inverses, without gradients.
+        """
         width, heads = torch.linalg.pinv(self.dim_map), torch.linalg.pinv(self.head_map)
         narrow = torch.einsum("blste,de->blstd" if self.share_dim_proj else "blste,sde->blstd", y.to(width), width)
         return torch.einsum("hs,blstd->blhtd", heads, narrow)
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """In closed form: P the orthogonal Procrustes map of the mixed heads of x onto y, then M by least squares.
+        """Fit in closed form: P by orthogonal Procrustes from the mixed heads of x to y, then M by least squares.
 
         Args:
-            x (B, L, H_t, T, D_t), y (B, L, H_s, T, D_s); mask (B, T) bool: which times count.
+            x (B, L, H_t, T, D_t): floating point, the input.
+            y (B, L, H_s, T, D_s): floating point, the target.
+            mask (B, T): bool, the times that count. None means all.
         """
         x, y = x.to(self.head_map), y.to(self.head_map)
         if mask is not None:
@@ -87,10 +97,12 @@ class HeadwiseMapProjector(nn.Module):
 
 
 class KVDimensionProjector(nn.Module):
-    """The flat baseline: one linear map from all heads side by side, H_t D_t, to H_s D_s.
+    """The flat baseline: one linear map from all heads concatenated, H_t D_t, to H_s D_s.
 
     Args:
-        init: None draws as `nn.Linear` does; `"procrustes"` waits for `fit`.
+        H_t, H_s: the numbers of input and output heads.
+        D_t, D_s: the input and output widths of a head.
+        init: None draws weights as `nn.Linear` does. `"procrustes"` waits for `fit`.
     """
 
     def __init__(self, H_t: int, H_s: int, D_t: int, D_s: int, init: str | None = None):
@@ -100,19 +112,28 @@ class KVDimensionProjector(nn.Module):
         self.register_buffer("fitted", torch.tensor(init != "procrustes"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, H_t, T, D_t) to (B, L, H_s, T, D_s), in the projector's dtype."""
+        """Project (B, L, H_t, T, D_t) of any floating dtype to (B, L, H_s, T, D_s) in the dtype of the projector."""
         _check_fitted(self.fitted)
         return _unflat(self.linear(_flat(x).to(self.linear.weight.dtype)), self.heads_out)
 
     @torch.no_grad()
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        """(B, L, H_s, T, D_s) back, by the pseudo-inverse and without gradients."""
+        """Project (B, L, H_s, T, D_s) back to (B, L, H_t, T, D_t) in the dtype of the projector.
+
+        It uses the pseudo-inverse, without gradients.
+        """
         weight = self.linear.weight
         return _unflat(_flat(y).to(weight.dtype) @ torch.linalg.pinv(weight).T, self.heads_in)
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """In closed form, by ridge regression of y on x; arguments as of `HeadwiseMapProjector.fit`."""
+        """Fit in closed form, by ridge regression of y on x.
+
+        Args:
+            x (B, L, H_t, T, D_t): floating point, the input.
+            y (B, L, H_s, T, D_s): floating point, the target.
+            mask (B, T): bool, the times that count. None means all.
+        """
         x, y = (_flat(z.to(self.linear.weight)) for z in (x, y))
         if mask is not None:
             x, y = (z * mask[:, None, :, None] for z in (x, y))
@@ -126,7 +147,7 @@ def _check_fitted(fitted: torch.Tensor) -> None:
 
 
 def _ridge(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """W (out, in) of the least squares W gram = cross, held down by a millionth of the gram matrix' mean diagonal."""
+    """Solve W gram = cross for W (out, in), with a ridge of 1e-6 times the mean diagonal of the gram matrix."""
     ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     return torch.linalg.solve(gram + ridge, cross.T).T
 
@@ -140,12 +161,12 @@ def _unflat(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _head_map(into: int, out: int, init: str) -> torch.Tensor:
-    """M (out, into)."""
+    """Return the initial M (out, into)."""
     if init == "random":
         return torch.randn(out, into) / into**0.5
     if init == "identity":
         return torch.eye(into)[torch.arange(out) * into // out]
-    # Both sets of heads divide one line into equal parts; a weight is how much of the row's part lies in the column's
+    # Each set of heads divides a line into equal parts; a weight is the share of the row's part within the column's
     edge = torch.arange(out + 1, dtype=torch.float64) * into / out
     column = torch.arange(into, dtype=torch.float64)
     overlap = torch.minimum(edge[1:, None], column + 1) - torch.maximum(edge[:-1, None], column)
@@ -156,8 +177,10 @@ def _head_map(into: int, out: int, init: str) -> torch.Tensor:
 
 
 def _dim_map(into: int, out: int) -> torch.Tensor:
-    """P (out, into): the identity, or as much of it as there is room for; both halves alike, since rotary embedding pairs
-    dimension i with i + D / 2."""
+    """Return the initial P (out, into): as much of the identity as fits.
+
+    Both halves are treated alike, since rotary embedding pairs dimension i with i + D / 2.
+    """
     if into % 2 or out % 2:
         return torch.eye(out, into)
     half = torch.eye(out // 2, into // 2)

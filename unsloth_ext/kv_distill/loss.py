@@ -1,4 +1,4 @@
-"""How far a student's keys, values and attention are from a teacher's of the same shape."""
+"""Distance between the keys, values and attention of a student and a teacher of the same shape (ours)."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,27 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-MAP_ELEMENTS = 2**24  # of attention that are alive at once
+MAP_ELEMENTS = 2**24  # the largest part of an attention map in memory
 
 
 @dataclass(frozen=True)
 class StructuralKVLoss:
     """loss = alpha_k L_K + alpha_v L_V + alpha_attn L_attn + alpha_norm L_norm
 
-    L_K, L_V: 1 - cosine of the vectors of a head at a time. L_attn: KL(teacher || student) of the causal attention rows
-    softmax(Q K^T / (temperature sqrt(D))). L_norm: squared difference of the logarithms of the keys' and of the values'
-    norms, halved; cosines do not see scale. Each is a mean over real times, heads and layers. What has weight 0 is not
+    L_K and L_V are 1 - cosine of the vectors of each head and time. L_attn is KL(teacher || student) of the causal
+    attention
+    rows softmax(Q K^T / (temperature sqrt(D))). L_norm is half the sum of the squared differences of the log norms of
+    keys and
+    of values, because cosines do not see scale. Each is a mean over real times, heads and layers. Terms with weight 0
+    are not
     computed.
+
+    Attributes:
+        alpha_k: the weight of the keys.
+        alpha_v: the weight of the values.
+        alpha_attn: the weight of the attention.
+        temperature: divides the attention logits.
+        alpha_norm: the weight of the norms.
 
     Raises:
         ValueError: a weight is negative, all are 0, or the temperature is not positive.
@@ -49,18 +59,22 @@ class StructuralKVLoss:
         t_q: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and what it is made of.
+        """Compute the loss and its terms.
 
         Args:
-            s_k, s_v, t_k, t_v (B, L, H_kv, T, D); s_q, t_q (B, L, H_q, T, D), which may be None where alpha_attn is 0.
-            attention_mask (B, T): real times; None: all.
+            s_k, s_v (B, L, H_kv, T, D): floating point, the student's keys and values.
+            s_q (B, L, H_q, T, D): floating point, its queries. None if alpha_attn is 0.
+            t_k, t_v (B, L, H_kv, T, D): floating point, the teacher's keys and values.
+            t_q (B, L, H_q, T, D): floating point, its queries. None if alpha_attn is 0.
+            attention_mask (B, T): bool or long, the real times. None means all.
 
         Returns:
-            loss (), and metrics () without gradients: the terms `k`, `v`, `attn`, `norm` with a weight, `target_std` and
-            `target_rank` of the teacher's keys (`_k`) and values (`_v`).
+            The loss, a scalar in fp32 or wider, and metrics, scalars without gradients: the terms `k`, `v`, `attn`,
+                `norm` that
+            have a weight, and `target_std` and `target_rank` of the teacher's keys (`_k`) and values (`_v`).
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: shapes differ, or queries are missing.
         """
         for name, ours, theirs in (("k", s_k, t_k), ("v", s_v, t_v), ("q", s_q, t_q)):
             if ours is not None and theirs is not None and ours.shape != theirs.shape:
@@ -78,8 +92,8 @@ class StructuralKVLoss:
                 raise ValueError("alpha_attn compares attention, which needs s_q and t_q")
             terms["attn"] = (self.alpha_attn, attention_kl(s_q, s_k, t_q, t_k, mask, self.temperature))
         if self.alpha_norm:
-            both = [_mean((_log_norm(s) - _log_norm(t)) ** 2, mask) for s, t in ((s_k, t_k), (s_v, t_v))]
-            terms["norm"] = (self.alpha_norm, sum(both) / 2)
+            norms = [_mean((_log_norm(s) - _log_norm(t)) ** 2, mask) for s, t in ((s_k, t_k), (s_v, t_v))]
+            terms["norm"] = (self.alpha_norm, sum(norms) / 2)
         metrics = {name: value.detach() for name, (_, value) in terms.items()}
         for name, target in (("k", t_k), ("v", t_v)):
             metrics[f"target_std_{name}"], metrics[f"target_rank_{name}"] = spread(target, mask)
@@ -93,17 +107,38 @@ def create_structural_loss(
     temperature: float = 1.0,
     alpha_norm: float = 0.0,
 ) -> StructuralKVLoss:
-    """`StructuralKVLoss` with these weights."""
+    """Make a `StructuralKVLoss` with these weights.
+
+    Args:
+        alpha_k: the weight of the keys.
+        alpha_v: the weight of the values.
+        alpha_attn: the weight of the attention.
+        temperature: divides the attention logits.
+        alpha_norm: the weight of the norms.
+
+    Returns:
+        The loss.
+    """
     return StructuralKVLoss(alpha_k, alpha_v, alpha_attn, temperature, alpha_norm)
 
 
 def attention_kl(
     s_q: torch.Tensor, s_k: torch.Tensor, t_q: torch.Tensor, t_k: torch.Tensor, mask: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Mean KL(teacher || student) of attention rows; q (B, L, H_q, T, D), k (B, L, H_kv, T, D), mask (B, T) bool.
+    """Return the mean KL(teacher || student) of attention rows.
 
-    So many rows at a time that a map has `MAP_ELEMENTS` elements at most; if there are more rows they are recomputed in the
-    backward, so that only a few maps of that size are ever alive.
+    Rows are processed in chunks, so that a map has at most `MAP_ELEMENTS` elements. If there are several chunks, they
+    are
+    recomputed in the backward pass, and only a few maps of that size are in memory at any time.
+
+    Args:
+        s_q, t_q (B, L, H_q, T, D): floating point, queries of student and teacher.
+        s_k, t_k (B, L, H_kv, T, D): floating point, keys of student and teacher.
+        mask (B, T): bool, the real times.
+        temperature: divides the attention logits.
+
+    Returns:
+        A scalar in fp32 or wider.
     """
     b, layers, heads, times, _ = s_q.shape
     rows = max(1, MAP_ELEMENTS // (b * layers * heads * times))
@@ -125,22 +160,23 @@ def _rows_kl(s_q, s_k, t_q, t_k, mask, temperature, start, stop) -> torch.Tensor
 
 
 def attention_rows(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Causal attention (B, L, H_q, T, T) of q (B, L, H_q, T, D) and k (B, L, H_kv, T, D) over real times.
+    """Return the whole causal attention (B, L, H_q, T, T) over real times, for inspection.
 
-    All of it at once, to look at."""
+    q is (B, L, H_q, T, D) and k is (B, L, H_kv, T, D).
+    """
     times = q.shape[3]
     rows = _log_rows(q, k, mask, 1.0, 0, times).exp().masked_fill(~_allowed(mask, 0, times), 0)
     return rows.flatten(2, 3)
 
 
 def _allowed(mask: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """(B, 1, 1, 1, rows, stop): which keys a query sees."""
+    """Return which keys a query sees: (B, 1, 1, 1, rows, stop) bool."""
     seen = torch.arange(stop, device=mask.device) <= torch.arange(start, stop, device=mask.device)[:, None]
     return (seen & mask[:, None, :stop])[:, None, None, None]
 
 
 def _log_rows(q, k, mask, temperature, start, stop) -> torch.Tensor:
-    """Logarithms of attention rows (B, L, H_kv, H_q / H_kv, rows, stop)."""
+    """Return log attention rows (B, L, H_kv, H_q / H_kv, rows, stop)."""
     grouped = _wide(q[:, :, :, start:stop]).unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("blhgtd,blhsd->blhgts", grouped, _wide(k[:, :, :, :stop]))
     scores = scores / (temperature * q.shape[-1] ** 0.5)
@@ -149,8 +185,12 @@ def _log_rows(q, k, mask, temperature, start, stop) -> torch.Tensor:
 
 @torch.no_grad()
 def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of vectors (B, L, H, T, D), around the mean of their head, by layer and then the mean: standard deviation, and
-    effective rank, the exponential of the entropy of the covariance's normalised eigenvalues, between 1 and D."""
+    """Return the standard deviation and the effective rank of vectors (B, L, H, T, D) around the mean of their head.
+
+    Both are means over layers. The effective rank is the exponential of the entropy of the normalised eigenvalues of
+    the
+    covariance, between 1 and D.
+    """
     keep = mask[:, None, None, :, None].float()
     count = mask.sum().clamp(min=1)
     centred = (x.float() - (x.float() * keep).sum((0, 3), keepdim=True) / count) * keep
@@ -162,7 +202,7 @@ def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Of (B, L, H, T) over real times."""
+    """Return the mean of (B, L, H, T) over real times."""
     keep = mask[:, None, None]
     return values.masked_fill(~keep, 0).sum() / (keep.sum() * values.shape[1] * values.shape[2]).clamp(min=1)
 
@@ -172,7 +212,7 @@ def _cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32."""
+    """Cast to fp32 unless the dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""The record of KV distillation: a teacher's keys, values and attention, aligned with a student's."""
+"""The record of KV distillation, which aligns a teacher's keys, values and attention with a student's."""
 
 from ..common.method import Method
 

@@ -1,6 +1,7 @@
-"""Rotary embedding put on and taken off, so that keys can be mixed where they do not carry their positions.
+"""Rotary embedding and its inverse, so that keys can be mixed without their positions (ours).
 
-Mixing heads or times of rotated keys destroys relative position: q(m) . k(n) depends on m - n only while every term of a
+Mixing heads or times of rotated keys destroys relative positions: q(m) . k(n) depends on m - n only while every term of
+a
 key is rotated by the same angle.
 """
 
@@ -15,7 +16,10 @@ from .shapes import AttentionShape
 
 
 class Rotary(nn.Module):
-    """x -> R(t) x as llama, qwen2 and qwen3 rotate queries and keys, and back. Without rotary embedding the identity."""
+    """The rotation x -> R(t) x of queries and keys in llama, qwen2 and qwen3, and its inverse.
+
+    For a model without rotary embedding it is the identity.
+    """
 
     def __init__(self, shape: AttentionShape):
         super().__init__()
@@ -24,11 +28,11 @@ class Rotary(nn.Module):
             self.embedding = LlamaRotaryEmbedding(_llama(shape))
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """x (..., B, L, H, T, D) rotated by positions (B, T)."""
+        """Rotate x (..., B, L, H, T, D) by positions (B, T)."""
         return self._turn(x, positions, forwards=True)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The inverse, of scaled rotary embeddings too."""
+        """Apply the inverse rotation, also for scaled rotary embeddings."""
         return self._turn(x, positions, forwards=False)
 
     def _turn(self, x: torch.Tensor, positions: torch.Tensor, forwards: bool) -> torch.Tensor:
@@ -45,7 +49,7 @@ class Rotary(nn.Module):
 
 
 def _llama(shape: AttentionShape) -> LlamaConfig:
-    """A configuration of these rotary parameters; only they are read."""
+    """Return a configuration with these rotary parameters. Only they are read."""
     rope: dict[str, Any] = dict(shape.rope or {})
     positions = rope.pop("max_position_embeddings", 2048)
     if "rope_theta" not in rope:

@@ -1,4 +1,4 @@
-"""The shape of a model's attention, and which of the teacher's layers teaches which of the student's."""
+"""The shape of a model's attention, and the map from a student's layers to a teacher's (ours)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +9,17 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What of a model's attention an alignment depends on.
+    """The properties of a model's attention that an alignment depends on.
 
     Attributes:
-        num_layers, num_heads, num_kv_heads, head_dim: L, H of queries, H of keys and values, D.
-        rope: of rotary embedding its parameters and the number of positions; None where a model has none.
+        num_layers: L.
+        num_heads: the number of query heads.
+        num_kv_heads: the number of heads of keys and values.
+        head_dim: D.
+        rope: the parameters of the rotary embedding and the number of positions. None for a model without it.
+
+    Raises:
+        ValueError: a number is not positive, or `num_heads` is no multiple of `num_kv_heads`.
     """
 
     num_layers: int
@@ -32,10 +38,10 @@ class AttentionShape:
 
     @classmethod
     def of(cls, given: Any) -> "AttentionShape":
-        """From a model's configuration, a mapping with this class's names, or a shape.
+        """Return the shape of a model's configuration, of a mapping with the fields of this class, or of a shape.
 
         Raises:
-            ValueError: something is missing.
+            ValueError: a field is missing or unknown.
         """
         if isinstance(given, AttentionShape):
             return given
@@ -59,20 +65,26 @@ class AttentionShape:
         return cls(config.num_hidden_layers, heads, kv, width, rope)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
         return asdict(self)
 
 
 def teacher_layers(how: str | Sequence[int], teacher: int, student: int) -> list[int]:
-    """Of each of the student's layers the teacher's.
+    """Return the teacher's layer for each layer of the student.
 
     Args:
-        how: `"uniform"`, the first of each of `student` equal parts: keys and values are made of what a layer reads, so
-            the student's first layer, which reads embeddings, has the teacher's first; `"last"`, the teacher's last
-            ones; or the layers themselves, from 0.
-        teacher, student: numbers of layers.
+        how: `"uniform"`, the first layer of each of `student` equal parts. A layer makes keys and values from its
+            input, so
+            the student's first layer, which reads embeddings, is paired with the teacher's first. `"last"`, the
+            teacher's
+            last layers. Or the layers themselves, from 0.
+        teacher, student: the numbers of layers.
+
+    Returns:
+        A layer of the teacher for each of the student's.
 
     Raises:
-        ValueError: no such layers.
+        ValueError: there are no such layers.
     """
     if how == "uniform":
         return [i * teacher // student for i in range(student)]

@@ -1,4 +1,4 @@
-"""Resampling in time, segment by segment: prompt, reasoning and answer each at a rate of its own."""
+"""Resampling in time, with a separate rate for prompt, reasoning and answer (ours)."""
 
 from dataclasses import dataclass, field
 
@@ -10,13 +10,17 @@ SEGMENTS = ("P", "R", "A")  # ids 0, 1, 2: prompt, reasoning, answer; negative i
 
 @dataclass(frozen=True)
 class WarpPlan:
-    """Where each of T_s output times of each row comes from.
+    """The source of each of the T_s output times of each row.
 
     Attributes:
-        left, right (B, T_s) long: the two input times that are interpolated. weight (B, T_s): of `right`.
-        first, last (B, T_s) long: the input times of the output's own part of the segment, in `order`; what is averaged.
-        smooth (B, T_s): weight of that average.
-        order (B, T) long: input times by segment. valid (B, T_s) bool. segment_ids (B, T_s) long, -1 where not valid.
+        left, right (B, T_s): long, the two input times that are interpolated.
+        weight (B, T_s): fp32, the weight of `right`.
+        first, last (B, T_s): long, the range that is averaged: input times, in `order`, of the output's part of the
+            segment.
+        smooth (B, T_s): fp32, the weight of that average.
+        order (B, T): long, the input times sorted by segment.
+        valid (B, T_s): bool.
+        segment_ids (B, T_s): long, -1 where not valid.
     """
 
     left: torch.Tensor
@@ -30,7 +34,7 @@ class WarpPlan:
     segment_ids: torch.Tensor
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, H, T, D) to (B, L, H, T_s, D); zero where not valid."""
+        """Resample (B, L, H, T, D) to (B, L, H, T_s, D), with zeros where not valid."""
 
         def at(source: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
             where = times[:, None, None, :, None]
@@ -50,15 +54,18 @@ class WarpPlan:
 
 @dataclass(frozen=True)
 class SegmentTimeWarper:
-    """Resamples each row's segments by linear interpolation from end to end.
+    """Resample the segments of each row by linear interpolation from end to end.
 
     Attributes:
-        ratio_map: sampling rate of P, R and A: how many output times a token gets, before T_s scales all of them alike.
-            0 leaves a segment out.
-        alpha_map: smoothing of P, R and A between 0, samples, and 1, means over each output time's part of the segment.
+        ratio_map: the sampling rate of P, R and A: the output times for each token, before T_s scales all of them
+            alike. 0
+            leaves a segment out.
+        alpha_map: the smoothing of P, R and A: from 0, which samples, to 1, which averages over each output time's part
+            of
+            the segment.
 
     Raises:
-        ValueError: a segment is unknown, or a rate or smoothing out of range.
+        ValueError: a segment is unknown, or a rate or smoothing is out of range.
     """
 
     ratio_map: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SEGMENTS, 1.0))
@@ -76,23 +83,28 @@ class SegmentTimeWarper:
             raise ValueError("ratio_map: all rates are 0, nothing would be left")
 
     def __call__(self, x: torch.Tensor, segment_ids: torch.Tensor, T_s: int | None = None) -> torch.Tensor:
-        """(B, L, H, T, D) to (B, L, H, T_s, D). `plan` has the validity mask, which matters where rows are ragged."""
+        """Resample (B, L, H, T, D) to (B, L, H, T_s, D). Rows may have different lengths; `plan` has the validity mask."""
         return self.plan(segment_ids, T_s).apply(x)
 
     def plan(
         self, segment_ids: torch.Tensor, T_s: int | None = None, target_ids: torch.Tensor | None = None
     ) -> WarpPlan:
-        """Which input times make which output times.
+        """Compute the input times of each output time.
 
         Args:
-            segment_ids (B, T) long: 0, 1, 2 for P, R, A; negative for padding. Each row has its own.
-            T_s: output times of every row; segments that are not empty get one or more. None: what the rates give, which
-                differs by row.
-            target_ids (B, T') long: segments of another text, whose lengths are taken in place of rates.
+            segment_ids (B, T): long, 0, 1, 2 for P, R, A, negative for padding. Each row has its own.
+            T_s: the number of output times of every row. A segment that is not empty gets at least one. None means as
+                many as
+                the rates give, which differs by row.
+            target_ids (B, T'): long, the segments of another text, whose lengths are used instead of rates.
+
+        Returns:
+            The plan.
 
         Raises:
-            ValueError: T_s is too small for the segments of a row, or a row of the target has a segment that is empty
-                here.
+            ValueError: `segment_ids` have another shape, dtype or range; T_s is too small for the segments of a row; or
+                a row of
+                the target has a segment that is empty here.
         """
         if segment_ids.dim() != 2 or segment_ids.is_floating_point() or segment_ids.max() >= len(SEGMENTS):
             raise ValueError(
@@ -110,7 +122,7 @@ class SegmentTimeWarper:
         return self._plan(segment_ids, lengths, counts)
 
     def _counts(self, lengths: torch.Tensor, T_s: int | None) -> torch.Tensor:
-        """Output times (B, 3) of each segment."""
+        """Return the number of output times (B, 3) of each segment."""
         rates = torch.tensor([self.ratio_map[s] for s in SEGMENTS], device=lengths.device, dtype=torch.float64)
         share = lengths * rates
         used = (share > 0).long()
@@ -121,7 +133,7 @@ class SegmentTimeWarper:
             raise ValueError(f"T_s={T_s}: a row has {most} segments, which need one output time each")
         share = share * T_s / share.sum(1, keepdim=True).clamp(min=1e-9)
         counts = share.floor().long().clamp(min=used)
-        # By largest remainder; what segments of one output time took too much, the longest gives back
+        # Round by largest remainder. Segments raised to one output time may exceed the total; the longest segment gives way
         left = T_s - counts.sum(1, keepdim=True)
         rank = (share - counts).masked_fill(used == 0, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
         counts = counts + (rank < left).long() * used
@@ -147,7 +159,7 @@ class SegmentTimeWarper:
             }.items()
         }
         index, count, length = times - of["to"], of["count"].clamp(min=1), of["length"].clamp(min=1)
-        # From the first token to the last one; a single output time is in the middle
+        # From the first token to the last; a single output time is in the middle
         place = torch.where(count > 1, index * (length - 1) / (count - 1).clamp(min=1), (length - 1) / 2)
         place = place.minimum(length - 1).double()
         left = place.floor().long()
@@ -172,10 +184,10 @@ class SegmentTimeWarper:
 
 
 def create_reasoning_focused_warper() -> SegmentTimeWarper:
-    """Prompt and answer token by token, the reasoning at half the rate, each output time there half a mean."""
+    """Make a warper that keeps prompt and answer token by token and halves the rate of the reasoning, half smoothed."""
     return SegmentTimeWarper({"P": 1.0, "R": 0.5, "A": 1.0}, {"P": 0.0, "R": 0.5, "A": 0.0})
 
 
 def _lengths(segment_ids: torch.Tensor) -> torch.Tensor:
-    """(B, 3) tokens of each segment."""
+    """Return the number of tokens (B, 3) of each segment."""
     return torch.stack([(segment_ids == i).sum(1) for i in range(len(SEGMENTS))], dim=1)
