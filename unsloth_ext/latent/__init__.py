@@ -1,1 +1,1 @@
-"""Latent chain of thought: a model that thinks in a few latent tokens between question and answer."""
+"""Latent tokens on the model side: a model that thinks in a few latent tokens between question and answer."""

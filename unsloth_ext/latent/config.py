@@ -1,4 +1,4 @@
-"""How a model thinks in latent tokens, and the modules that this takes."""
+"""Settings and modules of a model that thinks in latent tokens (CODI, arXiv 2502.21074; PCCoT, arXiv 2506.18582)."""
 
 import contextlib
 import functools
@@ -28,28 +28,36 @@ from .phase import check_backbone
 
 UPDATES = ("shifted", "own")
 PROJECTIONS = ("mlp", "linear")
-SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm")  # settings that folders saved before them do not have
+SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm")  # newer settings, which older folders lack
 
 
 @dataclass
 class LatentConfig:
-    """How a model thinks in latent tokens. Saved in `latent_reasoning.json` (a full model's
-    `config.json` has it too).
+    """How a model thinks in latent tokens. Saved in `latent_reasoning.json`, and in a full model's `config.json`.
 
     Attributes:
         num_latents: M.
-        iterations: T Jacobi iterations over all M latent tokens at once (PCCoT, KaVa). None is sequential, one pass a
-            token (CODI, Coconut), which T = M equals. T = 0 feeds M plain `<latent>` tokens: pause tokens.
-        projection_dim: width of the projection from a hidden state to the next input, Dropout-Linear-GELU-Linear-LayerNorm.
-            None is the identity.
-        projection_dropout, projection_layer_norm: of that projection.
-        update: `"shifted"`, where the output at a slot is the input of the next one, as in the official methods; or
-            `"own"`, where it is the input of the same slot (Jacobi only).
-        feedback_residual: add the projection to the previous input in place of replacing it (Jacobi only).
-        bot_token, latent_token, eot_token: begin the latent tokens, stand for them, end them.
+        iterations: T Jacobi iterations over all M latent tokens at once (PCCoT, KaVa). None is sequential, one pass for
+            each
+            token (CODI, Coconut), which gives the result of T = M. T = 0 feeds M plain `<latent>` tokens (pause
+            tokens).
+        projection_dim: the inner width of the projection from a hidden state to the next input,
+            Dropout-Linear-GELU-Linear-LayerNorm. None is the identity.
+        projection_dropout: the dropout of that projection.
+        projection_layer_norm: whether it ends in a LayerNorm.
+        update: `"shifted"`: the output at a slot is the input of the next slot, as in the official methods. `"own"`: it
+            is
+            the input of the same slot (Jacobi only).
+        feedback_residual: add the projection to the previous input instead of replacing it (Jacobi only).
+        bot_token: begins the latent tokens.
+        latent_token: stands for a latent token.
+        eot_token: ends the latent tokens.
         projection: `"mlp"`, the one above, or `"linear"`, a plain Linear(d, d).
-        kv_projection: project latent keys and values where L_KV compares them (training only).
-        kv_layer_norm: and normalize them.
+        kv_projection: project latent keys and values before L_KV compares them (training only).
+        kv_layer_norm: normalize them after this projection.
+
+    Raises:
+        ValueError: a value is unknown or out of range, or settings contradict each other.
     """
 
     num_latents: int = field(default=24)
@@ -92,12 +100,15 @@ class LatentConfig:
 
     @property
     def tokens(self) -> tuple[str, str, str]:
+        """The tokens that begin, stand for and end the latent tokens."""
         return self.bot_token, self.latent_token, self.eot_token
 
 
 class LatentProjection(MasterWeights, nn.Sequential):
-    """From a hidden state to the next latent input (..., d): Dropout-Linear(d, w)-GELU-Linear(w, d)-LayerNorm, or a plain
-    Linear(d, d)."""
+    """The projection from a hidden state (..., d) to the next latent input (..., d).
+
+    It is Dropout-Linear(d, w)-GELU-Linear(w, d)-LayerNorm, or a plain Linear(d, d).
+    """
 
     def __init__(self, d: int, config: LatentConfig, **like):
         if config.projection == "linear":
@@ -113,12 +124,13 @@ class LatentProjection(MasterWeights, nn.Sequential):
         super().__init__(*layers, *([nn.LayerNorm(d, **like)] if config.projection_layer_norm else []))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project hidden states (..., d) of any floating dtype to (..., d) in the dtype of the weights."""
         with without_autocast(hidden.device):
             return super().forward(hidden.to(next(self.parameters()).dtype))
 
 
 def add_latent_tokens(tokenizer: PreTrainedTokenizerBase, config: LatentConfig) -> tuple[int, int, int]:
-    """Ids of <bot>, <latent>, <eot>, which the tokenizer is given where it lacks them."""
+    """Return the ids of <bot>, <latent> and <eot>, after adding those that the tokenizer lacks."""
     missing = [token for token in config.tokens if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     return tuple(tokenizer.convert_tokens_to_ids(list(config.tokens)))
@@ -127,14 +139,24 @@ def add_latent_tokens(tokenizer: PreTrainedTokenizerBase, config: LatentConfig) 
 def attach_latent(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LatentConfig | None = None
 ) -> PreTrainedModel:
-    """Give a causal LM its latent tokens and projection, in place; the tokenizer gets the three special tokens.
+    """Add latent tokens and their projection to a causal LM, in place, and the three special tokens to its tokenizer.
 
-    Attach before PEFT wraps the model. Draws from the global RNG.
+    Attach before PEFT wraps the model. The global RNG is used.
+
+    Args:
+        model: the causal LM.
+        tokenizer: its tokenizer.
+        config: how to think. None means the defaults.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: the model thinks in latent tokens already, runs Unsloth's fast forwards, has layers without keys and
-            values of every token (linear attention, state spaces), a window that is too short for the latent tokens, or a
-            decoder that a padded question in a cache makes another one.
+        ValueError: the model already has latent tokens; runs Unsloth's fast forwards; has layers without keys and
+            values of
+            every token (linear attention, state spaces); has a window too short for the latent tokens; or has a decoder
+            that
+            works differently with a padded question in its cache.
     """
     config = config or LatentConfig()
     backbone = backbone_of(model)
@@ -162,13 +184,16 @@ def attach_latent(
 
 
 def attach_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
-    """`attach_latent` with the settings that a model or adapter was saved with.
+    """Call `attach_latent` with the settings that a model or adapter was saved with.
 
     Args:
-        saved: what stands under `"latent"` in the JSON of `name`.
+        model: the causal LM.
+        tokenizer: its tokenizer.
+        saved: what the JSON of `name` has under `"latent"`.
+        name: the folder or hub repository, for messages.
 
     Raises:
-        ValueError: these are not settings, or the tokenizer puts the latent tokens elsewhere.
+        ValueError: these are no settings, or the tokenizer has other ids for the latent tokens.
     """
     config, token_ids = read_settings(saved, name)
     attach_latent(model, tokenizer, config)
@@ -180,10 +205,17 @@ def attach_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sav
 
 
 def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
-    """Settings and token ids out of what `attach_latent` wrote into the JSON of `name`.
+    """Read settings and token ids from the JSON that `attach_latent` wrote.
+
+    Args:
+        saved: what the JSON holds.
+        name: the folder or hub repository, for messages.
+
+    Returns:
+        The settings and the ids of the three tokens.
 
     Raises:
-        ValueError: something is missing, unknown or of the wrong type.
+        ValueError: a value is missing, unknown or of the wrong type.
     """
     settings = settings_from_json(saved, name, METHOD, newer=SINCE_THEN, beside=("token_ids",))
     if not isinstance(saved["token_ids"], list):
@@ -192,20 +224,27 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
 
 
 def trained_rows(adapter: PeftConfig) -> set[int]:
-    """Tokens whose embeddings an adapter trains one by one."""
+    """Return the tokens whose single embeddings an adapter trains."""
     asked = getattr(adapter, "trainable_token_indices", None) or {}
     return {i for ids in (asked.values() if isinstance(asked, dict) else [asked]) for i in ids}
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Raises a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
+    """Raise a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
     adapter, backbone = model.peft_config[model.active_adapter], backbone_of(model)
     trained = trained_rows(adapter) >= set(backbone.latent_token_ids)
     check_modules_to_save(model, METHOD, () if trained else ("trainable_token_indices",))
 
 
 def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str, Any]:
-    """The fields of a PEFT config that make it train and save the latent tokens' embeddings and the projection.
+    """Return the fields of a PEFT config that train and save the embeddings of the latent tokens and the projection.
+
+    Args:
+        config: the PEFT config to complete.
+        model: the model with latent tokens.
+
+    Returns:
+        Fields for `dataclasses.replace(config, **fields)`.
 
     Raises:
         ValueError: the PEFT method cannot train single embeddings.
@@ -228,10 +267,11 @@ def with_latent_modules(config: PeftConfig, model: PreTrainedModel) -> dict[str,
 
 
 def remember_latent(model: PeftModel) -> None:
-    """Have the active adapter saved without the embedding matrix where that is no loss.
+    """Save the active adapter without the embedding matrix if nothing is lost.
 
-    PEFT would write the whole matrix into every adapter, since it has grown. With tied embeddings that grew by nothing but
-    rows that the adapter trains, by the base's `config.json`, its own rows are enough.
+    PEFT writes the whole matrix into every adapter, because it has grown. If embeddings are tied and the adapter trains
+    all rows
+    that the base's `config.json` does not have, these rows are enough.
     """
     adapter = model.peft_config[model.active_adapter]
     base = read_json(adapter.base_model_name_or_path or "", "config.json", None) or {}
@@ -242,7 +282,7 @@ def remember_latent(model: PeftModel) -> None:
 
 @contextlib.contextmanager
 def thinking_with(model: nn.Module, **changes: Any) -> Iterator[None]:
-    """Other settings of `LatentConfig` for the block, such as fewer latent tokens or more iterations, to measure them."""
+    """Use other settings of `LatentConfig` inside the context, e.g. fewer latent tokens or more iterations."""
     backbone = backbone_of(model)
     kept = backbone.latent_config
     backbone.latent_config = replace(kept, **changes)

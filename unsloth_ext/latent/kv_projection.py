@@ -1,4 +1,4 @@
-"""A projection of latent tokens' keys and values, between them and what they are compared with. Training's alone."""
+"""The projection of latent tokens' keys and values, which training uses to compare them with a teacher's (ours)."""
 
 import torch
 from torch import nn
@@ -7,8 +7,11 @@ from ..common.master_weights import MasterWeights, without_autocast
 
 
 class KVProjection(MasterWeights):
-    """A linear layer on keys and one on values (..., D), the same for all layers and heads, each with a LayerNorm behind it
-    if asked for. The linear layers begin as the identity."""
+    """A linear layer on keys and one on values (..., D), shared by all layers and heads, with an optional LayerNorm
+    after each.
+
+    The linear layers begin as the identity.
+    """
 
     def __init__(self, head_dim: int, layer_norm: bool = False, **like):
         super().__init__()
@@ -21,7 +24,7 @@ class KVProjection(MasterWeights):
         )
 
     def forward(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected keys and values, in the weights' dtype."""
+        """Return projected keys (..., D) and values (..., D), both in the dtype of the weights."""
         with without_autocast(keys.device):
             keys, values = (x.to(self.keys.weight.dtype) for x in (keys, values))
             return self.keys_norm(self.keys(keys)), self.values_norm(self.values(values))

@@ -1,4 +1,4 @@
-"""`LatentModel`: load a model that thinks in latent tokens, and let it answer."""
+"""Generation after latent tokens, and `LatentModel` (CODI, arXiv 2502.21074; PCCoT, arXiv 2506.18582)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,8 +20,10 @@ from .phase import Intervention, LatentState, latent_phase
 
 @contextlib.contextmanager
 def thinking_again(model: PreTrainedModel | PeftModel, state: LatentState, copies: int) -> Iterator[None]:
-    """While open, the latent inputs stand at their places in every text that begins with question, <bot> and latent tokens:
-    for decoding without a cache."""
+    """Insert the latent inputs at their positions in every text that begins with question, <bot> and latent tokens.
+
+    Decoding without a cache needs this.
+    """
     end = state.attention_mask.shape[1]
     latents = state.latents.repeat_interleave(copies, dim=0)
 
@@ -44,21 +46,22 @@ def latent_generate(
     return_state: bool = False,
     **generate_kwargs: Any,
 ) -> Any:
-    """The latent phase, then `model.generate` on its cache.
+    """Run the latent phase, then `model.generate` on its cache.
 
     Args:
         model: a causal LM with latent tokens, wrapped by PEFT or not.
-        input_ids (B, Q) long: left-padded questions, without <bot>.
-        attention_mask (B, Q); None takes every token as real.
+        input_ids (B, Q): long, left-padded questions without <bot>.
+        attention_mask (B, Q): long. None means that every token is real.
         intervene: an ablation, see `latent_phase`.
-        **generate_kwargs: as for `generate`; docs/generation.md has what works.
+        return_state: also return the `LatentState`.
+        **generate_kwargs: as for `generate`. docs/generation.md lists what works.
 
     Returns:
-        What `generate` returns for the prompt `question <bot> <latent> x M <eot>`, or (that, `LatentState`) with
-        `return_state`. A question costs `state.num_forwards` passes and one for each token after it.
+        What `generate` returns for the prompt `question <bot> <latent> x M <eot>`, or this and the `LatentState` with
+        `return_state`. A question costs `state.num_forwards` passes, and one for each token after it.
 
     Raises:
-        ValueError: an argument that the latent phase does not survive, or a question that leaves no room for the answer.
+        ValueError: an argument does not work with the latent phase, or a question leaves no room for the answer.
     """
     settings = settle(model, "latent", generate_kwargs)
     copies = settings.num_return_sequences or 1
@@ -74,9 +77,9 @@ def latent_generate(
         mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
-            generate_kwargs["num_return_sequences"] = 1  # they are in the batch
+            generate_kwargs["num_return_sequences"] = 1  # the copies are in the batch
         inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs}
-        if settings.cache_implementation is not None:  # `generate` takes no kind of cache beside the cache itself
+        if settings.cache_implementation is not None:  # `generate` refuses a kind of cache together with a cache
             inputs["cache_implementation"] = None
         if settings.use_cache:
             state.cache.batch_repeat_interleave(copies)
@@ -88,10 +91,17 @@ def latent_generate(
 
 
 def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, Q) long, padded on the left.
+    """Tokenize questions and pad them on the left.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        questions: the texts.
+
+    Returns:
+        `input_ids` and `attention_mask`, both (B, Q) long.
 
     Raises:
-        ValueError: a question without tokens.
+        ValueError: a question has no tokens.
     """
     rows = [question_ids(tokenizer, question) for question in questions]
     refuse_empty([len(row) for row in rows])
@@ -99,11 +109,11 @@ def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> 
 
 
 class LatentModel(MethodModel):
-    """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to answer questions.
+    """A model with latent tokens and its tokenizer, for answering questions.
 
     Attributes:
-        model: the causal LM, a `PeftModel` where an adapter was loaded.
-        tokenizer: with the latent tokens, padding on the left.
+        model: the causal LM, or a `PeftModel` if an adapter was loaded.
+        tokenizer: has the latent tokens and pads on the left.
     """
 
     method = METHOD
@@ -111,6 +121,7 @@ class LatentModel(MethodModel):
 
     @classmethod
     def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> Self:
+        """Load an adapter folder with its base, or a full model. See `MethodModel.from_pretrained`."""
         loaded = super().from_pretrained(name, token=token, **kwargs)
         if isinstance(loaded.model, PeftModel):
             remember_latent(loaded.model)
@@ -121,14 +132,16 @@ class LatentModel(MethodModel):
         attach_saved(model, tokenizer, saved, name)
 
     def generate(self, questions: str | list[str] | torch.Tensor, **kwargs: Any) -> Any:
-        """Answers to questions.
+        """Answer questions.
 
         Args:
-            questions: a text, texts, or ids (B, Q) as for `latent_generate`, which also takes the keywords.
+            questions: a text, several texts, or ids (B, Q) long as for `latent_generate`.
+            **kwargs: keywords of `latent_generate`.
 
         Returns:
-            For a text its answer, for texts a list of answers; with `num_return_sequences` > 1 a list in each answer's
-            place; for ids, and with `return_dict_in_generate` or `return_state`, what `latent_generate` returns.
+            An answer for a text, a list of answers for several texts. With `num_return_sequences` > 1 each answer is a
+                list.
+            For ids, and with `return_dict_in_generate` or `return_state`, what `latent_generate` returns.
         """
         if isinstance(questions, str):
             found = self.generate([questions], **kwargs)

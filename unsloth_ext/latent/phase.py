@@ -1,9 +1,11 @@
-"""The latent phase: what happens between question and answer.
+"""The latent phase between question and answer (CODI, arXiv 2502.21074; PCCoT, arXiv 2506.18582; Coconut, arXiv
+2412.06769).
 
 Sequential (CODI, Coconut): z_1 = prj(h at <bot>), z_{j+1} = prj(h at z_j), M passes of one token.
 
-Jacobi (PCCoT): one pass over question, <bot> and M times <latent>; z = prj(h at <bot> .. <latent>_{M-1}); then T times a
-pass over z on the question's cached keys and values, z = [z_1, prj(h)[:-1]]. The answer reads the cache of pass T.
+Jacobi (PCCoT): one pass over question, <bot> and M times <latent>; z = prj(h at <bot> .. <latent>_{M-1}); then T passes
+over z
+on the question's cached keys and values, z = [z_1, prj(h)[:-1]]. The answer reads the cache of pass T.
 """
 
 import copy
@@ -20,19 +22,19 @@ from ..common.wrapping import backbone_of, causal_lm_of
 
 
 Intervention = Callable[[torch.Tensor], torch.Tensor]
-PADS, TRIAL = 2, 4  # of the text that a decoder is asked about: pads before it, tokens in the cache and behind it
+PADS, TRIAL = 2, 4  # of the trial text: the pads before it, and its tokens in the cache and after it
 
 
 @dataclass(frozen=True)
 class LatentState:
-    """Where the answer goes on from. Batch B, question length Q (without <bot>), M latent tokens.
+    """The result of a latent phase, from which the answer is decoded. Q is the length of the questions without <bot>.
 
     Attributes:
-        cache: keys and values of question, <bot> and latent tokens, length Q + 1 + M.
-        attention_mask (B, Q + 1 + M) long.
-        latents (B, M, d): the inputs of the last pass.
-        hidden_states (B, M, d): its outputs, the backbone's last, at the latent tokens.
-        num_forwards: passes through the model so far.
+        cache: keys and values of question, <bot> and latent tokens, of length Q + 1 + M.
+        attention_mask (B, Q + 1 + M): long.
+        latents (B, M, d): in the model's dtype, the inputs of the last pass.
+        hidden_states (B, M, d): in the model's dtype, the last hidden states of that pass at the latent tokens.
+        num_forwards: the number of passes so far.
     """
 
     cache: DynamicCache
@@ -42,13 +44,13 @@ class LatentState:
     num_forwards: int
 
     def latent_kv(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each layer, keys and values (B, Hkv, M, D) of the latent tokens."""
+        """Return the keys and values (B, Hkv, M, D) of the latent tokens for each layer."""
         count = self.latents.shape[1]
         return [(layer.keys[:, :, -count:], layer.values[:, :, -count:]) for layer in self.cache.layers]
 
 
 def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache:
-    """Keys and values of left-padded tokens (B, P), for `latent_phase` and others to go on from; see `branch`."""
+    """Compute the keys and values of left-padded tokens (B, P), to continue from them. See `branch`."""
     backbone = backbone_of(model)
     cache = DynamicCache(config=backbone.config)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -64,9 +66,12 @@ def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
 
 @torch.no_grad()
 def check_backbone(model: nn.Module) -> None:
-    """Raises a ValueError if the decoder does not go on from left-padded tokens by a cache and embeddings as without them.
+    """Check that a decoder continues from left-padded tokens in a cache, given embeddings, as it does without a cache.
 
-    Not where weights are sharded or not in memory, which no forward of ours could use.
+    The check is skipped if weights are sharded or not in memory.
+
+    Raises:
+        ValueError: it does not.
     """
     backbone = backbone_of(model)
     embedding = backbone.get_input_embeddings()
@@ -89,7 +94,7 @@ def check_backbone(model: nn.Module) -> None:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            kept = torch.equal(embeds, embedding(ids[:, first:]))  # CTRL scales what it is given in place
+            kept = torch.equal(embeds, embedding(ids[:, first:]))  # CTRL scales its input in place
             found = kept and hidden.shape == embeds.shape and same_states(hidden, plain)
     if not found:
         raise ValueError(
@@ -99,7 +104,7 @@ def check_backbone(model: nn.Module) -> None:
 
 
 def branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that grows by itself from what `cache` holds now; no tensor is copied."""
+    """Return a cache that grows independently from what `cache` holds now. No tensor is copied."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
@@ -113,19 +118,23 @@ def latent_phase(
     attend_pads: bool = False,
     past_key_values: DynamicCache | None = None,
 ) -> LatentState:
-    """Think about questions, with gradients through every pass where they are enabled.
+    """Run the latent phase of questions, with gradients through every pass if they are enabled.
 
     Args:
         model: a causal LM with latent tokens (`attach_latent`), wrapped by PEFT or not.
-        input_ids (B, Q) long: left-padded questions, without <bot>.
-        attention_mask (B, Q).
-        intervene: applied to the latent inputs (B, M or 1, d) before each pass: ablations.
-        attend_pads: let latent tokens attend left pads, as the public code of PCCoT and CODI does. Results then depend on
-            the batch; only there to reproduce its numbers.
-        past_key_values: of the first tokens of the questions, fewer than Q (`prefill`); it is grown.
+        input_ids (B, Q): long, left-padded questions without <bot>.
+        attention_mask (B, Q): long.
+        intervene: an ablation, applied to the latent inputs (B, M, d) or (B, 1, d) before each pass.
+        attend_pads: let latent tokens attend to left pads, as the official code of PCCoT and CODI does. Results then
+            depend
+            on the batch. Use it only to reproduce its numbers.
+        past_key_values: a cache of the first tokens of the questions, fewer than Q (see `prefill`). It grows in place.
+
+    Returns:
+        The state after the last latent token.
 
     Raises:
-        ValueError: gradient checkpointing is on: transformers drops the cache then, and with it the question.
+        ValueError: gradient checkpointing is on, with which transformers drops the cache and so the question.
     """
     backbone = backbone_of(model)
     config, (bot, latent, _) = backbone.latent_config, backbone.latent_token_ids
@@ -171,7 +180,7 @@ def latent_phase(
         hidden = forward(question + count, inputs_embeds=torch.cat([prompt, embeds], dim=1))
         return LatentState(cache, mask, embeds, hidden[:, -count:], 1)
     ids = torch.cat([ids, ids.new_full((rows, count), latent)], dim=1)
-    cache.activate_past_recording()  # or a layer with a window would have forgotten what `crop` goes back to
+    cache.activate_past_recording()  # otherwise a layer with a window forgets what `crop` returns to
     hidden = forward(question + count, input_ids=ids)
     shift = 1 if config.update == "shifted" else 0
     first = question - done - shift
@@ -186,14 +195,14 @@ def latent_phase(
         if config.feedback_residual:
             outputs = outputs + z[:, shift:]
         z = intervene(torch.cat([z[:, :shift], outputs], dim=1))
-    cache.crop(0)  # to the window: what was recorded beyond it
+    cache.crop(0)  # drop what was recorded beyond the window
     for layer in cache.layers:
         if getattr(layer, "record_past", False):
-            layer.record_past = False  # the answer goes on as after any prompt
+            layer.record_past = False  # the answer is decoded as after any prompt
     return LatentState(cache, mask, z, hidden, 1 + config.iterations)
 
 
 def project_latent(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The next latent input (..., d) from a hidden state (..., d)."""
+    """Return the next latent input (..., d) for a hidden state (..., d), in the same dtype."""
     projection = getattr(backbone, "latent_projection", None)
     return hidden if projection is None else projection(hidden).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""A look into latent tokens: the words that the LM head reads in them, and how close their KV is to a trace's."""
+"""Probes of latent tokens: the tokens that the LM head reads in them, and their KV similarity to a trace (ours)."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,15 @@ from .phase import LatentState, latent_phase
 def probe_latents(
     model: PreTrainedModel | PeftModel, state: LatentState, k: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that the LM head reads in each latent token's hidden state.
+    """Apply the LM head to the hidden state of each latent token (logit lens, ours).
+
+    Args:
+        model: a causal LM with latent tokens, wrapped by PEFT or not.
+        state: the result of a latent phase.
+        k: the number of tokens to return.
 
     Returns:
-        ids (B, M, k) long and probabilities (B, M, k) fp32, the likeliest first.
+        Ids (B, M, k) long and probabilities (B, M, k) fp32 of the most likely tokens, in descending order.
     """
     head = model.get_output_embeddings()
     probabilities = head(state.hidden_states.to(head.weight.dtype)).float().softmax(dim=-1)
@@ -30,13 +35,16 @@ def probe_latents(
 
 @dataclass(frozen=True)
 class KVSimilarity:
-    """Cosine similarities of latent tokens' keys and values with those of the teacher's trace, averaged over KV heads.
+    """Cosine similarities of the keys and values of latent tokens to those of the teacher's trace, averaged over KV
+    heads.
 
     Attributes:
-        keys, values (L, B, M, T): with every token of the trace; zero where `trace_mask` is not set.
-        kept_keys, kept_values (L, B, M): slot by slot with what the compression keeps, which is what L_KV pulls together;
-            zero where `valid` is not set.
-        trace_mask (B, T) bool, valid (B, M) bool.
+        keys, values (L, B, M, T): fp32, to every token of the trace. Zero where `trace_mask` is not set.
+        kept_keys, kept_values (L, B, M): fp32, to what the compression keeps in the same slot, which L_KV compares.
+            Zero
+            where `valid` is not set.
+        trace_mask (B, T): bool.
+        valid (B, M): bool.
     """
 
     keys: torch.Tensor
@@ -57,13 +65,19 @@ def kv_similarity(
     answer_mask: torch.Tensor,
     scoring: KVScoring | None = None,
 ) -> KVSimilarity:
-    """Run teacher and latent phase on the same questions and compare their caches.
+    """Run the teacher and the latent phase on the same questions and compare their caches.
 
     Args:
-        question_ids, question_mask (B, Q): left-padded.
-        teacher_ids, trace_mask, answer_mask (B, S): what the teacher reads after it, right-padded; the masks say which of
-            it is trace and which answer.
-        scoring: how the trace is compressed.
+        model: a causal LM with latent tokens, wrapped by PEFT or not.
+        question_ids (B, Q): long, left-padded.
+        question_mask (B, Q): long or bool.
+        teacher_ids (B, S): long, right-padded, what the teacher reads after the question.
+        trace_mask (B, S): bool, the tokens of the trace.
+        answer_mask (B, S): bool, the tokens of the answer.
+        scoring: how the trace is compressed. None means the defaults.
+
+    Returns:
+        The similarities.
     """
     backbone = backbone_of(model)
     width, count = question_ids.shape[1], backbone.latent_config.num_latents
@@ -84,10 +98,10 @@ def kv_similarity(
     real, valid = trace_mask[:, :length].bool(), kept[0].valid
     found: dict[str, list[torch.Tensor]] = {name: [] for name in ("keys", "values", "kept_keys", "kept_values")}
     for ours, layer, chosen in zip(latent, cache.layers, kept, strict=True):
-        for name, mine in zip(("keys", "values"), ours, strict=True):
-            theirs = getattr(layer, name)[:, :, width : width + length]
-            each = F.normalize(mine.float(), dim=-1) @ F.normalize(theirs.float(), dim=-1).transpose(-1, -2)
-            found[name].append(each.mean(1) * real[:, None])
-            slots = F.cosine_similarity(mine.float(), getattr(chosen, name).float(), dim=-1)
+        for name, latents in zip(("keys", "values"), ours, strict=True):
+            teacher = getattr(layer, name)[:, :, width : width + length]
+            cosines = F.normalize(latents.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).transpose(-1, -2)
+            found[name].append(cosines.mean(1) * real[:, None])
+            slots = F.cosine_similarity(latents.float(), getattr(chosen, name).float(), dim=-1)
             found[f"kept_{name}"].append(slots.mean(1) * valid)
     return KVSimilarity(**{name: torch.stack(layers) for name, layers in found.items()}, trace_mask=real, valid=valid)

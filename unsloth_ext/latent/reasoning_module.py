@@ -1,4 +1,4 @@
-"""`LatentReasoningModule`: latent tokens that think in place, around any causal LM."""
+"""`LatentReasoningModule`, latent tokens with in-place refinement for any causal LM (ours)."""
 
 import torch
 from torch import nn
@@ -10,24 +10,27 @@ from .phase import LatentState, latent_phase, project_latent
 
 
 class LatentReasoningModule(nn.Module):
-    """M latent tokens, refined T times: `latents = latents + latent_proj(hidden)`, slot by slot.
+    """M latent tokens that are refined T times: `latents = latents + latent_proj(hidden)`, slot by slot.
 
-    This is `LatentConfig(num_latents=M, iterations=T, update="own", feedback_residual=True, projection="linear")`; the
-    methods' own defaults (shifted outputs, no residual) are those of `LatentConfig` and the trainers. The model is given
-    its latent tokens in place, and can then be handed to a trainer or to `LatentModel`.
+    This is `LatentConfig(num_latents=M, iterations=T, update="own", feedback_residual=True, projection="linear")`. The
+    published
+    methods (shifted outputs, no residual) are the defaults of `LatentConfig` and the trainers. The model gets its
+    latent tokens
+    in place, and can then be passed to a trainer or to `LatentModel`.
 
     Args:
         model: a causal LM without latent tokens.
         num_latent_tokens: M.
         num_iterations: T.
-        tokenizer: is given `<bot>`, `<latent>` and `<eot>`; None loads the model's own.
+        tokenizer: gets `<bot>`, `<latent>` and `<eot>`. None loads the model's own.
 
     Attributes:
-        M, T: as given.
+        M: as given.
+        T: as given.
         latent_proj: Linear(d, d).
 
     Raises:
-        ValueError: no tokenizer, or the model has latent tokens already.
+        ValueError: there is no tokenizer, or the model already has latent tokens.
     """
 
     def __init__(
@@ -53,10 +56,11 @@ class LatentReasoningModule(nn.Module):
 
     @property
     def latent_proj(self) -> nn.Linear:
+        """The linear layer from a hidden state to the change of a latent."""
         return backbone_of(self.model).latent_projection[0]
 
     def initial_latents(self, rows: int) -> torch.Tensor:
-        """(rows, M, d): the embedding of `<latent>`."""
+        """Return the embedding of `<latent>` for a number of rows: (rows, M, d) in the model's dtype."""
         backbone = backbone_of(self.model)
         embedding = backbone.get_input_embeddings()
         ids = torch.full((rows, self.M), backbone.latent_token_ids[1], device=embedding.weight.device)
@@ -65,10 +69,17 @@ class LatentReasoningModule(nn.Module):
     def jacobi_iteration(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, latents: torch.Tensor
     ) -> torch.Tensor:
-        """One refinement: a forward over question, `<bot>` and latents, whose last M hidden states say how to change them.
+        """Refine the latents once, by a forward over question, `<bot>` and latents.
 
-        input_ids, attention_mask (B, Q): left-padded questions without `<bot>`; latents and result (B, M, d). `forward`
-        does the same T times without reading the question again.
+        `forward` does the same T times without reading the question again.
+
+        Args:
+            input_ids (B, Q): long, left-padded questions without `<bot>`.
+            attention_mask (B, Q): long.
+            latents (B, M, d): in the model's dtype.
+
+        Returns:
+            The refined latents (B, M, d) in the same dtype.
         """
         backbone = backbone_of(self.model)
         bot = input_ids.new_full((len(input_ids), 1), backbone.latent_token_ids[0])
@@ -79,7 +90,15 @@ class LatentReasoningModule(nn.Module):
         return latents + project_latent(backbone, out.last_hidden_state[:, -self.M :])
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> LatentState:
-        """The whole latent phase; its `latents` (B, M, d) are the latents after T refinements."""
+        """Run the whole latent phase.
+
+        Args:
+            input_ids (B, Q): long, left-padded questions without `<bot>`.
+            attention_mask (B, Q): long. None means that every token is real.
+
+        Returns:
+            The state, whose `latents` (B, M, d) are the latents after T refinements.
+        """
         return latent_phase(
             self.model, input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
         )

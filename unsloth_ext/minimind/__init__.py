@@ -1,1 +1,1 @@
-"""MiniMind's architectures in stock classes."""
+"""MiniMind's architectures as stock transformers classes."""

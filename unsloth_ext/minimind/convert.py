@@ -1,4 +1,4 @@
-"""MiniMind's published weight files (`.pth`) into the stock classes."""
+"""Loading of MiniMind's published weight files (`.pth`) into stock classes."""
 
 from pathlib import Path
 
@@ -8,28 +8,32 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .presets import minimind_config
 
 
-BUFFERS = ("freqs_cos", "freqs_sin")  # older files hold the rotary tables, which the configuration says
+BUFFERS = ("freqs_cos", "freqs_sin")  # rotary tables in older files, which the configuration gives
 
 
 def load_minimind(file: str | Path, preset: str, yarn: bool = False) -> PreTrainedModel:
-    """A stock causal LM in fp32 with the weights of a file.
+    """Load a weight file into a stock causal LM.
 
     Args:
-        file: `torch.save` of a state dict, read with `weights_only=True`: no code in it is run.
+        file: a state dict saved by `torch.save`. It is read with `weights_only=True`, so no code in it is run.
         preset, yarn: as for `minimind_config`.
 
+    Returns:
+        The model, fp32, in evaluation mode.
+
     Raises:
-        ValueError: the file is no state dict, or holds other tensors or shapes than the preset has; names the first.
+        ValueError: the file is no state dict, or has other tensors or shapes than the preset. The message names the
+            first.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of several kinds, by what is broken
+    except Exception as error:  # errors of several kinds
         raise ValueError(f"{file} is no state dict that can be read safely: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} is no state dict: it holds other things than tensors")
     config = minimind_config(preset, yarn)
     if preset == "minimind3-moe":
-        config.norm_topk_prob = True  # as it was trained
+        config.norm_topk_prob = True  # the published weights were trained so
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     found = {name: value for name, value in state.items() if name.split(".")[-1] not in BUFFERS}
     found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight"))
@@ -51,7 +55,7 @@ def load_minimind(file: str | Path, preset: str, yarn: bool = False) -> PreTrain
 
 
 def _stacked(state: dict[str, torch.Tensor], prefix: str, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E, 2 inner, d) of gate and up, (E, d, inner) of down; taken out of the state."""
+    """Remove a layer's experts from the state and stack them: gate and up (E, 2 inner, d), down (E, d, inner)."""
     gate, up, down = (
         torch.stack([state.pop(f"{prefix}.{e}.{name}_proj.weight") for e in range(experts)])
         for name in ("gate", "up", "down")

@@ -1,7 +1,10 @@
 """MiniMind's sizes as configurations of stock transformers classes.
 
-The second generation is Llama's architecture, its mixture Granite's with shared experts and multipliers of 1; the third is
-Qwen3's (queries and keys are normalised), its mixture Qwen3-MoE's. Published weights load into these classes exactly.
+The second generation is Llama's architecture; its mixture of experts is Granite's with shared experts and multipliers
+of 1.
+The third generation is Qwen3's (queries and keys are normalised); its mixture of experts is Qwen3-MoE's. Published
+weights
+load into these classes exactly.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from patches import granite_router_logits
 
 
 VOCABULARY = 6400
-TRAINED_ON, STRETCHED_TO = 2048, 32768  # positions, and what YaRN by 16 stretches them to
+TRAINED_ON, STRETCHED_TO = 2048, 32768  # positions in training, and after YaRN by 16
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # <|endoftext|>, <|im_start|>, <|im_end|>
 YARN = {
     "rope_type": "yarn",
@@ -68,12 +71,12 @@ def _third(hidden: int, layers: int, inner: int) -> Qwen3Config:
 
 def _tiny() -> Qwen3Config:
     config = _third(192, 4, 512)
-    config.initializer_range = 0.07  # 1 / sqrt(192): at the usual 0.02 so narrow a model learns three times slower
+    config.initializer_range = 0.07  # 1 / sqrt(192); with the usual 0.02 this narrow model learns three times slower
     return config
 
 
 def _third_moe() -> Qwen3MoeConfig:
-    # Normalised, the one expert's weight would be 1 whatever the router says, and the router without the LM loss's gradient
+    # If normalised, the weight of the one expert would always be 1, and the router would get no gradient of the LM loss
     return Qwen3MoeConfig(
         **_shape(768, 8, 2432, 4, 1e-6),
         head_dim=96,
@@ -87,10 +90,16 @@ def _third_moe() -> Qwen3MoeConfig:
 
 
 def _auxiliary(alpha: float, layers: int, chosen: int) -> float:
-    """MiniMind adds alpha E sum_i f_i P_i of every layer, with shares f of the choices, which sum to 1 (in the second
-    generation of every text by itself); transformers' load-balancing loss is of the tokens of all layers and texts
-    together, without padding, with shares that sum to the experts a token has. With this coefficient both are alpha times
-    the layers where all is balanced, and equal for one layer and one text."""
+    """Return the coefficient with which transformers' load-balancing loss corresponds to MiniMind's.
+
+    MiniMind adds alpha E sum_i f_i P_i for every layer, with shares f of the choices that sum to 1 (in the second
+    generation
+    for every text separately). transformers computes its loss over the tokens of all layers and texts together, without
+    padding,
+    with shares that sum to the experts of a token. With this coefficient both are alpha times the number of layers when
+    experts
+    are balanced, and they are equal for one layer and one text.
+    """
     return alpha * layers / chosen
 
 
@@ -109,14 +118,17 @@ PRESETS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def minimind_config(name: str, yarn: bool = False) -> PreTrainedConfig:
-    """The stock configuration of a preset.
+    """Make the stock configuration of a preset.
 
     Args:
         name: one of `PRESETS`.
-        yarn: stretch 2,048 positions to 32,768 (YaRN, factor 16), for reading longer texts than it was trained on.
+        yarn: stretch 2,048 positions to 32,768 (YaRN, factor 16), to read longer texts than in training.
+
+    Returns:
+        The configuration.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: there is no such preset.
     """
     if name not in PRESETS:
         raise ValueError(f"no MiniMind preset {name!r}; there are {', '.join(PRESETS)}")

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of MiniMind's kind, trained from any text, and its chat template."""
+"""Training of a byte-level BPE tokenizer of MiniMind's kind, and its chat template."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from .presets import STRETCHED_TO, VOCABULARY
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2, as the presets have them
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte is a token
 
-# ChatML. Only an assistant's content and the token that ends it are generated; the header and the newline behind are not.
+# ChatML. The assistant generates its content and the end token; the header and the newline after it are not generated.
 CHAT_TEMPLATE = (
     "{% if tools %}{{ raise_exception('tools: write them into the system content') }}{% endif %}"
     "{% for message in messages %}"
@@ -39,18 +39,23 @@ logger = logging.get_logger(__name__)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A tokenizer whose `decode(encode(text))` is the text, whatever it is: all bytes are tokens, nothing is unknown.
+    """Train a tokenizer for which `decode(encode(text))` is always the text: all bytes are tokens, and none is unknown.
 
-    Digits and newlines are tokens of their own: digits for sums; newlines so that a turn's header never shares a token
-    with what is said, and a tokenized prompt is always the beginning of the tokenized conversation.
+    Digits and newlines are tokens of their own. Digits help with sums. Because of newlines a turn's header never shares
+    a token
+    with its content, so a tokenized prompt is always the beginning of the tokenized conversation.
 
     Args:
-        texts: read once, not kept. The same texts in the same order give the same tokenizer.
-        vocab_size: tokens, the 3 special ones and 256 bytes among them. Where the texts have too few different words for
-            so many, a warning says how many there are.
+        texts: they are read once and not kept. The same texts in the same order give the same tokenizer.
+        vocab_size: the number of tokens, including 3 special ones and 256 bytes. If the texts have too few different
+            words,
+            a warning gives the number of tokens.
+
+    Returns:
+        The tokenizer, with a chat template.
 
     Raises:
-        ValueError: vocab_size is below 259, no text has a character, or one of the texts is no string.
+        ValueError: `vocab_size` is below 259, there is no text, or one of the texts is no string.
     """
     if vocab_size < SMALLEST:
         raise ValueError(f"vocab_size={vocab_size}: at least {SMALLEST}, {len(SPECIAL_TOKENS)} special and 256 bytes")
@@ -79,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTr
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),  # into a file its bars are empty lines
+        show_progress=sys.stderr.isatty(),  # in a file the progress bars are empty lines
     )
     backend.train_from_iterator(checked(), trainer)
     if not characters:
@@ -93,7 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTr
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=end,
-        unk_token=end,  # MiniMind's; never made
+        unk_token=end,  # as MiniMind has it; never produced
         bos_token=start,
         eos_token=stop,
         model_max_length=STRETCHED_TO,

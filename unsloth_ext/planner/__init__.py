@@ -1,1 +1,1 @@
-"""Planner-executor: a causal LM writes typed discrete concepts, then text from these alone."""
+"""Planner and executor on the model side: a causal LM writes typed discrete concepts, then text from these alone."""

@@ -1,4 +1,4 @@
-"""Which concepts a plan is made of, and how it is written."""
+"""Settings of a plan's concepts and of how a model writes them."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -9,12 +9,15 @@ ORDERINGS = ("sequential", "parallel")
 
 @dataclass
 class ConceptTypeConfig:
-    """One type of concept, with a vocabulary and an end of its own.
+    """One type of concept, with its own vocabulary and end token.
 
     Attributes:
-        name: for logs.
-        num_concepts: codewords V; `<EOS>` comes on top.
-        quota: at most so many concepts a plan.
+        name: the name in logs.
+        num_concepts: the number of codewords V, without `<EOS>`.
+        quota: the largest number of concepts of this type in a plan.
+
+    Raises:
+        ValueError: a value has the wrong type or is out of range.
     """
 
     name: str = field(default="plan")
@@ -32,14 +35,17 @@ class ConceptTypeConfig:
 
 @dataclass
 class PlannerConfig:
-    """How a model plans. Saved in `latent_reasoning.json` (a full model's
-    `config.json` has it too).
+    """How a model plans. Saved in `latent_reasoning.json`, and in a full model's `config.json`.
 
     Attributes:
-        types: of concepts, in the order in which plans hold them; dicts of `ConceptTypeConfig`'s fields will do.
-        ordering: `"sequential"`, where a type sees those before it, or `"parallel"`, where each sees the text alone and
-            step j writes concept j of all of them.
-        multi_token: all concepts of a type in one pass, from learned queries; one does not see another then.
+        types: the types of concepts, in the order in which plans hold them. Dictionaries of the fields of
+            `ConceptTypeConfig` are accepted.
+        ordering: `"sequential"`: a type sees those before it. `"parallel"`: each sees only the text, and step j writes
+            concept j of all types.
+        multi_token: write all concepts of a type in one pass, from learned queries. They do not see each other.
+
+    Raises:
+        ValueError: a value is unknown, or two types have the same name.
     """
 
     types: list[ConceptTypeConfig] = field(default_factory=lambda: [ConceptTypeConfig()])
@@ -60,14 +66,14 @@ class PlannerConfig:
 
     @property
     def max_quota(self) -> int:
-        """The largest quota: text goes on behind it."""
+        """The largest quota of a type. Text positions begin after it."""
         return max(kind.quota for kind in self.types)
 
     @property
     def groups(self) -> list[list[int]]:
-        """Types that are written together, group by group."""
-        each = list(range(len(self.types)))
-        return [each] if self.ordering == "parallel" else [[i] for i in each]
+        """The types that are written together, group by group."""
+        types = list(range(len(self.types)))
+        return [types] if self.ordering == "parallel" else [[i] for i in types]
 
 
 def _concept_type(given: Any) -> ConceptTypeConfig:

@@ -1,4 +1,4 @@
-"""How the next concept is chosen: by value, by chance with a gradient, or in several beams."""
+"""Strategies that choose the next concept: greedy, sampled, in beams, or sampled with a gradient."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from .head import SharedBackboneUnifiedHead
 
 
 class Step(NamedTuple):
-    """What follows a prediction.
+    """The result of a prediction.
 
     Attributes:
-        embeds: (B, d), of the concept, without type; any where the type has ended.
-        alive: (B,) bool, where there is one.
-        order: (B,) long, the rows that go on; None: all, in place.
+        embeds (B, d): floating point, the concept's embedding without type. Arbitrary where the type has ended.
+        alive (B,): bool, where there is a concept.
+        order (B,): long, the rows to continue with. None means all, in place.
     """
 
     embeds: torch.Tensor
@@ -25,10 +25,17 @@ class Step(NamedTuple):
 
 
 class HardDecoding:
-    """Concepts without a gradient.
+    """Choose concepts without a gradient.
+
+    Args:
+        head: the model's head.
+        config: the planner's settings.
+        origin (B,): long, the position of each row's separators.
+        temperature: of sampling. None decodes greedily.
+        generator: of the Gumbel noise. None means torch's own.
 
     Attributes:
-        plan: (B, n, Q) long, so far.
+        plan (B, n, Q): long, the plan so far.
     """
 
     def __init__(
@@ -39,18 +46,18 @@ class HardDecoding:
         temperature: float | None = None,
         generator: torch.Generator | None = None,
     ):
-        """Greedy without a temperature."""
         self.head, self.temperature, self.generator = head, temperature, generator
         self.plan = origin.new_full((len(origin), len(config.types), config.max_quota), -1)
         self.alive = torch.ones(self.plan.shape[:2], dtype=torch.bool, device=origin.device)
 
     def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
-        """Concept `j` of type `i`, both from 0, out of logits (B, V_i + 1)."""
+        """Choose concept `j` of type `i`, both counted from 0, from logits (B, V_i + 1)."""
         if self.temperature is not None:
             logits = logits / self.temperature + gumbel_noise(logits, self.generator)
         return self.put(i, j, logits.argmax(-1), logits.shape[1] - 1)
 
     def put(self, i: int, j: int, choice: torch.Tensor, end: int) -> Step:
+        """Write the choices (B,) of concept `j` into the plan. The choice `end` ends the type."""
         self.alive[:, i] &= choice < end
         alive = self.alive[:, i].clone()
         self.plan[:, i, j] = choice.masked_fill(~alive, -1)
@@ -58,16 +65,16 @@ class HardDecoding:
 
 
 class BeamDecoding(HardDecoding):
-    """The likeliest plans: K rows for every text, those of a text behind one another.
+    """Search the most likely plans, with K consecutive rows for every text.
 
     Attributes:
-        scores: (B / K, K), log p of what was written, the best first.
+        scores (B / K, K): fp32, log p of what was written, in descending order.
     """
 
     def __init__(self, head: SharedBackboneUnifiedHead, config: PlannerConfig, origin: torch.Tensor, beams: int):
         super().__init__(head, config, origin)
         self.scores = torch.full((len(origin) // beams, beams), -torch.inf, device=origin.device)
-        self.scores[:, 0] = 0  # all beams are alike at first
+        self.scores[:, 0] = 0  # all beams are equal at first
 
     def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
         log_probs = logits.log_softmax(-1)
@@ -84,12 +91,14 @@ class BeamDecoding(HardDecoding):
 
 
 class DiverseBeamDecoding(HardDecoding):
-    """Plans that differ: K rows for every text, each a greedy plan that pays for every concept that one before it has in
-    the same place (diverse beam search with a beam for a group, arXiv 1610.02424). Where the planner is surer than that,
-    they are alike all the same.
+    """Search plans that differ (diverse beam search with one beam in each group, arXiv 1610.02424).
+
+    Each text has K rows. Each of them is a greedy plan with a penalty for every concept that an earlier row has in the
+    same
+    place. If the planner is more certain than the penalty, rows are equal nevertheless.
 
     Attributes:
-        scores: (B / K, K), log p of what was written, what was paid aside.
+        scores (B / K, K): fp32, log p of what was written, without penalties.
     """
 
     def __init__(
@@ -113,7 +122,7 @@ class DiverseBeamDecoding(HardDecoding):
 
 
 class _Choices(NamedTuple):
-    """Of one prediction of a type, as `SoftPlan` has them; `stay` is log(1 - p(<EOS>))."""
+    """The choices of one prediction of a type, with the fields of `SoftPlan`. `stay` is log(1 - p(<EOS>))."""
 
     open: torch.Tensor
     alive: torch.Tensor
@@ -126,7 +135,7 @@ class _Choices(NamedTuple):
 
 
 class SoftDecoding:
-    """Samples with the gradient of the expected concept, see `plan_soft`."""
+    """Sample concepts with the gradient of the expected concept. See `plan_soft`."""
 
     def __init__(
         self,
@@ -139,7 +148,7 @@ class SoftDecoding:
         self.steps: list[list[_Choices]] = [[] for _ in config.types]
 
     def step(self, i: int, j: int, logits: torch.Tensor) -> Step:
-        """As of `HardDecoding`."""
+        """Choose concept `j` of type `i` from logits, as in `HardDecoding`."""
         end = logits.shape[1] - 1
         log_probs = logits.log_softmax(-1)
         perturbed = (logits + gumbel_noise(logits, self.generator)) / self.temperature

@@ -1,10 +1,10 @@
-"""The executor: a plan in, text out. It never sees what the planner read.
+"""The executor, which writes text from a plan without seeing what the planner read (ours).
 
     slots       BOS  SEP_1  C_1 ..  SEP_2  C_2 ..  x_0    x_1 ..
     positions   0    0      1 ..    0      1 ..    Q + 1  Q + 2 ..      Q the largest quota
 
-Rows of a batch end their plans together, so that x_0 is always read off the last slot before it; what is missing is padding
-on the left. A null plan is <BOS> <NULL>, both at 0.
+Plans of a batch are padded on the left, so that x_0 is always predicted from the last slot before it. A null plan is
+<BOS> <NULL>, both at position 0.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ class Prefix:
     """Plans as the executor reads them, padded on the left.
 
     Attributes:
-        embeds: (B, P, d). mask: (B, P) bool. positions: (B, P) long.
+        embeds (B, P, d): in the model's dtype.
+        mask (B, P): bool.
+        positions (B, P): long.
     """
 
     embeds: torch.Tensor
@@ -34,15 +36,18 @@ class Prefix:
 
 
 def executor_prefix(model: nn.Module, plan: torch.Tensor | SoftPlan, null: torch.Tensor | None = None) -> Prefix:
-    """What stands before the text.
+    """Turn plans into the slots before the text.
 
     Args:
         model: a causal LM with a planner, wrapped by PEFT or not.
-        plan: plans (B, n, Q) long, or a `SoftPlan`, whose gradient goes on into the planner.
-        null (B,) bool: rows whose plan is replaced by one learned embedding.
+        plan: plans (B, n, Q) long, or a `SoftPlan`, whose gradient then reaches the planner.
+        null (B,): bool, rows whose plan is replaced by one learned embedding. None means no row.
+
+    Returns:
+        The slots.
 
     Raises:
-        ValueError: `plan` is none under the model's settings, or `null` has another shape.
+        ValueError: `plan` does not fit the model's settings, or `null` has another shape or dtype.
     """
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
@@ -64,7 +69,7 @@ def executor_prefix(model: nn.Module, plan: torch.Tensor | SoftPlan, null: torch
         real += [planned, planned & (ids[:, i, : kind.quota] >= 0)]
         positions += range(kind.quota + 1)
     mask = torch.cat(real, dim=1)
-    # Stable: what is there moves to the right and keeps its order
+    # The stable sort moves real slots to the right and keeps their order
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
     dtype = backbone.get_input_embeddings().weight.dtype
     embeds = torch.cat(slots, dim=1).to(dtype)
@@ -82,13 +87,19 @@ def executor_forward(
     attention_mask: torch.Tensor | None = None,
     dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Final-norm hidden states (B, T, d), each of the slot before a token: what predicts it.
+    """Compute the hidden state from which each token of a text is predicted.
 
     Args:
         model: a causal LM with a planner, wrapped by PEFT or not.
-        input_ids (B, T) long, attention_mask (B, T): texts, padded on the right.
-        dropped (B, T) bool: tokens that are not read, in their place a learned embedding (word dropout). They are
-            predicted all the same.
+        prefix: the plans.
+        input_ids (B, T): long, texts padded on the right.
+        attention_mask (B, T): long or bool. None means that every token is real.
+        dropped (B, T): bool, tokens that are replaced in the input by a learned embedding (word dropout). They are
+            still
+            predicted. None means no token.
+
+    Returns:
+        Hidden states after the final norm (B, T, d), in the model's dtype: for each token, that of the slot before it.
 
     Raises:
         ValueError: a text is padded on the left.
@@ -99,14 +110,14 @@ def executor_forward(
         raise ValueError(
             "attention_mask: texts of the executor are padded on the right, since the plan stands before them"
         )
-    read = input_ids.shape[1] - 1  # the last token predicts nothing
+    read = input_ids.shape[1] - 1  # nothing is predicted from the last token
     embeds = text_embeds(backbone, input_ids[:, :read])
     if dropped is not None:
         lost = backbone.unified_head.special(DROPPED).to(embeds.dtype)
         embeds = torch.where(dropped[:, :read, None], lost, embeds)
     check_length(model, prefix.mask.shape[1] + read, "a plan")
     times = backbone.planner_config.max_quota + 1 + torch.arange(read, device=input_ids.device)
-    # With a mask, or transformers would take positions that start anew for packed documents
+    # The mask is needed, because without it transformers takes restarted positions for packed documents
     return backbone(
         inputs_embeds=torch.cat([prefix.embeds, embeds], dim=1),
         attention_mask=torch.cat([prefix.mask, valid[:, :read]], dim=1).long(),
@@ -122,15 +133,25 @@ def text_nll(
     attention_mask: torch.Tensor | None = None,
     dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """-log p(x_t | plan, x_<t) (B, T) in fp32 or wider, 0 at pads. Arguments as of `executor_forward`.
+    """Compute the negative log-likelihood -log p(x_t | plan, x_<t) of each token of a text.
 
-    Texts hold their own end: nothing is predicted behind the last token.
+    Texts include their end token: nothing is predicted after the last token.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        prefix: the plans.
+        input_ids (B, T): long, texts padded on the right.
+        attention_mask (B, T): long or bool. None means that every token is real.
+        dropped (B, T): bool, see `executor_forward`.
+
+    Returns:
+        (B, T) in fp32 or wider, 0 at pads.
     """
     hidden = executor_forward(model, prefix, input_ids, attention_mask, dropped)
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    logits = logits_of(unwrapped(model), hidden[valid])  # none for pads
+    logits = logits_of(unwrapped(model), hidden[valid])  # no logits for pads
     wide = torch.promote_types(logits.dtype, torch.float32)
-    # The softmax converts as it goes, so that logits never lie about twice in fp32
+    # The softmax converts to fp32 itself, so there is no second copy of the logits in fp32
     nll = -logits.log_softmax(-1, dtype=wide).gather(-1, input_ids[valid][:, None])[:, 0]
     return nll.new_zeros(input_ids.shape).masked_scatter(valid, nll)
 
@@ -142,5 +163,16 @@ def text_log_prob(
     attention_mask: torch.Tensor | None = None,
     dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log p(text | plan) (B,), the sum of `text_nll`."""
+    """Compute log p(text | plan), minus the sum of `text_nll`.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        prefix: the plans.
+        input_ids (B, T): long, texts padded on the right.
+        attention_mask (B, T): long or bool. None means that every token is real.
+        dropped (B, T): bool, see `executor_forward`.
+
+    Returns:
+        (B,) in fp32 or wider.
+    """
     return -text_nll(model, prefix, input_ids, attention_mask, dropped).sum(1)

@@ -1,4 +1,4 @@
-"""The planner's passes: of the text, of concepts one after another or at once, and of a plan that is given."""
+"""Passes of the planner: over the text, over concepts one by one or at once, and over a given plan."""
 
 import torch
 from torch import nn
@@ -14,7 +14,17 @@ from .vocabulary import PLAN
 def read_text(
     backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: bool = True
 ) -> tuple[SlotSequence, torch.Tensor]:
-    """A slot sequence that begins with the text and <PLAN>, not read yet, and the plan's origin (B,)."""
+    """Start a slot sequence with the text and <PLAN>, which are not read yet.
+
+    Args:
+        backbone: the decoder.
+        input_ids (B, U): long.
+        attention_mask (B, U): long or bool. None means that every token is real.
+        cached: whether the sequence can be read more than once.
+
+    Returns:
+        The sequence and the plan's origin (B,) long, the position of its separators.
+    """
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     slots = SlotSequence(backbone, len(input_ids), input_ids.device, cached)
     length = valid.sum(1)
@@ -26,7 +36,14 @@ def read_text(
 def write(
     slots: SlotSequence, origin: torch.Tensor, strategy: HardDecoding | SoftDecoding, groups: list[list[int]]
 ) -> None:
-    """Types group after group; in the slot sequence, all that a later one may see."""
+    """Write the types, group after group, and add to the slot sequence what later groups may see.
+
+    Args:
+        slots: the sequence, which holds the text and <PLAN>.
+        origin (B,): long, the position of the separators.
+        strategy: chooses the concepts.
+        groups: the types that are written together.
+    """
     config, head = slots.backbone.planner_config, slots.backbone.unified_head
     for group in groups:
         last = group is groups[-1]
@@ -79,13 +96,17 @@ def teacher_forced(
     embeds: torch.Tensor,
     alive: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Logits of a plan's predictions in one pass.
+    """Compute the logits of a plan's predictions in one pass.
 
     Args:
-        embeds (B, n, Q, d): concepts, without types. alive (B, n, Q) bool: where there is one.
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        input_ids (B, U): long.
+        attention_mask (B, U): long or bool. None means that every token is real.
+        embeds (B, n, Q, d): floating point, concepts without types.
+        alive (B, n, Q): bool, where there is a concept.
 
     Returns:
-        Of each type (B, quota_i, V_i + 1).
+        For each type (B, quota_i, V_i + 1), in fp32 or wider.
     """
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
@@ -95,7 +116,7 @@ def teacher_forced(
         later = config.ordering == "sequential" and i < len(config.types) - 1
         starts.append(slots.length + config.multi_token)
         _open_type(slots, origin, i)
-        # The last concept predicts nothing; those behind a query are there for other types
+        # Nothing is predicted from the last concept; concepts after queries are only for other types
         count = kind.quota if later else 0 if config.multi_token else kind.quota - 1
         if count:
             positions = origin[:, None] + torch.arange(1, count + 1, device=origin.device)
@@ -105,12 +126,12 @@ def teacher_forced(
 
 
 def _branch(config: PlannerConfig, i: int) -> int:
-    """Whose the separator and concepts of a type are."""
+    """Return the branch of a type's separator and concepts."""
     return i if config.ordering == "parallel" else EVERYBODY
 
 
 def _open_type(slots: SlotSequence, origin: torch.Tensor, i: int) -> int:
-    """The separator of a type, and its queries if it has any; how many slots that makes."""
+    """Add the separator of a type, and its queries if it has any. Return the number of slots."""
     config, head = slots.backbone.planner_config, slots.backbone.unified_head
     slots.add(head.sep(i), origin[:, None], branch=_branch(config, i))
     if not config.multi_token:

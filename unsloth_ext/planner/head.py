@@ -1,6 +1,6 @@
-"""What one backbone needs to be planner and executor: new rows, read as inputs and, tied, as outputs.
+"""The planner's head: new rows that are tied as inputs and outputs, and embeddings of types (ours).
 
-    input    row + type_embedding[type]                       type 0: text, <BOS>, <PLAN> and their like; i: SEP_i, V_i
+    input    row + type_embedding[type]                       type 0: text, <BOS>, <PLAN> and the like; i: SEP_i, V_i
     output   hidden @ table[V_i, EOS_i]^T in a concept state of type i; the LM head's logits in a text state
 
 Rotary positions are the model's own.
@@ -29,17 +29,23 @@ from .vocabulary import BOS, PlannerVocabulary
 
 
 (HEAD,) = METHOD.modules
-# Standard deviation of the first logits. Gumbel noise has 1.3: below that, plans are noise to begin with, and the executor
-# learns to write without them before the planner can make them mean anything (docs/log.md)
+# Standard deviation of the first logits. That of Gumbel noise is 1.3. With less, plans begin as noise, and the executor
+# learns to write without them before the planner can give them a meaning (docs/log.md)
 FIRST_LOGITS = 3.0
 
 
 class SharedBackboneUnifiedHead(MasterWeights):
     """The table of new rows, tied as inputs and outputs, and the embeddings of types.
 
+    Args:
+        d: the width of the model.
+        config: the planner's settings.
+        std: the standard deviation of the initial rows.
+        **like: device and dtype.
+
     Attributes:
-        table: (rows, d), see `PlannerVocabulary`.
-        type_embedding: (n + 1, d), 0 at first; the first is of text.
+        table (rows, d): float32 or wider, see `PlannerVocabulary`.
+        type_embedding (n + 1, d): float32 or wider, 0 at first. The first row is for text.
     """
 
     def __init__(self, d: int, config: PlannerConfig, std: float, **like):
@@ -49,53 +55,80 @@ class SharedBackboneUnifiedHead(MasterWeights):
         self.type_embedding = nn.Parameter(torch.zeros(len(config.types) + 1, d, **like))
 
     def forward(self, hidden: torch.Tensor, i: int) -> torch.Tensor:
-        """Logits (..., V_i + 1) of final-norm hidden states (..., d) in a concept state of type `i`, in fp32 or wider."""
+        """Compute the logits of the concepts of a type.
+
+        Args:
+            hidden (..., d): floating point, hidden states after the final norm.
+            i: the type.
+
+        Returns:
+            (..., V_i + 1) in fp32 or wider.
+        """
         with without_autocast(hidden.device):
             return hidden.to(self.table.dtype) @ self.table[self.vocabulary.outputs(i)].T
 
     def special(self, row: int) -> torch.Tensor:
-        """(d,), as read: <BOS>, <PLAN>, <NULL>, <DROPPED>."""
+        """Return the input (d,) for <BOS>, <PLAN>, <NULL> or <DROPPED>, in the dtype of the table."""
         return self.table[row] + self.type_embedding[0]
 
     def sep(self, i: int) -> torch.Tensor:
-        """(d,), as read."""
+        """Return the input (d,) for the separator of type `i`, in the dtype of the table."""
         return self.typed(self.table[self.vocabulary.sep(i)], i)
 
     def queries(self, i: int) -> torch.Tensor:
-        """(quota, d), as read."""
+        """Return the inputs (quota, d) for the queries of type `i`, in the dtype of the table."""
         return self.typed(self.table[self.vocabulary.queries(i)], i)
 
     def concepts(self, i: int) -> torch.Tensor:
-        """(V_i, d), without the type."""
+        """Return the rows (V_i, d) of the concepts of type `i`, without the type embedding, in the dtype of the table."""
         return self.table[self.vocabulary.concepts(i)]
 
     def typed(self, embeds: torch.Tensor, i: int) -> torch.Tensor:
-        """Embeddings (..., d) of type `i`, as read."""
+        """Add the type embedding.
+
+        Args:
+            embeds (..., d): floating point.
+            i: the type.
+
+        Returns:
+            (..., d) in the wider of both dtypes.
+        """
         return embeds + self.type_embedding[i + 1]
 
 
 def text_embeds(backbone: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Tokens (...) as read (..., d)."""
+    """Return the inputs (..., d) for tokens (...) of text."""
     embeds = backbone.get_input_embeddings()(input_ids)
     return embeds + backbone.unified_head.type_embedding[0].to(embeds.dtype)
 
 
 def concept_embeds(backbone: nn.Module, plan: torch.Tensor) -> torch.Tensor:
-    """Codewords (B, n, Q, d) of plans (B, n, Q), without types; any where there is none."""
+    """Return the codewords (B, n, Q, d) of plans (B, n, Q), without types. They are arbitrary where there is no
+    concept.
+    """
     head = backbone.unified_head
     starts = [head.vocabulary.concepts(i).start for i in range(plan.shape[1])]
     return nn.functional.embedding(plan.clamp(min=0) + plan.new_tensor(starts)[:, None], head.table)
 
 
 def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) -> PreTrainedModel:
-    """Give a causal LM its `SharedBackboneUnifiedHead`, in place. Attach before PEFT wraps the model.
+    """Add a `SharedBackboneUnifiedHead` to a causal LM, in place. Attach before PEFT wraps the model.
 
-    New rows are as large as token embeddings, with their root mean square, and concepts large enough for logits that noise
-    does not drown; <BOS> is the model's own where it has one. Draws from the global RNG. Nothing is frozen here.
+    New rows have the root mean square of token embeddings. Concepts are larger if needed, so that noise does not
+    dominate their
+    logits. <BOS> starts from the model's own, if it has one. The global RNG is used. Nothing is frozen.
+
+    Args:
+        model: the causal LM.
+        config: how to plan. None means the defaults.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: the model plans already, is wrapped by PEFT, runs Unsloth's fast forwards, or its attention is not SDPA
-            or eager over the whole text.
+        ValueError: the model already has a planner; is wrapped by PEFT; runs Unsloth's fast forwards; or its attention
+            is
+            not SDPA or eager over the whole text.
     """
     config = config or PlannerConfig()
     if isinstance(model, PeftModel):
@@ -121,18 +154,20 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
         with torch.no_grad():
             head.table[BOS] = model.get_input_embeddings()(torch.tensor(bos, device=weight.device))
     setattr(backbone, HEAD, head)
-    model.generation_config.use_cache = True  # which a config saved in training may deny; a plan lives in the cache
+    model.generation_config.use_cache = True  # a config saved in training may turn it off, and plans need it
     remember(model, METHOD, config)
     return model
 
 
 @torch.no_grad()
 def check_backbone(model: nn.Module) -> float:
-    """Raises a ValueError if the decoder does not take the masks and positions that plans are read with: slots that are
-    hidden must not matter.
+    """Check that a decoder accepts the masks and positions of plans, and that hidden slots have no effect.
 
     Returns:
-        The root mean square of its last states, which the final norm decides: by its weight w, by 1 + w, or otherwise.
+        The root mean square of its last hidden states, which depends on the final norm.
+
+    Raises:
+        ValueError: it does not.
     """
     backbone = backbone_of(model)
     embeds = backbone.get_input_embeddings()(trial_ids(model, 12))
@@ -157,7 +192,8 @@ def check_backbone(model: nn.Module) -> float:
 
 
 def with_planner_modules(config: PeftConfig) -> dict[str, Any]:
-    """The fields of a PEFT config that make it train and save the head. LoRA leaves it alone: it has no linear layer.
+    """Return the fields of a PEFT config that train and save the head in full. LoRA does not touch it: it has no linear
+    layer.
 
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.

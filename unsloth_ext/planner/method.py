@@ -1,4 +1,4 @@
-"""The record of planner and executor: a plan in typed concepts, and a text from the plan alone."""
+"""The record of planner and executor, which plan in typed concepts and write text from the plan alone."""
 
 from ..common.method import Method
 

@@ -1,4 +1,4 @@
-"""`PlannerExecutorModel`: load a model that plans in concepts, let it plan and write."""
+"""Generation from plans, and `PlannerExecutorModel` (ours)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,10 +23,11 @@ from .planning import plan
 
 @contextlib.contextmanager
 def writing_after(model: nn.Module, prefix: Prefix) -> Iterator[None]:
-    """While open, `model.generate` on a prefix's embeddings goes on as the executor does.
+    """Make `model.generate` on the embeddings of a prefix work as the executor, inside the context.
 
-    It is given positions that end at the largest quota, from where it counts on, so that text begins at the next one; the
-    last slot of the prefix gets its own position back here, and tokens the type embedding of text.
+    The caller passes positions that end at the largest quota. `generate` counts on from there, so text begins at the
+    next
+    position. Here the last slot of the prefix gets its true position, and tokens get the type embedding of text.
     """
     backbone = backbone_of(model)
 
@@ -46,18 +47,20 @@ def writing_after(model: nn.Module, prefix: Prefix) -> Iterator[None]:
 
 @torch.no_grad()
 def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **generate_kwargs: Any) -> Any:
-    """Text from plans, by `model.generate`.
+    """Generate text from plans with `model.generate`.
 
     Args:
-        plan (B, n, Q) long: see `vocabulary`.
-        **generate_kwargs: as for `generate`; docs/generation.md has what works.
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        plan (B, n, Q): long, see `unsloth_ext.planner.vocabulary`.
+        **generate_kwargs: as for `generate`. docs/generation.md lists what works.
 
     Returns:
-        What `generate` returns for a prompt of embeddings: new tokens only.
+        What `generate` returns for a prompt of embeddings: only new tokens (B, C) long, or a dictionary with them.
 
     Raises:
-        ValueError: `plan` is none under the model's settings; an argument that a plan does not survive; more tokens than
-            the model has positions for.
+        ValueError: `plan` does not fit the model's settings; an argument does not work with plans; or there are more
+            tokens
+            than the model has positions.
     """
     settings = settle(model, "planner", generate_kwargs)
     check_context(model, [0] * len(plan), settings, around=backbone_of(model).planner_config.max_quota + 1)
@@ -71,11 +74,18 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
 
 
 class PlannerExecutorModel(MethodModel):
-    """A model with its tokenizer: loaded from the folder that a trainer wrote, ready to plan and write.
+    """A model with a planner and its tokenizer, for planning and writing.
+
+    Args:
+        model: the causal LM, or a `PeftModel` around it.
+        tokenizer: its tokenizer, which must pad on the left.
 
     Attributes:
-        model: the causal LM, a `PeftModel` where an adapter was loaded.
-        tokenizer: padding on the left.
+        model: as given.
+        tokenizer: as given.
+
+    Raises:
+        ValueError: the model has no planner, or its adapter leaves the planner untrained.
     """
 
     method = METHOD
@@ -86,7 +96,18 @@ class PlannerExecutorModel(MethodModel):
             check_adapter(model, METHOD)
 
     def plan(self, texts: str | list[str], **kwargs: Any) -> torch.Tensor:
-        """Plans (B, n, Q) long of texts; keywords as for `unsloth_ext.plan`. Greedy without any."""
+        """Plan for texts, greedily by default.
+
+        Args:
+            texts: a text or several.
+            **kwargs: as for `unsloth_ext.plan`.
+
+        Returns:
+            Plans (B, n, Q) long.
+
+        Raises:
+            ValueError: a text has more tokens than the model has positions.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = [question_ids(self.tokenizer, text) for text in texts]
         context = context_of(self.model)
@@ -99,11 +120,16 @@ class PlannerExecutorModel(MethodModel):
         return plan(self.model, **{k: v.long().to(self.model.device) for k, v in batch.items()}, **kwargs)
 
     def execute(self, plan: torch.Tensor, **generate_kwargs: Any) -> Any:
-        """Texts from plans (B, n, Q); keywords as for `generate`.
+        """Write texts from plans.
+
+        Args:
+            plan (B, n, Q): long.
+            **generate_kwargs: as for `generate`.
 
         Returns:
-            A text for each plan; with `num_return_sequences` > 1 a list of texts for each; with `return_dict_in_generate`
-            what `execute_plan` returns.
+            A text for each plan. With `num_return_sequences` > 1 a list of texts for each. With
+                `return_dict_in_generate` what
+            `execute_plan` returns.
         """
         if not len(plan):
             return []
@@ -115,10 +141,14 @@ class PlannerExecutorModel(MethodModel):
         return grouped(self.tokenizer.batch_decode(out, skip_special_tokens=True), len(plan))
 
     def generate(self, texts: str | list[str], **generate_kwargs: Any) -> Any:
-        """Greedy plans, then texts from these alone; keywords as for `generate`.
+        """Plan greedily, then write texts from the plans alone.
+
+        Args:
+            texts: a text or several.
+            **generate_kwargs: as for `generate`.
 
         Returns:
-            For a text its answer, for texts a list of answers, as `execute` returns them.
+            An answer for a text, a list of answers for several texts, as from `execute`.
         """
         if isinstance(texts, str):
             found = self.generate([texts], **generate_kwargs)

@@ -1,7 +1,8 @@
-"""The planner: text and <PLAN> in, typed concepts out.
+"""The planner, which reads a text and <PLAN> and writes typed concepts (ours).
 
-Positions go on behind the text: <PLAN> at U, then every SEP_i at U + 1 and concept j of every type at U + 1 + j, so that
-inside the plan they are as far apart as the executor finds them. No <EOS> is ever read. A type may be empty.
+Positions continue after the text: <PLAN> is at U, every SEP_i at U + 1, and concept j of every type at U + 1 + j. So
+distances
+within the plan are the same as for the executor. <EOS> is never read. A type may be empty.
 """
 
 import math
@@ -25,15 +26,19 @@ class SoftPlan:
     """A sampled plan with its gradients. B texts, n types, Q the largest quota.
 
     Attributes:
-        ids: (B, n, Q) long, the plan.
-        embeds: (B, n, Q, d), what the executor reads, types aside; 0 where there is no concept. The values are codewords.
-        soft, hard: (B, n, Q, d), expected and chosen codeword; 0 where there is none.
-        open: (B, n, Q) bool, predictions that were made: one for each concept and one for the end, if it was chosen.
-        log_probs: of each type (B, J_i, V_i + 1), without noise, of the J_i <= quota steps that the longest row took; to be
-            read where `open[:, i, :J_i]`.
-        eos: (B, n, Q), p(<EOS>) without noise. Once a row has ended there are no more predictions, and the last one
-            stands (with `multi_token` there are); 1 behind the quota.
-        expected_lengths: (B, n), sum_j prod_{k <= j} (1 - eos_k).
+        ids (B, n, Q): long, the plan.
+        embeds (B, n, Q, d): floating point, what the executor reads, without types. Values are codewords, and 0 where
+            there
+            is no concept.
+        soft, hard (B, n, Q, d): floating point, the expected and the chosen codeword, 0 where there is none.
+        open (B, n, Q): bool, the predictions that were made: one for each concept, and one for the end if it was
+            chosen.
+        log_probs: for each type (B, J_i, V_i + 1) floating point, without noise, of the J_i <= quota steps of the
+            longest
+            row. Valid where `open[:, i, :J_i]`.
+        eos (B, n, Q): floating point, p(<EOS>) without noise. A row that has ended keeps its last prediction (with
+            `multi_token` there are further ones). 1 after the quota.
+        expected_lengths (B, n): floating point, sum_j prod_{k <= j} (1 - eos_k).
     """
 
     ids: torch.Tensor
@@ -53,26 +58,32 @@ def plan_soft(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> SoftPlan:
-    """Sample plans and keep the gradient: concepts are fed back through the cache as
+    """Sample plans with a gradient. Concepts are fed back through the cache as
 
         e = e_hard + (e_soft - sg(e_soft)),    e_soft = sum_{v in V_i} y_v E_v,    y = softmax((l + g) / temperature)
 
-    with e_hard the argmax of l + g over V_i and <EOS_i>, and y over V_i: whether there is a concept gets its gradient from
-    another place, a weight on what the executor reads,
+    where e_hard is the argmax of l + g over V_i and <EOS_i>, and y is over V_i (straight-through Gumbel, arXiv
+    1611.01144).
+    Whether there is a concept gets its gradient from a weight on what the executor reads (ours),
 
         w_j = 1 + (a_j - sg(a_j)),    a_j = prod_{k <= j} (1 - p_k(<EOS>)).
 
-    Types stop when every row of the batch has ended, so ranks may run different numbers of passes.
+    A type stops when every row of the batch has ended it, so ranks may run different numbers of passes.
 
     Args:
         model: a causal LM with a planner, wrapped by PEFT or not.
-        input_ids (B, U) long, attention_mask (B, U): texts, padded on either side.
-        temperature: of y; samples are of the model's distribution at any.
-        generator: of the Gumbel noise g; None: torch's own.
+        input_ids (B, U): long, texts padded on either side.
+        attention_mask (B, U): long or bool. None means that every token is real.
+        temperature: the temperature of y. Samples follow the model's distribution at any temperature.
+        generator: of the Gumbel noise g. None means torch's own.
+
+    Returns:
+        The plans.
 
     Raises:
-        ValueError: the temperature is not positive; gradient checkpointing is on (only `multi_token` of types in parallel
-            can do with it).
+        ValueError: the temperature is not positive; or gradient checkpointing is on, which only works for `multi_token`
+            with
+            types in parallel.
     """
     _check_temperature(temperature)
     backbone = backbone_of(model)
@@ -119,21 +130,28 @@ def plan(
     generator: torch.Generator | None = None,
     beam_diversity: float = 0.0,
 ) -> torch.Tensor:
-    """Plans without gradients: greedy, sampled, or those of the largest log p(plan | text) that a beam search finds.
+    """Plan without gradients: greedily, by sampling, or by a beam search for the largest log p(plan | text).
 
     Args:
         model: a causal LM with a planner, wrapped by PEFT or not.
-        input_ids (B, U) long, attention_mask (B, U): texts, padded on either side. Each is read once.
-        temperature, generator: of samples.
-        num_return_sequences: plans for each text, behind one another; with beams the best first.
-        beam_diversity: nats that a concept costs a beam for each beam before it that has it in the same place (diverse beam
-            search, arXiv 1610.02424, a beam a group); the first beam is the greedy plan then. 0: the likeliest plans.
+        input_ids (B, U): long, texts padded on either side. Each is read once.
+        attention_mask (B, U): long or bool. None means that every token is real.
+        do_sample: sample instead of decoding greedily.
+        temperature: of samples.
+        num_return_sequences: the number of plans for each text, which are consecutive rows. With beams the best is
+            first.
+        num_beams: the number of beams. 1 means no beam search.
+        generator: of samples. None means torch's own.
+        beam_diversity: the penalty, in nats, for a concept that an earlier beam has in the same place, once for each
+            such
+            beam (diverse beam search, arXiv 1610.02424, with one beam in each group). The first beam is then the greedy
+            plan. 0 searches the most likely plans.
 
     Returns:
-        (B * num_return_sequences, n, Q) long, see `vocabulary`.
+        (B * num_return_sequences, n, Q) long, see `unsloth_ext.planner.vocabulary`.
 
     Raises:
-        ValueError: settings that contradict each other.
+        ValueError: settings contradict each other, or there are fewer plans than requested.
     """
     _check_temperature(temperature)
     if num_beams < 1 or num_return_sequences < 1:
@@ -180,12 +198,14 @@ def plan(
 
 
 def _best_together(slots: SlotSequence, origin: torch.Tensor, beams: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plans (B, K, n, Q) and scores (B, K) of types that do not see each other: the best of each, then of their pairs."""
+    """Search the best plans (B, K, n, Q) and their scores (B, K) for types that do not see each other.
+
+    The best concepts of each type are combined, type by type.
+    """
     backbone = slots.backbone
     config, found, scores = backbone.planner_config, None, None
-    for i in range(
-        len(config.types)
-    ):  # on one slots: they are branches, and what they share is alike in a text's beams
+    # Types share one sequence: each is a branch, and what branches share is equal in all beams of a text
+    for i in range(len(config.types)):
         strategy = BeamDecoding(backbone.unified_head, config, origin, beams)
         write(slots, origin, strategy, [[i]])
         plans = strategy.plan.unflatten(0, strategy.scores.shape)
@@ -205,14 +225,21 @@ def plan_log_probs(
     attention_mask: torch.Tensor | None,
     plan: torch.Tensor,
 ) -> torch.Tensor:
-    """log p of each prediction of plans (B, n, Q) given texts (B, U), with gradients, in one pass.
+    """Compute log p of each prediction of given plans, with gradients, in one pass.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        input_ids (B, U): long, texts padded on either side.
+        attention_mask (B, U): long or bool. None means that every token is real.
+        plan (B, n, Q): long.
 
     Returns:
-        (B, n, Q): at slot j of a type, log p of its concept j, or of the end if it has j concepts; 0 behind. A type that
-        is as long as its quota has no end.
+        (B, n, Q) in fp32 or wider: at slot j of a type, log p of its concept j, or of its end if it has j concepts, and
+            0
+        after that. A type as long as its quota has no end.
 
     Raises:
-        ValueError: `plan` is none under the model's settings, or of another number of rows.
+        ValueError: `plan` does not fit the model's settings, or has another number of rows than `input_ids`.
     """
     backbone = backbone_of(model)
     config = backbone.planner_config
@@ -236,7 +263,17 @@ def plan_log_prob(
     attention_mask: torch.Tensor | None,
     plan: torch.Tensor,
 ) -> torch.Tensor:
-    """log p(plan | text) (B,), the sum of `plan_log_probs`."""
+    """Compute log p(plan | text), the sum of `plan_log_probs`.
+
+    Args:
+        model: a causal LM with a planner, wrapped by PEFT or not.
+        input_ids (B, U): long, texts padded on either side.
+        attention_mask (B, U): long or bool. None means that every token is real.
+        plan (B, n, Q): long.
+
+    Returns:
+        (B,) in fp32 or wider.
+    """
     return plan_log_probs(model, input_ids, attention_mask, plan).sum((1, 2))
 
 

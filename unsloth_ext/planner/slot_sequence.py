@@ -1,7 +1,8 @@
-"""What the planner reads and writes: one row of slots, each with its position, and who may see whom.
+"""The sequence of slots that the planner reads and writes, with their positions and visibility.
 
-A slot sees the slots before it that are real and either everybody's or of its own branch. Branches are the types that are
-written in parallel, and the queries of a type: all of them share what the backbone has made of the text.
+A slot sees earlier slots that are real and belong to everybody or to its own branch. Branches are types written in
+parallel,
+and the queries of a type. All branches share the backbone's cache of the text.
 """
 
 import torch
@@ -15,19 +16,23 @@ EVERYBODY = -1
 
 
 class SlotSequence:
-    """Slots are put behind one another (`add`) and run through the backbone together (`read`).
+    """Slots that are added one after another (`add`) and run through the backbone together (`read`).
+
+    Args:
+        backbone: the decoder.
+        rows: B.
+        device: the device of the slots.
+        cached: whether the sequence can be read more than once.
 
     Attributes:
-        valid: (B, S) bool, slots that are real.
-        branches: (S,) long.
+        valid (B, S): bool, slots that are real.
+        branches (S,): long, the branch of each slot.
+
+    Raises:
+        ValueError: gradient checkpointing is on, and `cached`. transformers drops the cache then.
     """
 
     def __init__(self, backbone: nn.Module, rows: int, device: torch.device, cached: bool = True):
-        """With `cached` it can be read more than once.
-
-        Raises:
-            ValueError: gradient checkpointing is on, and `cached`: transformers drops the cache then.
-        """
         if cached and backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing is on: transformers drops the cache in training then, and concepts would not see "
@@ -42,6 +47,7 @@ class SlotSequence:
 
     @property
     def length(self) -> int:
+        """S, the number of slots so far."""
         return self.valid.shape[1]
 
     def add(
@@ -51,13 +57,13 @@ class SlotSequence:
         valid: torch.Tensor | None = None,
         branch: int = EVERYBODY,
     ) -> None:
-        """Slots that the next `read` runs.
+        """Add slots for the next `read`.
 
         Args:
-            embeds: (B, q, d), or what broadcasts to it.
-            positions: (B, q).
-            valid: (B, q) bool; None: all.
-            branch: whose they are.
+            embeds (B, q, d): floating point, or a shape that broadcasts to it.
+            positions (B, q): long.
+            valid (B, q): bool, which are real. None means all.
+            branch: the branch that they belong to.
         """
         valid = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
         self.valid = torch.cat([self.valid, valid], dim=1)
@@ -65,7 +71,9 @@ class SlotSequence:
         self._pending.append((embeds.expand(*positions.shape, -1), positions))
 
     def read(self) -> torch.Tensor:
-        """Final-norm hidden states (B, q, d) of all slots that were added since the last time."""
+        """Return hidden states after the final norm (B, q, d) of all slots added since the last read, in the model's
+        dtype.
+        """
         check_length(self.backbone, self.length, "a plan")
         embeds, positions = (torch.cat(parts, dim=1) for parts in zip(*self._pending))
         self._pending = []
@@ -81,17 +89,17 @@ class SlotSequence:
         slots = torch.arange(self.length, device=self.valid.device)
         own = self.branches == self.branches[-count:, None]
         mask = (slots <= slots[-count:, None]) & ((self.branches == EVERYBODY) | own) & self.valid[:, None]
-        mask = (mask | (slots == slots[-count:, None]))[:, None]  # a row of attention must not be empty
+        mask = (mask | (slots == slots[-count:, None]))[:, None]  # an attention row must not be empty
         if self.backbone.config._attn_implementation == "eager":
             return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
         return mask
 
     def repeat(self, copies: int) -> None:
-        """Every row so many times, one behind the other. Nothing may wait to be read."""
+        """Repeat every row, copies next to each other. No slot may be pending."""
         self.cache.batch_repeat_interleave(copies)
         self.valid = self.valid.repeat_interleave(copies, dim=0)
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Go on with these rows. Nothing may wait to be read."""
+        """Continue with these rows. No slot may be pending."""
         self.cache.reorder_cache(rows)
         self.valid = self.valid[rows]

@@ -1,11 +1,13 @@
-"""Where everything stands in the table of new rows, and what a plan is.
+"""The layout of the planner's table of rows, and the format of plans (ours).
 
     BOS, PLAN, NULL, DROPPED | SEP_1 .. SEP_n | V_1, EOS_1 | V_2, EOS_2 | ... | queries of type 1 | ...
 
-A type's concepts and its end are neighbours, so its logits come from one slice: no other type's row is in it. Queries are
-there with `multi_token` only.
+A type's concepts and its end are adjacent, so its logits come from one slice without rows of other types. Queries exist
+with
+`multi_token` only.
 
-A plan is a tensor (B, n, Q) long of concepts 0 .. V_i - 1, of each type from the front, -1 behind its end; Q is the largest
+A plan is a tensor (B, n, Q) long. Each type has its concepts 0 .. V_i - 1 from the front, and -1 after them. Q is the
+largest
 quota.
 """
 
@@ -20,7 +22,7 @@ BOS, PLAN, NULL, DROPPED = range(4)
 
 
 class PlannerVocabulary:
-    """Rows of the table. Types count from 0."""
+    """Rows of the table. Types are counted from 0."""
 
     def __init__(self, config: PlannerConfig):
         self.seps = 4
@@ -32,29 +34,33 @@ class PlannerVocabulary:
         self.size = starts[-1]
 
     def sep(self, i: int) -> int:
+        """Return the row of the separator of type `i`."""
         return self.seps + i
 
     def outputs(self, i: int) -> slice:
-        """Concepts of type `i` and, last, its end."""
+        """Return the rows of the concepts of type `i` and its end, which is last."""
         return self._outputs[i]
 
     def concepts(self, i: int) -> slice:
+        """Return the rows of the concepts of type `i`."""
         return slice(self._outputs[i].start, self._outputs[i].stop - 1)
 
     def eos(self, i: int) -> int:
+        """Return the row of the end of type `i`."""
         return self._outputs[i].stop - 1
 
     def queries(self, i: int) -> slice:
+        """Return the rows of the queries of type `i`."""
         return self._queries[i]
 
 
 def plan_lengths(plan: torch.Tensor) -> torch.Tensor:
-    """(B, n) long: concepts of each type in plans (B, n, Q)."""
+    """Return the number of concepts of each type (B, n) long in plans (B, n, Q) long."""
     return (plan >= 0).sum(-1)
 
 
 def check_plan(plan: torch.Tensor, config: PlannerConfig) -> None:
-    """Raises a ValueError if a tensor is no plan under these settings."""
+    """Raise a ValueError if a tensor is no plan under these settings."""
     shape = (len(config.types), config.max_quota)
     if plan.dim() != 3 or tuple(plan.shape[1:]) != shape or plan.dtype != torch.long:
         raise ValueError(
