@@ -1,1 +1,3 @@
-"""Online concept compression: middle layers read discrete concepts only, deep layers concepts and the tail of tokens."""
+"""Online concept compression: middle layers read only discrete concepts, deep layers read concepts and the latest
+tokens.
+"""

@@ -1,4 +1,4 @@
-"""What compression saves, counted: multiplications and bytes of keys and values, of a text's mean token."""
+"""Costs of a model with concepts: multiply-accumulates and cached elements for the mean token of a text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,14 @@ from .config import OnlineConceptConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one token of a text.
+    """Costs of one token of a text.
 
     Attributes:
-        layers: multiply-accumulates in the layers' weights. attention: of scores and values, over the text so far.
-        lm_head, concept_head: of the two heads.
-        kv: keys and values held for it, elements.
+        layers: multiply-accumulates in the weights of the layers.
+        attention: multiply-accumulates of scores and values, over the text so far.
+        lm_head: multiply-accumulates of the LM head.
+        concept_head: multiply-accumulates of the concept head.
+        kv: the number of elements of keys and values that are held for the token.
     """
 
     layers: float
@@ -24,7 +26,7 @@ class Cost:
 
     @property
     def macs(self) -> float:
-        """All multiply-accumulates."""
+        """The sum of all multiply-accumulates."""
         return self.layers + self.attention + self.lm_head + self.concept_head
 
 
@@ -35,27 +37,32 @@ def cost(
     tokens: int = 0,
     tail: float | None = None,
 ) -> Cost:
-    """Cost of a text of so many `tokens`, its mean token; 0 leaves attention out.
+    """Compute the cost of the mean token of a text.
 
     Args:
         model: a transformers config of a llama, qwen2 or qwen3.
-        concepts: None: the model as it is.
-        ratio: tokens for each concept.
-        tail: tokens since the last concept, the mean over a text; None: those of evenly spread concepts. A gate that is not
-            held to it may have few concepts or many and long tails all the same.
+        concepts: how the model compresses. None means not at all.
+        ratio: the number of tokens for each concept.
+        tokens: the length of the text. 0 leaves attention out.
+        tail: the mean number of tokens since the last concept. None means that of evenly spread concepts. A gate
+            without
+            constraints may have few or many concepts, and long tails in both cases.
+
+    Returns:
+        The cost.
     """
     d, head = model.hidden_size, getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     queries, values = model.num_attention_heads * head, model.num_key_value_heads * head
     layer = 2 * d * queries + 2 * d * values + 3 * d * model.intermediate_size
     lm_head = d * model.vocab_size
-    score = lambda sees: 2 * queries * sees  # noqa: E731 - queries with keys, then weights with values
+    score = lambda sees: 2 * queries * sees  # noqa: E731 - queries times keys, and weights times values
     if concepts is None:
         layers = model.num_hidden_layers
         return Cost(layers * layer, layers * score(tokens / 2), lm_head, 0, layers * 2 * values)
     shallow, middle, deep = (len(part) for part in concepts.parts)
     made = 1 / ratio
     tail = (ratio - 1) / 2 if tail is None else tail
-    doubled = made if concepts.boundary_keeps_token else 0.0  # slots that hold the token beside its concept
+    doubled = made if concepts.boundary_keeps_token else 0.0  # slots for the token beside its concept
     runs = shallow + middle * made + deep * (1 + doubled)
     seen = (
         shallow * score(tokens / 2)
@@ -70,6 +77,6 @@ def cost(
 
 
 def equal_depth(model: Any, concepts: OnlineConceptConfig, ratio: float) -> int:
-    """Layers of the same width that cost what the model with concepts does, heads among it."""
+    """Return the number of layers of the same width that cost as much as the model with concepts, its head included."""
     whole, ours = cost(model), cost(model, concepts, ratio)
     return round((ours.layers + ours.concept_head) / (whole.layers / model.num_hidden_layers))

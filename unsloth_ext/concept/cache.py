@@ -1,4 +1,4 @@
-"""What decoding goes on from: keys and values of layers that hold another number of slots in every row."""
+"""The cache of a model with concepts, whose layers hold different numbers of slots in each row (ours)."""
 
 from collections.abc import Iterable
 from typing import NoReturn
@@ -9,14 +9,16 @@ from .segmenters import Memory
 
 
 class SlotCache:
-    """What attention modules write to and read from, in place of a `DynamicCache`.
+    """The cache that attention modules write to and read from, in place of a `DynamicCache`.
 
-    While `plan` is None (several tokens at once) keys and values are put behind what is there, and `keep` then packs each
-    row. With a plan (decoding, one slot a row) they are written where it says.
+    Without a `plan` (several tokens at once) keys and values are appended, and `keep` then packs each row. With a plan
+    (decoding,
+    one slot in each row) they are written to the slots that it names.
 
     Attributes:
-        lengths: (B,) long, slots in use; they come first in every row.
-        plan: rows (R,) long that are written, or None. width: slots before those that are written without one.
+        lengths (B,): long, the slots in use, which come first in every row.
+        plan (R,): long, the rows that are written. None without a plan.
+        width: the number of slots before those that are written without a plan.
     """
 
     def __init__(self):
@@ -29,7 +31,7 @@ class SlotCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (R, H, q, D) that the queries of layer `layer_idx` may see."""
+        """Return the keys and values (R, H, q, D) that the queries of layer `layer_idx` may see."""
         if self.plan is None:
             for store, new in ((self.keys, keys), (self.values, values)):
                 there = self.width > 0
@@ -41,7 +43,7 @@ class SlotCache:
             if layer_idx not in store:
                 store[layer_idx] = new.new_zeros(len(self.lengths), new.shape[1], 0, new.shape[3])
             held = store[layer_idx]
-            if held.shape[2] < most:  # twice as many, so that growing costs nothing in the long run
+            if held.shape[2] < most:  # doubling makes the cost of growth constant per token
                 more = held.new_zeros(*held.shape[:2], max(most, 2 * held.shape[2]) - held.shape[2], held.shape[3])
                 held = store[layer_idx] = torch.cat([held, more], dim=2)
             held[self.plan, :, slots] = new[:, :, 0]
@@ -50,10 +52,14 @@ class SlotCache:
         return out[0], out[1]
 
     def extend(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Before several tokens at once.
+        """Prepare for several tokens at once.
+
+        Args:
+            rows: B.
+            device: the device of the slots.
 
         Returns:
-            (B, P) bool: slots in use, of as many as the fullest row has.
+            (B, P) bool: the slots in use, where P is the number of the fullest row.
         """
         if not len(self.lengths):
             self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -61,7 +67,7 @@ class SlotCache:
         return torch.arange(self.width, device=device) < self.lengths[:, None]
 
     def keep(self, used: torch.Tensor) -> None:
-        """After several tokens at once: of each row the slots `used` (B, S) bool, in their order."""
+        """Keep, after several tokens at once, the slots `used` (B, S) bool of each row, in their order."""
         self.lengths = used.sum(1)
         order = used_first(used)
         for store in (self.keys, self.values):
@@ -70,19 +76,23 @@ class SlotCache:
                 store[layer] = held.gather(2, across)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Other rows, by their indices (R,)."""
+        """Select rows by their indices (R,) long."""
         self.lengths = self.lengths[rows]
         for store in (self.keys, self.values):
             for layer, held in store.items():
                 store[layer] = held[rows]
 
     def num_bytes(self) -> int:
-        """Of the slots in use."""
-        each = (x for store in (self.keys, self.values) for x in store.values())
-        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in each) * int(self.lengths.sum())
+        """Return the number of bytes of the slots in use."""
+        tensors = (x for store in (self.keys, self.values) for x in store.values())
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in tensors) * int(self.lengths.sum())
 
     def open(self, rows: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
-        """A new slot for each of `rows` (R,), behind the others or `at` (R,), from where on what was there is gone.
+        """Open a new slot in some rows.
+
+        Args:
+            rows (R,): long, the rows.
+            at (R,): long, the place of the new slot, which ends the row: later slots are dropped. None appends.
 
         Returns:
             (R, 1, 1, n) bool: which slots the new one sees.
@@ -95,13 +105,16 @@ class SlotCache:
 
 
 class ConceptCache:
-    """Three caches, in place of a `DynamicCache`: shallow layers hold every token, middle ones the concepts, deep ones the
-    concepts and the tail, which goes when the next concept takes its place.
+    """The cache of a model with concepts, in place of a `DynamicCache`.
+
+    Shallow layers hold every token, middle layers the concepts, deep layers the concepts and the tail of tokens. The
+    next concept
+    replaces the tail.
 
     Attributes:
-        layers: of the shallow, middle and deep layers.
-        memory: what the segmenter knows of the texts; None where concepts were given.
-        seen: tokens of a row, padding among them.
+        layers: the caches of the shallow, middle and deep layers.
+        memory: the state of the segmenter for each text. None if concepts were given.
+        seen: the number of tokens of a row, padding included.
     """
 
     is_compileable = False
@@ -113,38 +126,50 @@ class ConceptCache:
         self.seen = 0
 
     def keep(self, used: Iterable[torch.Tensor], tokens: int, memory: Memory | None) -> None:
-        """After so many tokens at once, what is kept of the slots (B, S) of shallow, middle and deep layers."""
+        """Keep some of the slots of several new tokens.
+
+        Args:
+            used: for shallow, middle and deep layers (B, S) bool, the slots to keep.
+            tokens: the number of new tokens.
+            memory: the new state of the segmenter.
+        """
         for layers, slots in zip(self.layers, used):
             layers.keep(slots)
         self.memory, self.seen = memory, self.seen + tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far, as `generate` counts them."""
+        """Return the number of tokens so far, as `generate` counts them."""
         return self.seen
 
     def num_bytes(self) -> int:
-        """Of the keys and values in use, over all rows."""
+        """Return the number of bytes of the keys and values in use, over all rows."""
         return sum(layers.num_bytes() for layers in self.layers)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Other rows."""
+        """Select rows by their indices (R,) long."""
         for layers in self.layers:
             layers.select(indices)
         self.memory = self.memory and self.memory.map(lambda x: x[indices])
 
-    reorder_cache = batch_select_indices  # as beam search calls it
+    reorder_cache = batch_select_indices  # the name in beam search
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times."""
+        """Repeat every row, copies next to each other."""
         rows = torch.arange(len(self.layers[0].lengths), device=self.layers[0].lengths.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, max_length: int) -> NoReturn:
-        """Raises a ValueError: a tail that was compressed is gone."""
+        """Refuse to remove tokens, since a tail that became a concept is gone.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError("tokens cannot be taken back out of concepts: no assisted decoding; sample, greedy or beams")
 
 
 def used_first(used: torch.Tensor, least: int = 0) -> torch.Tensor:
-    """Indices (B, n) of the slots `used` (B, T) bool, in their order; n as in the fullest row, at least `least`, the others
-    filled up with any."""
+    """Return indices (B, n) of the slots `used` (B, T) bool, in their order.
+
+    n is the number of the fullest row, and at least `least`. Other rows are filled with arbitrary indices.
+    """
     return (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(least, int(used.sum(1).max()))]

@@ -1,5 +1,9 @@
-"""A first codebook out of a model's own states. Then the middle layers read from the first step nearly what they read
-without concepts, and the head tells the codewords apart, where logits of random weights drown in their Gumbel noise."""
+"""Initialisation of the codebook from a model's own states (ours).
+
+With it the middle layers read from the first step nearly what they read without concepts, and the head can tell
+codewords
+apart. Logits of random weights would be lost in their Gumbel noise.
+"""
 
 import torch
 from torch import nn
@@ -7,26 +11,33 @@ from torch import nn
 from .config import OnlineConceptConfig
 
 
-CONFIDENCE = 0.9  # of the likeliest codeword, mean over states: sharper, and no gradient is left between codewords
+CONFIDENCE = 0.9  # mean probability of the most likely codeword; more would leave no gradient between codewords
 ROUNDS = 15  # of k-means
-AT_ONCE = 4096  # states whose logits are held
-SAME = 1e-5  # of the mean square: states that are no further apart are one, since distances come out of products
+AT_ONCE = 4096  # states whose logits are in memory at once
+SAME = 1e-5  # states closer than this share of the mean square count as equal, since distances have rounding errors
 
 
 @torch.no_grad()
 def set_codebook(backbone: nn.Module, states: torch.Tensor, seed: int = 0) -> None:
-    """Make head and embedding anew, in place: codewords are the centres m of k-means, their logits beta (h m - |m|^2 / 2),
-    those of a mixture of equal spheres, with beta such that the likeliest has a probability of 0.9.
+    """Initialise head and embedding in place: codewords are the centres m of k-means on the states.
 
-    Several codebooks share out the principal components of the states, every C-th to each, so that their embeddings add up
-    to the state. `<NULL>` has the same logit everywhere, the mean of what all codewords of the first codebook have
-    together; for the entropy segmenter, which does not compare the two, it stays as it is.
+    Their logits are beta (h m - |m|^2 / 2), those of a mixture of equal spheres. beta is chosen so that the most likely
+    codeword
+    has a mean probability of 0.9.
+
+    With several codebooks, each gets every C-th principal component of the states, so that their embeddings add up to
+    the state.
+    `<NULL>` has the same logit everywhere: the mean of the log-sum-exp over the codewords of the first codebook. The
+    entropy
+    segmenter does not compare the two, so for it the logit is unchanged.
 
     Args:
-        states (n, d): what the head reads.
+        backbone: the decoder with the concept modules.
+        states (n, d): floating point, inputs of the head.
+        seed: the seed of k-means.
 
     Raises:
-        ValueError: fewer different states than codewords.
+        ValueError: there are fewer different states than codewords.
     """
     with torch.autocast(states.device.type, enabled=False):  # a trainer's bf16 is too coarse for distances
         _set_codebook(backbone, states.float(), seed)
@@ -53,10 +64,11 @@ def _set_codebook(backbone: nn.Module, states: torch.Tensor, seed: int) -> None:
 
 
 def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
-    """Centres (number, d) of points (n, d): seeded as k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds.
+    """Compute the centres (number, d) of points (n, d) by k-means++ (Arthur and Vassilvitskii 2007) and Lloyd's
+    iterations.
 
     Raises:
-        ValueError: fewer different points than centres.
+        ValueError: there are fewer different points than centres.
     """
     squares = points.square().sum(-1)
     same = SAME * squares.mean()
@@ -82,14 +94,16 @@ def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> tor
 
 
 def affinity(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """(n, number): largest where the distance is smallest."""
+    """Return (n, number) values that are largest where the distance is smallest."""
     return points @ centres.T - centres.square().sum(-1) / 2
 
 
 def sharpness(points: torch.Tensor, centres: torch.Tensor) -> float:
-    """The beta at which the softmax of beta times the affinity is as sure as `CONFIDENCE`: bisected as its logarithm."""
-    some = points[:: max(1, len(points) // AT_ONCE)]
-    found = affinity(some, centres)
+    """Return the beta for which the mean largest softmax of beta times the affinity is `CONFIDENCE`, by bisection in
+    log10.
+    """
+    sample = points[:: max(1, len(points) // AT_ONCE)]
+    found = affinity(sample, centres)
     scale = found.std().log10().item()
     low, high = -scale - 6, -scale + 6
     for _ in range(50):
@@ -100,6 +114,6 @@ def sharpness(points: torch.Tensor, centres: torch.Tensor) -> float:
 
 
 def mean_together(points: torch.Tensor, centres: torch.Tensor, beta: float) -> torch.Tensor:
-    """Of log sum exp over the centres, the mean over points."""
+    """Return the mean over points of log sum exp over the centres."""
     parts = points.split(AT_ONCE)
     return sum((beta * affinity(part, centres)).logsumexp(-1).sum() for part in parts) / len(points)

@@ -1,4 +1,4 @@
-"""How a model compresses while it reads and writes."""
+"""Settings of concept compression."""
 
 from dataclasses import dataclass, field
 
@@ -9,26 +9,39 @@ GATES = ("literal", "factorised")
 
 @dataclass
 class OnlineConceptConfig:
-    """How a model compresses. Saved in `latent_reasoning.json` (a full model's
-    `config.json` has it too).
+    """How a model compresses. Saved in `latent_reasoning.json`, and in a full model's `config.json`.
 
     Attributes:
-        n_shallow, n_middle, n_deep: layers that run on every token, on concepts only, on concepts and the tail.
-        num_concepts: codewords V; the head has one more output, `<NULL>`, for tokens that deep context does not keep.
-        num_codebooks: a concept is so many codewords, one of each codebook, and their embeddings' sum. The first decides
-            against `<NULL>`.
-        segmenter: how long a concept is. `"null"`: a token whose concept is not `<NULL>` ends one. `"threshold"`:
-            probabilities add up, and every whole number that their sum passes ends one (accumulate and fire). `"fixed"`:
-            of every `stride` tokens the last `concepts_per_stride` become concepts. `"entropy"`: a token ends one where the
-            shallow layers, read by the LM head, are less sure of the next token than the `<NULL>` bias (nats).
-            `"autoregressive"`: as `"null"`, with a learned logit for every length that the concept could have.
-        gate: `"literal"`, the largest of V + 1 logits, sampled in training, with gradients through concepts only; or
-            `"factorised"`: concept or not by p = sigmoid(LSE(concepts) - l_NULL) > 1/2, in training as in decoding, which
-            has gradients on both sides, and only which concept is sampled.
+        n_shallow: the number of layers that run on every token.
+        n_middle: the number of layers that run on concepts only.
+        n_deep: the number of layers that run on concepts and the tail.
+        num_concepts: the number of codewords V. The head has one more output, `<NULL>`, for tokens that become no
+            concept.
+        num_codebooks: the number of codewords of a concept, one from each codebook. Their embeddings are added. The
+            first
+            codebook competes with `<NULL>`.
+        segmenter: what ends a concept. `"null"`: a token whose concept is not `<NULL>`. `"threshold"`: a token at which
+            the
+            sum of probabilities passes a whole number (accumulate and fire). `"fixed"`: of every `stride` tokens the
+            last
+            `concepts_per_stride`. `"entropy"`: a token at which the entropy of the next token, read by the LM head from
+            the
+            shallow layers, is above the `<NULL>` bias (nats). `"autoregressive"`: as `"null"`, with a learned logit for
+            each
+            possible length of the concept.
+        gate: `"literal"`: the largest of V + 1 logits, sampled in training, with gradients through concepts only.
+            `"factorised"`: a concept if p = sigmoid(LSE(concepts) - l_NULL) > 1/2, in training as in decoding, with
+            gradients on both sides. Only the codeword is sampled.
         stride, concepts_per_stride: of the fixed segmenter.
-        max_tail: a concept is forced where so many tokens have passed since the last one; None: no limit.
-        max_nulls: every token becomes a concept once so many of a text have not; None: no limit.
-        boundary_keeps_token: the token that became a concept stays in the tail until the next one does.
+        max_tail: the largest number of tokens since the last concept, after which a concept is forced. None means no
+            limit.
+        max_nulls: the number of tokens of a text that may become no concept. Further tokens all become concepts. None
+            means
+            no limit.
+        boundary_keeps_token: a token that became a concept also stays in the tail until the next one does.
+
+    Raises:
+        ValueError: a value is unknown or out of range, or settings contradict each other.
     """
 
     n_shallow: int = field(default=4)
@@ -71,6 +84,6 @@ class OnlineConceptConfig:
 
     @property
     def parts(self) -> tuple[range, range, range]:
-        """Indices of the shallow, middle and deep layers."""
+        """The indices of the shallow, middle and deep layers."""
         middle, deep = self.n_shallow, self.n_shallow + self.n_middle
         return range(middle), range(middle, deep), range(deep, deep + self.n_deep)

@@ -1,4 +1,4 @@
-"""FlexAttention as transformers' layers call it: compiled on a GPU, and plain on a CPU, where it checks the mask."""
+"""FlexAttention as an attention function for transformers: compiled on a GPU, and uncompiled on a CPU, to test masks."""
 
 import functools
 from collections.abc import Callable
@@ -11,16 +11,17 @@ from transformers import AttentionInterface
 
 
 FLEX = "concept_flex"
-FLEX_FROM = 2048  # slots: below, SDPA with a mask is as fast
+FLEX_FROM = 2048  # slots; for fewer, SDPA with a mask is as fast
 
 
 def flex_from(hidden: torch.Tensor) -> bool:
-    """Whether hidden states (B, S, d) are for FlexAttention: long ones on a GPU."""
+    """Return whether hidden states (B, S, d) should use FlexAttention: long ones on a GPU."""
     return hidden.device.type == "cuda" and hidden.shape[1] >= FLEX_FROM
 
 
 @functools.cache
 def kernel(device: str) -> Callable:
+    """Return FlexAttention for a type of device, compiled for CUDA."""
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
@@ -34,10 +35,10 @@ def flex_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (B, Hq, S, D), key and value (B, Hkv, S, D) to (B, S, Hq, D).
+    """Run FlexAttention on query (B, Hq, S, D) and key and value (B, Hkv, S, D). Return (B, S, Hq, D).
 
     Raises:
-        ValueError: attention dropout, which FlexAttention has not.
+        ValueError: there is attention dropout, which FlexAttention does not support.
     """
     if dropout:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""The forward of a model with concepts. Whole texts go through at once: what decoding token by token would compute, without
-a loop over tokens.
+"""The forward of a model with concepts (ours).
 
-Slot t of the deep layers holds middle(concept_t) where token t became a concept, and its shallow state where it did not.
-Logits of position t are read at slot t, which also covers a tail that has just become empty. Rotary positions stay those of
-the text.
+Whole texts are computed in parallel, with the result of decoding token by token. Slot t of the deep layers holds
+middle(concept_t) if token t became a concept, else its shallow state. Logits of position t are read at slot t, which
+also
+covers a tail that has just become empty. Rotary positions are those of the text.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from .segmenters import Memory
 
 @dataclass
 class ConceptOutput(BaseModelOutputWithPast):
-    """What the decoder returns: as without concepts, and
+    """The output of the decoder, with fields for concepts.
 
     Attributes:
-        shallow: (B, T, d), what the head reads.
-        choice: a `Choice`, which tokens became which concepts.
-        valid: (B, T) bool, real tokens.
+        shallow (B, T, d): in the model's dtype, the input of the head.
+        choice: which tokens became which concepts.
+        valid (B, T): bool, real tokens.
     """
 
     shallow: torch.Tensor | None = None
@@ -48,7 +48,19 @@ def run_layers(
     positions: torch.Tensor,
     cache: SlotCache | None = None,
 ) -> torch.Tensor:
-    """Decoder layers on hidden states (B, T, d), with a mask (B, 1, T, keys) bool and rotary positions (B, T)."""
+    """Run decoder layers.
+
+    Args:
+        backbone: the decoder.
+        layers: the indices of the layers.
+        hidden (B, T, d): in the model's dtype.
+        mask (B, 1, T, S): bool, or a `BlockMask`, or None for causal attention.
+        positions (B, T): long, rotary positions.
+        cache: the cache of the layers.
+
+    Returns:
+        (B, T, d) in the same dtype.
+    """
     rotary = backbone.rotary_emb(hidden, position_ids=positions)
     with attention(backbone, FLEX) if isinstance(mask, BlockMask) else contextlib.nullcontext():
         for i in layers:
@@ -65,7 +77,7 @@ def run_layers(
 
 @contextlib.contextmanager
 def attention(backbone: nn.Module, name: str) -> Iterator[None]:
-    """Another attention function for the block."""
+    """Use another attention function inside the context."""
     kept = backbone.config._attn_implementation
     backbone.config._attn_implementation = name
     try:
@@ -85,19 +97,29 @@ def concept_forward(
     concepts: torch.Tensor | None = None,
     **_: Any,
 ) -> ConceptOutput:
-    """The decoder's forward, in place of its class's.
+    """Run the decoder with concepts, in place of the forward of its class.
 
     Args:
-        input_ids (B, T) long, or inputs_embeds (B, T, d).
-        attention_mask (B, T), or (B, S) with those in the cache: real tokens, padded on either side; None: all.
-        position_ids (B, T): None counts the real tokens. Without a mask, every 0 in them begins another text of a packed
+        backbone: the decoder with the concept modules.
+        input_ids (B, T): long. None with `inputs_embeds`.
+        attention_mask (B, T): long or bool, real tokens, padded on either side; (B, S) if it also covers those in the
+            cache.
+            None means that every token is real.
+        position_ids (B, T): long. None counts the real tokens. Without a mask, every 0 begins another text of a packed
             row.
-        past_key_values: a `ConceptCache` to go on from; any other cache that is still empty, or None, begins one.
-        concepts: of each token its concept or `<NULL>`, (B, T) or (B, T, C) long, in place of the head's decision.
+        past_key_values: a `ConceptCache` to continue from. None, or another cache that is empty, starts a new one.
+        inputs_embeds (B, T, d): in the model's dtype. None with `input_ids`.
+        use_cache: as in transformers.
+        concepts (B, T): long, the concept of each token or `<NULL>`, instead of the head's decision. (B, T, C) for
+            several
+            codebooks.
+
+    Returns:
+        The output, with hidden states (B, T, d) in the model's dtype.
 
     Raises:
-        ValueError: both or neither of ids and embeddings, a mask that is not (B, T), or another kind of cache with tokens
-            in it.
+        ValueError: not exactly one of ids and embeddings is given; the mask is not (B, T); or another kind of cache has
+            tokens.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -119,7 +141,7 @@ def concept_forward(
 
 
 def real_at_last(attention_mask: torch.Tensor | None) -> bool:
-    """Whether the last token is real in every row."""
+    """Return whether the last token is real in every row."""
     return attention_mask is None or bool(attention_mask[:, -1].all())
 
 
@@ -131,7 +153,7 @@ def parallel(
     position_ids: torch.Tensor | None,
     cache: ConceptCache | None,
 ) -> ConceptOutput:
-    """Whole texts, or several tokens that follow what is in the cache; arguments as of `concept_forward`."""
+    """Process whole texts, or several tokens after those in the cache. The arguments are those of `concept_forward`."""
     config = backbone.concept_config
     caches = (None, None, None) if cache is None else cache.layers
     goes_on = cache is not None and cache.seen > 0
@@ -141,7 +163,7 @@ def parallel(
         if position_ids is not None and not goes_on and (position_ids[:, 1:] == 0).any():
             documents = (position_ids == 0).cumsum(1)
     else:
-        valid = attention_mask[:, -embeds.shape[1] :].bool()  # the mask is of what is in the cache too
+        valid = attention_mask[:, -embeds.shape[1] :].bool()  # the mask also covers the tokens in the cache
     past = [valid[:, :0] if layers is None else layers.extend(len(valid), valid.device) for layers in caches]
     if goes_on:
         position_ids = (cache.layers[0].lengths[:, None] + valid.cumsum(1) - 1).clamp(min=0)
@@ -159,7 +181,7 @@ def parallel(
     else:
         choice = given(backbone, concepts, valid)
 
-    # One slot at least, that training in several processes runs the middle layers in all of them
+    # At least one slot, so that in distributed training every process runs the middle layers
     order = used_first(choice.concept, least=int(backbone.training))
     kept = choice.concept.gather(1, order)
     middle = run_middle(backbone, choice, order, kept, position_ids, documents, past[1], caches[1])
@@ -167,7 +189,7 @@ def parallel(
     times = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     slots = Slots(times, valid, choice.concept, since, documents)
     hidden = middle.new_zeros(shallow.shape).scatter(1, across(order, middle), middle * kept[..., None])
-    if config.boundary_keeps_token:  # concepts have slots of their own, before those of the tokens
+    if config.boundary_keeps_token:  # concepts have separate slots, before those of the tokens
         tokens = Slots(times, valid, torch.zeros_like(valid), since, documents)
         made = slots.take(order)
         slots = Slots(
@@ -186,7 +208,7 @@ def parallel(
     else:
         hidden = blend(choice, hidden, shallow)
     positions = position_ids.gather(1, slots.times)
-    if past[2].shape[1]:  # concepts first, then the tail that they had
+    if past[2].shape[1]:  # the cache holds concepts first, then their tail
         place = torch.arange(past[2].shape[1], device=valid.device).expand_as(past[2])
         nothing = torch.zeros_like(place)
         slots = slots.behind(Slots(place - place.shape[1], past[2], place < caches[1].lengths[:, None], nothing))
@@ -200,10 +222,10 @@ def parallel(
 
 
 def known(cache: ConceptCache) -> Memory:
-    """What the segmenter knows of the texts in a cache.
+    """Return the segmenter's state for the texts in a cache.
 
     Raises:
-        ValueError: nothing.
+        ValueError: there is none, because concepts were given.
     """
     if cache.memory is None:
         raise ValueError("concepts: the text began with given concepts; give those of the next tokens too")
@@ -211,13 +233,17 @@ def known(cache: ConceptCache) -> Memory:
 
 
 def across(order: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Indices (B, n) of slots for tensors (B, S, d)."""
+    """Expand indices (B, n) of slots for tensors (B, S, d)."""
     return order[..., None].expand(-1, -1, like.shape[-1])
 
 
 def blend(choice: Choice, middle: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
-    """w c + (1 - w) h (B, T, d): the concept's state c where there is one and else h; with w's gradient, for which c is,
-    where there is none, the embedding of what it would be."""
+    """Return w c + (1 - w) h (B, T, d), where c is the state of a concept and h that of a token.
+
+    The value is c where there is a concept, else h. w has a gradient. For it, where there is no concept, c is the
+    embedding of
+    the concept that the token would become.
+    """
     if choice.weight is None:
         return torch.where(choice.concept[..., None], middle, shallow)
     c = torch.where(choice.concept[..., None], middle, choice.embeds.to(middle.dtype))
@@ -235,8 +261,10 @@ def run_middle(
     past: torch.Tensor,
     cache: SlotCache | None,
 ) -> torch.Tensor:
-    """(B, n, d): the middle layers on concepts alone, which stand at `order` (B, n) where `kept` (B, n), behind those of a
-    cache, `past` (B, P)."""
+    """Run the middle layers on concepts alone: (B, n, d).
+
+    The concepts are at `order` (B, n) where `kept` (B, n) is set. Those of a cache, `past` (B, P), come before them.
+    """
     embeds = choice.embeds.gather(1, across(order, choice.embeds))
     if not order.shape[1]:
         return embeds
@@ -248,12 +276,12 @@ def run_middle(
 def run_deep(
     backbone: nn.Module, hidden: torch.Tensor, slots: Slots, positions: torch.Tensor, cache: SlotCache | None
 ) -> torch.Tensor:
-    """(B, S, d): the deep layers on the last S slots in the order in which they stand; those before are in the cache."""
+    """Run the deep layers on the last S slots, in their order: (B, S, d). Earlier slots are in the cache."""
     layers = backbone.concept_config.parts[2]
     if cache is not None or not flex_from(hidden):
         mask = slots.dense_mask(slots.times.shape[1] - hidden.shape[1])
         return run_layers(backbone, layers, hidden, mask, positions, cache)
-    # Concepts first: tokens' own blocks are then all that is left to skip, and nearly all of them are
+    # With concepts first, nearly all blocks that are not of a token's own text part can be skipped
     order = (~slots.concept).to(torch.uint8).argsort(dim=1, stable=True)
     mask = slots.take(order).block_mask()
     out = run_layers(backbone, layers, hidden.gather(1, across(order, hidden)), mask, positions.gather(1, order))
@@ -263,7 +291,7 @@ def run_deep(
 def step(
     backbone: nn.Module, embeds: torch.Tensor, concepts: torch.Tensor | None, cache: ConceptCache
 ) -> ConceptOutput:
-    """One more token (B, 1, d) for every row; arguments as of `concept_forward`."""
+    """Process one more token (B, 1, d) of every row. The arguments are those of `concept_forward`."""
     config = backbone.concept_config
     shallow, middle, deep = cache.layers
     everyone = torch.arange(len(embeds), device=embeds.device)

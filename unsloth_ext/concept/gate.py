@@ -1,4 +1,4 @@
-"""Which tokens become which concepts, and with what gradient."""
+"""The choice of tokens that become concepts, with its gradients (ours; straight-through Gumbel: arXiv 1611.01144)."""
 
 from dataclasses import dataclass
 
@@ -11,22 +11,24 @@ from .packing import Texts
 from .segmenters import Memory, boundaries
 
 
-ENTROPY_ROWS = 1024  # tokens whose logits over the vocabulary are held at once
+ENTROPY_ROWS = 1024  # tokens for which logits over the vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of each token its concept.
+    """The concept of each token.
 
     Attributes:
-        concept (B, T) bool: which tokens become one.
-        ids (B, T, C) long: which, a codeword of each codebook; 0 where none.
-        embeds (B, T, d): the concepts' embeddings with their gradient; where none, of the factorised gate in training the
-            one that it would be, else 0.
-        weight (B, T): 1 where there is a concept and else 0, with the gradient of the probability; None: a choice that has
-            none.
-        logit (B, T): of being a concept; None where concepts were given.
-        logits (B, T, C V + 1): of the head, at least fp32; None where concepts were given.
+        concept (B, T): bool, the tokens that become one.
+        ids (B, T, C): long, a codeword of each codebook, 0 where there is no concept.
+        embeds (B, T, d): in the model's dtype, the concepts' embeddings with their gradient. Where there is no concept:
+            that
+            of the concept the token would become, with the factorised gate in training, else 0.
+        weight (B, T): floating point, 1 where there is a concept, else 0, with the gradient of the probability. None
+            for a
+            choice without this gradient.
+        logit (B, T): fp32 or wider, of being a concept. None if concepts were given.
+        logits (B, T, C V + 1): fp32 or wider, of the head. None if concepts were given.
     """
 
     concept: torch.Tensor
@@ -38,12 +40,12 @@ class Choice:
 
     @property
     def probability(self) -> torch.Tensor | None:
-        """(B, T), of being a concept."""
+        """The probability (B, T) of being a concept."""
         return None if self.logit is None else self.logit.sigmoid()
 
 
 def given(backbone: nn.Module, ids: torch.Tensor, valid: torch.Tensor) -> Choice:
-    """These concepts, (B, T) or (B, T, C) long, `<NULL>` for none; gradients reach their embeddings only."""
+    """Use these concepts, (B, T) or (B, T, C) long, with `<NULL>` for none. Gradients reach only their embeddings."""
     ids = ids if ids.dim() == 3 else ids[..., None]
     concept = (ids[..., 0] != backbone.concept_config.null) & valid
     ids = ids.masked_fill(~concept[..., None], 0)
@@ -57,10 +59,16 @@ def decide(
     texts: Texts,
     memory: Memory,
 ) -> tuple[Choice, Memory]:
-    """The head's decision on shallow states (B, T, d), as the settings say; a sample in training.
+    """Decide on concepts with the head, by the settings. In training, sample.
+
+    Args:
+        backbone: the decoder with the concept modules.
+        shallow (B, T, d): in the model's dtype, the states of the shallow layers.
+        texts: the layout of the texts.
+        memory: the segmenter's state before these tokens.
 
     Returns:
-        The choice, and what the segmenter knows after these tokens.
+        The choice, and the segmenter's state after these tokens.
     """
     config, gate, training = backbone.concept_config, backbone.concept_gate, backbone.training
     logits = backbone.concept_head(shallow)
@@ -106,11 +114,17 @@ def decide(
 
 
 def expected_embedding(backbone: nn.Module, noisy: torch.Tensor, null: torch.Tensor | None) -> torch.Tensor:
-    """e_soft = sum_v y_v E_v, y = softmax(noisy / temperature), for concepts only: over all tokens it would be most of the
-    cost.
+    """Compute e_soft = sum_v y_v E_v with y = softmax(noisy / temperature), for concepts only.
+
+    For all tokens this would be most of the cost.
 
     Args:
-        noisy (n, C, V): logits with their noise. null (n,): of `<NULL>`, where the first codebook is against it.
+        backbone: the decoder with the concept modules.
+        noisy (n, C, V): fp32 or wider, logits with their noise.
+        null (n,): fp32 or wider, the logit of `<NULL>` with its noise, if the first codebook competes with it.
+
+    Returns:
+        (n, d) in the dtype of the embedding.
     """
     if null is not None:
         beside = torch.full_like(noisy[..., :1], -torch.inf)
@@ -123,7 +137,7 @@ def expected_embedding(backbone: nn.Module, noisy: torch.Tensor, null: torch.Ten
 
 @torch.no_grad()
 def next_entropy(backbone: nn.Module, shallow: torch.Tensor) -> torch.Tensor:
-    """(B, T), nats: of the next token, by the LM head on the shallow layers' states (B, T, d)."""
+    """Return the entropy (B, T), in nats, of the next token by the LM head on states (B, T, d) of the shallow layers."""
     found = []
     for part in shallow.flatten(0, 1).split(ENTROPY_ROWS):
         logits = logits_of(backbone.concept_causal_lm, backbone.norm(part))

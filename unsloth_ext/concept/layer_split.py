@@ -1,4 +1,4 @@
-"""Whether a decoder's layers, run apart as concepts run them, make what the decoder makes."""
+"""A check that a decoder's layers can be run separately."""
 
 import torch
 from torch import nn
@@ -12,13 +12,13 @@ from .masks import causal_mask
 
 @torch.no_grad()
 def check_split(model: nn.Module) -> float:
-    """Compares all layers and the final norm on a random text with the decoder's own forward.
+    """Compare a separate run of all layers and the final norm with the decoder's own forward, on a random text.
 
     Returns:
-        What the decoder multiplies embeddings with before its first layer (Gemma, Granite).
+        The factor of embeddings before the first layer (Gemma, Granite).
 
     Raises:
-        ValueError: it does something else before, between or behind its layers.
+        ValueError: the decoder does something else before, between or after its layers.
     """
     backbone, name = backbone_of(model), type(model).__name__
     if not all(hasattr(backbone, part) for part in ("layers", "norm", "rotary_emb", "embed_tokens")):

@@ -1,4 +1,6 @@
-"""Who sees whom: causal among concepts, and in the deep layers every concept so far and the tail of tokens."""
+"""Attention masks for concepts: causal among concepts; in deep layers, all concepts so far and the tail of tokens
+(ours).
+"""
 
 from dataclasses import dataclass
 
@@ -8,11 +10,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 @dataclass(frozen=True)
 class Slots:
-    """What stands in the deep layers' slots, in any order; all (B, S).
+    """The slots of the deep layers, in any order.
 
     Attributes:
-        times: place of its token in the text. valid: real. concept: a concept, not a token.
-        since: concepts of the row up to its token. documents: which text it is of, where rows are packed, or None.
+        times (B, S): long, the place of the slot's token in the text.
+        valid (B, S): bool, real slots.
+        concept (B, S): bool, slots of concepts and not of tokens.
+        since (B, S): long, the number of concepts of the row up to the slot's token.
+        documents (B, S): long, the slot's text in packed rows. None without packing.
     """
 
     times: torch.Tensor
@@ -22,14 +27,16 @@ class Slots:
     documents: torch.Tensor | None = None
 
     def take(self, order: torch.Tensor) -> "Slots":
-        """The slots at `order` (B, S')."""
+        """Return the slots at `order` (B, S') long."""
         found = (self.times, self.valid, self.concept, self.since, self.documents)
         return Slots(*(None if x is None else x.gather(1, order) for x in found))
 
     def allowed(self, b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Whether in row b slot q sees slot k: a concept the concepts so far, a token these and the tokens since the last.
+        """Return whether in row b slot q sees slot k. The indices broadcast.
 
-        Indices that broadcast. What is not real sees itself alone, since a row of attention must not be empty.
+        A concept sees the concepts so far. A token sees these and the tokens since the last one. Slots that are not
+        real see only
+        themselves, since an attention row must not be empty.
         """
         seen = (self.times[b, k] <= self.times[b, q]) & self.valid[b, k]
         tail = ~self.concept[b, q] & (self.since[b, k] == self.since[b, q])
@@ -39,20 +46,20 @@ class Slots:
         return seen | (q == k)
 
     def behind(self, past: "Slots") -> "Slots":
-        """These slots, with others of the same texts before them."""
-        both = zip(
+        """Return these slots after others of the same texts."""
+        pairs = zip(
             (past.times, past.valid, past.concept, past.since), (self.times, self.valid, self.concept, self.since)
         )
-        times, valid, concept, since = (torch.cat(parts, dim=1) for parts in both)
+        times, valid, concept, since = (torch.cat(parts, dim=1) for parts in pairs)
         return Slots(times, valid, concept, since, self.documents)
 
     def dense_mask(self, first: int = 0) -> torch.Tensor:
-        """(B, 1, S - first, S) bool, for SDPA: what the slots from `first` on see."""
+        """Return the mask (B, 1, S - first, S) bool for SDPA: what the slots from `first` on see."""
         rows, slots = (torch.arange(n, device=self.times.device) for n in self.times.shape)
         return self.allowed(rows[:, None, None], slots[first:, None], slots)[:, None]
 
     def block_mask(self) -> BlockMask:
-        """The same for FlexAttention, which skips blocks that nobody sees."""
+        """Return the mask for FlexAttention, which skips blocks that no query sees."""
         rows, slots = self.times.shape
         device = self.times.device
         return create_block_mask(
@@ -61,8 +68,10 @@ class Slots:
 
 
 def before(mask: torch.Tensor | None, past: torch.Tensor, count: int) -> torch.Tensor | None:
-    """A mask of `count` slots, as of `causal_mask`, with the slots of a cache before them, which all see where they are in
-    use, `past` (B, P) bool."""
+    """Extend a mask of `count` slots, as from `causal_mask`, by the slots of a cache before them, `past` (B, P) bool.
+
+    All new slots see the cached slots that are in use.
+    """
     rows, width = past.shape
     if not width:
         return mask
@@ -72,8 +81,10 @@ def before(mask: torch.Tensor | None, past: torch.Tensor, count: int) -> torch.T
 
 
 def causal_mask(valid: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor | None:
-    """(B, 1, T, T) bool of real slots (B, T): earlier ones and itself, of the same document; None where plain causal
-    attention does, with nothing but padding behind the real slots."""
+    """Return the causal mask (B, 1, T, T) bool of real slots (B, T), within each document.
+
+    None means that plain causal attention is enough: there is only padding after the real slots.
+    """
     if documents is None and (valid[:, 1:] <= valid[:, :-1]).all():
         return None
     times = torch.arange(valid.shape[1], device=valid.device)

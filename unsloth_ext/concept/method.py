@@ -1,4 +1,4 @@
-"""The record of concept tokens: middle layers that read discrete concepts in place of tokens."""
+"""The record of concept tokens, with which middle layers read discrete concepts instead of tokens."""
 
 from ..common.method import Method
 

@@ -1,4 +1,4 @@
-"""`ConceptModel`: load a model that compresses, and let it write."""
+"""`ConceptModel`, a model that compresses, with its tokenizer."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from .method import METHOD
 
 
 class ConceptModel(MethodModel):
-    """A model with its tokenizer, loaded from the folder that a trainer wrote.
+    """A model with concepts and its tokenizer.
 
     Attributes:
-        model: the causal LM, a `PeftModel` where an adapter was loaded. `model.generate` compresses by itself.
-        tokenizer: padding on the left.
+        model: the causal LM, or a `PeftModel` if an adapter was loaded. `model.generate` compresses by itself.
+        tokenizer: pads on the left.
     """
 
     method = METHOD
@@ -29,18 +29,18 @@ class ConceptModel(MethodModel):
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str], **kwargs: Any) -> Any:
-        """What comes after a text, or after each of several.
+        """Continue texts.
 
         Args:
-            **kwargs: as for `model.generate`; docs/generation.md has what works.
+            prompts: a text or several.
+            **kwargs: as for `model.generate`. docs/generation.md lists what works.
 
         Returns:
-            For a text a text, for texts a list of texts; with `num_return_sequences` > 1 a list in each text's place; with
+            A continuation for a text, a list for several texts. With `num_return_sequences` > 1 each is a list. With
             `return_dict_in_generate` what `model.generate` returns.
 
         Raises:
-            ValueError: an argument that concepts do not survive, a prompt without tokens, or one that leaves no room for
-                what comes after it.
+            ValueError: an argument does not work with concepts; or a prompt is empty or leaves no room for the answer.
         """
         if isinstance(prompts, str):
             found = self.generate([prompts], **kwargs)
@@ -63,7 +63,9 @@ class ConceptModel(MethodModel):
 
     @torch.no_grad()
     def segments(self, text: str) -> list[tuple[str, list[int]]]:
-        """The pieces of a text that its concepts stand for, in order: (piece, codewords); of a tail without one, []."""
+        """Return the pieces of a text that became concepts, in order, as (piece, codewords). A tail without a concept
+        has [].
+        """
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"].to(self.model.device)
         with evaluating(self.model):
             choice = backbone_of(self.model)(ids, use_cache=False).choice

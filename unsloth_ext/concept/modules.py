@@ -1,4 +1,4 @@
-"""The modules that a causal LM is given, and how its layers are split."""
+"""The modules of concept compression, and attaching them to a causal LM (ours)."""
 
 import types
 from dataclasses import dataclass
@@ -21,10 +21,16 @@ from .method import METHOD
 
 
 class ConceptHead(MasterLinear):
-    """Shallow hidden states (..., d) to logits (..., C V + 1) over the concepts of each codebook and, last, `<NULL>`.
+    """Linear head from shallow hidden states (..., d) to logits (..., C V + 1), for the codewords of each codebook and
+    `<NULL>`.
+
+    Args:
+        d: the width of the model.
+        config: how the model compresses.
+        **like: device and dtype.
 
     Attributes:
-        length_logits (max_tail,): of the autoregressive segmenter, else None.
+        length_logits (max_tail,): float32 or wider, of the autoregressive segmenter. None for others.
     """
 
     def __init__(self, d: int, config: OnlineConceptConfig, **like):
@@ -34,7 +40,14 @@ class ConceptHead(MasterLinear):
 
 
 class ConceptEmbedding(MasterWeights, nn.Embedding):
-    """Concepts (..., C) long, a codeword of each codebook, to what the middle layers read (..., d). `<NULL>` has no row."""
+    """Embedding of concepts: the sum of one codeword of each codebook. `<NULL>` has no row.
+
+    Args:
+        d: the width of the model.
+        config: how the model compresses.
+        std: the standard deviation of a concept's initial embedding.
+        **like: device and dtype.
+    """
 
     def __init__(self, d: int, config: OnlineConceptConfig, std: float, **like):
         self.num_concepts = config.num_concepts
@@ -42,18 +55,19 @@ class ConceptEmbedding(MasterWeights, nn.Embedding):
         nn.init.normal_(self.weight, std=std / config.num_codebooks**0.5)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embed concepts (..., C) long. The result is (..., d) in the dtype of the weight."""
         offsets = self.num_concepts * torch.arange(ids.shape[-1], device=ids.device)
         return super().forward(ids + offsets).sum(-2)
 
 
 @dataclass
 class ConceptGate:
-    """How the head's decisions are taken now; a trainer changes it as training goes on. Not saved.
+    """Settings of the head's decisions, which a trainer changes during training. They are not saved.
 
     Attributes:
         temperature: of the Gumbel softmax, in training.
-        segment_as: other settings for the segmenter alone, such as a fixed stride to begin with.
-        rescore: other scores (B, T) in place of the head's, to measure what its boundaries are worth.
+        segment_as: other settings for the segmenter alone, e.g. a fixed stride at the beginning.
+        rescore: maps scores (B, T) to other scores (B, T), to measure the value of the head's boundaries.
     """
 
     temperature: float = 1.0
@@ -62,14 +76,23 @@ class ConceptGate:
 
 
 def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None = None) -> PreTrainedModel:
-    """Give a causal LM its `ConceptHead` and `ConceptEmbedding`, in place; from now on its forward compresses. `generate`,
-    trainers and PEFT go on as before. Draws from the global RNG.
+    """Add a `ConceptHead` and a `ConceptEmbedding` to a causal LM, in place. Its forward then compresses.
 
-    Concepts start as large as the hidden states that token embeddings are: with their root mean square.
+    `generate`, trainers and PEFT work as before. Concepts start with the root mean square of token embeddings. The
+    global RNG is
+    used.
+
+    Args:
+        model: the causal LM.
+        config: how to compress. None means the defaults.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: the split does not add up to the model's layers, its attention is not SDPA over the whole text, it runs
-            Unsloth's fast forwards, or has concepts already.
+        ValueError: the split does not add up to the model's layers; its attention is not SDPA over the whole text; it
+            runs
+            Unsloth's fast forwards; or it already has concepts.
     """
     from .forward import concept_forward
     from .layer_split import check_split
@@ -95,19 +118,19 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
     backbone.concept_embedding = ConceptEmbedding(weight.shape[1], config, std, **like)
     backbone.concept_gate = ConceptGate()
     backbone.concept_embed_scale = scale
-    backbone.__dict__["concept_causal_lm"] = model  # not a submodule of itself
+    backbone.__dict__["concept_causal_lm"] = model  # so that the model does not become a submodule of itself
     backbone.forward = types.MethodType(concept_forward, backbone)
     remember(model, METHOD, config)
     return model
 
 
 def has_concepts(model: nn.Module) -> bool:
-    """Whether a causal LM, wrapped by PEFT or not, compresses."""
+    """Return whether a causal LM, wrapped by PEFT or not, compresses."""
     return settings_of(model, METHOD) is not None
 
 
 def with_concept_modules(config: PeftConfig) -> dict[str, Any]:
-    """The fields of a PEFT config that make it train and save head and embedding in full, and LoRA leave them alone.
+    """Return the fields of a PEFT config that train and save head and embedding in full and keep LoRA off them.
 
     Raises:
         ValueError: the PEFT method has no `modules_to_save`.

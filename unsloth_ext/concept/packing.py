@@ -1,14 +1,18 @@
-"""Texts in the rows of a batch, padded on either side or packed one behind the other, and the same texts a row each."""
+"""The layout of texts in a batch, padded on either side or packed into rows, and conversion to one text in each row."""
 
 import torch
 
 
 class Texts:
-    """Where each text's tokens stand.
+    """The places of each text's tokens.
+
+    Args:
+        valid (B, T): bool, real tokens.
+        documents (B, T): long, the text of each token in packed rows. None without packing.
 
     Attributes:
-        valid (B, T) bool: real tokens.
-        used (R, N) bool: which of N tokens each of R texts has; they come first. Without packing R is B.
+        valid (B, T): bool, real tokens.
+        used (R, N): bool, which of N places each of R texts uses; they come first. Without packing R is B.
     """
 
     def __init__(self, valid: torch.Tensor, documents: torch.Tensor | None = None):
@@ -29,11 +33,11 @@ class Texts:
         self.used[self.row[valid], self.column[valid]] = True
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What each token has (B, T), a text a row (R, N); 0 elsewhere."""
+        """Convert values of tokens (B, T) to one text in each row (R, N), with 0 in unused places."""
         out = x.new_zeros(self.used.shape)
         out[self.row[self.valid], self.column[self.valid]] = x[self.valid]
         return out
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
-        """The reverse of `rows`; anything where a token is not real."""
+        """Reverse `rows`. Values of tokens that are not real are arbitrary."""
         return x[self.row, self.column]

@@ -1,5 +1,6 @@
-"""Which tokens end a concept. One function decides for whole texts and, with what it remembers of them, for the next token:
-what training does is what decoding does.
+"""Segmenters, which decide what tokens end a concept (ours).
+
+The same function handles whole texts and, with its state, the next token, so training and decoding agree.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from .config import OnlineConceptConfig
 
 @dataclass(frozen=True)
 class Memory:
-    """What a segmenter knows of each row's text so far; all (B,).
+    """The state of a segmenter for each row's text.
 
     Attributes:
-        position: tokens. since: tokens after the last concept. nulls: tokens that are no concept.
-        charge: the sum of their probabilities, fp64.
+        position (B,): long, the number of tokens.
+        since (B,): long, the number of tokens after the last concept.
+        nulls (B,): long, the number of tokens that are no concept.
+        charge (B,): fp64, the sum of the tokens' probabilities.
     """
 
     position: torch.Tensor
@@ -26,11 +29,12 @@ class Memory:
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "Memory":
+        """Return the state before any token."""
         nothing = torch.zeros(rows, dtype=torch.long, device=device)
         return cls(nothing, nothing, nothing, nothing.double())
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Memory":
-        """Every tensor by `change`, such as other rows."""
+        """Apply `change` to every tensor, e.g. to select rows."""
         return Memory(*(change(x) for x in (self.position, self.since, self.nulls, self.charge)))
 
 
@@ -41,17 +45,18 @@ def boundaries(
     memory: Memory,
     length_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Memory]:
-    """What becomes a concept.
+    """Decide what tokens become concepts.
 
     Args:
-        score (B, N): logit of each token's being a concept, by itself. Without gradients.
-        valid (B, N) bool: real tokens, which come first in every row.
-        memory: of the texts before these tokens.
-        length_logits (max_tail,): of the autoregressive segmenter.
+        config: the settings of the segmenter.
+        score (B, N): floating point, the logit of each token for being a concept. Without gradients.
+        valid (B, N): bool, real tokens, which come first in every row.
+        memory: the state before these tokens.
+        length_logits (max_tail,): floating point, of the autoregressive segmenter.
 
     Returns:
-        concept (B, N) bool; length (B, N) long, how many tokens a concept that ended here would stand for; the memory after
-        these tokens.
+        The concepts (B, N) bool; the number of tokens (B, N) long that a concept ending there would stand for; and the
+        state after these tokens.
     """
     steps = torch.arange(1, score.shape[1] + 1, device=score.device)
     charge = memory.charge[:, None] + torch.where(valid, score.double().sigmoid(), 0).cumsum(1)
@@ -67,12 +72,12 @@ def boundaries(
         concept = score > 0
     concept = concept & valid
     if config.max_tail is not None:
-        # A forced concept starts a new count as a wanted one does, so they follow a wanted one at every max_tail
+        # A forced concept restarts the count as any other does, so after a chosen one they come at every max_tail
         concept = concept | (_since(concept, memory.since, steps) % config.max_tail == 0) & valid
     if config.max_nulls is not None:
         nulls = memory.nulls[:, None] + (~concept & valid).cumsum(1)
         concept = (concept | (nulls > config.max_nulls)) & valid
-    ended = torch.nn.functional.pad(concept, (1, 0))[:, :-1]  # with the token before
+    ended = torch.nn.functional.pad(concept, (1, 0))[:, :-1]  # whether the token before ended a concept
     length = 1 + _since(ended, memory.since, steps - 1)
     count = valid.sum(1)
     last = (count - 1).clamp(min=0)[:, None]
@@ -87,25 +92,33 @@ def boundaries(
 
 
 def _since(concept: torch.Tensor, before: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """(B, N) long: how many `steps` (N,) after the last concept; `before` (B,) says it of the text so far."""
+    """Return the number of `steps` (N,) since the last concept, (B, N) long. `before` (B,) is that number for the text
+    so far.
+    """
     last = torch.where(concept, steps, -before[:, None].expand_as(concept)).cummax(1).values
     return steps - last
 
 
 def _chain(score: torch.Tensor, length_logits: torch.Tensor, since: torch.Tensor) -> torch.Tensor:
-    """(B, N) bool: from concept to concept, each at the first length whose logit and the token's are together positive, at
-    the longest anyway. No loop over tokens: which concept would follow on every token, then the chain by doubling."""
+    """Follow concepts one by one and return them, (B, N) bool.
+
+    Each ends at the first length at which its logit plus the token's is positive, at the latest at the largest length.
+    There is
+    no loop over tokens: the next concept is computed for every token, and the chain is followed by doubling.
+    """
     rows, width = score.shape
     most = len(length_logits)
     lengths = torch.arange(1, most + 1, device=score.device)
-    before = -1 - since[:, None]  # the last concept of the text so far; then every token, as if it were one
+    before = -1 - since[:, None]  # the last concept so far comes first, then every token as if it were one
     start = torch.cat([before, torch.arange(width, device=score.device).expand(rows, -1)], dim=1)
     at = (start[..., None] + lengths).clamp(0, width - 1)
     row = torch.arange(rows, device=score.device)[:, None, None]
     ends = (score[row, at] + length_logits > 0) | (lengths == most)
     ends[:, 0] &= lengths > since[:, None]
     following = (start + 1 + ends.to(torch.uint8).argmax(-1)).clamp(max=width)
-    jump = torch.cat([following[:, 1:], following.new_full((rows, 1), width)], dim=1)  # behind the last token: nowhere
+    jump = torch.cat(
+        [following[:, 1:], following.new_full((rows, 1), width)], dim=1
+    )  # past the last token: no next concept
     reached = torch.zeros_like(jump, dtype=torch.bool).scatter(1, following[:, :1], True)
     span = 1
     while span <= width:
