@@ -1,4 +1,4 @@
-"""Reversible run-time changes to other people's code: the only place in this project that makes any.
+"""Reversible run-time changes to other packages. No other code of this project changes them.
 
 >>> import patches
 >>> patches.apply("fused_lm_head")      # idempotent; imports the target itself, so the order of imports does not matter
@@ -6,8 +6,8 @@
 True
 >>> patches.revert("fused_lm_head")
 
-`apply`, `revert`, `applied` (a context manager) and `status` work on names listed in `patches.NAMES`. Unknown names,
-untested versions and changed upstream signatures are errors. Nothing is imported or changed by `import patches`.
+`apply`, `revert`, `applied` (a context manager) and `status` take the names in `patches.NAMES`. Unknown names, untested
+versions and changed upstream signatures are errors. `import patches` imports and changes nothing.
 """
 
 from .registry import (

@@ -1,4 +1,4 @@
-"""The keywords a patched decoder forward understands, shared by Unsloth's and transformers' forwards."""
+"""The thinking keywords of a patched decoder forward, shared by Unsloth's and transformers' forwards."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def take_thinking(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Remove our keywords from `kwargs` and return those that were given.
 
     Raises:
-        ValueError: states without a mask that says where they belong.
+        ValueError: there are states without a mask that says where they belong.
     """
     thinking = {key: kwargs.pop(key) for key in KEYWORDS if key in kwargs}
     given = [key for key, value in thinking.items() if value is not None and value is not False]
@@ -32,22 +32,33 @@ def fused_embeddings(
     inputs_embeds: torch.Tensor | None,
     thinking: dict[str, Any],
 ) -> torch.Tensor:
-    """Embed the tokens, then fuse the thinking states in. There are three ways to say which is which:
+    """Embed the tokens and fuse the thinking states in. There are three kinds of calls:
 
-    | input_ids | inputs_embeds | tokens        | states                                                                |
-    |-----------|---------------|---------------|-----------------------------------------------------------------------|
-    | (B, T)    | -             | input_ids     | thinking_embeds (B, S, d), or the cache                               |
-    | -         | (B, T, d)     | inputs_embeds | thinking_embeds (B, S, d), or the cache                               |
-    | (B, T)    | (B, S, d)     | input_ids     | inputs_embeds, or the cache: the call of the dynamic projection's note |
+    | input_ids | inputs_embeds | tokens        | states                                                        |
+    |-----------|---------------|---------------|---------------------------------------------------------------|
+    | (B, T)    | -             | input_ids     | thinking_embeds (B, S, d), or the cache                       |
+    | -         | (B, T, d)     | inputs_embeds | thinking_embeds (B, S, d), or the cache                       |
+    | (B, T)    | (B, S, d)     | input_ids     | inputs_embeds, or the cache (the form with both inputs)       |
 
-    The maths lives on the model (`backbone.fuse_thinking`, put there by `unsloth_ext.attach_thinking`).
+    `backbone.fuse_thinking`, which `unsloth_ext.attach_thinking` adds, does the computation. The keywords of the
+    patched forward
+    are translated here: `thinking_embeds` become `thinking_states`, and `thinking_hidden_states_cache` becomes
+    `hidden_states`,
+    from which states are made.
 
-    The keywords of the patched forward end here: `thinking_embeds` become `thinking_states`, and
-    `thinking_hidden_states_cache` become the `hidden_states` that these are made from.
+    Args:
+        backbone: the decoder with the thinking modules.
+        input_ids (B, T): long, or None.
+        inputs_embeds (B, T, d): floating point, or None. (B, S, d) in the third kind of call.
+        thinking: the keywords, as from `take_thinking`.
+
+    Returns:
+        (B, T, d) in the dtype of the embeddings.
 
     Raises:
-        ValueError: the model has no thinking modules; there are no states; in the third way, states are given twice or
-            cannot be states.
+        ValueError: the model has no thinking modules; there are no states; or, in the third kind of call, states are
+            given
+            twice or have the wrong shape or dtype.
     """
     if not hasattr(backbone, "fuse_thinking"):
         raise ValueError(

@@ -1,5 +1,9 @@
-"""TRL's table of sampled completions (`log_completions`) reads the names of its columns as markup: a reward function or an
-extra column called `[/x]` ends training, and of a reward model called `rm[v2]` half the name is lost. TRL 1.15."""
+"""Patch of TRL's table of sampled completions (`log_completions`), which reads column names as markup.
+
+In TRL 1.15 a reward function or an extra column called `[/x]` ends training, and a reward model called `rm[v2]` loses
+half its
+name.
+"""
 
 import functools
 import sys
@@ -28,12 +32,12 @@ def _sites(*owners: Any) -> list[Site]:
 def _wrap(original: Any) -> Any:
     from rich import markup
 
-    def letter_by_letter(columns: dict | None) -> dict:
+    def escaped(columns: dict | None) -> dict:
         return {markup.escape(str(name)): values for name, values in (columns or {}).items()}
 
     @functools.wraps(original)
     def print_prompt_completions_sample(prompts, completions, rewards, *args, extra=None, **kwargs):
-        return original(prompts, completions, letter_by_letter(rewards), *args, extra=letter_by_letter(extra), **kwargs)
+        return original(prompts, completions, escaped(rewards), *args, extra=escaped(extra), **kwargs)
 
     return print_prompt_completions_sample
 

@@ -1,4 +1,4 @@
-"""Fingerprints of upstream code, read from its files: nothing is imported."""
+"""Fingerprints of upstream code, read from its files without importing it."""
 
 import ast
 import functools
@@ -11,13 +11,14 @@ DIGITS = 12
 
 
 def installed(place: str) -> str:
-    """The fingerprint of installed code: the first 12 hex digits of the SHA-256 of its source text, decorators included.
+    """Return the fingerprint of installed code: the first 12 hex digits of the SHA-256 of its source text with
+    decorators.
 
     Args:
-        place: `"package/folder/file.py:name"`; a method is `Class.method`.
+        place: `"package/folder/file.py:name"`. A method is `Class.method`.
 
     Returns:
-        The fingerprint; empty where the package, the file or the name is missing.
+        The fingerprint, or an empty string if the package, the file or the name is missing.
     """
     file, _, name = place.partition(":")
     source = _sources(file).get(name)
@@ -26,9 +27,9 @@ def installed(place: str) -> str:
 
 @functools.cache
 def _sources(file: str) -> dict[str, str]:
-    """Source text of every function, class, method and single assignment at the top of a file, by name."""
+    """Return the source text of every function, class and method of a file, by name."""
     package, _, rest = file.partition("/")
-    spec = importlib.util.find_spec(package)  # of a top-level package: imports nothing
+    spec = importlib.util.find_spec(package)  # for a top-level package this imports nothing
     path = Path(spec.submodule_search_locations[0], rest) if spec and spec.submodule_search_locations else None
     if path is None or not path.is_file():
         return {}

@@ -1,8 +1,10 @@
-"""TRL's fused LM head on a machine without a GPU: a chunked torch twin of its Triton kernel.
+"""Patch of TRL's fused LM head for machines without a GPU: a chunked PyTorch version of its Triton kernel.
 
-TRL 1.15 scores every token through `trl.kernels.ChunkedLogProbFunction`, whose kernels are Triton and need a GPU
-(without Triton the name is None and every loss ends in "'NoneType' object has no attribute 'apply'"). The twin keeps
-the call and the maths; CUDA tensors still go to the original. To be removed once TRL has a fallback of its own.
+TRL 1.15 scores every token with `trl.kernels.ChunkedLogProbFunction`, whose Triton kernels need a GPU. Without Triton
+the name
+is None, and every loss fails with "'NoneType' object has no attribute 'apply'". The replacement has the same arguments
+and
+results. CUDA tensors still use the original.
 """
 
 import types
@@ -20,7 +22,7 @@ TOKENS_PER_CHUNK = 2048
 
 
 def ensure() -> None:
-    """Apply this patch, except on Unsloth's CPU backend, which has put a twin of its own there."""
+    """Apply this patch, except on Unsloth's CPU backend, which has a replacement of its own."""
     if not _unsloth_did_it():
         apply(NAME)
 
@@ -37,7 +39,7 @@ def _sites(*owners: Any) -> list[Site]:
     if _unsloth_did_it():
         raise PatchError(f"patch {NAME!r} is not needed: Unsloth's CPU backend has replaced TRL's fused LM head")
     holder = trl_utils._ChunkedLogProbFunction
-    if holder is None or hasattr(holder, MARK):  # no Triton, or what was put in the place of None
+    if holder is None or hasattr(holder, MARK):  # None without Triton, or our replacement for it
         return [(trl_utils, "_ChunkedLogProbFunction")]
     return [(holder, "apply")]
 
@@ -73,7 +75,7 @@ def _signed(owner: Any, attribute: str) -> Any:
 
 
 def _wrap(original: Any) -> Any:
-    """Of `ChunkedLogProbFunction.apply`; without Triton, of the None in the class's place."""
+    """Wrap `ChunkedLogProbFunction.apply`, or the None that stands for the class without Triton."""
     if original is None:
         return types.SimpleNamespace(apply=_wrap(_without_triton).__func__, forward=_forward_signature)
 
@@ -88,7 +90,9 @@ def _wrap(original: Any) -> Any:
         logit_scale=1.0,
         outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ):
-        """Log-probs (N,) and the optional statistics of TRL's kernel; hidden (N, d), weight (V, d), targets (N,)."""
+        """Compute log-probs (N,) and the optional statistics of TRL's kernel for hidden (N, d), weight (V, d) and
+        targets (N,).
+        """
         if hidden.device.type != "cpu":
             return original(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
@@ -97,7 +101,7 @@ def _wrap(original: Any) -> Any:
         rest = (temperature, final_logit_softcapping, logit_scale, outputs)
         if len(hidden) <= TOKENS_PER_CHUNK:
             return _chunk(hidden, *args, targets, *rest)
-        # Recompute each chunk's logits in the backward: never more than one chunk's (tokens, V) is alive
+        # Recompute each chunk's logits in the backward pass, so that only one chunk's (tokens, V) is in memory at a time
         chunks = [
             checkpoint(_chunk, h, *args, t, *rest, use_reentrant=False)
             for h, t in zip(hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True)

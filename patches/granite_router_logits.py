@@ -1,5 +1,7 @@
-"""GraniteMoeShared's router logits, which transformers 5.17 does not record: with `output_router_logits` its causal LM
-fails on an auxiliary loss that is the integer 0, and TRL's trainers find none. To be removed once transformers has them.
+"""Patch of GraniteMoeShared's forward, which records no router logits in transformers 5.17.
+
+With `output_router_logits` its causal LM fails on an auxiliary loss that is the integer 0, and TRL's trainers find no
+loss.
 """
 
 import functools
@@ -35,7 +37,7 @@ def _wrap(original: Any) -> Any:
         finally:
             for handle in handles:
                 handle.remove()
-        if not isinstance(outputs, tuple):  # asked for without names
+        if not isinstance(outputs, tuple):  # a tuple (`return_dict=False`) has no place for them
             outputs.router_logits = tuple(found)
         return outputs
 

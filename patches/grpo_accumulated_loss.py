@@ -1,18 +1,25 @@
-"""Unsloth's GRPO loss (`grpo_accumulated_loss`): its model forwards see thinking states.
+"""Patch of Unsloth's GRPO loss (`grpo_accumulated_loss`), whose model forwards then get thinking states.
 
 Upstream drops the padding, reorders the batch (left-packed rows in chunks, or all rows in one packed sequence) and
-forwards token ids only. The replacement takes the keywords of the patched decoder forward in the layout of the
-*batch* - `thinking_mask` (B, C) and states (B, C, d) over the last C columns of `input_ids` (B, P + C) - and brings
-each forward's share of them into that forward's layout: a pre-hook on the decoder finds the rows by their tokens.
-Tokens that are not a sequence of whole rows of the batch are an error, and so is a row that no forward asked for.
-Pad tokens never think; upstream tells them by their id, wherever they stand. Shared-prompt deduplication
-(PrefixGrouper) is off meanwhile. Without thinking tensors, the original runs untouched.
+forwards
+only token ids. The replacement takes the keywords of the patched decoder forward in the layout of the *batch*:
+`thinking_mask` (B, C) and states (B, C, d) over the last C columns of `input_ids` (B, P + C). A pre-hook on the decoder
+finds
+the rows of each forward by their tokens and brings their states into that forward's layout. Tokens that are not a
+sequence of
+whole rows of the batch are an error, and so is a row that is never forwarded. Pad tokens never think; upstream
+identifies
+them by their id, at any position. Shared-prompt deduplication (PrefixGrouper) is off meanwhile. Without thinking
+tensors the
+original runs unchanged.
 
 A trainer uses two contexts:
 
     with thinking_batch(thinking_mask=..., thinking_embeds=...):             # the loss, with gradients
-        loss = super().compute_loss(model, inputs, ...)                      # cannot pass keywords on: they wait here
-    with thinking_forwards(model, input_ids, pad, thinking_mask=..., ...):   # old log-probs; the reference has none
+        loss = super().compute_loss(model, inputs, ...)                      # takes no extra keywords, so they are held
+        here
+    with thinking_forwards(model, input_ids, pad, thinking_mask=..., ...):   # old log-probs; the reference has no
+        states
         out = super()._get_per_token_logps_and_entropies(model, input_ids, ...)
 """
 
@@ -33,20 +40,25 @@ from .registry import Patch, PatchError, Site, applied
 
 NAME = "grpo_accumulated_loss"
 STATES = ("thinking_embeds", "thinking_hidden_states_cache")
-Batch = tuple[dict[str, Any], list[torch.Tensor]]  # keywords to take, log-probs to give
+Batch = tuple[dict[str, Any], list[torch.Tensor]]  # keywords for the loss, and log-probs from it
 _batch: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("thinking_batch", default=None)
 
 
 @contextlib.contextmanager
 def thinking_batch(**thinking: Any) -> Iterator[list[torch.Tensor]]:
-    """Give the one `grpo_accumulated_loss` call inside the keywords `thinking` (those of `thinking_forwards`).
+    """Pass thinking keywords to the one `grpo_accumulated_loss` call inside the context.
+
+    Args:
+        **thinking: those of `thinking_forwards`.
 
     Yields:
-        A list, into which that call puts the log-probs its loss is made from, in Unsloth's layout: (B, C + W), row i's
-        completion starting at column W - (left pads of row i).
+        A list to which that call appends the log-probs of its loss, in Unsloth's layout: (B, C + W), where the
+            completion
+        of row i starts at column W - (left pads of row i).
 
     Raises:
-        PatchError: nothing inside took them, so the loss did not think.
+        TypeError: a keyword is unknown.
+        PatchError: no call inside took the keywords, so the loss was computed without thinking.
     """
     unknown = thinking.keys() - set(KEYWORDS)
     if unknown:
@@ -73,17 +85,20 @@ def thinking_forwards(
     recompute_thinking_projection: bool = False,
     thinking_hidden_states_cache: torch.Tensor | None = None,
 ) -> Iterator[None]:
-    """Fuse thinking states into every forward of `model` inside, in whatever layout it is called.
+    """Fuse thinking states into every forward of `model` inside the context, in any layout of the batch.
 
     Args:
         model: a causal LM with thinking modules, under any wrapper.
-        input_ids (B, P + C) long: the batch; its tokens other than `pad_token_id` are what the forwards are given.
-        thinking_mask (B, C) bool: which of the last C tokens think.
-        thinking_embeds (B, C, d): the state of each of them; or
-        thinking_hidden_states_cache (B, C, d): what to make it from, with `recompute_thinking_projection=True`.
+        input_ids (B, P + C): long, the batch. Forwards get its tokens other than `pad_token_id`.
+        pad_token_id: the padding token.
+        thinking_mask (B, C): bool, which of the last C tokens think.
+        thinking_embeds (B, C, d): floating point, the state of each of them.
+        recompute_thinking_projection: make the states from `thinking_hidden_states_cache` instead.
+        thinking_hidden_states_cache (B, C, d): floating point, the hidden states to make them from.
 
     Raises:
-        ValueError: wrong shapes, no thinking modules, or a forward whose tokens are not rows of the batch.
+        ValueError: shapes do not fit, the model has no thinking modules, or the tokens of a forward are not rows of the
+            batch.
         PatchError: some rows were never forwarded.
     """
     states = thinking_hidden_states_cache if recompute_thinking_projection else thinking_embeds
@@ -108,7 +123,7 @@ def thinking_forwards(
 
 
 class _Rows:
-    """The batch without padding, row after row: tokens (N,), mask (N,), states (N, d)."""
+    """The batch without padding, row after row: tokens (N,), mask (N,) and states (N, d)."""
 
     def __init__(self, input_ids, pad_token_id, thinking_mask, states, keyword):
         keep = input_ids != pad_token_id
@@ -121,7 +136,7 @@ class _Rows:
         self.row, self.unseen = 0, {row for row, n in enumerate(keep.sum(dim=1).tolist()) if n}
 
     def hand_over(self, decoder, args, kwargs):
-        """Forward pre-hook: add the keywords for this call's tokens, input_ids (b, T)."""
+        """Forward pre-hook: add the keywords for the tokens of this call, input_ids (b, T)."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
             raise ValueError("a forward with inputs_embeds inside thinking_forwards: its tokens cannot be known")
@@ -134,7 +149,9 @@ class _Rows:
         return args, kwargs
 
     def _find(self, ids: torch.Tensor) -> slice:
-        """Where in the batch these tokens (n,) are: whole rows, looked for from the row after the last call's."""
+        """Return where in the batch these tokens (n,) are. They must be whole rows. The search starts after the last
+        call's rows.
+        """
         count = len(self.edges) - 1
         for first in (*range(self.row, count), *range(self.row)):
             start, end = self.edges[first], self.edges[first] + len(ids)
@@ -147,7 +164,7 @@ class _Rows:
 
 
 def _sites(*owners: Any) -> list[Site]:
-    """The generated trainer's own copy: patching `unsloth_zoo` after import would change nothing."""
+    """Return the generated trainer's own copy. To patch `unsloth_zoo` after its import would have no effect."""
     import trl
     import unsloth  # noqa: F401 - it replaces trl.GRPOTrainer
 

@@ -1,4 +1,4 @@
-"""The log-probs inside Unsloth's GRPO loss, which returns none: recorded as they pass to its autograd function."""
+"""Patch that records the log-probs of Unsloth's GRPO loss, which does not return them, at its autograd function."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ _scored: ContextVar[list[torch.Tensor] | None] = ContextVar("scored_log_probs", 
 
 @contextlib.contextmanager
 def recording(loss: Callable, scored: list[torch.Tensor]) -> Iterator[None]:
-    """While open, `loss` (Unsloth's `grpo_accumulated_loss`) puts the log-probs it is made from into `scored`."""
+    """Append the log-probs of `loss` (Unsloth's `grpo_accumulated_loss`) to `scored`, while the context is open."""
     token = _scored.set(scored)
     try:
         with applied(NAME, inspect.unwrap(loss).__globals__):

@@ -1,11 +1,14 @@
-"""Unsloth's decoder forward (`LlamaModel_fast_forward`): accept thinking states as keywords.
+"""Patch of Unsloth's decoder forward (`LlamaModel_fast_forward`), which then accepts thinking states.
 
-One function serves Unsloth's llama, mistral, gemma, gemma2, qwen2, qwen3 and others, but each family's module imports
-its own name for it, and loading a model puts it on the transformers class (behind a gate that sends models that
-Unsloth did not load to the stock forward). All of these are rebound. Apply it before a model is loaded, or after.
+One function serves Unsloth's llama, mistral, gemma, gemma2, qwen2, qwen3 and others. Each family's module imports it
+under its
+own name, and loading a model puts it on the transformers class, behind a gate that sends models that Unsloth did not
+load to
+the stock forward. All of these are replaced. Apply the patch before or after a model is loaded.
 
-After `revert`, transformers classes of models loaded in between still reach the original through the replacement; it
-changes nothing for calls without our keywords.
+After `revert`, transformers classes of models loaded in between still call the original through the replacement. It
+changes
+nothing for calls without our keywords.
 """
 
 import functools
@@ -22,7 +25,7 @@ NAME = "LlamaModel_fast_forward"
 
 
 def _sites(*owners: Any) -> list[Site]:
-    import unsloth  # noqa: F401 - before transformers' classes are looked at: importing it changes them
+    import unsloth  # noqa: F401 - importing it changes transformers' classes, which are read below
     from unsloth.models import llama
 
     original = inspect.unwrap(getattr(llama, NAME))
@@ -39,14 +42,14 @@ def _sites(*owners: Any) -> list[Site]:
             continue
         for cls in [value for value in vars(module).values() if isinstance(value, type)]:
             forward = vars(cls).get("forward")
-            # A gate around our own replacement needs no second one
+            # A gate around our own replacement is patched already
             if cls.__module__ == name and forward is not None and _innermost(forward) is original:
                 sites.append((cls, "forward"))
     return sites
 
 
 def _innermost(function: Any) -> Any:
-    """What lies under all `functools.wraps` of a function; None where a replacement of ours is among them."""
+    """Return the function under all `functools.wraps` of a function, or None if a replacement of ours is among them."""
     while hasattr(function, "__wrapped__"):
         if vars(function).get(MARK) == PATCH.name:
             return None
@@ -59,7 +62,7 @@ def _wrap(original: Any) -> Any:
     def fast_forward(self, input_ids=None, *args, **kwargs):
         thinking = take_thinking(kwargs)
         if thinking.get("thinking_mask") is not None:
-            # Before Unsloth scales (gemma) and masks (DPO) them; it refuses both inputs at once
+            # This is before Unsloth scales (gemma) and masks (DPO) embeddings. It refuses ids and embeddings together
             kwargs["inputs_embeds"] = fused_embeddings(self, input_ids, kwargs.get("inputs_embeds"), thinking)
             input_ids = None
         return original(self, input_ids, *args, **kwargs)

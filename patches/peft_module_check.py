@@ -1,5 +1,9 @@
-"""Unsloth's `get_peft_model` takes embeddings, the LM head and norms in `modules_to_save` and refuses all else: let our
-thinking modules pass. (It asks `_norm_modules_to_save` whether an entry names modules it may train in full.)"""
+"""Patch of Unsloth's `get_peft_model`, which then accepts our thinking modules in `modules_to_save`.
+
+Unsloth accepts embeddings, the LM head and norms there and refuses everything else. It asks `_norm_modules_to_save`
+whether an
+entry names modules that it can train in full.
+"""
 
 import functools
 from typing import Any

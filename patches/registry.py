@@ -1,8 +1,10 @@
-"""Registry of patches: what is changed in other people's code, in which versions, and how it is undone.
+"""The registry of patches: what they change in other packages, for which versions, and how they are undone.
 
-There are two kinds of records. A `Patch` replaces a function or a class by one that calls the original: no upstream body
-is copied. A `Switch` sets a flag of upstream's to another value. Both name the upstream code they were written for by
-its fingerprint, and `status` warns when the installed code differs from it.
+There are two kinds of records. A `Patch` replaces a function or a class by one that calls the original; no upstream
+code is
+copied. A `Switch` sets an upstream flag to another value. Both have fingerprints of the upstream code they were written
+for,
+and `status` warns if the installed code differs.
 """
 
 import contextlib
@@ -45,7 +47,7 @@ _MARK = "__latent_patch__"
 
 
 class PatchError(RuntimeError):
-    """A patch cannot be applied, or what should be live is not."""
+    """A patch cannot be applied, or an applied patch is not live."""
 
 
 class UnknownPatchError(PatchError, KeyError):
@@ -56,7 +58,7 @@ class UnknownPatchError(PatchError, KeyError):
 
 
 class SignatureChangedError(PatchError):
-    """The upstream function no longer has the parameters the wrapper was written for."""
+    """The upstream function no longer has the parameters that the wrapper was written for."""
 
 
 Site = tuple[Any, str]
@@ -64,19 +66,19 @@ Site = tuple[Any, str]
 
 
 class Change:
-    """One site that is changed now. It keeps no model alive: a site on an object that is gone is gone as well."""
+    """One site that is changed now. It holds only a weak reference to its object, so it keeps no model in memory."""
 
     def __init__(self, owner: Any, attribute: str, replacement: Any):
         try:
             self._owner: Callable[[], Any] = weakref.ref(owner)
-        except TypeError:  # a kind of object that takes no weak references
+        except TypeError:  # this kind of object supports no weak references
             self._owner = lambda: owner
         self.attribute = attribute
         self.own = attribute in _attributes(owner)
         self.original = _read(owner, attribute)
         self.replacement = replacement
-        self.permanent = False  # made by `apply`, not only by `applied`
-        self.scopes = 0  # how many `applied` blocks stand on it
+        self.permanent = False  # whether `apply` made it, and not only `applied`
+        self.scopes = 0  # the number of open `applied` blocks that need it
 
     @property
     def owner(self) -> Any:
@@ -99,20 +101,20 @@ class Change:
 
 @dataclass(kw_only=True)
 class Record:
-    """What a `Patch` and a `Switch` have in common.
+    """The common part of `Patch` and `Switch`.
 
     Attributes:
-        name: the name `patches.apply` takes.
+        name: the name that `patches.apply` takes.
         package: the distribution whose tested range is checked first.
-        target: dotted name of what is changed, for messages.
-        sites: `sites(*owners) -> list[Site]`; without owners, all default places. May import the target's package.
-        fingerprints: of the upstream code this was written for: `{"package/file.py:name": hash}`, hashes by
+        target: the dotted name of the changed object, for messages.
+        sites: `sites(*owners) -> list[Site]`. Without owners it returns all default places. It may import the package.
+        fingerprints: of the upstream code this was written for: `{"package/file.py:name": hash}`, with hashes by
             `patches.fingerprints.installed`.
         effect: what it changes, in one sentence.
         reason: when and why it is needed, for `make doctor`.
         upstream: the upstream issue or pull request, or that there is none.
         removable: when this record can be deleted.
-        scoped: used with `patches.applied` for the length of a block, and not applied for good.
+        scoped: it is applied inside a block with `patches.applied`, and not permanently.
     """
 
     name: str
@@ -128,14 +130,14 @@ class Record:
     changes: list[Change] = field(default_factory=list, init=False)
 
     def is_ours(self, owner: Any, attribute: str) -> bool:
-        """Whether the site holds what this project puts there."""
+        """Return whether the site holds what this project puts there."""
         raise NotImplementedError
 
     def check(self, owner: Any, attribute: str) -> None:
-        """Raises a PatchError where the site is not what the record was written for."""
+        """Raise a PatchError if the site is not what the record was written for."""
 
     def replacement(self, owner: Any, attribute: str) -> Any:
-        """What to put at the site."""
+        """Return the new value of the site."""
         raise NotImplementedError
 
 
@@ -144,9 +146,9 @@ class Patch(Record):
     """A reversible replacement of a function or a class.
 
     Attributes:
-        parameters: parameter names of the target when the wrapper was written, in order.
+        parameters: the parameter names of the target when the wrapper was written, in order.
         wrap: `wrap(original) -> replacement`.
-        signed: `signed(owner, attribute)` gives the function that carries the parameters, when the target does not.
+        signed: `signed(owner, attribute)` returns the function that has the parameters, if the target itself has not.
     """
 
     parameters: tuple[str, ...]
@@ -154,7 +156,7 @@ class Patch(Record):
     signed: Callable[[Any, str], Any] = lambda owner, attribute: _get(owner, attribute)
 
     def is_ours(self, owner: Any, attribute: str) -> bool:
-        return hasattr(_read(owner, attribute), _MARK)  # a copy of ours, or one that is inherited, is ours too
+        return hasattr(_read(owner, attribute), _MARK)  # copies and inherited replacements count as ours too
 
     def check(self, owner: Any, attribute: str) -> None:
         found = tuple(inspect.signature(self.signed(owner, attribute)).parameters)
@@ -172,10 +174,10 @@ class Patch(Record):
 
 @dataclass(kw_only=True)
 class Switch(Record):
-    """A flag of upstream's that is set to another value.
+    """An upstream flag that is set to another value.
 
     Attributes:
-        value: `value() -> what to set`. May read the target's package.
+        value: `value()` returns the value to set. It may read the target's package.
     """
 
     value: Callable[[], Any]
@@ -199,14 +201,17 @@ class Switch(Record):
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """State of one patch.
+    """The state of one patch.
 
     Attributes:
-        applied: how many sites are changed now.
-        live: whether there are such sites, and each still holds what we put there.
-        fingerprint: of the installed upstream code (12 hex digits of a SHA-256); several are joined by spaces. Empty
-            where the package is not installed.
-        warnings: one sentence for each piece of upstream code that is not the one this was written for.
+        name: the name of the patch.
+        target: the dotted name of the changed object.
+        applied: the number of sites that are changed now.
+        live: whether there are such sites, and each still holds our replacement.
+        fingerprint: that of the installed upstream code (12 hex digits of a SHA-256); several are joined by spaces.
+            Empty
+            if the package is not installed.
+        warnings: one sentence for each piece of upstream code that differs from the one this was written for.
     """
 
     name: str
@@ -219,20 +224,28 @@ class PatchStatus:
 
 @functools.cache
 def get(name: str) -> Patch | Switch:
-    """The record called `name`; its module is imported now, the code it changes is not."""
+    """Return the record with this name. Its module is imported now, the code that it changes is not.
+
+    Raises:
+        UnknownPatchError: `name` is not in `NAMES`.
+    """
     if name not in NAMES:
         raise UnknownPatchError(f"no patch is called {name!r}; there are: {', '.join(NAMES)}")
     return importlib.import_module(f"{__package__}.{name}").PATCH
 
 
 def apply(name: str, *owners: Any) -> None:
-    """Change the target of `name` wherever it is bound now (or only on `owners`); a second call changes nothing.
+    """Apply a patch permanently. A second call changes nothing.
+
+    Args:
+        name: the name of the patch.
+        *owners: the objects to change. None given means every place where the target is bound now.
 
     Raises:
         UnknownPatchError: `name` is not in `NAMES`.
         UntestedVersionError: the package is outside its tested range and the override is not set.
         SignatureChangedError: the target's parameters differ from the recorded ones.
-        PatchError: the target is nowhere to be found, or a flag has been set to a third value since.
+        PatchError: the target was not found, or a flag was set to a third value.
     """
     with _lock:
         for change in _changed(get(name), owners):
@@ -241,7 +254,7 @@ def apply(name: str, *owners: Any) -> None:
 
 
 def revert(name: str) -> None:
-    """Put back what was replaced, bit for bit; a patch that is not applied is left alone."""
+    """Restore what was replaced, bit for bit. A patch that is not applied is left alone."""
     patch = get(name)
     with _lock:
         while patch.changes:
@@ -250,10 +263,18 @@ def revert(name: str) -> None:
 
 @contextlib.contextmanager
 def applied(name: str, *owners: Any) -> Iterator[None]:
-    """Apply for the length of a `with` block.
+    """Apply a patch inside a `with` block.
 
-    Blocks may be nested, and may overlap in several threads: the last one that stands on a site puts it back. A site that
-    `apply` has changed stays as it is.
+    Blocks may be nested, and may overlap in several threads: the last one to close restores a site. A site that `apply`
+    has
+    changed stays changed.
+
+    Args:
+        name: the name of the patch.
+        *owners: as for `apply`.
+
+    Raises:
+        PatchError: as for `apply`, with its other errors.
     """
     patch = get(name)
     with _lock:
@@ -273,7 +294,7 @@ def applied(name: str, *owners: Any) -> Iterator[None]:
 
 
 def _changed(patch: Patch | Switch, owners: tuple[Any, ...]) -> list[Change]:
-    """The changes at a patch's sites: those that are there, and the missing ones, made now."""
+    """Return the changes at a patch's sites. Missing ones are made."""
     versions.require_tested(patch.package)
     sites = patch.sites(*owners)
     if not sites:
@@ -282,7 +303,7 @@ def _changed(patch: Patch | Switch, owners: tuple[Any, ...]) -> list[Change]:
     todo = [(owner, attribute) for owner, attribute in sites if not patch.is_ours(owner, attribute)]
     for owner, attribute in todo:
         patch.check(owner, attribute)
-    replacements: dict[int, Any] = {}  # families share one function: give them one replacement
+    replacements: dict[int, Any] = {}  # families that share a function share its replacement
     for owner, attribute in todo:
         original = _read(owner, attribute)
         if id(original) not in replacements:
@@ -295,7 +316,11 @@ def _changed(patch: Patch | Switch, owners: tuple[Any, ...]) -> list[Change]:
 
 
 def verify(name: str) -> None:
-    """Raise `PatchError` unless our function is the one that runs at every site `apply` changed."""
+    """Check that our function runs at every site that `apply` changed.
+
+    Raises:
+        PatchError: another one runs there.
+    """
     patch = get(name)
     for change in list(patch.changes):
         owner, attribute = change.owner, change.attribute
@@ -307,7 +332,7 @@ def verify(name: str) -> None:
 
 
 def status() -> dict[str, PatchStatus]:
-    """State of every patch. Imports nothing that is not loaded yet."""
+    """Return the state of every patch. Nothing is imported that is not loaded yet."""
     with _lock:
         return {name: _status(get(name)) for name in NAMES}
 
@@ -331,14 +356,14 @@ def _attributes(owner: Any) -> Mapping[str, Any]:
 
 
 def _read(owner: Any, attribute: str) -> Any:
-    """What stands at a site, without calling descriptors; None where there is nothing."""
+    """Return the value at a site without calling descriptors; None if there is none."""
     if isinstance(owner, MutableMapping):
         return owner.get(attribute)
     return inspect.getattr_static(owner, attribute, None)
 
 
 def _get(owner: Any, attribute: str) -> Any:
-    """What stands at a site, as its users see it."""
+    """Return the value at a site, as its users see it."""
     return owner[attribute] if isinstance(owner, MutableMapping) else getattr(owner, attribute)
 
 

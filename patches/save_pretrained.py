@@ -1,7 +1,7 @@
-"""`save_pretrained` of transformers and PEFT: a model that has something to say about itself writes it beside its weights.
+"""Patch of `save_pretrained` of transformers and PEFT, after which a model can write more files into its folder.
 
-A decoder with an attribute `describe_saved(model, folder, kept_card)` is asked to, once the parent has saved. PEFT's
-`save_pretrained` rewrites the tags of a model card that is there already (0.21), so the card of before is handed on.
+If a decoder has an attribute `describe_saved(model, folder, kept_card)`, it is called after the original. PEFT's
+`save_pretrained` rewrites the tags of an existing model card (0.21), so the old card is passed as well.
 """
 
 import functools
@@ -19,7 +19,7 @@ def _sites(*owners: type) -> list[Site]:
 
 
 def describer(model: Any) -> Any:
-    """`describe_saved` of the decoder in a causal LM, through PEFT; None where it has none."""
+    """Return `describe_saved` of the decoder in a causal LM, through PEFT; None if it has none."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(getattr(bare, "base_model", None), "describe_saved", None)
 

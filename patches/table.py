@@ -10,7 +10,9 @@ LINK = re.compile(r"https://github\.com/[\w-]+/([\w-]+)/(?:issues|pull)/(\d+)")
 
 
 def table(scoped: bool) -> str:
-    """A Markdown table of the records that are applied for a while (`scoped`), or of those that are applied for good."""
+    """Return a Markdown table of the records that are applied inside blocks (`scoped`), or of those applied
+    permanently.
+    """
     return HEAD + "".join(_row(patch) for patch in map(registry.get, registry.NAMES) if patch.scoped is scoped)
 
 

@@ -1,8 +1,9 @@
-"""How TRL's trainers load models by name: `create_model_from_path` tells the caller which tensors the files lacked.
+"""Patch of `create_model_from_path`, with which TRL's trainers load models by name: missing tensors are reported.
 
-TRL 1.15 draws tensors that a model's files lack at random, with a warning that is easily missed. Inside
-`watching_models`, a function of ours sees each model and the names of the missing tensors before the trainer goes on; it
-may raise an error, or attach modules.
+TRL 1.15 draws tensors that are missing from a model's files at random, with a warning that is easily overlooked. Inside
+`watching_models`, a function of ours gets each model and the names of its missing tensors before the trainer continues.
+It may
+raise an error, or attach modules.
 """
 
 import contextlib
@@ -23,14 +24,17 @@ _watchers: ContextVar[tuple[tuple[dict, Seen], ...]] = ContextVar("model_watcher
 
 @contextlib.contextmanager
 def watching_models(init: Callable, seen: Seen) -> Iterator[None]:
-    """While open, `seen(model, name, missing_keys)` is called with each model that a trainer loads by name.
+    """Call `seen(model, name, missing_keys)` for each model that a trainer loads by name, while the context is open.
 
-    Blocks of one kind of trainer may be nested: the outermost `seen` is called first. Blocks of different trainers, and of
+    Contexts of one kind of trainer may be nested: the outermost `seen` is called first. Contexts of different trainers,
+    and of
     other threads, do not see each other's models.
 
     Args:
-        init: the trainer's `__init__`, which tells the module where the trainer looks the function up. A module that
-            lacks it (Unsloth's trainers take no names of models) is left alone.
+        init: the trainer's `__init__`. It gives the module in which the trainer finds `create_model_from_path`. A
+            module
+            without it is left alone (Unsloth's trainers take no names of models).
+        seen: the function to call.
     """
     names = inspect.unwrap(init).__globals__
     token = _watchers.set((*_watchers.get(), (names, seen)))
@@ -50,10 +54,10 @@ def _sites(*owners: Any) -> list[Site]:
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def create_model_from_path(model_id: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        watchers = _watchers.get()  # none in another thread
+        watchers = _watchers.get()  # empty in another thread
         model, found = original(model_id, *args, output_loading_info=True, **kwargs)
         for names, seen in watchers:
-            if names is watchers[-1][0]:  # of the trainer that is being built, not of one around it
+            if names is watchers[-1][0]:  # only those of the innermost trainer under construction
                 seen(model, model_id, found["missing_keys"])
         return (model, found) if output_loading_info else model
 

@@ -1,7 +1,7 @@
-"""How TRL's trainers load reward models and their tokenizers by name: functions of ours load them instead.
+"""Patch of the classes with which TRL's trainers load reward models and tokenizers: functions of ours load them.
 
-TRL 1.15 calls `from_pretrained` of two names in the trainer's module. Inside `loading_reward_models`, these names stand
-for subclasses whose `from_pretrained` is ours, which refuses incomplete files.
+TRL 1.15 calls `from_pretrained` of two names in the trainer's module. Inside `loading_reward_models` these names are
+subclasses whose `from_pretrained` is ours, which refuses incomplete files.
 """
 
 import contextlib
@@ -20,11 +20,14 @@ _loaders: ContextVar[Mapping[str, Callable] | None] = ContextVar("reward_model_l
 
 @contextlib.contextmanager
 def loading_reward_models(init: Callable, model: Callable, tokenizer: Callable) -> Iterator[None]:
-    """While open, `model(name, **kwargs)` and `tokenizer(name, **kwargs)` load a trainer's reward models and tokenizers.
+    """Load a trainer's reward models and their tokenizers with these functions, while the context is open.
 
     Args:
-        init: the trainer's `__init__`, which tells the module where the trainer looks the two classes up. A module that
-            lacks them (TRL's `SFTTrainer` takes no reward models) is left alone.
+        init: the trainer's `__init__`. It gives the module in which the trainer finds the two classes. A module without
+            them
+            is left alone (TRL's `SFTTrainer` takes no reward models).
+        model: called as `model(name, **kwargs)`.
+        tokenizer: called as `tokenizer(name, **kwargs)`.
     """
     names = inspect.unwrap(init).__globals__
     token = _loaders.set({MODEL: model, TOKENIZER: tokenizer})

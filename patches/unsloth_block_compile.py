@@ -1,7 +1,10 @@
-"""Unsloth compiles decoder layers whole in training: layers that are looked into run as they are written, from then on.
+"""Switch that stops Unsloth's compilation of decoder layers in training, for layers in which we observe attention.
 
-Once it has given LoRA to one model, Unsloth compiles the layers of all models of that class, stock ones too. What looks
-inside a layer would be in its graph; checkpointing's recomputation, after the look, would compile another one and fail.
+Once Unsloth has added LoRA to one model, it compiles the layers of all models of that class, stock ones too. An
+observer
+inside a layer would be compiled into its graph. The recomputation of checkpointing runs after the observation, would
+compile
+another graph, and fail.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Unsloth's decoding from captured CUDA graphs: off for a while. A replayed graph would skip our embedding hook."""
+"""Switch that turns off Unsloth's decoding from CUDA graphs, which would skip our embedding hook."""
 
 from typing import Any
 

@@ -1,8 +1,11 @@
-"""Unsloth's exports (merged, 4-bit, FP8, torchao, GGUF, OpenVINO, GGML, and pushes of these): none of them has a place for
-modules that a model's class does not know. They would write the rest without a word (2026.10.9): refused by name.
+"""Patch of Unsloth's exports, which then refuse a model whose modules they would leave out without a message
+(2026.10.9).
 
-All of them ask `_refuse_model_parallel_export` first. `save_pretrained_merged` is let through by its own patch, which
-writes what Unsloth leaves out.
+The exports (merged, 4-bit, FP8, torchao, GGUF, OpenVINO, GGML, and pushes of these) write no modules that the model's
+class
+does not know. All of them first call `_refuse_model_parallel_export`. `save_pretrained_merged` is allowed by its own
+patch,
+which writes what Unsloth leaves out.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ _allowed: ContextVar[bool] = ContextVar("allowed", default=False)
 
 @contextlib.contextmanager
 def allowed() -> Iterator[None]:
-    """Exports pass for the length of a `with` block."""
+    """Allow exports inside the context."""
     token = _allowed.set(True)
     try:
         yield
@@ -29,7 +32,7 @@ def allowed() -> Iterator[None]:
 
 
 def refuse(model: Any, method: str) -> None:
-    """Raises a ValueError if an export by this name would lose something of the model."""
+    """Raise a ValueError if the export with this name would leave out a part of the model."""
     if describer(model) is not None and not _allowed.get():
         raise ValueError(
             f"{method}: Unsloth's export would leave out the modules that this model thinks with. Save the adapter with "

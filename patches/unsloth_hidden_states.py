@@ -1,4 +1,4 @@
-"""Unsloth's forwards return the last hidden state in the place of the logits: on for a while, by Unsloth's own variable.
+"""Switch with which Unsloth's forwards return the last hidden state instead of the logits, by Unsloth's own variable.
 
 Unsloth multiplies by the LM head's weight without calling the module, so no hook sees the last hidden state.
 """

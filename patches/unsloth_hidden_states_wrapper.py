@@ -1,6 +1,7 @@
-"""Unsloth's GRPO trainer wraps forwards that do not return hidden states themselves: the wrapper steps aside for a while.
+"""Switch that turns off the wrapper of Unsloth's GRPO trainer around forwards that do not return hidden states
+themselves.
 
-It would run a decoding step twice. The flag is an attribute of the model, which Unsloth's wrapper reads.
+The wrapper would run a decoding step twice. The flag is an attribute of the model, which the wrapper reads.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Unsloth's shared-prompt deduplication (PrefixGrouper): off for a while, since it forwards no whole rows of the batch."""
+"""Switch that turns off Unsloth's shared-prompt deduplication (PrefixGrouper), which does not forward whole rows."""
 
 from typing import Any
 

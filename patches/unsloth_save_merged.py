@@ -1,6 +1,10 @@
-"""`save_pretrained_merged`: Unsloth copies the base's files and merges LoRA into them, so that our modules and settings are
-missing or as old as the base (2026.10.9). The decoder's `complete_saved(model, folder)` adds them; other methods than the
-16-bit merge and the adapter, and pushes, which upload before that, are refused.
+"""Patch of `save_pretrained_merged`, which then also writes our modules and settings.
+
+Unsloth copies the base's files and merges LoRA into them, so our modules and settings would be missing or as old as the
+base
+(2026.10.9). The decoder's `complete_saved(model, folder)` adds them. Only the 16-bit merge and the adapter are
+supported.
+Other methods are refused, and so are pushes, which upload before the files are complete.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""`push_to_hub`: transformers writes a card of its own over the one that the model was saved with, then uploads (5.17).
+"""Patch of `push_to_hub`, which writes transformers' model card over the saved one before it uploads (5.17).
 
 Every upload goes through `_upload_modified_files`, also those of PEFT, Unsloth and `save_pretrained(push_to_hub=True)`.
 """

@@ -1,4 +1,4 @@
-"""The versions that were tested together, and the check that stands before every patch and in `make doctor`."""
+"""The tested versions, and the check that every patch and `make doctor` run."""
 
 import os
 from importlib import metadata
@@ -8,15 +8,15 @@ from packaging.version import Version
 
 
 ALLOW_UNTESTED = "LATENT_ALLOW_UNTESTED_VERSIONS"
-"""Set this environment variable to 1 to go on with versions nobody has tested together."""
+"""Set this environment variable to 1 to continue with versions that were not tested together."""
 
 
 class UntestedVersionError(ImportError):
-    """An installed version lies outside the tested range."""
+    """An installed version is outside the tested range."""
 
 
 def _read_requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, read from the installed package: always, and for Unsloth."""
+    """Read the requirements of this package and of its extra `unsloth` from the installed metadata."""
     try:
         lines = metadata.requires("latent-reasoning-trl") or []
     except metadata.PackageNotFoundError:
@@ -32,7 +32,7 @@ OPTIONAL = frozenset(one.name for one in _read_requirements() if one.marker)
 
 
 def installed_version(package: str) -> Version | None:
-    """Version of `package` from its metadata, without importing it; None when it is not installed."""
+    """Return the version of `package` from its metadata, without importing it; None if it is not installed."""
     try:
         return Version(metadata.version(package))
     except metadata.PackageNotFoundError:
@@ -40,11 +40,12 @@ def installed_version(package: str) -> Version | None:
 
 
 def untested_allowed() -> bool:
+    """Return whether the override for untested versions is set."""
     return os.environ.get(ALLOW_UNTESTED, "0") == "1"
 
 
 def version_problem(package: str) -> str | None:
-    """One sentence that names the bad pair and the command that mends it, or None when all is well."""
+    """Return one sentence that names the wrong version and the command that fixes it, or None."""
     found, wanted = installed_version(package), TESTED[package]
     if found is None:
         return None if package in OPTIONAL else f"{package} is not installed. Run: pip install '{package}{wanted}'"
