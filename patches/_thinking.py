@@ -22,7 +22,7 @@ def take_thinking(kwargs: dict[str, Any]) -> dict[str, Any]:
     thinking = {key: kwargs.pop(key) for key in KEYWORDS if key in kwargs}
     given = [key for key, value in thinking.items() if value is not None and value is not False]
     if given and "thinking_mask" not in given:
-        raise ValueError(f"{', '.join(given)} without thinking_mask: it says which tokens think; without it none would")
+        raise ValueError(f"{', '.join(given)} without thinking_mask: the mask says which tokens think")
     return thinking
 
 
@@ -69,14 +69,14 @@ def fused_embeddings(
     if input_ids is not None and inputs_embeds is not None:
         if thinking.get("thinking_embeds") is not None:
             raise ValueError(
-                "input_ids, inputs_embeds and thinking_embeds: beside input_ids, inputs_embeds are the thinking states, so "
-                "these are given twice; leave one of the three out"
+                "input_ids, inputs_embeds and thinking_embeds: with input_ids, inputs_embeds are the thinking states, so "
+                "they are given twice; leave one of the three out"
             )
         mask, width = thinking["thinking_mask"], embedding.weight.shape[1]
         if inputs_embeds.shape != (*mask.shape, width) or not inputs_embeds.is_floating_point():
             raise ValueError(
-                f"inputs_embeds {tuple(inputs_embeds.shape)} {inputs_embeds.dtype} beside input_ids are the thinking "
-                f"states: they need the shape of thinking_mask and the width of an embedding, {(*mask.shape, width)}, "
+                f"inputs_embeds {tuple(inputs_embeds.shape)} {inputs_embeds.dtype} with input_ids are the thinking "
+                f"states: they must have the shape of thinking_mask and the width of an embedding, {(*mask.shape, width)}, "
                 "in floating point. Leave input_ids out if they are the tokens' embeddings"
             )
         thinking = {**thinking, "thinking_embeds": inputs_embeds}

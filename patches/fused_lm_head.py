@@ -101,7 +101,7 @@ def _wrap(original: Any) -> Any:
         rest = (temperature, final_logit_softcapping, logit_scale, outputs)
         if len(hidden) <= TOKENS_PER_CHUNK:
             return _chunk(hidden, *args, targets, *rest)
-        # Recompute each chunk's logits in the backward pass, so that only one chunk's (tokens, V) is in memory at a time
+        # Recompute each chunk's logits in the backward pass, so that only one chunk's logits are in memory at a time
         chunks = [
             checkpoint(_chunk, h, *args, t, *rest, use_reentrant=False)
             for h, t in zip(hidden.split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True)

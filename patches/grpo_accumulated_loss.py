@@ -109,7 +109,9 @@ def thinking_forwards(
         )
     decoders = [module for module in model.modules() if "fuse_thinking" in vars(module)]
     if len(decoders) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(decoders)} decoders with thinking modules; need one")
+        raise ValueError(
+            f"{type(model).__name__} has {len(decoders)} decoders with thinking modules; there must be one"
+        )
     rows = _Rows(input_ids, pad_token_id, thinking_mask, states, STATES[recompute_thinking_projection])
     handle = decoders[0].register_forward_pre_hook(rows.hand_over, with_kwargs=True)
     on_unsloth = "unsloth.utils.prefix_grouper" in sys.modules

@@ -191,7 +191,7 @@ class Switch(Record):
     def check(self, owner: Any, attribute: str) -> None:
         if any(change.owner is owner and change.attribute == attribute for change in self.changes):
             raise PatchError(
-                f"switch {self.name!r} was set on {_describe(owner)}.{attribute}, but another value stands there now; "
+                f"switch {self.name!r} was set on {_describe(owner)}.{attribute}, but it has another value now; "
                 "something set it later"
             )
 

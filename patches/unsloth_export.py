@@ -35,10 +35,10 @@ def refuse(model: Any, method: str) -> None:
     """Raise a ValueError if the export with this name would leave out a part of the model."""
     if describer(model) is not None and not _allowed.get():
         raise ValueError(
-            f"{method}: Unsloth's export would leave out the modules that this model thinks with. Save the adapter with "
+            f"{method}: Unsloth's export would leave out this model's thinking modules. Save the adapter with "
             "model.save_pretrained(folder), or the whole model with save_pretrained_merged(folder, tokenizer) or "
             "FastThinkingModel.merge(model).save_pretrained(folder). FastThinkingModel.merge(model, keep_thinking=False) "
-            "gives a plain model, which every export takes"
+            "gives a plain model, which every export supports"
         )
 
 

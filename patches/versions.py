@@ -58,4 +58,4 @@ def require_tested(package: str) -> None:
     """Raise `UntestedVersionError` unless the installed `package` was tested or the override is set."""
     problem = version_problem(package)
     if problem and not untested_allowed():
-        raise UntestedVersionError(f"{problem}, or set {ALLOW_UNTESTED}=1 to go on untested.")
+        raise UntestedVersionError(f"{problem}, or set {ALLOW_UNTESTED}=1 to continue untested.")

@@ -82,7 +82,7 @@ class EvalArguments:
             raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature={self.temperature}: more than 0; the likeliest token is taken without --do_sample"
+                f"temperature={self.temperature}: must be more than 0; the likeliest token is taken without --do_sample"
             )
         unknown = set(self.thinking) - {"on", "off", *ABLATIONS}
         if unknown or not self.thinking:

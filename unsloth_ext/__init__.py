@@ -1,4 +1,4 @@
-"""Model side: thinking modules, latent tokens, KV compression and alignment, loaders and decoding. Names import lazily."""
+"""Model side: modules of each method, loading and saving, and decoding. Names are imported on first use."""
 
 import importlib
 

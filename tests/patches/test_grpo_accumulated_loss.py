@@ -48,7 +48,7 @@ def test_unsloths_exports_keep_the_thinking_modules_or_are_refused():
     names = {"gguf", "push gguf", "push merged", "merged and push", "4-bit", "fp8", "torchao", "ggml", "openvino"}
     assert found.keys() == names
     for name, message in found.items():
-        assert "would leave out the modules that this model thinks with" in message, name
+        assert "would leave out this model's thinking modules" in message, name
 
 
 @pytest.mark.slow

@@ -267,7 +267,7 @@ def test_a_switch_that_somebody_else_turned_is_noticed(switch):
     patches.apply("unsloth_decode_graphs")
     module.FLAG = "another"
     assert not patches.status()["unsloth_decode_graphs"].live
-    with pytest.raises(patches.PatchError, match="another value stands there now"):
+    with pytest.raises(patches.PatchError, match="it has another value now"):
         patches.apply("unsloth_decode_graphs")
     patches.revert("unsloth_decode_graphs")
     assert module.FLAG == "theirs"

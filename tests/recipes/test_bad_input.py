@@ -36,7 +36,7 @@ TRIES = [
     *((name, ["--config", "none.yaml"], "none.yaml: ") for name in (*EVERY, "minimind/sft", "minimind/chat")),
     *((name, ["--config", "latin.yaml"], "latin.yaml, line 1: not UTF-8") for name in ("hrpo_gsm8k", "eval_latent")),
     *((name, ["--model_n", "X"], "--model_n: there is no such flag; did you mean --model_name") for name in TRAIN),
-    *((name, ["--eval_size", "0"], "eval_size=0: at least 1") for name in TRAIN),
+    *((name, ["--eval_size", "0"], "eval_size=0: must be at least 1") for name in TRAIN),
     *((name, ["--max_steps", "2.7"], "--max_steps: invalid int value: '2.7'") for name in TRAIN),
     *((name, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0") for name in TRAIN),
     *((name, ["--resume_from_checkpoint", "true", "--output_dir", "new"], "") for name in TRAIN),
@@ -50,7 +50,7 @@ TRIES = [
     *((name, ["--learning_rate", "inf"], "learning_rate=inf: a finite number") for name in TRAIN[:2]),
     *((name, ["--config", "null.yaml"], "learning_rate: null is not a number") for name in (*TRAIN[:2], "concept_v1")),
     *((f"minimind/{name}", ["--learning_rate", "fast"], "invalid float value: 'fast'") for name in STAGES),
-    *((name, ["--warm_start_seed", "-1"], "warm_start_seed=-1: at least 0") for name in TRAIN),
+    *((name, ["--warm_start_seed", "-1"], "warm_start_seed=-1: must be at least 0") for name in TRAIN),
     *(
         (name, ["--num_train_epochs", "0", "--max_steps", "-1"], "num_train_epochs=0: nothing would be")
         for name in TRAIN
@@ -67,7 +67,7 @@ TRIES = [
     *((name, ["--preset", "nope"], "no preset 'nope'") for name in (*LATENT, "concept_v2")),
     *((name, ["--eval_size", "10000000"], "10000000") for name in (*LATENT, "hrpo_gsm8k", "planner_executor")),
     *((name, ["--dataset", "nowhere.jsonl"], "belong together") for name in LATENT),
-    *((f"minimind/{name}", ["--num_generations", "0"], "num_generations=0: at least 1") for name in RL),
+    *((f"minimind/{name}", ["--num_generations", "0"], "num_generations=0: must be at least 1") for name in RL),
     ("hrpo_gsm8k", ["--group_size", "7"], "num_generations"),
     ("hrpo_gsm8k", ["--recompute", "sometimes"], "recompute='sometimes'"),
     ("hrpo_gsm8k", ["--answer_delimiter", ""], "answer_delimiter=''"),
@@ -78,30 +78,30 @@ TRIES = [
     ("hrpo_gsm8k", ["--eval_strategy", "sometimes"], "--eval_strategy: invalid choice: 'sometimes'"),
     ("kv_distill", ["--kv_projection_mode", "round"], "kv_projection_mode='round'"),
     ("kv_distill", ["--ratio_map", "{"], "ratio_map='{': a JSON object"),
-    ("kv_distill", ["--T_s", "1"], "T_s=1: at least 3"),
+    ("kv_distill", ["--T_s", "1"], "T_s=1: must be at least 3"),
     ("concept_v1", ["--segmenter", "threshold"], "--segmenter: a baseline is one because of its own"),
     ("concept_v1", ["--baseline", "none"], "baseline='none'"),
     ("concept_v1", ["--resume_from_checkpoint", "latest"], "name one run with --baseline"),
     ("planner_executor", ["--facts", "100"], "facts=100: at most"),
     ("planner_executor", ["--types", "[{"], "types="),
     ("eval_gsm8k", [], "required: --checkpoint"),
-    ("eval_gsm8k", [*CHECKPOINT, "--limit", "-55"], "limit=-55: at least 1"),
-    ("eval_gsm8k", [*CHECKPOINT, "--batch_size", "0"], "batch_size=0: at least 1"),
+    ("eval_gsm8k", [*CHECKPOINT, "--limit", "-55"], "limit=-55: must be at least 1"),
+    ("eval_gsm8k", [*CHECKPOINT, "--batch_size", "0"], "batch_size=0: must be at least 1"),
     ("eval_gsm8k", [*CHECKPOINT, "--thinking", "sometimes"], "thinking=sometimes: choose from on"),
-    ("eval_gsm8k", [*CHECKPOINT, "--temperature", "0"], "temperature=0.0: more than 0"),
+    ("eval_gsm8k", [*CHECKPOINT, "--temperature", "0"], "temperature=0.0: must be more than 0"),
     ("eval_gsm8k", [*CHECKPOINT, "--output", "."], "--output .: is a folder"),
     ("eval_gsm8k", [*CHECKPOINT, "--output", "latin.yaml/eval.json"], "latin.yaml"),
     ("eval_latent", [], "required: --checkpoint"),
-    ("eval_latent", [*CHECKPOINT, "--limit", "-55"], "limit=-55: at least 1"),
+    ("eval_latent", [*CHECKPOINT, "--limit", "-55"], "limit=-55: must be at least 1"),
     ("eval_latent", [*CHECKPOINT, "--latents", "some"], "latents=some: choose from on"),
     ("eval_latent", [*CHECKPOINT, "--output", "latin.yaml"], "latin.yaml"),
     ("profile_alignment", ["--mode", "round"], "mode='round'"),
-    ("profile_alignment", ["--batch_size", "0"], "batch_size=0: at least 1"),
+    ("profile_alignment", ["--batch_size", "0"], "batch_size=0: must be at least 1"),
     ("profile_alignment", ["--output", "latin.yaml"], "latin.yaml"),
-    ("minimind/chat", ["--temperature", "-1"], "temperature=-1.0: at least 0"),
-    ("minimind/chat", ["--max_new_tokens", "0"], "max_new_tokens=0: at least 1"),
+    ("minimind/chat", ["--temperature", "-1"], "temperature=-1.0: must be at least 0"),
+    ("minimind/chat", ["--max_new_tokens", "0"], "max_new_tokens=0: must be at least 1"),
     ("minimind/report", ["--run_dir", "empty"], "empty has no stage's summary.json"),
-    ("minimind/lora", ["--lora_r", "0"], "lora_r=0: at least 1"),
+    ("minimind/lora", ["--lora_r", "0"], "lora_r=0: must be at least 1"),
     (
         "minimind/sft",
         ["--model_name", "runs/minimind/sft/final", "--dataset", "x.jsonl"],
@@ -147,4 +147,4 @@ def test_as_a_process(folder):
     """From a relative path, as a person calls it: two lines at most, nothing but the sentence."""
     script = os.path.relpath(RECIPES / "eval_gsm8k.py", folder)
     done = fresh(script, *CHECKPOINT, "--limit", "-55", cwd=folder)
-    assert (done.returncode, done.stderr, done.stdout) == (2, "eval_gsm8k.py: limit=-55: at least 1\n", "")
+    assert (done.returncode, done.stderr, done.stdout) == (2, "eval_gsm8k.py: limit=-55: must be at least 1\n", "")

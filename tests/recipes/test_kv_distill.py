@@ -99,7 +99,7 @@ def test_own_models_and_rows(run, files, capsys):
         ({"dataset": "tiny"}, "belong together"),
         ({"teacher_model_name_or_path": None}, "teacher_model: give one"),
         ({"kv_layer_map": "[0, 7]"}, "layer_map="),
-        ({"eval_batch": 0}, "eval_batch=0: at least 1"),
+        ({"eval_batch": 0}, "eval_batch=0: must be at least 1"),
         ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
         ({"answer_delimiter": "=>"}, "cannot produce the delimiter|no row has anything behind"),
     ],
@@ -164,7 +164,7 @@ def test_the_profile_of_own_models_and_a_trained_aligner(run, files, monkeypatch
     assert list(json.loads(Path("p/profile.json").read_text())) == ["trained"]
     for wrong, message in (
         (["--batch_size", "40"], "needs 80 for its two batches"),
-        (["--batch_size", "0"], "batch_size=0: at least 1"),
+        (["--batch_size", "0"], "batch_size=0: must be at least 1"),
         (["--mode", "round"], "mode='round'"),
         (["--output", files / "rows.jsonl"], "rows.jsonl"),
     ):

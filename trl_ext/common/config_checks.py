@@ -56,7 +56,7 @@ def at_least(arguments: Any, **lowest: int) -> None:
         if value is not None and (not isinstance(value, Real) or value == math.inf):
             raise ValueError(f"{name}={value!r}: a finite number")
         if value is not None and not value >= least:  # type: ignore[operator]  # NaN too
-            raise ValueError(f"{name}={value}: at least {least}")
+            raise ValueError(f"{name}={value}: must be at least {least}")
 
 
 def check_weights(**values: float) -> None:
@@ -70,7 +70,7 @@ def check_positive(**values: float | None) -> None:
     """Raises a ValueError that names a value which is not above 0 or no finite number; None is no value."""
     for name, value in values.items():
         if value is not None and (not isinstance(value, Real) or not 0 < value < math.inf):
-            raise ValueError(f"{name}={value!r}: more than 0")
+            raise ValueError(f"{name}={value!r}: must be more than 0")
 
 
 def check_values(arguments: Any) -> None:
@@ -92,14 +92,14 @@ def check_values(arguments: Any) -> None:
         if name in SHARES and not (0 <= value < 1 or value == SHARES[name]):
             raise ValueError(f"{name}={value}: from 0 to {'1' if SHARES[name] else 'less than 1'}")
         if name in POSITIVE and not value > 0:
-            raise ValueError(f"{name}={value}: more than 0")
+            raise ValueError(f"{name}={value}: must be more than 0")
     for name in ("seed", "warm_start_seed", "embedded_seed"):
         if numbers.get(name, 0) > MOST_SEED:
             raise ValueError(f"{name}={numbers[name]}: at most {MOST_SEED}")
     if getattr(arguments, "output_dir", None) == "":  # which would be the folder that one stands in
         raise ValueError("output_dir='': name a folder")
     if numbers.get("max_steps") == 0:  # which transformers takes for no limit
-        raise ValueError("max_steps=0: at least 1, or -1 for as many as num_train_epochs makes")
+        raise ValueError("max_steps=0: must be at least 1, or -1 for as many as num_train_epochs makes")
     if numbers.get("num_train_epochs", 1) == 0 and numbers.get("max_steps", -1) < 0:
         raise ValueError("num_train_epochs=0: nothing would be trained; more than 0, or give max_steps")
     if hasattr(arguments, "scale_rewards"):

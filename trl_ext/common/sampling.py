@@ -61,7 +61,7 @@ def check_generation_kwargs(given: dict[str, Any] | None) -> None:
                 f"generation_kwargs: stop_strings={value!r}: TRL gives rollouts no tokenizer to find them with"
             )
         if name == "temperature" and not (isinstance(value, int | float) and value > 0):
-            raise ValueError(f"generation_kwargs: temperature={value!r}: more than 0")
+            raise ValueError(f"generation_kwargs: temperature={value!r}: must be more than 0")
 
 
 def warn_of_truncation(config: Any, temperature: float) -> list[str]:

@@ -79,7 +79,7 @@ class ThinkingProjectionMonitor(TrainerCallback):
 
     def __init__(self, every: int = 10):
         if every < 1:
-            raise ValueError(f"every={every}: at least 1")
+            raise ValueError(f"every={every}: must be at least 1")
         self.every = every
         self._start: torch.Tensor | None = None
         self._norm: float | None = None

@@ -78,7 +78,7 @@ class KVDistillConfig(TeacherConfig):
         self.structural_loss()
         self.time_warper()
         if self.T_s is not None and self.T_s < 3:
-            raise ValueError(f"T_s={self.T_s}: at least 3, one time for each segment")
+            raise ValueError(f"T_s={self.T_s}: must be at least 3, one time for each segment")
         if not self.answer_delimiter:
             raise ValueError("answer_delimiter is empty: nothing would end the reasoning")
         at_least(self, aligner_learning_rate=0)

@@ -264,6 +264,6 @@ class PlannerExecutorConfig(SFTConfig):
         if lengths is not None and (not lengths or lengths[0] < 1 or sorted(set(lengths)) != list(lengths)):
             raise ValueError(f"length_curriculum={lengths}: lengths of at least 1 that grow")
         if not 0 < self.length_curriculum_share <= 1:
-            raise ValueError(f"length_curriculum_share={self.length_curriculum_share}: more than 0, at most 1")
+            raise ValueError(f"length_curriculum_share={self.length_curriculum_share}: must be more than 0, at most 1")
         if not 0 <= self.length_curriculum_nll < math.inf:
             raise ValueError(f"length_curriculum_nll={self.length_curriculum_nll}: 0 nats or more")

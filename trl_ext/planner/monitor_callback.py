@@ -45,7 +45,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         thresholds: Thresholds | dict[str, Any] = THRESHOLDS,
     ):
         if every < 1 or cooldown < 1:
-            raise ValueError(f"every={every}, cooldown={cooldown}: at least 1 step")
+            raise ValueError(f"every={every}, cooldown={cooldown}: must be at least 1 step")
         self.auto, self.every, self.cooldown = auto, every, cooldown
         self.thresholds = Thresholds(**thresholds) if isinstance(thresholds, dict) else thresholds
         self.trainer: Any = None

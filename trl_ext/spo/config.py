@@ -48,7 +48,9 @@ class SPOConfig(SingleSampleConfig):
             raise ValueError(f"num_generations={self.num_generations}: SPO takes one completion a prompt")
         one_of(self, value_tracker=TRACKERS)
         if self.sampling_epsilon <= 0:
-            raise ValueError(f"sampling_epsilon={self.sampling_epsilon}: more than 0, or some prompts never come again")
+            raise ValueError(
+                f"sampling_epsilon={self.sampling_epsilon}: must be more than 0, or some prompts never come again"
+            )
         self.tracker(1)
 
     def tracker(self, prompts: int) -> AutoAdaptiveValueTracker:

@@ -47,11 +47,11 @@ class AutoAdaptiveValueTracker(nn.Module):
         if not 0 <= rho_const < 1:
             raise ValueError(f"rho_const={rho_const}: from 0 to below 1")
         if D_half <= 0:
-            raise ValueError(f"D_half={D_half}: more than 0 nats a token")
+            raise ValueError(f"D_half={D_half}: must be more than 0 nats a token")
         if not 0 <= initial_value <= 1:
             raise ValueError(f"initial_value={initial_value}: an expected reward, from 0 to 1")
         if prompts < 1:
-            raise ValueError(f"prompts={prompts}: at least 1")
+            raise ValueError(f"prompts={prompts}: must be at least 1")
         self.rho_mode, self.rho_const, self.D_half = rho_mode, rho_const, D_half
         self.rho_min, self.rho_max = rho_min, rho_max
         visits = 1 / (1 - rho_min)

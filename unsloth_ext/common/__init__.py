@@ -1,1 +1,1 @@
-"""Code that several methods use: wrapping, adapters, loading, saving, attention taps, delimiters, generation arguments."""
+"""Code that several methods use: wrapping, adapters, loading, saving, attention taps, generation arguments."""

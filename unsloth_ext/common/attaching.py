@@ -44,7 +44,7 @@ def check_attachable(model: nn.Module, method: Method) -> nn.Module:
         ValueError: the model already has these modules, or has the settings of another method.
     """
     if settings_of(model, method) is not None:
-        raise ValueError(f"{type(model).__name__} has the {method.what} already")
+        raise ValueError(f"{type(model).__name__} already has the {method.what}")
     check_free(model, method.name)
     return backbone_of(model)
 
@@ -151,5 +151,5 @@ def check_adapter(model: PeftModel, method: Method, lacks: tuple[str, ...] = ())
         complete = next(name for name in method.exports if name.startswith("with_"))
         raise ValueError(
             f"the adapter's {' and '.join(lacks)} would leave the {method.what} untrained and unsaved: pass the bare model "
-            f"with peft_config, or a config that unsloth_ext.{complete} has completed"
+            f"with peft_config, or a config completed by unsloth_ext.{complete}"
         )

@@ -66,7 +66,7 @@ def check_sdpa(model: nn.Module) -> None:
     found = backbone_of(model).config._attn_implementation
     if found not in ("sdpa", NAME):
         raise ValueError(
-            f"attn_implementation={found!r}: looking inside attention works with 'sdpa'; load the model with "
+            f"attn_implementation={found!r}: observing attention works only with 'sdpa'; load the model with "
             "attn_implementation='sdpa'"
         )
 
@@ -111,7 +111,7 @@ def check_seen(model: nn.Module, layers: Iterable[int], what: str, wanted: Itera
     missing = sorted(set(range(config.num_hidden_layers) if wanted is None else wanted) - set(layers))
     if missing:
         raise ValueError(
-            f"{type(causal_lm_of(model)).__name__}: nothing is seen of attention in {numbered(missing)}, which does not go "
+            f"{type(causal_lm_of(model)).__name__}: no attention is observed in {numbered(missing)}, which does not go "
             f"through transformers' attention functions; {what} needs the keys of every layer: take a model such as llama "
             "or qwen3"
         )
@@ -147,9 +147,9 @@ def check_look(model: nn.Module, what: str) -> None:
         ours, theirs = tuple(held.keys.shape), tuple(seen[layer][0].shape)
         if not all(torch.equal(x, y) for x, y in zip((held.keys, held.values), seen[layer], strict=True)):
             raise ValueError(
-                f"{type(causal_lm_of(model)).__name__}: in layer {layer} attention reads other keys and values than the "
-                f"cache holds (keys {theirs} for {ours}, as in latent attention, MLA); {what} needs them in the cache: "
-                "take a model such as llama or qwen3"
+                f"{type(causal_lm_of(model)).__name__}: in layer {layer} attention does not read the keys and values "
+                f"that the cache holds (keys {theirs} for {ours}, as in latent attention, MLA); {what} needs them in the "
+                "cache: take a model such as llama or qwen3"
             )
     _LOOKED.add(backbone)
 

@@ -51,9 +51,9 @@ class DelimiterMatcher:
             raise ValueError(
                 f"the tokenizer cannot produce the delimiter {delimiter!r}: "
                 + (
-                    f"it needs the special tokens {', '.join(special)}, and answers are read without these. "
+                    f"it contains the special tokens {', '.join(special)}, and answers are decoded without these. "
                     if special
-                    else f"it encodes to {ids}, which reads {tokenizer.decode(ids)!r} behind other text. "
+                    else f"it encodes to {ids}, which reads {tokenizer.decode(ids)!r} after other text. "
                 )
                 + "Choose a delimiter of ordinary tokens"
             )

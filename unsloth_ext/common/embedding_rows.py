@@ -47,5 +47,5 @@ def check_rows(config: PeftConfig, model: PreTrainedModel, rows: str, modules: I
             if named(found, name):
                 raise ValueError(
                     f"{field}={found if isinstance(found, str) else sorted(found)}: {name.rpartition('.')[2]!r} would be "
-                    f"{how}, of which {rows} rows are trained one by one; leave it out"
+                    f"{how}, but {rows} rows of it are trained one by one; leave it out"
                 )

@@ -29,7 +29,7 @@ CHECKS = logging.getLogger("transformers.generation.configuration_utils")
 
 
 class Refusal(NamedTuple):
-    """Values of an argument other than `free` are refused, by all methods or by those whose record names the argument."""
+    """Values of an argument other than `free` are refused, by all methods or by those whose record names it."""
 
     by_all: bool
     why: str
@@ -123,7 +123,7 @@ def settle(model: nn.Module, method: str, arguments: dict[str, Any]) -> Generati
         if refusal is not None and refusal.concerns(name, method) and not _free(value, refusal):
             raise ValueError(f"{name}: {refusal.why} ({method} models, docs/generation.md)")
     if arguments.get("cache_implementation") == "paged":  # `generate` would hand over to continuous batching
-        raise ValueError("cache_implementation='paged': continuous batching knows nothing of this model's state")
+        raise ValueError("cache_implementation='paged': continuous batching does not keep this model's state")
     causal_lm = causal_lm_of(model)
     if model.generation_config is not causal_lm.generation_config:
         causal_lm.generation_config = model.generation_config  # as PEFT's `generate` does
@@ -178,13 +178,9 @@ def check_context(model: nn.Module, lengths: Sequence[int], config: GenerationCo
         new = config.max_length - lengths[row] if (config.max_length or 0) > context else 1
     if new > room:
         needed = f"{lengths[row]} tokens" + (f", {around} positions of the model's own" if around else "")
-        why = (
-            ", behind which its RoPE turns into another one and what is cached no longer fits"
-            if _changing(model)
-            else ""
-        )
+        why = ", beyond which its RoPE changes and cached keys no longer fit" if _changing(model) else ""
         raise ValueError(
-            f"prompt {row} has {needed} and may be answered with {new}: more than the model's {context} positions{why}. "
+            f"prompt {row} has {needed} and up to {new} new tokens: more than the model's {context} positions{why}. "
             "Shorten the prompt or lower max_new_tokens or max_length"
         )
 
@@ -232,9 +228,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 def refuse_empty(lengths: Sequence[int]) -> None:
     """Raise a ValueError if a prompt has no tokens."""
     if 0 in lengths:
-        raise ValueError(
-            f"prompt {lengths.index(0)} is empty: it has no token to go on from; leave it out or write something"
-        )
+        raise ValueError(f"prompt {lengths.index(0)} is empty; remove it or write something")
 
 
 def left_padded(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ def as_dtype(dtype: torch.dtype | str | None, others: dict[str, Any] | None = No
     """
     former = (others or {}).pop("torch_dtype", None)
     if former is not None and dtype is not None:
-        raise ValueError(f"dtype={dtype!r} and torch_dtype={former!r}: they are one and the same, give dtype alone")
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={former!r}: they are the same setting; give only dtype")
     dtype = former if dtype is None else dtype
     if dtype is None or dtype == "auto":
         return dtype
@@ -103,17 +103,17 @@ def check_name(
             hf_hub_download(name, file, token=token)
             return
         except HFValidationError as error:
-            raise ValueError(f"{here}, and it is no name of a model on the hub") from error
+            raise ValueError(f"{here}, and it is no valid name for the hub") from error
         except GatedRepoError as error:
             raise ValueError(f"{name} is gated on the hub: accept its terms there and give a token") from error
         except RepositoryNotFoundError as error:
-            raise ValueError(f"{here}, and no model of that name on the hub") from error
+            raise ValueError(f"{here}, and there is no such model on the hub") from error
         except EntryNotFoundError as error:
             why = why or error
             if isinstance(error, LocalEntryNotFoundError):
                 break  # no connection: each further file would be retried for minutes
     if isinstance(why, LocalEntryNotFoundError):
-        raise ValueError(f"{here}, and the hub, where it might be, cannot be reached from here") from why
+        raise ValueError(f"{here}, and the hub cannot be reached") from why
     raise ValueError(f"{name} on the hub holds no model: it has neither {' nor '.join(files)}") from why
 
 
@@ -163,7 +163,7 @@ def base_of(adapter: dict, name: str) -> str:
             validate_repo_id(base)
         except HFValidationError as error:
             raise ValueError(
-                f"{name}: its base_model_name_or_path {base} is not there (from {os.getcwd()}); correct it in "
+                f"{name}: its base_model_name_or_path {base} does not exist (from {os.getcwd()}); correct it in "
                 "adapter_config.json"
             ) from error
     return base
@@ -195,7 +195,7 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
             raise
         kind = (read_json(whole, "config.json", token) or {}).get("model_type")
         raise ValueError(
-            f"{whole}: its model_type {kind!r} is none that transformers {transformers.__version__} knows"
+            f"{whole}: its model_type {kind!r} is unknown to transformers {transformers.__version__}"
         ) from error
     except StrictDataclassError as error:
         raise ValueError(_wrong_config(whole, error)) from error
@@ -244,13 +244,13 @@ def load_causal_lm(
     others = [key for key in sorted(found["unexpected_keys"]) if held_by([key]) is None]
     if others:
         MODELING.warning(
-            f"{name} holds {len(others)} tensors that {type(model).__name__} has no use for: {others[0]} ..."
+            f"{name} holds {len(others)} tensors that {type(model).__name__} does not use: {others[0]} ..."
         )
     if len(others) < len(found["unexpected_keys"]):  # the files of a hub model are here only now
         read_saved(name, method, token)
     if found["mismatched_keys"] and not may_differ:
         key, held, wanted = sorted(found["mismatched_keys"])[0]
-        raise ValueError(f"{name}: {key} has the shape {tuple(held)}, by its config.json {tuple(wanted)}")
+        raise ValueError(f"{name}: {key} has the shape {tuple(held)}, but config.json gives {tuple(wanted)}")
     check_model(model, name, found["missing_keys"])
     return model
 
@@ -328,7 +328,7 @@ def check_model(model: PreTrainedModel, name: str, missing: Iterable[str] = ()) 
 
 @torch.no_grad()
 def _check_causal(model: PreTrainedModel, name: str) -> None:
-    """Raise a ValueError for an encoder, which also opens as a causal LM but reads the tokens that it should predict."""
+    """Raise a ValueError for an encoder. It also opens as a causal LM, but reads the tokens that it should predict."""
     if any(decoder in kind for kind in model.config.architectures or () for decoder in DECODERS):
         return
     ids = torch.tensor([[1, 2], [1, 3]], device=model.get_input_embeddings().weight.device)
@@ -336,8 +336,8 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
     first = None if logits is None else logits[:, 0].float()
     if first is None or not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"{name} is no causal language model ({', '.join(model.config.architectures or ['?'])}): what it says of a "
-            "token depends on the tokens behind it, as in an encoder"
+            f"{name} is no causal language model ({', '.join(model.config.architectures or ['?'])}): what it predicts at a "
+            "token depends on later tokens, as in an encoder"
         )
 
 
@@ -387,7 +387,7 @@ def load_modules(model: PreTrainedModel, name: str, names: tuple[str, ...], toke
                     found[short] = tensors.get_tensor(key)
     missing = wanted.keys() - found.keys()
     if missing:
-        raise ValueError(f"{name} says that its model thinks, but lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{name} has settings for modules, but lacks {', '.join(sorted(missing))}")
     check_finite(found, name)
     backbone.load_state_dict(found, strict=False)
 
@@ -409,7 +409,7 @@ def load_adapter(model: nn.Module, name: str, **kwargs: Any) -> PeftModel:
         except KeyError as error:  # PEFT looks some tensors up by name
             raise ValueError(f"{name}: {ADAPTER} lacks {error}") from error
         except RuntimeError as error:  # the shapes differ
-            raise ValueError(f"{name}: {ADAPTER} is of another model: {error}") from error
+            raise ValueError(f"{name}: {ADAPTER} does not fit the model: {error}") from error
     wanted = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     missing = sorted(wanted.keys() - saved)
     if missing:

@@ -114,8 +114,8 @@ def check_layers(model: nn.Module, what: str, longest: int | None = None, window
             f"{sentence}keys and values of every token in every layer: take a model such as llama or qwen3"
         )
     raise ValueError(
-        f"{sentence}every layer to see the whole text, of up to {used:,} tokens: load the model with {kind.field}={used}, "
-        f"which changes nothing for texts of up to {kind.window:,}"
+        f"{sentence}every layer to see the whole text of up to {used:,} tokens: load the model with {kind.field}={used}, "
+        f"which changes nothing for texts up to {kind.window:,}"
     )
 
 

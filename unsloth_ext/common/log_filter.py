@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def showing_only(logger: logging.Logger, wanted: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """Let a logger pass only the wanted records while the context is open. Its level, which others read, is unchanged."""
+    """Let a logger pass only the wanted records inside the context. Its level, which others read, is unchanged."""
     logger.addFilter(wanted)
     try:
         yield

@@ -29,7 +29,7 @@ def logits_at(model: nn.Module, keep: torch.Tensor, **inputs: Any) -> ModelOutpu
     """
     head = unwrapped(model).get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(unwrapped(model)).__name__} has no output embedding that makes its logits")
+        raise ValueError(f"{type(unwrapped(model)).__name__} has no output embedding")
 
     def select(_: nn.Module, args: tuple) -> tuple:
         hidden = args[0]

@@ -113,7 +113,7 @@ def with_part(text: str, part: Part, file: Path) -> str:
         return f"{text.rstrip()}\n\n{part}\n"
     if found[1] != digest(found[2]):
         logger.warning(
-            f"{file} keeps its part on how to open the model, which was changed by hand; delete it for a new one"
+            f"{file} has a part about opening the model that was changed by hand and is kept; delete it to get a new one"
         )
         return text
     return f"{text[: found.start()]}{part}{text[found.end() :]}"

@@ -37,8 +37,8 @@ def check_batches(model: nn.Module) -> None:
         backbone.decodes_batches = _decodes_batches(causal_lm, weight)
     if not backbone.decodes_batches:
         raise ValueError(
-            f"{type(causal_lm).__name__} decodes a batch otherwise than each of its rows alone, also without thinking: "
-            "generate from one prompt at a time; to train, take another family"
+            f"{type(causal_lm).__name__} decodes a batch differently from its rows one by one, even without thinking: "
+            "generate from one prompt at a time, and train another family"
         )
 
 

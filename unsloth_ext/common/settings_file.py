@@ -67,7 +67,8 @@ def method_of(config: Any) -> tuple[Method | None, Any]:
     found = [(method, getattr(config, method.key)) for method in METHODS.values() if getattr(config, method.key, None)]
     if len(found) > 1:
         raise ValueError(
-            f"the model has the settings of {' and '.join(method.name for method, _ in found)}: a model has one method"
+            f"the model has the settings of {' and '.join(method.name for method, _ in found)}: a model can have only one "
+            "method"
         )
     return found[0] if found else (None, None)
 
@@ -78,8 +79,8 @@ def check_free(model: nn.Module, method: str) -> None:
     others = sorted(each.name for each in METHODS.values() if each.key in there and each.name != method)
     if others:
         raise ValueError(
-            f"{type(model).__name__} has the settings of {' and '.join(others)}: a model has one method; load the base "
-            f"anew for {method}"
+            f"{type(model).__name__} has the settings of {' and '.join(others)}: a model can have only one method; load "
+            f"the base again for {method}"
         )
 
 
@@ -97,8 +98,8 @@ def _describe(
         Path(folder, TENSORS).unlink(missing_ok=True)
         if Path(folder, "adapter_config.json").exists():
             logger.warning(
-                f"{folder} holds an adapter as well, which every loader takes for the model: delete adapter_config.json "
-                f"and {ADAPTER} there, or save the whole model in a folder of its own"
+                f"{folder} also holds an adapter, which every loader would open instead: delete adapter_config.json "
+                f"and {ADAPTER} there, or save the whole model in another folder"
             )
     others = [name for name in getattr(model, "peft_config", None) or () if name != "default"]
     content = json.dumps({"method": method.name, "version": VERSION, "settings": settings}, indent=2) + "\n"
@@ -200,8 +201,8 @@ def read_saved(name: str, expected: str | None = None, token: str | None = None)
 def missing_settings(name: str, method: Method, tensor: str) -> str:
     """Return the message for tensors of a method whose settings are missing."""
     return (
-        f"{name} holds {tensor}, a tensor of the method {method.name}, but no {FILE} that says how it is used: other "
-        f"software has saved the model; copy {FILE} from the folder that it was made from"
+        f"{name} holds {tensor}, a tensor of the method {method.name}, but no {FILE} with its settings: other "
+        f"software has saved the model; copy {FILE} from the original folder"
     )
 
 
@@ -263,7 +264,7 @@ def safetensors_keys(path: Path) -> list[str]:
 
 
 def held_by(names: Iterable[str]) -> tuple[Method, str] | None:
-    """Return the method that some of these tensors belong to, and the name of the first of them; None if there is none."""
+    """Return the first of these tensors that belongs to a method, after that method; None if there is none."""
     for name in names:
         parts = name.split(".")
         for method in METHODS.values():

@@ -164,7 +164,10 @@ class ConceptCache:
         Raises:
             ValueError: always.
         """
-        raise ValueError("tokens cannot be taken back out of concepts: no assisted decoding; sample, greedy or beams")
+        raise ValueError(
+            "tokens cannot be removed from concepts, so assisted decoding does not work: use sampling, greedy decoding or "
+            "beams"
+        )
 
 
 def used_first(used: torch.Tensor, least: int = 0) -> torch.Tensor:

@@ -79,8 +79,8 @@ def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> tor
         distance[distance <= same] = 0
         if not distance.any():
             raise ValueError(
-                f"num_concepts={number}: the training texts have only {len(seeds)} different states to make codewords "
-                "of; lower it, or set codebook_init='random'"
+                f"num_concepts={number}: the training texts have only {len(seeds)} different states for codewords"
+                "; lower it, or set codebook_init='random'"
             )
         found = points[torch.multinomial(distance, 1, generator=generator)]
         seeds.append(found)

@@ -66,16 +66,16 @@ class OnlineConceptConfig:
             if value is None and name in ("max_tail", "max_nulls"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"{name}={value!r}: a whole number, at least {lowest}")
+                raise ValueError(f"{name}={value!r}: must be a whole number, at least {lowest}")
         for name, allowed in (("segmenter", SEGMENTERS), ("gate", GATES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.concepts_per_stride > self.stride:
-            raise ValueError(f"concepts_per_stride={self.concepts_per_stride}: at most stride={self.stride}")
+            raise ValueError(f"concepts_per_stride={self.concepts_per_stride}: must be at most stride={self.stride}")
         if self.segmenter == "autoregressive" and self.max_tail is None:
             raise ValueError("segmenter='autoregressive' learns a logit for every length up to max_tail: set max_tail")
         if self.segmenter == "fixed" and (self.max_tail is not None or self.max_nulls is not None):
-            raise ValueError("segmenter='fixed' has the lengths of its stride; set max_tail=None and max_nulls=None")
+            raise ValueError("segmenter='fixed' sets lengths by its stride; set max_tail=None and max_nulls=None")
 
     @property
     def null(self) -> int:

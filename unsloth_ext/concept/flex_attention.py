@@ -1,4 +1,4 @@
-"""FlexAttention as an attention function for transformers: compiled on a GPU, and uncompiled on a CPU, to test masks."""
+"""FlexAttention as an attention function for transformers, compiled on a GPU and uncompiled on a CPU for tests."""
 
 import functools
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def flex_forward(
     """
     if dropout:
         raise ValueError(
-            f"attention_dropout={dropout}: FlexAttention, for {FLEX_FROM} tokens and more, has none; set 0"
+            f"attention_dropout={dropout}: FlexAttention, used from {FLEX_FROM} tokens on, does not support it; set 0"
         )
     out = kernel(query.device.type)(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None

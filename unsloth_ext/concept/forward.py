@@ -124,7 +124,7 @@ def concept_forward(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
-        raise ValueError("attention_mask: (B, T), which tokens are real; concepts make the layers' masks themselves")
+        raise ValueError("attention_mask: must be (B, T), the real tokens; concepts make the layers' masks themselves")
     embeds = backbone.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     if backbone.concept_embed_scale != 1.0:
         embeds = embeds * backbone.concept_embed_scale
@@ -281,7 +281,7 @@ def run_deep(
     if cache is not None or not flex_from(hidden):
         mask = slots.dense_mask(slots.times.shape[1] - hidden.shape[1])
         return run_layers(backbone, layers, hidden, mask, positions, cache)
-    # With concepts first, nearly all blocks that are not of a token's own text part can be skipped
+    # With concepts first, nearly all blocks of tokens can be skipped: a token sees only the tail among them
     order = (~slots.concept).to(torch.uint8).argsort(dim=1, stable=True)
     mask = slots.take(order).block_mask()
     out = run_layers(backbone, layers, hidden.gather(1, across(order, hidden)), mask, positions.gather(1, order))

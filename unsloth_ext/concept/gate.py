@@ -137,7 +137,7 @@ def expected_embedding(backbone: nn.Module, noisy: torch.Tensor, null: torch.Ten
 
 @torch.no_grad()
 def next_entropy(backbone: nn.Module, shallow: torch.Tensor) -> torch.Tensor:
-    """Return the entropy (B, T), in nats, of the next token by the LM head on states (B, T, d) of the shallow layers."""
+    """Return the entropy (B, T) of the next token, in nats, by the LM head on the shallow states (B, T, d)."""
     found = []
     for part in shallow.flatten(0, 1).split(ENTROPY_ROWS):
         logits = logits_of(backbone.concept_causal_lm, backbone.norm(part))

@@ -22,7 +22,7 @@ def check_split(model: nn.Module) -> float:
     """
     backbone, name = backbone_of(model), type(model).__name__
     if not all(hasattr(backbone, part) for part in ("layers", "norm", "rotary_emb", "embed_tokens")):
-        raise ValueError(f"{name} is not built as llama, qwen2 or qwen3 are: its layers cannot be split")
+        raise ValueError(f"{name} is not built like llama, qwen2 or qwen3: its layers cannot be split")
     found: list[torch.Tensor] = []
 
     def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -39,12 +39,12 @@ def check_split(model: nn.Module) -> float:
     scale = found[0].flatten()[0].item()
     if not same_states(scale * embeds, found[1]):
         raise ValueError(
-            f"{name} does more to embeddings before its first layer than to multiply them, which concepts would leave out: "
+            f"{name} does more than scale embeddings before its first layer, which concepts would leave out: "
             "take a model such as llama or qwen3"
         )
     valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     positions = valid.cumsum(1) - 1
-    lacks = f"{name}: its layers, run one after another, do not make what the decoder makes, so that concepts cannot"
+    lacks = f"{name}: its layers, run separately, do not give the decoder's result, so concepts do not work"
     with evaluating(model):
         try:
             ours = run_layers(backbone, range(len(backbone.layers)), scale * embeds, causal_mask(valid), positions)

@@ -107,7 +107,8 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
     check_sdpa(model)
     if on_unsloth(model):
         raise ValueError(
-            "the model runs Unsloth's fast forwards, whose layers cannot be run apart: load it with AutoModelForCausalLM"
+            "the model runs Unsloth's fast forwards, whose layers cannot be run separately: load it with "
+            "AutoModelForCausalLM"
         )
     check_attachable(model, METHOD)
     scale = check_split(model)

@@ -72,7 +72,7 @@ def boundaries(
         concept = score > 0
     concept = concept & valid
     if config.max_tail is not None:
-        # A forced concept restarts the count as any other does, so after a chosen one they come at every max_tail
+        # A forced concept restarts the count as any other does, so they follow a chosen one at every max_tail
         concept = concept | (_since(concept, memory.since, steps) % config.max_tail == 0) & valid
     if config.max_nulls is not None:
         nulls = memory.nulls[:, None] + (~concept & valid).cumsum(1)
@@ -116,9 +116,8 @@ def _chain(score: torch.Tensor, length_logits: torch.Tensor, since: torch.Tensor
     ends = (score[row, at] + length_logits > 0) | (lengths == most)
     ends[:, 0] &= lengths > since[:, None]
     following = (start + 1 + ends.to(torch.uint8).argmax(-1)).clamp(max=width)
-    jump = torch.cat(
-        [following[:, 1:], following.new_full((rows, 1), width)], dim=1
-    )  # past the last token: no next concept
+    # There is no next concept past the last token
+    jump = torch.cat([following[:, 1:], following.new_full((rows, 1), width)], dim=1)
     reached = torch.zeros_like(jump, dtype=torch.bool).scatter(1, following[:, :1], True)
     span = 1
     while span <= width:

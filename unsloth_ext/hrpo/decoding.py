@@ -81,7 +81,7 @@ class HybridSession:
         if ablation is not None and ablation not in ABLATIONS:
             raise ValueError(f"ablation={ablation!r}: choose one of {', '.join(ABLATIONS)}, off")
         if unknown := [name for name in keep if name not in KEPT]:
-            raise ValueError(f"keep: {unknown[0]!r}: choose of {', '.join(KEPT)}")
+            raise ValueError(f"keep: {unknown[0]!r}: choose from {', '.join(KEPT)}")
         self.matcher, self.keep, self.ablation = matcher, keep, ablation
         self.streamer, self.synced_gpus = streamer, synced_gpus
         self.backbone = backbone_of(model)
@@ -249,16 +249,16 @@ def hybrid_decode(
     check("hrpo", generation_config)
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-        raise ValueError(
-            f"hybrid decoding samples or takes the greedy token; {mode.value} cannot carry thinking states"
-        )
+        raise ValueError(f"hybrid decoding is sampling or greedy; {mode.value} does not work with thinking states")
     if len(input_ids) > 1:
         check_batches(model)
     generation_config.disable_compile = True  # the hooks are Python
     hybrid.prepare(generation_config)
     from_logits = returning_hidden_states(model) if hybrid.needs_hidden else None
     if from_logits is not None and generation_config.output_logits:
-        raise ValueError("output_logits=True: under Unsloth the raw logits are hidden states here; use output_scores")
+        raise ValueError(
+            "output_logits=True: under Unsloth the raw logits are replaced by hidden states; use output_scores"
+        )
     processors = LogitsProcessorList([*logits_processor, _SeeScores(hybrid)])
     criteria = _SeeingCriteria(stopping_criteria, hybrid)
     handles = [hybrid.embedding.register_forward_hook(hybrid.fuse)]
@@ -324,7 +324,7 @@ def hybrid_generate(
     """
     if ablation == "off":
         if return_trace:
-            raise ValueError("ablation='off' is plain generate and leaves no trace")
+            raise ValueError("ablation='off' is plain generate and has no trace")
         return model.generate(input_ids=input_ids, streamer=streamer, **generate_kwargs)
     with samplers_count():
         config = settle(model, "hrpo", generate_kwargs)
@@ -336,9 +336,7 @@ def hybrid_generate(
     tokenizer = generate_kwargs.pop("tokenizer", None)
     if config.stop_strings is not None:  # `generate` drops the tokenizer for a callable `custom_generate`
         if tokenizer is None:
-            raise ValueError(
-                f"stop_strings={config.stop_strings!r}: pass the tokenizer beside them, tokenizer=tokenizer"
-            )
+            raise ValueError(f"stop_strings={config.stop_strings!r}: also pass tokenizer=tokenizer")
         criteria = [
             *(generate_kwargs.get("stopping_criteria") or []),
             StopStringCriteria(tokenizer, config.stop_strings),

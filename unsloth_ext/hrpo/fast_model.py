@@ -87,9 +87,7 @@ class FastThinkingModel:
         # PEFT only restores modules that the model has when the adapter is loaded
         own = saved.adapter is not None and held_by(adapter_keys(model_name, token)) is not None
         if saved.adapter is not None and not own and not base.settings and saved.settings:
-            raise ValueError(
-                f"{model_name} says that its model thinks, but lacks {', '.join(sorted(THINKING_MODULES))}"
-            )
+            raise ValueError(f"{model_name} has settings for modules, but lacks {', '.join(sorted(THINKING_MODULES))}")
         if saved.adapter is not None and not own and not base.settings and thinking is None:
             raise ValueError(
                 f"the adapter {model_name} has no thinking modules ({', '.join(sorted(THINKING_MODULES))}); pass "
@@ -166,7 +164,7 @@ class FastThinkingModel:
         """
         if isinstance(model, PeftModel):
             raise ValueError(
-                "the model has an adapter, which from_pretrained loads to be trained on: leave get_peft_model out, or "
+                "the model already has an adapter that can be trained: do not call get_peft_model, or "
                 "merge it first (FastThinkingModel.merge)"
             )
         if not has_thinking(model):
@@ -247,7 +245,7 @@ def _load_transformers(
     most = _positions(name, **common)
     if max_seq_length is not None and most is not None and max_seq_length > most:
         raise ValueError(
-            f"max_seq_length={max_seq_length} is more than {name} was made for (max_position_embeddings={most})"
+            f"max_seq_length={max_seq_length} is more than {name} supports (max_position_embeddings={most})"
         )
     model = load_causal_lm(name, method="hrpo", dtype=dtype, device_map=device_map, **common, **kwargs)
     return model, load_tokenizer(name, padding_side="left", **common)

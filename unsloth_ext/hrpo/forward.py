@@ -49,8 +49,8 @@ def teach_forward(model: PreTrainedModel, backbone: nn.Module, source: str) -> N
             patches.apply("base_model_forward", type(model))
             if not _states_arrive(model, backbone):
                 raise ValueError(
-                    f"{type(model).__name__} cannot think: its forward loses thinking states that are given to it. Choose "
-                    "a causal LM that reads all of a token from its input embedding"
+                    f"{type(model).__name__} cannot think: its forward loses thinking states. Choose "
+                    "a causal LM that reads tokens only through its input embedding"
                 )
         _check_hidden(model, backbone, source)
 
@@ -85,7 +85,7 @@ def _states_arrive(model: PreTrainedModel, backbone: nn.Module) -> bool:
 
 
 def _check_hidden(model: PreTrainedModel, backbone: nn.Module, source: str) -> None:
-    """Check that the LM head's input (read in rollouts), the decoder's output (read in training) and `logits_of` agree."""
+    """Check that the LM head's input (read in rollouts), the decoder's output (in training) and `logits_of` agree."""
     seen = []
     handles = [
         decoder_of(model, backbone).register_forward_hook(lambda _, __, output: seen.append(output[0])),
@@ -98,8 +98,8 @@ def _check_hidden(model: PreTrainedModel, backbone: nn.Module, source: str) -> N
             handle.remove()
     if len(seen) != 2 or seen[0].shape != seen[1].shape or not torch.equal(seen[0].to(seen[1]), seen[1]):
         raise ValueError(
-            f"{type(model).__name__} cannot think: its LM head does not read what its decoder puts out, so rollout and "
-            "training would make their thinking states from different hidden states. Choose a causal LM whose head is one "
+            f"{type(model).__name__} cannot think: its LM head does not read its decoder's output, so rollout and "
+            "training would make thinking states from different hidden states. Choose a causal LM whose head is one "
             "linear layer"
         )
     if source == "soft_embedding" and not _alike(logits_of(model, seen[1]), logits):

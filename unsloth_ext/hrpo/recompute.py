@@ -129,7 +129,7 @@ def previous_hidden(model: nn.Module, length: int, **inputs: Any) -> torch.Tenso
     found = []
     hook = decoder_of(model, backbone_of(model)).register_forward_hook(lambda _, __, output: found.append(output[0]))
     try:
-        model(**inputs, logits_to_keep=1, use_cache=False)  # the head sees one position
+        model(**inputs, logits_to_keep=1, use_cache=False)  # run the head on one position only
     finally:
         hook.remove()
     return found[0][:, -length - 1 : -1]

@@ -39,7 +39,7 @@ class CompressedLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if self._awaited:  # attention skipped `observe`, so nothing would ever be dropped
             raise ValueError(
-                "attention did not read the keys that the compressed cache holds, but made others of them: take a model "
+                "attention did not read the keys that the compressed cache holds, but others made from them: take a model "
                 "such as llama or qwen3"
             )
         self._awaited = True
@@ -116,7 +116,7 @@ class CompressedLayer(DynamicLayer):
         raise NotImplementedError("a compressed cache cannot be cropped: what was dropped is gone")
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("a compressed cache serves one sequence a row: sample or decode greedily")
+        raise NotImplementedError("a compressed cache does not support beams: sample or decode greedily")
 
 
 class CompressedCache(Cache):
@@ -141,9 +141,9 @@ class CompressedCache(Cache):
     def __init__(self, model: torch.nn.Module, budget: int = 128, buffer: int = 128, scoring: KVScoring | None = None):
         scoring = scoring or KVScoring("rkv")
         if budget <= scoring.window:
-            raise ValueError(f"budget={budget}: more than the window of {scoring.window}, which always stays")
+            raise ValueError(f"budget={budget}: must be more than the window of {scoring.window}, which is always kept")
         if buffer < 1:
-            raise ValueError(f"buffer={buffer}: at least 1")
+            raise ValueError(f"buffer={buffer}: must be at least 1")
         check_layers(model, "a compressed cache")
         check_look(model, "a compressed cache")
         config = backbone_of(model).config

@@ -47,11 +47,11 @@ class KVScoring:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if not 0 <= self.mix_lambda <= 1:
-            raise ValueError(f"mix_lambda={self.mix_lambda}: a weight between 0 and 1")
+            raise ValueError(f"mix_lambda={self.mix_lambda}: must be between 0 and 1")
         if self.window < 1:
-            raise ValueError(f"window={self.window}: at least 1")
+            raise ValueError(f"window={self.window}: must be at least 1")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={self.kernel_size}: an odd number, so that pooling keeps the length")
+            raise ValueError(f"kernel_size={self.kernel_size}: must be odd, so that pooling keeps the length")
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def compress_kv(
     scoring = scoring or KVScoring()
     if budget < 1 or (scoring.scorer == "rkv" and budget <= scoring.window):
         least = scoring.window + 1 if scoring.scorer == "rkv" else 1
-        raise ValueError(f"budget={budget}: at least {least} for the scorer {scoring.scorer!r}")
+        raise ValueError(f"budget={budget}: must be at least {least} for the scorer {scoring.scorer!r}")
     if queries.shape[1] % keys.shape[1]:
-        raise ValueError(f"{queries.shape[1]} query heads are no multiple of {keys.shape[1]} KV heads")
+        raise ValueError(f"{queries.shape[1]} query heads are not a multiple of {keys.shape[1]} KV heads")
     if key_mask is None:
         key_mask = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
     if query_mask is None:
@@ -158,7 +158,7 @@ def _rkv(keys, queries, budget: int, scoring: KVScoring, key_mask, query_mask) -
     redundancy = rkv_redundancy(aligned, mask, retain=scoring.retain)[..., :-window]
     importance = normalized(importance, outside, scoring.score_norm) * scoring.mix_lambda
     score = importance - normalized(redundancy, outside, scoring.score_norm) * (1 - scoring.mix_lambda)
-    # Pooling makes neighbours equal, and topk decides which is kept. The official code calls it on the row's real keys only
+    # Pooling makes neighbours equal, and topk decides which is kept. As in the official code it gets the real keys only
     best = torch.zeros_like(score, dtype=torch.bool)
     counts = outside.sum(-1)
     for count in counts.unique().tolist():
@@ -172,11 +172,14 @@ def _rkv(keys, queries, budget: int, scoring: KVScoring, key_mask, query_mask) -
 def take(
     keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, budget: int, key_mask: torch.Tensor
 ) -> CompressedKV:
-    """The `budget` keys with the highest scores (B, Hkv, T) in key_mask (B, T) or (B, Hkv, T), in chronological order."""
+    """Keep the `budget` keys with the highest scores (B, Hkv, T), in chronological order.
+
+    key_mask is (B, T) or (B, Hkv, T) bool.
+    """
     length = keys.shape[2]
     key_mask = (key_mask if key_mask.dim() == 3 else key_mask[:, None]).expand_as(scores)
     scores = scores.masked_fill(~key_mask, -torch.inf)
-    chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :budget]  # of equal ones the earliest
+    chosen = scores.argsort(dim=-1, descending=True, stable=True)[..., :budget]  # for equal scores the earliest
     chosen = chosen.masked_fill(~key_mask.gather(-1, chosen), length).sort(-1).values
     chosen = torch.nn.functional.pad(chosen, (0, budget - chosen.shape[-1]), value=length)
     valid = chosen < length

@@ -27,9 +27,9 @@ class RKVCompressor:
 
     def __init__(self, num_latent_tokens: int = 24, lambda_mix: float = 0.1):
         if num_latent_tokens < 1:
-            raise ValueError(f"num_latent_tokens={num_latent_tokens}: at least 1")
+            raise ValueError(f"num_latent_tokens={num_latent_tokens}: must be at least 1")
         if not 0 <= lambda_mix <= 1:
-            raise ValueError(f"lambda_mix={lambda_mix}: a weight between 0 and 1")
+            raise ValueError(f"lambda_mix={lambda_mix}: must be between 0 and 1")
         self.num_latent_tokens, self.lambda_mix = num_latent_tokens, lambda_mix
 
     def compute_importance_score(

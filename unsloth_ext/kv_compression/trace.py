@@ -38,7 +38,7 @@ def compressed_trace(
     trace_mask, query_mask = trace_mask.bool(), query_mask.bool()
     empty = (~query_mask.any(-1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"query_mask has no token in row {empty[0]}: nothing looks back at the trace")
+        raise ValueError(f"query_mask has no token in row {empty[0]}: no query scores the trace")
     columns = trace_mask.any(0).nonzero().flatten().tolist() or [0]
     span = slice(columns[0], columns[-1] + 1)
     real = trace_mask[:, span]

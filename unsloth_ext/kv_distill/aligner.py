@@ -72,7 +72,7 @@ class MapProjectionAligner(MasterWeights):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
         if mode == "flat" and init not in (None, "procrustes"):
-            raise ValueError(f"init={init!r}: a flat aligner has no heads to map; None or 'procrustes'")
+            raise ValueError(f"init={init!r}: a flat aligner maps no heads; choose None or 'procrustes'")
         self.teacher, self.student = AttentionShape.of(teacher), AttentionShape.of(student)
         self.direction, self.rope_space, self.time_warper = direction, rope_space, time_warper
         self.settings = {
@@ -262,7 +262,7 @@ class MapProjectionAligner(MasterWeights):
         side = "teacher" if shape is self.teacher else "student"
         if x.dim() != 5 or (x.shape[2], x.shape[4]) != (heads, shape.head_dim):
             raise ValueError(
-                f"{name} of the {side} {tuple(x.shape)}: (B, L, {heads}, T, {shape.head_dim}) is its shape"
+                f"{name} of the {side} {tuple(x.shape)}: must have the shape (B, L, {heads}, T, {shape.head_dim})"
             )
         return x
 
@@ -300,7 +300,7 @@ class MapProjectionAligner(MasterWeights):
             aligner = cls(**config, time_warper=warper and SegmentTimeWarper(**warper))
             aligner.load_state_dict(load_file(folder / FILES[1]))
         except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{folder}: no aligner that can be loaded: {error}") from error
+            raise ValueError(f"{folder}: the aligner cannot be loaded: {error}") from error
         return aligner
 
 

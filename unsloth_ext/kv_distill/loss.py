@@ -43,11 +43,11 @@ class StructuralKVLoss:
         weights = {name: getattr(self, name) for name in ("alpha_k", "alpha_v", "alpha_attn", "alpha_norm")}
         for name, value in weights.items():
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value}: a weight is 0 (off) or more")
+                raise ValueError(f"{name}={value}: must be 0 (off) or more")
         if not any(weights.values()):
-            raise ValueError(f"{', '.join(weights)} are all 0: nothing would be learnt")
+            raise ValueError(f"{', '.join(weights)} are all 0: nothing would be learned")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: more than 0")
+            raise ValueError(f"temperature={self.temperature}: must be more than 0")
 
     def __call__(
         self,

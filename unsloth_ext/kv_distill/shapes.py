@@ -32,9 +32,9 @@ class AttentionShape:
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number, at least 1")
+                raise ValueError(f"{name}={value!r}: must be a whole number, at least 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
     @classmethod
     def of(cls, given: Any) -> "AttentionShape":
@@ -93,10 +93,11 @@ def teacher_layers(how: str | Sequence[int], teacher: int, student: int) -> list
             raise ValueError(f"layer_map='last': the teacher has {teacher} layers, the student {student}")
         return list(range(teacher - student, teacher))
     if isinstance(how, str):
-        raise ValueError(f"layer_map={how!r}: 'uniform', 'last' or a list of the teacher's layers")
+        raise ValueError(f"layer_map={how!r}: must be 'uniform', 'last' or a list of the teacher's layers")
     layers = list(how)
     if len(layers) != student or not all(isinstance(i, int) and 0 <= i < teacher for i in layers):
         raise ValueError(
-            f"layer_map={layers}: one of the teacher's layers 0 to {teacher - 1} for each of the student's {student}"
+            f"layer_map={layers}: must be one of the teacher's layers 0 to {teacher - 1} for each of the student's "
+            f"{student}"
         )
     return layers

@@ -75,15 +75,15 @@ class SegmentTimeWarper:
         for name, most in (("ratio_map", float("inf")), ("alpha_map", 1.0)):
             found = getattr(self, name)
             if set(found) != set(SEGMENTS):
-                raise ValueError(f"{name}={found}: one number for each of {', '.join(SEGMENTS)}")
+                raise ValueError(f"{name}={found}: must have one number for each of {', '.join(SEGMENTS)}")
             for segment, value in found.items():
                 if not 0 <= value <= most or value == float("inf"):
-                    raise ValueError(f"{name}[{segment!r}]={value}: between 0 and {most:g}")
+                    raise ValueError(f"{name}[{segment!r}]={value}: must be between 0 and {most:g}")
         if not any(self.ratio_map.values()):
-            raise ValueError("ratio_map: all rates are 0, nothing would be left")
+            raise ValueError("ratio_map: all rates are 0, so nothing would be left")
 
     def __call__(self, x: torch.Tensor, segment_ids: torch.Tensor, T_s: int | None = None) -> torch.Tensor:
-        """Resample (B, L, H, T, D) to (B, L, H, T_s, D). Rows may have different lengths; `plan` has the validity mask."""
+        """Resample (B, L, H, T, D) to (B, L, H, T_s, D). Rows may differ in length: `plan` has the validity mask."""
         return self.plan(segment_ids, T_s).apply(x)
 
     def plan(
@@ -108,7 +108,7 @@ class SegmentTimeWarper:
         """
         if segment_ids.dim() != 2 or segment_ids.is_floating_point() or segment_ids.max() >= len(SEGMENTS):
             raise ValueError(
-                f"segment_ids {tuple(segment_ids.shape)}: whole numbers (B, T), at most {len(SEGMENTS) - 1}"
+                f"segment_ids {tuple(segment_ids.shape)}: must be whole numbers (B, T), at most {len(SEGMENTS) - 1}"
             )
         lengths = _lengths(segment_ids)
         if target_ids is not None:
@@ -116,7 +116,7 @@ class SegmentTimeWarper:
             lost = ((counts > 0) & (lengths == 0)).nonzero().tolist()
             if lost:
                 row, segment = lost[0]
-                raise ValueError(f"row {row} has no segment {SEGMENTS[segment]} to take the target's from")
+                raise ValueError(f"row {row} has no segment {SEGMENTS[segment]} for that of the target")
         else:
             counts = self._counts(lengths, T_s)
         return self._plan(segment_ids, lengths, counts)
@@ -133,7 +133,7 @@ class SegmentTimeWarper:
             raise ValueError(f"T_s={T_s}: a row has {most} segments, which need one output time each")
         share = share * T_s / share.sum(1, keepdim=True).clamp(min=1e-9)
         counts = share.floor().long().clamp(min=used)
-        # Round by largest remainder. Segments raised to one output time may exceed the total; the longest segment gives way
+        # Round by largest remainder. If segments raised to one output time exceed the total, the longest segment is cut
         left = T_s - counts.sum(1, keepdim=True)
         rank = (share - counts).masked_fill(used == 0, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
         counts = counts + (rank < left).long() * used

@@ -78,21 +78,23 @@ class LatentConfig:
         for name in ("num_latents", "iterations", "projection_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) and (value is not None or name == "num_latents"):
-                raise ValueError(f"{name}={value!r}: a whole number")
+                raise ValueError(f"{name}={value!r}: must be a whole number")
         if self.num_latents < 1:
-            raise ValueError(f"num_latents={self.num_latents}: at least 1")
+            raise ValueError(f"num_latents={self.num_latents}: must be at least 1")
         if self.iterations is not None and self.iterations < 0:
-            raise ValueError(f"iterations={self.iterations}: 0 or more, or None for one pass a latent token")
+            raise ValueError(
+                f"iterations={self.iterations}: must be 0 or more, or None for one pass for each latent token"
+            )
         if self.projection_dim is not None and self.projection_dim < 1:
-            raise ValueError(f"projection_dim={self.projection_dim}: at least 1, or None for no projection")
+            raise ValueError(f"projection_dim={self.projection_dim}: must be at least 1, or None for no projection")
         if not 0 <= self.projection_dropout < 1:
-            raise ValueError(f"projection_dropout={self.projection_dropout}: at least 0 and below 1")
+            raise ValueError(f"projection_dropout={self.projection_dropout}: must be at least 0 and below 1")
         if self.update not in UPDATES:
             raise ValueError(f"update={self.update!r}: choose one of {', '.join(UPDATES)}")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection={self.projection!r}: choose one of {', '.join(PROJECTIONS)}")
         if self.kv_layer_norm and not self.kv_projection:
-            raise ValueError("kv_layer_norm=True: the LayerNorm stands behind the projection; set kv_projection=True")
+            raise ValueError("kv_layer_norm=True: the LayerNorm comes after the projection; set kv_projection=True")
         if self.iterations is None and (self.update != "shifted" or self.feedback_residual):
             raise ValueError("update='own' and feedback_residual=True need Jacobi iterations; set iterations")
         if len({self.bot_token, self.latent_token, self.eot_token}) < 3:
@@ -162,7 +164,7 @@ def attach_latent(
     backbone = backbone_of(model)
     if on_unsloth(model):
         raise ValueError(
-            "the model runs Unsloth's fast forwards, which cannot go on from latent tokens: load it with "
+            "the model runs Unsloth's fast forwards, which cannot continue from latent tokens: load it with "
             "AutoModelForCausalLM"
         )
     check_attachable(model, METHOD)
@@ -200,7 +202,7 @@ def attach_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sav
     found = backbone_of(model).latent_token_ids
     if list(found) != token_ids:
         raise ValueError(
-            f"{name}: its tokenizer puts the latent tokens at {found}, the model was trained with {tuple(token_ids)}"
+            f"{name}: its tokenizer has the latent tokens at {found}, but the model was trained with {tuple(token_ids)}"
         )
 
 
@@ -219,7 +221,7 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
     """
     settings = settings_from_json(saved, name, METHOD, newer=SINCE_THEN, beside=("token_ids",))
     if not isinstance(saved["token_ids"], list):
-        raise ValueError(f"{name}: its latent settings: token_ids={saved['token_ids']!r}: a list of ids")
+        raise ValueError(f"{name}: its latent settings: token_ids={saved['token_ids']!r}: must be a list of ids")
     return settings, saved["token_ids"]
 
 
@@ -230,7 +232,7 @@ def trained_rows(adapter: PeftConfig) -> set[int]:
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Raise a ValueError if the active adapter of a `PeftModel` leaves the latent tokens or the projection untrained."""
+    """Raise a ValueError if the active adapter of a `PeftModel` does not train the latent tokens or the projection."""
     adapter, backbone = model.peft_config[model.active_adapter], backbone_of(model)
     trained = trained_rows(adapter) >= set(backbone.latent_token_ids)
     check_modules_to_save(model, METHOD, () if trained else ("trainable_token_indices",))

@@ -98,8 +98,8 @@ def check_backbone(model: nn.Module) -> None:
             found = kept and hidden.shape == embeds.shape and same_states(hidden, plain)
     if not found:
         raise ValueError(
-            f"{type(causal_lm_of(model)).__name__} cannot think in latent tokens: behind a padded question in its cache it "
-            "does not read embeddings as it reads them in one text; take a model such as llama or qwen3"
+            f"{type(causal_lm_of(model)).__name__} cannot think in latent tokens: with a padded question in its cache it "
+            "does not read embeddings as in one text; take a model such as llama or qwen3"
         )
 
 
@@ -140,7 +140,7 @@ def latent_phase(
     config, (bot, latent, _) = backbone.latent_config, backbone.latent_token_ids
     if backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
         raise ValueError(
-            "gradient checkpointing is on: transformers drops the cache in training then, and the latent tokens would not "
+            "gradient checkpointing is on: transformers then drops the cache in training, and the latent tokens would not "
             "see the question. Call model.gradient_checkpointing_disable()"
         )
     intervene = intervene or (lambda z: z)

@@ -42,7 +42,7 @@ class LatentReasoningModule(nn.Module):
     ):
         super().__init__()
         if tokenizer is None and not model.config._name_or_path:
-            raise ValueError("tokenizer: give it, since the model does not say where it comes from")
+            raise ValueError("tokenizer: pass it, since the model has no name to load one from")
         self.tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path) if tokenizer is None else tokenizer
         config = LatentConfig(
             num_latents=num_latent_tokens,

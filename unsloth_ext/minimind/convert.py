@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .presets import minimind_config
 
 
-BUFFERS = ("freqs_cos", "freqs_sin")  # rotary tables in older files, which the configuration gives
+BUFFERS = ("freqs_cos", "freqs_sin")  # rotary tables in older files; the configuration has the same information
 
 
 def load_minimind(file: str | Path, preset: str, yarn: bool = False) -> PreTrainedModel:
@@ -28,9 +28,9 @@ def load_minimind(file: str | Path, preset: str, yarn: bool = False) -> PreTrain
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of several kinds
-        raise ValueError(f"{file} is no state dict that can be read safely: {error}") from error
+        raise ValueError(f"{file} is no state dict that can be loaded safely: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file} is no state dict: it holds other things than tensors")
+        raise ValueError(f"{file} is no state dict: it does not hold only tensors")
     config = minimind_config(preset, yarn)
     if preset == "minimind3-moe":
         config.norm_topk_prob = True  # the published weights were trained so

@@ -58,16 +58,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTr
         ValueError: `vocab_size` is below 259, there is no text, or one of the texts is no string.
     """
     if vocab_size < SMALLEST:
-        raise ValueError(f"vocab_size={vocab_size}: at least {SMALLEST}, {len(SPECIAL_TOKENS)} special and 256 bytes")
+        raise ValueError(
+            f"vocab_size={vocab_size}: must be at least {SMALLEST}, {len(SPECIAL_TOKENS)} special and 256 bytes"
+        )
     if isinstance(texts, str):
-        raise ValueError("texts is one string, which would be read letter by letter; give a list of texts")
+        raise ValueError("texts is one string, which would be read character by character; give a list of texts")
     characters = 0
 
     def checked() -> Iterator[str]:
         nonlocal characters
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ValueError(f"text {i} is no string but {text!r:.60}")
+                raise ValueError(f"text {i} is not a string: {text!r:.60}")
             characters += len(text)
             yield text
 

@@ -26,11 +26,11 @@ class ConceptTypeConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"name={self.name!r}: a name for the type")
+            raise ValueError(f"name={self.name!r}: must be a name")
         for name in ("num_concepts", "quota"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number, at least 1")
+                raise ValueError(f"{name}={value!r}: must be a whole number, at least 1")
 
 
 @dataclass
@@ -54,7 +54,7 @@ class PlannerConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.types, list | tuple) or not self.types:
-            raise ValueError(f"types={self.types!r}: a list of at least one ConceptTypeConfig")
+            raise ValueError(f"types={self.types!r}: must be a list of at least one ConceptTypeConfig")
         self.types = [_concept_type(given) for given in self.types]
         names = [kind.name for kind in self.types]
         if len(set(names)) < len(names):
@@ -62,7 +62,7 @@ class PlannerConfig:
         if self.ordering not in ORDERINGS:
             raise ValueError(f"ordering={self.ordering!r}: choose one of {', '.join(ORDERINGS)}")
         if not isinstance(self.multi_token, bool):
-            raise ValueError(f"multi_token={self.multi_token!r}: True or False")
+            raise ValueError(f"multi_token={self.multi_token!r}: must be True or False")
 
     @property
     def max_quota(self) -> int:
@@ -83,4 +83,4 @@ def _concept_type(given: Any) -> ConceptTypeConfig:
         return ConceptTypeConfig(**given)
     except TypeError as error:
         known = ", ".join(f.name for f in fields(ConceptTypeConfig))
-        raise ValueError(f"types: {given!r} is no ConceptTypeConfig; its fields are {known}") from error
+        raise ValueError(f"types: {given!r} is not a ConceptTypeConfig; its fields are {known}") from error

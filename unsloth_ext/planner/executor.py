@@ -60,7 +60,7 @@ def executor_prefix(model: nn.Module, plan: torch.Tensor | SoftPlan, null: torch
     if null is None:
         null = torch.zeros(rows, dtype=torch.bool, device=ids.device)
     if null.shape != (rows,) or null.dtype != torch.bool:
-        raise ValueError(f"null {tuple(null.shape)} {null.dtype}: needs ({rows},) torch.bool, one for each plan")
+        raise ValueError(f"null {tuple(null.shape)} {null.dtype}: must be ({rows},) torch.bool, one for each plan")
     planned = ~null[:, None]
     slots = [head.special(row).expand(rows, 1, -1) for row in (BOS, NULL)]
     real, positions = [torch.ones_like(planned), ~planned], [0, 0]
@@ -108,7 +108,7 @@ def executor_forward(
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if (valid[:, 1:] & ~valid[:, :-1]).any():
         raise ValueError(
-            "attention_mask: texts of the executor are padded on the right, since the plan stands before them"
+            "attention_mask: texts of the executor must be padded on the right, since the plan comes before them"
         )
     read = input_ids.shape[1] - 1  # nothing is predicted from the last token
     embeds = text_embeds(backbone, input_ids[:, :read])

@@ -80,7 +80,7 @@ class SharedBackboneUnifiedHead(MasterWeights):
         return self.typed(self.table[self.vocabulary.queries(i)], i)
 
     def concepts(self, i: int) -> torch.Tensor:
-        """Return the rows (V_i, d) of the concepts of type `i`, without the type embedding, in the dtype of the table."""
+        """Return the rows (V_i, d) of the concepts of type `i`, without type embedding, in the dtype of the table."""
         return self.table[self.vocabulary.concepts(i)]
 
     def typed(self, embeds: torch.Tensor, i: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
         raise ValueError("the model is wrapped by PEFT already: attach the planner first, see with_planner_modules")
     if on_unsloth(model):
         raise ValueError(
-            "the model runs Unsloth's fast forwards, which take no masks of ours: load it with AutoModelForCausalLM"
+            "the model runs Unsloth's fast forwards, which do not take our masks: load it with AutoModelForCausalLM"
         )
     backbone = check_attachable(model, METHOD)
     attention = backbone.config._attn_implementation
@@ -172,7 +172,7 @@ def check_backbone(model: nn.Module) -> float:
     backbone = backbone_of(model)
     embeds = backbone.get_input_embeddings()(trial_ids(model, 12))
     times = torch.arange(8, device=embeds.device)[None]
-    lacks = f"{type(model).__name__} cannot plan: it does not take the masks and positions that a plan is read with"
+    lacks = f"{type(model).__name__} cannot plan: it does not take the masks and positions of plans"
     with evaluating(model):
         try:
             plain = backbone(

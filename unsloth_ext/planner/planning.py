@@ -155,16 +155,16 @@ def plan(
     """
     _check_temperature(temperature)
     if num_beams < 1 or num_return_sequences < 1:
-        raise ValueError(f"num_beams={num_beams}, num_return_sequences={num_return_sequences}: at least 1")
+        raise ValueError(f"num_beams={num_beams}, num_return_sequences={num_return_sequences}: must be at least 1")
     if num_beams > 1 and do_sample:
-        raise ValueError(f"num_beams={num_beams} with do_sample=True: choose one of them")
+        raise ValueError(f"num_beams={num_beams} with do_sample=True: choose one")
     if not do_sample and num_return_sequences > num_beams:
         raise ValueError(
-            f"num_return_sequences={num_return_sequences} of num_beams={num_beams}: more than there are; set "
+            f"num_return_sequences={num_return_sequences} from num_beams={num_beams}: there are fewer; set "
             "do_sample=True or more beams"
         )
     if not 0 <= beam_diversity < math.inf:
-        raise ValueError(f"beam_diversity={beam_diversity}: 0 nats (off) or more")
+        raise ValueError(f"beam_diversity={beam_diversity}: must be 0 nats (off) or more")
     backbone = backbone_of(model)
     config, head = backbone.planner_config, backbone.unified_head
     with evaluating(model):
@@ -279,4 +279,4 @@ def plan_log_prob(
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: more than 0")
+        raise ValueError(f"temperature={temperature}: must be more than 0")

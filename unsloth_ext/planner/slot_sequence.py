@@ -35,7 +35,7 @@ class SlotSequence:
     def __init__(self, backbone: nn.Module, rows: int, device: torch.device, cached: bool = True):
         if cached and backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
             raise ValueError(
-                "gradient checkpointing is on: transformers drops the cache in training then, and concepts would not see "
+                "gradient checkpointing is on: transformers then drops the cache in training, and concepts would not see "
                 "the text. Call model.gradient_checkpointing_disable()"
             )
         self.backbone = backbone

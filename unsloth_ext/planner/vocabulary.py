@@ -64,7 +64,7 @@ def check_plan(plan: torch.Tensor, config: PlannerConfig) -> None:
     shape = (len(config.types), config.max_quota)
     if plan.dim() != 3 or tuple(plan.shape[1:]) != shape or plan.dtype != torch.long:
         raise ValueError(
-            f"plan {tuple(plan.shape)} {plan.dtype}: needs (rows, {shape[0]}, {shape[1]}) torch.int64, for the types and "
+            f"plan {tuple(plan.shape)} {plan.dtype}: must be (rows, {shape[0]}, {shape[1]}) torch.int64, by the types and "
             "the largest quota"
         )
     here = plan >= 0
@@ -78,5 +78,5 @@ def check_plan(plan: torch.Tensor, config: PlannerConfig) -> None:
         kind = config.types[i]
         raise ValueError(
             f"plan[{row}, {i}, {j}]={plan[row, i, j].item()}: type {kind.name!r} has concepts 0 to "
-            f"{kind.num_concepts - 1}, at most {kind.quota} of them, and -1 behind the last"
+            f"{kind.num_concepts - 1}, at most {kind.quota} of them, and -1 after the last"
         )

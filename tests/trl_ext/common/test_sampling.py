@@ -76,7 +76,7 @@ def test_settings_of_rollouts_that_would_be_passed_over_are_named(tmp_path, make
     for given, said in (
         ({"min_new_token": 3}, r"'min_new_token': generate has no such setting; did you mean min_new_tokens"),
         ({"stop_strings": ["a"]}, "no tokenizer to find them with"),
-        ({"temperature": 0}, "temperature=0: more than 0"),
+        ({"temperature": 0}, "temperature=0: must be more than 0"),
     ):
         with pytest.raises(ValueError, match=said):
             make(tmp_path, generation_kwargs=given)

@@ -106,7 +106,7 @@ def test_a_model_that_repeats_is_right():
 
 def test_nothing_is_generated_behind_the_models_positions():
     rows = setups.Dataset.from_list([{"prompt": "1+1=", "completion": "2 ##2", "answer": "2"}] * 2)
-    with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
+    with pytest.raises(ValueError, match="up to 300 new tokens: more than the model's 256 positions"):
         evaluate_concepts(setups.base().eval(), tiny.tokenizer(()), rows, delimiter="##", max_new_tokens=300)
 
 

@@ -315,7 +315,7 @@ def test_what_is_given_beside_a_preset_wins_also_where_it_is_the_default(tmp_pat
 REFUSED = [
     ({"n_shallow": 3}, "n_shallow=3, n_deep=1: of the model's 4 layers none is left"),
     ({"n_middle": 7}, "together 9, the model has 4"),
-    ({"n_shallow": 0}, "n_shallow=0: at least 1"),
+    ({"n_shallow": 0}, "n_shallow=0: must be at least 1"),
     ({"segmenter": "words"}, "segmenter='words'"),
     ({"gate": "both"}, "gate='both'"),
     ({"codebook_init": "pca"}, "codebook_init='pca': choose one of random, kmeans"),
@@ -329,7 +329,7 @@ REFUSED = [
     ({"concept_learning_rate": -1.0}, "concept_learning_rate=-1.0"),
     ({"segmenter": "fixed", "ratio_weight": 1.0}, "segmenter='fixed' emits by its stride"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True"),
-    ({"concepts_per_stride": 9}, "concepts_per_stride=9: at most stride=4"),
+    ({"concepts_per_stride": 9}, "concepts_per_stride=9: must be at most stride=4"),
 ]
 
 
@@ -351,7 +351,7 @@ def test_adapters_that_would_not_learn_concepts_are_refused(tmp_path):
         setups.trainer(tmp_path, model=get_peft_model(made, setups.lora()))
     gpt2 = tiny.config("gpt2")
     gpt2.n_layer = 3
-    with pytest.raises(ValueError, match="not built as llama"):
+    with pytest.raises(ValueError, match="not built like llama"):
         setups.trainer(tmp_path, model=AutoModelForCausalLM.from_config(gpt2))
 
 

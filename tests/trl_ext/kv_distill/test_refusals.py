@@ -76,8 +76,8 @@ def test_teachers_that_cannot_teach_are_named(tmp_path):
 def test_models_whose_keys_cannot_be_looked_at_are_named(tmp_path):
     """On either side, before the first batch; a window that no row fills is none."""
     for family, message in (
-        ("falcon", "nothing is seen of attention in layers 0 to 3"),
-        ("deepseek_v3", "in layer 0 attention reads other keys and values than the cache holds"),
+        ("falcon", "no attention is observed in layers 0 to 3"),
+        ("deepseek_v3", "in layer 0 attention does not read the keys and values that the cache holds"),
         ("mistral, window", "sliding-window attention over 8 tokens in layers 0 to 3; lambda_kv=1.0 needs"),
     ):
         other = families.model(family, vocab_size=64)
@@ -85,7 +85,7 @@ def test_models_whose_keys_cannot_be_looked_at_are_named(tmp_path):
             setups.trainer(tmp_path, given_teacher=other)
     wide = families.model("mistral, window", vocab_size=64, sliding_window=64)
     setups.trainer(tmp_path, given_teacher=wide, max_length=64)
-    with pytest.raises(ValueError, match="nothing is seen"):
+    with pytest.raises(ValueError, match="no attention is observed"):
         setups.trainer(tmp_path, model=families.model("falcon", vocab_size=64))
 
 

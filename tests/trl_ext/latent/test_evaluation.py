@@ -139,5 +139,5 @@ def test_a_tokenizer_without_an_end_lets_every_answer_run_on():
 
 @pytest.mark.parametrize("latents", ["on", "off"])
 def test_nothing_is_generated_behind_the_models_positions(latents):
-    with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
+    with pytest.raises(ValueError, match="up to 300 new tokens: more than the model's 256 positions"):
         evaluate_answers(*make(), ROWS[:3], latents=latents, answer_prompt="#", max_new_tokens=300)

@@ -155,7 +155,7 @@ def test_refining_in_place_is_the_latent_phase(family):
         state = module(ids, mask)
     assert (state.latents - latents).abs().max() <= 1e-5 and latents.std() > 0.1
     assert LatentModel(module.model, module.tokenizer)
-    with pytest.raises(ValueError, match="tokenizer: give it"):
+    with pytest.raises(ValueError, match="tokenizer: pass it"):
         LatentReasoningModule(tiny.model(family))
 
 

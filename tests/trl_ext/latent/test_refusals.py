@@ -82,8 +82,8 @@ def test_data_and_models_that_cannot_work_are_refused(tmp_path):
 def test_families_that_cannot_think_or_be_looked_into_are_named_at_construction(tmp_path):
     """KaVa looks inside attention; a window that no row fills does no harm. Experts train without their own loss."""
     for family, changes, message in (
-        ("falcon", {"w_kv": 1.0}, "nothing is seen of attention in layers 0 to 3"),
-        ("deepseek_v3", {"w_kv": 1.0}, "in layer 0 attention reads other keys and values than the cache holds"),
+        ("falcon", {"w_kv": 1.0}, "no attention is observed in layers 0 to 3"),
+        ("deepseek_v3", {"w_kv": 1.0}, "in layer 0 attention does not read the keys and values that the cache holds"),
         ("gemma2, window", {"w_kv": 1.0}, "sliding-window attention over 8 tokens in layers 0, 2; w_kv=1.0 needs"),
         ("gemma2, window", {"num_latents": 7}, "9 tokens: the model has sliding-window attention over 8 tokens"),
         ("jamba", {}, "linear attention or a state space in layers 0, 2"),
@@ -115,7 +115,7 @@ def test_adapters_that_would_leave_the_latent_tokens_untrained_are_refused(tmp_p
         ("target_modules", ["q_proj", "embed_tokens"], "'embed_tokens' would be given an adapter"),
         ("target_modules", r".*(q_proj|embed_tokens)", "'embed_tokens' would be given an adapter"),
     ):
-        with pytest.raises(ValueError, match=f"{field}=.*{how}, of which the latent tokens' rows"):
+        with pytest.raises(ValueError, match=f"{field}=.*{how}, but the latent tokens' rows"):
             with_latent_modules(LoraConfig(**{field: name}), model)
     for lacking in ("trainable_token_indices", "modules_to_save"):
         adapter = get_peft_model(copy.deepcopy(model), LoraConfig(**{**whole, lacking: None}))

@@ -59,7 +59,7 @@ def test_wrong_fields_are_named(tmp_path, name):
 def test_wrong_combinations_are_named(tmp_path):
     for changes, message in (
         ({"types": "[1"}, "types='.1' is not JSON"),
-        ({"types": "[1]"}, "is no ConceptTypeConfig"),
+        ({"types": "[1]"}, "is not a ConceptTypeConfig"),
         ({"target_length": [1.0, 1.0, 1.0]}, "one for each of 2 types"),
         ({"target_length": [1.0, 3.0]}, "'b' more than 0 and at most its quota, 2"),
         ({"gradient_checkpointing": True, "ordering": "parallel"}, "drops the cache"),

@@ -137,7 +137,7 @@ def test_answers_end_where_the_model_says_or_nowhere(own, ends):
 @pytest.mark.parametrize("thinking", ["on", "off"])
 def test_nothing_is_generated_behind_the_models_positions(thinking):
     net = attach_thinking(tiny.model())
-    with pytest.raises(ValueError, match="may be answered with 300: more than the model's 256 positions"):
+    with pytest.raises(ValueError, match="up to 300 new tokens: more than the model's 256 positions"):
         evaluate(net, tiny.tokenizer(), ROWS, delimiter="#", max_new_tokens=300, thinking=thinking)
 
 

@@ -89,7 +89,7 @@ def test_a_row_without_a_trace_keeps_nothing(scorer):
     answer[:, 17] = True
     trace = torch.zeros_like(answer)
     with (
-        pytest.raises(ValueError, match="nothing is seen of attention in layers 0 to 1"),
+        pytest.raises(ValueError, match="no attention is observed in layers 0 to 1"),
         compressed_trace(tiny.model(), trace, answer, 9, KVScoring(scorer)) as layers,
     ):
         tiny.model()(**inputs)

@@ -141,5 +141,5 @@ def test_a_delimiter_of_byte_tokens_of_sentencepiece():
 
 
 def test_a_delimiter_of_special_tokens_is_told_why():
-    with pytest.raises(ValueError, match="it needs the special tokens <eos>, and answers are read without these"):
+    with pytest.raises(ValueError, match="it contains the special tokens <eos>, and answers are decoded without these"):
         DelimiterMatcher(tiny.tokenizer(), "<eos>")

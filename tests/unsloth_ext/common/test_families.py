@@ -181,7 +181,7 @@ METHODS = {
 }
 WHOLE = "every layer to see the whole text"
 STATES = "needs keys and values of every token in every layer"
-SDPA, SPLIT, SEEN = "attn_implementation='eager'", "not built as llama", "nothing is seen of attention in layers 0 to 3"
+SDPA, SPLIT, SEEN = "attn_implementation='eager'", "not built like llama", "no attention is observed in layers 0 to 3"
 REFUSED = {
     "gpt2": {"concepts": SPLIT},
     "gpt_neox": {"concepts": SPLIT},
@@ -232,7 +232,7 @@ def test_a_batch_of_a_model_whose_rows_share_a_state_is_refused(tmp_path):
     tiny.loud_gates(backbone_of(net))
     ids, matcher = questions()[0], DelimiterMatcher(tiny.tokenizer(), "##")
     ways = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with pytest.raises(ValueError, match="RwkvForCausalLM decodes a batch otherwise than each of its rows alone"):
+    with pytest.raises(ValueError, match="RwkvForCausalLM decodes a batch differently from its rows"):
         hybrid_generate(net, ids[:2], matcher, **ways)
     out, trace = hybrid_generate(
         net, ids[:1], matcher, return_trace=True, keep=("thinking_states", "log_probs"), **ways
@@ -242,10 +242,10 @@ def test_a_batch_of_a_model_whose_rows_share_a_state_is_refused(tmp_path):
     ).logits[:, -9:-1]
     found = logits.log_softmax(-1).gather(-1, out[:, -8:, None])[..., 0]
     assert (found - trace.log_probs).abs().max() <= 1e-4
-    with pytest.raises(ValueError, match="to train, take another family"):
+    with pytest.raises(ValueError, match="and train another family"):
         setups.hrpo(tmp_path, peft=False, model=families.model("rwkv"))
     pads = transformers.RecurrentGemmaConfig(**families.SMALL, attention_window_size=64)
-    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM decodes a batch otherwise than"):
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM decodes a batch differently from"):
         check_batches(tiny.from_config(pads, std=0.1).eval())
     for dtype in (torch.float32, torch.bfloat16):
         check_batches(families.model("mamba", dtype=dtype))
@@ -319,7 +319,7 @@ def test_what_a_decoder_does_before_its_layers_is_not_dropped():
             out.last_hidden_state = 2 * out.last_hidden_state
             return out
 
-    for other, message in ((Normed, "before its first layer"), (Twice, "do not make what the decoder makes")):
+    for other, message in ((Normed, "before its first layer"), (Twice, "do not give the decoder's result")):
         backbone.__class__ = other
         with pytest.raises(ValueError, match=message):
             attach_concepts(net, OnlineConceptConfig(1, 2, 1, num_concepts=8))

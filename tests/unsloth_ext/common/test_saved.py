@@ -273,7 +273,7 @@ def test_a_whole_model_beside_an_adapter_is_warned_of(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "out")
     assert not said
     model.merge_and_unload().save_pretrained(tmp_path / "out")
-    assert len(said) == 1 and "out holds an adapter as well" in said[0]
+    assert len(said) == 1 and "out also holds an adapter" in said[0]
 
 
 def test_lora_on_top_of_a_full_thinking_model_finds_the_modules_in_its_base(tmp_path):
@@ -386,7 +386,7 @@ def test_a_model_with_a_method_is_refused_by_the_others_before_anything_changes(
         names, config = list(net.state_dict()), net.config.to_dict()
         for second in attach.keys() - {first}:
             with pytest.raises(
-                ValueError, match=rf"has the settings of {first}: a model has one method.* for {second}"
+                ValueError, match=rf"has the settings of {first}: a model can have only one method.* for {second}"
             ):
                 attach[second](net)
         assert list(net.state_dict()) == names and net.config.to_dict() == config
@@ -396,5 +396,7 @@ def test_settings_of_two_methods_are_not_saved(tmp_path):
     """Where another program has joined two models' configurations."""
     net = attach_thinking(families.model("qwen3"))
     net.config.planner = {"types": []}
-    with pytest.raises(ValueError, match="the model has the settings of hrpo and planner: a model has one method"):
+    with pytest.raises(
+        ValueError, match="the model has the settings of hrpo and planner: a model can have only one method"
+    ):
         net.save_pretrained(tmp_path)

@@ -227,5 +227,5 @@ def test_what_cannot_be_is_named():
         attach_concepts(net)
     with pytest.raises(ValueError, match="n_middle=0"):
         OnlineConceptConfig(1, 0, 1)
-    with pytest.raises(ValueError, match="concepts already"):
+    with pytest.raises(ValueError, match="already has the concepts"):
         attach_concepts(model("qwen3"), OnlineConceptConfig(2, 2, 1))

@@ -134,7 +134,7 @@ def test_hidden_states_that_differ_are_refused_at_attach():
     net = tiny.model("llama")
     net.get_decoder().register_forward_hook(lambda _, __, out: type(out)(last_hidden_state=out.last_hidden_state * 2))
     net.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
-    with pytest.raises(ValueError, match="LM head does not read what its decoder puts out"):
+    with pytest.raises(ValueError, match="LM head does not read its decoder's output"):
         attach_thinking(net)
 
 

@@ -249,7 +249,7 @@ def test_a_loop_with_hooks_is_not_compiled(monkeypatch):
 
 def test_what_is_kept_has_a_name():
     net, matcher = make()
-    with pytest.raises(ValueError, match="keep: 'states': choose of thinking_states, hidden_states, log_probs"):
+    with pytest.raises(ValueError, match="keep: 'states': choose from thinking_states, hidden_states, log_probs"):
         hybrid_generate(net, torch.tensor([[5]]), matcher, keep=("states",), **COMMON)
 
 

@@ -148,7 +148,7 @@ def test_a_model_that_lost_its_thinking_tensors_says_so(tmp_path):
     tokenizer.save_pretrained(tmp_path / "full")
     AutoModelForCausalLM.from_pretrained(base(tmp_path)).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "full" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"says that its model thinks, but lacks .*thinking_residual_gate_r"):
+    with pytest.raises(ValueError, match=r"has settings for modules, but lacks .*thinking_residual_gate_r"):
         load(str(tmp_path / "full"))
 
 
@@ -221,5 +221,5 @@ def test_unsloth_can_run_where_it_is_installed_and_sees_a_gpu_or_is_told_to(monk
 
 def test_an_adapter_gets_no_second_one(tmp_path):
     net = FastThinkingModel.get_peft_model(tiny.model())
-    with pytest.raises(ValueError, match=r"the model has an adapter.*leave get_peft_model out, or merge"):
+    with pytest.raises(ValueError, match=r"the model already has an adapter.*do not call get_peft_model, or merge"):
         FastThinkingModel.get_peft_model(net)

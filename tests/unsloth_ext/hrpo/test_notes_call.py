@@ -54,10 +54,10 @@ def test_what_is_neither_reading_is_refused():
     net, ids, mask, states, _ = setup("llama")
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         net(input_ids=ids, inputs_embeds=states)
-    with pytest.raises(ValueError, match="these are given twice"):
+    with pytest.raises(ValueError, match="they are given twice"):
         net(input_ids=ids, inputs_embeds=states, thinking_mask=mask, thinking_embeds=states)
     for wrong in (states[:, 1:], states[..., :16], states.long()):
-        with pytest.raises(ValueError, match=r"inputs_embeds \(2, .*beside input_ids are the thinking states"):
+        with pytest.raises(ValueError, match=r"inputs_embeds \(2, .*with input_ids are the thinking states"):
             net(input_ids=ids, inputs_embeds=wrong, thinking_mask=mask)
     for lone in ({"thinking_embeds": states}, {"recompute_thinking_projection": True}):
         with pytest.raises(ValueError, match=f"{next(iter(lone))} without thinking_mask"):

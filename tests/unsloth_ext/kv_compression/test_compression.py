@@ -210,7 +210,7 @@ def test_score_norms():
         (lambda: KVScoring(score_norm="l2"), "score_norm='l2'"),
         (lambda: KVScoring(kernel_size=4), "kernel_size=4"),
         (lambda: KVScoring(window=0), "window=0"),
-        (lambda: compress_kv(*a_trace(), 8, KVScoring("rkv")), "budget=8: at least 9"),
+        (lambda: compress_kv(*a_trace(), 8, KVScoring("rkv")), "budget=8: must be at least 9"),
         (lambda: compress_kv(*a_trace(), 0), "budget=0"),
         (lambda: compress_kv(*a_trace(heads=3), 8), "3 query heads"),
     ],

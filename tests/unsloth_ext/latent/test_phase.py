@@ -208,7 +208,7 @@ def test_what_cannot_work_is_refused():
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing is on"):
         latent_phase(model, *questions())
-    with pytest.raises(ValueError, match="has the latent tokens already"):
+    with pytest.raises(ValueError, match="already has the latent tokens"):
         attach_latent(model, tiny.tokenizer())
 
 
@@ -243,6 +243,6 @@ def test_bad_settings_are_named(settings, message):
 def test_decoders_that_do_not_go_on_from_a_padded_cache_are_refused(config):
     net, tokenizer = tiny.from_config(config, std=0.1).eval(), tiny.tokenizer()
     size = len(tokenizer)
-    with pytest.raises(ValueError, match="cannot think in latent tokens: behind a padded question"):
+    with pytest.raises(ValueError, match="cannot think in latent tokens: with a padded question"):
         attach_latent(net, tokenizer)
     assert len(tokenizer) == size and not hasattr(net.base_model, "latent_config")

@@ -61,7 +61,7 @@ WRONG = {
     "lora": (True, "adapter_model.safetensors lacks .*lora_", lambda f: edit_tensors(f / A, lose("lora_A"))),
     "projection": (True, "adapter_model.safetensors lacks", lambda f: edit_tensors(f / A, lose("latent_projection"))),
     "tokens": (True, "adapter_model.safetensors lacks", lambda f: edit_tensors(f / A, lose("trainable_tokens"))),
-    "shape": (True, "is of another model", lambda f: edit_tensors(f / A, halve)),
+    "shape": (True, "does not fit the model", lambda f: edit_tensors(f / A, halve)),
     "adapter": (True, "adapter_model.safetensors is missing", lambda f: (f / A).unlink()),
     "cut": (True, "adapter_model.safetensors is truncated", lambda f: (f / A).write_bytes((f / A).read_bytes()[:999])),
     "nan": (True, "holds NaN or infinity", lambda f: edit_tensors(f / A, spoil)),
@@ -72,12 +72,12 @@ WRONG = {
     "no base": (True, "no base_model_name", lambda f: edit_json(f / C, lambda c: c.pop("base_model_name_or_path"))),
     "base gone": (
         True,
-        "base_model_name_or_path .* is not there",
+        "base_model_name_or_path .* does not exist",
         lambda f: (f.parent / "base").rename(f.parent / "b"),
     ),
     "relative": (
         True,
-        "base_model_name_or_path a/b/c is not there",
+        "base_model_name_or_path a/b/c does not exist",
         lambda f: edit_json(f / C, lambda c: c.update(base_model_name_or_path="a/b/c")),
     ),
     "no ids": (True, "not those of this version: token_ids", lambda f: edit_latent(f / S, token_ids=None)),

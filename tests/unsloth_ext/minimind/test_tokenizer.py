@@ -98,9 +98,9 @@ def test_too_little_text_is_said(monkeypatch):
     [
         ([], 300, "no text"),
         (["", ""], 300, "no text"),
-        (["a"], 258, "vocab_size=258: at least 259"),
+        (["a"], 258, "vocab_size=258: must be at least 259"),
         ("one text", 300, "texts is one string"),
-        (["a", None], 300, "text 1 is no string but None"),
+        (["a", None], 300, "text 1 is not a string: None"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(texts, size, message):

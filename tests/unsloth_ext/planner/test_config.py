@@ -47,14 +47,14 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"types": []}, r"types=\[\]: a list of at least one"),
-        ({"types": [{"size": 3}]}, "no ConceptTypeConfig; its fields are name, num_concepts, quota"),
-        ({"types": [{"quota": 0}]}, "quota=0: a whole number, at least 1"),
+        ({"types": []}, r"types=\[\]: must be a list of at least one"),
+        ({"types": [{"size": 3}]}, "not a ConceptTypeConfig; its fields are name, num_concepts, quota"),
+        ({"types": [{"quota": 0}]}, "quota=0: must be a whole number, at least 1"),
         ({"types": [{"num_concepts": True}]}, "num_concepts=True"),
         ({"types": [{"name": ""}]}, "name=''"),
         ({"types": [{}, {}]}, "names must differ, found plan, plan"),
         ({"ordering": "random"}, "ordering='random': choose one of sequential, parallel"),
-        ({"multi_token": 1}, "multi_token=1: True or False"),
+        ({"multi_token": 1}, "multi_token=1: must be True or False"),
     ],
 )
 def test_what_cannot_be_is_named(settings, message):
@@ -70,8 +70,8 @@ def put(plan, row, i, j, concept):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda p: p[:, :1], "needs .rows, 2, 4. torch.int64"),
-        (lambda p: p.int(), "torch.int32: needs"),
+        (lambda p: p[:, :1], "must be .rows, 2, 4. torch.int64"),
+        (lambda p: p.int(), "torch.int32: must be"),
         (lambda p: put(p, 0, 1, 0, 4), r"plan\[0, 1, 0\]=4: type 't1' has concepts 0 to 3, at most 4"),
         (lambda p: put(p, 2, 0, 3, 0), r"plan\[2, 0, 3\]=0: .* at most 3"),
         (lambda p: put(p, 3, 1, 1, -1), r"plan\[3, 1, 2\]=1"),
@@ -120,7 +120,7 @@ def test_lora_trains_the_head_as_it_is():
 
 
 def test_what_cannot_plan_says_so():
-    with pytest.raises(ValueError, match="has the planner already"):
+    with pytest.raises(ValueError, match="already has the planner"):
         attach_planner(model())
     with pytest.raises(ValueError, match="wrapped by PEFT already"):
         attach_planner(model(lora=True))

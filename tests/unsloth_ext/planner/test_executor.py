@@ -126,9 +126,9 @@ def test_what_cannot_be_is_named():
     net, (ids, mask) = model(), texts("left")
     with pytest.raises(ValueError, match="padded on the right"):
         text_nll(net, executor_prefix(net, plans()), ids, mask)
-    with pytest.raises(ValueError, match=r"null \(3,\) torch.bool: needs \(4,\)"):
+    with pytest.raises(ValueError, match=r"null \(3,\) torch.bool: must be \(4,\)"):
         executor_prefix(net, plans(), torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"null \(4,\) torch.float32"):
         executor_prefix(net, plans(), torch.zeros(4))
-    with pytest.raises(ValueError, match=r"needs \(rows, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"must be \(rows, 2, 4\)"):
         executor_prefix(net, plans()[0])

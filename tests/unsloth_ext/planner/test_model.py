@@ -194,12 +194,12 @@ def edit_head(file, change):
 
 WRONG = {
     "lost": (True, "lacks .*table", lambda f: edit_head(f / A, lambda t, n: t.pop(n))),
-    "short": (True, "is of another model", lambda f: edit_head(f / A, lambda t, n: t.update({n: t[n][:5].clone()}))),
+    "short": (True, "does not fit the model", lambda f: edit_head(f / A, lambda t, n: t.update({n: t[n][:5].clone()}))),
     "nan": (True, "holds NaN", lambda f: edit_head(f / A, lambda t, n: t[n].view(-1)[:1].fill_(torch.nan))),
     "no ordering": (True, "not those of this version: ordering", lambda f: edit_planner(f / S, ordering=None)),
     "more": (True, "not those of this version: depth", lambda f: edit_planner(f / S, depth=1)),
     "types": (True, "its planner settings: types=.a.", lambda f: edit_planner(f / S, types="a")),
-    "other types": (True, "is of another model", lambda f: edit_planner(f / S, types=[{"num_concepts": 3}])),
+    "other types": (True, "does not fit the model", lambda f: edit_planner(f / S, types=[{"num_concepts": 3}])),
     "full": (False, "lacks unified_head.table", lambda f: edit_head(f / M, lambda t, n: t.pop(n))),
     "full nan": (False, "holds NaN", lambda f: edit_head(f / M, lambda t, n: t[n].view(-1)[:1].fill_(torch.nan))),
 }

@@ -206,11 +206,11 @@ def test_training_goes_on_after_planning():
     "settings, message",
     [
         ({"num_beams": 0}, "num_beams=0"),
-        ({"num_return_sequences": 0}, "num_return_sequences=0: at least 1"),
-        ({"num_return_sequences": 3}, "num_return_sequences=3 of num_beams=1"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 of num_beams=2"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0: must be at least 1"),
+        ({"num_return_sequences": 3}, "num_return_sequences=3 from num_beams=1"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 from num_beams=2"),
         ({"num_beams": 2, "do_sample": True}, "num_beams=2 with do_sample=True"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature=0.0: more than 0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0.0: must be more than 0"),
         ({"num_beams": 40, "num_return_sequences": 29}, "num_return_sequences=29: there are fewer plans"),
     ],
 )

@@ -272,7 +272,7 @@ def test_gradient_checkpointing_is_refused_where_it_would_drop_the_cache():
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_must_be_positive(temperature):
     net = model()
-    with pytest.raises(ValueError, match=f"temperature={temperature}: more than 0"):
+    with pytest.raises(ValueError, match=f"temperature={temperature}: must be more than 0"):
         plan_soft(net, texts()[0], None, temperature)
 
 
