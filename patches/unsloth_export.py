@@ -1,5 +1,4 @@
-"""Patch of Unsloth's exports, which then refuse a model whose modules they would leave out without a message
-(2026.10.9).
+"""Patch of Unsloth's exports (2026.10.9), which then refuse a model whose modules they would leave out.
 
 The exports (merged, 4-bit, FP8, torchao, GGUF, OpenVINO, GGML, and pushes of these) write no modules that the model's
 class

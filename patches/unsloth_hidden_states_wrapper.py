@@ -1,5 +1,4 @@
-"""Switch that turns off the wrapper of Unsloth's GRPO trainer around forwards that do not return hidden states
-themselves.
+"""Switch that turns off the wrapper of Unsloth's GRPO trainer around forwards that return no hidden states.
 
 The wrapper would run a decoding step twice. The flag is an attribute of the model, which the wrapper reads.
 """

@@ -56,11 +56,7 @@ PENDING: set[str] = {
     "trl_ext.staleness_gap",
     "trl_ext.top1_margin",
     "trl_ext.usage_kl_to_uniform",
-    "unsloth_ext.HybridSession",
     "unsloth_ext.LatentModel",
-    "unsloth_ext.ThinkingTrace",
-    "unsloth_ext.hybrid_decode",
-    "unsloth_ext.hybrid_generate",
 }
 
 # Classes made at run time, and the class whose docstring they take

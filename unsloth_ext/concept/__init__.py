@@ -1,3 +1,1 @@
-"""Online concept compression: middle layers read only discrete concepts, deep layers read concepts and the latest
-tokens.
-"""
+"""Online concept compression: middle layers read only concepts, deep layers concepts and the latest tokens."""

@@ -1,6 +1,4 @@
-"""Attention masks for concepts: causal among concepts; in deep layers, all concepts so far and the tail of tokens
-(ours).
-"""
+"""Attention masks of concepts: causal, and in deep layers all concepts so far and the tail of tokens (ours)."""
 
 from dataclasses import dataclass
 

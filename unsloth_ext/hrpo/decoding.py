@@ -1,10 +1,13 @@
-"""Hybrid decoding: sample tokens, and feed each thinking token as `fused(E[x], s)` instead of `E[x]` (HRPO, arXiv
-2505.18454, sec. 3).
+"""Hybrid decoding, which samples tokens and feeds each thinking token as `fused(E[x], s)` (HRPO, arXiv 2505.18454).
 
-transformers' own sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a
-pre-hook on the LM head reads the hidden state, the last logits processor reads the warped distribution, the stopping
-criteria read the sampled token, and a hook on the input embedding fuses the state into the next forward. So greedy and
-sampled decoding, EOS, `num_return_sequences`, streamers, stopping criteria and scores are transformers' own.
+The token's embedding E[x] is replaced by its fusion with a thinking state s (sec. 3 of the paper). transformers' own
+sampling
+loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a pre-hook on the LM head
+reads the
+hidden state, the last logits processor reads the warped distribution, the stopping criteria read the sampled token, and
+a
+hook on the input embedding fuses the state into the next forward. So greedy and sampled decoding, EOS,
+`num_return_sequences`, streamers, stopping criteria and scores are transformers' own.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
-"""Thinking states for the training forward (HRPO, arXiv 2505.18454): their origin and their gradients. See
-docs/hrpo.md.
+"""Thinking states for the training forward (HRPO, arXiv 2505.18454). docs/hrpo.md explains the modes.
 
 | mode        | states                                                          | extra passes | gradient into W |
 |-------------|-----------------------------------------------------------------|--------------|-----------------|

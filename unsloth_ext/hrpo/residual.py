@@ -1,5 +1,4 @@
-"""The thinking residual: gates that mix a thinking state into a token's input embedding (HRPO, arXiv 2505.18454, eq.
-3-5).
+"""The thinking residual, which mixes a thinking state into an input embedding (HRPO, arXiv 2505.18454, eq. 3-5).
 
     r = sigmoid(W_r e + b_r)            i = sigmoid(W_i e + b_i)
     a = exp(-c softplus(-Lambda) r)     c = 8, a in (0, 1], elementwise

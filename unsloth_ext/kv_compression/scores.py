@@ -1,5 +1,4 @@
-"""Scores of cached keys: importance I from attention and redundancy R from cosine similarity. Keys with high scores are
-kept.
+"""Scores of cached keys: importance I from attention, redundancy R from cosine similarity. High scores are kept.
 
 | scorer | importance I                        | redundancy R                             | score          |
 |--------|-------------------------------------|------------------------------------------|----------------|

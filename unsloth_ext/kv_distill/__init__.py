@@ -1,3 +1,1 @@
-"""KV distillation on the model side: a student's keys, values and queries compared with those of a teacher of another
-shape.
-"""
+"""KV distillation on the model side: comparison of keys, values and queries of models of different shapes."""

@@ -1,5 +1,4 @@
-"""The latent phase between question and answer (CODI, arXiv 2502.21074; PCCoT, arXiv 2506.18582; Coconut, arXiv
-2412.06769).
+"""The latent phase between question and answer (CODI, arXiv 2502.21074; PCCoT, arXiv 2506.18582).
 
 Sequential (CODI, Coconut): z_1 = prj(h at <bot>), z_{j+1} = prj(h at z_j), M passes of one token.
 

@@ -76,7 +76,7 @@ def test_what_a_peft_config_is_given():
         (False, {"target_modules": ["embed_tokens"]}, "'embed_tokens' would be given an adapter"),
         (False, {"target_modules": ["lm_head"]}, "'lm_head' would be given an adapter"),
     ):
-        with pytest.raises(ValueError, match=f"{how}, of which the new tokens' rows"):
+        with pytest.raises(ValueError, match=f"{how}, but the new tokens' rows"):
             given(tie, **fields)
 
 
