@@ -115,7 +115,7 @@ def check_layers(model: nn.Module, what: str, longest: int | None = None, window
         )
     raise ValueError(
         f"{sentence}every layer to see the whole text of up to {used:,} tokens: load the model with {kind.field}={used}, "
-        f"which changes nothing for texts up to {kind.window:,}"
+        f"which changes nothing for texts of up to {kind.window:,}"
     )
 
 
