@@ -272,7 +272,7 @@ def page(found: dict) -> str:
     lines = [
         "# Speed and memory of HRPO",
         "",
-        f"{found['model']}, random weights. Each figure is the median of pairs that were measured in turn in one process, "
+        f"{setups.model_text(found)}. Each figure is the median of pairs that were measured in turn in one process, "
         "with the lowest and highest pair.",
         "",
         f"One step (rollout, loss, backward, update; LoRA r = 32, {found['completions_per_step']} completions of "

@@ -323,7 +323,7 @@ def page(found: dict) -> str:
     lines = [
         "# Speed and memory of key-value compression and of latent tokens",
         "",
-        f"{found['model']}, random weights, {found['rows']} rows. Each figure is the median of pairs that were measured "
+        f"{setups.model_text(found)}, {found['rows']} rows. Each figure is the median of pairs that were measured "
         "in turn in one process, with the lowest and highest pair.",
         "",
         f"A forward that ends with each layer's trace compressed to {BUDGET} keys. The tap scores inside SDPA; eager reads "

@@ -18,17 +18,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTok
 
 RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
+# Width, inner width, layers, query heads, key-value heads, vocabulary
+SHAPES = {
+    "check": (256, 512, 2, 4, 2, 2048),
+    "cpu": (384, 1024, 6, 6, 2, 8192),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936),
+}
 
 
 def qwen2(size: str) -> torch.nn.Module:
     """`check` is as small as attention kernels allow; `cpu` has 13M parameters, so that arithmetic and not Python dominates
     on two cores; `1.5b` is Qwen2.5-1.5B's shape."""
-    shapes = {
-        "check": (256, 512, 2, 4, 2, 2048),
-        "cpu": (384, 1024, 6, 6, 2, 8192),
-        "1.5b": (1536, 8960, 28, 12, 2, 151936),
-    }
-    hidden, inner, layers, heads, kv, vocab = shapes[size]
+    hidden, inner, layers, heads, kv, vocab = SHAPES[size]
     config = Qwen2Config(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -46,6 +47,15 @@ def qwen2(size: str) -> torch.nn.Module:
     dtype = torch.bfloat16 if CUDA else torch.float32
     with torch.device("cuda" if CUDA else "cpu"):  # a billion random numbers take a CPU a while
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def model_text(found: dict) -> str:
+    """The model of a file of results, for its table."""
+    hidden, _, layers, heads, kv, vocab = SHAPES["cpu" if found["device"] == "cpu" else "1.5b"]
+    return (
+        f"{found['model']} (width {hidden}, {layers} layers, {heads} query and {kv} key-value heads, vocabulary {vocab}), "
+        "random weights"
+    )
 
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

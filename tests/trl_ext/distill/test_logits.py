@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import PromptTuningConfig
 from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDTrainer
 
 from tests import tiny
 from tests.processes import fresh
@@ -65,6 +66,21 @@ def test_it_is_the_sum_over_the_vocabulary(tmp_path, alpha, temperature):
     assert loss == pytest.approx(alpha * ce + (1 - alpha) * temperature**2 * kl, rel=1e-5)
     logged = trainer._metrics["train"]
     assert logged["loss/ce"] == [pytest.approx(ce, rel=1e-5)] and logged["loss/kl"] == [pytest.approx(kl, rel=1e-5)]
+
+
+def test_without_cross_entropy_and_temperature_it_is_trls_gkd(tmp_path):
+    """`GKDTrainer` with lmbda=0, beta=0. Its divergence is at temperature 1, whatever `temperature` is (docs/distill.md).
+
+    1e-5 relative, fp32.
+    """
+    trainer = setups.logits(tmp_path, alpha=0.0, temperature=1.0)
+    trainer.teacher.resize_token_embeddings(trainer.model.vocab_size)  # the padding of the two may not differ there
+    batch = setups.batch_of(trainer)
+    ours = loss_of(trainer, batch)
+    gkd = GKDTrainer.__new__(GKDTrainer)
+    gkd.teacher_model, gkd.beta, gkd.temperature = trainer.teacher, 0.0, 4.0
+    theirs = gkd.compute_loss(trainer.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+    assert theirs.item() == pytest.approx(ours, rel=1e-5) and ours > 0.01
 
 
 def test_it_is_not_the_tutorials(tmp_path):
