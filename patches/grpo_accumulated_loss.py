@@ -53,7 +53,7 @@ def thinking_batch(**thinking: Any) -> Iterator[list[torch.Tensor]]:
 
     Yields:
         A list to which that call appends the log-probs of its loss, in Unsloth's layout: (B, C + W), where the
-            completion
+        completion
         of row i starts at column W - (left pads of row i).
 
     Raises:

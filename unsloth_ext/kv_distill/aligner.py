@@ -127,7 +127,7 @@ class MapProjectionAligner(MasterWeights):
 
         Returns:
             Keys and values (B, L_s, H_kv, T_s, D_s) and queries (B, L_s, H_q, T_s, D_s), in the dtype of the
-                projection.
+            projection.
 
         Raises:
             ValueError: the tensors do not have the teacher's shape.
@@ -166,7 +166,7 @@ class MapProjectionAligner(MasterWeights):
 
         Returns:
             The student's (k, v, q), the teacher's (k, v, q), both floating point as above, and a validity mask (B, T_s)
-                bool.
+            bool.
         """
         side = "teacher" if self.projects_student else "student"
         same_times = self.time_warper is None and T_s is None and teacher_ids is None

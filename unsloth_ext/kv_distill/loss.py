@@ -70,7 +70,7 @@ class StructuralKVLoss:
 
         Returns:
             The loss, a scalar in fp32 or wider, and metrics, scalars without gradients: the terms `k`, `v`, `attn`,
-                `norm` that
+            `norm` that
             have a weight, and `target_std` and `target_rank` of the teacher's keys (`_k`) and values (`_v`).
 
         Raises:

@@ -27,7 +27,6 @@ class LatentReasoningModule(nn.Module):
     Attributes:
         M: as given.
         T: as given.
-        latent_proj: Linear(d, d).
 
     Raises:
         ValueError: there is no tokenizer, or the model already has latent tokens.

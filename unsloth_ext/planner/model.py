@@ -128,7 +128,7 @@ class PlannerExecutorModel(MethodModel):
 
         Returns:
             A text for each plan. With `num_return_sequences` > 1 a list of texts for each. With
-                `return_dict_in_generate` what
+            `return_dict_in_generate` what
             `execute_plan` returns.
         """
         if not len(plan):

@@ -235,7 +235,7 @@ def plan_log_probs(
 
     Returns:
         (B, n, Q) in fp32 or wider: at slot j of a type, log p of its concept j, or of its end if it has j concepts, and
-            0
+        0
         after that. A type as long as its quota has no end.
 
     Raises:
