@@ -41,10 +41,8 @@ def fused_embeddings(
     | (B, T)    | (B, S, d)     | input_ids     | inputs_embeds, or the cache (the form with both inputs)       |
 
     `backbone.fuse_thinking`, which `unsloth_ext.attach_thinking` adds, does the computation. The keywords of the
-    patched forward
-    are translated here: `thinking_embeds` become `thinking_states`, and `thinking_hidden_states_cache` becomes
-    `hidden_states`,
-    from which states are made.
+    patched forward are translated here: `thinking_embeds` become `thinking_states`, and `thinking_hidden_states_cache`
+    becomes `hidden_states`, from which states are made.
 
     Args:
         backbone: the decoder with the thinking modules.
@@ -57,8 +55,7 @@ def fused_embeddings(
 
     Raises:
         ValueError: the model has no thinking modules; there are no states; or, in the third kind of call, states are
-            given
-            twice or have the wrong shape or dtype.
+            given twice or have the wrong shape or dtype.
     """
     if not hasattr(backbone, "fuse_thinking"):
         raise ValueError(

@@ -1,10 +1,8 @@
 """Patch of transformers' decoder forwards (`LlamaModel.forward` and the like), which then accept thinking states.
 
 It works for every architecture whose base model takes `(self, input_ids, ...)` and `inputs_embeds`. The default sites
-are the
-six families that are tested. `apply("base_model_forward", type(model.base_model))` adds another one, and `type(model)`
-a
-causal LM that does not pass our keywords on.
+are the six families that are tested. `apply("base_model_forward", type(model.base_model))` adds another one, and
+`type(model)` a causal LM that does not pass our keywords on.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """Patch of TRL's table of sampled completions (`log_completions`), which reads column names as markup.
 
 In TRL 1.15 a reward function or an extra column called `[/x]` ends training, and a reward model called `rm[v2]` loses
-half its
-name.
+half its name.
 """
 
 import functools

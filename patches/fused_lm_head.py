@@ -1,10 +1,8 @@
 """Patch of TRL's fused LM head for machines without a GPU: a chunked PyTorch version of its Triton kernel.
 
 TRL 1.15 scores every token with `trl.kernels.ChunkedLogProbFunction`, whose Triton kernels need a GPU. Without Triton
-the name
-is None, and every loss fails with "'NoneType' object has no attribute 'apply'". The replacement has the same arguments
-and
-results. CUDA tensors still use the original.
+the name is None, and every loss fails with "'NoneType' object has no attribute 'apply'". The replacement has the same
+arguments and results. CUDA tensors still use the original.
 """
 
 import types

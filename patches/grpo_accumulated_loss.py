@@ -1,17 +1,12 @@
 """Patch of Unsloth's GRPO loss (`grpo_accumulated_loss`), whose model forwards then get thinking states.
 
 Upstream drops the padding, reorders the batch (left-packed rows in chunks, or all rows in one packed sequence) and
-forwards
-only token ids. The replacement takes the keywords of the patched decoder forward in the layout of the *batch*:
+forwards only token ids. The replacement takes the keywords of the patched decoder forward in the layout of the *batch*:
 `thinking_mask` (B, C) and states (B, C, d) over the last C columns of `input_ids` (B, P + C). A pre-hook on the decoder
-finds
-the rows of each forward by their tokens and brings their states into that forward's layout. Tokens that are not a
-sequence of
-whole rows of the batch are an error, and so is a row that is never forwarded. Pad tokens never think; upstream
-identifies
-them by their id, at any position. Shared-prompt deduplication (PrefixGrouper) is off meanwhile. Without thinking
-tensors the
-original runs unchanged.
+finds the rows of each forward by their tokens and brings their states into that forward's layout. Tokens that are not a
+sequence of whole rows of the batch are an error, and so is a row that is never forwarded. Pad tokens never think;
+upstream identifies them by their id, at any position. Shared-prompt deduplication (PrefixGrouper) is off meanwhile.
+Without thinking tensors the original runs unchanged.
 
 A trainer uses two contexts:
 
@@ -53,8 +48,7 @@ def thinking_batch(**thinking: Any) -> Iterator[list[torch.Tensor]]:
 
     Yields:
         A list to which that call appends the log-probs of its loss, in Unsloth's layout: (B, C + W), where the
-        completion
-        of row i starts at column W - (left pads of row i).
+        completion of row i starts at column W - (left pads of row i).
 
     Raises:
         TypeError: a keyword is unknown.

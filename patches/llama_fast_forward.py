@@ -1,14 +1,11 @@
 """Patch of Unsloth's decoder forward (`LlamaModel_fast_forward`), which then accepts thinking states.
 
 One function serves Unsloth's llama, mistral, gemma, gemma2, qwen2, qwen3 and others. Each family's module imports it
-under its
-own name, and loading a model puts it on the transformers class, behind a gate that sends models that Unsloth did not
-load to
-the stock forward. All of these are replaced. Apply the patch before or after a model is loaded.
+under its own name, and loading a model puts it on the transformers class, behind a gate that sends models that Unsloth
+did not load to the stock forward. All of these are replaced. Apply the patch before or after a model is loaded.
 
 After `revert`, transformers classes of models loaded in between still call the original through the replacement. It
-changes
-nothing for calls without our keywords.
+changes nothing for calls without our keywords.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """Patch of Unsloth's `get_peft_model`, which then accepts our thinking modules in `modules_to_save`.
 
 Unsloth accepts embeddings, the LM head and norms there and refuses everything else. It asks `_norm_modules_to_save`
-whether an
-entry names modules that it can train in full.
+whether an entry names modules that it can train in full.
 """
 
 import functools

@@ -1,10 +1,8 @@
 """The registry of patches: what they change in other packages, for which versions, and how they are undone.
 
 There are two kinds of records. A `Patch` replaces a function or a class by one that calls the original; no upstream
-code is
-copied. A `Switch` sets an upstream flag to another value. Both have fingerprints of the upstream code they were written
-for,
-and `status` warns if the installed code differs.
+code is copied. A `Switch` sets an upstream flag to another value. Both have fingerprints of the upstream code they were
+written for, and `status` warns if the installed code differs.
 """
 
 import contextlib
@@ -209,8 +207,7 @@ class PatchStatus:
         applied: the number of sites that are changed now.
         live: whether there are such sites, and each still holds our replacement.
         fingerprint: that of the installed upstream code (12 hex digits of a SHA-256); several are joined by spaces.
-            Empty
-            if the package is not installed.
+            Empty if the package is not installed.
         warnings: one sentence for each piece of upstream code that differs from the one this was written for.
     """
 
@@ -266,8 +263,7 @@ def applied(name: str, *owners: Any) -> Iterator[None]:
     """Apply a patch inside a `with` block.
 
     Blocks may be nested, and may overlap in several threads: the last one to close restores a site. A site that `apply`
-    has
-    changed stays changed.
+    has changed stays changed.
 
     Args:
         name: the name of the patch.

@@ -2,8 +2,7 @@
 
 TRL 1.15 draws tensors that are missing from a model's files at random, with a warning that is easily overlooked. Inside
 `watching_models`, a function of ours gets each model and the names of its missing tensors before the trainer continues.
-It may
-raise an error, or attach modules.
+It may raise an error, or attach modules.
 """
 
 import contextlib
@@ -27,13 +26,11 @@ def watching_models(init: Callable, seen: Seen) -> Iterator[None]:
     """Call `seen(model, name, missing_keys)` for each model that a trainer loads by name, while the context is open.
 
     Contexts of one kind of trainer may be nested: the outermost `seen` is called first. Contexts of different trainers,
-    and of
-    other threads, do not see each other's models.
+    and of other threads, do not see each other's models.
 
     Args:
         init: the trainer's `__init__`. It gives the module in which the trainer finds `create_model_from_path`. A
-            module
-            without it is left alone (Unsloth's trainers take no names of models).
+            module without it is left alone (Unsloth's trainers take no names of models).
         seen: the function to call.
     """
     names = inspect.unwrap(init).__globals__

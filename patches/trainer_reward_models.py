@@ -24,8 +24,7 @@ def loading_reward_models(init: Callable, model: Callable, tokenizer: Callable) 
 
     Args:
         init: the trainer's `__init__`. It gives the module in which the trainer finds the two classes. A module without
-            them
-            is left alone (TRL's `SFTTrainer` takes no reward models).
+            them is left alone (TRL's `SFTTrainer` takes no reward models).
         model: called as `model(name, **kwargs)`.
         tokenizer: called as `tokenizer(name, **kwargs)`.
     """

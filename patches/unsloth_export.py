@@ -1,10 +1,8 @@
 """Patch of Unsloth's exports (2026.10.9), which then refuse a model whose modules they would leave out.
 
 The exports (merged, 4-bit, FP8, torchao, GGUF, OpenVINO, GGML, and pushes of these) write no modules that the model's
-class
-does not know. All of them first call `_refuse_model_parallel_export`. `save_pretrained_merged` is allowed by its own
-patch,
-which writes what Unsloth leaves out.
+class does not know. All of them first call `_refuse_model_parallel_export`. `save_pretrained_merged` is allowed by its
+own patch, which writes what Unsloth leaves out.
 """
 
 import contextlib

@@ -1,10 +1,8 @@
 """Patch of `save_pretrained_merged`, which then also writes our modules and settings.
 
 Unsloth copies the base's files and merges LoRA into them, so our modules and settings would be missing or as old as the
-base
-(2026.10.9). The decoder's `complete_saved(model, folder)` adds them. Only the 16-bit merge and the adapter are
-supported.
-Other methods are refused, and so are pushes, which upload before the files are complete.
+base (2026.10.9). The decoder's `complete_saved(model, folder)` adds them. Only the 16-bit merge and the adapter are
+supported. Other methods are refused, and so are pushes, which upload before the files are complete.
 """
 
 import functools

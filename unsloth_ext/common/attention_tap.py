@@ -78,9 +78,8 @@ def attention_tap(model: nn.Module, observer: Observer) -> Iterator[None]:
     Args:
         model: a causal LM with SDPA attention, wrapped by PEFT or not.
         observer: called as `observer(layer, query, key, value)` in the forward of each layer. The query (B, Hq, T, D)
-            and
-            key (B, Hkv, S, D) are after rotary embedding, the value is (B, Hkv, S, D). All are in the model's dtype. S
-            counts cached tokens too.
+            and key (B, Hkv, S, D) are after rotary embedding, the value is (B, Hkv, S, D). All are in the model's
+            dtype. S counts cached tokens too.
 
     Raises:
         ValueError: the model's attention is not SDPA.
@@ -122,8 +121,7 @@ def check_look(model: nn.Module, what: str) -> None:
     """Check with one forward of two tokens that a tap sees what a cache holds. This runs once for each model.
 
     The check is skipped if weights are sharded or not in memory. `compressed_trace` and `captured_kvq` then raise an
-    error
-    at their first use.
+    error at their first use.
 
     Args:
         model: a causal LM, wrapped by PEFT or not.

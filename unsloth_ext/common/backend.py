@@ -14,8 +14,7 @@ def unsloth_can_run() -> tuple[bool, str]:
     """Return whether to use `FastLanguageModel`, and the reason. Does not import Unsloth.
 
     Unsloth runs its own forwards on a GPU, or on a CPU under its CI switch `UNSLOTH_ALLOW_CPU=1`. Its CPU backend is
-    stock
-    transformers, so on a CPU we use transformers directly.
+    stock transformers, so on a CPU we use transformers directly.
     """
     if importlib.util.find_spec("unsloth") is None:
         return False, "unsloth is not installed"

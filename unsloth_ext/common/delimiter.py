@@ -1,9 +1,8 @@
 """Incremental search for the answer delimiter in token ids, without decoding.
 
 A Knuth-Morris-Pratt automaton over the bytes of UTF-8 is compiled to a table with a row for each state and a column for
-each
-token of the vocabulary. Feeding a batch of tokens is one gather on the device. It finds delimiters that are split over
-several tokens, even within a character, and those that lie inside one token.
+each token of the vocabulary. Feeding a batch of tokens is one gather on the device. It finds delimiters that are split
+over several tokens, even within a character, and those that lie inside one token.
 """
 
 import re
@@ -26,12 +25,9 @@ class DelimiterMatcher:
 
     Attributes:
         table (S, V + 1): int16 on the CPU. `table[state, token]` is the next state. The number of states S is that of
-            the
-            delimiter's bytes plus 1. The last state, `done`, is absorbing. Special tokens leave the state unchanged,
-            since
-            text is decoded without them. So do ids above the tokenizer's, which a model with padded embeddings can
-            sample:
-            the last column stands for all of them.
+            the delimiter's bytes plus 1. The last state, `done`, is absorbing. Special tokens leave the state
+            unchanged, since text is decoded without them. So do ids above the tokenizer's, which a model with padded
+            embeddings can sample: the last column stands for all of them.
         done: the state in which the delimiter is complete.
 
     Raises:

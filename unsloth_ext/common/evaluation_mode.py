@@ -22,8 +22,7 @@ def never_pack(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights, which it does in evaluation mode on CPUs with AVX512-BF16.
 
     Version 0.50 cannot pack a layer narrower than a block of 64 weights. No gradient passes a packed layer, not even in
-    later
-    training.
+    later training.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -137,8 +137,7 @@ def samplers_count() -> AbstractContextManager[None]:
     """Hide transformers' warning that sampling settings "may be ignored" in greedy decoding.
 
     Soft embeddings, which are thinking states, are made with `top_k` and the like, so the warning would be wrong. No
-    setting
-    of transformers 5.17 turns it off.
+    setting of transformers 5.17 turns it off.
     """
     untrue = "The following generation flags are not valid and may be ignored"
     return showing_only(CHECKS, lambda record: not record.getMessage().startswith(untrue))
@@ -189,10 +188,8 @@ def context_of(model: nn.Module) -> int | None:
     """Return the number of positions that a model was made for, or None if its config sets no limit.
 
     Some RoPEs depend on the length of the text. For these the limit is the length up to which the RoPE stays the same.
-    Beyond
-    it transformers 5.17 reads the whole text again (Phi-3) or mixes two kinds of keys, and a batch gives other results
-    than its
-    rows.
+    Beyond it transformers 5.17 reads the whole text again (Phi-3) or mixes two kinds of keys, and a batch gives other
+    results than its rows.
     """
     positions: Any = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     changing = _changing(model)

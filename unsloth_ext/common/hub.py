@@ -180,8 +180,7 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
 
     Raises:
         ValueError: there is no such model, it is no causal language model, or it is of another method, whose modules
-            would
-            be lost.
+            would be lost.
     """
     check_name(name, token)
     saved = read_saved(name, method, token)
@@ -214,8 +213,7 @@ def load_causal_lm(
     Args:
         name: a folder or a hub id.
         method: the latent reasoning method that the caller attaches. The caller loads its tensors, so transformers'
-            report
-            of them is left out.
+            report of them is left out.
         token: the access token for the hub.
         dtype: a dtype, its name, "auto" or None.
         **kwargs: keywords for `from_pretrained`.
@@ -259,8 +257,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Add rows to the embeddings if the tokenizer has more tokens.
 
     transformers draws new rows around the mean of the others. Its message about that mentions an option that we do not
-    have, so
-    it is left out.
+    have, so it is left out.
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         with _errors_only():
@@ -271,8 +268,7 @@ def _errors_only() -> AbstractContextManager[None]:
     """Return a context in which transformers' modelling code logs only errors.
 
     It is a filter because with a log level of WARNING or more transformers 5.17 reports "layers were not sharded" for
-    every
-    model.
+    every model.
     """
     return showing_only(MODELING, lambda record: record.levelno >= logging.ERROR)
 

@@ -1,10 +1,8 @@
 """The kind of attention of each decoder layer, decided here for all methods.
 
 transformers' rule is that of its caches (`get_layer_types_and_kwargs`, 5.17): `layer_types` if a configuration has
-them,
-else `sliding_window`, else `attention_chunk_size`. Some models do not follow it: GPT-Neo uses another field, and RWKV
-has
-none, only a class that says it is recurrent. A window as long as the model's longest text hides nothing.
+them, else `sliding_window`, else `attention_chunk_size`. Some models do not follow it: GPT-Neo uses another field, and
+RWKV has none, only a class that says it is recurrent. A window as long as the model's longest text hides nothing.
 """
 
 from dataclasses import dataclass
@@ -89,8 +87,7 @@ def check_layers(model: nn.Module, what: str, longest: int | None = None, window
         model: a causal LM, wrapped by PEFT or not.
         what: the method, as the subject of "needs".
         longest: the largest number of tokens of a text. None means the model's number of positions. A window of that
-            length
-            hides nothing.
+            length hides nothing.
         windows: kinds of windows that the method supports, however short they are.
 
     Raises:

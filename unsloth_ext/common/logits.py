@@ -13,8 +13,7 @@ def logits_at(model: nn.Module, keep: torch.Tensor, **inputs: Any) -> ModelOutpu
     """Run a causal LM and compute logits at N chosen positions instead of all B T.
 
     A hook gives the model's own head only the hidden states of these positions. So scaling and soft-capping apply as
-    usual, and
-    gradients are those of `logits[keep]`.
+    usual, and gradients are those of `logits[keep]`.
 
     Args:
         model: a causal LM, wrapped by PEFT and DDP or not.

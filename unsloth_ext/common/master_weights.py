@@ -1,11 +1,9 @@
 """Small modules with float32 weights that are trained beside a model in half precision.
 
 bfloat16 has 8 bits of precision: the neighbours of 0.05 are 2e-4 away, and optimizer steps of less than half of that
-round
-to nothing. So gates, projections, heads and codebooks have float32 weights whatever the model's dtype. They compute in
-float32 on inputs that are cast up. Autocast is off inside, because it is on in training and off in decoding and both
-must
-agree.
+round to nothing. So gates, projections, heads and codebooks have float32 weights whatever the model's dtype. They
+compute in float32 on inputs that are cast up. Autocast is off inside, because it is on in training and off in decoding
+and both must agree.
 """
 
 import contextlib
@@ -24,8 +22,7 @@ class MasterWeights(nn.Module):
     """Mixin that keeps a module's floating-point tensors in float32 or wider when the model is cast.
 
     `model.half()`, `model.to(torch.bfloat16)` and the like move these tensors to the device and keep their values. Put
-    it before
-    the class of the module.
+    it before the class of the module.
 
     Attributes:
         kept: False if something else, such as DeepSpeed, has the master weights.

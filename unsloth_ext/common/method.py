@@ -1,9 +1,8 @@
 """The record that declares a method on the model side, and how records are found.
 
 The folder of a method holds a file `method.py` with one `METHOD = Method(...)`. All code that needs a list of methods
-reads
-these records: exports, loaders, saved folders, model cards, adapters and generation. A record imports nothing. It names
-functions and classes by the module of the folder that they are in.
+reads these records: exports, loaders, saved folders, model cards, adapters and generation. A record imports nothing. It
+names functions and classes by the module of the folder that they are in.
 """
 
 import functools
@@ -38,8 +37,7 @@ class Method:
         dropped: what a loader that does not know the method leaves out, for the model card.
         example: Python lines that open a saved folder and use it. `{where}` stands for the folder.
         refused_arguments: arguments of `generate` that do not work with this method. Those that work with no method are
-            in
-            `unsloth_ext.common.generation_arguments`.
+            in `unsloth_ext.common.generation_arguments`.
     """
 
     name: str

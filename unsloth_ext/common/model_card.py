@@ -1,8 +1,7 @@
 """The model card of a saved folder: what the model is, how to open it, and what other loaders leave out.
 
 We own one part of `README.md`, between two comments, and some keys of its metadata. Saving again rewrites only that
-part. If
-somebody changed the part, it is kept, with a warning.
+part. If somebody changed the part, it is kept, with a warning.
 """
 
 import functools

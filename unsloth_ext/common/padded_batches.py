@@ -19,10 +19,8 @@ def check_batches(model: nn.Module) -> None:
     """Check that rows of a batch do not affect each other and that pads do not enter a recurrent state.
 
     The first fails for RWKV, the second for RecurrentGemma (transformers 5.17). The check decodes a few greedy tokens
-    after two
-    texts, once for each model. It is skipped if weights are not in memory (meta device, ZeRO-3). It does not use the
-    global
-    RNG.
+    after two texts, once for each model. It is skipped if weights are not in memory (meta device, ZeRO-3). It does not
+    use the global RNG.
 
     Raises:
         ValueError: the model decodes a batch differently.

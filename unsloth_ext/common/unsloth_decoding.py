@@ -2,8 +2,7 @@
 
 Unsloth multiplies by the LM head's weight without calling the module, so no hook sees the last hidden state. Under its
 switch `UNSLOTH_RETURN_HIDDEN_STATES=1` its forwards return that state instead of the logits. The first logits processor
-then
-applies the head. Decoding from captured CUDA graphs would skip our embedding hook, so it is off meanwhile.
+then applies the head. Decoding from captured CUDA graphs would skip our embedding hook, so it is off meanwhile.
 """
 
 import contextlib

@@ -45,8 +45,7 @@ def cost(
         ratio: the number of tokens for each concept.
         tokens: the length of the text. 0 leaves attention out.
         tail: the mean number of tokens since the last concept. None means that of evenly spread concepts. A gate
-            without
-            constraints may have few or many concepts, and long tails in both cases.
+            without constraints may have few or many concepts, and long tails in both cases.
 
     Returns:
         The cost.

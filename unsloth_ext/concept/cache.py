@@ -12,8 +12,7 @@ class SlotCache:
     """The cache that attention modules write to and read from, in place of a `DynamicCache`.
 
     Without a `plan` (several tokens at once) keys and values are appended, and `keep` then packs each row. With a plan
-    (decoding,
-    one slot in each row) they are written to the slots that it names.
+    (decoding, one slot in each row) they are written to the slots that it names.
 
     Attributes:
         lengths (B,): long, the slots in use, which come first in every row.
@@ -108,8 +107,7 @@ class ConceptCache:
     """The cache of a model with concepts, in place of a `DynamicCache`.
 
     Shallow layers hold every token, middle layers the concepts, deep layers the concepts and the tail of tokens. The
-    next concept
-    replaces the tail.
+    next concept replaces the tail.
 
     Attributes:
         layers: the caches of the shallow, middle and deep layers.

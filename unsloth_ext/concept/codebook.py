@@ -1,8 +1,7 @@
 """Initialisation of the codebook from a model's own states (ours).
 
 With it the middle layers read from the first step nearly what they read without concepts, and the head can tell
-codewords
-apart. Logits of random weights would be lost in their Gumbel noise.
+codewords apart. Logits of random weights would be lost in their Gumbel noise.
 """
 
 import torch
@@ -22,14 +21,11 @@ def set_codebook(backbone: nn.Module, states: torch.Tensor, seed: int = 0) -> No
     """Initialise head and embedding in place: codewords are the centres m of k-means on the states.
 
     Their logits are beta (h m - |m|^2 / 2), those of a mixture of equal spheres. beta is chosen so that the most likely
-    codeword
-    has a mean probability of 0.9.
+    codeword has a mean probability of 0.9.
 
     With several codebooks, each gets every C-th principal component of the states, so that their embeddings add up to
-    the state.
-    `<NULL>` has the same logit everywhere: the mean of the log-sum-exp over the codewords of the first codebook. The
-    entropy
-    segmenter does not compare the two, so for it the logit is unchanged.
+    the state. `<NULL>` has the same logit everywhere: the mean of the log-sum-exp over the codewords of the first
+    codebook. The entropy segmenter does not compare the two, so for it the logit is unchanged.
 
     Args:
         backbone: the decoder with the concept modules.

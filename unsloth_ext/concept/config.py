@@ -18,17 +18,12 @@ class OnlineConceptConfig:
         num_concepts: the number of codewords V. The head has one more output, `<NULL>`, for tokens that become no
             concept.
         num_codebooks: the number of codewords of a concept, one from each codebook. Their embeddings are added. The
-            first
-            codebook competes with `<NULL>`.
+            first codebook competes with `<NULL>`.
         segmenter: what ends a concept. `"null"`: a token whose concept is not `<NULL>`. `"threshold"`: a token at which
-            the
-            sum of probabilities passes a whole number (accumulate and fire). `"fixed"`: of every `stride` tokens the
-            last
-            `concepts_per_stride`. `"entropy"`: a token at which the entropy of the next token, read by the LM head from
-            the
-            shallow layers, is above the `<NULL>` bias (nats). `"autoregressive"`: as `"null"`, with a learned logit for
-            each
-            possible length of the concept.
+            the sum of probabilities passes a whole number (accumulate and fire). `"fixed"`: of every `stride` tokens
+            the last `concepts_per_stride`. `"entropy"`: a token at which the entropy of the next token, read by the LM
+            head from the shallow layers, is above the `<NULL>` bias (nats). `"autoregressive"`: as `"null"`, with a
+            learned logit for each possible length of the concept.
         gate: `"literal"`: the largest of V + 1 logits, sampled in training, with gradients through concepts only.
             `"factorised"`: a concept if p = sigmoid(LSE(concepts) - l_NULL) > 1/2, in training as in decoding, with
             gradients on both sides. Only the codeword is sampled.
@@ -36,8 +31,7 @@ class OnlineConceptConfig:
         max_tail: the largest number of tokens since the last concept, after which a concept is forced. None means no
             limit.
         max_nulls: the number of tokens of a text that may become no concept. Further tokens all become concepts. None
-            means
-            no limit.
+            means no limit.
         boundary_keeps_token: a token that became a concept also stays in the tail until the next one does.
 
     Raises:

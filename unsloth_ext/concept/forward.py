@@ -2,8 +2,7 @@
 
 Whole texts are computed in parallel, with the result of decoding token by token. Slot t of the deep layers holds
 middle(concept_t) if token t became a concept, else its shallow state. Logits of position t are read at slot t, which
-also
-covers a tail that has just become empty. Rotary positions are those of the text.
+also covers a tail that has just become empty. Rotary positions are those of the text.
 """
 
 import contextlib
@@ -103,16 +102,14 @@ def concept_forward(
         backbone: the decoder with the concept modules.
         input_ids (B, T): long. None with `inputs_embeds`.
         attention_mask (B, T): long or bool, real tokens, padded on either side; (B, S) if it also covers those in the
-            cache.
-            None means that every token is real.
+            cache. None means that every token is real.
         position_ids (B, T): long. None counts the real tokens. Without a mask, every 0 begins another text of a packed
             row.
         past_key_values: a `ConceptCache` to continue from. None, or another cache that is empty, starts a new one.
         inputs_embeds (B, T, d): in the model's dtype. None with `input_ids`.
         use_cache: as in transformers.
         concepts (B, T): long, the concept of each token or `<NULL>`, instead of the head's decision. (B, T, C) for
-            several
-            codebooks.
+            several codebooks.
 
     Returns:
         The output, with hidden states (B, T, d) in the model's dtype.
@@ -241,8 +238,7 @@ def blend(choice: Choice, middle: torch.Tensor, shallow: torch.Tensor) -> torch.
     """Return w c + (1 - w) h (B, T, d), where c is the state of a concept and h that of a token.
 
     The value is c where there is a concept, else h. w has a gradient. For it, where there is no concept, c is the
-    embedding of
-    the concept that the token would become.
+    embedding of the concept that the token would become.
     """
     if choice.weight is None:
         return torch.where(choice.concept[..., None], middle, shallow)

@@ -22,11 +22,9 @@ class Choice:
         concept (B, T): bool, the tokens that become one.
         ids (B, T, C): long, a codeword of each codebook, 0 where there is no concept.
         embeds (B, T, d): in the model's dtype, the concepts' embeddings with their gradient. Where there is no concept:
-            that
-            of the concept the token would become, with the factorised gate in training, else 0.
+            that of the concept the token would become, with the factorised gate in training, else 0.
         weight (B, T): floating point, 1 where there is a concept, else 0, with the gradient of the probability. None
-            for a
-            choice without this gradient.
+            for a choice without this gradient.
         logit (B, T): fp32 or wider, of being a concept. None if concepts were given.
         logits (B, T, C V + 1): fp32 or wider, of the head. None if concepts were given.
     """

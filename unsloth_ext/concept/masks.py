@@ -33,8 +33,7 @@ class Slots:
         """Return whether in row b slot q sees slot k. The indices broadcast.
 
         A concept sees the concepts so far. A token sees these and the tokens since the last one. Slots that are not
-        real see only
-        themselves, since an attention row must not be empty.
+        real see only themselves, since an attention row must not be empty.
         """
         seen = (self.times[b, k] <= self.times[b, q]) & self.valid[b, k]
         tail = ~self.concept[b, q] & (self.since[b, k] == self.since[b, q])

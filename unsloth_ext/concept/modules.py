@@ -79,8 +79,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
     """Add a `ConceptHead` and a `ConceptEmbedding` to a causal LM, in place. Its forward then compresses.
 
     `generate`, trainers and PEFT work as before. Concepts start with the root mean square of token embeddings. The
-    global RNG is
-    used.
+    global RNG is used.
 
     Args:
         model: the causal LM.
@@ -91,8 +90,7 @@ def attach_concepts(model: PreTrainedModel, config: OnlineConceptConfig | None =
 
     Raises:
         ValueError: the split does not add up to the model's layers; its attention is not SDPA over the whole text; it
-            runs
-            Unsloth's fast forwards; or it already has concepts.
+            runs Unsloth's fast forwards; or it already has concepts.
     """
     from .forward import concept_forward
     from .layer_split import check_split

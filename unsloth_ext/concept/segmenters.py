@@ -103,8 +103,7 @@ def _chain(score: torch.Tensor, length_logits: torch.Tensor, since: torch.Tensor
     """Follow concepts one by one and return them, (B, N) bool.
 
     Each ends at the first length at which its logit plus the token's is positive, at the latest at the largest length.
-    There is
-    no loop over tokens: the next concept is computed for every token, and the chain is followed by doubling.
+    There is no loop over tokens: the next concept is computed for every token, and the chain is followed by doubling.
     """
     rows, width = score.shape
     most = len(length_logits)

@@ -1,13 +1,10 @@
 """Hybrid decoding, which samples tokens and feeds each thinking token as `fused(E[x], s)` (HRPO, arXiv 2505.18454).
 
 The token's embedding E[x] is replaced by its fusion with a thinking state s (sec. 3 of the paper). transformers' own
-sampling
-loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a pre-hook on the LM head
-reads the
-hidden state, the last logits processor reads the warped distribution, the stopping criteria read the sampled token, and
-a
-hook on the input embedding fuses the state into the next forward. So greedy and sampled decoding, EOS,
-`num_return_sequences`, streamers, stopping criteria and scores are transformers' own.
+sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a pre-hook on the
+LM head reads the hidden state, the last logits processor reads the warped distribution, the stopping criteria read the
+sampled token, and a hook on the input embedding fuses the state into the next forward. So greedy and sampled decoding,
+EOS, `num_return_sequences`, streamers, stopping criteria and scores are transformers' own.
 """
 
 from dataclasses import dataclass
@@ -44,8 +41,7 @@ class ThinkingTrace:
     Attributes:
         thinking_mask (B, C): bool, the tokens before the delimiter is complete and before the row ends.
         thinking_states (B, C, d): the state fused into each token, in the model's dtype, and zero for other tokens.
-            None
-            unless requested.
+            None unless requested.
         hidden_states (B, C, d): the hidden state that produced each token, in the model's dtype. None unless requested.
         log_probs (B, C): fp32, of each token under the distribution it was drawn from. None unless requested.
     """
@@ -143,8 +139,7 @@ class HybridSession:
         Args:
             args: the arguments of the embedding, which are not used.
             embeds (B, T, d): in the model's dtype, of the tokens to be fed. T > 1 after the prefill means that there is
-                no
-                cache.
+                no cache.
 
         Returns:
             (B, T, d) in the same dtype, or None for the prompt, which does not think.

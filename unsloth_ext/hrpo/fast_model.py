@@ -74,10 +74,8 @@ class FastThinkingModel:
 
         Raises:
             ValueError: there is no such model; it is of another method; it has thinking modules without settings or
-                settings
-                without modules; files are damaged, lack tensors or hold NaN; or an adapter never thought and `thinking`
-                was
-                not given.
+                settings without modules; files are damaged, lack tensors or hold NaN; or an adapter never thought and
+                `thinking` was not given.
         """
         dtype = as_dtype(dtype, kwargs)
         check_name(model_name, token)
@@ -209,8 +207,7 @@ class FastThinkingModel:
         Args:
             model: a model with an adapter.
             keep_thinking: keep the thinking modules, which `save_pretrained` then writes and `from_pretrained` loads.
-                False
-                gives a plain causal LM.
+                False gives a plain causal LM.
 
         Returns:
             The base model.

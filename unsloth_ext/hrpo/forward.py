@@ -2,8 +2,7 @@
 
 `BloomForCausalLM`, `FalconForCausalLM`, `GPTJForCausalLM`, `MptForCausalLM` and others (transformers 5.17) accept any
 keyword and pass none to their decoder. `OPTForCausalLM` calls an inner decoder and not `OPTModel`. In such cases the
-causal
-LM's own forward is patched as well.
+causal LM's own forward is patched as well.
 """
 
 import torch
@@ -24,10 +23,8 @@ def teach_forward(model: PreTrainedModel, backbone: nn.Module, source: str) -> N
     """Add our keywords to a causal LM's forward and test them with two forwards of `LENGTH` tokens, without gradients.
 
     The trial states are embeddings of other tokens, which replace those of the text. The logits must be those of a text
-    with
-    these tokens. The test is skipped if weights are not in memory (meta device, ZeRO-3), and for Unsloth's forwards,
-    whose
-    patch is verified when it is applied. The global RNG is not used.
+    with these tokens. The test is skipped if weights are not in memory (meta device, ZeRO-3), and for Unsloth's
+    forwards, whose patch is verified when it is applied. The global RNG is not used.
 
     Args:
         model: the causal LM, not wrapped by PEFT.

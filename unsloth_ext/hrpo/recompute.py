@@ -58,8 +58,7 @@ def thinking_keywords(
     """Build the thinking keywords of the training forward, under the names of the patched `LlamaModel_fast_forward`.
 
     Only this function translates our names to those: `thinking_states` are passed as `thinking_embeds`, and
-    `hidden_states` as
-    `thinking_hidden_states_cache`.
+    `hidden_states` as `thinking_hidden_states_cache`.
 
     Args:
         model: the (wrapped) causal LM.
@@ -68,8 +67,7 @@ def thinking_keywords(
         warp: the temperature and support of the rollout.
         iterations: K of `jacobi`.
         **inputs: the other inputs of that forward: `input_ids` (B, T) and `attention_mask` (B, T), both long, with T >=
-            C
-            and completions last.
+            C and completions last.
 
     Returns:
         `thinking_mask` (B, C) bool with either `thinking_embeds` (B, C, d), or `thinking_hidden_states_cache` (B, C, d)

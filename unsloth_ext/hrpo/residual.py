@@ -5,9 +5,8 @@
     fused = a e + sqrt(1 - a^2 + eps) (i s)
 
 `e` (B, T, d) is the token's input embedding, `s` (B, T, d) its thinking state. All four modules are registered
-submodules of
-the decoder (`model.base_model`). So optimizers, PEFT and safetensors see them as `thinking_residual_gate_r`,
-`thinking_residual_gate_i`, `thinking_residual_Lambda` and `thinking_projection`.
+submodules of the decoder (`model.base_model`). So optimizers, PEFT and safetensors see them as
+`thinking_residual_gate_r`, `thinking_residual_gate_i`, `thinking_residual_Lambda` and `thinking_projection`.
 """
 
 import types
@@ -41,8 +40,7 @@ class ThinkingConfig:
         thinking_source: `"projection"`, `s = W h / |W h|` of the previous hidden state h; or `"soft_embedding"`, the
             probability-weighted input embedding of the paper.
         thinking_norm: the norm of projected states: `"unit"`, `"embedding_rms"` (the mean norm of an input embedding)
-            or
-            `"none"`.
+            or `"none"`.
         residual_r_min, residual_r_max: at r = 1 the initial `a` is uniform between these two.
 
     Raises:

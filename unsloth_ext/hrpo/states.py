@@ -52,8 +52,7 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
         embedding: the input embedding, with V rows.
         probs (..., V): floating point.
         candidates: an upper bound on the number of non-zero entries of a row (after top-k, top-p, min-p). Only that
-            many
-            rows of the embedding are then read. None reads all.
+            many rows of the embedding are then read. None reads all.
 
     Returns:
         (..., d) in the dtype of the embedding.

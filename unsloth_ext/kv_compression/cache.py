@@ -1,8 +1,7 @@
 """A cache for `generate()` that keeps the best keys of a text: R-KV while decoding (arXiv 2505.24133).
 
 Each row of each layer grows to `budget + buffer` keys, is cut to the `budget` best for each KV head, and grows again.
-Keys
-keep their rotary positions, and new tokens get their true positions.
+Keys keep their rotary positions, and new tokens get their true positions.
 """
 
 import torch
@@ -57,8 +56,7 @@ class CompressedLayer(DynamicLayer):
         Args:
             length: the number of new tokens.
             given: (B, 1, length, seen) or (1, 1, length, seen) bool, transformers' mask over all columns so far. None
-                is
-                causal.
+                is causal.
 
         Returns:
             (B, 1, length, S) bool, or None for a causal mask.
@@ -134,8 +132,7 @@ class CompressedCache(Cache):
 
     Raises:
         ValueError: `budget` or `buffer` is too small; or the model's attention is not SDPA over the whole text, is not
-            seen
-            by a tap (Falcon), or reads other keys than a cache holds (MLA).
+            seen by a tap (Falcon), or reads other keys than a cache holds (MLA).
     """
 
     def __init__(self, model: torch.nn.Module, budget: int = 128, buffer: int = 128, scoring: KVScoring | None = None):

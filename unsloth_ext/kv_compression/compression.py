@@ -18,12 +18,10 @@ class KVScoring:
     Attributes:
         scorer: `"kava"` (arXiv 2510.02312), `"rkv"` (the official code of arXiv 2505.24133), or a control:
             `"attention_only"` and `"cosine_only"` are `kava` with lambda 1 and 0; `"random"`; `"uniform"` (evenly
-            spaced);
-            `"crop"` (the first keys).
+            spaced); `"crop"` (the first keys).
         mix_lambda: the weight of the importance. The redundancy has weight 1 - `mix_lambda`.
         score_norm: the scale on which the two are mixed: `"none"`, `"zscore"` or `"rank"`. With `"none"` and lambda 0.1
-            a
-            `kava` score is mostly attention.
+            a `kava` score is mostly attention.
         window: the number of most recent keys that `rkv` always keeps. They are part of the budget.
         kernel_size: the width of the max-pooling of `rkv`, odd.
         retain: which neighbour of a key `rkv` leaves out of the redundancy: `"last"` or `"first"` (see
@@ -87,8 +85,7 @@ def compress_kv(
     Args:
         keys, values (B, Hkv, T, D): floating point, of the trace. Keys are after rotary embedding.
         queries (B, Hq, A, D): in the dtype of `keys`, after rotary embedding. They look back at the trace. Hq is a
-            multiple
-            of Hkv. `kava` takes those of the answer; `rkv` uses the last `window` of them.
+            multiple of Hkv. `kava` takes those of the answer; `rkv` uses the last `window` of them.
         budget: M.
         scoring: how keys are scored. None means the defaults.
         key_mask (B, T): bool, the real keys. None means all.

@@ -10,12 +10,10 @@ class RKVCompressor:
     """Keeps the keys that an answer attends to and that differ from each other (KaVa, arXiv 2510.02312, sec. 3.2).
 
     The score is `lambda I + (1 - lambda) R`, and the M keys with the largest scores stay. `compress_kv` does the same
-    from
-    queries and keys, without attention weights.
+    from queries and keys, without attention weights.
 
     If several query heads share a key-value head, KaVa takes the largest *logit* of the group, which weights no longer
-    contain.
-    Here the group's weights are averaged. With as many key-value heads as query heads both agree.
+    contain. Here the group's weights are averaged. With as many key-value heads as query heads both agree.
 
     Args:
         num_latent_tokens: M.
@@ -43,8 +41,7 @@ class RKVCompressor:
 
         Args:
             attention_weights (B, Hq, A, T): floating point, of the answer's A tokens to T keys. Their sum over the
-                steps is
-                scaled to 1.
+                steps is scaled to 1.
             step_mask (B, T): bool, which keys are steps.
             answer_mask (B, A): bool, which queries are real. None means all.
             num_key_value_heads: Hkv. None means Hq.

@@ -9,8 +9,7 @@
 functions reproduce bit for bit. In both, the logits of a group of query heads are first reduced to their maximum.
 
 Shapes: queries (B, Hq, A, D) after rotary embedding, keys (B, Hkv, T, D), key_mask (B, T) and query_mask (B, A) bool.
-All
-scores are (B, Hkv, T), those of `kava` in fp32. Masked keys and queries may have any value.
+All scores are (B, Hkv, T), those of `kava` in fp32. Masked keys and queries may have any value.
 """
 
 import torch
@@ -69,8 +68,7 @@ def rkv_redundancy(keys: torch.Tensor, key_mask: torch.Tensor, threshold: float 
 
     The result is in the keys' dtype, rounded where the official code rounds. `retain="last"` leaves out the most recent
     neighbour, so that the newest of several equal keys stays. As in the official code, a key without such a neighbour
-    leaves out
-    the first key, and `retain="first"` always does.
+    leaves out the first key, and `retain="first"` always does.
     """
     unit = torch.where(key_mask[:, None, :, None], _unit(keys), 0.0)
     cosine = unit @ unit.transpose(-1, -2)

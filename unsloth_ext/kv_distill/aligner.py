@@ -30,10 +30,8 @@ class MapProjectionAligner(MasterWeights):
     """Layer map, time warp, and a projection of heads and widths for each of K, V and Q.
 
     The layers and times of the teacher are selected or interpolated; only the projection learns. `direction` says which
-    side is
-    projected. If the teacher's tensors are projected, the distillation loss is smallest where all of them are equal,
-    and the
-    target collapses. So the student is projected by default.
+    side is projected. If the teacher's tensors are projected, the distillation loss is smallest where all of them are
+    equal, and the target collapses. So the student is projected by default.
 
     Args:
         teacher, student: model configurations or `AttentionShape` objects.
@@ -43,8 +41,7 @@ class MapProjectionAligner(MasterWeights):
         share_dim_proj, init_uniform: see `HeadwiseMapProjector`. A flat aligner ignores them.
         init: see `HeadwiseMapProjector`. A flat aligner takes None or `"procrustes"`.
         rope_space: how keys and queries, which have a rotary embedding, are mixed. `"rerotate"` removes it and applies
-            it
-            again at the new times, `"pre"` removes it, `"post"` keeps it.
+            it again at the new times, `"pre"` removes it, `"post"` keeps it.
         time_warper: how times are resampled. None uses every token once.
         frozen: the projection does not learn.
 
@@ -156,12 +153,10 @@ class MapProjectionAligner(MasterWeights):
         Args:
             student: keys and values (B, L, H_kv, T, D) and queries (B, L, H_q, T, D), floating point.
             teacher: keys and values (B, L, H_kv, T, D) and queries (B, L, H_q, T, D), floating point, of the teacher's
-                layers
-                `aligner.layers`.
+                layers `aligner.layers`.
             student_ids (B, T): long, the segments of the student's text.
             teacher_ids (B, T): long, the segments of the teacher's text. None means that the texts are the same.
-                Otherwise the
-                teacher's segments are resampled to the lengths of the student's.
+                Otherwise the teacher's segments are resampled to the lengths of the student's.
             T_s: the number of times to resample both to.
 
         Returns:

@@ -17,8 +17,7 @@ class HeadwiseMapProjector(nn.Module):
         init_uniform: spread heads evenly (rows of M sum to 1), or draw M at random.
         init: instead of `init_uniform`: `"uniform"`; `"uniform_rms"`, with rows of unit length, so that the mean of n
             independent heads is not sqrt(n) times smaller; `"identity"`, one head each; `"random"`; `"procrustes"`, by
-            `fit`
-            before the first use.
+            `fit` before the first use.
 
     Attributes:
         head_map (H_s, H_t): floating point, M.

@@ -15,12 +15,9 @@ class StructuralKVLoss:
     """loss = alpha_k L_K + alpha_v L_V + alpha_attn L_attn + alpha_norm L_norm
 
     L_K and L_V are 1 - cosine of the vectors of each head and time. L_attn is KL(teacher || student) of the causal
-    attention
-    rows softmax(Q K^T / (temperature sqrt(D))). L_norm is half the sum of the squared differences of the log norms of
-    keys and
-    of values, because cosines do not see scale. Each is a mean over real times, heads and layers. Terms with weight 0
-    are not
-    computed.
+    attention rows softmax(Q K^T / (temperature sqrt(D))). L_norm is half the sum of the squared differences of the log
+    norms of keys and of values, because cosines do not see scale. Each is a mean over real times, heads and layers.
+    Terms with weight 0 are not computed.
 
     Attributes:
         alpha_k: the weight of the keys.
@@ -70,8 +67,8 @@ class StructuralKVLoss:
 
         Returns:
             The loss, a scalar in fp32 or wider, and metrics, scalars without gradients: the terms `k`, `v`, `attn`,
-            `norm` that
-            have a weight, and `target_std` and `target_rank` of the teacher's keys (`_k`) and values (`_v`).
+            `norm` that have a weight, and `target_std` and `target_rank` of the teacher's keys (`_k`) and values
+            (`_v`).
 
         Raises:
             ValueError: shapes differ, or queries are missing.
@@ -128,8 +125,7 @@ def attention_kl(
     """Return the mean KL(teacher || student) of attention rows.
 
     Rows are processed in chunks, so that a map has at most `MAP_ELEMENTS` elements. If there are several chunks, they
-    are
-    recomputed in the backward pass, and only a few maps of that size are in memory at any time.
+    are recomputed in the backward pass, and only a few maps of that size are in memory at any time.
 
     Args:
         s_q, t_q (B, L, H_q, T, D): floating point, queries of student and teacher.
@@ -188,8 +184,7 @@ def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Return the standard deviation and the effective rank of vectors (B, L, H, T, D) around the mean of their head.
 
     Both are means over layers. The effective rank is the exponential of the entropy of the normalised eigenvalues of
-    the
-    covariance, between 1 and D.
+    the covariance, between 1 and D.
     """
     keep = mask[:, None, None, :, None].float()
     count = mask.sum().clamp(min=1)

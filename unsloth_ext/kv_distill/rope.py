@@ -1,8 +1,7 @@
 """Rotary embedding and its inverse, so that keys can be mixed without their positions (ours).
 
 Mixing heads or times of rotated keys destroys relative positions: q(m) . k(n) depends on m - n only while every term of
-a
-key is rotated by the same angle.
+a key is rotated by the same angle.
 """
 
 from typing import Any

@@ -74,10 +74,8 @@ def teacher_layers(how: str | Sequence[int], teacher: int, student: int) -> list
 
     Args:
         how: `"uniform"`, the first layer of each of `student` equal parts. A layer makes keys and values from its
-            input, so
-            the student's first layer, which reads embeddings, is paired with the teacher's first. `"last"`, the
-            teacher's
-            last layers. Or the layers themselves, from 0.
+            input, so the student's first layer, which reads embeddings, is paired with the teacher's first. `"last"`,
+            the teacher's last layers. Or the layers themselves, from 0.
         teacher, student: the numbers of layers.
 
     Returns:

@@ -58,11 +58,9 @@ class SegmentTimeWarper:
 
     Attributes:
         ratio_map: the sampling rate of P, R and A: the output times for each token, before T_s scales all of them
-            alike. 0
-            leaves a segment out.
+            alike. 0 leaves a segment out.
         alpha_map: the smoothing of P, R and A: from 0, which samples, to 1, which averages over each output time's part
-            of
-            the segment.
+            of the segment.
 
     Raises:
         ValueError: a segment is unknown, or a rate or smoothing is out of range.
@@ -94,8 +92,7 @@ class SegmentTimeWarper:
         Args:
             segment_ids (B, T): long, 0, 1, 2 for P, R, A, negative for padding. Each row has its own.
             T_s: the number of output times of every row. A segment that is not empty gets at least one. None means as
-                many as
-                the rates give, which differs by row.
+                many as the rates give, which differs by row.
             target_ids (B, T'): long, the segments of another text, whose lengths are used instead of rates.
 
         Returns:
@@ -103,8 +100,7 @@ class SegmentTimeWarper:
 
         Raises:
             ValueError: `segment_ids` have another shape, dtype or range; T_s is too small for the segments of a row; or
-                a row of
-                the target has a segment that is empty here.
+                a row of the target has a segment that is empty here.
         """
         if segment_ids.dim() != 2 or segment_ids.is_floating_point() or segment_ids.max() >= len(SEGMENTS):
             raise ValueError(

@@ -38,16 +38,14 @@ class LatentConfig:
     Attributes:
         num_latents: M.
         iterations: T Jacobi iterations over all M latent tokens at once (PCCoT, KaVa). None is sequential, one pass for
-            each
-            token (CODI, Coconut), which gives the result of T = M. T = 0 feeds M plain `<latent>` tokens (pause
+            each token (CODI, Coconut), which gives the result of T = M. T = 0 feeds M plain `<latent>` tokens (pause
             tokens).
         projection_dim: the inner width of the projection from a hidden state to the next input,
             Dropout-Linear-GELU-Linear-LayerNorm. None is the identity.
         projection_dropout: the dropout of that projection.
         projection_layer_norm: whether it ends in a LayerNorm.
         update: `"shifted"`: the output at a slot is the input of the next slot, as in the official methods. `"own"`: it
-            is
-            the input of the same slot (Jacobi only).
+            is the input of the same slot (Jacobi only).
         feedback_residual: add the projection to the previous input instead of replacing it (Jacobi only).
         bot_token: begins the latent tokens.
         latent_token: stands for a latent token.
@@ -155,10 +153,8 @@ def attach_latent(
 
     Raises:
         ValueError: the model already has latent tokens; runs Unsloth's fast forwards; has layers without keys and
-            values of
-            every token (linear attention, state spaces); has a window too short for the latent tokens; or has a decoder
-            that
-            works differently with a padded question in its cache.
+            values of every token (linear attention, state spaces); has a window too short for the latent tokens; or has
+            a decoder that works differently with a padded question in its cache.
     """
     config = config or LatentConfig()
     backbone = backbone_of(model)
@@ -272,8 +268,7 @@ def remember_latent(model: PeftModel) -> None:
     """Save the active adapter without the embedding matrix if nothing is lost.
 
     PEFT writes the whole matrix into every adapter, because it has grown. If embeddings are tied and the adapter trains
-    all rows
-    that the base's `config.json` does not have, these rows are enough.
+    all rows that the base's `config.json` does not have, these rows are enough.
     """
     adapter = model.peft_config[model.active_adapter]
     base = read_json(adapter.base_model_name_or_path or "", "config.json", None) or {}

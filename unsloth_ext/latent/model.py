@@ -140,8 +140,7 @@ class LatentModel(MethodModel):
 
         Returns:
             An answer for a text, a list of answers for several texts. With `num_return_sequences` > 1 each answer is a
-            list.
-            For ids, and with `return_dict_in_generate` or `return_state`, what `latent_generate` returns.
+            list. For ids, and with `return_dict_in_generate` or `return_state`, what `latent_generate` returns.
         """
         if isinstance(questions, str):
             found = self.generate([questions], **kwargs)

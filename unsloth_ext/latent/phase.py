@@ -3,8 +3,7 @@
 Sequential (CODI, Coconut): z_1 = prj(h at <bot>), z_{j+1} = prj(h at z_j), M passes of one token.
 
 Jacobi (PCCoT): one pass over question, <bot> and M times <latent>; z = prj(h at <bot> .. <latent>_{M-1}); then T passes
-over z
-on the question's cached keys and values, z = [z_1, prj(h)[:-1]]. The answer reads the cache of pass T.
+over z on the question's cached keys and values, z = [z_1, prj(h)[:-1]]. The answer reads the cache of pass T.
 """
 
 import copy
@@ -125,8 +124,7 @@ def latent_phase(
         attention_mask (B, Q): long.
         intervene: an ablation, applied to the latent inputs (B, M, d) or (B, 1, d) before each pass.
         attend_pads: let latent tokens attend to left pads, as the official code of PCCoT and CODI does. Results then
-            depend
-            on the batch. Use it only to reproduce its numbers.
+            depend on the batch. Use it only to reproduce its numbers.
         past_key_values: a cache of the first tokens of the questions, fewer than Q (see `prefill`). It grows in place.
 
     Returns:

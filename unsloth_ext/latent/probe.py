@@ -41,8 +41,7 @@ class KVSimilarity:
     Attributes:
         keys, values (L, B, M, T): fp32, to every token of the trace. Zero where `trace_mask` is not set.
         kept_keys, kept_values (L, B, M): fp32, to what the compression keeps in the same slot, which L_KV compares.
-            Zero
-            where `valid` is not set.
+            Zero where `valid` is not set.
         trace_mask (B, T): bool.
         valid (B, M): bool.
     """

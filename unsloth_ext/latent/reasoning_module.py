@@ -13,10 +13,8 @@ class LatentReasoningModule(nn.Module):
     """M latent tokens that are refined T times: `latents = latents + latent_proj(hidden)`, slot by slot.
 
     This is `LatentConfig(num_latents=M, iterations=T, update="own", feedback_residual=True, projection="linear")`. The
-    published
-    methods (shifted outputs, no residual) are the defaults of `LatentConfig` and the trainers. The model gets its
-    latent tokens
-    in place, and can then be passed to a trainer or to `LatentModel`.
+    published methods (shifted outputs, no residual) are the defaults of `LatentConfig` and the trainers. The model gets
+    its latent tokens in place, and can then be passed to a trainer or to `LatentModel`.
 
     Args:
         model: a causal LM without latent tokens.

@@ -1,10 +1,8 @@
 """MiniMind's sizes as configurations of stock transformers classes.
 
 The second generation is Llama's architecture; its mixture of experts is Granite's with shared experts and multipliers
-of 1.
-The third generation is Qwen3's (queries and keys are normalised); its mixture of experts is Qwen3-MoE's. Published
-weights
-load into these classes exactly.
+of 1. The third generation is Qwen3's (queries and keys are normalised); its mixture of experts is Qwen3-MoE's.
+Published weights load into these classes exactly.
 """
 
 from collections.abc import Callable
@@ -93,12 +91,9 @@ def _auxiliary(alpha: float, layers: int, chosen: int) -> float:
     """Return the coefficient with which transformers' load-balancing loss corresponds to MiniMind's.
 
     MiniMind adds alpha E sum_i f_i P_i for every layer, with shares f of the choices that sum to 1 (in the second
-    generation
-    for every text separately). transformers computes its loss over the tokens of all layers and texts together, without
-    padding,
-    with shares that sum to the experts of a token. With this coefficient both are alpha times the number of layers when
-    experts
-    are balanced, and they are equal for one layer and one text.
+    generation for every text separately). transformers computes its loss over the tokens of all layers and texts
+    together, without padding, with shares that sum to the experts of a token. With this coefficient both are alpha
+    times the number of layers when experts are balanced, and they are equal for one layer and one text.
     """
     return alpha * layers / chosen
 

@@ -42,14 +42,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTr
     """Train a tokenizer for which `decode(encode(text))` is always the text: all bytes are tokens, and none is unknown.
 
     Digits and newlines are tokens of their own. Digits help with sums. Because of newlines a turn's header never shares
-    a token
-    with its content, so a tokenized prompt is always the beginning of the tokenized conversation.
+    a token with its content, so a tokenized prompt is always the beginning of the tokenized conversation.
 
     Args:
         texts: they are read once and not kept. The same texts in the same order give the same tokenizer.
         vocab_size: the number of tokens, including 3 special ones and 256 bytes. If the texts have too few different
-            words,
-            a warning gives the number of tokens.
+            words, a warning gives the number of tokens.
 
     Returns:
         The tokenizer, with a chat template.

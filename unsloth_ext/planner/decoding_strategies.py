@@ -94,8 +94,7 @@ class DiverseBeamDecoding(HardDecoding):
     """Search plans that differ (diverse beam search with one beam in each group, arXiv 1610.02424).
 
     Each text has K rows. Each of them is a greedy plan with a penalty for every concept that an earlier row has in the
-    same
-    place. If the planner is more certain than the penalty, rows are equal nevertheless.
+    same place. If the planner is more certain than the penalty, rows are equal nevertheless.
 
     Attributes:
         scores (B / K, K): fp32, log p of what was written, without penalties.

@@ -95,8 +95,7 @@ def executor_forward(
         input_ids (B, T): long, texts padded on the right.
         attention_mask (B, T): long or bool. None means that every token is real.
         dropped (B, T): bool, tokens that are replaced in the input by a learned embedding (word dropout). They are
-            still
-            predicted. None means no token.
+            still predicted. None means no token.
 
     Returns:
         Hidden states after the final norm (B, T, d), in the model's dtype: for each token, that of the slot before it.

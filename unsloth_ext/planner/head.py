@@ -115,8 +115,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
     """Add a `SharedBackboneUnifiedHead` to a causal LM, in place. Attach before PEFT wraps the model.
 
     New rows have the root mean square of token embeddings. Concepts are larger if needed, so that noise does not
-    dominate their
-    logits. <BOS> starts from the model's own, if it has one. The global RNG is used. Nothing is frozen.
+    dominate their logits. <BOS> starts from the model's own, if it has one. The global RNG is used. Nothing is frozen.
 
     Args:
         model: the causal LM.
@@ -127,8 +126,7 @@ def attach_planner(model: PreTrainedModel, config: PlannerConfig | None = None) 
 
     Raises:
         ValueError: the model already has a planner; is wrapped by PEFT; runs Unsloth's fast forwards; or its attention
-            is
-            not SDPA or eager over the whole text.
+            is not SDPA or eager over the whole text.
     """
     config = config or PlannerConfig()
     if isinstance(model, PeftModel):

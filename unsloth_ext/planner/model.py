@@ -26,8 +26,7 @@ def writing_after(model: nn.Module, prefix: Prefix) -> Iterator[None]:
     """Make `model.generate` on the embeddings of a prefix work as the executor, inside the context.
 
     The caller passes positions that end at the largest quota. `generate` counts on from there, so text begins at the
-    next
-    position. Here the last slot of the prefix gets its true position, and tokens get the type embedding of text.
+    next position. Here the last slot of the prefix gets its true position, and tokens get the type embedding of text.
     """
     backbone = backbone_of(model)
 
@@ -59,8 +58,7 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
 
     Raises:
         ValueError: `plan` does not fit the model's settings; an argument does not work with plans; or there are more
-            tokens
-            than the model has positions.
+            tokens than the model has positions.
     """
     settings = settle(model, "planner", generate_kwargs)
     check_context(model, [0] * len(plan), settings, around=backbone_of(model).planner_config.max_quota + 1)
@@ -128,8 +126,7 @@ class PlannerExecutorModel(MethodModel):
 
         Returns:
             A text for each plan. With `num_return_sequences` > 1 a list of texts for each. With
-            `return_dict_in_generate` what
-            `execute_plan` returns.
+            `return_dict_in_generate` what `execute_plan` returns.
         """
         if not len(plan):
             return []

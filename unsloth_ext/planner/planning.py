@@ -1,8 +1,7 @@
 """The planner, which reads a text and <PLAN> and writes typed concepts (ours).
 
 Positions continue after the text: <PLAN> is at U, every SEP_i at U + 1, and concept j of every type at U + 1 + j. So
-distances
-within the plan are the same as for the executor. <EOS> is never read. A type may be empty.
+distances within the plan are the same as for the executor. <EOS> is never read. A type may be empty.
 """
 
 import math
@@ -28,14 +27,12 @@ class SoftPlan:
     Attributes:
         ids (B, n, Q): long, the plan.
         embeds (B, n, Q, d): floating point, what the executor reads, without types. Values are codewords, and 0 where
-            there
-            is no concept.
+            there is no concept.
         soft, hard (B, n, Q, d): floating point, the expected and the chosen codeword, 0 where there is none.
         open (B, n, Q): bool, the predictions that were made: one for each concept, and one for the end if it was
             chosen.
         log_probs: for each type (B, J_i, V_i + 1) floating point, without noise, of the J_i <= quota steps of the
-            longest
-            row. Valid where `open[:, i, :J_i]`.
+            longest row. Valid where `open[:, i, :J_i]`.
         eos (B, n, Q): floating point, p(<EOS>) without noise. A row that has ended keeps its last prediction (with
             `multi_token` there are further ones). 1 after the quota.
         expected_lengths (B, n): floating point, sum_j prod_{k <= j} (1 - eos_k).
@@ -63,8 +60,7 @@ def plan_soft(
         e = e_hard + (e_soft - sg(e_soft)),    e_soft = sum_{v in V_i} y_v E_v,    y = softmax((l + g) / temperature)
 
     where e_hard is the argmax of l + g over V_i and <EOS_i>, and y is over V_i (straight-through Gumbel, arXiv
-    1611.01144).
-    Whether there is a concept gets its gradient from a weight on what the executor reads (ours),
+    1611.01144). Whether there is a concept gets its gradient from a weight on what the executor reads (ours),
 
         w_j = 1 + (a_j - sg(a_j)),    a_j = prod_{k <= j} (1 - p_k(<EOS>)).
 
@@ -82,8 +78,7 @@ def plan_soft(
 
     Raises:
         ValueError: the temperature is not positive; or gradient checkpointing is on, which only works for `multi_token`
-            with
-            types in parallel.
+            with types in parallel.
     """
     _check_temperature(temperature)
     backbone = backbone_of(model)
@@ -143,9 +138,8 @@ def plan(
         num_beams: the number of beams. 1 means no beam search.
         generator: of samples. None means torch's own.
         beam_diversity: the penalty, in nats, for a concept that an earlier beam has in the same place, once for each
-            such
-            beam (diverse beam search, arXiv 1610.02424, with one beam in each group). The first beam is then the greedy
-            plan. 0 searches the most likely plans.
+            such beam (diverse beam search, arXiv 1610.02424, with one beam in each group). The first beam is then the
+            greedy plan. 0 searches the most likely plans.
 
     Returns:
         (B * num_return_sequences, n, Q) long, see `unsloth_ext.planner.vocabulary`.
@@ -235,8 +229,7 @@ def plan_log_probs(
 
     Returns:
         (B, n, Q) in fp32 or wider: at slot j of a type, log p of its concept j, or of its end if it has j concepts, and
-        0
-        after that. A type as long as its quota has no end.
+        0 after that. A type as long as its quota has no end.
 
     Raises:
         ValueError: `plan` does not fit the model's settings, or has another number of rows than `input_ids`.

@@ -1,8 +1,7 @@
 """The sequence of slots that the planner reads and writes, with their positions and visibility.
 
 A slot sees earlier slots that are real and belong to everybody or to its own branch. Branches are types written in
-parallel,
-and the queries of a type. All branches share the backbone's cache of the text.
+parallel, and the queries of a type. All branches share the backbone's cache of the text.
 """
 
 import torch

@@ -3,12 +3,10 @@
     BOS, PLAN, NULL, DROPPED | SEP_1 .. SEP_n | V_1, EOS_1 | V_2, EOS_2 | ... | queries of type 1 | ...
 
 A type's concepts and its end are adjacent, so its logits come from one slice without rows of other types. Queries exist
-with
-`multi_token` only.
+with `multi_token` only.
 
 A plan is a tensor (B, n, Q) long. Each type has its concepts 0 .. V_i - 1 from the front, and -1 after them. Q is the
-largest
-quota.
+largest quota.
 """
 
 from itertools import accumulate, pairwise
