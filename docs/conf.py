@@ -83,6 +83,7 @@ def list_methods(app, docname, source):
 
 
 def setup(app):
+    """Connect the functions above to Sphinx."""
     app.connect("source-read", list_methods)
     app.connect("builder-inited", copy_results)
     app.connect("source-read", link_results)

@@ -18,6 +18,7 @@ from .user_errors import in_sentences
 
 
 def main() -> int:
+    """Print versions, the backend and patches. Return 1 for an untested version without the override, else 0."""
     console = PlainConsole()
     problems = {package: problem for package in versions.TESTED if (problem := versions.version_problem(package))}
     _versions_table(console, problems)
@@ -32,9 +33,9 @@ def main() -> int:
         return 0
     console.print(next(iter(problems.values())), style="red")
     if versions.untested_allowed():
-        console.print(f"{versions.ALLOW_UNTESTED}=1: going on untested")
+        console.print(f"{versions.ALLOW_UNTESTED}=1: continuing untested")
         return 0
-    console.print(f"Set {versions.ALLOW_UNTESTED}=1 to go on untested.")
+    console.print(f"Set {versions.ALLOW_UNTESTED}=1 to continue untested.")
     return 1
 
 

@@ -21,6 +21,7 @@ def stub(package: str) -> str:
 
 
 def main() -> int:
+    """Write the stubs, or check them with `--check`. Return the exit status."""
     stale = []
     for package in ("unsloth_ext", "trl_ext"):
         file = ROOT / package / "__init__.pyi"

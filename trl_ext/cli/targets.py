@@ -37,6 +37,7 @@ def command_lines(command: Command, gpu: bool, model: str, arguments: list[str])
 
 
 def main() -> int:
+    """List the targets, or run one. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("target", nargs="?", help="none: list them")
     parser.add_argument("--gpu", action="store_true", help="there is one")
