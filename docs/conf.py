@@ -22,6 +22,7 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
+myst_fence_as_directive = ["math"]  # as GitHub shows ```math
 
 default_role = "code"
 autodoc_default_options = {"members": True, "show-inheritance": True}
