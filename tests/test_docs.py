@@ -69,6 +69,23 @@ def test_a_method_page_leads_from_the_equation_to_the_code(page):
         assert set(re.findall(r"\w+", names)) <= defined(ROOT / file), file
 
 
+TODAY = [page for page in PAGES if page.name not in ("log.md", "CHANGELOG.md")]  # these tell of what was
+FOLDERS = "tests|recipes|benchmarks|unsloth_ext|trl_ext|patches|docs|requirements"
+
+
+@pytest.mark.parametrize("page", TODAY, ids=name_of)
+def test_paths_and_targets_that_a_page_names_are_there(page):
+    text = page.read_text()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)) | {*commands()}
+    assert set(re.findall(r"`make ([a-z][\w-]+)", text)) <= targets
+    for path, test in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)(?:::(\w+))?`", text):
+        if "NAME" in path or path.startswith(("docs/_build", "docs/results", "docs/api")):
+            continue
+        file = ROOT / ("tests" if test else "") / path
+        assert file.exists(), path
+        assert not test or f"def {test}(" in file.read_text(), test
+
+
 def files_in_git() -> list[Path]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     return [ROOT / name for name in listed.split() if name.endswith((".py", ".yaml", ".toml")) or name == "Makefile"]
