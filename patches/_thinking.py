@@ -69,12 +69,13 @@ def fused_embeddings(
                 "input_ids, inputs_embeds and thinking_embeds: with input_ids, inputs_embeds are the thinking states, so "
                 "they are given twice; leave one of the three out"
             )
-        mask, width = thinking["thinking_mask"], embedding.weight.shape[1]
-        if inputs_embeds.shape != (*mask.shape, width) or not inputs_embeds.is_floating_point():
+        thinking_mask, width = thinking["thinking_mask"], embedding.weight.shape[1]
+        if inputs_embeds.shape != (*thinking_mask.shape, width) or not inputs_embeds.is_floating_point():
             raise ValueError(
                 f"inputs_embeds {tuple(inputs_embeds.shape)} {inputs_embeds.dtype} with input_ids are the thinking "
-                f"states: they must have the shape of thinking_mask and the width of an embedding, {(*mask.shape, width)}, "
-                "in floating point. Leave input_ids out if they are the tokens' embeddings"
+                "states: they must have the shape of thinking_mask and the width of an embedding, "
+                f"{(*thinking_mask.shape, width)}, in floating point. Leave input_ids out if they are the tokens' "
+                "embeddings"
             )
         thinking = {**thinking, "thinking_embeds": inputs_embeds}
         inputs_embeds = None

@@ -126,7 +126,7 @@ class _Rows:
         before = input_ids.shape[1] - thinking_mask.shape[1]
         self.pad, self.keyword = pad_token_id, keyword
         self.ids = input_ids[keep]
-        self.mask = torch.nn.functional.pad(thinking_mask.bool(), (before, 0))[keep]
+        self.thinking_mask = torch.nn.functional.pad(thinking_mask.bool(), (before, 0))[keep]
         self.states = torch.nn.functional.pad(states, (0, 0, before, 0))[keep]
         self.edges = [0, *keep.sum(dim=1).cumsum(dim=0).tolist()]
         self.row, self.unseen = 0, {row for row, n in enumerate(keep.sum(dim=1).tolist()) if n}
@@ -138,10 +138,10 @@ class _Rows:
             raise ValueError("a forward with inputs_embeds inside thinking_forwards: its tokens cannot be known")
         at = (input_ids != self.pad).nonzero(as_tuple=True)
         span = self._find(input_ids[at])
-        mask = torch.zeros_like(input_ids, dtype=torch.bool).index_put(at, self.mask[span])
+        thinking_mask = torch.zeros_like(input_ids, dtype=torch.bool).index_put(at, self.thinking_mask[span])
         states = self.states.new_zeros(*input_ids.shape, self.states.shape[-1]).index_put(at, self.states[span])
         recompute = self.keyword == STATES[1]
-        kwargs |= {"thinking_mask": mask, self.keyword: states, "recompute_thinking_projection": recompute}
+        kwargs |= {"thinking_mask": thinking_mask, self.keyword: states, "recompute_thinking_projection": recompute}
         return args, kwargs
 
     def _find(self, ids: torch.Tensor) -> slice:

@@ -68,13 +68,13 @@ def _texts(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 def _states_arrive(model: PreTrainedModel, backbone: nn.Module) -> bool:
     ids, others = _texts(model)
     half = LENGTH // 2
-    mask = torch.ones(1, half, dtype=torch.bool, device=ids.device)
+    thinking_mask = torch.ones(1, half, dtype=torch.bool, device=ids.device)
     states = model.get_input_embeddings()(others[:, half:])
     backbone.fuse_thinking = lambda embeds, thinking_mask, thinking_states, hidden_states: torch.cat(
         [embeds[:, :half], thinking_states], dim=1
     )
     try:
-        given = model(input_ids=ids, thinking_mask=mask, thinking_embeds=states, use_cache=False).logits
+        given = model(input_ids=ids, thinking_mask=thinking_mask, thinking_embeds=states, use_cache=False).logits
     finally:
         del backbone.fuse_thinking
     wanted = model(input_ids=torch.cat([ids[:, :half], others[:, half:]], dim=1), use_cache=False).logits

@@ -79,23 +79,26 @@ def thinking_keywords(
     model = unwrapped(model)  # DDP must only count the training pass, which comes after these
     source = backbone_of(model).thinking_config.thinking_source
 
-    mask = trace.thinking_mask
+    thinking_mask = trace.thinking_mask
 
     def from_hidden(hidden_states: torch.Tensor) -> dict[str, Any]:
         if source == "projection":
             return {
-                "thinking_mask": mask,
+                "thinking_mask": thinking_mask,
                 "recompute_thinking_projection": True,
                 "thinking_hidden_states_cache": hidden_states,
             }
-        return {"thinking_mask": mask, "thinking_embeds": soft_states(model, hidden_states, mask, warp)}
+        return {
+            "thinking_mask": thinking_mask,
+            "thinking_embeds": soft_states(model, hidden_states, thinking_mask, warp),
+        }
 
-    from_states = {"thinking_mask": mask, "thinking_embeds": trace.thinking_states}
+    from_states = {"thinking_mask": thinking_mask, "thinking_embeds": trace.thinking_states}
     if mode == "frozen":
         return from_states
     if mode == "rollout":
         return from_hidden(trace.hidden_states)
-    length = mask.shape[1]
+    length = thinking_mask.shape[1]
     if mode == "two_pass":
         with torch.no_grad():
             hidden_states = previous_hidden(model, length, **inputs)
