@@ -105,7 +105,7 @@ except ValueError as error:
     print(error)
 """
     said = ok(run("-c", code))
-    assert "inputs_embeds: the prompt is made by this model" in said
+    assert "inputs_embeds: the model makes its own prompt" in said
 
 
 def test_other_loaders_refuse_its_folder(project, trained):

@@ -40,12 +40,12 @@ class Refusal(NamedTuple):
         return self.by_all or name in attaching_methods()[method].refused_arguments
 
 
-_ASSISTED = "drafts of several tokens would be taken back out of the model's state: sample, or decode greedily"
-_BEAMS = "a state follows each sequence, and beams change places: sample, or decode greedily"
-_SEARCH = "another way of searching, which transformers keeps outside its library: sample, or decode greedily"
-_CACHE = "the cache is made by this model: leave it out"
-_PROMPT = "the prompt is made by this model: leave it out"
-_GUIDANCE = "the second, unguided pass would have no state of its own: leave it out"
+_ASSISTED = "rejected draft tokens cannot be removed from the model's state; sample, or decode greedily"
+_BEAMS = "each sequence has a state of its own, and beams are reordered; sample, or decode greedily"
+_SEARCH = "transformers keeps this search method outside its library; sample, or decode greedily"
+_CACHE = "the model makes its own cache; leave it out"
+_PROMPT = "the model makes its own prompt; leave it out"
+_GUIDANCE = "the unguided pass would have no state of its own; leave it out"
 
 _EVERYWHERE = """
     max_length max_new_tokens min_length min_new_tokens max_time stop_strings
@@ -74,28 +74,28 @@ REFUSED = {
     "prompt_lookup_num_tokens": Refusal(True, _ASSISTED),
     "assistant_early_exit": Refusal(True, _ASSISTED),
     "use_mtp": Refusal(True, _ASSISTED, (None, False)),
-    "use_cache": Refusal(False, "the plan is read once and lives in the cache: leave it out", (None, True)),
+    "use_cache": Refusal(False, "the plan is read once and kept in the cache; leave it out", (None, True)),
     "cache_implementation": Refusal(False, _CACHE, (None, "dynamic", "hybrid")),
-    "cache_config": Refusal(True, "quantised caches are not tested: leave it out"),
-    "prefill_chunk_size": Refusal(False, "the prompt is read in one piece: leave it out"),
+    "cache_config": Refusal(True, "quantised caches are not tested; leave it out"),
+    "prefill_chunk_size": Refusal(False, "the prompt is read in one piece; leave it out"),
     "guidance_scale": Refusal(True, _GUIDANCE, (None, 1, 1.0)),
-    "token_healing": Refusal(True, "it would change the prompt after it was read: leave it out", (None, False)),
-    "output_attentions": Refusal(False, "layers see slots, not tokens: leave it out", (None, False)),
-    "output_hidden_states": Refusal(False, "layers see slots, not tokens: leave it out", (None, False)),
-    "encoder_repetition_penalty": Refusal(False, "the executor reads no text: leave it out", (None, 1, 1.0)),
-    "encoder_no_repeat_ngram_size": Refusal(False, "the executor reads no text: leave it out", (None, 0)),
+    "token_healing": Refusal(True, "it would change the prompt after it was read; leave it out", (None, False)),
+    "output_attentions": Refusal(False, "the layers process slots, not tokens; leave it out", (None, False)),
+    "output_hidden_states": Refusal(False, "the layers process slots, not tokens; leave it out", (None, False)),
+    "encoder_repetition_penalty": Refusal(False, "the executor has no input text; leave it out", (None, 1, 1.0)),
+    "encoder_no_repeat_ngram_size": Refusal(False, "the executor has no input text; leave it out", (None, 0)),
 }
 # Parameters of `generate` and of the model's forward that are not in the generation config
 _BESIDE = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus streamer tokenizer"
 PARAMETERS_THAT_WORK = frozenset(_BESIDE.split())
 REFUSED_PARAMETERS = {
-    "inputs": Refusal(True, "it has another name here"),
+    "inputs": Refusal(True, "pass the prompt under the name that this function gives it"),
     "assistant_model": Refusal(True, _ASSISTED),
     "assistant_tokenizer": Refusal(True, _ASSISTED),
     "negative_prompt_ids": Refusal(True, _GUIDANCE),
     "negative_prompt_attention_mask": Refusal(True, _GUIDANCE),
-    "custom_generate": Refusal(True, "a loop of its own knows nothing of this model's state: leave it out"),
-    "trust_remote_code": Refusal(True, "no code is fetched: leave it out", (None, False)),
+    "custom_generate": Refusal(True, "another decoding loop does not use this model's state; leave it out"),
+    "trust_remote_code": Refusal(True, "no code is downloaded; leave it out", (None, False)),
     "input_ids": Refusal(False, _PROMPT),
     "attention_mask": Refusal(False, _PROMPT),
     "inputs_embeds": Refusal(False, _PROMPT),
