@@ -1,4 +1,4 @@
-"""What online concept compression is measured against: plain LoRA fine-tuning, and a concept for every N tokens.
+"""Baselines for online concept compression: plain LoRA fine-tuning, and a concept for every N tokens.
 
     python recipes/concept_v1.py                                             # both, the embedded default
     python recipes/concept_v1.py --baseline fixed --stride 8 --concepts_per_stride 2

@@ -1,4 +1,4 @@
-"""What a model makes of its latent tokens: accuracy with and without them, what they hold, how close they are to steps.
+"""Analyse latent tokens: accuracy with and without them, what they contain, how close they are to the steps.
 
     python recipes/eval_latent.py --checkpoint runs/kava_tiny/final                          # the embedded task
     python recipes/eval_latent.py --checkpoint runs/kava_gsm8k/final --dataset openai/gsm8k --dataset_config main

@@ -6,8 +6,8 @@
     python recipes/kava_gsm8k.py --resume_from_checkpoint latest
 
 Every field of TRL's SFTConfig and of KAVAConfig is a flag; `--config FILE.yaml` sets many, `--preset NAME` the published
-ones. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory; recipes/eval_latent.py looks
-at the adapter closer.
+ones. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory; recipes/eval_latent.py
+analyses the adapter.
 """
 
 import os

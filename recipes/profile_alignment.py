@@ -1,4 +1,4 @@
-"""Two batches through a teacher and a student, and what an alignment makes of their keys, values and queries. No training.
+"""Run two batches through a teacher and a student and compare their aligned keys, values and queries. No training.
 
     make profile-alignment                                # the embedded default: the tiny teacher, an untrained student
     python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B --student Qwen/Qwen2.5-1.5B --mode structured \\

@@ -1,4 +1,4 @@
-"""The last stage: talk to it. Tokens stream as they come, out of a KV cache.
+"""The last stage: talk to the model. Tokens are printed as they are generated, with a KV cache.
 
     python recipes/minimind/chat.py [--model_name FOLDER] [--say "What is 7+5-3?" "And 2+2?" ...] [--field value ...]
 

@@ -1,8 +1,8 @@
-"""Stage 9: a student that learns from the teacher's whole distribution, not from the text alone.
+"""Stage 9: a student learns from a teacher's next-token distributions, not from the text alone.
 
     python recipes/minimind/distill.py [--model_name STUDENT --teacher_model_name_or_path TEACHER --dataset FILE.jsonl]
 
-Held out: nats a token of the assistant's; on the embedded default also sums answered rightly. --alpha 1 is the control.
+Held-out metrics: nats per token of the assistant's text; on the embedded task also right sums. --alpha 1 is the control.
 """
 
 from trl_ext.cli.user_errors import in_sentences

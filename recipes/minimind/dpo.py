@@ -1,8 +1,8 @@
-"""Stage 5: of two answers the better one, without a reward model (DPO).
+"""Stage 5: prefer the better of two answers, without a reward model (DPO).
 
     python recipes/minimind/dpo.py [--model_name FOLDER --dataset dpo.jsonl] [--loss_type sigmoid_norm]
 
-Held out: pairs of which the chosen answer is the more probable.
+Held-out metric: share of pairs whose chosen answer is more probable.
 """
 
 from trl_ext.cli.user_errors import in_sentences

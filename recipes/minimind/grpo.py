@@ -1,8 +1,8 @@
-"""Stage 7: reinforcement against the mean of a group (GRPO), or CISPO (--loss_type cispo --epsilon_high 5.0).
+"""Stage 7: reinforcement learning against the mean of a group (GRPO), or CISPO (--loss_type cispo --epsilon_high 5.0).
 
     python recipes/minimind/grpo.py [--model_name FOLDER --dataset FILE.jsonl --reward_model HUB_ID] [--field value ...]
 
-Held out: questions answered rightly; with a reward model, its mean reward.
+Held-out metric: questions answered right; with a reward model, its mean reward.
 """
 
 from trl_ext.cli.user_errors import in_sentences

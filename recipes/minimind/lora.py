@@ -1,8 +1,8 @@
-"""Stage 4: something new to say, in low-rank adapters beside frozen weights.
+"""Stage 4: learn something new in low-rank adapters beside frozen weights (LoRA).
 
     python recipes/minimind/lora.py [--model_name FOLDER --dataset lora_identity.jsonl] [--field value ...]
 
-Held out: nats a token of the assistant's.
+Held-out metric: nats per token of the assistant's text.
 """
 
 from dataclasses import dataclass, field

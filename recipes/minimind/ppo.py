@@ -1,8 +1,8 @@
-"""Stage 6: reinforcement with a critic (PPO).
+"""Stage 6: reinforcement learning with a critic (PPO).
 
     python recipes/minimind/ppo.py [--model_name FOLDER --dataset FILE.jsonl --reward_model HUB_ID] [--field value ...]
 
-Held out: questions answered rightly; with a reward model, its mean reward.
+Held-out metric: questions answered right; with a reward model, its mean reward.
 """
 
 from trl_ext.cli.user_errors import in_sentences

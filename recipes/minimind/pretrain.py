@@ -1,8 +1,8 @@
-"""Stage 2: a language model from nothing, on plain text.
+"""Stage 2: pretrain a language model with random weights on plain text.
 
     python recipes/minimind/pretrain.py [--preset minimind2-small --dataset pretrain_hq.jsonl] [--field value ...]
 
-Held out: perplexity.
+Held-out metric: perplexity.
 """
 
 from dataclasses import dataclass, field

@@ -1,8 +1,8 @@
-"""Stage 10: thinking aloud between tags, from a reasoning teacher's answers; the tags weigh more.
+"""Stage 10: learn a reasoning teacher's answers, in which the tags around the thoughts weigh more.
 
     python recipes/minimind/reason.py [--model_name FOLDER --dataset r1_mix_1024.jsonl] [--field value ...]
 
-Held out: nats a token of the assistant's; on the embedded default also sums answered rightly between the tags.
+Held-out metrics: nats per token of the assistant's text; on the embedded task also right sums between the tags.
 """
 
 from dataclasses import dataclass, field

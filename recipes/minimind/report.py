@@ -1,4 +1,4 @@
-"""The end of the chain: each stage's held-out metric, a plot and a sample dialogue, out of what the stages have left.
+"""The end of the chain: each stage's held-out metric, a plot and a sample dialogue.
 
 python recipes/minimind/report.py [--run_dir runs/minimind]
 """

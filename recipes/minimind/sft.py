@@ -1,8 +1,8 @@
-"""Stage 3: dialogues; only what the assistant says is trained.
+"""Stage 3: train on dialogues, of which only the assistant's text counts (SFT).
 
     python recipes/minimind/sft.py [--model_name FOLDER --dataset sft_mini_512.jsonl] [--field value ...]
 
-Held out: nats a token of the assistant's; on the embedded default also sums answered rightly.
+Held-out metrics: nats per token of the assistant's text; on the embedded task also right sums.
 """
 
 from trl_ext.cli.user_errors import in_sentences

@@ -1,8 +1,8 @@
-"""Stage 8: reinforcement against what each prompt's earlier rewards let expect (SPO).
+"""Stage 8: reinforcement learning against the prompt's tracked expected reward (SPO).
 
     python recipes/minimind/spo.py [--model_name FOLDER --dataset FILE.jsonl --reward_model HUB_ID] [--field value ...]
 
-Held out: questions answered rightly; with a reward model, its mean reward.
+Held-out metric: questions answered right; with a reward model, its mean reward.
 """
 
 from trl_ext.cli.user_errors import in_sentences

@@ -2,7 +2,7 @@
 
     python recipes/minimind/tokenizer.py [--dataset pretrain.jsonl] [--vocab_size 6400]
 
-Held out: bytes of text that a token stands for, on average.
+Held-out metric: mean bytes of text per token.
 """
 
 import time
