@@ -251,7 +251,7 @@ def apply(name: str, *owners: Any) -> None:
 
 
 def revert(name: str) -> None:
-    """Restore what was replaced, bit for bit. A patch that is not applied is left alone."""
+    """Restore what was replaced, bit for bit. Nothing happens if the patch is not applied."""
     patch = get(name)
     with _lock:
         while patch.changes:

@@ -81,7 +81,7 @@ def widen(model: nn.Module, values: dict[nn.Parameter, torch.Tensor] | None = No
 
     Args:
         model: the model.
-        values: their values before. Others keep what is left of theirs.
+        values: the original values of some parameters. The others are widened from their narrowed values.
 
     Returns:
         The names of the parameters that were changed.

@@ -264,7 +264,7 @@ def safetensors_keys(path: Path) -> list[str]:
 
 
 def held_by(names: Iterable[str]) -> tuple[Method, str] | None:
-    """Return the first of these tensors that belongs to a method, after that method; None if there is none."""
+    """Return the method that the first of these tensors belongs to, and its name; None if no tensor belongs to one."""
     for name in names:
         parts = name.split(".")
         for method in METHODS.values():

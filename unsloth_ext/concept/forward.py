@@ -237,8 +237,8 @@ def across(order: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def blend(choice: Choice, middle: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
     """Return w c + (1 - w) h (B, T, d), where c is the state of a concept and h that of a token.
 
-    The value is c where there is a concept, else h. w has a gradient. For it, where there is no concept, c is the
-    embedding of the concept that the token would become.
+    The value is c where there is a concept, else h. w has the gradient of the probability. For this gradient, c is also
+    defined at other tokens: it is the embedding of the concept that the token would become.
     """
     if choice.weight is None:
         return torch.where(choice.concept[..., None], middle, shallow)

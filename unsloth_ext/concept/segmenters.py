@@ -1,4 +1,4 @@
-"""Segmenters, which decide what tokens end a concept (ours).
+"""Segmenters, which decide which tokens end a concept (ours).
 
 The same function handles whole texts and, with its state, the next token, so training and decoding agree.
 """
@@ -45,7 +45,7 @@ def boundaries(
     memory: Memory,
     length_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Memory]:
-    """Decide what tokens become concepts.
+    """Decide which tokens become concepts.
 
     Args:
         config: the settings of the segmenter.
@@ -55,8 +55,9 @@ def boundaries(
         length_logits (max_tail,): floating point, of the autoregressive segmenter.
 
     Returns:
-        The concepts (B, N) bool; the number of tokens (B, N) long that a concept ending there would stand for; and the
-        state after these tokens.
+        The concepts (B, N) bool; the number of tokens (B, N) long of a concept that would end there; and the state
+        after
+        these tokens.
     """
     steps = torch.arange(1, score.shape[1] + 1, device=score.device)
     charge = memory.charge[:, None] + torch.where(valid, score.double().sigmoid(), 0).cumsum(1)

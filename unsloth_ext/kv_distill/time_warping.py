@@ -180,7 +180,9 @@ class SegmentTimeWarper:
 
 
 def create_reasoning_focused_warper() -> SegmentTimeWarper:
-    """Make a warper that keeps prompt and answer token by token and halves the rate of the reasoning, half smoothed."""
+    """Make a warper that keeps prompt and answer token by token and samples the reasoning at half the rate, half
+    smoothed.
+    """
     return SegmentTimeWarper({"P": 1.0, "R": 0.5, "A": 1.0}, {"P": 0.0, "R": 0.5, "A": 0.0})
 
 

@@ -65,10 +65,10 @@ class HardDecoding:
 
 
 class BeamDecoding(HardDecoding):
-    """Search the most likely plans, with K consecutive rows for every text.
+    """Search for the most likely plans, with K consecutive rows for every text.
 
     Attributes:
-        scores (B / K, K): fp32, log p of what was written, in descending order.
+        scores (B / K, K): fp32, log p of the concepts so far, in descending order.
     """
 
     def __init__(self, head: SharedBackboneUnifiedHead, config: PlannerConfig, origin: torch.Tensor, beams: int):
@@ -91,13 +91,13 @@ class BeamDecoding(HardDecoding):
 
 
 class DiverseBeamDecoding(HardDecoding):
-    """Search plans that differ (diverse beam search with one beam in each group, arXiv 1610.02424).
+    """Search for plans that differ (diverse beam search with one beam in each group, arXiv 1610.02424).
 
-    Each text has K rows. Each of them is a greedy plan with a penalty for every concept that an earlier row has in the
-    same place. If the planner is more certain than the penalty, rows are equal nevertheless.
+    Each text has K rows. Each row is a greedy plan with a penalty for every concept that an earlier row has in the same
+    place. If the planner is more certain than the penalty, rows can still be equal.
 
     Attributes:
-        scores (B / K, K): fp32, log p of what was written, without penalties.
+        scores (B / K, K): fp32, log p of the concepts so far, without penalties.
     """
 
     def __init__(
