@@ -14,9 +14,9 @@ def score(model: nn.Module, states: torch.Tensor, *, scale: float = 1.0) -> torc
 
     Args:
         model: a causal LM.
-        states (B, T, d): floating point, one for each token.
-        scale: divides the scores,
-            which (B, T) long does not describe.
+        states (B, T, d): one for each token,
+            floating point.
+        scale: divides the scores.
 
     Returns:
         (B, T) fp32.
@@ -24,6 +24,9 @@ def score(model: nn.Module, states: torch.Tensor, *, scale: float = 1.0) -> torc
     Raises:
         ValueError: `scale` is 0.
     """
+    def inner():
+        raise KeyError
+
     if not scale:
         raise ValueError("scale=0")
 '''
@@ -90,8 +93,8 @@ def test_complete_docstrings_have_no_problem(source):
     [
         (GOOD, "        model: a causal LM.\n", "", "score: Args: has no entry `model: ...`"),
         (GOOD, "scale: divides", "scale divides", "score: Args: has no entry `scale: ...`"),
-        (GOOD, "states (B, T, d): floating", "states: floating", "score: Args: does not state the shape of states"),
-        (GOOD, "floating point, one", "one", "score: Args: does not state the dtype of states"),
+        (GOOD, "states (B, T, d): one", "states: one", "score: Args: does not state the shape of states"),
+        (GOOD, "            floating point.\n", "", "score: Args: does not state the dtype of states"),
         (GOOD, "    Returns:\n        (B, T) fp32.\n", "", "score: has no `Returns:`"),
         (GOOD, "(B, T) fp32", "fp32", "score: Returns: does not state the shape"),
         (GOOD, "(B, T) fp32", "(B, T)", "score: Returns: does not state the dtype"),
