@@ -328,7 +328,7 @@ def masters_page(found: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"hrpo": page, "hrpo_master_weights": masters_page}
+TABLES = {"hrpo": page, "bench_hrpo": page, "hrpo_master_weights": masters_page}  # bench_hrpo: --quick
 
 
 if __name__ == "__main__":
