@@ -1,8 +1,8 @@
 """Switch that stops Unsloth's compilation of decoder layers in training, for layers in which we observe attention.
 
-Once Unsloth has added LoRA to one model, it compiles the layers of all models of that class, stock ones too. An
-observer inside a layer would be compiled into its graph. The recomputation of checkpointing runs after the observation,
-would compile another graph, and fail.
+Once Unsloth has added LoRA to one model, it compiles the layers of all models of that class, stock ones too. An observer
+inside a layer would be compiled into its graph. Checkpointing recomputes the layer when the observer is gone, which would
+compile another graph and fail.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ class MethodModel:
 
     Args:
         model: the causal LM, or a `PeftModel` around it.
-        tokenizer: its tokenizer, which must pad on the left.
+        tokenizer: its tokenizer, with padding on the left.
 
     Attributes:
         model: as given.

@@ -76,7 +76,7 @@ class PlannerExecutorModel(MethodModel):
 
     Args:
         model: the causal LM, or a `PeftModel` around it.
-        tokenizer: its tokenizer, which must pad on the left.
+        tokenizer: its tokenizer, with padding on the left.
 
     Attributes:
         model: as given.
