@@ -56,7 +56,6 @@ PENDING: set[str] = {
     "trl_ext.staleness_gap",
     "trl_ext.top1_margin",
     "trl_ext.usage_kl_to_uniform",
-    "unsloth_ext.LatentModel",
 }
 
 # Classes made at run time, and the class whose docstring they take

@@ -121,7 +121,19 @@ class LatentModel(MethodModel):
 
     @classmethod
     def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> Self:
-        """Load an adapter folder with its base, or a full model. See `MethodModel.from_pretrained`."""
+        """Load an adapter folder with its base, or a full model, with its latent tokens.
+
+        Args:
+            name: a folder or a hub id.
+            token: the access token for the hub.
+            **kwargs: keywords for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
+
+        Returns:
+            The model in evaluation mode, with its tokenizer.
+
+        Raises:
+            ValueError: see `MethodModel.from_pretrained`.
+        """
         loaded = super().from_pretrained(name, token=token, **kwargs)
         if isinstance(loaded.model, PeftModel):
             remember_latent(loaded.model)
