@@ -79,7 +79,7 @@ class EvalArguments:
     def __post_init__(self) -> None:
         at_least(self, limit=1, max_new_tokens=1, max_seq_length=2, batch_size=1, held_out=1)
         if not self.answer_delimiter:
-            raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
+            raise ValueError("answer_delimiter='': give the text that ends the thinking, such as '####'")
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature={self.temperature}: must be more than 0; the likeliest token is taken without --do_sample"

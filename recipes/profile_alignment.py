@@ -79,7 +79,8 @@ class ProfileArguments:
     )
     layer_map: str = field(default="uniform", metadata={"help": "Which of the teacher's layers: 'uniform' or 'last'."})
     rope_space: str = field(
-        default="rerotate", metadata={"help": "Where keys are mixed: 'rerotate', 'pre' or 'post' rotary embedding."}
+        default="rerotate",
+        metadata={"help": "How rotary embeddings are treated when key heads are mixed: 'rerotate', 'pre' or 'post'."},
     )
     teacher_steps: int = field(
         default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}

@@ -1,8 +1,8 @@
-"""Training side: trainers and configs that are drop-ins for TRL's, and what they measure. Names are made on first use, from
-the TRL that is live.
+"""Training side: configurations and trainers that are drop-ins for TRL's, with their losses and diagnostics.
 
-`trl.GRPOTrainer` may be TRL's own class or the one that Unsloth generated; `HRPOTrainer` subclasses whichever it is at the
-moment the name is asked for, so import Unsloth, if at all, before you use these names.
+Names are resolved on first use. `trl.GRPOTrainer` may be TRL's own class or the one that Unsloth generated, and
+`HRPOTrainer`
+subclasses whichever is in place at that moment. So import Unsloth, if you use it, before you use these names.
 """
 
 import importlib
@@ -22,7 +22,9 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)  # not kept: Unsloth may come later
+    return getattr(
+        importlib.import_module(f".{_WHERE[name]}", __name__), name
+    )  # not cached: Unsloth may be imported later
 
 
 def __dir__() -> list[str]:

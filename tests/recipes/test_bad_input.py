@@ -47,7 +47,7 @@ TRIES = [
         for name in (TRAIN[0], *TRAIN[4:])
     ),
     *((name, ["--model_name", ""], "name is empty") for name in LATENT),
-    *((name, ["--learning_rate", "inf"], "learning_rate=inf: a finite number") for name in TRAIN[:2]),
+    *((name, ["--learning_rate", "inf"], "learning_rate=inf: must be a finite number") for name in TRAIN[:2]),
     *((name, ["--config", "null.yaml"], "learning_rate: null is not a number") for name in (*TRAIN[:2], "concept_v1")),
     *((f"minimind/{name}", ["--learning_rate", "fast"], "invalid float value: 'fast'") for name in STAGES),
     *((name, ["--warm_start_seed", "-1"], "warm_start_seed=-1: must be at least 0") for name in TRAIN),

@@ -157,7 +157,7 @@ def test_what_a_configuration_file_says_of_both_stages_counts(chain, tmp_path):
     [
         (["--lr_thinking_projection", "fast"], "--lr_thinking_projection: invalid float"),
         (["--lr_thinking_projection", "-1"], "lr_thinking_projection=-1.0: must be at least 0"),
-        (["--lr_thinking_projection", "inf"], "lr_thinking_projection=inf: a finite number"),
+        (["--lr_thinking_projection", "inf"], "lr_thinking_projection=inf: must be a finite number"),
         (["--overwrite", "maybe"], "neither true nor false"),
         ([], "mine/stage_2 holds run 1"),
         (["--resume_from_checkpoint", "latest"], "python x.py --output_dir .*stage_2 --resume_from_checkpoint latest"),

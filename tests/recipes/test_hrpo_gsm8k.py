@@ -120,7 +120,7 @@ def test_evaluation_says_what_is_wrong_before_it_begins(monkeypatch, tmp_path):
         (["--model_name", "smollm2", "--dataset", "none.jsonl"], "no such file"),
         (["--dataset_options", "max_terms: 2"], "is not JSON"),
         (["--dataset_options", "[2]"], "a JSON object"),
-        (["--dataset_options", '{"max_terms": 2}'], "dataset=tiny is no reasoning-gym generator"),
+        (["--dataset_options", '{"max_terms": 2}'], "dataset=tiny is not a reasoning-gym generator"),
         (["--resume_from_checkpoint", "nowhere"], "no such folder"),
         (["--resume_from_checkpoint", "latest"], "no complete checkpoint"),
     ],

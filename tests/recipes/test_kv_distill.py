@@ -101,7 +101,7 @@ def test_own_models_and_rows(run, files, capsys):
         ({"kv_layer_map": "[0, 7]"}, "layer_map="),
         ({"eval_batch": 0}, "eval_batch=0: must be at least 1"),
         ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
-        ({"answer_delimiter": "=>"}, "cannot produce the delimiter|no row has anything behind"),
+        ({"answer_delimiter": "=>"}, "cannot produce the delimiter|no row has text after"),
     ],
 )
 def test_what_is_wrong_is_named_before_training(run, files, monkeypatch, changes, message):
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_named_before_training(run, files, monkeypatch, changes
 
 def test_a_teacher_of_another_vocabulary_is_named(run, files):
     tiny.tokenizer(("1#", "##")).save_pretrained(files / "student")
-    with pytest.raises(ValueError, match="teacher and student read different tokens"):
+    with pytest.raises(ValueError, match="teacher and student have different vocabularies"):
         run(*own(files))
 
 

@@ -22,7 +22,7 @@ USUAL = {
     "warmup_steps": "Steps in which the learning rate rises; below 1 a share of all steps.",
     "per_device_train_batch_size": "Rows, or in reinforcement completions, that one device takes at once.",
     "gradient_accumulation_steps": "Such batches in an optimizer step.",
-    "num_generations": "Completions of each prompt in a rollout.",
+    "num_generations": "Number of completions per prompt in a rollout.",
     "max_completion_length": "Longest completion in a rollout, in tokens.",
     "temperature": "Of sampling a rollout: 1 is the model's own distribution.",
     "beta": "How strongly the policy is held to the reference model; 0: not at all.",

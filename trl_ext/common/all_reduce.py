@@ -1,4 +1,4 @@
-"""Sums over all processes."""
+"""Sums over all processes that keep gradients correct."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,18 @@ import torch
 
 
 def all_reduce_sum(local: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor], processes: int) -> torch.Tensor:
-    """The sum over processes, by `reduce`, of what each has; with the gradient that their mean makes whole."""
+    """Sum a tensor over processes; gradients flow to this process's summand.
+
+    The gradient is multiplied by `processes`, because DDP later averages gradients over processes.
+
+    Args:
+        local (...): floating point; this process's summand.
+        reduce: returns the sum of a tensor over processes.
+        processes: number of processes.
+
+    Returns:
+        The sum (...), in the dtype of `local`.
+    """
     if processes == 1:
         return local
     return processes * local + (reduce(local.detach()) - processes * local.detach())

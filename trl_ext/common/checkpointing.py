@@ -1,18 +1,23 @@
 """Checkpoints without pickle that resume exactly: a mixin for any `transformers.Trainer`.
 
-Beside the model, a checkpoint holds `optimizer.safetensors` (state by parameter *name*) with `optimizer.json`,
-`scheduler.json`, `rng_state_<rank>.safetensors` with its JSON, and `trainer_state.json`, which is written last: a folder
-without a whole one was being written when the process died. transformers' own files (optimizer.pt, scheduler.pt,
-rng_state.pth, scaler.pt, training_args.bin) are pickles and are neither written nor, unless asked for by name, read.
+Besides the model, a checkpoint holds `optimizer.safetensors` (state by parameter *name*) with `optimizer.json`,
+`scheduler.json`,
+`rng_state_<rank>.safetensors` with its JSON, and `trainer_state.json`. The last one is written last: a folder without
+it belongs
+to a process that died while saving. transformers' own files (optimizer.pt, scheduler.pt, rng_state.pth, scaler.pt,
+training_args.bin) are pickles. They are never written, and read only if the user allows it by name.
 
-Models that transformers saves in another form than it trains them, mixtures of experts above all, are read by
-`from_pretrained`: Trainer would pass over the tensors whose names it does not know.
+transformers saves some models, above all mixtures of experts, in another form than it trains them. They are read with
+`from_pretrained`, because Trainer would skip the tensors whose names it does not know.
 
-Under FSDP and DeepSpeed, which shard the optimizer, its state keeps their formats and is read only when asked for by name.
+FSDP and DeepSpeed shard the optimizer. Its state keeps their formats there and is read only if the user allows it by
+name.
 
-On resume the command line's learning rates win: only the scheduler's position is restored (schedules that follow a metric
-go on from the rates that they have found), parameters that are new get fresh optimizer state, and those that are gone are
-forgotten.
+On resume, the learning rates of the command line are used: only the position of the scheduler is restored. Schedules
+that
+follow a metric keep the rates that they have reached. New parameters get fresh optimizer state, and the state of
+removed
+parameters is dropped.
 """
 
 import inspect
@@ -54,16 +59,16 @@ from .trainable_parameters import check_trainable
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "trainer_state.json"
-# Files of which a checkpoint has all or none (under FSDP and DeepSpeed the first are not ours), and what must be in them
+# File sets that must be complete or absent (FSDP and DeepSpeed write their own optimizer files), and the keys they need
 OPTIMIZER = ("optimizer.safetensors", "optimizer.json", "scheduler.json")
 RNG = ("rng_state_0.safetensors", "rng_state_0.json")
-ROLLOUT = ("rollout_0.safetensors", "rollout_0.json")  # of trainers that sample
+ROLLOUT = ("rollout_0.safetensors", "rollout_0.json")  # of trainers that generate rollouts
 NEEDED = {STATE_FILE: ("global_step",), "scheduler.json": ("last_epoch",), RNG[1]: ("python", "numpy")}
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # the last ones are FSDP's, with a pickle beside them
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # FSDP writes .distcp files with a pickle beside them
 
 
 def broken_file(checkpoint: Path) -> str | None:
-    """Why `checkpoint` cannot be resumed from: one sentence that names the file; None when it is whole."""
+    """One sentence that says why `checkpoint` cannot be resumed and names the file; None if it is complete."""
     if not (checkpoint / STATE_FILE).is_file():
         return f"{checkpoint / STATE_FILE} is missing: the checkpoint was never finished"
     here = {file.name for file in checkpoint.iterdir()}
@@ -75,7 +80,7 @@ def broken_file(checkpoint: Path) -> str | None:
         try:
             found = json.loads(file.read_text())
         except ValueError as error:
-            return f"{file} is not whole JSON ({error}): the checkpoint was never finished"
+            return f"{file} is not complete JSON ({error}): the checkpoint was never finished"
         lacks = [key for key in NEEDED.get(file.name, ()) if not isinstance(found, dict) or key not in found]
         if lacks:
             return f"{file} has no {lacks[0]!r}"
@@ -89,20 +94,21 @@ def broken_file(checkpoint: Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest `checkpoint-<step>` folder that is whole and of the folder's run; others are passed over, and said so."""
+    """The newest complete `checkpoint-<step>` folder of the run in `output_dir`. Skipped checkpoints are logged with
+    the reason."""
     run = run_id(output_dir)
     for _, path in reversed(checkpoints(Path(output_dir))):
         problem = broken_file(path)
         if problem is None and run is not None and (other := run_id(path)) != run:
-            problem = f"it is of another run ({other}) than the folder ({run})"
+            problem = f"it belongs to run {other}, but the folder holds run {run}"
         if problem is None:
             return path
-        logger.warning(f"Passing over {path}: {problem}")
+        logger.warning(f"Skipping {path}: {problem}")
     return None
 
 
 def no_steps_left(step: int, of: int) -> str:
-    """What to say where a checkpoint is at its run's end."""
+    """The message for a checkpoint that is already at the end of its run."""
     return (
         f"no steps left: the checkpoint is at step {step} of {of}. Ask for more with max_steps or "
         "num_train_epochs, on the same schedule"
@@ -110,18 +116,21 @@ def no_steps_left(step: int, of: int) -> str:
 
 
 class SafeCheckpointMixin(mixin_bases.Trainer):
-    """Put before a Trainer class. Reads `args.allow_pickle_checkpoint` where the config has it.
+    """Save and resume without pickle. Put it before a Trainer class.
+
+    Reads `args.allow_pickle_checkpoint` if the configuration has this field.
 
     Raises:
-        ValueError: at construction, for a model of which nothing would be trained, whose adapter is frozen, or is none
-            that TRL can take its reference from.
+        ValueError: in the constructor, if nothing of the model would be trained, if its adapter is frozen, or if TRL
+            could not
+            derive the reference model from its adapter.
     """
 
     _latent_method: str | None = None
-    """The method of latent reasoning whose modules the trainer attaches; folders of another one are refused."""
+    """The latent reasoning method whose modules the trainer attaches. Folders of another method are refused."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        fused_lm_head.ensure()  # TRL's trainers need it where Triton finds no GPU
+        fused_lm_head.ensure()  # TRL's trainers need it on machines where Triton finds no GPU
         named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         named = {**named, **named.get("kwargs", {})}
         check_arguments(named)
@@ -144,9 +153,10 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         return super().__init__
 
     def _modules_beside(self) -> dict[str, torch.nn.Module]:
-        """What is trained beside the model, such as a critic, by the name of its folder in a checkpoint.
+        """Modules that are trained beside the model, such as a critic, by the name of their folder in a checkpoint.
 
-        Each has `save_pretrained`, and files that `saved_weights` can read. What is attached to the model need not be here.
+        Each has `save_pretrained` and writes files that `saved_weights` can read. Modules attached to the model are not
+        listed.
         """
         return {}
 
@@ -166,27 +176,27 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         loader = super().get_train_dataloader()
         if has_length(loader) and not len(loader):  # Trainer would end at step 0, with a warning
             raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} row(s), which with dataloader_drop_last="
-                f"{self.args.dataloader_drop_last} make no whole batch of {self._train_batch_size}; give more rows or a "
-                "smaller batch"
+                f"train_dataset has {len(self.train_dataset)} row(s). With dataloader_drop_last="
+                f"{self.args.dataloader_drop_last} they do not fill one batch of {self._train_batch_size}; give more rows "
+                "or a smaller batch"
             )
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         try:
             return super().create_scheduler(num_training_steps, optimizer)
-        except TypeError as error:  # of a schedule's own signature
+        except TypeError as error:  # the schedule does not take these arguments
             raise ValueError(
                 f"lr_scheduler_kwargs={self.args.lr_scheduler_kwargs} do not fit lr_scheduler_type="
                 f"{getattr(self.args.lr_scheduler_type, 'value', self.args.lr_scheduler_type)}: {error}"
             ) from error
 
     def begin_with(self, folder: str | Path) -> None:
-        """Take the weights of a checkpoint or a saved model. Training then begins at step 0, with an optimizer and a
-        schedule of its own.
+        """Load the weights of a checkpoint or a saved model. Training still starts at step 0 with a new optimizer and
+        schedule.
 
         Raises:
-            CheckpointError: no such folder, or another model's.
+            CheckpointError: there is no such folder, or it belongs to another model.
         """
         if not Path(folder).is_dir():
             raise CheckpointError(f"init_from={folder}: there is no such folder")
@@ -198,7 +208,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         made = super()._init_training_state(max_steps, *args, **kwargs)
-        if self.state.global_step >= max_steps > 0:  # Trainer looks at the number of steps only after the next one
+        if self.state.global_step >= max_steps > 0:  # Trainer checks the number of steps only after a step
             raise CheckpointError(no_steps_left(self.state.global_step, max_steps))
         return made
 
@@ -209,11 +219,11 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         if problem:
             raise CheckpointError(problem)
         files = (file for file in checkpoint.rglob("*") if file.suffix in PICKLES)
-        pickles = sorted(file.name for file in files if file.name != "training_args.bin")  # which resuming never reads
+        pickles = sorted(file.name for file in files if file.name != "training_args.bin")  # resuming never reads it
         if pickles and not self._pickle_allowed():
             raise CheckpointError(
                 f"{checkpoint} holds pickled state ({', '.join(pickles)}), which can run code when it is loaded; set "
-                "allow_pickle_checkpoint=True if you trust where it comes from"
+                "allow_pickle_checkpoint=True if you trust its source"
             )
         if not self._own_format():
             return
@@ -221,11 +231,11 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         self._check_beside(checkpoint)
         warn_of_another_origin(self.model, checkpoint)
         step = json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
-        # Without them, Trainer would begin both anew in silence
+        # Trainer would silently start both from scratch
         if step and not pickles and not (checkpoint / OPTIMIZER[0]).exists():
             raise CheckpointError(
                 f"{checkpoint} has no {OPTIMIZER[0]} (was it saved with save_only_model=True?): it holds neither the "
-                "optimizer nor the schedule; begin a new run with its weights"
+                "optimizer nor the schedule; start a new run with its weights"
             )
         self._check_kinds(checkpoint)
         check_finite([file for file in [checkpoint / OPTIMIZER[0]] if file.exists()])
@@ -234,15 +244,15 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
                 _check_numbers(file)
 
     def _check_kinds(self, checkpoint: Path) -> None:
-        """Whether optimizer and schedule are of the kind whose state was saved: others know nothing of it."""
+        """Check that optimizer and schedule are of the kind whose state was saved."""
         file = checkpoint / "training_args.json"
         before = json.loads(file.read_text()) if file.exists() else {}
         here = json.loads(self.args.to_json_string())
         for name, kind in (("optim", _state_of), ("lr_scheduler_type", _metric_of)):
             if name in before and kind(before[name]) != kind(here[name]):
                 raise CheckpointError(
-                    f"{checkpoint} has the state of {name}={before[name]!r}, of which {here[name]!r} can make nothing: "
-                    "resume with the former, or begin a new run with the checkpoint's weights"
+                    f"{checkpoint} has the state of {name}={before[name]!r}, which {here[name]!r} cannot use: "
+                    "resume with the former, or start a new run with the checkpoint's weights"
                 )
 
     def _check_beside(self, checkpoint: Path) -> None:
@@ -253,14 +263,14 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         return getattr(self.args, "allow_pickle_checkpoint", False)
 
     def _own_format(self) -> bool:
-        """DeepSpeed and FSDP shard the state and bring their own formats."""
+        """Whether optimizer state is saved in our format. DeepSpeed and FSDP shard the state and use their own formats."""
         return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:  # an earlier run's folder must not look whole while it is overwritten
+        if self.args.should_save:  # an older folder must not look complete while it is overwritten
             (folder / STATE_FILE).unlink(missing_ok=True)
             if (run := run_id(self.args.output_dir)) is not None:
                 stamp(folder, run)
@@ -270,7 +280,9 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         folder = Path(output_dir or self.args.output_dir)
         kept = read_card(folder)
         super()._save(output_dir, state_dict)
-        if describer(self.accelerator.unwrap_model(self.model)) is None:  # others write theirs as they are saved
+        if (
+            describer(self.accelerator.unwrap_model(self.model)) is None
+        ):  # models with attached modules write their own card
             write_card_of(self, folder, kept)
         for name, module in self._modules_beside().items():
             module.save_pretrained(folder / name)
@@ -294,7 +306,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     value = value.detach().contiguous()
-                    # A file holds nothing twice, and 8-bit optimizers share a table between all parameters
+                    # safetensors stores no memory twice, and 8-bit optimizers share one table between all parameters
                     shared = value.untyped_storage().data_ptr() in written
                     tensors[f"{name}|{key}"] = value = value.clone() if shared else value
                     written.add(value.untyped_storage().data_ptr())
@@ -310,12 +322,12 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         return {names[parameter]: state for parameter, state in self._torch_optimizer().state.items() if state}
 
     def _named_trained(self) -> dict[str, torch.nn.Parameter]:
-        """Whatever the optimizer may hold, by name."""
+        """All parameters that the optimizer may hold, by name."""
         beside = (module.named_parameters(prefix=name) for name, module in self._modules_beside().items())
         return dict(itertools.chain(self.model.named_parameters(), *beside))
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # under accelerate's wrapper
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # unwrapped from accelerate
 
     def _save_rng_state(self, output_dir: str) -> None:
         version, internal, gauss = random.getstate()
@@ -332,7 +344,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         rank = self.args.process_index
         save_file(tensors, Path(output_dir, f"rng_state_{rank}.safetensors"))
         _write_json(Path(output_dir, f"rng_state_{rank}.json"), plain)
-        self.accelerator.wait_for_everyone()  # rank 0 now writes trainer_state.json, which says that all is there
+        self.accelerator.wait_for_everyone()  # rank 0 now writes trainer_state.json, which marks it complete
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None and self.args.should_save:
@@ -340,8 +352,8 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
-    # Trainer loads adapters in sub-folders *instead of* the folder's own (transformers 5.17: TRL's "ref" in place of the
-    # trained one), passes over tensors whose names it does not know, and looks at nothing afterwards
+    # transformers 5.17: Trainer loads adapters in sub-folders *instead of* the folder's own (TRL's "ref" in place of the
+    # trained one), skips tensors whose names it does not know, and verifies nothing afterwards
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self._own_format():
@@ -388,7 +400,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:
         scheduler = self.lr_scheduler
-        # Adaptive ones carry more than a position: the rates that they have found
+        # Schedules that follow a metric also store the rates that they have reached
         if not isinstance(scheduler, LambdaLR):
             scheduler.load_state_dict(state)
             for group, rate in zip(scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
@@ -425,19 +437,22 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
 
 def _beside(state: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Of a checkpoint from before small modules had float32 weights, state that was bf16 with them is widened too."""
+    """Move optimizer state to its parameter's device. State that was bf16 is widened if its parameter is now float32.
+
+    Checkpoints from before small modules had float32 weights hold such bf16 state.
+    """
     floats = state.is_floating_point() and state.shape == parameter.shape
     dtype = torch.promote_types(state.dtype, parameter.dtype) if floats else state.dtype
     return state.to(parameter.device, dtype)
 
 
 def _state_of(optim: str) -> str:
-    """What the state of an optimizer is like: the same in paged memory, or where one kernel does all."""
+    """The kind of an optimizer's state. Paged and fused variants have the same state as the plain optimizer."""
     return optim.removeprefix("paged_").removesuffix("_fused")
 
 
 def _metric_of(schedule: str) -> str | None:
-    """The name of a schedule that follows a metric; None: it is a function of the step."""
+    """The name of a schedule that follows a metric; None if the schedule is a function of the step."""
     return schedule if schedule in ("reduce_lr_on_plateau", "greedy") else None
 
 
@@ -446,7 +461,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _check_numbers(file: Path) -> None:
-    """Raises a CheckpointError that names the entry of a JSON file that is NaN."""
+    """Raise a CheckpointError that names the first NaN entry of a JSON file."""
 
     def look(value: Any, name: str) -> None:
         if isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""Whether two runs have the same rows or settings: hashes that do not depend on where these came from."""
+"""Hashes that tell whether two runs have the same rows or settings, wherever these came from."""
 
 import hashlib
 import json
@@ -12,7 +12,10 @@ HASHED_ROWS = 64
 
 
 def content_hash(dataset: Dataset, columns: Sequence[str]) -> str:
-    """Of how many rows there are, and of the columns of some, evenly spread."""
+    """Hash the number of rows and the given columns of up to about 64 evenly spaced rows.
+
+    `Dataset._fingerprint` of datasets does not serve: it depends on how the rows were made, not on the rows.
+    """
     digest = hashlib.sha256(str(len(dataset)).encode())
     step = max(1, len(dataset) // HASHED_ROWS)
     for row in dataset.select(range(0, len(dataset), step)).select_columns(list(columns)):
@@ -21,5 +24,5 @@ def content_hash(dataset: Dataset, columns: Sequence[str]) -> str:
 
 
 def digest(parts: Any) -> str:
-    """Twelve characters for anything that JSON can hold."""
+    """The first twelve hexadecimal digits of the SHA-256 of any JSON value."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Gradients of several processes where DDP sees no forward, as of a critic beside the policy."""
+"""Averaging of gradients over processes for modules that DDP does not wrap, such as a critic beside the policy."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,17 @@ import torch
 from torch import nn
 
 
-BUCKET = 2**25  # elements that travel together
+BUCKET = 2**25  # elements per reduction
 
 
 def average_gradients(parameters: list[nn.Parameter], reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """The processes' mean, in place; one without a gradient counts as 0, and where nobody has one there is none.
+    """Average gradients over processes, in place.
+
+    A rank without a gradient counts as 0. A gradient stays None if no rank has one.
 
     Args:
-        parameters: the same on every process.
-        reduce: a tensor's mean over processes.
+        parameters: the same list on every process.
+        reduce: returns the mean of a tensor over processes.
     """
     device = parameters[0].device
     some = reduce(torch.tensor([float(p.grad is not None) for p in parameters], device=device)) > 0

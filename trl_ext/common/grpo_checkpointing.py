@@ -1,11 +1,14 @@
-"""What GRPO needs beside `SafeCheckpointMixin` to resume exactly: its place in the generation cycle, the rollouts, and a
-reference that moves.
+"""Checkpointing for GRPO trainers: the position in the generation cycle, the rollouts, and a moving reference model.
 
-TRL counts micro-steps from 0 and keeps rollouts in memory only, so a run resumed inside a cycle would sample anew. Each
-rank writes `rollout_<rank>.safetensors` with its JSON. Its sampler shuffles with a generator of its own, which begins at
-the first epoch's order. A reference model that follows the policy (`sync_ref_model`) is in `ref_model/`; one that does not
-is the model that the run begins with, of which there is a checksum, and the reference of a `PeftModel` is an adapter of it,
-saved with the others.
+TRL counts micro-steps from 0 and keeps rollouts only in memory, so a run resumed inside a cycle would generate new
+ones.
+Therefore each rank writes `rollout_<rank>.safetensors` with its JSON. The sampler shuffles with its own generator,
+which starts
+at the order of the first epoch. A reference model that follows the policy (`sync_ref_model`) is saved in `ref_model/`.
+A fixed
+reference is the model that the run started with, and only its checksum is saved. The reference of a `PeftModel` is one
+of its
+adapters and is saved with the others.
 """
 
 import json
@@ -34,10 +37,10 @@ REFERENCE = "ref_model"
 
 
 class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
-    """Put before a `GRPOTrainer`.
+    """Checkpoint and resume a GRPO run exactly. Put it before a `GRPOTrainer`.
 
     Attributes:
-        _unknown_as_nan: tensors of a rollout in which NaN says that something is not known.
+        _unknown_as_nan: tensors of a rollout in which NaN means that a value is not known.
     """
 
     _train_sampler: Sampler | None = None
@@ -49,9 +52,9 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
         if self.args.log_completions:
             completions_table.ensure()
         prompts = self.args.generation_batch_size // self.num_generations
-        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO trains no step of it
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < prompts:  # GRPO would train no step
             raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} rows and a rollout takes {prompts} different ones "
+                f"train_dataset has {len(self.train_dataset)} rows, but a rollout needs {prompts} different ones "
                 "(generation_batch_size / num_generations); give more rows or a smaller rollout"
             )
 
@@ -63,7 +66,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
         epochs, steps = super()._init_training_state(*args, **kwargs)
         if isinstance(self._train_sampler, RepeatSampler):
             for _ in range(epochs):
-                next(iter(self._train_sampler), None)  # draws one epoch's order
+                next(iter(self._train_sampler), None)  # draws the order of one epoch
         return epochs, steps
 
     def _moving_reference(self) -> Any:
@@ -72,7 +75,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
         if (checkpoint / OPTIMIZER[0]).exists() and not (checkpoint / ROLLOUT[1]).exists():
-            raise CheckpointError(f"{checkpoint / ROLLOUT[1]} is missing: the place among the rollouts would be lost")
+            raise CheckpointError(f"{checkpoint / ROLLOUT[1]} is missing: the position in the rollouts would be lost")
         for file in sorted(checkpoint.glob("rollout_*.safetensors")):
             names = set(safetensors_keys(file))
             check_finite([file], names, {name for name in names if name.endswith(self._unknown_as_nan)})
@@ -81,22 +84,22 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
             return
         if not self._own_format():
             raise CheckpointError(
-                "sync_ref_model=True: under DeepSpeed and FSDP checkpoints do not hold the reference model as it was; "
+                "sync_ref_model=True: checkpoints of DeepSpeed and FSDP do not hold the moving reference model; "
                 "start a new run from the saved model, or set sync_ref_model=False"
             )
         check_weights(self._moving_reference(), checkpoint / REFERENCE)
 
     def _compare_reference(self, file: Path) -> None:
-        """Say so where a reference that stays is another model than before: TRL loads it by the name of the policy."""
+        """Warn if a fixed reference differs from the one before: TRL loads it by the name of the policy."""
         before = json.loads(file.read_text()).get("reference") if file.exists() else None
         if before is not None and self._reference_sum() not in (None, before):
             logger.warning(
-                f"{file.parent} was trained towards another reference (beta={self.beta}) than {name_of(self.model)}, from "
-                "where it is loaded now: resume with the model that the run began with, whose weights are then replaced"
+                f"{file.parent} was trained with another reference model (beta={self.beta}) than {name_of(self.model)}, "
+                "which is loaded now: resume with the model that the run started with; its weights are then replaced"
             )
 
     def _reference_sum(self) -> str | None:
-        """A checksum of a whole reference model that stays as it is; None: there is none in memory."""
+        """A checksum of a fixed reference model that is in memory; None if there is none."""
         if self.ref_model is None or self.args.sync_ref_model or not self._own_format():
             return None
         if self._reference is None:
@@ -105,7 +108,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have been here yet
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have made it yet
         if self._moving_reference() is not None and self._own_format() and self.args.should_save:
             self._moving_reference().save_pretrained(Path(output_dir, REFERENCE))
         rank = self.args.process_index
@@ -116,7 +119,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
             for i, batch in enumerate(self._buffered_inputs):
                 for key, value in batch.items():
                     (tensors if isinstance(value, torch.Tensor) else plain)[f"{i}.{key}"] = value
-        # Batches share some scalars, and safetensors stores no tensor twice
+        # Batches share some scalars, and safetensors refuses tensors that share memory
         save_file({k: v.clone() for k, v in tensors.items()}, Path(output_dir, f"rollout_{rank}.safetensors"))
         Path(output_dir, f"rollout_{rank}.json").write_text(json.dumps(plain))
 

@@ -1,7 +1,7 @@
 """The record that declares a method on the training side.
 
 The folder of a method holds a file `method.py` with one `METHOD = TrainingMethod(...)`. Exports, make targets, progress
-bars, curves, the GPU check and the documentation's index read these records. A record imports nothing that is heavy.
+bars, curves, the GPU check and the documentation's index read these records. Records import no heavy packages.
 """
 
 import functools
@@ -12,16 +12,16 @@ from unsloth_ext.common.method import all_methods, records
 
 
 class Command:
-    """What one make target runs."""
+    """A make target and the scripts that it runs."""
 
     def __init__(self, name: str, about: str, *scripts: str, configs: str = "", arguments: tuple[str, ...] = ()):
         """
         Args:
             name: of the target, such as "train-hrpo".
             about: one line for `make help`.
-            *scripts: files that are run one after the other, from the project's root.
-            configs: of recipes that take `--model_name`, the prefix of their files in recipes/configs. With a GPU and no
-                model named, `<prefix>_gsm8k.yaml` is run.
+             *scripts: files that run one after the other, from the project's root.
+            configs: for recipes that take `--model_name`, the prefix of their files in recipes/configs. With a GPU and no
+                model name, `<prefix>_gsm8k.yaml` is used.
             arguments: further arguments of the first script.
         """
         self.name, self.about, self.scripts = name, about, scripts
@@ -30,19 +30,20 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMethod:
-    """A method on the training side.
+    """The declaration of one method on the training side.
 
     Attributes:
-        name: of the folder. A method that attaches modules has the same name in `unsloth_ext`.
+        name: name of the folder. A method that attaches modules has the same name in `unsloth_ext`.
         about: its title, a colon, and one sentence that says what it does. The documentation's index shows both.
-        trainers: its trainers by their public names, each with its configuration. Presets stand in the configuration.
-        exports: the public names of the method, each with the module of the folder that defines it.
+        trainers: the public names of its trainers, each with its configuration. Presets are in the configuration.
+        exports: the public names of the method, each with the module that defines it.
         commands: its make targets.
-        progress: metrics beside the progress bar, each with a short name.
-        curves: metrics of the picture that a recipe ends with, each with its title.
+        progress: metrics shown beside the progress bar, each with a short name.
+        curves: metrics drawn at the end of a recipe, each with its title.
         gpu_check: the file in benchmarks/ with its cases for `make gpu-check`: `CASES`, and `train(folder, case,
             precision)`.
-        gpu_check_needs_stock: whether its trainers refuse Unsloth's models, so that the GPU check leaves them out there.
+        gpu_check_needs_stock: whether its trainers refuse Unsloth's models. The GPU check then skips them under
+            Unsloth.
     """
 
     name: str
@@ -57,13 +58,13 @@ class TrainingMethod:
 
     @property
     def page(self) -> str:
-        """Its page of the documentation."""
+        """The page of the method in the documentation."""
         return f"docs/{self.name}.md"
 
 
 @functools.cache
 def training_methods() -> dict[str, TrainingMethod]:
-    """Every record of this package by its method's name: one for each folder with a `method.py`."""
+    """Every record of this package by the name of its method: one for each folder with a `method.py`."""
     return records(__package__.partition(".")[0])
 
 

@@ -1,7 +1,8 @@
-"""What micro-batches and processes know of a step, or batches of an evaluation, added up before anything is divided.
+"""Exact means of metrics over micro-batches, processes, or batches of an evaluation.
 
-A mean of micro-batches' means weighs a token by the company it is in, and a perplexity of few concepts is lower than that
-of all of them. So numerators and denominators are added, and figures are made of the sums.
+The mean of micro-batch means gives tokens of short batches more weight, and the perplexity of few concepts is below
+that of
+all. Therefore numerators and denominators are summed first and divided once.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from . import mixin_bases
 
 
 class Sums:
-    """Named sums of one process, in fp64 on the device they come from; nothing waits for it before `pop`."""
+    """Named sums of one process, in float64 on the device of the values. It does not wait for the device before `pop`."""
 
     def __init__(self):
         self._found: dict[str, torch.Tensor] = {}
@@ -21,24 +22,24 @@ class Sums:
 
     @torch.no_grad()
     def add(self, **sums: torch.Tensor) -> None:
-        """Add to what is known, of any shape. Every process adds to the same names in the same order."""
+        """Add tensors of any shape to the sums. Every process must add the same names in the same order."""
         for name, value in sums.items():
             self._found[name] = self._found.get(name, 0) + value.detach().double()
 
     def weigh(self, means: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """As `add`, of means: each a total and what it is to be divided by, both ()."""
+        """Add means. Each is a pair of scalars: a total, and the count to divide it by."""
         for name, (total, count) in means.items():
             self._means.add(name)
             self.add(**{name: torch.stack([total.detach().double(), count.detach().double()])})
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """What was added since the last time, by all processes together.
+        """Sum over all processes what was added since the last call, and reset.
 
         Args:
-            reduce: a tensor's sum over processes.
+            reduce: returns the sum of a tensor over processes.
 
         Returns:
-            Sums on the CPU, and means; of a mean over nothing there is none.
+            The sums (flattened, float64, on the CPU) and the means. A mean with a count of 0 is left out.
         """
         found, means, self._found, self._means = self._found, self._means, {}, set()
         if not found:
@@ -50,15 +51,19 @@ class Sums:
 
 
 class ExactMeans(mixin_bases.Trainer):
-    """Put before a trainer of TRL's, which logs the mean of the numbers that micro-batches gave it: a token of a short one
-    then counts for more than a token of a long one. Figures that are added here are means over everything since the last
-    log."""
+    """Log exact means from a TRL trainer. Put it before the trainer.
+
+    TRL logs the mean of the numbers of the micro-batches, in which a token of a short micro-batch weighs more than a
+    token of a
+    long one. Metrics that are added here are means over everything since the last log.
+    """
 
     _figures: Sums | None = None
 
     def _add_to_mean(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Log `name` as the sum of all totals over the sum of all counts, in all micro-batches and processes; not at all
-        while the counts are 0. Every process must add the same names.
+        """Log `name` as the sum of all totals over the sum of all counts, over micro-batches and processes.
+
+        Nothing is logged while the counts are 0. Every process must add the same names.
 
         Args:
             total, count: scalars of this micro-batch on this process.

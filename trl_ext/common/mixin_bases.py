@@ -1,5 +1,8 @@
-"""What mixins inherit from: for a type checker the class that they are put before, and nothing at run time, when it is not
-known yet."""
+"""Base classes of mixins for type checkers.
+
+A type checker sees the class that a mixin is put before. At run time the base is `object`, as that class is not known
+yet.
+"""
 
 from typing import TYPE_CHECKING
 

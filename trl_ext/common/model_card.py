@@ -1,4 +1,4 @@
-"""The cards of a run: of what an ordinary trainer saves, and TRL's at the root of the output folder."""
+"""Model cards of a run: the card of an ordinary trainer's model, and TRL's card in the output folder."""
 
 import re
 from dataclasses import fields
@@ -12,14 +12,14 @@ from unsloth_ext.common.model_card import outside, write_model_card
 from unsloth_ext.common.settings_file import method_of
 
 
-QUICK_START = re.compile(r"## Quick start\n.*?(?=\n## Training procedure)", re.DOTALL)  # TRL 1.15's, a pipeline
+QUICK_START = re.compile(r"## Quick start\n.*?(?=\n## Training procedure)", re.DOTALL)  # TRL 1.15 shows a pipeline here
 
-# What TRL says of a base that is in a folder; ours names it
+# TRL writes this for a base model in a folder; our part of the card names it
 NO_BASE = "This model is a fine-tuned version of [None](https://huggingface.co/None).\n"
 
 
 def own_settings(args: Any) -> dict[str, Any]:
-    """The fields that a configuration of ours adds to its parent's."""
+    """The fields that our configuration adds to its parent's."""
     ours = [cls for cls in type(args).__mro__ if cls.__module__.split(".")[0] == "trl_ext"]
     parents = [cls for cls in type(args).__mro__ if cls not in ours and hasattr(cls, "__dataclass_fields__")]
     known = {f.name for cls in parents for f in fields(cls)}
@@ -27,16 +27,17 @@ def own_settings(args: Any) -> dict[str, Any]:
 
 
 def read_card(folder: str | Path) -> str | None:
-    """The card in a folder, if there is one."""
+    """The model card in a folder; None if there is none."""
     file = Path(folder, "README.md")
     return file.read_text() if file.is_file() else None
 
 
 def write_card_of(trainer: Trainer, folder: str | Path, kept: str | None = None, repo_id: str | None = None) -> None:
-    """Write or complete the card in a folder that a trainer saves to.
+    """Write or update the model card in a folder that a trainer saves to.
 
     Args:
         kept: the card that was there before.
+        repo_id: name of the repository on the hub.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     method, settings = method_of(model.config) if describer(model) is not None else (None, None)
@@ -52,11 +53,18 @@ def write_card_of(trainer: Trainer, folder: str | Path, kept: str | None = None,
 
 
 def complete_run_card(trainer: Trainer, before: str | None, last: str | None) -> str:
-    """TRL has just written the card of a run over the one that was there, with a pipeline that would drop a method. Put our
-    part in its place; a card that is not the `last` one of this run is somebody's own, and stays but for our part.
+    """Put our part into the run's card after TRL has written its own.
+
+    TRL overwrites the card, and its example pipeline would drop the method. A card that is not the `last` one of this
+    run was
+    written by the user: only our part of it is replaced.
+
+    Args:
+        before: the card before TRL wrote its own.
+        last: what this function returned last time.
 
     Returns:
-        The card without our part, as `last` for the next time.
+        The card without our part, to pass as `last` next time.
     """
     file = Path(trainer.args.output_dir, "README.md")
     if before is not None and outside(before) not in ("", last):

@@ -1,4 +1,4 @@
-"""How a model comes into an SFT trainer: TRL's own, or the one that Unsloth puts in its place when it is imported first."""
+"""Model loading hooks and checks for trainers, TRL's own and the ones that Unsloth puts in their place."""
 
 import contextlib
 import os
@@ -35,17 +35,20 @@ from unsloth_ext.common.settings_file import read_saved
 
 logger = logging.get_logger(__name__)
 
-TOKENIZED = ("input_ids", "plan_ids", "text_ids")  # columns of rows that have been prepared
-TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin LoRA that change the weights beneath it
+TOKENIZED = ("input_ids", "plan_ids", "text_ids")  # columns of tokenized rows
+TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations of LoRA that change the base weights
 
 
 @contextlib.contextmanager
 def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] = lambda _: None) -> Iterator[None]:
-    """While open, the trainer whose `__init__` this is checks every model that it loads by name, and reward models'
-    tokenizers. It calls `prepare(model)` on each language model, not on reward models.
+    """Check every model that a trainer loads by name while the context is open, and load tokenizers of reward models.
+
+    Args:
+        init: the `__init__` of the trainer.
+        prepare: called with each language model, but not with reward models.
 
     Raises:
-        ValueError: its files lack tensors, which TRL 1.15 would draw at random, or hold NaN; or they lack the tokenizer.
+        ValueError: the files lack tensors (TRL 1.15 would initialise them at random), hold NaN, or lack the tokenizer.
     """
 
     def check_and_prepare(model: PreTrainedModel, name: str, missing: list[str]) -> None:
@@ -65,29 +68,32 @@ def attach_method(
     seed: int,
     unasked: tuple[str, ...] = (),
 ) -> bool:
-    """Give a model the modules of a method: those it was saved with, or new ones. A model that has them keeps them.
+    """Attach the modules of a method: the ones that the model was saved with, or new ones. Attached modules stay as
+    they are.
 
     Args:
-        model: to train, wrapped by PEFT or not.
-        attach: attaches the modules; called with the settings, those of the model's folder or `asked`.
+        model: the model to train, wrapped by PEFT or not.
+        method: the method's record.
+        attach: attaches the modules; called with the settings of the model's folder, or with `asked`.
         asked: the settings that the trainer's configuration asks for.
         token: for the hub.
-        seed: of new modules. The global random state stays as it is.
+        seed: seed of new modules. The global random state does not change.
         unasked: settings that the configuration leaves open.
 
     Returns:
         Whether the modules are new.
 
     Raises:
-        ValueError: the model's adapter would leave the modules untrained, or was made before them; or the folder that the
-            model comes from lacks a tensor of theirs.
+        ValueError: the model's adapter would not train the modules or was made before them, or the model's folder lacks
+            one
+            of their tensors.
     """
     if settings_of(model, method) is None:
         attach_saved(model, method, attach, token)
     if settings_of(model, method) is None:
         if is_peft_model(model):
             raise ValueError(
-                f"the model is wrapped by PEFT and has no {method.what}: pass the bare model with peft_config"
+                f"the model is wrapped by PEFT and has no {method.what}: pass the unwrapped model with peft_config"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -100,7 +106,7 @@ def attach_method(
 
 
 def warn_of_kept_settings(model: PreTrainedModel | str, kept: Any, asked: Any, unasked: tuple[str, ...] = ()) -> None:
-    """Warn of settings that a model was made with and keeps, where others are asked for."""
+    """Warn if a model keeps settings that differ from the ones asked for."""
     for name, value in vars(asked).items():
         if name not in unasked and getattr(kept, name) != value:
             logger.warning(
@@ -110,14 +116,14 @@ def warn_of_kept_settings(model: PreTrainedModel | str, kept: Any, asked: Any, u
 
 
 def attach_saved(model: PreTrainedModel, method: Method, attach: Callable[[Any], Any], token: str | None) -> bool:
-    """Give a model back the modules that its folder has and its class, which does not know them, has left there.
+    """Restore the attached modules of a model that its class could not load from its folder.
 
     Args:
-        attach: attaches the modules; called with the settings dataclass that the folder says.
+        attach: attaches the modules; called with the settings from the folder.
         token: for the hub.
 
     Returns:
-        Whether there were any to give.
+        Whether the folder has such modules.
 
     Raises:
         ValueError: the folder lacks a tensor, holds NaN, or is not known.
@@ -131,10 +137,10 @@ def attach_saved(model: PreTrainedModel, method: Method, attach: Callable[[Any],
         return False
     if not name:
         raise ValueError(
-            f"the model's configuration speaks of {', '.join(method.modules)}, which the model lacks, and names no folder: "
-            f"load it from where it was saved, or delete model.config.{method.key} to begin with new ones"
+            f"the model's configuration names {', '.join(method.modules)}, but it lacks them and its folder is unknown: "
+            f"load it from where it was saved, or delete model.config.{method.key} to start with new ones"
         )
-    with torch.random.fork_rng(devices=[]):  # what is drawn is not kept
+    with torch.random.fork_rng(devices=[]):  # the random values are replaced below
         attach(read_settings(saved, name, method))
     load_modules(model, name, method.modules, token)
     return True
@@ -142,46 +148,51 @@ def attach_saved(model: PreTrainedModel, method: Method, attach: Callable[[Any],
 
 @contextlib.contextmanager
 def keeping_master_weights(trainer: Any, model: PreTrainedModel | str) -> Iterator[None]:
-    """While open, the trainer's parent constructs; small modules leave as they came, in float32.
+    """Keep the float32 weights of small modules while the trainer's parent constructor runs.
 
-    TRL 1.15 casts all that trains beside 4- or 8-bit weights to bfloat16, by `param.data`, which no module can refuse.
+    TRL 1.15 casts everything that is trained beside 4- or 8-bit weights to bfloat16 by `param.data`, which a module
+    cannot prevent.
     """
     before = {}
     if not isinstance(model, str):
         narrow = widen(model)
         if narrow:
             logger.warning(
-                f"{narrow[0]} and {len(narrow) - 1} more were cast to half precision, in which small steps round to "
-                "nothing: they are float32 again, with the digits that are left"
+                f"{narrow[0]} and {len(narrow) - 1} more were cast to half precision, where small updates round to "
+                "zero; they are float32 again, but the lost digits stay lost"
             )
         before = {parameter: parameter.detach().clone() for parameter in master_weights(model).values()}
     yield
-    if not isinstance(model, PeftModel):  # PEFT came while the parent constructed
+    if not isinstance(model, PeftModel):  # the parent's constructor may have applied PEFT
         before |= copied_by_peft(trainer.model)
     widen(trainer.model, before)
-    if trainer.is_deepspeed_enabled:  # which casts the whole model, and has float32 master weights of its own
+    if trainer.is_deepspeed_enabled:  # it casts the whole model and keeps its own float32 weights
         for module in trainer.model.modules():
             if isinstance(module, MasterWeights):
                 module.kept = False
 
 
 def on_unsloths_trainer() -> bool:
-    """Whether `trl.SFTTrainer` is Unsloth's."""
+    """Whether `trl.SFTTrainer` is the one that Unsloth generated."""
     return trl.SFTTrainer.__name__ != "SFTTrainer"
 
 
 def check_name(model: PreTrainedModel | str) -> None:
-    """Raises a ValueError for a model's name, which Unsloth's trainer does not load."""
+    """Raise a ValueError for a model name under Unsloth: its trainer does not load models by name."""
     if isinstance(model, str) and on_unsloths_trainer():
         raise ValueError(
-            f"model={model!r}: Unsloth's trainer, which is live since Unsloth was imported, takes no names; load the model "
+            f"model={model!r}: Unsloth has replaced TRL's trainer, and Unsloth's takes no model names; load the model "
             "with AutoModelForCausalLM"
         )
 
 
 def check_arguments(given: dict[str, Any]) -> None:
-    """Raises a ValueError for a path, among a trainer's arguments by name, where a function or a dataset belongs, and for
-    a dataset without rows."""
+    """Raise a ValueError if a trainer argument is a path where a function or dataset is needed, or a dataset without
+    rows.
+
+    Args:
+        given: the trainer's arguments by name.
+    """
     rewards = given.get("reward_funcs")
     for reward in rewards if isinstance(rewards, list) else [rewards]:
         if reward is not None and not isinstance(reward, str) and not callable(reward):
@@ -194,18 +205,21 @@ def check_arguments(given: dict[str, Any]) -> None:
         if isinstance(dataset, str | os.PathLike):
             raise ValueError(f"{name}={dataset!r}: give the dataset itself; datasets.load_dataset reads files")
         if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError(f"{name}: not one row")
+            raise ValueError(f"{name}: has no rows")
 
 
 def check_left(dataset: Any, name: str, max_length: int | None) -> None:
-    """Raises a ValueError for a dataset of which the preparation has left nothing."""
+    """Raise a ValueError if the preparation has removed every row of a dataset."""
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"{name}: no row is left, max_length={max_length} leaves nothing of any completion; raise it")
+        raise ValueError(f"{name}: no row is left: max_length={max_length} cuts off every completion; raise it")
 
 
 def check_positions(model: PreTrainedModel, dataset: Any, name: str, packing: bool = False) -> None:
-    """Raises a ValueError at the first tokenized row that is longer than a model's table of positions (GPT-2), which would
-    end a run with an IndexError, on a GPU with a device assert. Packed rows count their positions anew."""
+    """Raise a ValueError at the first tokenized row that is longer than the model's table of positions (GPT-2).
+
+    Without this check the run would end with an IndexError, on a GPU with a device assert. Packed rows restart their
+    positions.
+    """
     known = isinstance(dataset, Dataset) and isinstance(model, PreTrainedModel | PeftModel)
     if packing or not known or learned_positions(model) is None:
         return
@@ -223,11 +237,11 @@ def check_positions(model: PreTrainedModel, dataset: Any, name: str, packing: bo
 
 
 def check_reference(given: dict[str, Any]) -> None:
-    """Raises a ValueError for an adapter with which the reference of beta > 0 would not be the model that is trained, as it
-    begins.
+    """Raise a ValueError for an adapter for which the reference of beta > 0 would not be the initial model.
 
-    TRL 1.15 takes a new adapter off, and of a `PeftModel` copies the adapter "default" into a new one, "ref", whichever
-    adapter is trained.
+    TRL 1.15 disables a new adapter to get the reference. For a `PeftModel` it copies the adapter "default" into a new
+    one called
+    "ref", whichever adapter is trained.
     """
     model, beta = given.get("model"), getattr(given.get("args"), "beta", None)
     if not beta or given.get("ref_model"):
@@ -235,44 +249,49 @@ def check_reference(given: dict[str, Any]) -> None:
     begins = str(getattr(given.get("peft_config"), "init_lora_weights", ""))
     if begins.partition("_")[0].lower() in TAKEN_FROM_THE_BASE:
         raise ValueError(
-            f"peft_config: init_lora_weights={begins!r} takes the adapter's first weights out of the model's, and with "
-            f"beta={beta} the reference is the model without the adapter: leave it out, or set beta=0.0"
+            f"peft_config: init_lora_weights={begins!r} initialises the adapter from the model's weights and changes them. "
+            f"With beta={beta} the reference is the model without the adapter: leave this out, or set beta=0.0"
         )
     if not isinstance(model, PeftModel) or given.get("peft_config"):
         return
     if model.active_adapters != ["default"]:
         raise ValueError(
-            f"the model's adapter in use is {', '.join(model.active_adapters)!r}, and with beta={beta} the reference is "
-            "made of the one called 'default': load the adapter with adapter_name=\"default\", or set beta=0.0"
+            f"the model's active adapter is {', '.join(model.active_adapters)!r}, but with beta={beta} the reference is "
+            "copied from the one called 'default': load the adapter with adapter_name=\"default\", or set beta=0.0"
         )
 
 
 def give_head_a_bias(model: torch.nn.Module) -> None:
-    """PEFT's wrapper of a head that is tied to an embedding of which single tokens are trained has no `bias`, which TRL
-    1.15 reads beside its `weight`."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()  # a module of one's own has none
+    """Give the output head the attribute `bias` that TRL 1.15 reads.
+
+    PEFT wraps a head that is tied to an embedding with trainable tokens, and its wrapper has no `bias`.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # a custom module has no such method
     if isinstance(head, TrainableTokensWrapper) and not hasattr(head, "bias"):
-        vars(head)["bias"] = getattr(head.original_module, "bias", None)  # a parameter has its name already
+        vars(head)["bias"] = getattr(
+            head.original_module, "bias", None
+        )  # not setattr: it would register the parameter twice
 
 
 def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) -> None:
-    """What can be said of a trainer's model before it is loaded.
+    """Check a trainer's model and tokenizer before they are loaded.
 
     Args:
-        model: to train, or its name.
-        tokenizer: that was given; None: the one that was saved with the model.
-        method: of latent reasoning that the trainer attaches.
+        model: the model to train, or its name.
+        tokenizer: the tokenizer that was given; None: the one saved with the model.
+        method: the latent reasoning method that the trainer attaches.
 
     Raises:
-        ValueError: there is no such model, it is an adapter, no causal language model, or of another method, which would
-            be lost; or there is no tokenizer in its folder.
+        ValueError: there is no such model, it is an adapter, it is not a causal language model, it belongs to another
+            method
+            whose modules would be lost, or its folder has no tokenizer.
     """
     if isinstance(model, str):
         check_causal_lm(model, method)
         if read_saved(model, method).adapter is not None:
             raise ValueError(
-                f"model={model!r} is an adapter, which TRL does not open by name: merge it (merge_and_unload), save that "
-                "and name its folder; or pass PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+                f"model={model!r} is an adapter, which TRL does not load by name: merge it (merge_and_unload), save the "
+                "result and name its folder; or pass PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
             )
     if tokenizer is None and (isinstance(model, str) or hasattr(getattr(model, "config", None), "_name_or_path")):
         check_tokenizer(name_of(model))
@@ -281,7 +300,8 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
 def with_adapter(
     model: PreTrainedModel | str, peft_config: PeftConfig | None, seed: int
 ) -> tuple[PreTrainedModel | str, PeftConfig | None]:
-    """The model and the `peft_config` for `SFTTrainer.__init__`. Unsloth's trainer ignores the latter: applied here."""
+    """The model and `peft_config` to pass to `SFTTrainer.__init__`. Unsloth's trainer ignores `peft_config`, so it is
+    applied here."""
     if peft_config is None or not on_unsloths_trainer():
         return model, peft_config
     set_seed(seed)
@@ -289,20 +309,22 @@ def with_adapter(
 
 
 def no_router_loss(trainer: trl.SFTTrainer, why: str) -> None:
-    """Raises a ValueError if the trainer was built with a loss that balances a mixture's experts, which transformers counts
-    over one mask for all layers and passes."""
+    """Raise a ValueError if the trainer would add the load-balancing loss of a mixture of experts.
+
+    transformers computes that loss with one mask for all layers, which does not hold for several passes.
+    """
     if trainer.aux_loss_enabled:
         raise ValueError(
-            f"router_aux_loss_coef={trainer.router_aux_loss_coef}: {why}, and the loss that balances experts cannot be "
-            "counted; set router_aux_loss_coef=0.0"
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef}: {why}, so the load-balancing loss of experts cannot be "
+            "computed; set router_aux_loss_coef=0.0"
         )
 
 
 def name_of(model: PreTrainedModel | str) -> str:
-    """Where a model, or the path of one, comes from; empty if nobody knows."""
+    """The folder or hub id that a model comes from, or the name itself; empty if unknown."""
     return model if isinstance(model, str) else model.config._name_or_path
 
 
 def default_args(model: PreTrainedModel | str, config_class: type, name: str) -> Any:
-    """A trainer's configuration where none is given: as TRL's, it leaves files in a folder named after model and method."""
+    """The default configuration of a trainer. As in TRL, its output folder is named after the model and the method."""
     return config_class(f"{name_of(model).split('/')[-1]}-{name.replace(' ', '-')}")

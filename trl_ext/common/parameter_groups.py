@@ -5,11 +5,14 @@ from torch import nn
 
 
 def split_by_role(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
-    """Split the optimizer's groups, in place, by the role of their parameters; what else a group says is kept.
+    """Split the optimizer's parameter groups by role, in place. Other settings of a group are kept.
 
     Args:
-        rates: learning rate of each role; the role's name begins a component of its parameters' names. Parameters of no
-            role keep their rate under the role "policy".
+        optimizer: the optimizer to change.
+        model: the model that names the parameters.
+        rates: learning rate of each role. A parameter has a role if a component of its name begins with the role's
+            name.
+            Parameters without a role keep their rate under the role "policy".
     """
     role_of = {parameter: role for name, parameter in model.named_parameters() for role in rates if f".{role}" in name}
     groups = []
@@ -23,9 +26,17 @@ def split_by_role(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dic
 
 
 def clip_each_role(optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, torch.Tensor]:
-    """Bound the gradient norm of each role by itself, in place; the norms before, by role."""
+    """Clip the gradient norm of each role separately, in place.
+
+    Args:
+        optimizer: an optimizer that `split_by_role` has split.
+        max_norm: the bound for each role.
+
+    Returns:
+        The norm of each role before clipping: scalars in the dtype of the gradients.
+    """
     by_role: dict[str, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
         by_role.setdefault(group["role"], []).extend(group["params"])
-    # torch's norm of no gradient at all is on the CPU
+    # torch puts the norm of an empty list of gradients on the CPU
     return {role: nn.utils.clip_grad_norm_(params, max_norm).to(params[0].device) for role, params in by_role.items()}

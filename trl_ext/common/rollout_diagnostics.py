@@ -1,4 +1,4 @@
-"""What goes wrong in a reinforcement run without an error, said once in a sentence."""
+"""A callback that warns about reinforcement runs that cannot learn although no error occurs."""
 
 from collections import deque
 from typing import Any
@@ -8,15 +8,18 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-WINDOW = 10  # logs in a row
+WINDOW = 10  # consecutive logs
 
 
 class RolloutDiagnostics(TrainerCallback):
-    """Reads the logs of a `GRPOTrainer` or of one of ours, and warns when ten in a row show that nothing can be learnt, or
-    all of a run that has fewer. A resumed run goes on with the logs before it.
+    """Warn when the logs of a `GRPOTrainer`, or of one of ours, show that nothing can be learnt.
+
+    It looks at ten logs in a row, or at all logs of a shorter run, and gives each warning once. A resumed run continues
+    with the
+    logs before it.
 
     Args:
-        delimiter: the text that ends the thinking, where there is one.
+        delimiter: the text that ends the thinking, if the method has one.
     """
 
     def __init__(self, delimiter: str | None = None):
@@ -25,7 +28,7 @@ class RolloutDiagnostics(TrainerCallback):
 
     def _forget(self) -> None:
         self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
-        self._thinking: list[float] = []  # the first logs' shares
+        self._thinking: list[float] = []  # shares of thinking tokens in the first logs
         self._said: set[str] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -49,7 +52,7 @@ class RolloutDiagnostics(TrainerCallback):
             self._warn(state.global_step)
 
     def _remember(self, logs: dict[str, float]) -> bool:
-        """Whether they are of a rollout."""
+        """Keep the logs of a rollout. Returns whether they belong to one."""
         if "reward" not in logs:
             return False
         self._recent.append(logs)
@@ -69,7 +72,7 @@ class RolloutDiagnostics(TrainerCallback):
         if all(share == 1 for share in self._series("frac_reward_zero_std")):
             found["variance"] = (
                 f"in the last {count} logs all completions of a prompt had the same reward (mean {_mean(rewards):.3g}): "
-                "no advantage was other than 0 and nothing was learnt; make the task easier or harder, raise "
+                "all advantages were 0 and nothing was learnt; make the task easier or harder, raise "
                 "num_generations or temperature, or check reward_funcs on a few completions (log_completions=True)"
             )
         elif min(rewards) == max(rewards):
@@ -79,15 +82,15 @@ class RolloutDiagnostics(TrainerCallback):
             )
         if not any(self._series("completions/delimiter_rate", 1.0)):
             found["delimiter"] = (
-                f"no completion of the last {count} logs has the delimiter {self.delimiter!r}, so all of each is thinking "
-                "and a reward for what stands behind it is 0; ask for it in the prompt, show examples, raise "
+                f"no completion of the last {count} logs has the delimiter {self.delimiter!r}, so every token is thinking "
+                "and the reward for the answer after it is 0; ask for it in the prompt, show examples, raise "
                 "max_completion_length, or set answer_delimiter to what the model writes"
             )
         first, now = _mean(self._thinking), _mean(self._series("thinking/fraction"))
         if len(self._thinking) == WINDOW and now < 0.1 * first:
             found["thinking"] = (
                 f"the share of thinking tokens fell from {first:.1%} to {now:.1%}: the model writes the delimiter at once; "
-                "reward the working too, lower the learning rate, or set beta above 0"
+                "reward the reasoning too, lower the learning rate, or set beta above 0"
             )
         return found
 

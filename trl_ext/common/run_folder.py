@@ -1,7 +1,8 @@
-"""A run's folder: which run it holds, that nobody else writes into it, and what a new run may delete.
+"""The output folder of a run: which run it holds, a lock against other writers, and what a new run may delete.
 
-`run.json` names the run (`id`), the commands that began it and went on with it, and where it ended. Each checkpoint has the
-id too. The run's first process holds a lock on `run.lock` for as long as it lives: the system frees a dead process's lock.
+`run.json` holds the run's id, the commands that started and resumed it, and the step at which it ended. Each checkpoint
+holds
+the id too. The first process locks `run.lock` for as long as it lives; the system frees the lock of a dead process.
 """
 
 import errno
@@ -24,39 +25,40 @@ from .spelling import underscored
 
 RUN_FILE, LOCK_FILE = "run.json", "run.lock"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What a recipe leaves in its output folder beside checkpoints; the first ones are what nobody wants to lose
+# Files that a recipe leaves beside checkpoints. RESULTS are the ones that must not be lost by accident
 RESULTS = ("final", "summary.json")
 MADE = (*RESULTS, RUN_FILE, "curves.png", "monitors.png", "concepts.html", "completions")
-SECRET = re.compile(r"--\w*(?:token|password|secret|key)(=|$)")  # flags whose value is written nowhere
+SECRET = re.compile(r"--\w*(?:token|password|secret|key)(=|$)")  # values of these flags are never written
 
-_locks: dict[Path, Any] = {}  # held until this process ends
+_locks: dict[Path, Any] = {}  # open files, so that the locks last until this process ends
 
 
 class FolderError(ValueError):
-    """The folder cannot be written, is in use, or holds another run."""
+    """The folder cannot be written to, is in use, or holds another run."""
 
 
 def run_id(folder: str | Path) -> str | None:
-    """The run that a folder or a checkpoint belongs to; None where nothing says so, as in folders of earlier versions."""
+    """The id of the run that a folder or a checkpoint belongs to; None if it has none, as in folders of earlier
+    versions."""
     return _read(Path(folder)).get("id")
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of each checkpoint, whole or not, in the order of their steps."""
+    """(step, folder) of each checkpoint, complete or not, sorted by step."""
     found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(path.name))]
     return sorted(found)
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether there is something that a run has left and that another one would overwrite."""
+    """Whether the folder holds results of a run that another run would overwrite."""
     return bool(checkpoints(folder)) or any((folder / name).exists() for name in RESULTS)
 
 
 def writable_folder(folder: str | Path, flag: str) -> Path:
-    """The folder, made where it was not there.
+    """The folder, which is created if it does not exist.
 
     Raises:
-        FolderError: it is a file, or nothing can be written there; names the flag that asked for it.
+        FolderError: it is a file, or cannot be written to. The message names the flag that asked for it.
     """
     folder = Path(folder)
     try:
@@ -70,10 +72,10 @@ def writable_folder(folder: str | Path, flag: str) -> Path:
 
 
 def writable_file(path: str | Path, flag: str) -> Path:
-    """The path, whose folder is made where it was not there.
+    """The path, whose folder is created if it does not exist.
 
     Raises:
-        FolderError: it is a folder, or nothing can be written there; names the flag that asked for it.
+        FolderError: it is a folder, or cannot be written to. The message names the flag that asked for it.
     """
     path = Path(path)
     if path.is_dir():
@@ -85,15 +87,15 @@ def writable_file(path: str | Path, flag: str) -> Path:
 
 
 def lock(folder: Path) -> None:
-    """Take the folder for this process until it ends.
+    """Lock the folder for this process until it ends.
 
     Raises:
-        FolderError: another process has it.
+        FolderError: another process holds the lock, or the file system cannot lock.
     """
     path = (folder / LOCK_FILE).resolve()
     if path in _locks and path.exists():
         return
-    # Not a lock that children inherit: a worker that outlives its killed parent would keep it
+    # lockf, as children do not inherit it: otherwise a worker that outlives its killed parent would keep the lock
     file = path.open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,30 +115,31 @@ def lock(folder: Path) -> None:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Whether a new run may begin in this folder; `begin` asks too.
+    """Check that a new run may start in this folder. `begin` calls it too.
 
     Raises:
-        FolderError: the folder holds results, and `overwrite` is off, or nothing says that a run made them.
+        FolderError: the folder holds results and `overwrite` is off, or it holds no record that a run made them.
     """
     if not holds_results(folder):
         return
     known = (folder / RUN_FILE).exists()
     if not overwrite:
-        go_on = "Go on with it: --resume_from_checkpoint latest; begin" if checkpoints(folder) else "Begin"
+        go_on = "Resume it: --resume_from_checkpoint latest; start" if checkpoints(folder) else "Start"
         raise FolderError(
-            f"{folder} holds {_description(folder)}. {go_on} anew: "
+            f"{folder} holds {_description(folder)}. {go_on} over: "
             + ("--overwrite, which deletes it" if known else "move it away")
             + "; or keep both: another --output_dir"
         )
     if not known:
         raise FolderError(
-            f"--overwrite: {folder} has no {RUN_FILE}, so nothing says that a run made what is in it; move it away, or "
+            f"--overwrite: {folder} has no {RUN_FILE}, so its files may not come from a run; move it away, or "
             "choose another --output_dir"
         )
 
 
 def begin(folder: Path, overwrite: bool) -> str:
-    """The id of a new run in this folder, which must be locked; with `overwrite` what an earlier run made is deleted.
+    """Start a new run in this folder, which must be locked, and return its id. With `overwrite`, an earlier run is
+    deleted.
 
     Raises:
         FolderError: from `check_free`.
@@ -150,8 +153,12 @@ def begin(folder: Path, overwrite: bool) -> str:
 
 
 def go_on(folder: Path, step: int) -> str:
-    """The id of the run that is resumed from its checkpoint at `step`. Its later checkpoints, which training will not
-    come from, are no longer found as its latest ones. A folder of an earlier version, without a run, gets one."""
+    """Resume the run in this folder from its checkpoint at `step`, and return its id.
+
+    Later checkpoints of the run are marked, so that they are no longer taken for its latest ones. A folder of an
+    earlier version
+    has no run and gets one.
+    """
     run = _read(folder) or {"id": uuid.uuid4().hex[:12], "commands": []}
     for at, path in checkpoints(folder):
         if run_id(path) in (None, run["id"]):
@@ -163,30 +170,33 @@ def go_on(folder: Path, step: int) -> str:
 
 
 def finished(folder: Path, step: int) -> None:
-    """Note that the run has ended, its results written."""
+    """Record that the run has ended and its results are written."""
     note(folder, finished=step)
 
 
 def note(folder: Path, **values: Any) -> None:
-    """Keep values with the run in this folder, where there is one."""
+    """Store values with the run in this folder, if there is one."""
     if (folder / RUN_FILE).exists():
         _write(folder, {**_read(folder), **values})
 
 
 def noted(folder: Path, name: str) -> Any:
-    """What `note` has kept; None: nothing."""
+    """A value that `note` has stored; None if there is none."""
     return _read(folder).get(name)
 
 
 def stamp(checkpoint: Path, run: str) -> None:
-    """Say in a checkpoint which run made it."""
+    """Record in a checkpoint which run made it."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     _write(checkpoint, {"id": run})
 
 
 def check_apart(folder: Path, given: dict[str, Any]) -> None:
-    """Raises a FolderError for a model or file that a run is to begin with, by the flag that names it, where `delete_made`
-    would delete it."""
+    """Raise a FolderError if `delete_made` would delete a model or file that the run starts from.
+
+    Args:
+        given: paths by the flag that names them. Other values are ignored.
+    """
     made = [path.resolve() for path in _made(folder)]
     for flag, value in given.items():
         if not isinstance(value, str) or not os.path.exists(value):
@@ -200,7 +210,7 @@ def _made(folder: Path) -> list[Path]:
 
 
 def delete_made(folder: Path) -> None:
-    """What a run made, and nothing else."""
+    """Delete the files that a run made, and nothing else."""
     for path in _made(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -217,7 +227,7 @@ def _description(folder: Path) -> str:
 
 
 def command_words() -> list[str]:
-    """The command that was typed, without secrets."""
+    """The words of the command line, with secrets masked."""
     words = list(sys.argv)
     for i, word in enumerate(words):
         if (flag := SECRET.match(word)) and flag[1]:
@@ -228,13 +238,17 @@ def command_words() -> list[str]:
 
 
 def begun_by(folder: Path) -> list[str]:
-    """The words of the command that began the run in this folder or went on with it last; empty where nothing says so."""
+    """The words of the command that last started or resumed the run in this folder; empty if unknown."""
     commands = noted(folder, "commands")
     return shlex.split(commands[-1]["command"]) if commands else []
 
 
 def resume_command(words: list[str]) -> str:
-    """The command that goes on from the last checkpoint of what these words began."""
+    """The command that resumes a run from its last checkpoint.
+
+    Args:
+        words: the command that started the run.
+    """
     kept, skip = [], False
     for word in underscored(words):
         if word.startswith("--"):
@@ -245,7 +259,7 @@ def resume_command(words: list[str]) -> str:
 
 
 def _python() -> str:
-    """What to type for the Python that runs: `python` may be one without these packages, as after `make train-hrpo`."""
+    """How to call the running Python. `python` may be another one without these packages, as after `make train-hrpo`."""
     if shutil.which("python") == sys.executable:
         return "python"
     here = Path(sys.executable)
@@ -263,7 +277,7 @@ def _read(folder: Path) -> dict[str, Any]:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
         raise FolderError(
-            f"{file} is damaged ({error}); move it away, and the folder counts as one without it"
+            f"{file} is damaged ({error}); move it away, and the folder counts as one without a run"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The distribution that rollouts are drawn from, and whether it is the one that the importance ratio is computed with."""
+"""Checks that rollouts are sampled from the distribution that the importance ratio is computed with."""
 
 import copy
 from typing import Any
@@ -11,7 +11,7 @@ from .spelling import did_you_mean
 
 logger = logging.get_logger(__name__)
 
-# Fields that change the distribution beyond its temperature, and the values at which they do not
+# Fields besides temperature that change the distribution, and their neutral values
 UNCHANGED = {
     "do_sample": (None, True),
     "num_beams": (None, 1),
@@ -41,8 +41,10 @@ UNCHANGED = {
 
 
 def rollout_config(trainer: Any) -> GenerationConfig:
-    """What a `GRPOTrainer` decodes with: `generate` fills what the trainer leaves open from the model's own configuration,
-    the `generation_config.json` that was published with it."""
+    """The generation settings of a `GRPOTrainer`'s rollouts.
+
+    `generate` takes settings that the trainer leaves open from the model's own `generation_config.json`.
+    """
     config = copy.deepcopy(trainer.generation_config)
     own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
     if own is not None:
@@ -51,32 +53,35 @@ def rollout_config(trainer: Any) -> GenerationConfig:
 
 
 def check_generation_kwargs(given: dict[str, Any] | None) -> None:
-    """Raises a ValueError for a setting of rollouts that `generate` would pass over, or cannot follow."""
+    """Raise a ValueError for a rollout setting that `generate` would ignore or cannot apply."""
     known = vars(GenerationConfig())
     for name, value in (given or {}).items():
         if name not in known:
             raise ValueError(f"generation_kwargs: {name!r}: generate has no such setting{did_you_mean(name, known)}")
         if name == "stop_strings" and value is not None:
             raise ValueError(
-                f"generation_kwargs: stop_strings={value!r}: TRL gives rollouts no tokenizer to find them with"
+                f"generation_kwargs: stop_strings={value!r}: TRL passes no tokenizer to generate, which they need"
             )
         if name == "temperature" and not (isinstance(value, int | float) and value > 0):
             raise ValueError(f"generation_kwargs: temperature={value!r}: must be more than 0")
 
 
 def warn_of_truncation(config: Any, temperature: float) -> list[str]:
-    """Says by name which fields make rollouts be drawn from another distribution than the loss computes; returns them.
+    """Warn of settings that sample rollouts from another distribution than the loss computes.
 
     Args:
         config: a `GenerationConfig`, or a trainer's arguments.
-        temperature: of the loss.
+        temperature: the temperature of the loss.
+
+    Returns:
+        The names of these settings.
     """
     unchanged = {"temperature": (temperature,), **UNCHANGED}
     found = [name for name, neutral in unchanged.items() if getattr(config, name, None) not in neutral]
     for name in found:
         logger.warning(
-            f"{name}={getattr(config, name)}: rollouts are drawn from a distribution that it changes, the importance ratio "
-            f"is computed with the whole one, so updates are biased; set {name}={unchanged[name][-1]} (in the trainer's "
-            "arguments, or in the model's generation_config)"
+            f"{name}={getattr(config, name)}: it changes the distribution that rollouts are sampled from, but the "
+            f"importance ratio is computed with the unchanged one, so updates are biased; set {name}={unchanged[name][-1]} "
+            "(in the trainer's arguments, or in the model's generation_config)"
         )
     return found

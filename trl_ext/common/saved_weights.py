@@ -1,7 +1,7 @@
-"""A model's tensors in a folder and in memory: the same names and shapes, finite, and equal once they are loaded.
+"""Comparison of a model's tensors in a folder and in memory: names, shapes, finite values, and equality after loading.
 
-No list of modules says what belongs to a method. What a model has in its state dict, or an adapter in its own, must be in
-the folder, whoever added it.
+No list says which modules belong to a method. Everything in the state dict of a model or an adapter must be in the
+folder.
 """
 
 import copy
@@ -27,19 +27,19 @@ from unsloth_ext.common.settings_file import FILE, held_by, method_of, read_json
 logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
-SCALE = ("lora_alpha", "use_rslora", "alpha_pattern")  # of an adapter: not in its tensors' shapes, nor in their values
+SCALE = ("lora_alpha", "use_rslora", "alpha_pattern")  # settings of an adapter that its tensors do not show
 Tensors = dict[str, torch.Tensor]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is broken, incomplete, of another model, or holds pickles nobody asked for."""
+    """A checkpoint is damaged, incomplete, of another model, or holds pickles that the user has not allowed."""
 
 
 def check_weights(model: nn.Module, folder: Path) -> None:
-    """Whether `folder` holds the tensors of `model`, all of them and no others, of the same shapes and finite.
+    """Check that `folder` holds exactly the tensors of `model`, with the same shapes and finite values.
 
     Raises:
-        CheckpointError: with the name of the tensor, file or adapter that is missing, different or not finite.
+        CheckpointError: names the tensor, file or adapter that is missing, different or not finite.
     """
     if is_converted(model):
         files, _ = _full(model, folder)
@@ -52,9 +52,12 @@ def check_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load what `save_pretrained` wrote for `model`, every adapter of a `PeftModel`, in place; then compare, see above.
+    """Load what `save_pretrained` wrote for `model`, in place, and check that memory equals the files.
 
-    Which adapter is active and which parameters are trained stays as it is.
+    All adapters of a `PeftModel` are loaded. The active adapter and the trainable parameters do not change.
+
+    Raises:
+        CheckpointError: a tensor in memory differs from its file.
     """
     if is_converted(model):
         state = converted(model, folder)
@@ -72,8 +75,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def warn_of_another_origin(model: nn.Module, folder: Path) -> None:
-    """Say so where the weights of `folder` were trained otherwise than `model`, whose tensors have the same names and
-    shapes: an adapter on another base or of another scale, or a method with other settings."""
+    """Warn if the weights of `folder` were trained in another setting than `model`, although names and shapes match.
+
+    That is an adapter on another base model or with another scale, or a method with other settings.
+    """
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, config in model.peft_config.items() if isinstance(model, PeftModel) else ():
         file = _adapter_file(folder, name).with_name("adapter_config.json")
@@ -82,7 +87,7 @@ def warn_of_another_origin(model: nn.Module, folder: Path) -> None:
         there, here = saved.get("base_model_name_or_path"), config.base_model_name_or_path
         if there and here and Path(there).resolve() != Path(here).resolve():
             logger.warning(
-                f"The adapter in {file.parent} was trained on {there}, and this model is {here}: unless they hold the same "
+                f"The adapter in {file.parent} was trained on {there}, but this model is {here}: unless they have the same "
                 "weights, it does not belong to it"
             )
     settings = json.loads(json.dumps(method_of(getattr(bare, "config", None))[1])) or {}
@@ -97,20 +102,25 @@ def _tell_of_changes(folder: Path, before: dict, settings: dict) -> None:
 
 
 def check_finite(files: list[Path], buffers: Set[str] = frozenset(), unknown: Set[str] = frozenset()) -> None:
-    """Raises a CheckpointError that names a tensor with NaN in it, or infinity, which only `buffers` may hold. In
-    `unknown` ones NaN has a meaning."""
+    """Raise a CheckpointError that names a tensor with NaN or infinity.
+
+    Args:
+        files: safetensors files.
+        buffers: names of tensors that may hold infinity.
+        unknown: names of tensors in which NaN has a meaning.
+    """
     for file in files:
         for name, tensor in _tensors(file):
             if not tensor.is_floating_point() or name in unknown:
                 continue
             if tensor.isnan().any() if name in buffers else not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{file}: {name} holds NaN or infinity, so the run had diverged; resume from an earlier checkpoint"
+                    f"{file}: {name} holds NaN or infinity: the run has diverged; resume from an earlier checkpoint"
                 )
 
 
 def checksum(model: nn.Module) -> str:
-    """Of a model's names, shapes and values: the same on any device."""
+    """A hash of a model's names, shapes and values. It is the same on any device."""
     sums = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total = tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).item()
@@ -119,17 +129,26 @@ def checksum(model: nn.Module) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files of a full model, or of a module beside one, which is called as its folder is."""
+    """The weight files of a full model, or of a module beside one, whose file has the name of its folder."""
     return sorted([*folder.glob("model*.safetensors"), *folder.glob(f"{folder.name}.safetensors")])
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether a full model is saved in another form than it has in memory: experts one by one, that it has as one."""
+    """Whether transformers saves a full model in another form than it has in memory, such as experts one by one."""
     return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def converted(model: PreTrainedModel, folder: Path, device_map: str | None = None) -> Tensors:
-    """The folder's tensors by this model's names, each as exact as it was saved; on "meta", their shapes alone."""
+    """The folder's tensors under this model's names.
+
+    Args:
+        model: the model whose names and configuration are used.
+        folder: where the model was saved.
+        device_map: "meta" reads shapes only.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
     files, ours = _full(model, folder)
     dtype = functools.reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     try:
@@ -144,7 +163,7 @@ def converted(model: PreTrainedModel, folder: Path, device_map: str | None = Non
     except RuntimeError as error:
         raise CheckpointError(f"{folder} is of another model, or damaged: {error}") from error
     state = found.state_dict()
-    attached = ours.keys() - state.keys()  # modules that this model has and its class does not
+    attached = ours.keys() - state.keys()  # attached modules, which the model's class does not have
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             state |= {name: tensors.get_tensor(name) for name in attached & set(tensors.keys())}
@@ -161,13 +180,13 @@ def converted(model: PreTrainedModel, folder: Path, device_map: str | None = Non
 
 
 def _parts(model: nn.Module, folder: Path) -> list[tuple[list[Path], Tensors]]:
-    """Files, and what they hold in memory: of each adapter, or of the whole model."""
+    """Pairs of files and the tensors in memory that belong to them: one per adapter, or one for the whole model."""
     if not isinstance(model, PeftModel):
         return [_full(model, folder)]
     for file in sorted(folder.glob(f"*/{ADAPTER}")):
         if file.parent.name not in model.peft_config:
             raise CheckpointError(
-                f"{folder} holds an adapter {file.parent.name!r}, which this model does not have (it has "
+                f"{folder} holds an adapter {file.parent.name!r}, which this model lacks (it has "
                 f"{', '.join(model.peft_config)}): {_OTHER_KIND}"
             )
     parts = []
@@ -176,15 +195,15 @@ def _parts(model: nn.Module, folder: Path) -> list[tuple[list[Path], Tensors]]:
         if not file.exists():
             lost = "" if name == "default" else f", the model's adapter {name!r}: {_OTHER_KIND}"
             raise CheckpointError(f"{file} is missing" + (lost or ": the checkpoint is not one of this kind of model"))
-        # `remember_latent` has bound how the model is saved: PEFT alone would write an embedding that has grown
+        # `remember_latent` has bound arguments of save_pretrained: PEFT alone would also save a resized embedding
         how = getattr(model.save_pretrained, "keywords", {})
         parts.append(([file], get_peft_model_state_dict(model, adapter_name=name, **how)))
     return parts
 
 
 _OTHER_KIND = (
-    "resume with the model it was begun with (a PeftModel, or a bare model with peft_config) and, where 'ref' is the "
-    "reference of beta > 0, with such a beta"
+    "resume with the model that the run started with (a PeftModel, or a plain model with peft_config) and, if 'ref' is the "
+    "reference of beta > 0, with beta > 0"
 )
 
 
@@ -196,7 +215,7 @@ def _full(model: nn.Module, folder: Path) -> tuple[list[Path], Tensors]:
 
 
 def _adapter_file(folder: Path, name: str) -> Path:
-    """Where PEFT saves an adapter: the one called "default" in the folder itself, others each in a folder of its own."""
+    """Where PEFT saves an adapter: "default" in the folder itself, each other one in its own sub-folder."""
     return folder / ADAPTER if name == "default" else folder / name / ADAPTER
 
 
@@ -209,7 +228,7 @@ def _check_names(files: list[Path], memory: Tensors, model: nn.Module, folder: P
         here = tuple(memory[name].shape) if name in memory else "no such tensor"
         if here != shape:
             raise CheckpointError(f"{folder} is of another model: it has {name} {shape}, this one has {here}")
-    # What is tied, a full model saves under one name
+    # A full model saves tied tensors under one name
     kept = {_place(memory[name]) for name in saved}
     unsaved = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
     for name, tensor in memory.items():
@@ -233,10 +252,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_equal(saved: Iterable[tuple[str, torch.Tensor]], memory: Tensors, folder: Path) -> None:
-    """What was read must be what is there, in the dtype that it has there."""
+    """Check that each tensor that was read equals the one in memory, in the dtype of the latter."""
     for name, tensor in saved:
         here = memory.get(name)
         if here is None or not torch.equal(tensor.to(here), here):
             raise CheckpointError(
-                f"{folder}: {name} was read, but the model in memory holds something else: its loading went wrong"
+                f"{folder}: {name} was read, but the model in memory holds another value: loading failed"
             )

@@ -1,4 +1,4 @@
-"""GRPO's rollouts and loss with a baseline of one's own, for which one completion a prompt is enough."""
+"""GRPO's rollouts and loss with another baseline than the group mean, so that one completion per prompt is enough."""
 
 import os
 from dataclasses import dataclass, field
@@ -16,39 +16,39 @@ from .sampling import check_generation_kwargs, rollout_config, warn_of_truncatio
 
 @dataclass
 class SingleSampleConfig(GRPOConfig):
-    """`GRPOConfig` that takes one completion a prompt. There are no groups, by which `scale_rewards` could scale."""
+    """`GRPOConfig` for one completion per prompt. There are no groups, so `scale_rewards` has no effect."""
 
-    num_generations: int | None = field(default=1, metadata={"help": "Completions of each prompt in a rollout."})
+    num_generations: int | None = field(default=1, metadata={"help": "Number of completions per prompt in a rollout."})
     loss_type: str = field(
-        default="dapo", metadata={"help": "As GRPO's; 'dapo' is the mean over the tokens of a whole step."}
+        default="dapo", metadata={"help": "Loss type, as in GRPO; 'dapo' averages over the tokens of a whole step."}
     )
 
     def __post_init__(self) -> None:
         check_values(self)
         given, evaluations = self.num_generations, self.num_generations_eval
-        if given == 1:  # GRPO refuses a group of one, which has no baseline of its own
+        if given == 1:  # GRPO refuses groups of one, as they have no baseline
             rows = self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
             self.num_generations = self.generation_batch_size or rows * int(os.environ.get("WORLD_SIZE", "1"))
             if self.num_generations < 2:
                 raise ValueError(
-                    f"per_device_train_batch_size={self.per_device_train_batch_size}: a rollout of one completion has "
-                    "nothing to be whitened with; raise it, or gradient_accumulation_steps"
+                    f"per_device_train_batch_size={self.per_device_train_batch_size}: a rollout with one completion cannot "
+                    "be whitened; raise it, or gradient_accumulation_steps"
                 )
             self.num_generations_eval: int | None = evaluations or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = given, evaluations
-        why = "rewards are weighted and summed here, and there are no groups; leave it at"
+        why = "rewards are weighted and summed, and there are no groups; leave it at"
         must_stay(self, why, multi_objective_aggregation="sum_then_normalize", scale_rewards="group")
 
 
 class OwnAdvantages(mixin_bases.GRPOTrainer):
-    """Put before a `GRPOTrainer`: `_advantages` says what takes the place of GRPO's, in training."""
+    """Replace GRPO's advantages in training by those of `_advantages`. Put it before a `GRPOTrainer`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         if trl.GRPOTrainer.__name__ != "GRPOTrainer":
             raise RuntimeError(
-                f"{type(self).__name__} needs TRL's own GRPOTrainer, in whose place is Unsloth's, which takes one "
-                "advantage a completion and keeps its loss elsewhere; do not import unsloth in this process"
+                f"{type(self).__name__} needs TRL's own GRPOTrainer, but Unsloth has replaced it. Unsloth's takes one "
+                "advantage per completion and computes its loss elsewhere; do not import unsloth in this process"
             )
         super().__init__(*args, **kwargs)
         if not self.use_vllm:
@@ -57,12 +57,15 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
         self.add_callback(RolloutDiagnostics())
 
     def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages of this process's completions, (B,) or (B, C).
+        """The advantages of this process's completions.
 
         Args:
             inputs: the rows of this process.
-            output: what GRPO made of them, completions in the rows' order; may be added to.
-            rewards: (processes * B,), of all; NaN where no reward function could say.
+            output: GRPO's output for them, with completions in the order of the rows. Entries may be added.
+            rewards (processes * B,): floating point; rewards of all processes. NaN where no reward function gave one.
+
+        Returns:
+            (B,) or (B, C), floating point.
         """
         raise NotImplementedError
 
@@ -80,11 +83,11 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
         output["advantages"] = self._advantages(inputs, output, rewards)
         self._log_advantages(output)
         if self.num_generations == 1:
-            del self._metrics["train"]["frac_reward_zero_std"]  # of groups, of which there are none
+            del self._metrics["train"]["frac_reward_zero_std"]  # there are no groups
         return output
 
     def _log_advantages(self, output: dict[str, Any]) -> None:
-        """In the table of completions, in place of GRPO's; of (B, C) the mean over tokens."""
+        """Replace GRPO's advantages in the table of completions. Advantages per token (B, C) are averaged over tokens."""
         advantages = output["advantages"]
         if advantages.dim() == 2:
             mask = output["completion_mask"]
@@ -96,6 +99,6 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
         logged.extend(kept + ours)
 
     def _local(self, values: torch.Tensor, rows: int) -> torch.Tensor:
-        """This process's part of the values of all, (processes * rows, ...)."""
+        """This process's part of values (processes * rows, ...)."""
         first = self.accelerator.process_index * rows
         return values[first : first + rows]

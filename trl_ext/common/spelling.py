@@ -1,4 +1,4 @@
-"""How flags and names are spelt."""
+"""Spelling of flags and names."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ FLAG = re.compile(r"--[\w-]+")
 
 
 def underscored(argv: Iterable[str]) -> list[str]:
-    """Flags as fields are written: `--model-name=a-b` becomes `--model_name=a-b`."""
+    """Command line words with flags spelt like fields: `--model-name=a-b` becomes `--model_name=a-b`."""
     found = []
     for text in argv:
         name, equals, value = text.partition("=")
@@ -18,7 +18,7 @@ def underscored(argv: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], mark: str = "") -> str:
-    """`; did you mean a or b?` of what begins like it or is spelled nearly so, or nothing."""
+    """`; did you mean a or b?` with the known names that begin with `name` or are close to it; empty if there is none."""
     known = sorted({each for each in known if "-" not in each})
     near = [each for each in known if each.startswith(name)][:3] if name else []
     near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.7)

@@ -1,6 +1,6 @@
-"""What a trainer has learnt beside its weights, in a file of its own in each checkpoint.
+"""A trainer's own state besides its weights, saved in each checkpoint.
 
-`<name>_state.safetensors` holds tensors, `<name>_state.json` the settings of the run that must be the same on resume.
+`<name>_state.safetensors` holds tensors. `<name>_state.json` holds the settings that must be the same on resume.
 """
 
 import json
@@ -16,7 +16,7 @@ from .saved_weights import CheckpointError, check_finite
 
 
 def tensors_file(folder: str | Path, name: str) -> Path:
-    """The file with the tensors of a trainer's state."""
+    """The file that holds the tensors of a trainer's state."""
     return Path(folder, f"{name}_state.safetensors")
 
 
@@ -24,20 +24,22 @@ def save_state(folder: str | Path, name: str, tensors: dict[str, torch.Tensor], 
     """Write a trainer's state into a checkpoint.
 
     Args:
-        name: of the method, which names the files.
-        settings: plain values that a run must share to resume from it.
+        folder: the checkpoint.
+        name: name of the method, used for the file names.
+        tensors: the state by name, of any shape and dtype.
+        settings: JSON values that must be the same on resume.
     """
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tensors_file(folder, name))
     tensors_file(folder, name).with_suffix(".json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def load_state(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors that `save_state` wrote. Call `check_state` before."""
+    """The tensors that `save_state` wrote. Call `check_state` first."""
     return load_file(tensors_file(folder, name))
 
 
 def saved_shapes(folder: str | Path, name: str) -> dict[str, list[int]]:
-    """The shapes of a saved state's tensors by name."""
+    """The shapes of a saved state's tensors, by name."""
     with safe_open(tensors_file(folder, name), framework="pt") as tensors:
         return {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 - not a dict
 
@@ -51,16 +53,18 @@ def check_state(
     infinite: Set[str] = frozenset(),
     unknown: Set[str] = frozenset(),
 ) -> None:
-    """Whether a checkpoint's state is whole and belongs to this run.
+    """Check that a checkpoint's state is complete and belongs to this run.
 
     Args:
-        settings: of this run, as for `save_state`.
-        why: a sentence for settings whose values say nothing to a reader, such as hashes.
-        infinite: tensors that may hold infinity.
-        unknown: tensors in which NaN has a meaning.
+        folder: the checkpoint.
+        name: as for `save_state`.
+        settings: the settings of this run, as for `save_state`.
+        why: messages for settings whose values mean nothing to a reader, such as hashes.
+        infinite: names of tensors that may hold infinity.
+        unknown: names of tensors in which NaN has a meaning.
 
     Raises:
-        CheckpointError: with the file that is missing, the setting that differs, or the tensor that is not finite.
+        CheckpointError: names the missing file, the differing setting, or the tensor that is not finite.
     """
     tensors = tensors_file(folder, name)
     plain = tensors.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""A teacher, another causal LM: loaded, frozen, and checked to read the student's tokens."""
+"""A teacher model: its configuration, loading and freezing, and the check that it shares the student's vocabulary."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +15,18 @@ from .config_checks import check_values
 
 @dataclass
 class TeacherConfig(SFTConfig):
-    """SFT's configuration with a teacher."""
+    """SFT's configuration with a teacher model."""
 
     flags_title = "Teacher"
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the teacher, unless teacher_model is given."}
+        default=None, metadata={"help": "Hub id or folder of the teacher; leave out if teacher_model is passed."}
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "For the teacher's from_pretrained, as JSON: dtype (its own by default), device_map, "
+            "help": "Arguments of the teacher's from_pretrained, as JSON: dtype (default: its own), device_map, "
             "quantization_config."
         },
     )
@@ -39,33 +39,37 @@ class TeacherConfig(SFTConfig):
 def load_teacher(
     teacher: PreTrainedModel | str, given: Any, trust_remote_code: bool, device: torch.device
 ) -> PreTrainedModel:
-    """The teacher, frozen and in evaluation mode, in its own dtype; on `device` unless it has a device map or is quantised.
+    """Load a teacher, frozen and in evaluation mode, in its own dtype.
 
     Args:
-        teacher: a model, its hub id or folder.
+        teacher: a model, or its hub id or folder.
         given: `teacher_model_init_kwargs`, for `from_pretrained`.
+        trust_remote_code: for `from_pretrained`.
+        device: where to put it, unless it has a device map or is quantised.
 
     Raises:
-        ValueError: `given` beside a model that is loaded already.
+        ValueError: `given` is set for a model that is already loaded.
     """
     given = dict(given or {})
     if isinstance(teacher, str):
         given.setdefault("dtype", "auto")
         teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code, **given)
     elif given:
-        raise ValueError("teacher_model_init_kwargs: the teacher_model that was given is loaded already")
+        raise ValueError("teacher_model_init_kwargs: teacher_model is already loaded, so they cannot be applied")
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
         teacher.to(device)
     return teacher.eval().requires_grad_(False)
 
 
 def for_teacher(teacher: PreTrainedModel, inputs: dict[str, Any], here: torch.device) -> dict[str, Any]:
-    """A batch on the device of the teacher's first weights.
+    """Move a batch to the device of the teacher's first weights.
 
     Args:
-        inputs: tensors, and values that stay as they are.
-        here: the student's device. It serves where the teacher's weights are not in memory (meta device): accelerate's
-            hooks move the inputs on from there.
+        teacher: the teacher model.
+        inputs: tensors of any shape and dtype; other values stay as they are.
+        here: the student's device. It is used if the teacher's weights are offloaded (meta device): accelerate's hooks
+            then
+            move the inputs.
     """
     device = next(teacher.parameters()).device
     device = here if device.type == "meta" else device
@@ -75,11 +79,17 @@ def for_teacher(teacher: PreTrainedModel, inputs: dict[str, Any], here: torch.de
 def check_vocabularies(
     student: PreTrainedTokenizerBase, teacher: PreTrainedModel, given: PreTrainedTokenizerBase | None
 ) -> None:
-    """Raises a ValueError that names a token to which the teacher's tokenizer gives another id than the student's."""
+    """Raise a ValueError that names a token with different ids in the student's and the teacher's tokenizer.
+
+    Args:
+        student: the student's tokenizer.
+        teacher: the teacher model.
+        given: the teacher's tokenizer; None: the one saved with the teacher.
+    """
     name = teacher.config._name_or_path
     rows = teacher.get_input_embeddings().weight.shape[0]
     if rows < len(student):
-        raise ValueError(f"the teacher has {rows} embeddings and the student's tokenizer {len(student)} tokens")
+        raise ValueError(f"the teacher has {rows} embeddings, but the student's tokenizer has {len(student)} tokens")
     if given is None and name and (Path(name, "tokenizer_config.json").exists() or not Path(name).exists()):
         given = load_tokenizer(name)
     if given is None:  # a model made in memory
@@ -88,7 +98,7 @@ def check_vocabularies(
     for token, index in student.get_vocab().items():
         if theirs.get(token) != index:
             raise ValueError(
-                f"teacher and student read different tokens: {token!r} is {index} to the student's tokenizer and "
-                f"{theirs.get(token, 'unknown')} to the teacher's ({name or type(given).__name__}). The two are compared "
-                "token by token; take a teacher with the student's vocabulary"
+                f"teacher and student have different vocabularies: {token!r} is {index} in the student's tokenizer and "
+                f"{theirs.get(token, 'unknown')} in the teacher's ({name or type(given).__name__}). The two are compared "
+                "token by token; use a teacher with the student's vocabulary"
             )

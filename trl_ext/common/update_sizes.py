@@ -1,11 +1,12 @@
-"""How far an optimizer step moves each kind of small module and the adapters, relative to their weights, in the log.
+"""The relative size of each optimizer step, by kind of small module and for adapters, in the log.
 
     update/<role> = |w after the step - w before it| / |w before it|     over all parameters of the role
 
-The first step of weights that begin at zero has no such size: it is left out. A run that trains no small module logs
-what its parent does. A step is measured when it will be logged; of other steps nothing is kept or computed. After a
-step, the processes of DDP have the same weights, so nobody asks the others. FSDP and DeepSpeed shard them: there,
-nothing is logged.
+The first step of weights that start at zero has no relative size and is left out. A run without small modules logs
+nothing
+more than its parent. Only steps that will be logged are measured. After a step all DDP processes hold the same weights,
+so
+no communication is needed. FSDP and DeepSpeed shard the weights: nothing is logged there.
 """
 
 import math
@@ -29,11 +30,11 @@ ROLES = {
     "critic_head": r"^critic\.(score|classifier)",
     "tokens": r"trainable_tokens_delta",
     "lora": r"lora_",
-}  # by the names of parameters; the first that fits. What has no role, a whole model above all, is not copied
+}  # patterns of parameter names; the first match counts. Other weights, such as a whole model, are not copied
 
 
 class UpdateSizesMixin(mixin_bases.Trainer):
-    """Put before a Trainer class that has `SafeCheckpointMixin`, whose names of what is trained it reads."""
+    """Log the relative sizes of updates. Put it before a Trainer class that has `SafeCheckpointMixin`."""
 
     _watched: torch.optim.Optimizer | None = None
     _update_sizes: dict[str, torch.Tensor] | None = None
@@ -41,7 +42,7 @@ class UpdateSizesMixin(mixin_bases.Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args, **kwargs)
-        optimizer = self._torch_optimizer()  # of a trainer that trains again, accelerate's wrapper is there already
+        optimizer = self._torch_optimizer()  # unwrapped: on a second train(), accelerate has wrapped it
         if self._watched is not optimizer and self._own_format():
             self._watched, self._update_sizes, self._before_update = optimizer, {}, {}
             optimizer.register_step_pre_hook(self._keep_weights)
@@ -78,7 +79,7 @@ class UpdateSizesMixin(mixin_bases.Trainer):
         self._before_update = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._update_sizes and self.model.training:  # read from the device here alone
+        if self._update_sizes and self.model.training:  # the only place that waits for the device
             sizes = torch.stack([size.to(self.args.device) for size in self._update_sizes.values()]).tolist()
             logs = {**logs, **{f"update/{role}": x for role, x in zip(self._update_sizes, sizes) if x != math.inf}}
             self._update_sizes.clear()

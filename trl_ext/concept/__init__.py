@@ -1,1 +1,1 @@
-"""Discrete concept tokens: online compression."""
+"""Concept tokens: online compression of text into discrete concepts."""

@@ -1,4 +1,4 @@
-"""What a model that compresses keeps of a text, and what it costs."""
+"""Evaluation of a model with concepts: accuracy, likelihood, compression and cost."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -21,21 +21,29 @@ from ..tasks.reward import make_reward
 
 @dataclass
 class ConceptEvaluation:
-    """Results over n texts. NLLs are nats a token; a model without concepts has only the first figures.
+    """Results over n texts. NLLs are nats per token. A model without concepts has only the first six figures.
 
     Attributes:
-        accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
-        nll: of every token. token_accuracy: share of tokens that are the likeliest next one.
-        nll_boundary, nll_tail: of those that follow a concept, and of the others.
-        nll_random: with other concepts, drawn uniformly, in the same places. nll_tail_random: the same of tokens that
-            do not follow one: where it is no larger than nll_tail, concepts carry nothing to other tokens.
-        ratio: tokens for each concept, decided as in inference. bits: what concepts can hold at most, C log2 V for each,
-            by tokens: a text with more in it cannot be kept whole.
-        tail: tokens that the deep layers still see beside the concepts, the mean over positions. Where it is long, what the
-            concepts hold is of no matter: a gate can satisfy a ratio with many concepts in one place and none in another.
-        perplexity: exp of the entropy of the codewords' use, mean over codebooks. used: share of codewords used at all.
-        macs, kv: multiplications and bytes of keys and values, as shares of the same model's without concepts, for texts
-            of this mean length.
+        n: number of texts.
+        accuracy, low, high: share of right greedy answers, with its 95% Wilson interval.
+        nll: of all tokens.
+        token_accuracy: share of tokens that are the most likely next token.
+        nll_boundary: of tokens that follow a concept.
+        nll_tail: of the other tokens.
+        nll_random: with concepts replaced by uniformly drawn ones in the same places.
+        nll_tail_random: the same for tokens that do not follow a concept. If it is no larger than nll_tail, concepts
+            carry
+            no information for other tokens.
+        ratio: tokens per concept, decided as in inference.
+        bits: capacity of concepts per token, C log2 V per concept. A text with more information cannot be kept whole.
+        tail: mean number of tokens that the deep layers still see beside the concepts. If it is long, the content of
+            concepts
+            does not matter: a gate can reach a ratio with many concepts in one place and none in another.
+        perplexity: exp of the entropy of codeword usage, mean over codebooks.
+        used: share of codewords used at all.
+        macs, kv: multiplications, and bytes of keys and values, as shares of the same model's without concepts, for
+            texts of
+            this mean length.
     """
 
     n: int
@@ -57,6 +65,7 @@ class ConceptEvaluation:
     kv: float | None = None
 
     def numbers(self) -> dict[str, float | None]:
+        """The results as a dict."""
         return asdict(self)
 
 
@@ -71,10 +80,19 @@ def evaluate_concepts(
     batch_size: int = 64,
     progress: bool = False,
 ) -> ConceptEvaluation:
-    """Of rows with `prompt`, `completion` and `answer`, plain texts.
+    """Evaluate a model, with or without concepts, on held-out rows. Ours.
 
     Args:
-        delimiter: what stands before the answer in a completion; None: the completion itself is the answer.
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        rows: plain texts in the columns `prompt`, `completion` and `answer`.
+        delimiter: the text before the answer in a completion; None: the completion is the answer.
+        max_new_tokens: maximum number of generated tokens.
+        batch_size: rows per batch.
+        progress: show a progress bar.
+
+    Returns:
+        The results, a `ConceptEvaluation`.
     """
     backbone, head = backbone_of(model), model.get_output_embeddings()
     compresses = has_concepts(model)
@@ -143,7 +161,7 @@ def evaluate_concepts(
 
 
 def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1)."""
+    """NLL of each token but the first, (B, T - 1) float32."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
 
 
@@ -154,7 +172,7 @@ def _right(
     delimiter: str | None,
     max_new_tokens: int,
 ) -> int:
-    """How many answers are right, written greedily."""
+    """The number of right greedy answers."""
     batch = tokenizer(part["prompt"], padding=True, padding_side="left", return_tensors="pt").to(model.device)
     config = GenerationConfig(
         do_sample=False,

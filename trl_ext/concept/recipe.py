@@ -1,4 +1,4 @@
-"""What the recipes for concept tokens share: flags, data, and one run of training with what it shows."""
+"""Shared parts of the recipes for concept tokens: flags, data, a training run and its report."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -37,14 +37,16 @@ BASE = "without concepts, before"  # the model that training begins with
 
 @dataclass
 class ScriptArguments(RecipeArguments):
-    """What the recipes add to the trainer's configuration."""
+    """The recipes' own flags, besides the trainer's configuration."""
 
-    preset: str | None = field(default=None, metadata={"help": f"Additions by name: {', '.join(PRESETS)}."})
+    preset: str | None = field(default=None, metadata={"help": f"Name of a set of extensions: {', '.join(PRESETS)}."})
     base_steps: int = field(
-        default=facts.SMALL.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny model."}
+        default=facts.SMALL.warm_start_steps, metadata={"help": "Number of SFT steps that train the tiny model."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in evaluation."})
-    answer_delimiter: str = field(default="####", metadata={"help": "Stands before the answer in a completion."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Maximum number of tokens of a completion in evaluation."}
+    )
+    answer_delimiter: str = field(default="####", metadata={"help": "Text before the answer in a completion."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +54,11 @@ class ScriptArguments(RecipeArguments):
 
 
 def parse(argv: list[str], script_class: type[ScriptArguments], configs: Path, **instead: Any) -> tuple:
-    """Script, data and trainer's arguments: flags over `instead` over the configuration file over the preset that flags or
-    file name."""
+    """The arguments of script, data and trainer.
+
+    Flags override `instead`, which overrides the configuration file, which overrides the preset that flags or file
+    name.
+    """
     parser = RecipeParser((script_class, DataArguments, ConceptConfig), EMBEDDED, instead)
     _, config, others = chosen(argv, configs, "concept", EMBEDDED)
     preset = chosen_preset(config, others)
@@ -74,7 +79,7 @@ class Task:
 
 
 def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> Task:
-    """The embedded default, or what the flags name."""
+    """The built-in task, or the model and data that the flags name."""
     check_tiny(script.model_name, data.dataset)
     if script.model_name == "tiny":
         base = warm_start.tiny_with_facts(
@@ -102,7 +107,7 @@ def load(script: ScriptArguments, data: DataArguments, args: ConceptConfig) -> T
 def train(
     task: Task, script: ScriptArguments, args: ConceptConfig, console: PlainConsole, output: Path, resume: str | None
 ) -> tuple[ConceptTrainer, ConceptEvaluation, AccuracyCallback]:
-    """One run: the trained model in `output / "final"`."""
+    """Train one run and save its model in `output / "final"`."""
     how = evaluation_options(task, script, args)
     accuracy = AccuracyCallback(
         script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)
@@ -126,7 +131,7 @@ def train(
 
 
 def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) -> ConceptEvaluation:
-    """Of the model before it has concepts."""
+    """Evaluate the model before concepts are attached."""
     model = load_causal_lm(task.base, method="concept", trust_remote_code=args.trust_remote_code)
     model.to("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     return evaluate_concepts(model, task.tokenizer, task.held_out, **evaluation_options(task, script, args))
@@ -134,14 +139,14 @@ def base_evaluation(task: Task, script: ScriptArguments, args: ConceptConfig) ->
 
 SHOWN = (
     ("accuracy", "accuracy", "{:.1%}"),
-    ("token_accuracy", "tokens that are the likeliest", "{:.1%}"),
-    ("nll", "NLL, nats a token", "{:.3f}"),
+    ("token_accuracy", "tokens predicted as most likely", "{:.1%}"),
+    ("nll", "NLL, nats per token", "{:.3f}"),
     ("nll_boundary", "  after a concept", "{:.3f}"),
     ("nll_tail", "  after other tokens", "{:.3f}"),
     ("nll_random", "  with random concepts", "{:.3f}"),
     ("nll_tail_random", "    after other tokens", "{:.3f}"),
-    ("ratio", "tokens for each concept", "{:.2f}"),
-    ("bits", "bits of concepts for each token", "{:.2f}"),
+    ("ratio", "tokens per concept", "{:.2f}"),
+    ("bits", "bits of concepts per token", "{:.2f}"),
     ("tail", "tokens in the tail", "{:.1f}"),
     ("perplexity", "perplexity of the codewords", "{:.1f}"),
     ("used", "codewords used", "{:.0%}"),
@@ -151,7 +156,7 @@ SHOWN = (
 
 
 def comparison(rows: dict[str, ConceptEvaluation], console: PlainConsole) -> None:
-    """Evaluations side by side; what a model without concepts has not is left empty."""
+    """Print evaluations side by side. Values that a model without concepts lacks are left empty."""
     table = Table(title=f"Held-out texts: {next(iter(rows.values())).n}", title_justify="left")
     for head in ("", *rows):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
@@ -182,11 +187,12 @@ def show_pieces(trainer: ConceptTrainer, task: Task, console: PlainConsole, titl
 
 
 def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> None:
-    """Train `runs` by name, one after the other, and show them beside the model that they began with.
+    """Train runs one after the other, and compare them with the model that they started from.
 
     Args:
-        parser_result: script, data and trainer's arguments; the last one's output folder holds everything.
-        runs: by name. One alone trains in the output folder itself.
+        parser_result: arguments of script, data and trainer. The trainer's output folder holds everything.
+        runs: configurations by name. A single run trains in the output folder itself.
+        title: title of the pictures.
     """
     script, data, args = parser_result
     started = time.time()
@@ -220,6 +226,6 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
 
 
 def refuse_resume(args: ConceptConfig) -> None:
-    """Raises a ValueError: several runs have several checkpoints."""
+    """Raise a ValueError: several runs have several checkpoints, so resuming needs a single run."""
     if args.resume_from_checkpoint:
         raise ValueError("--resume_from_checkpoint: name one run with --baseline, and resume it")

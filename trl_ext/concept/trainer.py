@@ -1,8 +1,9 @@
-"""SFT of a model that compresses while it reads.
+"""SFT of a model that compresses text into concepts while it reads.
 
-What differs from SFT, and where: the model is given concepts before PEFT wraps it; `compute_loss` says how the gate decides
-at this step and adds the ratio and usage losses; head and embedding may have a learning rate of their own. The rest is the
-parent's; `use_concepts=False` is the parent.
+The differences from SFT: concepts are attached before PEFT wraps the model. `compute_loss` sets how the gate decides at
+this
+step, and adds the ratio and usage losses. The head and the embedding may have their own learning rate. With
+`use_concepts=False` the trainer equals its parent.
 """
 
 import contextlib
@@ -48,15 +49,21 @@ from .losses import ratio_loss
 
 logger = logging.get_logger(__name__)
 DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
-STATES_PER_CODEWORD, LEAST_STATES = 16, 8192  # that codewords are made of
+STATES_PER_CODEWORD, LEAST_STATES = 16, 8192  # hidden states for k-means, per codeword and at least
 
 
 class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
-    """Same constructor as `SFTTrainer`. A model without concepts is given them, before PEFT wraps it.
+    """SFT with online concept compression. Ours. Concepts are attached before PEFT wraps the model, if it has none.
+
+    Args:
+        model: the model to train, or its name.
+        args: the configuration; None: the defaults.
+        *others, **keywords: further arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: at construction, for a model whose layers cannot be split as asked for, or whose adapter leaves the
-            concepts untrained.
+        ValueError: in the constructor, for a model whose layers cannot be split as configured, or whose adapter would
+            not
+            train the concepts.
     """
 
     _tag_names = ["trl", "concept-tokens"]
@@ -76,8 +83,8 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if lora is not None:
             vars(lora).update(with_concept_modules(lora))
         if args.n_gpu > 1:
-            args._n_gpu = 1  # no nn.DataParallel, whose replicas would decide each for itself
-        self._fresh = False  # whether the model has been given its concepts here
+            args._n_gpu = 1  # disable nn.DataParallel: its replicas would decide separately
+        self._fresh = False  # whether the concepts were attached here
 
         def give(model: PreTrainedModel) -> None:
             self._fresh |= prepare(model, args)
@@ -87,7 +94,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
         with preparing_models(self._stock_init, give), keeping_master_weights(self, model):
             super().__init__(model, args, *others, **keywords)
-        no_router_loss(self, "layers see other numbers of tokens each")
+        no_router_loss(self, "layers see different numbers of tokens")
         self._calibrated: int | None = None  # the last step at which the NULL bias was set
         self._seen: ConceptOutput | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
@@ -104,7 +111,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     @contextlib.contextmanager
     def _deciding(self) -> Iterator[None]:
-        """The gate as of this step for the block; evaluation decides as inference does."""
+        """Set the gate as configured for this step, inside the block. Evaluation decides as inference does."""
         args, gate = self.args, backbone_of(self.model).concept_gate
         kept = vars(gate).copy()
         if self.model.training:
@@ -131,7 +138,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     @torch.no_grad()
     def _make_codebook(self) -> None:
-        """Codewords out of shallow states of the training texts; the same in every process."""
+        """Initialise the codebook from shallow hidden states of training texts, the same in every process."""
         backbone, size = backbone_of(self.model), self.args.per_device_train_batch_size
         wanted = max(LEAST_STATES, STATES_PER_CODEWORD * backbone.concept_config.num_concepts)
         rows, states, found = iter(self.train_dataset.shuffle(seed=self.args.seed)), [], 0
@@ -146,7 +153,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     @torch.no_grad()
     def _calibrate(self, inputs: dict[str, Any]) -> None:
-        """Move the NULL bias so that one token in R of this step's first batch would become a concept."""
+        """Set the NULL bias so that one token in R of this step's first batch would become a concept."""
         with evaluating(self.model):
             seen = self._look(inputs)
         logit = seen.choice.logit[seen.valid].float()
@@ -166,7 +173,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             self._fresh = False
         if training and args.calibrate_null and step in (0, self._warm_steps) and self._calibrated != step:
             self._calibrate(inputs)
-            self._calibrated = step  # of this step's micro-batches the first
+            self._calibrated = step  # only in the first micro-batch of the step
         with self._deciding():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             temperature = backbone_of(self.model).concept_gate.temperature
@@ -192,8 +199,15 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return samples, items
 
     def _with_terms(self, loss: torch.Tensor, sums: Sums, is_part: bool) -> torch.Tensor:
-        """The loss with the weighted terms of the forward just seen, of all processes; as a part of a step's, by its share
-        of the step's tokens. `sums` gets what there is to log of it."""
+        """Add the weighted ratio and usage losses of the last forward, over all processes.
+
+        In training they are scaled by this batch's share of the step's tokens.
+
+        Args:
+            loss: scalar, floating point.
+            sums: collects the values to log.
+            is_part: whether the loss is a part of a whole step's.
+        """
         choice, valid, args = self._seen.choice, self._seen.valid, self.args
         config = backbone_of(self.model).concept_config
         own = torch.stack([valid.sum(), choice.concept.sum()]).to(choice.logit.dtype)
@@ -222,7 +236,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return loss
 
     def _log(self, mode: str) -> None:
-        """Figures of a whole step's tokens, or an evaluation's, by all processes."""
+        """Log metrics over the tokens of a whole step, or of an evaluation, of all processes."""
         sums, means = self._sums[mode].pop(lambda x: self.accelerator.reduce(x, "sum"))
         tokens, concepts = sums["tokens"].item(), sums["concepts"].item()
         shape = len(sums["counts"]) // backbone_of(self.model).concept_config.num_concepts, -1
@@ -266,16 +280,20 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
 
 def prepare(model: PreTrainedModel, args: ConceptConfig) -> bool:
-    """Give a model its concepts, unless it has them. Returns whether they are new; see `attach_method`."""
+    """Attach concepts to a model unless it has them. Returns whether they are new; see `attach_method`."""
     asked = args.online(model.config.num_hidden_layers)
     return attach_method(model, METHOD, functools.partial(attach_concepts, model), asked, args.hub_token, args.seed)
 
 
 def shift(logit: torch.Tensor, args: ConceptConfig) -> torch.Tensor:
-    """What to add to the NULL bias so that of tokens with these logits (n,) one in R becomes a concept."""
+    """The value to add to the NULL bias so that one token in R of those with the logits (n,), floating point, becomes a
+    concept."""
     if args.segmenter != "threshold":
         return logit.quantile(1 - 1 / args.target_ratio)
-    low, high = logit.min() - 20, logit.max() + 20  # their probabilities add up to the concepts: by bisection
+    low, high = (
+        logit.min() - 20,
+        logit.max() + 20,
+    )  # the number of concepts is the sum of probabilities, so solve by bisection
     for _ in range(60):
         middle = (low + high) / 2
         more = (logit - middle).sigmoid().mean() > 1 / args.target_ratio

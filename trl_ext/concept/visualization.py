@@ -1,4 +1,4 @@
-"""A page that shows texts in the pieces that a model's concepts stand for."""
+"""An HTML page that shows texts split into the pieces that concepts stand for."""
 
 import html
 from pathlib import Path
@@ -16,7 +16,7 @@ span.tail { border-bottom: 2px dotted #999; white-space: pre-wrap; }
 
 
 def colour(codes: list[int]) -> str:
-    """The same for the same concept."""
+    """A colour that is the same for the same concept."""
     value = 0
     for code in codes:
         value = value * 1009 + code
@@ -24,7 +24,7 @@ def colour(codes: list[int]) -> str:
 
 
 def write_page(path: Path, model: ConceptModel, texts: list[str], title: str) -> None:
-    """HTML without scripts: every piece in its concept's colour, the codewords below; a tail without one dotted."""
+    """Write an HTML page without scripts. Each piece has the colour of its concept and its codewords; a tail is dotted."""
     parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"]
     parts.append(
         f"<h1>{html.escape(title)}</h1><p>A piece ends where a token became a concept; its codewords are below it."

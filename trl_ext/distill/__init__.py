@@ -1,1 +1,1 @@
-"""Distillation on SFTTrainer: from a teacher's logits, and from traces with tagged reasoning (MiniMind's two stages)."""
+"""Distillation on SFTTrainer: from a teacher's logits, and from reasoning with tags (two stages of MiniMind)."""

@@ -1,4 +1,4 @@
-"""SFT of a student whose next-token distributions follow those of a teacher with the same vocabulary."""
+"""Distillation of logits: a student follows the next-token distributions of a teacher with the same vocabulary."""
 
 from typing import Any
 
@@ -20,25 +20,32 @@ NOT_FOR_THE_TEACHER = ("labels", "output_router_logits")
 
 
 class LogitsDistillTrainer(PerTokenTrainer):
-    """loss = sum_t [alpha CE_t + (1 - alpha) T^2 KL(softmax(teacher_t / T) || softmax(student_t / T))] / (trained tokens)
+    """SFT that adds the KL to a teacher's next-token distributions (Hinton et al., arXiv 1503.02531).
 
-    over the trained tokens of a whole step, those with a label (assistant-only, completion-only), in all micro-batches and
-    processes. Both distributions are over the vocabulary rows that the two models share: rows beyond the tokenizer's are
-    padding, and need not be as many. A student that is a mixture of experts keeps SFT's auxiliary loss, whole; a teacher's
-    plays no part. Logits are made at trained tokens only, (N, V) for each model.
+    loss = sum_t [alpha CE_t + (1 - alpha) T^2 KL(softmax(teacher_t / T) || softmax(student_t / T))] / (trained tokens)
 
-    Same constructor as `SFTTrainer`, and:
+    The sum is over the trained tokens of a whole step, those with a label, in all micro-batches and processes. Both
+    distributions are over the vocabulary rows that the two models share: rows beyond the tokenizer's are padding, and
+    their
+    number may differ. If the student is a mixture of experts, SFT's auxiliary loss is added in full. Logits are
+    computed at
+    trained tokens only, (N, V) for each model.
 
     Args:
-        teacher_model: a model, its hub id or folder; None: `args.teacher_model_name_or_path`.
-        teacher_processing_class: the teacher's tokenizer; None: the one in its folder, if it has one.
+        model: the student, or its name.
+        args: the configuration; None: the defaults.
+        *others: further arguments of `SFTTrainer`.
+        teacher_model: a model, or its hub id or folder; None: `args.teacher_model_name_or_path`.
+        teacher_processing_class: the teacher's tokenizer; None: the one in its folder, if there is one.
+        **keywords: further arguments of `SFTTrainer`.
 
     Attributes:
-        teacher: frozen, in its own dtype and, with a device map, on its own devices; None where `alpha=1`.
+        teacher: frozen, in its own dtype and, with a device map, on its own devices; None if `alpha=1`.
 
     Raises:
-        ValueError: at construction, for no teacher, one whose vocabulary differs, a model with fewer embeddings than its
-            tokenizer has tokens, a PEFT method that adds virtual tokens; see also `PerTokenTrainer`.
+        ValueError: in the constructor, for a missing teacher or one with another vocabulary, a model with fewer
+            embeddings than
+            its tokenizer has tokens, or a PEFT method that adds virtual tokens; see also `PerTokenTrainer`.
     """
 
     _tag_names = ["trl", "logits-distillation"]
@@ -57,7 +64,7 @@ class LogitsDistillTrainer(PerTokenTrainer):
         args = self._checked(model, args)
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if args.alpha < 1 and teacher_model is None:
-            raise ValueError("teacher_model: give one, or teacher_model_name_or_path, or set alpha=1")
+            raise ValueError("teacher_model: pass a teacher, set teacher_model_name_or_path, or set alpha=1")
         peft_config = keywords.get("peft_config")
         if args.alpha < 1 and peft_config is not None and peft_config.is_prompt_learning:
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens, which the teacher lacks; use LoRA")
@@ -73,7 +80,7 @@ class LogitsDistillTrainer(PerTokenTrainer):
         rows = self.model.get_input_embeddings().weight.shape[0]
         if rows < len(self._tokenizer):
             raise ValueError(
-                f"the model has {rows} embeddings and its tokenizer {len(self._tokenizer)} tokens: call "
+                f"the model has {rows} embeddings, but its tokenizer has {len(self._tokenizer)} tokens: call "
                 "model.resize_token_embeddings(len(tokenizer)) first"
             )
 
@@ -90,7 +97,7 @@ class LogitsDistillTrainer(PerTokenTrainer):
         teacher = self._teacher_logits(keep, inputs).to(student.device)
         targets = labels[:, 1:][keep[:, :-1]].to(student.device)
         parts = zip(*(x.split(TOKENS_PER_CHUNK) for x in (student, teacher, targets)), strict=True)
-        # Recomputed in the backward: distributions of one chunk are alive at a time, in fp32, beside the logits
+        # Recomputed in the backward, so that only one chunk's fp32 distributions are in memory at a time
         terms = [checkpoint(token_terms, *part, args.temperature, use_reentrant=False) for part in parts]
         ce, kl, entropy, is_top1 = (torch.cat(term) for term in zip(*terms, strict=True))
         self._log_terms(num_items_in_batch, ce=ce, kl=kl)
@@ -109,7 +116,8 @@ class LogitsDistillTrainer(PerTokenTrainer):
         return logits_at(self.teacher, keep, **for_teacher(self.teacher, inputs, keep.device)).logits
 
     def _log_terms(self, num_items_in_batch: torch.Tensor | None, **terms: torch.Tensor) -> None:
-        """Means per trained token; in training as SFT scales its loss, so that they are those of the step."""
+        """Log the mean of each term per trained token. In training it is scaled like SFT's loss, to be the mean of the
+        step."""
         training = self.model.training and num_items_in_batch is not None
         for name, term in terms.items():
             mean = term.detach().sum() / max(1, len(term))
@@ -123,14 +131,17 @@ class LogitsDistillTrainer(PerTokenTrainer):
 def token_terms(
     student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each token: cross-entropy, KL(softmax(teacher / T) || softmax(student / T)), entropy, whether it was likeliest.
+    """Cross-entropy, KL(softmax(teacher / T) || softmax(student / T)), entropy, and top-1 hit of each token.
 
     Args:
-        student (N, V), teacher (N, V'): logits; the KL is over the first min(V, V') entries of both.
-        targets (N,) long: what came next.
+        student (N, V), teacher (N, V'): float logits. The KL is over the first min(V, V') entries of both.
+        targets (N,): long; the next tokens.
+        temperature: T.
 
     Returns:
-        (N,) each, in fp32 or wider. The last two, of the student at temperature 1, have no gradient.
+        Four tensors (N,): cross-entropy, KL and entropy in nats, in float32 or wider, and bool: whether the target was
+            the
+        likeliest token. Entropy and top-1 are the student's at temperature 1 and have no gradient.
     """
     student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
     log_probs = student.log_softmax(-1)

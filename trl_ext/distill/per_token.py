@@ -1,8 +1,9 @@
-"""SFT with another loss at each trained token.
+"""Base trainer for SFT with another loss per trained token.
 
-TRL's `compute_loss` has the model score the trained tokens, adds up what it returns as `log_probs` and divides by the
-trained tokens of the whole step, over micro-batches and processes. Both distillations give it a score of their own and
-leave everything else (scale, a student's mixture-of-experts loss, metrics, evaluation) to it.
+TRL's `compute_loss` lets the model score the trained tokens, sums the returned `log_probs`, and divides by the number
+of trained
+tokens of the whole step, over micro-batches and processes. Both distillations return their own score and leave the rest
+(scaling, the router loss of a mixture of experts, metrics, evaluation) to TRL.
 """
 
 import functools
@@ -17,11 +18,12 @@ from ..common.model_loading import default_args, on_unsloths_trainer
 
 
 class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
-    """Same constructor as `SFTTrainer`.
+    """SFTTrainer whose loss per token comes from `_score`. Same constructor as `SFTTrainer`.
 
     Raises:
-        ValueError: at construction, where TRL would compute the loss in another way: `compute_loss_func`, context or
-            sequence parallelism, Unsloth's trainer.
+        ValueError: in the constructor, if TRL would compute the loss in another way: `compute_loss_func`, context or
+            sequence
+            parallelism, or Unsloth's trainer.
     """
 
     _config_class: type[SFTConfig]
@@ -30,22 +32,20 @@ class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
         args = self._checked(model, args)
         if on_unsloths_trainer():
             raise ValueError(
-                "Unsloth's trainer, live since Unsloth was imported, computes losses in ways of its own: do not import it"
+                "Unsloth's trainer, which has replaced TRL's, computes the loss in its own way: do not import unsloth"
             )
         super().__init__(model, args, *others, **keywords)
         if self._is_sft:
             return
         if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func: the distillation's loss takes its place; leave it unset")
+            raise ValueError("compute_loss_func: the distillation loss replaces it; leave it unset")
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise ValueError(
-                "parallelism_config: a sequence must be whole in one process; set cp_size and sp_size to 1"
-            )
+            raise ValueError("parallelism_config: each process needs whole sequences; set cp_size and sp_size to 1")
 
     @property
     def _is_sft(self) -> bool:
-        """Whether the loss is the parent's, untouched."""
+        """Whether the loss is the parent's, unchanged."""
         return False
 
     def _checked(self, model: Any, args: SFTConfig | None) -> SFTConfig:
@@ -60,10 +60,11 @@ class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _call(self, model, num_items_in_batch, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        if not fused_lm_head:  # for logits that the user asked for
+        if not fused_lm_head:  # the user asked for logits
             return model(**inputs)
         return self._score(model, num_items_in_batch, **inputs)
 
     def _score(self, model, num_items_in_batch: torch.Tensor | None, **inputs: Any) -> FusedCausalLMOutput:
-        """Of the forward with these inputs, labels among them: `log_probs` is minus the loss of each trained token."""
+        """The output of a forward with these inputs, labels included. `log_probs` is minus the loss of each trained
+        token."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""SFT on a teacher's written reasoning, in which the tags that divide it weigh more."""
+"""Distillation of written reasoning: SFT in which the tags around reasoning and answer have a larger weight."""
 
 import copy
 from typing import Any
@@ -15,21 +15,33 @@ from .tags import add_tags, check_tags_are_trained, give_embeddings
 
 
 class ReasoningDistillTrainer(ExactMeans, PerTokenTrainer):
-    """loss = sum_t w_t NLL_t / N, with w_t = `tag_weight` where the target is a tag and 1 at other trained tokens
+    """SFT on a teacher's written reasoning with a larger weight on tags (MiniMind).
 
-    N counts the trained tokens of a whole step, in all micro-batches and processes, whatever they weigh: a tag's gradient
-    is `tag_weight` times SFT's, any other token's is SFT's, and `tag_weight=1` is SFT, bit for bit.
+    loss = sum_t w_t NLL_t / N, with w_t = `tag_weight` where the target is a tag and 1 at other trained tokens
 
-    Each tag is one token. Those that are not yet are added to the tokenizer, in place, before rows are tokenized, and to
-    the model's embeddings, before PEFT wraps it. Under LoRA the embeddings of new tokens are trained too
-    (`trainable_token_indices`), also those of a head that is not tied; `AutoPeftModelForCausalLM` loads such an adapter.
+    N is the number of trained tokens of a whole step, in all micro-batches and processes, regardless of weights. So the
+    gradient
+    of a tag is `tag_weight` times SFT's, that of another token is SFT's, and `tag_weight=1` is SFT, bit for bit.
 
-    Same constructor as `SFTTrainer`. Logs `loss/tags` and `loss/text`, the mean NLL of tags and of other trained tokens
-    since the last log.
+    Each tag is one token. New tags are added to the tokenizer, in place, before rows are tokenized, and to the model's
+    embeddings before PEFT wraps it. Under LoRA the new embeddings are trained too (`trainable_token_indices`), also in
+    an untied
+    head. `AutoPeftModelForCausalLM` loads such an adapter.
+
+    Logs `loss/tags` and `loss/text`: the mean NLL of tags and of other trained tokens since the last log.
+
+    Args:
+        model: the student, or its name.
+        args: the configuration; None: the defaults.
+        data_collator: as in `SFTTrainer`.
+        train_dataset: as in `SFTTrainer`.
+        eval_dataset: as in `SFTTrainer`.
+        processing_class: the tokenizer, which is changed in place; None: the model's.
+        *others, **keywords: further arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: at construction, for a PEFT method or a wrapped model that would leave new tokens untrained, a train
-            dataset without a tag; see also `PerTokenTrainer`.
+        ValueError: in the constructor, for a PEFT method or a wrapped model that would leave new tokens untrained, or a
+            training dataset without any tag; see also `PerTokenTrainer`.
     """
 
     _tag_names = ["trl", "reasoning-distillation"]
@@ -70,7 +82,7 @@ class ReasoningDistillTrainer(ExactMeans, PerTokenTrainer):
             check_tags_are_trained(self.train_dataset, ids, args.tags)
         self._tag_ids = torch.tensor(ids)
         head = self.model.get_output_embeddings()
-        if not hasattr(head, "bias"):  # PEFT's wrapper of trained rows; TRL's fused head reads weight and bias of it
+        if not hasattr(head, "bias"):  # PEFT's wrapper for trained rows lacks it; TRL's fused head reads it
             vars(head)["bias"] = head.original_module.bias
 
     def _score(self, model, num_items_in_batch, **inputs):

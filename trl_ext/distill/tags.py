@@ -13,16 +13,16 @@ from unsloth_ext.common.hub import fit_embeddings
 
 
 def add_tags(tokenizer: PreTrainedTokenizerBase, tags: list[str]) -> tuple[list[int], list[int]]:
-    """Make each tag a token of its own, in place, wherever it stands in a text.
+    """Make each tag a single token of the tokenizer, in place, in any context.
 
     Returns:
-        The ids of all tags, and those of them that the vocabulary did not have.
+        The ids of all tags, and the ids of those that are new to the vocabulary.
 
     Raises:
-        ValueError: the tokenizer reads a tag in another way all the same.
+        ValueError: the tokenizer still splits a tag.
     """
     known = tokenizer.get_vocab()
-    # A token of the vocabulary may still be split in a text, by what stands beside it; an added one never is
+    # A token of the vocabulary may be split depending on its neighbours; an added token never is
     loose = [tag for tag in tags if tag not in tokenizer.get_added_vocab()]
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in loose])
     ids = tokenizer.convert_tokens_to_ids(tags)
@@ -42,13 +42,17 @@ def give_embeddings(
     peft_config: PeftConfig | None,
     seed: int,
 ) -> None:
-    """Embeddings for the tags that are new to a model, near the mean of the others; a PEFT config, in place, trains them.
+    """Add embeddings for tags that are new to a model, close to the mean embedding, and let a PEFT config train them.
 
     Args:
-        ids, added: see `add_tags`.
+        model: the model to change.
+        tokenizer: the tokenizer with the tags.
+        ids, added: the results of `add_tags`.
+        peft_config: changed in place; None: without PEFT.
+        seed: seed of the new embeddings.
 
     Raises:
-        ValueError: PEFT would leave them untrained.
+        ValueError: PEFT would leave the new embeddings untrained.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     new = [index for index in ids if index in added or index >= rows]
@@ -57,7 +61,7 @@ def give_embeddings(
     names = ", ".join(tokenizer.convert_ids_to_tokens(new))
     if is_peft_model(model):
         raise ValueError(
-            f"tags: {names} would be new to a model that PEFT has wrapped; pass the bare model, peft_config"
+            f"tags: {names} are new, but PEFT has wrapped the model already; pass the unwrapped model and peft_config"
         )
     if peft_config is not None and not hasattr(peft_config, "trainable_token_indices"):
         raise ValueError(
@@ -76,7 +80,7 @@ def _train_rows(peft_config: PeftConfig, model: PreTrainedModel, new: list[int])
     found = peft_config.trainable_token_indices
     if not isinstance(found, dict):
         found = {_name(model, embedding): found} if found else {}
-    tied = head is None or head.weight is embedding.weight  # then PEFT trains the one for both
+    tied = head is None or head.weight is embedding.weight  # PEFT then trains one embedding for both
     whole = [x for x in (embedding, head) if x is not None and named(peft_config.modules_to_save, _full_name(model, x))]
     single = [x for x in ([embedding] if tied else [embedding, head]) if x not in whole]
     check_rows(peft_config, model, "the new tokens'", single)
@@ -87,7 +91,7 @@ def _train_rows(peft_config: PeftConfig, model: PreTrainedModel, new: list[int])
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:
-    """Of a submodule, its last part, which is how PEFT's configs name it."""
+    """The last part of a submodule's name, which PEFT's configs use."""
     return _full_name(model, module).rpartition(".")[2]
 
 
@@ -96,9 +100,9 @@ def _full_name(model: nn.Module, module: nn.Module) -> str:
 
 
 def check_tags_are_trained(dataset: Dataset, ids: list[int], tags: list[str]) -> None:
-    """Raises a ValueError if no row of a tokenized dataset has a tag among its labels."""
+    """Raise a ValueError if no row of a tokenized dataset has a tag among its labels."""
     if not any(np.isin(row["labels"][1:], ids).any() for row in dataset.select_columns("labels")):
         raise ValueError(
             f"train dataset: none of {', '.join(tags)} is a trained token of any row; write them in the completions (rows "
-            "that were tokenized before must have been with these tokens), or use SFTTrainer"
+            "that are already tokenized must use these tokens), or use SFTTrainer"
         )

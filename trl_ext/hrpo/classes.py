@@ -1,5 +1,5 @@
-"""`HRPOConfig` and `HRPOTrainer`. They are made from the GRPO classes that are live when they are first asked for, TRL's or
-those that Unsloth generated."""
+"""`HRPOConfig` and `HRPOTrainer`, made on first use from the GRPO classes in place: TRL's, or those that Unsloth
+generated."""
 
 import functools
 import sys
@@ -47,7 +47,7 @@ def _config_class(parent: type) -> type:
 
 @functools.cache
 def _trainer_class(parent: type) -> type:
-    # Unsloth also puts its class in TRL's module, so `issubclass` of what stands there says nothing
+    # Unsloth puts its class into TRL's module too, so `issubclass` cannot tell the two apart
     if hasattr(sys.modules.get(parent.__module__), "grpo_accumulated_loss"):
         from .unsloth import UnslothHRPOMixin as Mixin
     else:

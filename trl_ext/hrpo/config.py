@@ -1,4 +1,4 @@
-"""What HRPO adds to GRPO's configuration."""
+"""The fields that HRPO adds to GRPO's configuration."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,10 @@ from ..common.config_checks import at_least, check_values, one_of
 
 @dataclass
 class HRPOArguments(mixin_bases.GRPOConfig):
-    """Fields that `HRPOConfig` has beside those of TRL's `GRPOConfig`.
+    """Fields of `HRPOConfig` beyond those of TRL's `GRPOConfig`.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or two fields contradict each other.
 
     Example:
 
@@ -22,28 +25,28 @@ class HRPOArguments(mixin_bases.GRPOConfig):
     flags_title = "HRPO"
 
     thinking: bool = field(
-        default=True, metadata={"help": "Hybrid thinking states. Off, the trainer is TRL's GRPOTrainer, bit for bit."}
+        default=True, metadata={"help": "Use thinking states. If false, the trainer is TRL's GRPOTrainer, bit for bit."}
     )
     answer_delimiter: str = field(
-        default="####", metadata={"help": "Text that ends the thinking; tokens after it are ordinary."}
+        default="####", metadata={"help": "Text that ends the thinking; later tokens use plain embeddings."}
     )
     thinking_source: str = field(
         default="projection",
         metadata={
-            "help": "Where a thinking state comes from: 'projection' (of the previous hidden state) or "
-            "'soft_embedding' (the paper's probability-weighted embedding). A model that has thinking modules keeps "
-            "what it was made with."
+            "help": "How a thinking state is made: 'projection' (of the previous hidden state) or "
+            "'soft_embedding' (the paper's probability-weighted embedding). A model with thinking modules keeps "
+            "the one it was made with."
         },
     )
     thinking_norm: str = field(
-        default="unit", metadata={"help": "Norm of a projected state: 'unit', 'embedding_rms' or 'none'."}
+        default="unit", metadata={"help": "Normalisation of a projected state: 'unit', 'embedding_rms' or 'none'."}
     )
     residual_r_min: float = field(default=0.99, metadata={"help": "Smallest initial weight of the token embedding."})
     residual_r_max: float = field(default=0.999, metadata={"help": "Largest initial weight of the token embedding."})
     recompute: str = field(
         default="rollout",
         metadata={
-            "help": "How the training forward obtains the states: 'frozen', 'rollout', 'two_pass', 'soft_bptt' "
+            "help": "How the training forward gets the thinking states:  'frozen', 'rollout', 'two_pass', 'soft_bptt' "
             "(soft_embedding only) or 'jacobi'. See docs/hrpo.md."
         },
     )
@@ -58,8 +61,8 @@ class HRPOArguments(mixin_bases.GRPOConfig):
     clip_grad_per_group: bool = field(
         default=True,
         metadata={
-            "help": "Apply max_grad_norm to each parameter group by itself. The projection's gradient is about a "
-            "thousand times the others' at the start and would eat a global bound alone."
+            "help": "Clip each parameter group to max_grad_norm separately. At the start, the projection's gradient is "
+            "about a thousand times larger than the others and would use up a global bound."
         },
     )
     allow_pickle_checkpoint: bool = field(
@@ -72,7 +75,7 @@ class HRPOArguments(mixin_bases.GRPOConfig):
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
         if not self.answer_delimiter:
-            raise ValueError("answer_delimiter='': name the text that ends the thinking, such as '####'")
+            raise ValueError("answer_delimiter='': give the text that ends the thinking, such as '####'")
         self.thinking_config()  # checks thinking_source, thinking_norm, residual_r_min, residual_r_max
         one_of(self, recompute=RECOMPUTE_MODES)
         if self.recompute == "soft_bptt" and self.thinking_source != "soft_embedding":
@@ -83,5 +86,5 @@ class HRPOArguments(mixin_bases.GRPOConfig):
         at_least(self, jacobi_iterations=1, lr_residual_gate=0, lr_residual_lambda=0, lr_thinking_projection=0)
 
     def thinking_config(self) -> ThinkingConfig:
-        """The model's part of these fields."""
+        """The settings of the model's thinking modules."""
         return ThinkingConfig(self.thinking_source, self.thinking_norm, self.residual_r_min, self.residual_r_max)

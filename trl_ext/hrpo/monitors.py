@@ -1,4 +1,4 @@
-"""What HRPO logs beside GRPO's metrics."""
+"""Metrics of HRPO: gates, movement and gradient of the projection, and the importance ratio."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from unsloth_ext.common.wrapping import backbone_of
 
 
 class GateMonitor:
-    """Reads the gates while the loss is computed, and how far the projection has moved since the trainer was made."""
+    """Measure the gates during the loss, and how far the projection has moved since the trainer was constructed."""
 
     def __init__(self, backbone: nn.Module):
         self.backbone = backbone
@@ -23,7 +23,7 @@ class GateMonitor:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Add up a and sqrt(1 - a^2) over the thinking tokens of every forward in the block, in whatever layout."""
+        """Sum a and sqrt(1 - a^2) over the thinking tokens of every forward in the block, for any batch layout."""
         self._sums.clear()
 
         def keep(_: nn.Module, __: tuple, log_a: torch.Tensor) -> None:
@@ -48,8 +48,10 @@ class GateMonitor:
                 hook.remove()
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Mean a and mean sqrt(1 - a^2) over the thinking tokens seen; NaN when none thought. Not their sums: Unsloth runs
-        some micro-batches twice."""
+        """Mean a and mean sqrt(1 - a^2) over the thinking tokens seen; NaN if there were none.
+
+        Means are needed instead of sums, because Unsloth runs some micro-batches twice.
+        """
         if not self._sums:
             return {}
         embeds, hidden, count = torch.stack(self._sums).sum(0)
@@ -57,8 +59,7 @@ class GateMonitor:
         return {"thinking/embeds_ratio": embeds / count, "thinking/hidden_ratio": hidden / count}
 
     def projection_change(self) -> dict[str, float]:
-        """How far W is from W_0, the one at the trainer's construction: norm of the difference over norm of W_0, and mean
-        absolute difference."""
+        """The distance of W from W_0, the weight at construction: relative norm of W - W_0, and mean |W - W_0|."""
         now = projection_weight(self.backbone).detach()
         relative = (now - self._start.to(now.device)).norm() / self._start.norm().clamp(min=1e-12)
         return {
@@ -68,13 +69,18 @@ class GateMonitor:
 
 
 class ThinkingProjectionMonitor(TrainerCallback):
-    """Prints, every so many steps, how far the thinking projection has moved since training began (the mean absolute change
-    of its weight) and the norm of the gradient that the optimizer is given, which `max_grad_norm` has clipped. The first
-    should grow from 0, the second not be 0. `HRPOTrainer` logs the first as `thinking/projection_mean_change`, and the norm
-    before clipping as `thinking/projection_grad_norm`.
+    """Print how far the thinking projection has moved, and the norm of its gradient.
+
+    The first number is the mean absolute change of its weight since training began, and should grow from 0. The second
+    is the
+    norm after clipping by `max_grad_norm`, and should not be 0. `HRPOTrainer` logs the first as
+    `thinking/projection_mean_change`, and the norm before clipping as `thinking/projection_grad_norm`. Ours.
 
     Args:
-        every: steps between two lines.
+        every: number of steps between two lines.
+
+    Raises:
+        ValueError: `every` is below 1.
     """
 
     def __init__(self, every: int = 10):
@@ -88,7 +94,7 @@ class ThinkingProjectionMonitor(TrainerCallback):
         self._start = projection_weight(backbone_of(model)).detach().clone()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
-        if (state.global_step + 1) % self.every == 0:  # the gradient is gone when the step ends
+        if (state.global_step + 1) % self.every == 0:  # the gradient is cleared at the end of the step
             gradient = projection_weight(backbone_of(model)).grad
             self._norm = None if gradient is None else gradient.norm().item()
 
@@ -101,17 +107,26 @@ class ThinkingProjectionMonitor(TrainerCallback):
 
 
 def projection_weight(backbone: nn.Module) -> torch.Tensor:
-    """The thinking projection's weight (d, d) that trains: under PEFT the adapter's, not the original beside it."""
+    """The trainable weight (d, d) of the thinking projection. Under PEFT this is the adapter's copy, not the original."""
     weights = dict(backbone.thinking_projection.named_parameters())
     trained = [name for name in weights if "modules_to_save" in name]
     return weights[trained[0] if trained else "weight"]
 
 
 def mean_change(now: torch.Tensor, start: torch.Tensor) -> float:
-    """Mean absolute difference of two tensors."""
+    """Mean absolute difference of two tensors of the same shape."""
     return (now - start.to(now.device)).abs().mean().item()
 
 
 def ratio_deviation(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Largest |p_train / p_rollout - 1| over the scored tokens; all (B, C), log-probs. A scalar."""
-    return ((new - rollout).exp() - 1).abs().masked_fill(mask == 0, 0).max()  # elsewhere the log-probs may be infinite
+    """Largest |p_train / p_rollout - 1| over the scored tokens.
+
+    Args:
+        new (B, C): float; log-probabilities of the training forward.
+        rollout (B, C): float; log-probabilities of the rollout.
+        mask (B, C): 0 where a token is not scored.
+
+    Returns:
+        A scalar in the dtype of `new`.
+    """
+    return ((new - rollout).exp() - 1).abs().masked_fill(mask == 0, 0).max()  # unscored log-probs may be infinite

@@ -1,13 +1,16 @@
-"""HRPO on top of whichever GRPOTrainer is live. What differs from GRPO, and where:
+"""HRPO on top of the GRPOTrainer in place, TRL's or Unsloth's. The differences from GRPO:
 
-- rollouts: `_generate_single_turn` lets the parent generate, with hybrid decoding in `generate`'s place, and keeps what
-  the training forward will need (`unsloth_ext.hrpo.recompute.trace_fields`);
-- the batch: `_generate_and_score_completions` adds those tensors, so the parent's shuffling and splitting carry them;
-- log-probs: `_get_per_token_logps_and_entropies` hands the model the states. One path serves the old policy and the
-  loss, so the importance ratio is 1 at the first inner step. The KL reference does not think;
-- optimizer: `create_optimizer` splits the parent's groups by learning rate, `_clip_grad_norm` bounds each by itself.
+- Rollouts: `_generate_single_turn` lets the parent generate, but with hybrid decoding, and keeps what the training
+  forward
+  will need (`unsloth_ext.hrpo.recompute.trace_fields`).
+- The batch: `_generate_and_score_completions` adds these tensors, and the parent shuffles and splits them.
+- Log-probabilities: `_get_per_token_logps_and_entropies` passes the thinking states to the model. The old policy and
+  the loss
+  use the same code, so the importance ratio is 1 at the first inner step. The KL reference does not think.
+- Optimizer: `create_optimizer` splits the parent's groups by learning rate, `_clip_grad_norm` clips each group
+  separately.
 
-The loss, rewards, advantages, logging and the loop are the parent's.
+Loss, rewards, advantages, logging and the training loop are the parent's.
 """
 
 import contextlib
@@ -49,12 +52,20 @@ logger = logging.get_logger(__name__)
 class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
 
-    Same constructor, callbacks, logging and files as the parent, plus the fields of `HRPOConfig`. Any causal LM will do;
-    one without thinking modules is given them. With `thinking=False`, and where thinking cannot work (tools,
-    environments, rollout functions, images, beams), it is the parent.
+    Constructor, callbacks, logging and files are the parent's, plus the fields of `HRPOConfig`. Any causal LM works.
+    Thinking
+    modules are attached if the model has none. With `thinking=False`, and where thinking cannot work (tools,
+    environments,
+    rollout functions, images, beam search), the trainer equals its parent.
+
+    Args:
+        model: a causal LM or its name, as in `GRPOTrainer`.
+        reward_funcs: as in `GRPOTrainer`.
+        args: an `HRPOConfig`; None: the defaults.
 
     Raises:
-        ValueError: at construction, for vLLM, continuous batching, or a delimiter the tokenizer cannot produce.
+        ValueError: in the constructor, for vLLM, continuous batching, or a delimiter that the tokenizer cannot produce.
+        RuntimeError: in the constructor, if Unsloth replaced TRL's trainer after this class was made.
     """
 
     _tag_names = ["trl", "grpo", "hrpo"]
@@ -130,34 +141,39 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
         if not isinstance(self, trl.GRPOTrainer):
             raise RuntimeError(
-                f"{type(self).__name__} was made before trl.GRPOTrainer became {trl.GRPOTrainer.__module__}."
-                f"{trl.GRPOTrainer.__name__}, so the code that is live now would be bypassed: import unsloth first, then "
+                f"{type(self).__name__} was created before trl.GRPOTrainer became {trl.GRPOTrainer.__module__}."
+                f"{trl.GRPOTrainer.__name__}, so Unsloth's code would be bypassed: import unsloth first, then "
                 "HRPOTrainer from trl_ext"
             )
 
     def _attach(self, given: dict[str, Any]) -> None:
-        """Give a model in memory its thinking modules; `given` are the parent's arguments by name."""
+        """Attach thinking modules to a model in memory.
+
+        Args:
+            given: the parent's arguments by name.
+        """
         name = given["model"]
         if not isinstance(name, str):
             self._give(name)
             return
         if read_json(name, "adapter_config.json", None) is not None:
             raise ValueError(
-                f"model={name!r} is an adapter: to go on with it, pass FastThinkingModel.from_pretrained(...)[0]"
+                f"model={name!r} is an adapter: to train it further, pass FastThinkingModel.from_pretrained(...)[0]"
             )
 
     def _attaching(self) -> contextlib.AbstractContextManager:
-        """While the parent constructs, each model it creates from a path gets thinking modules (before PEFT wraps it)."""
+        """While the parent constructs, attach thinking modules to each model that it loads by name, before PEFT wraps
+        it."""
         return preparing_models(self._stock_init, self._give)
 
     def _give(self, model: nn.Module) -> None:
-        """Thinking modules: those it was saved with, or new ones; nothing to a model that has them."""
+        """Attach thinking modules, saved ones or new ones, unless the model has them."""
         attach, token = functools.partial(attach_thinking, model), getattr(self.hrpo, "hub_token", None)
         if not has_thinking(model) and not attach_saved(model, METHOD, attach, token):
             attach(self.hrpo.thinking_config())
 
     def _freeze_projection(self) -> None:
-        """A projection that is not to be trained gets no gradient."""
+        """Freeze the projection if it is not to be trained."""
         backbone = backbone_of(self.model)
         if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
             backbone.thinking_projection.requires_grad_(False)
@@ -176,12 +192,12 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             self._trace = session.trace()
             return out
 
-        # The parent's own generation code runs; only the decoding loop inside `generate` is ours
+        # The parent's generation code runs; only the decoding loop inside `generate` is replaced
         model.generate = hybrid
         try:
             return super()._generate_single_turn(*args, **kwargs)
         finally:
-            if own:  # Unsloth keeps one of its own on the instance
+            if own:  # Unsloth sets its own `generate` on the instance
                 model.generate = generate
             else:
                 del model.generate
@@ -198,7 +214,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             mode = "train" if self.model.training else "eval"
             real = out["completion_mask"].bool()
             ends = torch.isin(out["completion_ids"], torch.tensor(self.eos_token_ids, device=real.device))
-            # EOS ends the thinking too; any other token that does not think stands at the delimiter or behind it
+            # EOS ends the thinking too. Any other non-thinking token is at or after the delimiter
             delimited = (real & ~ends & ~trace.thinking_mask).any(1)
             counts = torch.stack(
                 [trace.thinking_mask.sum(), real.sum(), delimited.sum(), torch.as_tensor(len(real)).to(real.device)]
@@ -206,7 +222,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             thinking, total, with_delimiter, rows = self.accelerator.gather(counts).view(-1, 4).sum(0).tolist()
             self._metrics[mode]["thinking/fraction"].append(thinking / max(total, 1))
             self._metrics[mode]["completions/delimiter_rate"].append(with_delimiter / rows)
-            self._freeze_projection()  # TRL's `use_adapter` switches to "ref" and back, and what it activates is trained
+            self._freeze_projection()  # TRL's `use_adapter` makes all weights of the adapter it activates trainable
             return out
         finally:
             self._trace = None
@@ -220,7 +236,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
         saved = self._saved
-        if saved is None and self._trace is not None:  # the old policy, scored inside the rollout
+        if saved is None and self._trace is not None:  # log-probs of the old policy, computed during the rollout
             saved = self._fitted_trace(logits_to_keep)
         if saved is None or self._is_reference(model):
             return super()._get_per_token_logps_and_entropies(
@@ -232,7 +248,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             rows = slice(start, start + size)
             inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
             if self._takes_position_ids:
-                # As in decoding. Rotary models do not care; GPT-2's left-padded rows would be shifted
+                # As in decoding: without them, left-padded rows of GPT-2 would be shifted; rotary models do not need them
                 inputs["position_ids"] = (attention_mask[rows].cumsum(-1) - 1).clamp(min=0)
             part = ThinkingTrace(**{name: None if x is None else x[rows] for name, x in vars(saved).items()})
             extra = self._keywords(model, part, **inputs)
@@ -252,7 +268,13 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         )
 
     def _keywords(self, model: nn.Module, trace: ThinkingTrace, **inputs: torch.Tensor) -> dict[str, Any]:
-        """What the forward of `model` over `inputs` (`input_ids`, `attention_mask` (B, T)) must be given to think."""
+        """Further arguments of the model's forward, so that it thinks.
+
+        Args:
+            model: the model to call.
+            trace: the rollout's thinking mask and states.
+            **inputs: `input_ids` and `attention_mask`, (B, T) long.
+        """
         with self._autocast():
             return thinking_keywords(
                 model, self.hrpo.recompute, trace, self.warper, self.hrpo.jacobi_iterations, **inputs
@@ -266,7 +288,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         return "position_ids" in inspect.signature(inspect.unwrap(type(backbone_of(self.model)).forward)).parameters
 
     def _is_reference(self, model: nn.Module) -> bool:
-        """Whether these log-probs are the KL reference's: the separate model, or ours with its adapter off or at "ref"."""
+        """Whether the KL reference is asked for: the separate model, or ours with its adapter disabled or set to "ref"."""
         if self.ref_model is not None and model is self.ref_model:
             return True
         if not is_peft_model(self.accelerator.unwrap_model(self.model)):
@@ -288,13 +310,19 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         return loss
 
     def _record_monitors(self, inputs: dict[str, Any], new_logps: torch.Tensor, scored: torch.Tensor) -> None:
-        """Gates and ratio of one loss; new_logps (B, C) are its log-probs, scored (B, C) masks the tokens it counts."""
+        """Record gates and importance ratio of one loss.
+
+        Args:
+            inputs: the batch.
+            new_logps (B, C): float; log-probabilities of this loss.
+            scored (B, C): 0 where the loss ignores a token.
+        """
         metrics = self._metrics["train" if self.model.training else "eval"]
         thinking = inputs["thinking_mask"].sum()
-        for name, mean in self.monitor.means().items():  # NaN where none thought
+        for name, mean in self.monitor.means().items():  # NaN without thinking tokens
             self._add_to_mean(name, (mean * thinking).nan_to_num(), thinking)
         deviation = self.accelerator.gather(ratio_deviation(new_logps, inputs["rollout_logps"], scored)).max().item()
-        # The largest since the last log, not a mean of largest ones
+        # Keep the maximum since the last log, because the parent would average
         metrics["thinking/ratio_deviation"] = [max([deviation, *metrics["thinking/ratio_deviation"]])]
 
     # -- optimizer --------------------------------------------------------------------------------------------------
@@ -331,6 +359,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     # -- logging ----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the metrics, and in training how far the projection has moved."""
         if self.thinking and self.model.training:
             for name, value in self.monitor.projection_change().items():
                 self._metrics["train"][name].append(value)
@@ -338,13 +367,13 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
 
 
 def _trace_in(inputs: dict[str, Any]) -> ThinkingTrace:
-    """What the rollout put into a batch. In rollouts of checkpoints before 0.1, hidden states are "thinking_hidden"."""
+    """The rollout's trace in a batch. Rollouts in checkpoints from before 0.1 call hidden states "thinking_hidden"."""
     hidden_states = inputs.get("hidden_states", inputs.get("thinking_hidden"))
     return ThinkingTrace(inputs["thinking_mask"], inputs.get("thinking_states"), hidden_states)
 
 
 def _refuse(args: Any) -> None:
-    """Settings with which thinking states cannot be decoded."""
+    """Raise a ValueError for settings with which thinking states cannot be decoded."""
     if getattr(args, "use_vllm", False):
         raise ValueError("use_vllm=True: vLLM cannot decode thinking states; set use_vllm=False, or thinking=False")
     if getattr(args, "use_transformers_continuous_batching", False):
@@ -360,7 +389,7 @@ def _has_images(dataset: Any) -> bool:
 
 
 def _fit(tensor: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """(B, C, ...) cut or zero-padded on the right to (B, length, ...), as the parent pads completions."""
+    """Cut or zero-pad (B, C, ...) on the right to (B, length, ...), as the parent pads completions."""
     if tensor is None or tensor.shape[1] == length:
         return tensor
     if tensor.shape[1] > length:

@@ -1,8 +1,11 @@
-"""What differs when the GRPO trainer is the one Unsloth generated: its loss, its log-prob layout, its config.
+"""HRPO on the GRPO trainer that Unsloth generates: its loss, its layout of log-probabilities, its configuration.
 
-Unsloth's `compute_loss` goes straight to `grpo_accumulated_loss`, whose forwards see token ids only, in packed order; the
-patch of that name brings the thinking states to them. Its log-probs are (B, C + W), where W is the largest number of left
-pads: row i's completion starts at column W - pads_i. Rollout, batch, optimizer, monitors and checkpoints are HRPOMixin's.
+Unsloth's `compute_loss` calls `grpo_accumulated_loss`, whose forwards see only token ids in packed order. The patch of
+that
+function passes the thinking states to them. Its log-probabilities are (B, C + W), where W is the largest number of left
+pads:
+the completion of row i starts at column W - pads_i. Rollout, batch, optimizer, monitors and checkpoints are
+HRPOMixin's.
 """
 
 import contextlib
@@ -51,7 +54,7 @@ class UnslothHRPOMixin(HRPOMixin):
             self._check_live()
 
     def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # Unsloth wraps the constructor out of recognition; the class under it has TRL's
+        # Unsloth wraps the constructor in another signature; the class below has TRL's
         signature = inspect.signature(_base(type(self), "compute_loss").__init__)
         given = signature.bind_partial(self, *args).arguments
         return {**dict(list(given.items())[1:]), **kwargs}
@@ -60,7 +63,7 @@ class UnslothHRPOMixin(HRPOMixin):
         if not hasattr(given["model"], "for_training"):
             name = given["model"] if isinstance(given["model"], str) else type(given["model"]).__name__
             raise ValueError(
-                f"model={name}: Unsloth's trainer takes a model that Unsloth has loaded; load it with "
+                f"model={name}: Unsloth's trainer needs a model that Unsloth has loaded; load it with "
                 "unsloth_ext.FastThinkingModel.from_pretrained"
             )
         super()._attach(given)
@@ -73,19 +76,19 @@ class UnslothHRPOMixin(HRPOMixin):
         beta = getattr(given.get("args"), "beta", 0.0)
         if beta and any("lora_B" in name and p.any() for name, p in given["model"].named_parameters()):
             logger.warning(
-                f"HRPO: beta={beta} holds this adapter, which was trained before, to the base model without it, the KL "
-                "reference of Unsloth's trainer (TRL's is a copy of the adapter). To hold it to where it begins, merge it "
-                "into the base model and train a new one"
+                f"HRPO: this adapter was trained before, and beta={beta} pulls it to the base model without it, the KL "
+                "reference of Unsloth's trainer (TRL's is a copy of the adapter). To pull it to its start instead, merge "
+                "it into the base model and train a new one"
             )
         patches.apply(NAME, type(self))
         if on_unsloth(_causal_lm(given["model"])):
             patches.apply("llama_fast_forward")
 
     def _attaching(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()  # Unsloth's trainer creates no model to train
+        return contextlib.nullcontext()  # Unsloth's trainer loads no model by name
 
     def _check_live(self) -> None:
-        """Raise RuntimeError unless training will run our methods and the patched loss and forward."""
+        """Raise a RuntimeError unless training will call our methods and the patched loss and forward."""
         order = type(self).__mro__
         generated = next(cls for cls in order if hasattr(sys.modules.get(cls.__module__), NAME))
         for name in OVERRIDDEN:
@@ -93,11 +96,13 @@ class UnslothHRPOMixin(HRPOMixin):
             if name in vars(self) or order.index(owner) >= order.index(generated):
                 raise RuntimeError(
                     f"HRPOTrainer.{name} is bypassed: {'the instance' if name in vars(self) else owner.__qualname__} has "
-                    "its own, so training would not think. Something replaced it after the class was made"
+                    "its own, so training would ignore thinking states. Something replaced it after the class was created"
                 )
         loss = inspect.unwrap(inspect.getattr_static(_base(type(self), "compute_loss"), "compute_loss"))
         if NAME not in loss.__code__.co_names:
-            raise RuntimeError(f"{loss.__module__}.compute_loss no longer calls {NAME}, so its loss would not think")
+            raise RuntimeError(
+                f"{loss.__module__}.compute_loss no longer calls {NAME}, so its loss would ignore thinking states"
+            )
         patches.verify(NAME)
         patches.verify("llama_fast_forward")
 
@@ -107,7 +112,9 @@ class UnslothHRPOMixin(HRPOMixin):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
         parent = functools.partial(
-            super(HRPOMixin, self)._get_per_token_logps_and_entropies,  # Unsloth unwraps the model: no partial of it
+            super(
+                HRPOMixin, self
+            )._get_per_token_logps_and_entropies,  # Unsloth unwraps the model, so a partial cannot be passed
             model,
             input_ids,
             attention_mask,
@@ -116,11 +123,13 @@ class UnslothHRPOMixin(HRPOMixin):
             *args,
             **kwargs,
         )
-        if self._trace is None or self._is_reference(model):  # no forward at all from the loss, or no thinking
+        if self._trace is None or self._is_reference(
+            model
+        ):  # called from the loss, which makes no forward here, or for the reference
             return parent()
         self._decide_precision("_unsloth_grpo_autocast")
         saved = self._fitted_trace(logits_to_keep)
-        # Before the parent's inference mode, whose tensors no later forward could use
+        # Before the parent enters inference mode, whose tensors later forwards cannot use
         keywords = self._keywords(model, saved, input_ids=input_ids, attention_mask=attention_mask)
         with thinking_forwards(model, input_ids, self._tokenizer.pad_token_id, **keywords):
             return parent()
@@ -134,7 +143,7 @@ class UnslothHRPOMixin(HRPOMixin):
         keywords = self._keywords(model, _trace_in(inputs), input_ids=ids, attention_mask=attention)
         with self.monitor.watching(), thinking_batch(**keywords) as scored:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        # Upstream takes a pad token for padding wherever it stands, so that one (often EOS) is in no loss
+        # Upstream treats every pad token as padding, so a pad token that is EOS is not in the loss
         real = inputs["completion_mask"] * (inputs["completion_ids"] != self._tokenizer.pad_token_id)
         self._record_monitors(inputs, completion_log_probs(scored[0], inputs["prompt_mask"], real), real)
         self._losses_seen = True
@@ -144,11 +153,13 @@ class UnslothHRPOMixin(HRPOMixin):
         self._losses_seen = False
         loss = super().training_step(*args, **kwargs)
         if self.thinking and not self._losses_seen:
-            raise RuntimeError("a training step did not call HRPOTrainer.compute_loss, so its loss did not think")
+            raise RuntimeError(
+                "a training step did not call HRPOTrainer.compute_loss, so its loss ignored thinking states"
+            )
         return loss
 
     def _decide_precision(self, how: str) -> None:
-        """Let Unsloth fix the precision of its forwards now (it does so once): ours come before."""
+        """Let Unsloth choose the precision of its forwards now. It does so only once, and our forwards come first."""
         vars(sys.modules[_base(type(self), "compute_loss").__module__])[how](self)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -158,9 +169,17 @@ class UnslothHRPOMixin(HRPOMixin):
 
 
 def completion_log_probs(packed: torch.Tensor, prompt_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Unsloth's log-probs (B, C + W) as (B, C): row i's completion starts at column W - (left pads of row i).
+    """Turn Unsloth's log-probabilities (B, C + W) into (B, C).
 
-    prompt_mask (B, P) is 0 on the left pads, mask (B, C) where a token was scored; elsewhere the result is 0.
+    The completion of row i starts at column W - (left pads of row i).
+
+    Args:
+        packed (B, C + W): float.
+        prompt_mask (B, P): 0 at left pads.
+        mask (B, C): 0 where a token is not scored.
+
+    Returns:
+        (B, C) in the dtype of `packed`; 0 where `mask` is 0.
     """
     left_pads = (prompt_mask == 0).sum(dim=1)
     width = packed.shape[1] - mask.shape[1]
@@ -171,13 +190,17 @@ def completion_log_probs(packed: torch.Tensor, prompt_mask: torch.Tensor, mask: 
 def config_init(cls: type, parent: Any) -> Callable[..., None]:
     """The `__init__` of an `HRPOConfig` whose parent is Unsloth's `GRPOConfig`.
 
-    TRL's documented defaults hold, as on stock TRL and as they do when a command line is parsed into any of these
-    dataclasses: the same script trains the same run on either backend. (Unsloth's own would be learning_rate=5e-5,
-    optim="adamw_8bit", seed=3407, warm-up, weight decay, ... whenever its config is called from Python.) Every value goes
-    through Unsloth's `__init__`, so its checks run, and what they change they change: a batch size that does not hold
-    whole groups, recommendations of papers for a `loss_type` other than the default. Three defaults are Unsloth's:
-    the default `loss_type` counts as unnamed (named, "dapo" would set epsilon_high=0.28), `bf16=None` leaves the
-    precision to what the model and the device can do, and no router loss, which it cannot compute.
+    It uses TRL's documented defaults, so the same script trains the same run on either backend. (Unsloth's own defaults
+    are
+    learning_rate=5e-5, optim="adamw_8bit", seed=3407, warm-up, weight decay, ... if its config is called from Python.)
+    Every
+    value goes through Unsloth's `__init__`, whose checks run and may change values: a batch size that does not hold
+    whole groups,
+    or settings that papers recommend for another `loss_type`. Three defaults are Unsloth's. The default `loss_type` is
+    passed as
+    not given, because a given "dapo" would set epsilon_high=0.28. `bf16=None` leaves the precision to the model and the
+    device.
+    There is no router loss, which Unsloth cannot compute.
     """
     defaults: dict[str, Any] = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory for f in fields(cls) if f.init
@@ -186,9 +209,9 @@ def config_init(cls: type, parent: Any) -> Callable[..., None]:
     own = {f.name for f in fields(HRPOArguments)}
     known = defaults.keys() | inspect.signature(parent.__init__).parameters.keys()
 
-    @functools.wraps(cls.__init__)  # type: ignore[misc]  # of this very class
+    @functools.wraps(cls.__init__)  # type: ignore[misc]  # mypy: __init__ is looked up on the class
     def __init__(self, output_dir: str | None = None, **given: Any) -> None:
-        unknown = given.keys() - known  # Unsloth's would swallow them
+        unknown = given.keys() - known  # Unsloth's would ignore them
         if unknown:
             raise TypeError(f"{cls.__name__}() has no field {', '.join(sorted(unknown))}")
         values = {name: value() if name in factories else value for name, value in defaults.items()}
@@ -217,7 +240,7 @@ def _causal_lm(model: nn.Module) -> nn.Module:
 
 def _with_adapter(model: nn.Module, config: Any, checkpointing: bool) -> nn.Module:
     unsloth = on_unsloth(model)
-    config.task_type = config.task_type or "CAUSAL_LM"  # Unsloth patches that kind of PeftModel only
+    config.task_type = config.task_type or "CAUSAL_LM"  # Unsloth patches only this kind of PeftModel
     model = get_peft_model(model, config)
     if not unsloth:
         return model

@@ -1,1 +1,1 @@
-"""Distillation through keys, values and attention of a teacher of another shape."""
+"""Distillation from the keys, values and attention of a teacher of another shape."""

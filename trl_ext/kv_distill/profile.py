@@ -1,4 +1,4 @@
-"""A look at an alignment before any training: shapes, numbers that are not finite, cosines, attention."""
+"""Diagnostics of an alignment before training: shapes, values that are not finite, cosines, attention."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,15 @@ from ..cli.report import pyplot_for_files
 
 @dataclass
 class AlignmentProfile:
-    """What one aligner makes of one batch.
+    """Measurements of one aligner on one batch.
 
     Attributes:
-        shapes: by name of tensor (teacher's, student's, as compared).
-        not_finite: NaN and infinite numbers among all of these.
-        metrics: of `StructuralKVLoss`, with `norm`, and the entropy in nats of both sides' attention rows.
-        head_map: (H_out, H_in) of keys; None for a flat aligner.
-        attention: of the student's middle layer, first head and first row, (teacher's, student's) (T, T).
+        shapes: by tensor name, the shapes of the teacher's, the student's and the compared tensor.
+        not_finite: number of NaN and infinite values in all of these.
+        metrics: metrics of `StructuralKVLoss`, the norm term included, and the entropy in nats of both sides' attention
+            rows.
+        head_map: (H_out, H_in) map of key heads; None for a flat aligner.
+        attention: (T, T) attention of the teacher and the student, in the middle layer, first head and first row.
     """
 
     shapes: dict[str, tuple[tuple[int, ...], ...]]
@@ -33,7 +34,7 @@ class AlignmentProfile:
     attention: tuple[torch.Tensor, torch.Tensor]
 
     def numbers(self) -> dict[str, Any]:
-        """What is not a picture."""
+        """Everything but the tensors."""
         return {"shapes": self.shapes, "not_finite": self.not_finite, **self.metrics}
 
 
@@ -41,7 +42,16 @@ class AlignmentProfile:
 def capture_both(
     teacher: PreTrainedModel, student: PreTrainedModel, aligner: MapProjectionAligner, batch: dict[str, torch.Tensor]
 ) -> tuple[tuple, tuple, torch.Tensor]:
-    """K, V, Q of the student's layers and of the teacher's that teach them, and the segments; of one forward of each."""
+    """Capture K, V, Q of the student's layers and the matching teacher layers in one forward each.
+
+    Args:
+        teacher, student: the models.
+        aligner: the aligner that names the layers.
+        batch: `input_ids`, `attention_mask` and `segment_ids`, (B, T) long.
+
+    Returns:
+        K, V, Q of the student, K, V, Q of the teacher (float32, on the CPU), and the segments.
+    """
     sides = []
     for model, layers in ((student, range(aligner.student.num_layers)), (teacher, aligner.layers)):
         with captured_kvq(model, layers) as found:
@@ -58,7 +68,13 @@ def capture_both(
 def profile_alignment(
     aligner: MapProjectionAligner, student: tuple, teacher: tuple, segments: torch.Tensor
 ) -> AlignmentProfile:
-    """What `aligner`, on the CPU, makes of tensors of `capture_both`."""
+    """Measure an aligner on captured tensors.
+
+    Args:
+        aligner: the aligner, on the CPU.
+        student, teacher: K, V, Q of `capture_both`.
+        segments (B, T): long.
+    """
     ours, theirs, mask = aligner.pairs(student, teacher, segments)
     _, metrics = StructuralKVLoss(alpha_attn=1.0, alpha_norm=1.0)(*ours, *theirs, mask)
     rows = {}
@@ -79,7 +95,7 @@ def profile_alignment(
 
 
 def plot_profiles(path: Path, profiles: dict[str, AlignmentProfile], title: str) -> None:
-    """A row for each aligner: its head map of keys, and the attention of teacher and student side by side."""
+    """Draw one row per aligner: its map of key heads, and the attention of teacher and student."""
     pyplot = pyplot_for_files()
     figure, axes = pyplot.subplots(
         len(profiles), 3, figsize=(13, 4 * len(profiles)), layout="constrained", squeeze=False

@@ -1,4 +1,4 @@
-"""Prompt, reasoning and answer of each row, by token."""
+"""The segment (prompt, reasoning or answer) of each token."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +20,20 @@ TEACHER = "teacher_"
 
 @dataclass(frozen=True)
 class SegmentFinder:
-    """Of tokenized rows the segments: the prompt is what comes before the first label, the reasoning goes on until the
-    token that completes the delimiter, and the answer is what follows."""
+    """Find the segments of tokenized rows.
+
+    The prompt is everything before the first label. The reasoning ends with the token that completes the delimiter. The
+    answer
+    follows.
+    """
 
     matcher: DelimiterMatcher
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """Column `segment_ids` from `input_ids` and `labels` of a batch of rows."""
+        """Compute the column `segment_ids` from `input_ids` and `labels` of a batch of rows."""
         starts = [next((i for i, x in enumerate(labels) if x != -100), len(labels)) for labels in rows["labels"]]
         completions = [torch.tensor(ids[start:]) for ids, start in zip(rows["input_ids"], starts, strict=True)]
-        # Padded with -1, which would index the table's last column: what is past a row's end is not looked at
+        # The padding -1 indexes the last column of the table; results beyond the end of a row are ignored
         done = self.matcher.complete(pad_sequence(completions, batch_first=True, padding_value=-1))
         out = []
         for ids, start, complete in zip(rows["input_ids"], starts, done, strict=True):
@@ -42,7 +46,7 @@ class SegmentFinder:
 def add_segments(
     dataset: Dataset | IterableDataset, name: str, tokenizer: PreTrainedTokenizerBase, delimiter: str
 ) -> Dataset | IterableDataset:
-    """Column `segment_ids`, unless the dataset brings it. Rows without the delimiter are counted and reported.
+    """Add the column `segment_ids`, unless the dataset has it. Rows without the delimiter are counted and reported.
 
     Raises:
         ValueError: no row has the delimiter, or a row's own `segment_ids` do not fit it.
@@ -55,13 +59,13 @@ def add_segments(
         without = [i for i, ids in enumerate(dataset["segment_ids"]) if ids[-1] != ANSWER]
         if len(without) == len(dataset):
             raise ValueError(
-                f"{name} dataset: no row has anything behind the delimiter {delimiter!r}; set answer_delimiter to what "
+                f"{name} dataset: no row has text after the delimiter {delimiter!r}; set answer_delimiter to what "
                 "ends the reasoning in your completions, or raise max_length if that cuts them off before it"
             )
         if without:
             logger.warning(
-                f"{name} dataset: {len(without):,} of {len(dataset):,} rows have nothing behind the delimiter "
-                f"{delimiter!r} (first: row {without[0]}); their completions count as reasoning to the end"
+                f"{name} dataset: {len(without):,} of {len(dataset):,} rows have no text after the delimiter "
+                f"{delimiter!r} (first: row {without[0]}); their whole completions count as reasoning"
             )
     return dataset
 
@@ -73,7 +77,7 @@ def _check_row(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
             continue
         if len(ids or ()) != len(tokens or ()) or not all(i in (PROMPT, REASONING, ANSWER) for i in ids or ()):
             raise ValueError(
-                f"{name} dataset, row {index}: {whose}segment_ids are one of {PROMPT}, {REASONING}, {ANSWER} for each of "
+                f"{name} dataset, row {index}: {whose}segment_ids must be {PROMPT}, {REASONING} or {ANSWER} for each of "
                 f"the {len(tokens or ())} {whose}input_ids; found {len(ids or ())}"
             )
     return row
@@ -81,9 +85,10 @@ def _check_row(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SegmentCollator:
-    """Another collator, and `segment_ids` (B, T) long beside its `input_ids`, -1 where its attention mask is 0.
+    """Wrap a collator and add `segment_ids` (B, T) long, with -1 at padding.
 
-    Of rows with a text for the teacher also `teacher_input_ids`, `teacher_attention_mask`, `teacher_segment_ids` (B, T').
+    For rows with a teacher text it also adds `teacher_input_ids`, `teacher_attention_mask` and `teacher_segment_ids`,
+    (B, T') long.
     """
 
     inner: Any

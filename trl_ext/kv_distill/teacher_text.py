@@ -1,31 +1,37 @@
-"""Rows whose teacher reads another text than the student, such as longer reasoning to the same answer."""
+"""Preparation of rows in which the teacher reads another text than the student, such as longer reasoning."""
 
 from collections.abc import Callable
 
 from datasets import Dataset, concatenate_datasets
 
 
-TEXTS = {"teacher_prompt": "prompt", "teacher_completion": "completion"}  # the teacher's column, and what it stands for
+TEXTS = {
+    "teacher_prompt": "prompt",
+    "teacher_completion": "completion",
+}  # the teacher's columns and the student's that they replace
 SEGMENTS = ("prompt", "reasoning", "answer")
-ROW = "_row"  # its number, while texts are prepared
+ROW = "_row"  # column for the row number during preparation
 
 
 def prepare_both(dataset: Dataset, name: str, prepare: Callable[[Dataset, str], Dataset]) -> Dataset:
-    """Prepares the student's text and the teacher's alike.
+    """Prepare the student's and the teacher's text of each row.
 
     Args:
-        dataset: `prompt`, `completion`, and `teacher_prompt` or `teacher_completion` or both.
-        prepare: makes `input_ids` and `segment_ids` of a dataset, by its name; it may leave rows out.
+        dataset: has `prompt`, `completion`, and `teacher_prompt` or `teacher_completion` or both.
+        name: name of the dataset, for messages.
+        prepare: makes `input_ids` and `segment_ids` of a dataset; called with the dataset and its name. It may drop
+            rows.
 
     Returns:
-        What `prepare` makes of the student's text, with `teacher_input_ids` and `teacher_segment_ids`.
+        The prepared student rows, with `teacher_input_ids` and `teacher_segment_ids`.
 
     Raises:
-        ValueError: rows that come one by one or tokenized, or a row whose teacher's text lacks a segment of the student's.
+        ValueError: the dataset is iterable or tokenized, or a row's teacher text lacks a segment that the student's
+            text has.
     """
     theirs = [column for column in TEXTS if column in (dataset.column_names or ())]
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"{name} dataset: {theirs[0]} in an iterable dataset; load it whole")
+        raise ValueError(f"{name} dataset: {theirs[0]} cannot be used in an iterable dataset; load it as a whole")
     if "input_ids" in dataset.column_names:
         raise ValueError(
             f"{name} dataset: {theirs[0]} beside input_ids; rows that are tokenized need teacher_input_ids and "
@@ -46,7 +52,7 @@ def prepare_both(dataset: Dataset, name: str, prepare: Callable[[Dataset, str], 
         lacks = sorted(set(student) - set(teacher))
         if lacks:
             raise ValueError(
-                f"{name} dataset, row {row}: the teacher's text has no {SEGMENTS[lacks[0]]}, the student's has one "
+                f"{name} dataset, row {row}: the teacher's text has no {SEGMENTS[lacks[0]]}, but the student's has one "
                 "(max_length cuts both)"
             )
     other = other.select_columns(["input_ids", "segment_ids"])

@@ -1,8 +1,9 @@
 """SFT of a student whose keys, values and attention follow those of a teacher of another shape.
 
-What differs from SFT, and where: `_prepare_dataset` marks prompt, reasoning and answer; `compute_loss` adds the structural
-loss to SFT's own; the projection between the two models is in the optimizer and in checkpoints. Everything else is the
-parent's; `lambda_kv=0` is the parent.
+The differences from SFT: `_prepare_dataset` marks prompt, reasoning and answer. `compute_loss` adds the structural
+loss. The
+projection between the two models is part of the optimizer and of checkpoints. With `lambda_kv=0` the trainer equals
+SFT.
 """
 
 import functools
@@ -36,26 +37,34 @@ from .teacher_text import TEXTS, prepare_both
 logger = logging.get_logger(__name__)
 
 ALIGNER = "aligner"
-FALLEN = 0.7  # of where it began. On the embedded default a student that learns nothing has a target at 0.6
+FALLEN = (
+    0.7  # share of the initial spread. On the embedded default, a student that learns nothing has its target at 0.6
+)
 
 
 class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
-    """Same constructor as `SFTTrainer`, and:
+    """SFT plus a structural loss on keys, values and attention of a teacher. Ours.
 
-    Rows may have another text for the teacher, `teacher_prompt` or `teacher_completion` or both, such as longer reasoning
-    to the same answer: its segments are resampled to the lengths of the student's.
+    Rows may have another text for the teacher in `teacher_prompt` or `teacher_completion` or both, such as longer
+    reasoning to the
+    same answer. Its segments are resampled to the lengths of the student's.
 
     Args:
-        teacher_model: a model, its hub id or folder; None: `args.teacher_model_name_or_path`.
-        teacher_processing_class: the teacher's tokenizer; None: the one in its folder, if it has one.
+        model: the student, or its name.
+        args: the configuration; None: the defaults.
+        *others: further arguments of `SFTTrainer`.
+        teacher_model: a model, or its hub id or folder; None: `args.teacher_model_name_or_path`.
+        teacher_processing_class: the teacher's tokenizer; None: the one in its folder, if there is one.
+        **keywords: further arguments of `SFTTrainer`.
 
     Attributes:
         teacher: frozen, in its own dtype and, with a device map, on its own devices.
         aligner: the `MapProjectionAligner` between the two.
 
     Raises:
-        ValueError: at construction, for a teacher whose vocabulary differs, attention other than SDPA, rows without
-            segments, or no teacher.
+        ValueError: in the constructor, for a missing teacher or one with another vocabulary, attention other than SDPA,
+            or
+            rows without segments.
     """
 
     _tag_names = ["trl", "kv-distillation"]
@@ -75,16 +84,16 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             raise ValueError(f"args is a {type(args).__name__}; KV distillation needs a KVDistillConfig")
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if args.lambda_kv and teacher_model is None:
-            raise ValueError("teacher_model: give one, or teacher_model_name_or_path, or set lambda_kv=0")
+            raise ValueError("teacher_model: pass a teacher, set teacher_model_name_or_path, or set lambda_kv=0")
         peft_config = keywords.get("peft_config")
         if args.lambda_kv and peft_config is not None and peft_config.is_prompt_learning:
             raise ValueError(
-                f"{type(peft_config).__name__} adds virtual tokens, which the teacher has no keys for; use LoRA"
+                f"{type(peft_config).__name__} adds virtual tokens, for which the teacher has no keys; use LoRA"
             )
         check_name(model)
         model, keywords["peft_config"] = with_adapter(model, peft_config, args.seed)
         if args.lambda_kv and args.n_gpu > 1:
-            # No nn.DataParallel, from whose replicas nothing is captured; the teacher may have the other GPUs
+            # Disable nn.DataParallel: nothing can be captured in its replicas. The teacher may use the other GPUs
             args._n_gpu = 1
         super().__init__(model, args, *others, **keywords)
         self.aligner = self.teacher = None
@@ -99,7 +108,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         for side in (self.model, self.teacher):
             if on_unsloth(side):
                 raise ValueError(
-                    "the model runs Unsloth's fast forwards, which do not show their keys and values: load it with "
+                    "the model runs Unsloth's fast forwards, which do not expose keys and values: load it with "
                     "AutoModelForCausalLM"
                 )
             check_layers(side, f"lambda_kv={args.lambda_kv}", args.max_length)
@@ -121,7 +130,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             ).to(self.accelerator.device)
         if not args.freeze_aligner and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                "freeze_aligner=False: under DeepSpeed and FSDP, which shard the optimizer, the projection cannot learn; "
+                "freeze_aligner=False: DeepSpeed and FSDP shard the optimizer, so the projection cannot be trained; "
                 "set freeze_aligner=True"
             )
         self._structural_loss = args.structural_loss()
@@ -156,13 +165,15 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         theirs = {k.removeprefix(TEACHER): x for k, x in inputs.items() if k.startswith(TEACHER)}
         inputs = {k: x for k, x in inputs.items() if not k.startswith(TEACHER)}
         segments = inputs.pop("segment_ids")
-        both = segments, theirs.get("segment_ids")  # None: the teacher reads the student's text
+        both = segments, theirs.get("segment_ids")  # second is None if the teacher reads the student's text
         with captured_kvq(self.model) as student:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         structural, metrics = self._structural(student, self._teacher_kvq(theirs or inputs), both)
         share, steps = 1.0, 1
-        if mode == "train" and num_items_in_batch is not None:  # cross-entropy is then its part of the whole step's
+        if (
+            mode == "train" and num_items_in_batch is not None
+        ):  # cross-entropy is then scaled as a part of the whole step
             share, steps = self._share_of_step(segments), self.current_gradient_accumulation_steps
         for name, value in metrics.items():
             value = value if name.startswith("target") else value * share * steps
@@ -175,7 +186,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.aligner is not None:  # Trainer zeroes the model's only, and a loss scaler may skip the step
+        if self.aligner is not None:  # Trainer clears only the model's gradients, and a loss scaler may skip the step
             self.aligner.zero_grad()
         if self.args.lambda_kv and samples:
             times = sum(self._times(batch["segment_ids"].to(device)) for batch in samples)
@@ -183,7 +194,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return samples, items
 
     def _share_of_step(self, segments: torch.Tensor) -> torch.Tensor:
-        """The micro-batch's part of the times that a step compares, which the processes' mean makes whole."""
+        """This micro-batch's share of the points compared in a step, scaled for the mean over processes."""
         processes = self.accelerator.num_processes if self._across_processes() else 1
         return self._times(segments) * processes / self._step_times
 
@@ -204,7 +215,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _structural(
         self, student: dict, teacher: dict, segments: tuple
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The mean over layers of the structural loss, and of what it is made of."""
+        """The structural loss and its terms, averaged over layers."""
         if not self.aligner.fitted:
             self._fit(student, teacher, segments)
         layer_loss = self._layer_loss
@@ -218,30 +229,30 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _layer_loss(self, student: tuple, teacher: tuple, segments: tuple):
         ours, theirs = (tuple(x[:, None] for x in side) for side in (student, teacher))
         s, t, mask = self.aligner.pairs(ours, theirs, *segments, T_s=self.args.T_s)
-        return self._structural_loss(*s, *t, mask)  # type: ignore[call-arg]  # three tensors a side
+        return self._structural_loss(*s, *t, mask)  # type: ignore[call-arg]  # three tensors per side
 
     @torch.no_grad()
     def _fit(self, student: dict, teacher: dict, segments: tuple) -> None:
         layers = self.aligner.layers
         self.aligner.fit(stacked(student, range(len(layers))), stacked(teacher, layers), *segments, T_s=self.args.T_s)
-        for parameter in self.aligner.parameters():  # each process saw another batch
+        for parameter in self.aligner.parameters():  # each process has fitted on another batch
             parameter.copy_(broadcast(parameter.data))
 
     def _watch_target(self) -> None:
-        """A warning, once, when a target that learns loses its spread."""
+        """Warn once if a trained target loses its spread."""
         if self.aligner.projects_student or self.args.freeze_aligner:
             return
         for name in ("target_std_k", "target_std_v", "target_rank_k", "target_rank_v"):
             now = self._metrics["train"][f"kv/{name}"][-1]
             first = self._first_spread.setdefault(name, now)
             if now < FALLEN * first:
-                self._first_spread[name] = 0.0  # said once
+                self._first_spread[name] = 0.0  # warn only once
                 logger.warning(
                     f"kv/{name} fell from {first:.3g} to {now:.3g}: the projected teacher is collapsing; use "
                     "kv_direction='student_to_teacher' or freeze_aligner=True"
                 )
 
-    # -- the projection learns and is kept --------------------------------------------------------------------------
+    # -- optimizer and checkpoints of the projection ----------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

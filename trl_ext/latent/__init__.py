@@ -1,1 +1,1 @@
-"""Latent chain of thought by self-distillation: what CODI, PCCoT and KaVa share."""
+"""Latent chain of thought by self-distillation: CODI, PCCoT and KaVa."""

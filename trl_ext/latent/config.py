@@ -1,4 +1,4 @@
-"""What latent distillation adds to SFT's configuration."""
+"""The fields that latent distillation adds to SFT's configuration."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from .losses import LOSSES, STD_MODES, STD_SCOPES
 
 @dataclass
 class LatentArguments(mixin_bases.SFTConfig):
-    """Fields beside those of TRL's `SFTConfig`, shared by `CODIConfig`, `PCCoTConfig` and `KAVAConfig`.
+    """Fields of `CODIConfig`, `PCCoTConfig` and `KAVAConfig` beyond those of TRL's `SFTConfig`.
 
     loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV
     """
@@ -28,35 +28,37 @@ class LatentArguments(mixin_bases.SFTConfig):
     flags_title = "Latent tokens (CODI, PCCoT, KaVa)"
 
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Must stay off: transformers drops the cache in training with it."}
+        default=False, metadata={"help": "Must stay off: with it, transformers drops the cache in training."}
     )
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Most tokens of question, trace and answer; the recipes leave longer rows out."},
+        metadata={"help": "Maximum number of tokens of question, trace and answer; recipes skip longer rows."},
     )
-    num_latents: int = field(default=24, metadata={"help": "M latent tokens."})
+    num_latents: int = field(default=24, metadata={"help": "M, the number of latent tokens."})
     iterations: int | None = field(
-        default=3, metadata={"help": "T Jacobi iterations; None: one pass a latent token; 0: pause tokens."}
+        default=3,
+        metadata={"help": "T, the number of Jacobi iterations; None: one pass per latent token; 0: pause tokens."},
     )
     projection_dim: int | None = field(
         default=None,
-        metadata={"help": "Width of the projection from hidden state to latent input; None: no projection."},
+        metadata={"help": "Hidden width of the projection from hidden state to latent input; None: no projection."},
     )
     projection: str = field(
         default="mlp",
-        metadata={"help": "'mlp', with a hidden layer of projection_dim, or 'linear', a plain Linear(d, d)."},
+        metadata={"help": "'mlp' (one hidden layer of width projection_dim) or 'linear' (Linear(d, d))."},
     )
     projection_dropout: float = field(default=0.0, metadata={"help": "Dropout before the projection."})
     projection_layer_norm: bool = field(default=True, metadata={"help": "LayerNorm after the projection."})
     update: str = field(
-        default="shifted", metadata={"help": "'shifted': a slot's output is the next one's input; 'own': its own."}
+        default="shifted",
+        metadata={"help": "'shifted': the output of a slot is the input of the next; 'own': of the same slot."},
     )
     feedback_residual: bool = field(
-        default=False, metadata={"help": "Add each new latent input to the one before, in place of replacing it."}
+        default=False, metadata={"help": "Add each new latent input to the previous one instead of replacing it."}
     )
-    answer_prompt: str = field(default="The answer is:", metadata={"help": "Text before every answer."})
-    step_separator: str = field(default=" ", metadata={"help": "Text after every step of the teacher's trace."})
-    drop_last_step: bool = field(default=True, metadata={"help": "Leave the last step out of the teacher's trace."})
+    answer_prompt: str = field(default="The answer is:", metadata={"help": "Text before each answer."})
+    step_separator: str = field(default=" ", metadata={"help": "Text after each step of the teacher's trace."})
+    drop_last_step: bool = field(default=True, metadata={"help": "Remove the last step from the teacher's trace."})
     w_student: float = field(default=1.0, metadata={"help": "Weight of the student's cross-entropy."})
     w_teacher: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy."})
     w_codi: float = field(default=1.0, metadata={"help": "Weight of the hidden-state distance L_CODI."})
@@ -65,29 +67,29 @@ class LatentArguments(mixin_bases.SFTConfig):
     codi_std_mode: str = field(
         default="divide_loss",
         metadata={
-            "help": "What L_CODI does with the teacher's standard deviation: 'divide_loss', 'normalize_states' or 'none'."
+            "help": "How L_CODI uses the teacher's standard deviation: 'divide_loss', 'normalize_states' or 'none'."
         },
     )
     codi_std_scope: str = field(
-        default="layer", metadata={"help": "That deviation is of each 'layer', 'global', or of each 'token'."}
+        default="layer", metadata={"help": "Standard deviation per 'layer', 'global', or per 'token'."}
     )
     codi_skip_embeddings: bool = field(
-        default=False, metadata={"help": "Leave the embeddings' output out of L_CODI, as PCCoT does."}
+        default=False, metadata={"help": "Exclude the embedding layer from L_CODI, as PCCoT does."}
     )
     kv_loss: str = field(default="smooth_l1", metadata={"help": "Distance of L_KV: 'smooth_l1', 'l1' or 'mse'."})
     kv_std_mode: str = field(
         default="none",
         metadata={
-            "help": "The teacher's standard deviation by layer, in L_KV: 'divide_loss', 'normalize_states' or 'none'."
+            "help": "How L_KV uses the teacher's standard deviation per layer: 'divide_loss', 'normalize_states' or 'none'."
         },
     )
     kv_projection: bool = field(
         default=False,
-        metadata={
-            "help": "Project the latent tokens' keys and values, by a linear layer each, before L_KV compares them."
-        },
+        metadata={"help": "Apply a linear layer each to the keys and values of latent tokens before L_KV."},
     )
-    kv_layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm behind kv_projection's linear layers."})
+    kv_layer_norm: bool = field(
+        default=False, metadata={"help": "Apply a LayerNorm after the linear layers of kv_projection."}
+    )
     kv_scorer: str = field(
         default="kava",
         metadata={
@@ -96,10 +98,10 @@ class LatentArguments(mixin_bases.SFTConfig):
         },
     )
     kv_mix_lambda: float = field(
-        default=0.1, metadata={"help": "Weight of importance against redundancy in that choice."}
+        default=0.1, metadata={"help": "Weight of importance against redundancy in kv_scorer."}
     )
     kv_score_norm: str = field(
-        default="none", metadata={"help": "How the two are normed before: 'none', 'zscore' or 'rank'."}
+        default="none", metadata={"help": "How importance and redundancy are normalised: 'none', 'zscore' or 'rank'."}
     )
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
@@ -112,20 +114,20 @@ class LatentArguments(mixin_bases.SFTConfig):
         self.latent_config()
         try:
             self.kv_scoring()
-        except ValueError as error:  # it names its own fields
+        except ValueError as error:  # its message names its own fields
             raise ValueError(f"kv_{error}") from None
         one_of(self, codi_loss=LOSSES, kv_loss=LOSSES)
         one_of(self, codi_std_mode=STD_MODES, kv_std_mode=STD_MODES, codi_std_scope=STD_SCOPES)
         check_weights(w_student=self.w_student, w_teacher=self.w_teacher, w_codi=self.w_codi, w_kv=self.w_kv)
         if not (self.w_student or self.w_teacher or self.w_codi or self.w_kv):
-            raise ValueError("w_student, w_teacher, w_codi and w_kv are all 0: nothing would be learnt")
+            raise ValueError("w_student, w_teacher, w_codi and w_kv are all 0: nothing would be trained")
         if self.w_kv and self.kv_scorer == "rkv" and self.num_latents <= KVScoring.window:
             raise ValueError(
-                f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys, so at "
+                f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys; use at "
                 f"least {KVScoring.window + 1}"
             )
         if self.kv_projection and not self.w_kv:
-            raise ValueError("kv_projection=True with w_kv=0: L_KV alone would train it; set w_kv or leave it out")
+            raise ValueError("kv_projection=True with w_kv=0: only L_KV trains it; set w_kv or leave it out")
         must_be_off(
             self,
             packing="latent tokens stand inside each row",
@@ -135,13 +137,13 @@ class LatentArguments(mixin_bases.SFTConfig):
             assistant_only_loss="rows are question, steps and answer, not conversations",
         )
         if getattr(self, "completion_only_loss", None) is False:
-            raise ValueError("completion_only_loss=False: a question is read, and not learnt; leave it unset")
+            raise ValueError("completion_only_loss=False: questions are read, not trained on; leave it unset")
         must_ignore_lengths(self)
-        must_prepare(self, "leaves rows without tokens; rows that have theirs are taken as they are")
-        must_stay(self, "the loss of latent distillation knows only", loss_type="nll", label_smoothing_factor=0.0)
+        must_prepare(self, "leaves rows untokenized; tokenized rows are used unchanged")
+        must_stay(self, "the loss of latent distillation supports only", loss_type="nll", label_smoothing_factor=0.0)
 
     def latent_config(self) -> LatentConfig:
-        """The model's part of these fields."""
+        """The settings of the model's latent tokens."""
         return LatentConfig(
             self.num_latents,
             self.iterations,

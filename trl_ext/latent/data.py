@@ -1,4 +1,4 @@
-"""From rows (question, steps, answer) to the batches that teacher and student read.
+"""Tokenization and batches of latent distillation, from rows with question, steps and answer.
 
 teacher:  question | steps without the last | answer prompt | answer | EOS
 student:  question | <bot> latents <eot>    | answer prompt | answer | EOS
@@ -20,10 +20,10 @@ TOKENS = ("question_ids", "trace_ids", "prompt_ids", "answer_ids")
 
 
 class LatentDataError(ValueError):
-    """A row cannot be used; the message names the dataset, the row, why, and shows what was found.
+    """A row cannot be used. The message names the dataset, the row and the reason, and shows the value.
 
     Attributes:
-        reason: why, in words that do not depend on the row.
+        reason: the reason, in words that do not depend on the row.
     """
 
     def __init__(self, where: str, reason: str, found: Any):
@@ -34,13 +34,14 @@ class LatentDataError(ValueError):
 
 @dataclass(frozen=True)
 class LatentTokenizer:
-    """Tokens of one row.
+    """Tokenize one row.
 
     Attributes:
-        answer_prompt: stands before every answer; the token that predicts the answer's first is where L_CODI looks.
-        step_separator: stands after every step.
-        drop_last_step: the teacher's trace leaves out its last step, which mostly repeats the answer.
-        max_length: most tokens of question, trace and answer together; None for no bound.
+        tokenizer: the tokenizer.
+        answer_prompt: text before each answer. L_CODI compares the token that predicts the answer's first token.
+        step_separator: text after each step.
+        drop_last_step: remove the last step from the teacher's trace, as it mostly repeats the answer.
+        max_length: maximum number of tokens of question, trace and answer together; None: no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,10 +51,10 @@ class LatentTokenizer:
     max_length: int | None
 
     def __call__(self, row: dict[str, Any], index: int, dataset: str) -> dict[str, list[int]]:
-        """The ids of `TOKENS`; the answer's end with EOS.
+        """The ids of each column of `TOKENS`. The answer ends with EOS.
 
         Raises:
-            LatentDataError: a column is missing or of the wrong type, nothing is there to answer, or the row is too long.
+            LatentDataError: a column is missing or of the wrong type, there is no answer, or the row is too long.
         """
         where = row.get("_where") or f"{dataset} dataset, row {index}"
         question, steps, answer = (row.get(column) for column in COLUMNS)
@@ -82,14 +83,17 @@ class LatentTokenizer:
 
 @dataclass(frozen=True)
 class LatentCollator:
-    """Pads rows of `LatentTokenizer`: questions on the left, what follows them on the right.
+    """Pad rows of `LatentTokenizer`: questions on the left, the rest on the right.
 
-    Returns, for B rows (long; masks 0 or 1):
+    Returns a batch of B rows (long; masks are 0 or 1):
         question_ids, question_mask (B, Q).
-        teacher_ids, teacher_mask (B, S): trace, answer prompt, answer; trace_mask (B, S) marks the trace, answer_mask the
-            rest; teacher_labels -100 at pads; teacher_at (B): where in them the answer's first token is predicted (-1:
-            by the question's last token).
-        input_ids, attention_mask (B, A): <eot>, answer prompt, answer; labels -100 at pads and <eot>; student_at (B).
+        teacher_ids, teacher_mask (B, S): trace, answer prompt, answer. trace_mask (B, S) marks the trace, answer_mask
+            the rest.
+            teacher_labels are -100 at pads. teacher_at (B): the position in them that predicts the first answer token
+                (-1: the
+            last token of the question).
+        input_ids, attention_mask (B, A): <eot>, answer prompt, answer. labels are -100 at pads and <eot>. student_at
+            (B).
     """
 
     pad_token_id: int
@@ -132,11 +136,12 @@ class LatentCollator:
 
 
 def check_lengths(dataset: Dataset, name: str, num_latents: int, positions: int) -> None:
-    """Raises a LatentDataError at the first tokenized row for which teacher or student needs more than `positions`."""
+    """Raise a LatentDataError at the first tokenized row for which teacher or student needs more than `positions`
+    positions."""
     lengths = {column: np.array([len(ids) for ids in dataset[column]]) for column in TOKENS}
     both = lengths["question_ids"] + lengths["prompt_ids"] + lengths["answer_ids"]
     longest = both + np.maximum(lengths["trace_ids"], num_latents + 2)  # <bot>, latent tokens, <eot>
     bad = np.flatnonzero(longest > positions)
     if len(bad):
-        reason = f"more tokens, latent ones included, than the model's {positions} positions"
+        reason = f"more tokens, latent tokens included, than the model's {positions} positions"
         raise LatentDataError(f"{name} dataset, row {bad[0]}", reason, int(longest[bad[0]]))

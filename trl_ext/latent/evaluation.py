@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model that thinks in latent tokens: real generation, counted passes, measured time."""
+"""Held-out accuracy of a model with latent tokens: generated answers, forward passes, time."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -26,11 +26,12 @@ class LatentEvaluation:
     """Results over n questions.
 
     Attributes:
+        n: number of questions.
         accuracy, low, high: share of right answers, with its 95% Wilson interval.
-        forward_passes: mean over the questions of all passes through the model, the latent ones and one for each token.
-        seconds: wall time a question, at the batch size of the evaluation.
-        right: of each question.
-        completions: what was generated after the latent tokens, or after the question without them.
+        forward_passes: mean number of forward passes per question, for latent tokens and generated tokens.
+        seconds: wall time per question, at the batch size of the evaluation.
+        right: whether each answer is right.
+        completions: the text generated after the latent tokens, or after the question without them.
     """
 
     n: int
@@ -43,7 +44,7 @@ class LatentEvaluation:
     completions: list[str] = field(repr=False)
 
     def numbers(self) -> dict[str, float]:
-        """Everything that is one number."""
+        """All fields that are single numbers."""
         return {key: value for key, value in asdict(self).items() if key not in ("right", "completions")}
 
 
@@ -58,17 +59,25 @@ def evaluate_answers(
     latents: str = "on",
     progress: bool = False,
 ) -> LatentEvaluation:
-    """Answer the `question` of every row greedily and compare the number behind the answer prompt with `answer`.
+    """Answer the `question` of each row greedily and compare the number after the answer prompt with `answer`.
 
     Args:
-        latents: `"on"`; an ablation, `"zero"`, `"shuffle"` (another row's) or `"noise"` (same norm), in place of every
-            latent input; `"off"` is plain `generate` after the question: explicit steps from a model that writes them.
+        model: a causal LM with latent tokens.
+        tokenizer: its tokenizer.
+        rows: dicts with `question` and `answer`.
+        answer_prompt: the text before the answer.
+        max_new_tokens: maximum number of generated tokens.
+        batch_size: questions per batch.
+        latents: `"on"`; an ablation that replaces every latent input: `"zero"`, `"shuffle"` (another row's) or
+            `"noise"`
+            (same norm); or `"off"`: plain `generate` after the question, as for a model that writes explicit steps.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: no such way, no question, or no batch.
+        ValueError: `latents` is unknown, or there is no question or no batch.
     """
     if not rows or batch_size < 1:
-        raise ValueError(f"{len(rows)} questions in batches of {batch_size}: at least one of each")
+        raise ValueError(f"{len(rows)} questions in batches of {batch_size}: both must be at least 1")
     if latents not in LATENTS:
         raise ValueError(f"latents={latents!r}: choose one of {', '.join(LATENTS)}")
     config = GenerationConfig(
@@ -110,16 +119,24 @@ def evaluate_answers(
 
 
 def is_right(completion: str, answer: str, answer_prompt: str) -> bool:
-    """Whether the number behind the answer prompt is `answer`."""
+    """Whether the number after the answer prompt is `answer`."""
     found = final_answer(completion, answer_prompt.strip()) if answer_prompt.strip() else completion.strip()
     return bool(found) and same_number(answer, found)
 
 
 def bootstrap_interval(right: list[list[bool]], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of mean accuracy, resampling seeds (rows of `right`, each its own run) and questions."""
+    """The 95% percentile bootstrap interval of mean accuracy, over seeds and questions.
+
+    These few lines would be the only use of SciPy (`scipy.stats.bootstrap`), which is not a dependency.
+
+    Args:
+        right: one list per seed, which says for each question whether its answer is right.
+        resamples: number of bootstrap samples.
+        seed: seed of the resampling.
+    """
     table, rng = np.asarray(right, dtype=float), np.random.default_rng(seed)
     runs, n = table.shape
-    # Resampling n zeros and ones is a binomial draw
+    # Resampling n values of 0 or 1 is a binomial draw
     drawn = rng.integers(runs, size=(resamples, runs))
     means = (rng.binomial(n, table.mean(1)[drawn]) / n).mean(1)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -1,4 +1,4 @@
-"""The losses of latent distillation as modules that stand alone: what the trainers compute."""
+"""The losses of latent distillation as stand-alone modules. They compute what the trainers compute."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +18,13 @@ __all__ = ["CODILoss", "KAVALoss", "KVDistillationLoss", "LatentReasoningModule"
 
 
 class CODILoss(nn.Module):
-    """Distance of a student's hidden states to a teacher's (CODI, arXiv 2502.21074). As a trainer's, with `codi_loss`,
-    `codi_std_mode="normalize_states"` and `codi_std_scope="token"`.
+    """Distance between a student's and a teacher's hidden states (CODI, arXiv 2502.21074).
+
+    It equals the trainer's with `codi_loss`, `codi_std_mode="normalize_states"` and `codi_std_scope="token"`.
 
     Args:
         loss_type: `"l1"`, `"smooth_l1"` or `"mse"`.
-        layerwise_std: divide both by the teacher's standard deviation over the last dimension, of each vector.
+        layerwise_std: divide both by the teacher's standard deviation over the last dimension of each vector.
     """
 
     def __init__(self, loss_type: str = "l1", layerwise_std: bool = True):
@@ -31,7 +32,15 @@ class CODILoss(nn.Module):
         self.loss_type, self.layerwise_std = _known(loss_type), layerwise_std
 
     def forward(self, student_hidden: Any, teacher_hidden: Any) -> torch.Tensor:
-        """A scalar; both are (L, B, d), or a sequence of L tensors (B, d). No gradient into the teacher."""
+        """The mean distance.
+
+        Args:
+            student_hidden: (L, B, d) floating point, or a sequence of L tensors (B, d).
+            teacher_hidden: as `student_hidden`; no gradient flows into it.
+
+        Returns:
+            A scalar, float32.
+        """
         return codi_loss(
             _stacked(student_hidden),
             _stacked(teacher_hidden),
@@ -42,18 +51,24 @@ class CODILoss(nn.Module):
 
 
 class KVDistillationLoss(nn.Module):
-    """Distance of latent tokens' keys and values to those kept of a teacher's trace (KaVa, arXiv 2510.02312), half of it
-    the keys', half the values'. As a trainer's, with `kv_loss`, `kv_projection`, `kv_layer_norm` and
+    """Distance between the keys and values of latent tokens and the ones kept of a teacher's trace (KaVa, arXiv
+    2510.02312).
+
+    Keys and values count half each. It equals the trainer's with `kv_loss`, `kv_projection`, `kv_layer_norm` and
     `kv_std_mode="normalize_states"`.
 
     Args:
         loss_type: `"mse"`, `"l1"` or `"smooth_l1"`.
-        layerwise_std: divide both by the teacher's standard deviation in each layer. Never by the student's own, which
-            would not see its scale.
-        use_projection: a linear layer on the student's keys (`k_proj`) and one on its values (`v_proj`), which begin as the
+        layerwise_std: divide both by the teacher's standard deviation in each layer. The student's own standard
+            deviation is
+            never used, because the loss would then ignore the student's scale.
+        use_projection: apply a linear layer to the student's keys (`k_proj`) and values (`v_proj`). Both start as the
             identity.
-        use_layernorm: a LayerNorm behind each (`k_ln`, `v_ln`).
-        head_dim: D. None makes the layers at the first call; to give them to an optimizer before it, say it.
+        use_layernorm: apply a LayerNorm after each (`k_ln`, `v_ln`).
+        head_dim: D. If None, the layers are created at the first call; set it to pass them to an optimizer before that.
+
+    Raises:
+        ValueError: `loss_type` is unknown, or `use_layernorm` is set without `use_projection`.
     """
 
     def __init__(
@@ -66,7 +81,7 @@ class KVDistillationLoss(nn.Module):
     ):
         super().__init__()
         if use_layernorm and not use_projection:
-            raise ValueError("use_layernorm=True: the LayerNorm stands behind the projection; set use_projection=True")
+            raise ValueError("use_layernorm=True: the LayerNorm follows the projection; set use_projection=True")
         self.loss_type, self.layerwise_std = _known(loss_type), layerwise_std
         self.use_projection, self.use_layernorm = use_projection, use_layernorm
         self.projection = KVProjection(head_dim, use_layernorm) if use_projection and head_dim else None
@@ -77,12 +92,15 @@ class KVDistillationLoss(nn.Module):
     v_ln = property(lambda self: self.projection.values_norm)
 
     def forward(self, student_kv: Any, teacher_kv: Any, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """A scalar.
+        """The mean distance (KaVa, arXiv 2510.02312).
 
         Args:
-            student_kv, teacher_kv: keys and values, each (L, B, Hkv, M, D); or a sequence of a pair (B, Hkv, M, D) for each
-                layer. No gradient into the teacher.
-            valid (B, M) bool: slots that the teacher's trace fills; None takes all.
+            student_kv: keys and values, each (L, B, Hkv, M, D) floating point; or a sequence of L pairs (B, Hkv, M, D).
+            teacher_kv: as `student_kv`; no gradient flows into it.
+            valid (B, M): bool; slots that the teacher's trace fills; None: all.
+
+        Returns:
+            A scalar, float32.
         """
         student, teacher = _keys_and_values(student_kv), _keys_and_values(teacher_kv)
         if self.use_projection and self.projection is None:
@@ -97,11 +115,15 @@ class KVDistillationLoss(nn.Module):
 
 class KAVALoss(nn.Module):
     """student_ce + teacher_ce_weight * teacher_ce + alpha1_codi * L_CODI + alpha2_kv * L_KV (KaVa, arXiv 2510.02312).
-    As a trainer's, whose weights are `w_teacher`, `w_codi` and `w_kv`.
+
+    It equals the trainer's loss, whose weights are called `w_teacher`, `w_codi` and `w_kv`.
 
     Args:
+        alpha1_codi: weight of L_CODI.
+        alpha2_kv: weight of L_KV.
+        teacher_ce_weight: weight of the teacher's cross-entropy.
         codi: arguments of `CODILoss`.
-        kv: arguments of `KVDistillationLoss`.
+        **kv: arguments of `KVDistillationLoss`.
     """
 
     def __init__(
@@ -127,9 +149,18 @@ class KAVALoss(nn.Module):
         teacher_kv: Any,
         valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and its terms without weights and gradients: `ce_student`, `ce_teacher`, `codi`, `kv`.
+        """The weighted loss.
 
-        The cross-entropies are scalars; the others as for `CODILoss` and `KVDistillationLoss`.
+        Args:
+            student_ce, teacher_ce: scalars, floating point.
+            student_hidden, teacher_hidden: (L, B, d), as for `CODILoss`.
+            student_kv, teacher_kv: (L, B, Hkv, M, D), as for `KVDistillationLoss`.
+            valid (B, M): bool, as for `KVDistillationLoss`.
+
+        Returns:
+            The loss, a scalar in floating point, and its terms without weights and gradients: `ce_student`,
+                `ce_teacher`, `codi`,
+            `kv`.
         """
         codi = self.codi_loss(student_hidden, teacher_hidden)
         kv = self.kv_loss(student_kv, teacher_kv, valid)

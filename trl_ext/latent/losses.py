@@ -1,11 +1,14 @@
 """The losses of latent distillation: `w_student CE + w_teacher CE + w_codi L_CODI + w_kv L_KV`.
 
-L_CODI (arXiv 2502.21074; PCCoT uses it too) pulls the student's hidden state at the token that predicts the first answer
-token towards the teacher's, in every layer. L_KV (KaVa, arXiv 2510.02312) pulls the keys and values of the latent tokens
-towards those kept of the teacher's trace.
+L_CODI (arXiv 2502.21074; PCCoT uses it too) pulls the student's hidden state at the token that predicts the first
+answer
+token towards the teacher's, in every layer. L_KV (KaVa, arXiv 2510.02312) pulls the keys and values of latent tokens
+towards
+the ones kept of the teacher's trace.
 
-Means and standard deviations are over the batch of all processes: `all_sum` adds a tensor up over them. Each function
-returns what, averaged over the processes (as DDP averages gradients), is the loss of the whole batch.
+Means and standard deviations are over the batch of all processes; `all_sum` sums a tensor over them. The mean of a
+function's
+results over processes is the loss of the whole batch, because DDP averages gradients.
 """
 
 from collections.abc import Callable
@@ -21,26 +24,36 @@ AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 
 def alone(x: torch.Tensor) -> torch.Tensor:
-    """`all_sum` of a single process."""
+    """`all_sum` for a single process."""
     return x
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, all_sum: AllSum = alone) -> torch.Tensor:
-    """Mean of `values` where the mask (broadcastable) is set, over all processes."""
+    """Mean over all processes of the values (...) where the broadcastable bool mask is set; a scalar."""
     mask = mask.expand_as(values)
     processes, count = all_sum(torch.stack([mask.new_ones((), dtype=torch.float32), mask.sum().float()]))
     return torch.where(mask, values, 0.0).sum() * processes / count.clamp(min=1)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, all_sum: AllSum = alone) -> torch.Tensor:
-    """Mean next-token cross-entropy; logits (B, T, V), labels (B, T) with -100 where nothing is asked."""
+    """Mean next-token cross-entropy in nats.
+
+    Args:
+        logits (B, T, V): floating point.
+        labels (B, T): long, -100 where there is no target.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        A scalar, float32.
+    """
     targets = labels[:, 1:]
     loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=-100)
     return masked_mean(loss, targets != -100, all_sum)
 
 
 def std_of(values: torch.Tensor, mask: torch.Tensor, all_sum: AllSum = alone) -> torch.Tensor:
-    """Unbiased standard deviation of what the mask (broadcastable) selects, over all processes; a scalar, no gradient."""
+    """Unbiased standard deviation over all processes of the values that a broadcastable mask selects; a float64 scalar,
+    no gradient."""
     values, mask = values.detach().double(), mask.expand_as(values)
     count, total = all_sum(torch.stack([mask.sum().double(), torch.where(mask, values, 0.0).sum()]))
     mean = total / count.clamp(min=1)
@@ -57,13 +70,25 @@ def codi_loss(
     std_scope: str = "layer",
     all_sum: AllSum = alone,
 ) -> torch.Tensor:
-    """Distance of hidden states.
+    """Distance between hidden states (CODI, arXiv 2502.21074).
 
     Args:
-        student, teacher (L, B, d): one token a row, from every layer that counts; no gradient into the teacher.
-        std_mode: `"divide_loss"` by the teacher's standard deviation (twice for `"mse"`, whose unit is squared),
-            `"normalize_states"` of both by it, or `"none"`.
-        std_scope: over `"layer"`, `"global"` over all layers, or of each `"token"` (one row in one layer).
+        student, teacher (L, B, d): floating point; one token per row, of each layer that counts. No gradient flows into
+            the
+            teacher.
+        loss: `"smooth_l1"`, `"l1"` or `"mse"`.
+        std_mode: `"divide_loss"`: divide the loss by the teacher's standard deviation (by its square for `"mse"`, whose
+            unit
+            is squared); `"normalize_states"`: divide both states by it; `"none"`.
+        std_scope: standard deviation per `"layer"`, `"global"` over all layers, or per `"token"` (one row in one
+            layer).
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        A scalar, float32.
+
+    Raises:
+        ValueError: the two have different shapes.
     """
     _check_shapes(student, teacher)
     teacher = teacher.detach()
@@ -88,13 +113,26 @@ def kv_loss(
     std_mode: str = "none",
     all_sum: AllSum = alone,
 ) -> torch.Tensor:
-    """Distance of the latent tokens' keys (or values) to those kept of the teacher's trace; take both and average.
+    """Distance between the keys (or values) of latent tokens and the ones kept of the teacher's trace (KaVa, arXiv
+    2510.02312).
+
+    Compute it for keys and for values and average.
 
     Args:
-        student, teacher (L, B, Hkv, M, D); no gradient into the teacher.
-        valid (B, M), or anything broadcastable to (L, B, Hkv, M), bool: slots that the teacher's trace fills.
-        std_mode: `"none"`, or the teacher's standard deviation by layer over the valid slots: `"divide_loss"` by it, or
-            `"normalize_states"` of both by it. Never the student's own: that is blind to scale.
+        student, teacher (L, B, Hkv, M, D): floating point; no gradient flows into the teacher.
+        valid (B, M), or broadcastable to (L, B, Hkv, M): bool; slots that the teacher's trace fills.
+        loss: `"smooth_l1"`, `"l1"` or `"mse"`.
+        std_mode: `"none"`; or use the teacher's standard deviation per layer over the valid slots: `"divide_loss"`
+            divides the
+            loss by it, `"normalize_states"` divides both sides. The student's own is never used: the loss would ignore
+                scale.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        A scalar, float32.
+
+    Raises:
+        ValueError: the two have different shapes.
     """
     _check_shapes(student, teacher)
     teacher = teacher.detach()
@@ -109,7 +147,7 @@ def kv_loss(
 
 
 def _check_shapes(student: torch.Tensor, teacher: torch.Tensor) -> None:
-    if student.shape != teacher.shape:  # torch would repeat the smaller one
+    if student.shape != teacher.shape:  # torch would broadcast the smaller one
         raise ValueError(
             f"the student's {tuple(student.shape)} and the teacher's {tuple(teacher.shape)} need one shape: the same "
             "layers, rows, heads and positions"

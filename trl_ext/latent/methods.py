@@ -1,4 +1,4 @@
-"""CODI, PCCoT and KaVa: what each takes of the shared trainer."""
+"""Configurations and trainers of CODI, PCCoT and KaVa."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,11 @@ from .trainer import LatentTrainer
 
 
 class _Published(Presets):
-    """By name, with the weights, learning rate, weight decay, epochs, schedule and batch of 128 (on one device) it was
-    published with; `preset_lora()` is what goes with it."""
+    """Presets with the published loss weights, learning rate, weight decay, epochs, schedule and batch size of 128 (on
+    one device).
+
+    `preset_lora()` returns the LoRA configuration that belongs to them.
+    """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -22,16 +25,16 @@ class _Published(Presets):
 
     @staticmethod
     def preset_lora() -> LoraConfig:
-        """LoRA of every preset: rank 128, alpha 32, dropout 0.1, on all linear layers."""
+        """LoRA of all presets: rank 128, alpha 32, dropout 0.1, on all linear layers."""
         return LoraConfig(**LORA, task_type="CAUSAL_LM")
 
 
 @dataclass
 class CODIConfig(_Published, LatentArguments, SFTConfig):
-    """CODI (arXiv 2502.21074): latent tokens one after the other, hidden states pulled together in every layer."""
+    """CODI (arXiv 2502.21074): sequential latent tokens; hidden states are pulled together in every layer."""
 
-    num_latents: int = field(default=6, metadata={"help": "M latent tokens."})
-    iterations: int | None = field(default=None, metadata={"help": "None: one pass a latent token."})
+    num_latents: int = field(default=6, metadata={"help": "M, the number of latent tokens."})
+    iterations: int | None = field(default=None, metadata={"help": "None: one pass per latent token."})
     projection_dim: int | None = field(
         default=768, metadata={"help": "Width of the projection from hidden state to latent input."}
     )
@@ -39,9 +42,12 @@ class CODIConfig(_Published, LatentArguments, SFTConfig):
 
 @dataclass
 class PCCoTConfig(_Published, LatentArguments, SFTConfig):
-    """PCCoT (EMNLP 2025): Jacobi iterations over all latent tokens at once; no projection, no embeddings in L_CODI."""
+    """PCCoT (EMNLP 2025, arXiv 2506.18582): Jacobi iterations over all latent tokens at once.
 
-    codi_skip_embeddings: bool = field(default=True, metadata={"help": "Leave the embeddings' output out of L_CODI."})
+    It uses no projection, and L_CODI excludes the embedding layer.
+    """
+
+    codi_skip_embeddings: bool = field(default=True, metadata={"help": "Exclude the embedding layer from L_CODI."})
 
 
 @dataclass
@@ -55,13 +61,18 @@ class KAVAConfig(_Published, LatentArguments, SFTConfig):
     w_kv: float = field(default=1.0, metadata={"help": "Weight of the key-value distance L_KV."})
     kv_std_mode: str = field(
         default="divide_loss",
-        metadata={"help": "The teacher's, by layer: 'divide_loss', 'normalize_states' or 'none'."},
+        metadata={
+            "help": "How L_KV uses the teacher's standard deviation: 'divide_loss', 'normalize_states' or 'none'."
+        },
     )
 
 
 class CODITrainer(LatentTrainer):
-    """CODI (arXiv 2502.21074). Adds to SFT: M sequential latent tokens, a projection between them, L_CODI over all layers
-    and the embeddings. The teacher runs once, not twice as in the official code."""
+    """CODI (arXiv 2502.21074): SFT with M sequential latent tokens, a projection between them, and L_CODI over all
+    layers.
+
+    L_CODI includes the embedding layer. The teacher runs once per batch, not twice as in the official code.
+    """
 
     _config_class = CODIConfig
     _tag_names = ["trl", "latent-cot", "codi"]
@@ -78,7 +89,7 @@ class CODITrainer(LatentTrainer):
 
 
 class PCCoTTrainer(LatentTrainer):
-    """PCCoT (arXiv 2506.18582). Adds to SFT: M latent tokens in T Jacobi iterations, L_CODI over all layers."""
+    """PCCoT (arXiv 2506.18582): SFT with M latent tokens in T Jacobi iterations, and L_CODI over all layers."""
 
     _config_class = PCCoTConfig
     _tag_names = ["trl", "latent-cot", "pccot"]
@@ -94,8 +105,12 @@ class PCCoTTrainer(LatentTrainer):
 
 
 class KAVATrainer(LatentTrainer):
-    """KaVa (arXiv 2510.02312). Adds to PCCoT: L_KV, the distance of the latent tokens' keys and values in every layer and
-    KV head to those of the teacher's trace that importance and redundancy keep."""
+    """KaVa (arXiv 2510.02312): PCCoT plus L_KV.
+
+    L_KV is the distance, in every layer and KV head, between the keys and values of latent tokens and the ones of the
+    teacher's
+    trace that importance and redundancy select.
+    """
 
     _config_class = KAVAConfig
     _tag_names = ["trl", "latent-cot", "kava"]

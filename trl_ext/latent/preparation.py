@@ -1,4 +1,4 @@
-"""What a model and its tokenizer get before training, and which of them cannot be trained."""
+"""Preparation of a model and its tokenizer for latent distillation, and checks of whether they can be trained."""
 
 import copy
 from dataclasses import dataclass, field
@@ -32,18 +32,23 @@ from .config import LatentArguments
 
 logger = logging.get_logger(__name__)
 
-NOT_A_TOY = 10_000_000  # weights; what is smaller was pretrained by nobody, as the embedded default's model
+NOT_A_TOY = 10_000_000  # number of weights; smaller models, such as the embedded default's, are not pretrained
 
 
 def tokenizer_of(model: Any, args: LatentArguments, given: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or else the model's, with a pad token.
+    """The tokenizer to use, with a pad token.
+
+    Args:
+        model: the model, or its name.
+        args: the trainer's configuration.
+        given: a tokenizer; None: the model's.
 
     Raises:
-        ValueError: there is none, or it could not end an answer.
+        ValueError: there is no tokenizer, or it has no EOS token.
     """
     tokenizer = given
     if tokenizer is None and not name_of(model):
-        raise ValueError("processing_class: give the tokenizer, since the model does not say where it comes from")
+        raise ValueError("processing_class: pass the tokenizer, because the model's folder is unknown")
     if tokenizer is None:
         tokenizer = load_tokenizer(name_of(model), trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token is None:
@@ -55,13 +60,15 @@ def tokenizer_of(model: Any, args: LatentArguments, given: Any) -> PreTrainedTok
 
 @dataclass
 class Preparation:
-    """Called with the model, once it is loaded and before PEFT wraps it, gives it its latent tokens.
+    """Attach latent tokens to a model, when called with it after loading and before PEFT wraps it.
 
     Attributes:
-        model: to train, or its path.
-        peft_config: a copy of the trainer's, which then also trains the latent tokens.
-        settings: how the model will think: as asked for, or as it was made with.
-        positions: of a model that has a table of them, how many.
+        model: the model to train, or its path.
+        args: the trainer's configuration.
+        tokenizer: the model's tokenizer.
+        peft_config: a copy of the trainer's, which is changed to train the latent tokens too.
+        settings: the latent settings in use: the ones asked for, or the ones that the model was made with.
+        positions: size of the model's table of positions; None if it has none.
     """
 
     model: Any
@@ -78,7 +85,7 @@ class Preparation:
         if isinstance(self.model, str):
             if Path(self.model, "adapter_config.json").exists():
                 raise ValueError(
-                    f"model={self.model!r} is an adapter: to go on with it, pass LatentModel.from_pretrained(...).model "
+                    f"model={self.model!r} is an adapter: to train it further, pass LatentModel.from_pretrained(...).model "
                     "and no peft_config"
                 )
             self._saved = read_saved(self.model, "latent", self.args.hub_token).settings
@@ -89,11 +96,15 @@ class Preparation:
         warn_of_kept_settings(self.model, self.settings, asked)
 
     def __call__(self, model: PreTrainedModel) -> None:
-        """Raises a ValueError if this model cannot be trained."""
+        """Attach the latent tokens.
+
+        Raises:
+            ValueError: the model cannot be trained with them.
+        """
         has_latent = settings_of(model, METHOD) is not None
         if is_peft_model(model) and not has_latent:
             raise ValueError(
-                "the model is wrapped by PEFT and has no latent tokens: pass the bare model with peft_config"
+                "the model is wrapped by PEFT and has no latent tokens: pass the unwrapped model with peft_config"
             )
         if self._saved is not None:
             attach_saved(model, self.tokenizer, self._saved, self.model)
@@ -107,8 +118,8 @@ class Preparation:
             check_adapter(model)
         elif model.num_parameters() >= NOT_A_TOY:
             logger.warning(
-                "All weights are trained, as LoRA was not asked for. A pretrained model lost its accuracy that way (from "
-                "56.5% to 7.0% in KaVa's ablation): give it a peft_config, or a recipe --lora_r 128"
+                "All weights are trained, because LoRA was not requested. A pretrained model lost its accuracy so (from "
+                "56.5% to 7.0% in KaVa's ablation): pass a peft_config, or --lora_r 128 to a recipe"
             )
         if self.args.w_kv:
             check_layers(model, f"w_kv={self.args.w_kv}", self.args.max_length)

@@ -1,5 +1,5 @@
-"""Published settings by name (docs/latent.md says where each comes from): which config they belong to, and its fields; and
-the LoRA that all of them were trained with."""
+"""Published settings by name, with the configuration that they belong to, and their LoRA. See docs/latent.md for the
+sources."""
 
 from typing import Any
 

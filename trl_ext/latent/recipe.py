@@ -1,4 +1,4 @@
-"""What recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py share: flags, data and the base model."""
+"""Shared parts of recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py: flags, data and the base model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,25 +27,25 @@ EMBEDDED = ("tiny",)
 
 @dataclass
 class ScriptArguments(RecipeArguments):
-    """What the recipes add to the trainer's configuration."""
+    """The recipes' own flags, besides the trainer's configuration."""
 
-    preset: str | None = field(default=None, metadata={"help": "Published settings by name (docs/latent.md)."})
+    preset: str | None = field(default=None, metadata={"help": "Name of published settings (docs/latent.md)."})
     dataset: str = field(
         default="tiny",
         metadata={
             "help": "A hub id or a .jsonl, .json, .parquet or .txt file: GSM8K-Aug, GSM8K, or question, steps, answer; "
-            "'tiny' is the embedded default's task."
+            "'tiny' is the built-in task."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
     eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the held-out dataset."})
     max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest answer in evaluation, explicit steps included."}
+        default=256, metadata={"help": "Maximum number of tokens of an answer in evaluation, explicit steps included."}
     )
     sft_steps: int = field(
         default=equations.SMALL.warm_start_steps, metadata={"help": "Steps of the tiny model's warm start."}
     )
-    lora_r: int = field(default=LORA["r"], metadata={"help": "Rank of LoRA on all linear layers; 0: none."})
+    lora_r: int = field(default=LORA["r"], metadata={"help": "Rank of LoRA on all linear layers; 0: no LoRA."})
     lora_alpha: int = field(default=LORA["lora_alpha"], metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=LORA["lora_dropout"], metadata={"help": "Dropout of LoRA."})
 
@@ -57,7 +57,7 @@ class ScriptArguments(RecipeArguments):
 def parse(
     argv: list[str], method: str, config_class: type[LatentArguments], configs: Path
 ) -> tuple[ScriptArguments, LatentArguments]:
-    """Flags over the configuration file over the preset that either names."""
+    """Parse the flags. They override the configuration file, which overrides the preset that either of them names."""
     parser = RecipeParser((ScriptArguments, config_class), EMBEDDED)
     _, config, others = chosen(argv, configs, method, EMBEDDED)
     preset = chosen_preset(config, others)
@@ -67,7 +67,7 @@ def parse(
 
 
 def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, list[dict[str, Any]]]:
-    """Training rows and held-out ones, which need no steps; the unusable ones are counted on the screen."""
+    """The training rows and the held-out rows. Held-out rows need no steps. Unusable rows are counted on the screen."""
     check_tiny(script.model_name, script.dataset)
     if script.dataset == "tiny":
         made, held_out = equations.split(script.eval_size, script.warm_start_seed)
@@ -94,16 +94,17 @@ def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, lis
     train.usable = without(train.usable, held_out)
     if not train.usable:
         raise ValueError(
-            f"every question of {script.dataset} is held out in {script.eval_dataset or 'its last rows'}: nothing to "
-            "train on"
+            f"every question of {script.dataset} is held out in {script.eval_dataset or 'its last rows'}: no row is "
+            "left to train on"
         )
     if both > len(train.usable):
-        console.print(f"{both - len(train.usable)} training rows are held-out questions and were left out")
+        console.print(f"{both - len(train.usable)} training rows are held-out questions and were removed")
     return train, held_out
 
 
 def load_tokenizer(script: ScriptArguments, args: LatentArguments) -> tuple[str, PreTrainedTokenizerBase]:
-    """Folder or hub id of the base model, taught here if it is the tiny one, and its tokenizer."""
+    """The folder or hub id of the base model, and its tokenizer. The tiny model is trained here if it is not in the
+    cache."""
     name = script.model_name
     if name == "tiny":
         name = warm_start.tiny_with_steps(
@@ -120,9 +121,9 @@ def load_tokenizer(script: ScriptArguments, args: LatentArguments) -> tuple[str,
 def tokenized(
     train: Rows, held_out: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, args: LatentArguments
 ) -> dict[str, Dataset]:
-    """`train_dataset` for a trainer, and `eval_dataset` where `args` ask for evaluation.
+    """`train_dataset` for a trainer, and `eval_dataset` if `args` asks for evaluation.
 
-    The loss of evaluation is the teacher's too, so `eval_dataset` has only rows with steps.
+    The evaluation loss includes the teacher's, so `eval_dataset` has only rows with steps.
     """
     tokenize = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
     datasets = {"train_dataset": Dataset.from_list(train.map(tokenize))}
@@ -133,7 +134,7 @@ def tokenized(
 
 
 def evaluation_options(script: ScriptArguments, args: LatentArguments) -> dict[str, Any]:
-    """Keywords of `evaluate_answers`."""
+    """Keyword arguments of `evaluate_answers`."""
     return {
         "answer_prompt": args.answer_prompt,
         "max_new_tokens": script.max_new_tokens,

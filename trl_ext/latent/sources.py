@@ -1,4 +1,4 @@
-"""Rows (question, steps, answer) from a file or a hub dataset, and an account of those that cannot be used."""
+"""Rows with question, steps and answer from a file or a hub dataset, and a report of unusable rows."""
 
 import contextlib
 import re
@@ -17,13 +17,13 @@ STEP = re.compile(r"<<[^<>]*>>")
 
 @dataclass
 class Rows:
-    """What was read of a dataset.
+    """The rows that were read from a dataset.
 
     Attributes:
-        name: of the dataset.
+        name: name of the dataset.
         usable: rows with `question`, `steps`, `answer` and, as `_where`, their place in the file.
-        read: how many rows were looked at.
-        unusable: of each reason the errors, which name their rows.
+        read: number of rows that were read.
+        unusable: for each reason, the errors, which name their rows.
     """
 
     name: str
@@ -32,17 +32,19 @@ class Rows:
     unusable: dict[str, list[LatentDataError]] = field(default_factory=dict)
 
     def report(self) -> str:
-        """How many rows are usable, and of each reason why not how many and the first."""
+        """How many rows are usable, and for each reason how many are not, with the first of them."""
         lines = [f"{self.name}: {len(self.usable):,} of {self.read:,} rows usable"]
         lines += [f"  {len(errors):,}: {reason} (first: {errors[0]})" for reason, errors in self.unusable.items()]
         return "\n".join(lines)
 
     def map(self, make: Callable[[dict, int, str], Any]) -> list:
-        """`make(row, index, name)` of every usable row, such as a `LatentTokenizer`. Rows for which it raises a
-        `LatentDataError` are put aside.
+        """`make(row, index, name)` of every usable row. Rows for which it raises a `LatentDataError` become unusable.
+
+        Args:
+            make: for example a `LatentTokenizer`.
 
         Raises:
-            DataError: none is left.
+            DataError: no row is left.
         """
         rows, self.usable, made = self.usable, [], []
         for index, row in enumerate(tqdm(rows, f"Preparing {self.name}", delay=2)):
@@ -54,14 +56,14 @@ class Rows:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Counts a `LatentDataError` raised inside."""
+        """Record a `LatentDataError` raised inside the block."""
         try:
             yield
         except LatentDataError as error:
             self.unusable.setdefault(error.reason, []).append(error)
 
     def need_one(self) -> None:
-        """Raises a DataError if nothing is usable."""
+        """Raise a DataError if no row is usable."""
         if not self.usable:
             raise DataError("; ".join(map(str.strip, self.report().splitlines())))
 
@@ -69,20 +71,22 @@ class Rows:
 def load_rows(
     name: str, *, split: str = "train", config: str | None = None, size: int | None = None, need_steps: bool = True
 ) -> Rows:
-    """The first `size` rows (all without it) of a dataset in one of these shapes.
+    """Read the first `size` rows (or all) of a dataset in one of these formats:
 
-    - columns `question`, `steps` (a list of texts), `answer`: taken as they are;
+    - columns `question`, `steps` (a list of texts), `answer`: used as they are;
     - columns `question`, `cot` (a text of `<<a*b=c>>` steps, or of sentences), `answer`: GSM8K-Aug and -NL on the hub;
-    - columns `question`, `answer` (working with `<<a*b=c>>` annotations, `####`, number): GSM8K;
+    - columns `question`, `answer` (solution with `<<a*b=c>>` annotations, `####`, number): GSM8K;
     - column `text`, as of a `.txt` file: GSM8K-Aug lines `question||<<a*b=c>> <<..>> #### number`.
 
     Args:
         name: a `.jsonl`, `.json`, `.parquet` or `.txt` file, or a hub id.
-        split, config: of a hub dataset.
-        need_steps: without it a row that has no step is usable too, for evaluation.
+        split: split of a hub dataset.
+        config: configuration of a hub dataset.
+        size: maximum number of rows; None: all.
+        need_steps: if false, rows without steps are usable too, for evaluation.
 
     Raises:
-        DataError: no such file, none of these shapes, or not one usable row.
+        DataError: there is no such file, it has none of these formats, or no row is usable.
     """
     columns, found = read_rows(name, split=split, config=config, size=size)
     shapes: tuple[tuple[set[str], Callable], ...] = (
@@ -94,7 +98,7 @@ def load_rows(
     make = next((make for needed, make in shapes if needed <= set(columns)), None)
     if make is None:
         wanted = "question and answer, with steps or cot, or text"
-        raise DataError(f"dataset {name} has the columns {', '.join(columns)}; it needs {wanted}")
+        raise DataError(f"dataset {name} has the columns {', '.join(columns)}, but it needs {wanted}")
     rows = Rows(name)
     for place, row in tqdm(found, f"Reading {name}", delay=2):
         rows.read += 1
@@ -108,10 +112,11 @@ def load_rows(
 
 
 def row_of_aug(line: str, where: str, need_steps: bool = True) -> dict[str, Any]:
-    """A line of GSM8K-Aug or GSM8K-Aug-NL: `question||step step #### answer`; steps are `<<a*b=c>>`, or sentences.
+    """Parse a line of GSM8K-Aug or GSM8K-Aug-NL: `question||step step #### answer`. Steps are `<<a*b=c>>`, or
+    sentences.
 
     Raises:
-        LatentDataError: no `||`, no `####`, no step, or no number after `####`.
+        LatentDataError: the line has no `||`, no `####`, no step, or no number after `####`.
     """
     question, found, rest = line.partition("||")
     if not found:
@@ -120,10 +125,10 @@ def row_of_aug(line: str, where: str, need_steps: bool = True) -> dict[str, Any]
 
 
 def row_of_gsm8k(row: dict[str, Any], where: str, need_steps: bool = True) -> dict[str, Any]:
-    """A row of GSM8K: the steps are the `<<a=b>>` annotations of its answer.
+    """Parse a row of GSM8K. The steps are the `<<a=b>>` annotations of its answer.
 
     Raises:
-        LatentDataError: no annotation, no `####`, or no number after it.
+        LatentDataError: the answer has no annotation, no `####`, or no number after it.
     """
     _texts(row, ("question", "answer"), where)
     return _row(row["question"], row["answer"], where, need_steps, annotations_only=True)

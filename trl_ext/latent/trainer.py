@@ -1,7 +1,8 @@
-"""One trainer under CODI, PCCoT and KaVa: an SFTTrainer whose loss reads each row twice, as teacher and as student.
+"""The trainer behind CODI, PCCoT and KaVa: an SFTTrainer that reads each row twice, as teacher and as student.
 
-What differs from SFT, and where: `_prepare_dataset` tokenizes question, steps and answer; `compute_loss` runs the teacher,
-the latent phase and the answer on one set of weights. Everything else is the parent's.
+The differences from SFT: `_prepare_dataset` tokenizes question, steps and answer. `compute_loss` runs the teacher, the
+latent
+phase and the answer with the same weights. Everything else is the parent's.
 """
 
 import contextlib
@@ -37,23 +38,33 @@ from .losses import codi_loss, cross_entropy, kv_loss
 from .preparation import Preparation, tokenizer_of
 
 
-# Terms of the loss; each is a mean over: the student's tokens, the teacher's, rows, and what is kept of the traces
+# Terms of the loss. They are means over the student's tokens, the teacher's tokens, rows, and kept trace tokens
 COUNTED = ("ce_student", "ce_teacher", "codi", "kv")
 
 
 class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
-    """Self-distillation of explicit into latent reasoning. Same constructor as `SFTTrainer`.
+    """Self-distillation of explicit reasoning into latent tokens. Same constructor as `SFTTrainer`.
 
-    Rows have `question`, `steps` (a list) and `answer`. A model without latent tokens is given them, before PEFT wraps it.
+    Rows have `question`, `steps` (a list) and `answer`. Latent tokens are attached before PEFT wraps the model, if it
+    has none.
+
+    Args:
+        model: the model to train, or its name.
+        args: the method's configuration; None: the defaults.
+        data_collator: must be None.
+        train_dataset, eval_dataset: rows as above, or tokenized ones.
+        processing_class: the tokenizer; None: the model's.
+        *others, **keywords: further arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: at construction, for a data collator of one's own, a model whose adapter leaves the latent tokens
-            untrained, a row that cannot be used.
+        ValueError: in the constructor, for a data collator, a model whose adapter would not train the latent tokens, or
+            an
+            unusable row.
         FloatingPointError: a term of the loss is NaN or infinite.
     """
 
     _latent_method = "latent"
-    _config_class: type[LatentArguments] | None = None  # of each method
+    _config_class: type[LatentArguments] | None = None  # set by each method
 
     def __init__(
         self,
@@ -69,11 +80,13 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if args is None and self._config_class is not None:
             args = default_args(model, self._config_class, self._name)
         if not isinstance(args, LatentArguments):
-            raise ValueError(f"args is a {type(args).__name__}; latent distillation needs one of its own configs")
+            raise ValueError(
+                f"args is a {type(args).__name__}; latent distillation needs CODIConfig, PCCoTConfig or KAVAConfig"
+            )
         if data_collator is not None:
-            raise ValueError("data_collator: the rows of teacher and student have one of their own")
+            raise ValueError("data_collator: this trainer has its own; leave it out")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
-            raise ValueError("train dataset: not one row")
+            raise ValueError("train dataset: has no rows")
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)
@@ -87,8 +100,8 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         )
         with preparing_models(self._stock_init, prepare), keeping_master_weights(self, model):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
-        no_router_loss(self, "question, latent tokens and answer go through the model apart")
-        self.model_accepts_loss_kwargs = True  # the loss is a micro-batch's part of the whole step's
+        no_router_loss(self, "question, latent tokens and answer are separate forward passes")
+        self.model_accepts_loss_kwargs = True  # the loss is scaled as a part of the whole step
         if is_peft_model(self.model):
             remember_latent(self.model)
 
@@ -98,13 +111,13 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if formatting_func is not None:
             raise ValueError("formatting_func: rows are question, steps and answer; map the dataset to these columns")
         columns = dataset.column_names
-        if columns is None:  # of an iterable dataset, not known before its first row
+        if columns is None:  # columns of an iterable dataset are unknown before its first row
             dataset = dataset.map(lambda row, index: self._rows(row, index, dataset_name), with_indices=True)
             return _shuffled(dataset, args)
         tokenized = "question_ids" in columns
         missing = [name for name in (TOKENS if tokenized else COLUMNS) if name not in columns]
         if missing:
-            raise ValueError(f"{dataset_name} dataset: no column {missing[0]!r}; it has {', '.join(columns)}")
+            raise ValueError(f"{dataset_name} dataset: column {missing[0]!r} is missing; it has {', '.join(columns)}")
         if not tokenized:
             dataset = dataset.map(
                 lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
@@ -112,8 +125,8 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         taught = isinstance(dataset, Dataset) and dataset_name == "train" and (args.w_codi or args.w_kv)
         if taught and not any(map(len, dataset["trace_ids"])):
             raise ValueError(
-                "train dataset: no row has a trace that the teacher could think in; with drop_last_step=True a row's last "
-                "step is left out, so that it takes two: drop_last_step=False keeps it"
+                "train dataset: no row has a reasoning trace for the teacher. drop_last_step=True removes the last step of "
+                "each row, so rows need two steps; drop_last_step=False keeps it"
             )
         if self._prepared.positions and isinstance(dataset, Dataset):
             check_lengths(dataset, dataset_name, self._prepared.settings.num_latents, self._prepared.positions)
@@ -125,11 +138,12 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     # -- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # Unsloth's counts labels alone
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # Unsloth's count has labels only
         return samples, self._get_num_items_in_batch(samples, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """What each term of the loss is a mean over, in all micro-batches of all processes: (4,) fp32, by `COUNTED`."""
+        """The number of items that each term of the loss is a mean over, in all micro-batches and processes: (4,)
+        float32, by `COUNTED`."""
         counts = [self._counts(batch, device) for batch in batch_samples]
         return self._all_sum(torch.stack(counts).sum(0)) if counts else None
 
@@ -145,16 +159,16 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             here = self._all_sum(self._counts(inputs, num_items_in_batch.device))
             share = dict(zip(COUNTED, here / num_items_in_batch.clamp(min=1), strict=True))
             steps = self.current_gradient_accumulation_steps
-        bare = unwrapped(model)  # these passes come before the one that DDP counts
+        bare = unwrapped(model)  # DDP must see only the student's forward
         with self.accelerator.autocast():
             question = inputs["question_ids"], inputs["question_mask"]
             shared = None
             if question[0].shape[1] > 1 and (args.w_teacher or args.w_codi or args.w_kv):
-                # Teacher and student read the question once; its last token predicts what differs
+                # Teacher and student share the pass over the question, except for its last token, whose prediction differs
                 shared = prefill(bare, *(x[:, :-1] for x in question))
             teacher, kept = self._teacher(bare, inputs, None if shared is None else branch(shared))
             state = latent_phase(bare, *question, past_key_values=shared)
-            latent_kv = state.latent_kv()  # before the answer grows the cache
+            latent_kv = state.latent_kv()  # before the answer extends the cache
             outputs = self._student(model, state, inputs)
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
@@ -181,16 +195,21 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             logged = (self.accelerator.gather(value.detach()).mean() * share[name] * steps).item()
             if not math.isfinite(logged):
                 raise FloatingPointError(
-                    f"loss/{name} is {logged} after {self.state.global_step} steps: the model's weights hold NaN, or it "
-                    "diverged; what was saved before is untouched"
+                    f"loss/{name} is {logged} after {self.state.global_step} steps: the model's weights hold NaN, or "
+                    "training diverged; earlier checkpoints are unchanged"
                 )
             self._metrics[mode][f"loss/{name}"].append(logged)
-        # Without cache and hidden states, which evaluation with `compute_metrics` would gather
+        # Without cache and hidden states, because evaluation with `compute_metrics` would gather them
         return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
 
     def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor], cache: DynamicCache | None):
-        """One pass over the question's last token, trace and answer, and of each layer the KV worth keeping; nothing where
-        no loss asks. The cache holds the question before that token."""
+        """The teacher's pass over the question's last token, trace and answer.
+
+        The cache holds the question before that token.
+
+        Returns:
+            The model's output, and the keys and values to keep of each layer; both None if no loss needs the teacher.
+        """
         args = self.args
         if not (args.w_teacher or args.w_codi or args.w_kv):
             return None, None
@@ -213,7 +232,7 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return out, kept
 
     def _student(self, model: nn.Module, state: LatentState, inputs: dict[str, torch.Tensor]) -> Any:
-        """The pass over <eot> and the answer, which reads the latent tokens' cache."""
+        """The student's pass over <eot> and the answer, with the cache of the latent tokens."""
         mask = torch.cat([state.attention_mask, inputs["attention_mask"]], dim=1)
         return model(
             input_ids=inputs["input_ids"],
@@ -247,11 +266,11 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
 
 def _at(hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:
-    """(L, B, d): one position a row from every layer's (B, T, d)."""
+    """(L, B, d): the state at one position per row, of every layer's (B, T, d)."""
     rows = torch.arange(len(positions), device=positions.device)
     return torch.stack([hidden[rows, positions] for hidden in hidden_states])
 
 
 def _shuffled(dataset: Any, args: LatentArguments) -> Any:
-    """As TRL does it, in the preparation that ours takes the place of."""
+    """Shuffle a dataset as TRL's own preparation does."""
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset

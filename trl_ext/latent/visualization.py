@@ -1,4 +1,4 @@
-"""What one can see in latent tokens: the words that the LM head reads, and a picture of their keys and values."""
+"""Views of latent tokens: the tokens that the LM head decodes from them, and a picture of their keys and values."""
 
 import re
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)\s*(?:>>)?\s*$")
 
 @dataclass
 class Probe:
-    """What the LM head reads in the latent tokens of n questions.
+    """Tokens that the LM head decodes from the latent tokens of n questions.
 
     Attributes:
-        tokens: of each question and slot the likeliest texts.
-        found, by_chance: share of the results of a question's steps whose first token is among the likeliest of some slot,
-            and the same for the results of another question; None where no step ends in `= number`.
+        tokens: the most likely tokens of each question and slot.
+        found: share of the step results of a question whose first token is among the most likely tokens of some slot.
+        by_chance: the same for the results of another question. Both are None if no step ends in `= number`.
     """
 
     tokens: list[list[list[str]]]
@@ -42,7 +42,15 @@ def probe(
     k: int = 3,
     batch_size: int = 64,
 ) -> Probe:
-    """Decode the latent tokens of every row's question (columns `question`, `steps`)."""
+    """Decode the latent tokens of each row's question.
+
+    Args:
+        model: a causal LM with latent tokens.
+        tokenizer: its tokenizer.
+        rows: dicts with `question` and `steps`.
+        k: number of tokens per slot.
+        batch_size: questions per batch.
+    """
     tops = []
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
@@ -59,7 +67,7 @@ def probe(
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase, number: str) -> int:
-    """The token that a number begins with."""
+    """The first token of a number."""
     return tokenizer(number, add_special_tokens=False)["input_ids"][0]
 
 
@@ -69,8 +77,11 @@ def _share(results: list[list[int]], seen: list[set[int]]) -> float | None:
 
 
 def plot_similarity(path: Path, found: KVSimilarity, title: str) -> None:
-    """Cosines of latent and explicit keys and values: by slot and token of the trace, and by layer and slot with what the
-    compression keeps; means over the rows."""
+    """Draw the cosines of latent and explicit keys and values, averaged over rows.
+
+    The upper row shows slots against tokens of the trace, the lower row layers against slots, with what compression
+    keeps.
+    """
     pyplot = pyplot_for_files()
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 7), layout="constrained")
     for column, name in enumerate(("keys", "values")):
@@ -92,6 +103,6 @@ def plot_similarity(path: Path, found: KVSimilarity, title: str) -> None:
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the rows where the mask is set, NaN (drawn blank) where no row is."""
+    """Mean over the rows where the mask is set; NaN, which is drawn blank, if there is none."""
     mask = mask.expand_as(values)
     return (values * mask).sum(0) / mask.sum(0).float().masked_fill(mask.sum(0) == 0, float("nan"))

@@ -1,1 +1,1 @@
-"""MiniMind's stages on TRL's trainers."""
+"""MiniMind's training stages on TRL's trainers."""

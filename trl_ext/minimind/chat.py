@@ -8,16 +8,17 @@ from unsloth_ext.common.generation_arguments import check_context
 
 
 class Dialogue:
-    """What has been said so far, and the model that answers.
+    """The turns of a dialogue and the model that answers.
 
     Args:
-        max_new_tokens: of an answer.
-        temperature: 0 for the most probable token.
-        system: the system message; None for none.
+        model: a causal LM; it is moved to the GPU if there is one.
+        tokenizer: its tokenizer.
+        max_new_tokens: maximum number of tokens of an answer.
+        temperature: 0 takes the most likely token.
+        system: the system message; None: no system message.
 
     Attributes:
-        model: on the GPU, where there is one.
-        messages: all turns, `role` and `content`.
+        messages: all turns, with `role` and `content`.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Dialogue:
         system: str | None = None,
     ):
         if temperature < 0:
-            raise ValueError(f"temperature={temperature}: 0 or more")
+            raise ValueError(f"temperature={temperature}: must be 0 or more")
         self.model, self.tokenizer = model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
         self.messages = [{"role": "system", "content": system}] if system else []
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
@@ -43,7 +44,7 @@ class Dialogue:
 
     @torch.no_grad()
     def say(self, text: str, stream: bool = False) -> str:
-        """The answer, which is also remembered; with `stream` it is printed while it comes."""
+        """Add a user turn and return the answer, which is added too. With `stream` it is printed while it is generated."""
         self.messages.append({"role": "user", "content": text})
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -15,14 +15,17 @@ from ..tasks.files import DataError, check_file, read_json_rows
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-AFTER = {  # who may speak after whom
+AFTER = {  # roles that may follow a role
     None: ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),  # one of several calls answered after the other
+    "tool": ("tool", "assistant"),  # several calls are answered one after the other
 }
-BESIDE = {"system": ("tools", "functions"), "assistant": ("reasoning_content", "tool_calls")}  # the content
+BESIDE = {
+    "system": ("tools", "functions"),
+    "assistant": ("reasoning_content", "tool_calls"),
+}  # fields allowed besides role and content
 TOOLS = (  # as Qwen's and MiniMind's chat templates present them
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
     "signatures within <tools></tools> XML tags:\n<tools>\n{}\n</tools>\n\nFor each function call, return a json object "
@@ -32,9 +35,9 @@ TOOLS = (  # as Qwen's and MiniMind's chat templates present them
 
 
 def load_minimind_data(file: str | Path, kind: str) -> Dataset:
-    """A file's rows, all of them, checked and memory-mapped; a message is its `role` and `content`, nothing else.
+    """Read all rows of a file, checked and memory-mapped. A message has only `role` and `content`.
 
-    What a line holds, and the columns that come of it, by kind:
+    The content of a line, and the columns made from it, by kind:
 
     - `pretrain`: `text`; column `text`
     - `sft`: `conversations`; column `messages`
@@ -42,19 +45,28 @@ def load_minimind_data(file: str | Path, kind: str) -> Dataset:
     - `rl`: `conversations` that end in a reference, which may be empty; columns `prompt` (messages), `answer` (text)
     - `reason`: `conversations` whose assistant turns have each of `TAGS` once, in order; column `messages`
 
-    Where no turn has a role, user and assistant alternate. What else a message may hold (`reasoning_content`,
-    `tool_calls`, the system message's `tools` or `functions`) becomes part of its content, as MiniMind's chat template
-    writes it. Other columns of a row are left out. The file is read line by line, and once: the result stays in the cache
-    of `datasets` until the file changes.
+    If no turn has a role, user and assistant alternate. Other fields of a message (`reasoning_content`, `tool_calls`,
+    the system
+    message's `tools` or `functions`) become part of its content, as MiniMind's chat template writes them. Other columns
+    of a row
+    are dropped. The file is read line by line, and only once: the result stays in the cache of `datasets` until the
+    file changes.
+
+    Args:
+        file: a JSONL file.
+        kind: one of the kinds above.
+
+    Returns:
+        A `datasets.Dataset` with the columns above.
 
     Raises:
-        DataError: no such file, no rows, or a row that is not so; names file, line and field.
-        ValueError: no such kind.
+        DataError: there is no such file, it has no rows, or a row is malformed. The message names file, line and field.
+        ValueError: the kind is unknown.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: one of {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     check_file(str(file))
-    # This file too: what is in the cache was checked by it
+    # This module is part of the key, because it has checked what is in the cache
     read = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in (Path(file).resolve(), Path(__file__))]
     try:
         return Dataset.from_generator(
@@ -70,8 +82,11 @@ def load_minimind_data(file: str | Path, kind: str) -> Dataset:
 
 
 def as_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Preferences as texts: DPO then trains an answer and the token that ends it. Of messages it would also train what the
-    template writes behind."""
+    """Preferences as texts.
+
+    DPO then trains an answer and the token that ends it. With messages it would also train what the template writes
+    after it.
+    """
 
     def texts(row: dict[str, Any]) -> dict[str, str]:
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -82,7 +97,7 @@ def as_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 @dataclass(frozen=True)
 class Place:
-    """A row's file and line, for errors."""
+    """The file and line of a row, for errors."""
 
     where: str
 
@@ -107,7 +122,7 @@ def _sft(place: Place, row: dict[str, Any]) -> dict[str, Any]:
 def _dpo(place: Place, row: dict[str, Any]) -> dict[str, Any]:
     chosen, rejected = (_messages(place, row, side, ends=True) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
-        raise place.error("rejected", "has another prompt than chosen; they may differ in their last turn only")
+        raise place.error("rejected", "has another prompt than chosen; they may differ only in the last turn")
     if chosen == rejected:
         raise place.error("rejected", "is the same as chosen")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
@@ -145,35 +160,35 @@ KINDS: dict[str, tuple[Callable[[Place, dict[str, Any]], dict[str, Any]], Featur
 def _messages(
     place: Place, row: dict[str, Any], name: str, ends: bool = False, may_be_empty: bool = False
 ) -> list[dict[str, str]]:
-    """The messages of a field; with `ends` the last is the assistant's, and then it may be empty with `may_be_empty`."""
+    """The messages of a field. With `ends` the last turn must be the assistant's; it may be empty with `may_be_empty`."""
     turns = row.get(name)
     if turns is None:
         raise place.error(name, "is missing")
     if not isinstance(turns, list):
-        raise place.error(name, f"is no list of turns: {turns!r:.80}")
+        raise place.error(name, f"is not a list of turns: {turns!r:.80}")
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise place.error(f"{name}[{i}]", f"is no object: {turn!r:.80}")
+            raise place.error(f"{name}[{i}]", f"is not an object: {turn!r:.80}")
     unnamed = all(turn.get("role") is None for turn in turns)
     found: list[dict[str, str]] = []
     for i, turn in enumerate(turns):
         at = f"{name}[{i}]."
         role = ("user", "assistant")[i % 2] if unnamed else _text(place, turn, "role", at)
         if role not in AFTER:
-            raise place.error(f"{at}role", f"{role!r} is none of {', '.join(filter(None, AFTER))}")
+            raise place.error(f"{at}role", f"{role!r} is not one of {', '.join(filter(None, AFTER))}")
         before = found[-1]["role"] if found else None
         if role not in AFTER[before]:
             who = f"{role} after {before}" if found else f"{role} comes first"
-            raise place.error(f"{at}role", f"{who}; wanted {' or '.join(AFTER[before])}")
+            raise place.error(f"{at}role", f"{who}; expected {' or '.join(AFTER[before])}")
         for field, value in turn.items():
             if field not in ("role", "content", *BESIDE.get(role, ())) and value not in (None, "", []):
-                raise place.error(at + field, f"a message of role {role} has no such field")
+                raise place.error(at + field, f"a message with role {role} has no such field")
         content = _content(place, turn, role, at, may_be_empty and i == len(turns) - 1)
         found.append({"role": role, "content": content})
     if not any(message["role"] == "assistant" for message in found):
-        raise place.error(name, "has no turn of the assistant's")
+        raise place.error(name, "has no assistant turn")
     if ends and found[-1]["role"] != "assistant":
-        raise place.error(f"{name}[{len(turns) - 1}].role", f"{found[-1]['role']} comes last; wanted assistant")
+        raise place.error(f"{name}[{len(turns) - 1}].role", f"{found[-1]['role']} comes last; expected assistant")
     return found
 
 
@@ -194,35 +209,35 @@ def _content(place: Place, turn: dict[str, Any], role: str, at: str, may_be_empt
 
 
 def _text(place: Place, holder: dict[str, Any], name: str, at: str = "", may_be_empty: bool = False) -> str:
-    """The text of a field; "" where it is missing and may be empty."""
+    """The text of a field; "" if it is missing and may be empty."""
     value = holder.get(name)
     if value is None and not may_be_empty:
         raise place.error(at + name, "is missing")
     value = "" if value is None else value
     if not isinstance(value, str):
-        raise place.error(at + name, f"is no text: {value!r:.80}")
+        raise place.error(at + name, f"is not a text: {value!r:.80}")
     if not value.strip() and not may_be_empty:
         raise place.error(at + name, "is empty")
     return value
 
 
 def _objects(place: Place, turn: dict[str, Any], field: str, at: str) -> list[dict[str, Any]]:
-    """A list of objects, which may be written as JSON inside a string; [] where there is none."""
+    """A list of objects, possibly as JSON inside a string; [] if there is none."""
     value = turn.get(field) or []
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise place.error(at + field, f"is no JSON: {error}") from error
+            raise place.error(at + field, f"is not JSON: {error}") from error
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise place.error(at + field, f"is no list of objects: {value!r:.80}")
+        raise place.error(at + field, f"is not a list of objects: {value!r:.80}")
     return value
 
 
 def _call(place: Place, call: dict[str, Any], at: str) -> str:
     call = call.get("function", call)
     if not isinstance(call, dict):
-        raise place.error(f"{at}function", f"is no object: {call!r:.80}")
+        raise place.error(f"{at}function", f"is not an object: {call!r:.80}")
     name, arguments = _text(place, call, "name", at), call.get("arguments")
     if arguments is None:
         raise place.error(f"{at}arguments", "is missing")

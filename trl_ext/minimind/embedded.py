@@ -1,7 +1,8 @@
-"""The embedded default: what each stage reads, written as the JSONL files that MiniMind publishes, small and made in code.
+"""The built-in data of each stage, written as small JSONL files in MiniMind's published format.
 
-Stories and sums to read (reasoning-gym), dialogues about sums whose working is often left out or wrong
-(`tasks.arithmetic`), and a few about who one talks to. Held-out rows are in `<kind>_eval.jsonl`; no sum is in both.
+It has stories and sums to read (reasoning-gym), dialogues about sums whose reasoning is often left out or wrong
+(`tasks.arithmetic`), and some about the model's identity. Held-out rows are in `<kind>_eval.jsonl`; no sum is in both
+files.
 """
 
 import itertools
@@ -67,7 +68,7 @@ GREETED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file to train on, and held out of it."""
+    """Number of training rows of each file, and of held-out rows."""
 
     pretrain: int = 9000
     sft: int = 16_000
@@ -79,7 +80,7 @@ class Sizes:
 
 
 def write_embedded(folder: Path, seed: int = 0, sizes: Sizes | None = None) -> None:
-    """`<kind>.jsonl` and `<kind>_eval.jsonl` for each kind of `Sizes`."""
+    """Write `<kind>.jsonl` and `<kind>_eval.jsonl` for each kind of `Sizes`."""
     sizes = sizes or Sizes()
     training, held_out = split_problems(sizes.held_out, seed)
     makers: dict[str, Callable[[list[Problem], random.Random, bool], Iterator[dict]]] = {
@@ -100,7 +101,7 @@ def write_embedded(folder: Path, seed: int = 0, sizes: Sizes | None = None) -> N
 
 
 def texts(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """A story, and twice several sums worked without a mistake, in turn."""
+    """In turn, one story and two groups of correctly solved sums."""
     made = [reasoning_gym.create_dataset(name, size=20_000, seed=rng.randrange(10**9)) for name in STORIES]
     for i in itertools.count():
         row = made[i % len(made)][i]
@@ -112,7 +113,7 @@ def texts(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator
 
 
 def dialogues(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """Sums as imperfect writers answer them, and now and then a greeting."""
+    """Sums answered by imperfect writers, and sometimes a greeting."""
     while True:
         if rng.random() < 0.05:
             said, answer = GREETED
@@ -123,14 +124,14 @@ def dialogues(problems: list[Problem], rng: random.Random, unseen: bool) -> Iter
 
 
 def introductions(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """Who the model is; every fourth way of asking is held out."""
+    """Questions about the model's identity. Every fourth way of asking is held out."""
     while True:
         said, answer = rng.choice((WHO, FROM))
         yield _turns(rng.choice([way for i, way in enumerate(said) if (i % 4 == 3) == unseen]), answer)
 
 
 def preferences(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """Worked without a mistake, against a guess or a slip that misses."""
+    """Correct reasoning against a guess or a mistake with another result."""
     poor = Demonstrations(guess_short=0.7, guess_long=0.9, lucky=0, slip=0.5, noise=0.05)
     while True:
         problem = rng.choice(problems)
@@ -141,13 +142,13 @@ def preferences(problems: list[Problem], rng: random.Random, unseen: bool) -> It
 
 
 def questions(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """Each sum once, in one way of asking, with its number: for the reward."""
+    """Each sum once, asked in one way, with its number for the reward."""
     for problem in rng.sample(problems, len(problems)):
         yield _turns(_asked(problem, rng), str(problem.answer))
 
 
 def reasoning(problems: list[Problem], rng: random.Random, unseen: bool) -> Iterator[dict]:
-    """Worked between the tags of reasoning models."""
+    """Correct reasoning between the tags of reasoning models."""
     while True:
         problem = rng.choice(problems)
         work, _, answer = demonstration(problem.terms, rng, EXACT, DELIMITER).partition(DELIMITER)

@@ -1,4 +1,4 @@
-"""What a stage is measured by, on rows that it was not trained on."""
+"""Metrics of the stages on held-out rows."""
 
 import math
 from collections.abc import Callable
@@ -17,22 +17,22 @@ from .stage import EMBEDDED, StageArguments
 
 
 def loss(trainer: Trainer) -> float:
-    """Nats a trained token: of all tokens, or of the assistant's where only they are trained."""
+    """Mean loss in nats per trained token: all tokens, or the assistant's if only they are trained."""
     return trainer.evaluate()["eval_loss"]
 
 
 def part(name: str) -> Callable[[Trainer], float]:
-    """One of the terms that a distillation logs beside its loss, nats a token."""
+    """A term that a distillation logs beside its loss, in nats per token."""
     return lambda trainer: trainer.evaluate()[f"eval_loss/{name}"]
 
 
 def perplexity(trainer: Trainer) -> float:
-    """exp(nats a token)."""
+    """exp(loss in nats per token)."""
     return math.exp(loss(trainer))
 
 
 def accuracy(rows: Dataset, tokenizer: PreTrainedTokenizerBase, delimiter: str, max_new_tokens: int) -> Callable:
-    """Share of `prompt`s greedily answered with the number of `answer` behind the delimiter."""
+    """Share of prompts whose greedy answer has the number of `answer` after the delimiter."""
 
     def measure(trainer: Trainer) -> float:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -47,7 +47,7 @@ def accuracy(rows: Dataset, tokenizer: PreTrainedTokenizerBase, delimiter: str, 
 def sums(
     stage: StageArguments, tokenizer: PreTrainedTokenizerBase, delimiter: str = DELIMITER, max_new_tokens: int = 40
 ) -> dict[str, Callable]:
-    """Accuracy on the embedded default's held-out sums; nothing where the data is somebody's file."""
+    """Accuracy on the built-in held-out sums; empty for other datasets."""
     if stage.dataset != EMBEDDED:
         return {}
     rows = load_minimind_data(stage.file("rl_eval"), "rl")
@@ -55,7 +55,7 @@ def sums(
 
 
 def ranking_accuracy(rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> Callable:
-    """Share of pairs of which the chosen answer is the more probable one, summed over its tokens."""
+    """Share of pairs in which the chosen answer has the higher log-probability, summed over tokens."""
 
     def measure(trainer: Trainer) -> float:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -72,7 +72,17 @@ def ranking_accuracy(rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_si
 def answer_log_probs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list, answers: list, batch_size: int
 ) -> torch.Tensor:
-    """log p(answer | prompt) of messages, what ends the answer's turn included, (rows,)."""
+    """log p(answer | prompt) of messages, including the token that ends the answer's turn.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer, with a chat template.
+        prompts, answers: messages of each row.
+        batch_size: rows per batch.
+
+    Returns:
+        (rows,) float32, in nats, on the CPU.
+    """
     found = []
     with evaluating(model):
         for first in range(0, len(prompts), batch_size):
@@ -98,6 +108,6 @@ def answer_log_probs(
 
 
 def _turn(completion: str, end: str) -> str:
-    """Without the newline with which a template goes on."""
+    """A completion without the newline that the template appends after the end token."""
     said, ended, _ = completion.rpartition(end)
     return said + ended if ended else completion

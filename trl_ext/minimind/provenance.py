@@ -1,5 +1,7 @@
-"""What a stage's model was made from (its recipe, its configuration, the runs that it began with), and what of that has
-changed since. It stands in the folder's `run.json`."""
+"""Record of what a stage's model was made from, and detection of later changes.
+
+It holds the recipe, the configuration and the runs of the initial models, in the folder's `run.json`.
+"""
 
 import hashlib
 import os
@@ -13,23 +15,30 @@ ORIGIN = "made_from"
 
 
 def origin(recipe: Path, config: Path, models: list[str]) -> dict[str, Any]:
-    """Of a stage that begins now with these models: folders, or hub ids, of which nothing is known."""
-    # By absolute paths: a later command may be given elsewhere
+    """The origin of a stage that starts now.
+
+    Args:
+        recipe: the stage's script.
+        config: its configuration file.
+        models: folders of the initial models, or hub ids, of which nothing is recorded.
+    """
+    # Absolute paths, because a later command may run in another folder
     runs = {str(folder.resolve()): run_id(folder) for folder in map(_run_folder, models) if folder.is_dir()}
     files = {str(file.resolve()): _hash(file) for file in (recipe, config)}
     return {"recipe": str(recipe.resolve()), "files": files, "runs": runs}
 
 
 def remember(folder: Path, made_from: dict[str, Any]) -> None:
-    """Keep it with the run in this folder."""
+    """Store the origin with the run in this folder."""
     note(folder, **{ORIGIN: made_from})
 
 
 def changes(model: str, later: frozenset[Path] = frozenset()) -> list[str]:
-    """A sentence for each run that this model comes from and that would be another one if made anew, latest first.
+    """A sentence for each run behind this model that would turn out differently today, the latest first.
 
     Args:
-        later: folders that were looked at on the way here. One of them was made anew from what came from it.
+        model: folder of a model.
+        later: folders that have been visited; a folder may have been remade from its own descendant.
     """
     folder = _run_folder(model)
     if folder.resolve() in later:
@@ -40,11 +49,11 @@ def changes(model: str, later: frozenset[Path] = frozenset()) -> list[str]:
         if Path(file).is_file() and _hash(Path(file)) != before:
             found.append(f"{os.path.relpath(file)} was edited since")
     for run, before in known.get("runs", {}).items():
-        if run_id(run) not in (before, None):  # None: nothing is there to compare with
-            found.append(f"{os.path.relpath(run)} was made anew since")
+        if run_id(run) not in (before, None):  # None: there is nothing to compare with
+            found.append(f"{os.path.relpath(run)} was remade since")
         earlier += changes(run, later | {folder.resolve()})
     if found:
-        remedy = f"{os.path.relpath(known['recipe'])} with --overwrite makes it anew"
+        remedy = f"{os.path.relpath(known['recipe'])} with --overwrite remakes it"
         found = [f"{folder} is of an earlier state ({', '.join(found)}); {remedy}"]
     return found + earlier
 

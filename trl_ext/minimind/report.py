@@ -1,4 +1,4 @@
-"""How the chain ends: a table of held-out metrics, a plot, and a sample dialogue."""
+"""Report of all stages: a table of held-out metrics, a plot, and sample dialogues."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from .stage import FolderArguments, load_model, readable
 
 
 STAGES = ("tokenizer", "pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
-# Each stage that talks, and what to say to it
+# User turns for the stages that can answer
 DIALOGUES = {
     "sft": ("What is 7+5-3?", "Hello!"),
     "lora": ("Who are you?", "Who built you?"),
@@ -24,7 +24,7 @@ DIALOGUES = {
 
 
 def report(stage: FolderArguments) -> None:
-    """Prints the table and the dialogues; leaves `report.json` and `report.png` in `run_dir`.
+    """Print the table and the dialogues, and write `report.json` and `report.png` to `run_dir`.
 
     Raises:
         ValueError: no stage has left a summary there.
@@ -46,7 +46,7 @@ def report(stage: FolderArguments) -> None:
 
 
 def table(found: dict[str, dict[str, Any]]) -> Table:
-    """A row for each metric of each stage."""
+    """A table with one row per metric of each stage."""
     made = Table(title="MiniMind, stage by stage, held out", title_justify="left")
     for heading in ("stage", "metric", "before", "after", "s"):
         made.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
@@ -61,7 +61,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
 
 
 def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
-    """What each stage trains on, over its steps: its loss, or for reinforcement its reward."""
+    """Plot the training loss of each stage over its steps, or the reward for reinforcement learning."""
     pyplot = pyplot_for_files()
     shown = {name: summary for name, summary in found.items() if summary.get("history")}
     figure, axes = pyplot.subplots(3, 3, figsize=(12, 9), layout="constrained")
@@ -83,7 +83,7 @@ def plot(path: Path, found: dict[str, dict[str, Any]]) -> None:
 
 
 def dialogue(folder: Path, turns: tuple[str, ...]) -> list[dict[str, str]]:
-    """What a stage's model answers to each turn, each in a dialogue of its own."""
+    """The answers of a stage's model to each turn, each in a separate dialogue."""
     model, tokenizer = load_model(str(folder))
     found = []
     for text in turns:

@@ -1,4 +1,4 @@
-"""What the stages of a small language model share: flags, data, the model of the stage before, and how a stage ends."""
+"""Shared parts of all stages: flags, data, the previous stage's model, and the report at the end."""
 
 import inspect
 import json
@@ -60,48 +60,51 @@ CURVES = (
 
 @dataclass
 class FolderArguments:
-    """Where the stages are."""
+    """The folder of all stages."""
 
-    run_dir: str = field(
-        default="runs/minimind", metadata={"help": "Where the stages' folders and the embedded default's data are."}
-    )
+    run_dir: str = field(default="runs/minimind", metadata={"help": "Folder of all stages and of the built-in data."})
     begun: tuple[PlainConsole, Path, str | None] | None = field(default=None, init=False)  # from `start`
     made_from: dict[str, Any] | None = field(default=None, init=False)  # see `origin`
 
 
 @dataclass
 class DataStageArguments(FolderArguments):
-    """What a stage that begins without a model has."""
+    """Flags of a stage that starts without a model."""
 
     flags_title = "Model, data and evaluation"
 
-    dataset: str = field(default=EMBEDDED, metadata={"help": "A JSONL file as MiniMind publishes it, or 'embedded'."})
+    dataset: str = field(
+        default=EMBEDDED, metadata={"help": "A JSONL file in MiniMind's format, or 'embedded' for the built-in data."}
+    )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of the file."}
+        default=None, metadata={"help": "Held-out file; without one, the last eval_size rows of dataset are held out."}
     )
     train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
     eval_size: int = field(default=300, metadata={"help": "Number of held-out rows."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
-    )
-    embedded_seed: int = field(default=0, metadata={"help": "Seed of the embedded default's data."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir and start over."})
+    embedded_seed: int = field(default=0, metadata={"help": "Seed of the built-in data."})
 
     def __post_init__(self) -> None:
         at_least(self, train_size=1, eval_size=1)
 
     def file(self, kind: str) -> Path:
-        """Where the embedded default's rows of a kind are; written on first use."""
+        """The file with the built-in rows of a kind; it is written on first use."""
         seed = self.embedded_seed
         parts = [*map(inspect.getsource, (embedded, arithmetic)), str(installed_version("reasoning-gym"))]
         folder = cached(Path(self.run_dir), f"data-{seed}", parts, lambda part: write_embedded(part, seed))
         return Path(folder, f"{kind}.jsonl")
 
     def load(self, name: str, kind: str) -> tuple[Dataset, Dataset]:
-        """(training, held-out) rows of a `kind` of `load_minimind_data`; the embedded default's are called `name`. Texts,
-        prompts and dialogues that are held out are not trained on.
+        """The (training, held-out) rows of a kind of `load_minimind_data`.
+
+        Training rows that are also held out are dropped.
+
+        Args:
+            name: name of the built-in data.
+            kind: kind of `load_minimind_data`.
 
         Raises:
-            DataError: from `load_minimind_data`, or too few rows on a side.
+            DataError: from `load_minimind_data`, or there are too few rows.
         """
         if self.dataset == EMBEDDED:
             train, held_out = (load_minimind_data(self.file(f"{name}{side}"), kind) for side in ("", "_eval"))
@@ -112,8 +115,8 @@ class DataStageArguments(FolderArguments):
             first = len(rows) - self.eval_size
             if first < 1:
                 raise DataError(
-                    f"dataset {self.dataset} has {len(rows)} row(s), of which eval_size={self.eval_size} are held out: "
-                    "none is left to train on; lower eval_size, or name an eval_dataset"
+                    f"dataset {self.dataset} has {len(rows)} row(s), and eval_size={self.eval_size} are held out: "
+                    "no row is left to train on; lower eval_size, or name an eval_dataset"
                 )
             train, held_out = rows.select(range(first)), rows.select(range(first, len(rows)))
         held_out = held_out.select(range(min(self.eval_size, len(held_out))))
@@ -122,32 +125,33 @@ class DataStageArguments(FolderArguments):
         return train.select(range(min(self.train_size or len(train), len(train)))), held_out
 
     def _without(self, rows: Dataset, others: Dataset) -> Dataset:
-        """The rows whose first column is none of the others'."""
+        """The rows whose first column is not among the others' first column."""
         name, seen = rows.column_names[0], {json.dumps(value) for value in others[others.column_names[0]]}
         batches = rows.select_columns(name).iter(1000)
         new = [json.dumps(value) not in seen for batch in batches for value in batch[name]]
         if all(new):
             return rows
         if not any(new):
-            raise DataError(f"dataset {self.dataset}: each of its {len(rows)} rows for training is held out as well")
+            raise DataError(f"dataset {self.dataset}: all of its {len(rows)} training rows are held out too")
         logger.warning(
-            f"dataset {self.dataset}: {new.count(False)} of its rows are held out as well; they train nothing"
+            f"dataset {self.dataset}: {new.count(False)} of its rows are held out too; they are not used for training"
         )
         return rows.select([i for i, keep in enumerate(new) if keep])
 
 
 @dataclass
 class StageArguments(DataStageArguments):
-    """What a stage adds to its trainer's configuration."""
+    """Flags of a stage, besides its trainer's configuration."""
 
-    model_name: str = field(default="", metadata={"help": "Hub id or folder of the model to begin with."})
+    model_name: str = field(default="", metadata={"help": "Hub id or folder of the initial model."})
 
 
 def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[Any, ...]:
-    """Flags over a configuration file, by default `configs/<recipe>_tiny.yaml` beside the recipe.
+    """Parse the flags, which override a configuration file, by default `configs/<recipe>_tiny.yaml` beside the recipe.
 
-    The stage's output folder is this run's from here on. A model that a stage of the embedded default has not left yet is
-    made by running that stage's recipe first.
+    The stage's output folder belongs to this run from here on. If the model of a previous stage does not exist, that
+    stage's
+    recipe is run first; this is done for the built-in data only.
     """
     path, parser = Path(recipe), RecipeParser((stage, *configs))
     peek = CommandLine(add_help=False)
@@ -179,7 +183,7 @@ def _ensure(flag: str, name: str | None, stage: FolderArguments, recipes: Path) 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     embedded_data = getattr(stage, "dataset", EMBEDDED) == EMBEDDED and stage.run_dir == FolderArguments.run_dir
     if alone and script.exists() and embedded_data:
-        print(f"{name} is not there yet: running {script.name}", flush=True)
+        print(f"{name} does not exist yet: running {script.name}", flush=True)
         done = subprocess.run([sys.executable, str(script)], check=False)
         if done.returncode:
             sys.exit(done.returncode)
@@ -188,7 +192,7 @@ def _ensure(flag: str, name: str | None, stage: FolderArguments, recipes: Path) 
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with fp32 weights, which bf16 is computed from where the configuration says so, and its tokenizer."""
+    """A model with float32 weights, from which bf16 is computed if configured, and its tokenizer."""
     return load_causal_lm(name, dtype=torch.float32), load_tokenizer(name)
 
 
@@ -205,11 +209,15 @@ def run(
     measures: dict[str, Callable[[Trainer], float]],
     **more: Callable[[], Any],
 ) -> None:
-    """Measure, train, measure again; leaves `final/`, `summary.json` and `curves.png` in `args.output_dir`.
+    """Measure, train, and measure again. Writes `final/`, `summary.json` and `curves.png` to `args.output_dir`.
 
     Args:
-        measures: held-out metrics by name; the first is the stage's own.
-        more: for the summary, asked for at the end.
+        recipe: path of the recipe.
+        stage: the stage's flags.
+        args: the trainer's configuration.
+        make_trainer: makes the trainer.
+        measures: held-out metrics by name; the first is the stage's main metric.
+        more: further values for the summary, computed at the end.
     """
     started = time.time()
     assert stage.begun is not None  # `parse` has called `start`
@@ -242,13 +250,13 @@ def run(
 
 
 def measured(trainer: Trainer, measures: dict[str, Callable[[Trainer], float]]) -> dict[str, float]:
-    """Each metric, leaving the training's random state alone."""
+    """Compute each metric. The random state of the training does not change."""
     with torch.random.fork_rng():
         return {name: measure(trainer) for name, measure in measures.items()}
 
 
 def show(title: str, before: dict[str, float], after: dict[str, float], console: PlainConsole) -> None:
-    """Metrics before and after, side by side."""
+    """Print metrics before and after, side by side."""
     table = Table(title=title, title_justify="left")
     for heading in ("held out", "before", "after"):
         table.add_column(heading, justify="left" if heading == "held out" else "right")
@@ -258,7 +266,7 @@ def show(title: str, before: dict[str, float], after: dict[str, float], console:
 
 
 def readable(metric: str, value: float) -> str:
-    """An accuracy in percent; four digits of others, and more where a number is large: 12,790 and not 1.279e+04."""
+    """A metric as text: accuracies in percent, large numbers with thousands separators, others with four digits."""
     if "accuracy" in metric:
         return f"{value:.1%}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

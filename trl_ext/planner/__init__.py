@@ -1,1 +1,1 @@
-"""Planner and executor: a plan of discrete concepts first, then text from it alone."""
+"""Planner and executor: first a plan of discrete concepts, then a text from the plan alone."""

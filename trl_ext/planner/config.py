@@ -1,4 +1,4 @@
-"""What planning and executing add to SFT's configuration."""
+"""Configuration of planner and executor."""
 
 import json
 import math
@@ -28,12 +28,17 @@ TRAININGS = ("soft", "hard_em")
 
 @dataclass
 class PlannerExecutorConfig(SFTConfig):
-    """The executor's cross-entropy + signal_weight L_signal + entropy_weight L_entropy, and
+    """Configuration of planner and executor. Ours.
+
+    loss = the executor's cross-entropy + signal_weight L_signal + entropy_weight L_entropy, plus
 
         soft      commitment_weight L_commitment + usage_weight L_usage + eos_weight L_eos + quota_weight L_quota
         hard_em   planner_weight times the planner's cross-entropy on the best plans found
 
-    A field of the one is ignored by the other, but for those that would be asked for in vain. `use_planner=False` is SFT.
+    Fields of one training are ignored by the other. `use_planner=False` is SFT.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or two fields contradict each other.
     """
 
     flags_title = "Planner and executor"
@@ -42,122 +47,126 @@ class PlannerExecutorConfig(SFTConfig):
     gradient_checkpointing: bool = field(
         default=False,
         metadata={
-            "help": "For hard_em only: in soft training transformers drops the cache with it (not where multi_token "
-            "types are written in parallel, in one pass)."
+            "help": "For hard_em only: with it, transformers drops the cache that soft training needs (except for "
+            "multi_token types in parallel, which need one pass)."
         },
     )
-    use_planner: bool = field(default=True, metadata={"help": "False: plain SFT, of the same rows."})
+    use_planner: bool = field(default=True, metadata={"help": "False: plain SFT on the same rows."})
     types: list[dict[str, Any]] | str | None = field(
         default=None,
         metadata={
-            "help": 'Types of concepts as a JSON list: \'[{"name": "plan", "num_concepts": 256, '
+            "help": 'Types of concepts, as a JSON list:  \'[{"name": "plan", "num_concepts": 256, '
             '"quota": 16}]\', which is the default.'
         },
     )
     ordering: str = field(
         default="sequential", metadata={"help": f"Order of types in a plan: {' or '.join(ORDERINGS)}."}
     )
-    multi_token: bool = field(default=False, metadata={"help": "All concepts of a type in one pass, from queries."})
+    multi_token: bool = field(
+        default=False, metadata={"help": "Predict all concepts of a type in one pass, from queries."}
+    )
     mode: str = field(
         default="generate",
-        metadata={"help": "'generate': the planner reads the prompt; 'reconstruct': the text that is to be written."},
+        metadata={"help": "'generate': the planner reads the prompt; 'reconstruct': it reads the text to write."},
     )
-    training: str = field(default="soft", metadata={"help": "'soft', by Gumbel straight-through, or 'hard_em'."})
+    training: str = field(default="soft", metadata={"help": "'soft' (straight-through Gumbel softmax) or 'hard_em'."})
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of the Gumbel softmax; in hard_em, of the sampled candidates."}
     )
     temperature_end: float | None = field(
-        default=None, metadata={"help": "What the temperature falls to, by the same factor every step; None: it stays."}
+        default=None, metadata={"help": "Final temperature, reached by the same factor at each step; None: constant."}
     )
     commitment_weight: float = field(
-        default=0.0, metadata={"help": "Soft only: weight of 1 - cos(expected, chosen codeword)."}
+        default=0.0, metadata={"help": "Soft only: weight of 1 - cos(expected codeword, chosen codeword)."}
     )
     usage_weight: float = field(
-        default=0.3, metadata={"help": "Soft only: weight of KL(use of the concepts || uniform)."}
+        default=0.3, metadata={"help": "Soft only: weight of KL(usage of concepts || uniform)."}
     )
     usage_window: float = field(
         default=4.0,
         metadata={
-            "help": "That use is averaged over so many concepts for each codeword; a step of as many stands for itself."
+            "help": "Usage is averaged over about this many concepts per codeword; a step with more is used alone."
         },
     )
     eos_weight: float = field(
-        default=0.0, metadata={"help": "Weight of -log p(end) at the last slot of plans that found no end."}
+        default=0.0, metadata={"help": "Soft only: weight of -log p(<EOS>) at the last slot of plans without an end."}
     )
     target_length: list[float] | None = field(
         default=None,
-        metadata={"help": "Soft only: expected concepts of each type, or one number for all; None: as it comes."},
+        metadata={"help": "Soft only: target number of concepts per type, or one for all; None: no target."},
     )
-    quota_weight: float = field(default=1.0, metadata={"help": "Weight of the loss that holds plans at their target."})
+    quota_weight: float = field(
+        default=1.0, metadata={"help": "Soft only: weight of the loss that keeps plans at target_length."}
+    )
     quota_rate: float = field(
-        default=0.1, metadata={"help": "How fast the multipliers of the quota loss move (dual ascent)."}
+        default=0.1, metadata={"help": "Step size of the multipliers of the quota loss (dual ascent)."}
     )
     word_dropout: float = field(
-        default=0.0, metadata={"help": "Share of the text's tokens the executor does not read."}
+        default=0.0, metadata={"help": "Share of the text's tokens that are hidden from the executor."}
     )
     z_dropout: float = field(
         default=0.1,
         metadata={
-            "help": "Share of plans replaced by the null plan, which learns by this alone: at 0 its NLL means little."
+            "help": "Share of plans replaced by the null plan, which only this trains; at 0 its NLL means little."
         },
     )
     signal_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of y(X), each word of the text predicted from the plan and the word's place alone; a "
+            "help": "Weight of y(X): each token predicted from only the plan and its position; needs a "
             "second pass of the executor."
         },
     )
     entropy_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of minus the entropy of the planner's predictions, nats each; it keeps them open."},
+        metadata={"help": "Weight of the negative entropy (nats) of the planner's predictions."},
     )
     num_candidates: int = field(
         default=3,
-        metadata={"help": "Plans that are sampled for a row in an E-step; beams and the old plan come on top."},
+        metadata={"help": "Number of plans sampled per row in an E-step, besides beams and the old plan."},
     )
     num_beams: int = field(
-        default=1, metadata={"help": "Plans of a beam search that come on top of the samples; 1: the greedy one."}
+        default=1, metadata={"help": "Number of plans from beam search in an E-step, besides the samples; 1: greedy."}
     )
     beam_diversity: float = field(
         default=0.0,
         metadata={
-            "help": "Nats that a concept costs a beam for each beam before it that has it in the same place; 0: the "
-            "likeliest plans, however alike."
+            "help": "Penalty in nats for each earlier beam with the same concept in the same place; 0: the "
+            "most likely plans, however similar."
         },
     )
     forced_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of rows that take the best sample of an E-step as their plan, even if the old plan or a "
-            "beam is better; a random plan where all samples are the old one."
+            "help": "Share of rows that must take the best sample of an E-step, even if the old plan or a "
+            "beam is better; a random plan if all samples equal the old plan."
         },
     )
-    e_step_every: int = field(default=4, metadata={"help": "M: steps from one E-step to the next."})
+    e_step_every: int = field(default=4, metadata={"help": "M, the number of steps between two E-steps."})
     adaptive_e_step: bool = field(
-        default=False, metadata={"help": "M halves while plans are stale and doubles while they are not."}
+        default=False, metadata={"help": "Halve M while plans are stale, and double it while they are not."}
     )
     staleness_threshold: float = field(
         default=1.0,
         metadata={
-            "help": "Nats that a new plan is better than the cached one: above it M halves, below a "
-            "quarter of it M doubles."
+            "help": "Staleness in nats (best plan minus cached plan): above it M is halved, below a "
+            "quarter of it M is doubled."
         },
     )
-    max_e_step_every: int = field(default=64, metadata={"help": "M goes no higher by itself."})
-    planner_weight: float = field(default=1.0, metadata={"help": "Weight of -log p(plan | text); 1 is EM's own."})
+    max_e_step_every: int = field(default=64, metadata={"help": "Largest M that adaptive_e_step sets."})
+    planner_weight: float = field(default=1.0, metadata={"help": "Weight of -log p(plan | text); 1 is plain EM."})
     length_curriculum: list[int] | None = field(
-        default=None, metadata={"help": "Train on so many tokens of each text, one after another, such as 64 128."}
+        default=None, metadata={"help": "Lengths in tokens to cut texts to, one after another, such as 64 128."}
     )
     length_curriculum_nll: float = field(
         default=2.0,
-        metadata={"help": "The next length comes when the last 64 tokens of this one cost fewer nats each."},
+        metadata={"help": "Go to the next length when the last 64 tokens of this one have a lower NLL, in nats."},
     )
     length_curriculum_share: float = field(
-        default=0.5, metadata={"help": "By this share of the steps texts are whole, whatever they cost."}
+        default=0.5, metadata={"help": "Share of the steps after which texts are whole, whatever their NLL."}
     )
     planner_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the new embeddings; None: learning_rate."}
+        default=None, metadata={"help": "Learning rate of the planner's embeddings; None: learning_rate."}
     )
     allow_pickle_checkpoint: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint that holds pickled optimizer state."}
@@ -195,41 +204,43 @@ class PlannerExecutorConfig(SFTConfig):
         )
         for name in ("word_dropout", "z_dropout", "forced_share"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to less than 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to less than 1")
         at_least(self, planner_learning_rate=0)
         if self.num_candidates + self.num_beams < 1:
-            raise ValueError("num_candidates=0, num_beams=0: an E-step has nothing to choose from; raise one of them")
+            raise ValueError("num_candidates=0, num_beams=0: an E-step would have no candidates; raise one of them")
         if self.forced_share and not self.num_candidates:
-            raise ValueError(f"forced_share={self.forced_share}: of samples, and num_candidates=0 draws none; raise it")
+            raise ValueError(
+                f"forced_share={self.forced_share}: needs samples, but num_candidates=0; raise num_candidates"
+            )
         self.targets(planner)
         self._check_curriculum()
         if not self.use_planner:
             return
         must_be_off(
             self,
-            packing="plans are of one row each",
-            eval_packing="plans are of one row each",
-            padding_free="plans are of one row each",
-            assistant_only_loss="the executor writes all of the completion, or of the text",
-            use_liger_kernel="the loss is that of two passes of the backbone, not of its forward",
+            packing="each row has its own plan",
+            eval_packing="each row has its own plan",
+            padding_free="each row has its own plan",
+            assistant_only_loss="the executor writes the whole completion, or the whole text",
+            use_liger_kernel="the loss needs two passes of the backbone",
         )
         if self.completion_only_loss is False and self.mode == "generate":
             raise ValueError(
-                "completion_only_loss=False: the prompt is told from the completion by its labels; leave it unset, or set "
+                "completion_only_loss=False: labels tell the prompt from the completion; leave it unset, or set "
                 "mode='reconstruct'"
             )
-        must_prepare(self, "leaves rows without a plan's part")
+        must_prepare(self, "leaves rows without the planner's columns")
         if self.training == "soft" and not (planner.multi_token and len(planner.groups) == 1):
             must_be_off(
                 self,
                 gradient_checkpointing="transformers drops the cache in training with it, and concepts would not see the "
-                "text; hard_em can do with it",
+                "text; hard_em works with it",
             )
         must_ignore_lengths(self)
-        must_stay(self, "the executor's loss knows only", loss_type="nll", label_smoothing_factor=0.0)
+        must_stay(self, "the executor's loss supports only", loss_type="nll", label_smoothing_factor=0.0)
 
     def planner(self) -> PlannerConfig:
-        """The model's part of these fields.
+        """The settings of the model's planner.
 
         Raises:
             ValueError: see `PlannerConfig`.
@@ -238,10 +249,10 @@ class PlannerExecutorConfig(SFTConfig):
         return PlannerConfig(ordering=self.ordering, multi_token=self.multi_token, **given)
 
     def targets(self, planner: PlannerConfig) -> list[float] | None:
-        """`target_length`, one for each type.
+        """`target_length` for each type.
 
         Raises:
-            ValueError: there are more or fewer, or one is beyond its quota.
+            ValueError: the number of targets differs from the number of types, or a target is above its quota.
         """
         if self.target_length is None:
             return None
@@ -254,7 +265,7 @@ class PlannerExecutorConfig(SFTConfig):
         for target, kind in zip(given, planner.types):
             if not 0 < target <= kind.quota:
                 raise ValueError(
-                    f"target_length={self.target_length}: of type {kind.name!r} more than 0 and at most its quota, "
+                    f"target_length={self.target_length}: for type {kind.name!r}, use more than 0 and at most its quota, "
                     f"{kind.quota}"
                 )
         return given
@@ -262,7 +273,7 @@ class PlannerExecutorConfig(SFTConfig):
     def _check_curriculum(self) -> None:
         lengths = self.length_curriculum
         if lengths is not None and (not lengths or lengths[0] < 1 or sorted(set(lengths)) != list(lengths)):
-            raise ValueError(f"length_curriculum={lengths}: lengths of at least 1 that grow")
+            raise ValueError(f"length_curriculum={lengths}: must be increasing lengths of at least 1")
         if not 0 < self.length_curriculum_share <= 1:
             raise ValueError(f"length_curriculum_share={self.length_curriculum_share}: must be more than 0, at most 1")
         if not 0 <= self.length_curriculum_nll < math.inf:

@@ -1,4 +1,4 @@
-"""Short texts first: how much of each text is trained on (v3.1, switch 4)."""
+"""Length curriculum: texts are cut short at first, then whole (v3.1, switch 4)."""
 
 import torch
 from torch import nn
@@ -9,14 +9,21 @@ DECAY = 0.9
 
 
 class LengthCurriculum(nn.Module):
-    """Lengths to which texts are cut, one after another, then whole texts.
+    """Lengths to which texts are cut, one after another; then texts are whole.
 
-    The next one comes when the NLL of the current length's last bucket, averaged over steps, is below a threshold, or the
-    current one has had its share of the steps.
+    The next length is used when the NLL of the last bucket of the current length, averaged over steps, is below a
+    threshold, or
+    when the current length has had its share of the steps.
+
+    Args:
+        lengths: increasing lengths in tokens.
+        threshold: NLL in nats per token.
+        share: share of all steps after which texts are whole.
 
     Attributes:
-        stage: how many lengths are behind. since: the step at which the current one began.
-        nll: the average, infinite at first.
+        stage: index of the current length, a scalar long.
+        since: step at which the current length began, a scalar long.
+        nll: moving average of the NLL, a scalar float64; infinite at first.
     """
 
     def __init__(self, lengths: list[int], threshold: float, share: float):
@@ -28,16 +35,23 @@ class LengthCurriculum(nn.Module):
 
     @property
     def length(self) -> int | None:
-        """Of texts now; None: whole."""
+        """The current maximum length; None: texts are whole."""
         return self.lengths[self.stage] if self.stage < len(self.lengths) else None
 
     @property
     def bucket(self) -> slice:
-        """Positions whose NLL decides; nothing once texts are whole."""
+        """The positions whose NLL is averaged; empty once texts are whole."""
         return slice(0, 0) if self.length is None else slice(max(0, self.length - WIDTH), self.length)
 
     def update(self, nll: float, tokens: float, step: int, max_steps: int) -> None:
-        """After step number `step`, from 1, whose bucket held so many tokens with an NLL of `nll` nats together."""
+        """Update after a step.
+
+        Args:
+            nll: sum of the NLL in the bucket, in nats.
+            tokens: number of tokens in the bucket.
+            step: number of the step, from 1.
+            max_steps: number of all steps.
+        """
         if self.length is None:
             return
         if tokens:

@@ -1,4 +1,4 @@
-"""From SFT's rows to what the planner reads and what the executor writes."""
+"""From SFT's rows to the text that the planner reads and the text that the executor writes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 MODES = ("generate", "reconstruct")
 SAMPLE_ID = "sample_id"
 COLUMNS = ("plan_ids", "text_ids", "text_labels", SAMPLE_ID)
-HASHED = (SAMPLE_ID, "plan_ids", "text_ids")  # by which a dataset is known
+HASHED = (SAMPLE_ID, "plan_ids", "text_ids")  # columns whose hash identifies a dataset
 
 
 @dataclass(frozen=True)
 class RowSplitter:
-    """Of tokenized rows what the planner reads, `plan_ids`, and what the executor writes, `text_ids` and `text_labels`.
+    """Split tokenized rows into what the planner reads, `plan_ids`, and what the executor writes, `text_ids` and
+    `text_labels`.
 
     Attributes:
-        mode: `"generate"`, the prompt and what follows it, or `"reconstruct"`, the whole row both times.
-        eos_token_id: ends a text; one that holds nothing else is empty.
-        name: of the dataset, for errors.
+        mode: `"generate"`: the prompt, and the rest; `"reconstruct"`: the whole row for both.
+        eos_token_id: the end of a text. A text of only this token is empty.
+        name: name of the dataset, for errors.
     """
 
     mode: str
@@ -31,10 +32,10 @@ class RowSplitter:
     name: str
 
     def __call__(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """From `input_ids` and `labels`, or Unsloth's `completion_mask`; without either every token is labelled.
+        """Split one row by its `labels`, or by Unsloth's `completion_mask`. Without either, every token is labelled.
 
         Raises:
-            ValueError: nothing to read, or nothing to write.
+            ValueError: there is nothing to read, or nothing to write.
         """
         ids = row["input_ids"]
         labels, mask = row.get("labels"), row.get("completion_mask") or [1] * len(ids)
@@ -47,28 +48,34 @@ class RowSplitter:
         where = f"{self.name} dataset, row {row[SAMPLE_ID]}"
         if not read and self.mode == "generate":
             raise ValueError(
-                f"{where}: the planner has no prompt to read, by its labels; give rows a prompt and a completion, or set "
+                f"{where}: its labels leave no prompt for the planner; use rows with prompt and completion, or set "
                 "mode='reconstruct'. With truncation_mode='keep_end', raise max_length"
             )
         if all(token == self.eos_token_id for token in text):
-            raise ValueError(f"{where}: its text is empty; leave the row out")
+            raise ValueError(f"{where}: its text is empty; remove the row")
         return {"plan_ids": read, "text_ids": text, "text_labels": labels[start:] if start else text}
 
 
 def prepare(
     dataset: Dataset | IterableDataset, splitter: RowSplitter, parents: Callable[[Any], Any]
 ) -> Dataset | IterableDataset:
-    """`parents(dataset)`, SFT's preparation, and the columns of `COLUMNS` beside it. Rows keep the number they came with,
-    unless it gets lost, as in Unsloth's: then they are counted anew.
+    """Apply SFT's preparation and add the columns of `COLUMNS`.
+
+    Rows keep their number. If the preparation loses it, as Unsloth's does, rows are numbered again.
+
+    Args:
+        dataset: the rows.
+        splitter: splits each row.
+        parents: SFT's preparation.
 
     Raises:
-        ValueError: see `RowSplitter`; there is no row, or none that fits max_length.
+        ValueError: see `RowSplitter`; or no row is left.
     """
     if set(COLUMNS) <= set(dataset.column_names or ()):
         return parents(dataset)
     dataset = parents(dataset.map(lambda _, index: {SAMPLE_ID: index}, with_indices=True))
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"{splitter.name} dataset: no row is left, every prompt fills max_length; raise it")
+        raise ValueError(f"{splitter.name} dataset: no row is left: every prompt fills max_length; raise it")
     if dataset.column_names is not None and SAMPLE_ID not in dataset.column_names:
         dataset = dataset.map(lambda _, index: {SAMPLE_ID: index}, with_indices=True)
     return dataset.map(splitter)
@@ -76,13 +83,14 @@ def prepare(
 
 @dataclass(frozen=True)
 class PlannerCollator:
-    """TRL's collator, which pads on the right, for both texts of a row.
+    """Apply TRL's collator, which pads on the right, to both texts of a row.
 
-    Returns, for B rows (long; masks 0 or 1):
+    Returns a batch of B rows (long; masks are 0 or 1):
         plan_input_ids, plan_attention_mask (B, U): what the planner reads.
         input_ids, attention_mask (B, T): what the executor writes.
-        labels (B, T + 1): -100, then a label for each token; shifted as a causal LM's are, the first token has its own.
-        sample_id (B).
+        labels (B, T + 1): -100, then one label per token. Shifted as for a causal LM, so the first token has a label
+            too.
+        sample_id (B,).
     """
 
     inner: DataCollatorForLanguageModeling
@@ -101,7 +109,10 @@ class PlannerCollator:
 
 
 def cut(batch: dict[str, torch.Tensor], length: int | None, mode: str) -> dict[str, torch.Tensor]:
-    """The batch with texts of at most so many tokens; the planner's are cut with them where it reads the text itself."""
+    """Cut the texts of a batch to at most `length` tokens.
+
+    In the mode "reconstruct" the planner reads the text itself, and its input is cut too.
+    """
     if length is None:
         return batch
     ends = {"input_ids": length, "attention_mask": length, "labels": length + 1}

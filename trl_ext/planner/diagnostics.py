@@ -1,16 +1,19 @@
-"""What the monitors' values are a sign of, and what to do about it: a table.
+"""A table of signs in the monitors' values, and advice for each sign.
 
-A history is a list of dicts, oldest first, of what was logged under these names, each with its `step`; a dict has some of
-them. A level is the mean of the last `window` values under a name; as long as there are fewer, there is no sign.
+A history is a list of dicts, oldest first, of values logged under the names below, each with its `step`. A dict may
+hold only
+some of them. A level is the mean of the last `window` values of a name. With fewer values there is no level.
 
     em/margin                       nats between the best candidate and the second
     em/flip_rate                    share of plans that changed
     em/staleness                    nats between the best candidate and the cached plan
-    monitor/delta_nll_null          nats a token that the null plan costs; ..._shuffled: that another text's plan costs
-    monitor/commonest_plan          share of the texts that have the plan that most of them have
-    monitor/entropy_<type>          nats, of the type's predictions; monitor/max_prob_<type> beside it
+    monitor/delta_nll_null          cost of the null plan, nats per token; ..._shuffled: cost of another text's plan
+    monitor/commonest_plan          share of texts that have the most common plan
+    monitor/entropy_<type>          entropy of the type's predictions, nats; monitor/max_prob_<type>: largest
+        probability
     monitor/cos, monitor/l2         between expected and chosen codeword
-    monitor/planner_grad_norm       of any scale; soft: of the gradient at the plans' embeddings, hard_em: at the planner's
+    monitor/planner_grad_norm       of any scale; soft: of the gradient at the plans' embeddings, hard_em: at the
+        planner's
                                     logits
 """
 
@@ -41,20 +44,21 @@ WHOLE = ("num_candidates", "e_step_every", "num_beams")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a value becomes a sign.
+    """Thresholds at which a value becomes a sign.
 
     Attributes:
-        window: values in a level.
-        delta_nll: nats, per text or per token as logged; below, plans are not used.
-        commonest: if more of the texts have the same plan, it says nothing of them.
-        margin: nats; below, candidates are as good as one another ...
-        flips_high: ... and above this share of plans changed they take turns.
-        flips_low, early, entropy, max_prob: below this share, up to this step, with a type below these nats and above this
-            probability, the planner has settled before it has looked around.
-        staleness: nats; above, plans are out of date.
-        cos: if all values of a window are below, the executor learns on embeddings it will not see.
-        gradient_zero: if all are at most this, no gradient reaches the planner.
-        gradient_spike: a norm that is so many times the median of the `window` before it.
+        window: number of values in a level.
+        delta_nll: nats, per text or per token as logged; below it, plans are not used.
+        commonest: if a larger share of texts has the same plan, the plan says nothing about a text.
+        margin: nats; below it, candidates are equally good.
+        flips_high: with a small margin, plans alternate if a larger share of them changes.
+        flips_low, early, entropy, max_prob: the planner has settled too early if fewer plans than `flips_low` change,
+            up to step
+            `early`, and some type has an entropy below `entropy` (nats) and a largest probability above `max_prob`.
+        staleness: nats; above it, plans are out of date.
+        cos: if all values of a window are below, the executor is trained on embeddings that it will not see later.
+        gradient_zero: if all norms are at most this, no gradient reaches the planner.
+        gradient_spike: a norm that is this many times the median of the `window` norms before it.
     """
 
     window: int = 5
@@ -77,10 +81,11 @@ THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True)
 class Action:
-    """value * factor + delta, kept between `low` and `high`; a value that is beyond them stays.
+    """A change of a setting: value * factor + delta, kept between `low` and `high`. A value beyond them is not changed.
 
     Attributes:
-        field: of the trainer's config, or "learning_rate": of all parameter groups, as a multiple of what is configured.
+        field: a field of the trainer's configuration, or "learning_rate": a multiple of the configured rate for all
+            groups.
     """
 
     field: str
@@ -105,9 +110,11 @@ class Sign:
     """A row of the table.
 
     Attributes:
-        condition: what it saw in a history, by name; empty where the sign is not there.
-        soft, hard_em: for each training what can be changed on the way, and, in words, what cannot. Nothing where the sign
-            cannot be.
+        name: name of the sign.
+        condition: returns the values that show the sign, by name; empty if the sign is absent.
+        soft, hard_em: for each training, what can be changed during a run (an `Action`), and in words what cannot.
+            Empty if
+            the sign cannot occur.
     """
 
     name: str
@@ -118,7 +125,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Advice:
-    """A sign that is there, by name, what was seen of it, and what to do."""
+    """A sign that is present, the values that show it, and what to do."""
 
     sign: str
     seen: dict[str, float]
@@ -133,7 +140,7 @@ class Advice:
 
 
 def _last(history: History, name: str, count: int) -> list[float]:
-    """The last values under a name, oldest first; none if there are fewer than `count`. NaN says nothing."""
+    """The last values of a name, oldest first; empty if there are fewer than `count`. NaN values are skipped."""
     found = []
     for entry in reversed(history):
         value = entry.get(name, math.nan)
@@ -145,7 +152,7 @@ def _last(history: History, name: str, count: int) -> list[float]:
 
 
 def _level(history: History, name: str, thresholds: Thresholds) -> float:
-    """NaN, which is neither above nor below anything, if there is none."""
+    """The mean of the last values of a name; NaN, which is neither above nor below anything, if there are too few."""
     values = _last(history, name, thresholds.window)
     return statistics.fmean(values) if values else math.nan
 
@@ -157,8 +164,10 @@ def _one_plan_for_all(history: History, t: Thresholds) -> dict[str, float]:
 
 
 def _plan_unused(history: History, t: Thresholds) -> dict[str, float]:
-    """Without it, or with another text's, texts are as likely. One plan for all is every text's own as well: the planner is
-    to blame for that."""
+    """Texts are as likely without their plan, or with another text's plan.
+
+    If all texts have the same plan, another text's plan is the own plan as well. Then the planner is the cause.
+    """
     names = ["monitor/delta_nll_null"] + ([] if _one_plan_for_all(history, t) else ["monitor/delta_nll_shuffled"])
     gaps = {name: _level(history, name, t) for name in names}
     return {name: gap for name, gap in gaps.items() if gap < t.delta_nll}
@@ -215,13 +224,13 @@ _HOTTER = Action("temperature", factor=1.5, high=2.0)
 _OFTENER = Action("e_step_every", factor=0.5, low=1)
 _MORE = Action("num_candidates", delta=2, high=16)
 _OPENER = Action("entropy_weight", delta=0.05, high=0.5)
-# No lower learning rate: an executor that learns more slowly comes back to its plan more slowly (docs/log.md)
+# The learning rate is not lowered: a slower executor returns to its plan more slowly (docs/log.md)
 _USE_THE_PLAN = (
     Action("word_dropout", delta=0.1, high=0.5),
-    Action("z_dropout", delta=0.05, high=0.05),  # so that the null plan is learnt; more teaches to write without one
+    Action("z_dropout", delta=0.05, high=0.05),  # trains the null plan; a higher share teaches to write without a plan
     "in a new run, a larger quota or codebook",
 )
-# Temperature and beams choose an E-step's candidates; the beams come on top of the samples
+# Temperature and beams determine an E-step's candidates; beams are added to the samples
 _LOOK_AROUND = (
     _HOTTER,
     _OPENER,
@@ -270,12 +279,21 @@ SIGNS: tuple[Sign, ...] = (
             "check the mask of <EOS>: it may close every slot",
         ),
     ),
-    # In hard_em a higher temperature would find plans that surprise the planner more
+    # Not the temperature in hard_em: a higher one finds plans that the planner predicts less well
     Sign("the planner's gradient spikes", _gradient_spike, soft=(_HOTTER, _SLOWER), hard_em=(_SLOWER,)),
 )
 
 
 def advise(history: History, thresholds: Thresholds = THRESHOLDS, training: str = "soft") -> list[Advice]:
-    """The signs that are in a history, in the order of the table, and what to do in `"soft"` or `"hard_em"` training."""
+    """The signs in a history, in the order of the table, with what to do about each. Ours.
+
+    Args:
+        history: dicts of logged values with their `step`, oldest first; see above.
+        thresholds: when a value becomes a sign.
+        training: `"soft"` or `"hard_em"`.
+
+    Returns:
+        One `Advice` for each sign that is present.
+    """
     seen = [(sign, sign.condition(history, thresholds)) for sign in SIGNS if getattr(sign, training)]
     return [Advice(sign.name, found, getattr(sign, training)) for sign, found in seen if found]

@@ -1,7 +1,7 @@
-"""Hard EM: the best of some plans for each text, found now and then and kept.
+"""Hard EM: the best of several candidate plans for each text, found in E-steps and cached.
 
 E-step    z* = argmax over candidates of S(z) = log p(y | z) + log p(z | u)
-M-step    -log p(y | z*) - log p(z* | u) goes down
+M-step    minimise -log p(y | z*) - log p(z* | u)
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ from unsloth_ext.planner.planning import plan, plan_log_prob
 from . import monitors
 
 
-TOKENS_PER_PASS = 2**13  # of texts that are scored together, unless one copy of the batch has more
+TOKENS_PER_PASS = 2**13  # tokens of texts scored in one pass; one copy of the batch may have more
 
 
 class PlanCache(nn.Module):
-    """z* by sample id, on the CPU.
+    """The best plans z* by sample id, on the CPU.
 
     Attributes:
-        plans: (N, n, Q) int32. known: (N,) bool.
+        plans: (N, n, Q) int32.
+        known: (N,) bool; whether a row has a plan.
     """
 
     def __init__(self, rows: int, types: int, quota: int):
@@ -34,12 +35,19 @@ class PlanCache(nn.Module):
         self.register_buffer("known", torch.zeros(rows, dtype=torch.bool))
 
     def get(self, sample_id: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Plans (B, n, Q) long, -1 where there is none, and which are known (B,), both where `sample_id` is."""
+        """Look up plans.
+
+        Args:
+            sample_id (B,): long.
+
+        Returns:
+            Plans (B, n, Q) long, -1 where there is no concept, and known (B,) bool, both on the device of `sample_id`.
+        """
         ids = sample_id.cpu()
         return self.plans[ids].long().to(sample_id.device), self.known[ids].to(sample_id.device)
 
     def put(self, sample_id: torch.Tensor, plans: torch.Tensor) -> None:
-        """Ids below 0 are passed over."""
+        """Store plans (B, n, Q) of the rows `sample_id` (B,) long. Ids below 0 are ignored."""
         kept = sample_id >= 0
         ids = sample_id[kept].cpu()
         self.plans[ids] = plans[kept].to(self.plans)
@@ -48,13 +56,14 @@ class PlanCache(nn.Module):
 
 @dataclass(frozen=True)
 class EStep:
-    """What an E-step found for B rows with K candidates. The first is the plan that was cached, where there was one, then
-    come samples, then beams.
+    """The result of an E-step for B rows with K candidates: the cached plan, then samples, then beams.
 
     Attributes:
-        plans: (B, n, Q), the best, or in rows that were forced the best sample. old: (B, n, Q), before. known: (B,) bool,
-            rows that had one.
-        scores: (B, K), S(z), nats; -inf where there was no old plan.
+        plans: (B, n, Q) long; the best plans, or the best sample in forced rows.
+        old: (B, n, Q) long; the cached plans before.
+        known: (B,) bool; rows that had a cached plan.
+        scores: (B, K) float; S(z) in nats, -inf if there was no cached plan.
+        candidates: (B, K, n, Q) long.
     """
 
     plans: torch.Tensor
@@ -65,15 +74,16 @@ class EStep:
 
     @property
     def best(self) -> torch.Tensor:
-        """(B,)"""
+        """The best score of each row, (B,)."""
         return self.scores.amax(1)
 
     def sums(self) -> torch.Tensor:
-        """(6,): of staleness, flips and margins the sums over rows that have them, each with how many these are."""
+        """Sums of staleness, flips and margins over the rows that have them, each followed by the number of these rows:
+        (6,) float64."""
         known = self.known
         gap = monitors.staleness_gap(self.scores[known, 0], self.best[known]) * known.sum()
         flips = monitors.flip_rate(self.old, self.plans, known) * known.sum()
-        # The same plan twice has no margin to itself
+        # A duplicate of a plan is not a second candidate
         same = (self.candidates[:, :, None] == self.candidates[:, None]).flatten(3).all(-1)
         again = same.tril(-1).any(-1) & ~(same[:, :, 0] & ~known[:, None])
         distinct = self.scores.masked_fill(again, -torch.inf)
@@ -95,15 +105,19 @@ def e_step(
     forced: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> EStep:
-    """The best of the old plan, `samples` samples and `beams` beams for each row, in evaluation mode. Of equals the first.
+    """Choose the best of the old plan, samples and beams for each row, in evaluation mode. Ties go to the first.
 
     Args:
         model: a causal LM with a planner, wrapped or not.
         batch: as of `PlannerCollator`.
-        old (B, n, Q) long, known (B,) bool: plans so far, and where there are any.
-        temperature, generator: of the samples. diversity: of the beams, see `plan`.
-        forced (B,) bool: rows that take the best of the samples that are not their old plan. Where all of them are, one is
-            drawn anew, each concept as likely as the next: a planner that is sure of itself would sample nothing else.
+        old (B, n, Q): long; the plans so far.
+        known (B,): bool; rows that have a plan.
+        samples, beams: number of sampled plans and of beams.
+        temperature, generator: for sampling.
+        diversity: of the beams, see `plan`.
+        forced (B,): bool; rows that must take the best sample that differs from their old plan. If all samples equal
+            it, one
+            is replaced by a uniformly random plan, because a confident planner would sample nothing else.
     """
     read = batch["plan_input_ids"], batch["plan_attention_mask"]
     rows = len(old)
@@ -136,10 +150,15 @@ def e_step(
 
 @torch.no_grad()
 def score_plans(model: nn.Module, batch: dict[str, torch.Tensor], plans: torch.Tensor) -> torch.Tensor:
-    """S(z) = log p(y | z) + log p(z | u), nats, (B, K) of plans (B, K, n, Q), in evaluation mode.
+    """S(z) = log p(y | z) + log p(z | u) in nats, in evaluation mode.
 
     Args:
+        model: a causal LM with a planner, wrapped or not.
         batch: as of `PlannerCollator`; tokens without a label do not count.
+        plans (B, K, n, Q): long.
+
+    Returns:
+        (B, K), float.
     """
     rows, width = batch["input_ids"].shape
     together = max(1, TOKENS_PER_PASS // (rows * width))
@@ -165,7 +184,7 @@ def score_plans(model: nn.Module, batch: dict[str, torch.Tensor], plans: torch.T
 
 
 def number_of_plans(config: PlannerConfig) -> int:
-    """How many there are under these settings."""
+    """The number of possible plans under these settings."""
     total = 1
     for kind in config.types:
         total *= sum(kind.num_concepts**length for length in range(kind.quota + 1))
@@ -173,13 +192,20 @@ def number_of_plans(config: PlannerConfig) -> int:
 
 
 class EStepSchedule(nn.Module):
-    """When the next E-step is: every M steps, M = `e_step_every` times a scale, between 1 and `most`.
+    """When the next E-step is due: every M steps, M = `e_step_every` times a scale, between 1 and `most`.
 
-    With `adaptive` (v3.1, switch 3), the scale halves after an E-step whose staleness is above the threshold, and doubles
-    when it is below a quarter of it.
+    With `adaptive` (v3.1, switch 3), the scale is halved after an E-step whose staleness is above the threshold, and
+    doubled if
+    it is below a quarter of it.
+
+    Args:
+        adaptive: whether the scale changes.
+        threshold: staleness in nats.
+        most: largest M that doubling reaches.
 
     Attributes:
-        scale: a power of two. last: the step of the last E-step, -1 before the first.
+        scale: a power of two; scalar float64.
+        last: step of the last E-step, -1 before the first; scalar long.
     """
 
     def __init__(self, adaptive: bool, threshold: float, most: int):
@@ -189,15 +215,15 @@ class EStepSchedule(nn.Module):
         self.register_buffer("last", torch.full((), -1, dtype=torch.long))
 
     def interval(self, every: int) -> int:
-        """M."""
+        """M, the current interval."""
         return max(1, min(round(every * self.scale.item()), max(every, self.most)))
 
     def due(self, step: int, every: int) -> bool:
-        """Whether all rows of step `step`, from 0, get an E-step."""
+        """Whether all rows of step `step`, counted from 0, get an E-step."""
         return self.last < 0 or step - self.last >= self.interval(every)
 
     def done(self, step: int, every: int, staleness: float | None) -> None:
-        """After an E-step at step `step`; None where no row had a plan before."""
+        """Record an E-step at step `step`. `staleness` is None if no row had a plan before."""
         self.last.fill_(step)
         if not self.adaptive or staleness is None:
             return

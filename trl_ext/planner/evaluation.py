@@ -1,4 +1,4 @@
-"""What a plan is worth: texts written from it, and from worse ones."""
+"""Evaluation of plans: texts written from them, and from worse plans."""
 
 import math
 import time
@@ -26,21 +26,25 @@ from . import monitors
 
 @dataclass
 class PlanEvaluation:
-    """Results over n texts, greedy plans. NLLs are nats a token, the text's end among them.
+    """Results over n texts with greedy plans. NLLs are nats per token, the end of the text included.
 
     Attributes:
-        accuracy, low, high: share of answers that are right, written greedily, with its 95% Wilson interval.
-        random_accuracy: the same from random plans of the same lengths.
-        token_accuracy: share of their tokens that are the likeliest next one under their plans.
-        nll: of the texts under their plans; nll_null without a plan, nll_shuffled under another text's, nll_random.
-        lengths: mean number of concepts, by type. perplexity: exp of the entropy of the concepts' use, by type.
-        distinct: plans that no other text has, as a share of the texts.
-        bits: log2 V of every concept of a mean plan, all that it can hold.
-        explained_bits: what a mean text costs less with its plan than without, in bits. Much more than `bits` would say
-            that the model without a plan is a poor one.
-        ratio: tokens of a text for each of its concepts.
-        plan_ms, write_ms: wall time of a text, planned and written in batches.
-        samples: the first texts, with what was written: (text, plan, from the plan, from a random plan).
+        n: number of texts.
+        accuracy, low, high: share of right greedy answers, with its 95% Wilson interval.
+        random_accuracy: the same with random plans of the same lengths.
+        token_accuracy: share of tokens that are the most likely next token under their plans.
+        nll: of the texts under their plans.
+        nll_null, nll_shuffled, nll_random: without a plan, under another text's plan, under a random plan.
+        lengths: mean number of concepts, by type.
+        perplexity: exp of the entropy of concept usage, by type.
+        distinct: number of different plans, as a share of the texts.
+        bits: capacity of a mean plan, log2 V per concept.
+        explained_bits: bits that a mean text costs less with its plan than without. If this is much more than `bits`,
+            the model
+            is poor without a plan.
+        ratio: tokens of a text per concept.
+        plan_ms, write_ms: wall time per text for planning and writing, in batches.
+        samples: the first texts as (text, plan, written from the plan, written from a random plan).
     """
 
     former_names: ClassVar = {"told": "explained_bits"}  # in the checkpoints of earlier versions
@@ -66,7 +70,7 @@ class PlanEvaluation:
     samples: list[tuple[str, list[list[int]], str, str]] = field(repr=False)
 
     def numbers(self) -> dict[str, object]:
-        """Everything but the samples."""
+        """All results but the samples."""
         return {key: value for key, value in asdict(self).items() if key != "samples"}
 
 
@@ -83,13 +87,23 @@ def evaluate_plans(
     show: int = 12,
     progress: bool = False,
 ) -> PlanEvaluation:
-    """Of rows with `prompt`, `completion` and `answer`, plain texts.
+    """Evaluate plans and the texts written from them. Ours.
 
     Args:
-        mode: `"generate"`: the planner reads the prompt, the completion is written; `"reconstruct"`: it reads both, both
-            are written.
-        delimiter: what stands before the answer in a text; None: the text itself is the answer.
-        show: how many samples to keep.
+        model: a causal LM with a planner.
+        tokenizer: its tokenizer.
+        rows: plain texts in the columns `prompt`, `completion` and `answer`.
+        mode: `"generate"`: the planner reads the prompt, and the completion is written; `"reconstruct"`: it reads both,
+            and
+            both are written.
+        delimiter: the text before the answer; None: the text is the answer.
+        max_new_tokens: maximum number of generated tokens.
+        batch_size: rows per batch.
+        show: number of samples to keep.
+        progress: show a progress bar.
+
+    Returns:
+        The results, a `PlanEvaluation`.
     """
     planner, generator = PlannerExecutorModel(model, tokenizer), torch.Generator().manual_seed(0)
     types = backbone_of(model).planner_config.types

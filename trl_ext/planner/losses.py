@@ -1,4 +1,4 @@
-"""Terms beside the executor's cross-entropy, by row; means over rows are the trainer's."""
+"""Losses of planner and executor besides the executor's cross-entropy. Ours. The trainer averages them over rows."""
 
 from collections.abc import Callable
 
@@ -17,31 +17,41 @@ from ..common.codeword_usage import usage_kl_to_uniform
 
 
 def commitment_loss(soft: SoftPlan) -> torch.Tensor:
-    """(B,), 1 - cos(e_soft, sg(e_hard)), the mean over a plan's concepts; 0 for an empty plan."""
+    """1 - cos(e_soft, sg(e_hard)), averaged over the concepts of each plan (B, n, Q): (B,) float32; 0 for an empty
+    plan."""
     alive = soft.ids >= 0
     cosine = F.cosine_similarity(soft.soft.float(), soft.hard.detach().float(), dim=-1)
     return ((1 - cosine) * alive).sum((1, 2)) / alive.sum((1, 2)).clamp(min=1)
 
 
 def loss_eos(soft: SoftPlan, quotas: list[int]) -> torch.Tensor:
-    """(B,), -log p(<EOS>) at the last slot of types that ran into their quota without an end, the mean over types."""
+    """-log p(<EOS>) at the last slot of types that reach their quota without an end, averaged over types.
+
+    Args:
+        soft: plans (B, n, Q) with their log-probabilities.
+        quotas: the quota of each type.
+
+    Returns:
+        (B,), floating point, in nats.
+    """
     lengths = plan_lengths(soft.ids)
     total = torch.zeros(len(lengths), device=lengths.device)
     for i, quota in enumerate(quotas):
-        if soft.log_probs[i].shape[1] == quota:  # some row went so far
+        if soft.log_probs[i].shape[1] == quota:  # some row reaches the quota
             total = total - torch.where(lengths[:, i] == quota, soft.log_probs[i][:, -1, -1], 0)
     return total / len(quotas)
 
 
 def expected_use(soft: SoftPlan, i: int) -> torch.Tensor:
-    """(V_i,), how often each concept of type `i` is expected where plans have one."""
+    """The expected number of uses of each concept of type `i` at the slots where plans have one: (V_i,), floating
+    point."""
     log_probs = soft.log_probs[i][..., :-1]
     alive = soft.ids[:, i, : log_probs.shape[1]] >= 0
     return (log_probs.softmax(-1) * alive[..., None]).sum((0, 1))
 
 
 def hard_use(plan: torch.Tensor, i: int, size: int) -> torch.Tensor:
-    """(V_i,), how often each of `size` concepts of type `i` is in plans (B, n, Q)."""
+    """The number of uses of each of `size` concepts of type `i` in plans (B, n, Q) long: (V_i,) long."""
     ids = plan[:, i]
     return torch.bincount(ids[ids >= 0], minlength=size)
 
@@ -49,11 +59,16 @@ def hard_use(plan: torch.Tensor, i: int, size: int) -> torch.Tensor:
 def signal_nll(
     model: nn.Module, batch: dict[str, torch.Tensor], plan: torch.Tensor | SoftPlan, scored: torch.Tensor
 ) -> torch.Tensor:
-    """The signal y(X) that is extracted from a text and predicted from its plan: every word, by its place, without the
-    words before it. A sum over the tokens that count, nats.
+    """NLL of the signal y(X): each token is predicted from the plan and its position, without the tokens before it.
 
     Args:
-        batch: as of `PlannerCollator`. scored (B, T) bool: tokens that count.
+        model: a causal LM with a planner, wrapped or not.
+        batch: as of `PlannerCollator`.
+        plan: plans (B, n, Q) long, or a `SoftPlan`.
+        scored (B, T): bool; tokens that count.
+
+    Returns:
+        The sum over the tokens that count, a scalar in nats, floating point.
     """
     ids = batch["input_ids"]
     nothing_read = torch.ones_like(ids, dtype=torch.bool)
@@ -62,7 +77,15 @@ def signal_nll(
 
 
 def mean_entropy(log_probs: list[torch.Tensor], opens: list[torch.Tensor]) -> torch.Tensor:
-    """Of all types' predictions (B, J_i, V_i + 1), nats, over those that were made (B, J_i)."""
+    """Mean entropy in nats of all types' predictions.
+
+    Args:
+        log_probs: for each type (B, J_i, V_i + 1), floating point.
+        opens: for each type (B, J_i) bool; predictions that count.
+
+    Returns:
+        A scalar, floating point.
+    """
     total = sum((torch.special.entr(x.exp()).sum(-1) * open_).sum() for x, open_ in zip(log_probs, opens))
     return total / sum(open_.sum() for open_ in opens)
 
@@ -74,14 +97,20 @@ def plan_predictions(
     plan: torch.Tensor,
     watch: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """What the planner says about plans (B, n, Q) that are given, in one pass with gradients.
+    """The planner's predictions for given plans, in one pass with gradients.
 
     Args:
+        model: a causal LM with a planner, wrapped or not.
+        input_ids, attention_mask (B, U): long; what the planner reads.
+        plan (B, n, Q): long.
         watch: called with each type's logits (B, quota_i, V_i + 1).
 
     Returns:
-        log p(plan | text) (B,); of each type log-probabilities (B, quota_i, V_i + 1), with gradients, and where they were
-        asked for (B, quota_i) bool: at each concept, and at the end where the type is shorter than its quota.
+        log p(plan | text) (B,); for each type log-probabilities (B, quota_i, V_i + 1) with gradients, floating point;
+            and for
+        each type (B, quota_i) bool, which predictions count: at each concept, and at the end if the type is shorter
+            than its
+        quota.
     """
     embeds = concept_embeds(backbone_of(model), plan)
     every, opens = [], []
@@ -102,11 +131,20 @@ def plan_predictions(
 def expected_and_chosen(
     model: nn.Module, log_probs: list[torch.Tensor], plan: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codewords (B, n, Q, d) of plans (B, n, Q) that were found: expected of a sample at this temperature, which is
-    `SoftPlan.soft` without its noise, and chosen; any where there is no concept.
+    """Expected and chosen codewords of given plans.
+
+    The expected codeword is that of a sample at this temperature, which is `SoftPlan.soft` without noise. Values are
+    arbitrary
+    where there is no concept.
 
     Args:
-        log_probs: of each type (B, quota_i, V_i + 1), as of `plan_predictions`.
+        model: a causal LM with a planner, wrapped or not.
+        log_probs: for each type (B, quota_i, V_i + 1), as of `plan_predictions`.
+        plan (B, n, Q): long.
+        temperature: of the softmax.
+
+    Returns:
+        Expected and chosen codewords, (B, n, Q, d) each, floating point.
     """
     head = backbone_of(model).unified_head
     hard = concept_embeds(backbone_of(model), plan)
@@ -118,15 +156,20 @@ def expected_and_chosen(
 
 
 class UsageAverage(nn.Module):
-    """Moving average over steps of how the concepts of each type are used: of about `window` concepts for each codeword. A
-    step of so many stands for itself.
+    """Moving average over steps of how often the concepts of each type are used.
 
-    Fewer say little: a planner that is sure of itself cannot use 4,096 codewords in 100 concepts. More are out of date, and
-    hold a planner back that has moved on.
+    It spans about `window` concepts per codeword. A step with more concepts is used alone. A shorter average says
+    little: a
+    confident planner cannot use 4,096 codewords in 100 concepts. A longer one is out of date and holds the planner
+    back.
+
+    Args:
+        sizes: V_i, the number of concepts of each type.
+        window: number of concepts per codeword.
 
     Attributes:
-        window: concepts for each codeword.
-        average: of each type (V_i,), the weights of its steps adding up to `weight`.
+        window: as above.
+        average_i: (V_i,) float32 for each type i; the weights of its steps sum to `weight_i`.
     """
 
     def __init__(self, sizes: list[int], window: float):
@@ -137,10 +180,18 @@ class UsageAverage(nn.Module):
             self.register_buffer(f"weight_{i}", torch.zeros(()))
 
     def share(self, i: int, use: torch.Tensor | None = None) -> torch.Tensor:
-        """(V_i,) that adds up to 1 (0 before anything was used), with `use` (V_i,) as the newest step.
+        """Shares of the concepts of type `i`, with `use` as the newest step.
 
-        Its value is the average's, its gradient that of the newest step alone, in full: otherwise it would shrink as the
-        memory grows.
+        The value is that of the average. The gradient is that of the newest step alone, in full; otherwise it would
+        shrink as the
+        window grows.
+
+        Args:
+            i: index of the type.
+            use (V_i,): floating point; uses in the newest step; None: only the average.
+
+        Returns:
+            (V_i,) float32 that sums to 1; 0 before anything was used.
         """
         average, weight = getattr(self, f"average_{i}"), getattr(self, f"weight_{i}")
         if use is None:
@@ -151,11 +202,15 @@ class UsageAverage(nn.Module):
         return mixed + (now - now.detach())
 
     def _part(self, use: torch.Tensor) -> torch.Tensor:
-        """Of the average, what is the newest step's."""
+        """The weight of the newest step in the average."""
         return (use.detach().sum().float() / (self.window * len(use))).clamp(max=1)
 
     def loss(self, uses: list[torch.Tensor]) -> torch.Tensor:
-        """KL(share || uniform), nats, the mean over types; of a type that is not used nothing is asked."""
+        """KL(share || uniform) in nats, averaged over types; a scalar. Types without any use contribute 0.
+
+        Args:
+            uses: (V_i,) floating point for each type; uses in this step.
+        """
         terms = [
             usage_kl_to_uniform(self.share(i, use)) if use.detach().sum() > 0 else use.sum()
             for i, use in enumerate(uses)
@@ -164,7 +219,7 @@ class UsageAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, uses: list[torch.Tensor]) -> None:
-        """After a step, of all its micro-batches and processes."""
+        """Update the average after a step, with the uses (V_i,) of all micro-batches and processes for each type."""
         for i, use in enumerate(uses):
             if use.sum() > 0:
                 part = self._part(use)
@@ -172,7 +227,8 @@ class UsageAverage(nn.Module):
                     getattr(self, f"{name}_{i}").mul_(1 - part).add_(part * new)
 
     def perplexity(self, i: int) -> float:
-        """Of the average: 1 where one concept is all, V_i where all are used alike; 0 before any was."""
+        """Perplexity of the average of type `i`: 1 if one concept takes all uses, V_i if all are used equally, 0 before
+        any use."""
         share = self.share(i)
         return float(torch.special.entr(share).sum().exp()) if share.any() else 0.0
 

@@ -3,7 +3,7 @@
 from ..common.method import Command, TrainingMethod
 
 
-# What the monitors log, for a picture of their own
+# Metrics of the monitors, drawn in a separate picture
 MONITOR_CURVES = (
     ("monitor/delta_nll_null", "NLL without a plan, minus under it"),
     ("monitor/delta_nll_random", "NLL of a random plan, minus under its own"),

@@ -1,4 +1,4 @@
-"""A callback that reads the signs in a run's logs, tells of them, and can act on them."""
+"""A callback that finds signs in a run's logs, warns about them, and can act on them."""
 
 from dataclasses import asdict
 from typing import Any
@@ -14,27 +14,33 @@ from .diagnostics import LEARNING_RATE, THRESHOLDS, WATCHED, Advice, History, Th
 
 logger = logging.get_logger(__name__)
 
-REMEMBERED = 512  # logs with watched values; E-steps are far between
-UNSET = {"temperature_end": "temperature"}  # None: it stays what the other one is
+REMEMBERED = 512  # logs with watched values; many, because E-steps are rare
+UNSET = {"temperature_end": "temperature"}  # None: equal to the other field
 
 
 class PlannerMonitorCallback(TrainerCallback, ExportableState):
-    """Has the trainer's `probe` run now and then, reads the logs, and warns of signs; with `auto`, acts on them.
+    """Run the trainer's `probe` regularly, read the logs, and warn of signs. With `auto`, act on them. Ours.
 
-    What it may act on, `args` must say anew at every step; what it advises is for `args.training`. A field is changed once
-    per cool-down, by the sign that comes first in the table. Across processes, rank 0 decides. A resumed run goes on with
-    the changes made, except of fields that are configured otherwise than they were.
+    Settings that it may change must be read from `args` at every step; its advice is for `args.training`. A field is
+    changed at
+    most once per cool-down, by the first sign in the table. Across processes, rank 0 decides. A resumed run keeps the
+    changes
+    made, except for fields whose configured value has changed.
 
     Args:
         auto: apply the actions.
-        every: steps between probes. A probe's values are averaged into the next regular log.
-        cooldown: steps for which a sign is not told, nor acted on, again.
+        every: number of steps between probes. The values of a probe are averaged into the next regular log.
+        cooldown: number of steps for which a sign is neither reported nor acted on again.
+        thresholds: when a value becomes a sign.
 
     Attributes:
-        trainer: to be set by the trainer, also after `_load_callback_state`, which may make a new callback. Has
-            `probe(batch) -> dict[str, float]`, called in every process, on the first held-out rows or else the first
-            training rows; its random numbers are put back. None: no probes.
-        applied: what was changed: dicts of step, sign, field, old, new.
+        trainer: set by the trainer, also after `_load_callback_state`, which may create a new callback. It has
+            `probe(batch) -> dict[str, float]`, called in every process with the first held-out rows or else the first
+            training rows; the random state is restored afterwards. None: no probes.
+        applied: the changes made, dicts of step, sign, field, old, new.
+
+    Raises:
+        ValueError: `every` or `cooldown` is below 1.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         thresholds: Thresholds | dict[str, Any] = THRESHOLDS,
     ):
         if every < 1 or cooldown < 1:
-            raise ValueError(f"every={every}, cooldown={cooldown}: must be at least 1 step")
+            raise ValueError(f"every={every}, cooldown={cooldown}: both must be at least 1 step")
         self.auto, self.every, self.cooldown = auto, every, cooldown
         self.thresholds = Thresholds(**thresholds) if isinstance(thresholds, dict) else thresholds
         self.trainer: Any = None
@@ -60,7 +66,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json, without the history, whose values are in its `log_history`."""
+        """The state for trainer_state.json, without the history, whose values are in its `log_history`."""
         given = {"auto": self.auto, "every": self.every, "cooldown": self.cooldown}
         return {
             "args": {**given, "thresholds": asdict(self.thresholds)},
@@ -68,9 +74,9 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **_):
-        """transformers reads saved states only under `restore_callback_states_from_checkpoint`, so it is done here."""
+        # Restore the state: transformers does so only under `restore_callback_states_from_checkpoint`
         self._forget()
-        # A checkpoint from before there was a callback has no place for it, which saving needs
+        # A checkpoint written without this callback has no entry for it, but saving needs one
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step == 0:
             return
@@ -89,7 +95,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         for change in self.applied:
             changes.setdefault(change["field"], [change["old"]]).append(change["new"])
         for field, values in changes.items():
-            if field == LEARNING_RATE:  # the scheduler may have been saved with it
+            if field == LEARNING_RATE:  # the saved scheduler may include it
                 scale_learning_rate(optimizer, scheduler, values[-1] / _learning_rate_scale(scheduler))
             elif getattr(args, field, None) == values[0]:
                 setattr(args, field, values[-1])
@@ -100,11 +106,11 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         if self.trainer is None or state.global_step % self.every:
             return
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):  # training goes on as if nobody had looked
+        with torch.random.fork_rng(devices):  # keep the random state of the training
             if self._batch is None:
                 self._batch = self._first_batch()
             found = self.trainer.probe(dict(self._batch))
-        logged = self.trainer._metrics["train"]  # not `log`, after which the step's own log would be left out
+        logged = self.trainer._metrics["train"]  # not `log`: it would replace the step's own log
         for name, value in found.items():
             logged[f"monitor/{name.removeprefix('monitor/')}"].append(value)
 
@@ -112,9 +118,9 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         trainer = self.trainer
         rows = trainer.eval_dataset or trainer.train_dataset
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
-        size = max(2, trainer.args.eval_batch_size)  # alone, a text could be given no other's plan
+        size = max(2, trainer.args.eval_batch_size)  # a shuffled plan needs another row
         loader = trainer._get_dataloader(rows, "Monitor", size, trainer._get_eval_sampler)
-        # Not accelerate's loader around it, which would be the active one, in training too, until it is exhausted
+        # Not accelerate's wrapper: it would stay the active loader, in training too, until it is exhausted
         return trainer._prepare_inputs(next(iter(loader.base_dataloader)))
 
     # -- advice -----------------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
                 for x in advise(self.history, self.thresholds, args.training)
                 if self._over(step, self.last_warned.get(x.sign))
             ]
-        if self.auto and args.world_size > 1:  # or processes would go on with different settings
+        if self.auto and args.world_size > 1:  # otherwise processes could use different settings
             due = broadcast_object_list([due])[0]
         for advice in due:
             self.last_warned[advice.sign] = step
@@ -138,7 +144,7 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
                 logger.warning(f"step {step}: {advice}" + (f". Applied: {', '.join(done)}" if done else ""))
 
     def _remember(self, logs: dict[str, float], step: int) -> bool:
-        """Whether there was anything to remember."""
+        """Keep the watched values of a log. Returns whether there were any."""
         entry = {name: value for name, value in logs.items() if name.startswith(WATCHED)}
         if entry:
             self.history.append({**entry, "step": step})
@@ -171,11 +177,11 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
         return made
 
 
-_SCALE = "learning_rate_scale"  # an attribute of the scheduler's, so that it is saved with the rates that it is in
+_SCALE = "learning_rate_scale"  # an attribute of the scheduler, so that it is saved together with the rates
 
 
 def _torch_scheduler(scheduler: Any) -> Any:
-    return getattr(scheduler, "scheduler", scheduler)  # under accelerate's wrapper
+    return getattr(scheduler, "scheduler", scheduler)  # unwrapped from accelerate
 
 
 def _learning_rate_scale(scheduler: Any) -> float:
@@ -185,8 +191,10 @@ def _learning_rate_scale(scheduler: Any) -> float:
 def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
     """Multiply the learning rate of all parameter groups, from the next step on.
 
-    LambdaLR, as which transformers makes its schedules, sets lr = base_lr * lambda(step) at each step, so that base_lrs
-    must change too. Others go on from the rate that they find. `initial_lr` stays: the next scheduler begins with it.
+    LambdaLR, which transformers uses for its schedules, sets lr = base_lr * lambda(step) at each step, so `base_lrs` is
+    changed
+    too. Other schedulers continue from the current rate. `initial_lr` is not changed: the next scheduler starts from
+    it.
     """
     scheduler = _torch_scheduler(scheduler)
     for group in optimizer.param_groups:

@@ -1,7 +1,8 @@
-"""What is watched while planner and executor learn.
+"""Measurements for the monitors of planner and executor. Ours.
 
-Functions of tensors, on their device and without gradients. Results are scalars, in fp32 or what is wider; a mean over
-nothing is 0. Plans are (B, n, Q) long, concepts from the front of each type and -1 behind its end.
+The functions take tensors, run on their device and have no gradients. Results are scalars in float32 or wider; a mean
+over
+nothing is 0. Plans are (B, n, Q) long, with concepts from the front of each type and -1 after its end.
 """
 
 import torch
@@ -16,28 +17,36 @@ def _mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tenso
     values = _wide(values)
     if mask is None:
         return values.sum() / max(values.numel(), 1)
-    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)  # what is masked may be infinite
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)  # masked values may be infinite
 
 
-# -- does the executor use the plan -------------------------------------------------------------------------------------
+# -- does the executor use the plan? ------------------------------------------------------------------------------------
 
 
 def delta_nll(nll_bad: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
-    """Mean of NLL(y | bad plan) - NLL(y | plan), nats. Near 0: the executor does not use its plan.
+    """Mean of NLL(y | bad plan) - NLL(y | plan) in nats. Near 0, the executor does not use its plan.
 
     Args:
-        nll_bad (N,), nll (N,): of the same texts, or of the same tokens.
+        nll_bad, nll (N,): float; NLLs of the same texts, or of the same tokens.
+
+    Returns:
+        A scalar, float32 or wider.
     """
     return _mean(_wide(nll_bad) - _wide(nll))
 
 
 def nll_by_bucket(nll: torch.Tensor, mask: torch.Tensor, width: int = 64) -> dict[str, torch.Tensor]:
-    """Mean NLL of the tokens 0 to `width` - 1 of their texts, of the next `width`, ...: "0-64", "64-128", ...
+    """Mean NLL by position: of tokens 0 to `width` - 1, of the next `width`, ...
 
-    Only of buckets with tokens, for which it waits for the device, once.
+    It waits for the device once, to leave out empty buckets.
 
     Args:
-        nll (B, T): nats. mask (B, T) bool: tokens that count; column t is position t.
+        nll (B, T): float, nats.
+        mask (B, T): bool; tokens that count. Column t is position t.
+        width: number of positions per bucket.
+
+    Returns:
+        Scalars, float32 or wider, by bucket: "0-64", "64-128", ...
     """
     mask = mask.bool()
     rest = -nll.shape[1] % width
@@ -48,26 +57,38 @@ def nll_by_bucket(nll: torch.Tensor, mask: torch.Tensor, width: int = 64) -> dic
 
 
 def shuffled(plan: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Each text gets another text's plan (B, n, Q), by a random cycle through all rows. Plans may be alike all the same.
+    """Give each text another text's plan, by a random cycle through all rows. The plans may still be equal.
+
+    Args:
+        plan (B, n, Q): long.
+        generator: of the random numbers.
+
+    Returns:
+        (B, n, Q) long.
 
     Raises:
-        ValueError: there is no other row.
+        ValueError: there is only one row.
     """
     rows = len(plan)
     if rows < 2:
-        raise ValueError(f"plan has {rows} rows: at least 2, or none could have another's plan")
+        raise ValueError(f"plan has {rows} rows: at least 2 are needed to exchange plans")
     cycle = torch.randperm(rows, generator=generator, device=_device(plan, generator)).to(plan.device)
     return torch.empty_like(plan).index_copy(0, cycle, plan[cycle.roll(1)])
 
 
 def random_like(plan: torch.Tensor, sizes: list[int], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Plans (B, n, Q) as long as these, of concepts drawn uniformly from each type's vocabulary.
+    """Random plans of the same lengths, with concepts drawn uniformly from each type's vocabulary.
 
     Args:
+        plan (B, n, Q): long.
         sizes: V_i of the n types.
+        generator: of the random numbers.
+
+    Returns:
+        (B, n, Q) long.
 
     Raises:
-        ValueError: there are more or fewer sizes than types.
+        ValueError: the number of sizes differs from the number of types.
     """
     if len(sizes) != plan.shape[1]:
         raise ValueError(f"sizes={sizes}: plan has {plan.shape[1]} types")
@@ -77,7 +98,7 @@ def random_like(plan: torch.Tensor, sizes: list[int], generator: torch.Generator
 
 
 def commonest_share(plan: torch.Tensor) -> torch.Tensor:
-    """Share of the texts that have the plan that most of them have: 1 where all plans (B, n, Q) are alike."""
+    """Share of the texts that have the most common plan; 1 if all plans (B, n, Q) long are equal. A scalar, float32."""
     counts = plan.flatten(1).unique(dim=0, return_counts=True)[1]
     return _wide(counts.max() / len(plan))
 
@@ -86,20 +107,23 @@ def _device(plan: torch.Tensor, generator: torch.Generator | None) -> torch.devi
     return plan.device if generator is None else generator.device
 
 
-# -- does the E-step settle ---------------------------------------------------------------------------------------------
+# -- does the E-step settle? --------------------------------------------------------------------------------------------
 
 
 def top1_margin(scores: torch.Tensor) -> torch.Tensor:
-    """Mean of the best candidate's score minus the second's, nats, over rows that have two.
+    """Mean difference in nats between the best and the second candidate's score, over rows with two candidates.
 
     Args:
-        scores (B, K): S(z); -inf where there is no candidate.
+        scores (B, K): float; S(z), -inf where there is no candidate.
+
+    Returns:
+        A scalar, float32 or wider.
 
     Raises:
         ValueError: K = 1.
     """
     if scores.shape[1] < 2:
-        raise ValueError(f"scores {tuple(scores.shape)}: at least 2 candidates, or there is no margin")
+        raise ValueError(f"scores {tuple(scores.shape)}: a margin needs at least 2 candidates")
     best, second = _wide(scores).topk(2, dim=1).values.unbind(1)
     return _mean(best - second, second != -torch.inf)
 
@@ -108,55 +132,75 @@ def flip_rate(old: torch.Tensor, new: torch.Tensor, known: torch.Tensor | None =
     """Share of rows whose plan changed.
 
     Args:
-        old, new (B, n, Q) long. known (B,) bool: rows that have an old plan; None: all.
+        old, new (B, n, Q): long.
+        known (B,): bool; rows that had a plan before; None: all.
+
+    Returns:
+        A scalar, float32.
     """
     return _mean((old != new).flatten(1).any(1), known)
 
 
 def staleness_gap(cached: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """Mean of S(best) - S(cached), nats, both (B,) and scored now. At least 0 where the cached plan was a candidate."""
+    """Mean of S(best) - S(cached) in nats. It is at least 0 if the cached plan was a candidate.
+
+    Args:
+        cached, best (B,): float; both scored with the current model.
+
+    Returns:
+        A scalar, float32 or wider.
+    """
     return _mean(_wide(best) - _wide(cached))
 
 
-# -- does the planner learn ---------------------------------------------------------------------------------------------
+# -- does the planner learn? --------------------------------------------------------------------------------------------
 
 
 def entropy_and_max_prob(log_probs: torch.Tensor, open: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean entropy, nats, and mean largest probability of one type's predictions.
+    """Mean entropy in nats, and mean largest probability, of one type's predictions.
 
     Args:
-        log_probs (B, J, V + 1): may be -inf. open (B, J) bool: predictions that were made.
+        log_probs (B, J, V + 1): float; may be -inf.
+        open (B, J): bool; predictions that count.
+
+    Returns:
+        Two scalars, float32 or wider.
     """
     probs = _wide(log_probs).exp()
     return _mean(torch.special.entr(probs).sum(-1), open), _mean(probs.amax(-1), open)
 
 
 def cosine_and_l2(soft: torch.Tensor, hard: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cosine and mean distance of expected and chosen codeword.
+    """Mean cosine and mean L2 distance between expected and chosen codeword.
 
     Args:
-        soft, hard (B, n, Q, d). mask (B, n, Q) bool: where there is a concept.
+        soft, hard (B, n, Q, d): float; expected and chosen codewords.
+        mask (B, n, Q): bool; where there is a concept.
+
+    Returns:
+        Two scalars, float32 or wider.
     """
     soft, hard = _wide(soft), _wide(hard)
     return _mean(F.cosine_similarity(soft, hard, dim=-1), mask), _mean((soft - hard).norm(dim=-1), mask)
 
 
 class GradientNorm:
-    """L2 norm of the gradient that reaches tensors, all since the last `pop` taken as one vector.
+    """L2 norm of the gradient at tensors, over all tensors since the last `pop` as one vector.
 
-    Waits for no device before `pop`. Gradients are those of backward: under loss scaling, scaled.
+    It does not wait for the device before `pop`. Under loss scaling, gradients are scaled.
     """
 
     def __init__(self):
         self._square: torch.Tensor | float | None = None
 
     def watch(self, tensor: torch.Tensor) -> None:
-        """To be called before backward, on each micro-batch's tensor. Does nothing where gradients are off."""
+        """Watch a tensor (...) of any floating point dtype. Call it before backward, for each micro-batch. Does nothing
+        without gradients."""
         if not torch.is_grad_enabled():
             return
         if self._square is None:
             self._square = 0.0
-        if tensor.requires_grad:  # if it is detached, the norm is 0, which is what there is to tell
+        if tensor.requires_grad:  # a detached tensor gives a norm of 0, as it should
             tensor.register_hook(self._add)
 
     def _add(self, gradient: torch.Tensor) -> None:
@@ -164,6 +208,6 @@ class GradientNorm:
         self._square = square if self._square is None else self._square + square
 
     def pop(self) -> float | None:
-        """The norm; 0 if no gradient came, None if nothing was watched."""
+        """The norm; 0 if no gradient arrived, None if nothing was watched."""
         square, self._square = self._square, None
         return None if square is None else float(square) ** 0.5

@@ -1,4 +1,4 @@
-"""What a trainer is given, checked before anything is loaded, and a model's planner."""
+"""Checks of a trainer's arguments before anything is loaded, and attachment of the planner."""
 
 import functools
 from typing import Any
@@ -17,33 +17,32 @@ from .config import PlannerExecutorConfig
 
 
 def check_given(given: dict[str, Any], args: PlannerExecutorConfig) -> None:
-    """Raises a ValueError for arguments of `SFTTrainer` that planning has no use for, and rows it cannot take."""
+    """Raise a ValueError for arguments of `SFTTrainer` that cannot be used with a planner, and for unusable datasets."""
     for name in ("data_collator", "compute_loss_func"):
         if given.get(name) is not None:
-            raise ValueError(f"{name}: rows of planner and executor have one of their own; leave it out")
+            raise ValueError(f"{name}: planner and executor have their own; leave it out")
     rows = given.get("train_dataset")
     if isinstance(rows, Dataset) and not len(rows):
-        raise ValueError("train dataset: not one row")
+        raise ValueError("train dataset: has no rows")
     if isinstance(rows, IterableDataset) and args.training == "hard_em":
         raise ValueError(
-            "train dataset: training='hard_em' keeps a plan for each row, and an iterable dataset does not say how many "
-            "there are; use a Dataset, or training='soft'"
+            "train dataset: training='hard_em' stores a plan for each row, but the size of an iterable dataset is "
+            "unknown; use a Dataset, or training='soft'"
         )
 
 
 def check_method(config: PeftConfig) -> None:
-    """Raises a ValueError for a PEFT method that works above the backbone, which planner and executor call."""
+    """Raise a ValueError for a PEFT method that works above the backbone, because planner and executor call the
+    backbone."""
     if config.is_prompt_learning:
-        raise ValueError(
-            f"{type(config).__name__} adds virtual tokens, which plans would not be written after; use LoRA"
-        )
+        raise ValueError(f"{type(config).__name__} adds virtual tokens, which the planner would not see; use LoRA")
 
 
 def attach(model: PreTrainedModel, args: PlannerExecutorConfig) -> None:
-    """Give a model its planner, unless it has one.
+    """Attach a planner to a model, unless it has one.
 
     Raises:
-        ValueError: its adapter would leave the planner untrained, or was made before it.
+        ValueError: the model's adapter would not train the planner, or was made before it.
     """
     if is_peft_model(model) and settings_of(model, METHOD) is not None:
         check_method(model.active_peft_config)

@@ -1,4 +1,4 @@
-"""A closer look at one batch: what the executor makes of plans that are not the text's own."""
+"""Probe of one batch: how much worse the executor is with plans other than the text's own."""
 
 import torch
 from torch import nn
@@ -16,15 +16,17 @@ ROWS = 16
 
 @torch.no_grad()
 def probe(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, float]:
-    """Of the first 16 rows, under greedy plans:
+    """Measure the first 16 rows of a batch, with greedy plans. Ours.
 
-        monitor/delta_nll_null, ..._shuffled (of two rows or more), ..._random      what another plan costs, nats per token
-        monitor/commonest_plan                                                      share of the texts that have it
-        monitor/nll_0-64, ...                                                       nats per token, by position
+        monitor/delta_nll_null, ..._shuffled (needs two rows), ..._random      cost of another plan, nats per token
+        monitor/commonest_plan                                                 share of texts that have the most common
+            plan
+        monitor/nll_0-64, ...                                                  NLL by position, nats per token
 
     Args:
+        model: a causal LM with a planner, wrapped or not.
         batch: as of `PlannerCollator`, on the model's device.
-        generator: of random plans and of the order.
+        generator: of random plans and of the shuffled order.
     """
     batch = {name: value[:ROWS] for name, value in batch.items()}
     ids, mask = batch["input_ids"], batch["attention_mask"]

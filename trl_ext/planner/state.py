@@ -1,4 +1,5 @@
-"""What a run has learnt beside its weights: `planner_state.safetensors`, and what it must agree with in its JSON."""
+"""The planner's state in checkpoints, `planner_state.safetensors`, and the settings that must match on resume, in its
+JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ OTHER_ROWS = (
 
 
 def new_state(args: PlannerExecutorConfig, config: PlannerConfig, rows: int) -> nn.ModuleDict:
-    """Of a new run on so many training rows.
+    """The state of a new run with `rows` training rows.
 
     Raises:
-        ValueError: there are fewer plans than beams.
+        ValueError: there are fewer possible plans than beams.
     """
     state = nn.ModuleDict({"usage": UsageAverage([kind.num_concepts for kind in config.types], args.usage_window)})
-    targets = args.targets(config) if args.training == "soft" else None  # a plan that was found has no expectation
+    targets = args.targets(config) if args.training == "soft" else None  # a fixed plan has no expected length
     if targets is not None:
         state["quota"] = PlannerQuotaController(targets, [kind.quota for kind in config.types], args.quota_rate)
     if args.length_curriculum is not None:
@@ -47,19 +48,19 @@ def new_state(args: PlannerExecutorConfig, config: PlannerConfig, rows: int) -> 
 
 
 def load_planner_state(folder: str | Path, state: nn.Module) -> None:
-    """Fill `state` from a checkpoint. Call `check_planner_state` before."""
+    """Fill `state` from a checkpoint. Call `check_planner_state` first."""
     state.load_state_dict(load_state(folder, METHOD.name))
 
 
 def check_planner_state(folder: Path, state: nn.Module, settings: dict[str, Any]) -> None:
-    """Raises a CheckpointError that names the file that is missing, the setting that differs, or the tensor."""
-    infinite = {"curriculum.nll"}  # until something was measured
+    """Raise a CheckpointError that names the missing file, the differing setting, or the tensor of another shape."""
+    infinite = {"curriculum.nll"}  # before the first measurement
     check_state(folder, METHOD.name, settings, {"dataset": OTHER_ROWS}, infinite=infinite)
     wanted = {name: list(tensor.shape) for name, tensor in state.state_dict().items()}
     found = saved_shapes(folder, METHOD.name)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
-                f"{tensors_file(folder, METHOD.name)}: {name} is {found.get(name, 'missing')}, this run needs "
+                f"{tensors_file(folder, METHOD.name)}: {name} is {found.get(name, 'missing')}, but this run needs "
                 f"{wanted.get(name, 'none')}"
             )

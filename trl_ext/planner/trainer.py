@@ -1,9 +1,12 @@
 """SFT of a model that plans in concepts and writes from its plan alone.
 
-What differs from SFT, and where: the model is given its planner before PEFT wraps it; `_prepare_dataset` and the collator
-tell what the planner reads from what the executor writes; `compute_loss` plans, softly or with the best plan that an E-step
-has found, and executes; after each step's last backward gradients are averaged over processes, and the averages that the
-losses need go on. Everything else is the parent's; `use_planner=False` is the parent.
+The differences from SFT: the planner is attached before PEFT wraps the model. `_prepare_dataset` and the collator
+separate what
+the planner reads from what the executor writes. `compute_loss` plans, softly or with the best plan of an E-step, and
+executes.
+After the last backward of each step, gradients are averaged over processes, and the state that the losses carry across
+steps
+is updated. With `use_planner=False` the trainer equals its parent.
 """
 
 import copy
@@ -67,17 +70,24 @@ Logged = dict[str, torch.Tensor]
 
 
 class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
-    """Same constructor as `SFTTrainer`. A model without a planner is given one, before PEFT wraps it.
+    """SFT of planner and executor. Ours. A planner is attached before PEFT wraps the model, if it has none.
 
-    With `peft_config` the base, its embedding and its LM head stay as they are; without one the whole model is trained.
+    With `peft_config`, the base model, its embedding and its LM head are frozen. Without it, the whole model is
+    trained.
+
+    Args:
+        model: the model to train, or its name.
+        args: the configuration; None: the defaults.
+        *others, **keywords: further arguments of `SFTTrainer`.
 
     Attributes:
-        planner_state: what a checkpoint keeps beside the weights.
+        planner_state: state that a checkpoint keeps beside the weights.
         last_e_step: the `EStep` of the last batch that had one.
 
     Raises:
-        ValueError: at construction, for rows without a plan's part, a model that cannot plan or whose adapter leaves the
-            planner untrained, DeepSpeed and FSDP.
+        ValueError: in the constructor, for rows that cannot be split, a model that cannot plan or whose adapter would
+            not
+            train the planner, and under DeepSpeed and FSDP.
     """
 
     _tag_names = ["trl", "planner-executor"]
@@ -102,7 +112,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             check_method(lora)
             vars(lora).update(with_planner_modules(lora))
         if args.n_gpu > 1:
-            args._n_gpu = 1  # no nn.DataParallel, whose replicas would plan each for itself
+            args._n_gpu = 1  # disable nn.DataParallel: its replicas would plan separately
         if not isinstance(model, str):
             attach(model, args)
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
@@ -110,15 +120,15 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             super().__init__(model, args, *others, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                "DeepSpeed and FSDP shard weights behind the model's own forward, which planning goes around; launch with "
+                "DeepSpeed and FSDP need the model's own forward, which the planner does not call; launch with "
                 "DDP (accelerate launch --multi_gpu) or in one process"
             )
-        no_router_loss(self, "planner and executor go around the model's own forward")
-        # Not around the parent's own, which under Unsloth may be another
+        no_router_loss(self, "planner and executor do not call the model's own forward")
+        # Not a wrapper of the parent's collator, which may be another one under Unsloth
         self.data_collator = PlannerCollator(
             DataCollatorForLanguageModeling(self._tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
         )
-        # The loss is ours: counted in tokens, of labels that are shifted
+        # Our loss is scaled by the number of tokens, and its labels are shifted
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         config = backbone_of(self.model).planner_config
         rows = max(self.train_dataset[SAMPLE_ID]) + 1 if args.training == "hard_em" else 0
@@ -131,7 +141,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     # -- callbacks --------------------------------------------------------------------------------------------------
 
     def _introduce(self) -> None:
-        """To the callback that asks for probes."""
+        """Attach this trainer to the monitor callback."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PlannerMonitorCallback):
                 callback.trainer = self
@@ -182,7 +192,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             with self.accelerator.autocast():
                 return self._evaluated(model, inputs, scored, return_outputs)
         per_item, share = 1 / scored.sum().clamp(min=1), 1.0
-        if num_items_in_batch is not None:  # its part of the whole step, which the processes' mean makes whole
+        if num_items_in_batch is not None:  # scaled as a part of the whole step, for the mean over processes
             processes = self.accelerator.num_processes if self._across_processes() else 1
             per_item = processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
             share = len(scored) * processes / self._step_rows
@@ -195,7 +205,15 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _soft_loss(
         self, model: nn.Module, inputs: Batch, scored: torch.Tensor, per_item: torch.Tensor, share: float
     ) -> tuple[torch.Tensor, Logged]:
-        """The loss, and its parts to log, which micro-batches add up to the step's."""
+        """The soft loss, and its terms to log. Both are sums over micro-batches of a step.
+
+        Args:
+            model: the model.
+            inputs: a batch of `PlannerCollator`.
+            scored (B, T): bool; tokens that count.
+            per_item: scalar float; factor of sums over tokens.
+            share: factor of means over rows.
+        """
         args, types = self.args, backbone_of(model).planner_config.types
         soft = plan_soft(model, inputs["plan_input_ids"], inputs["plan_attention_mask"], self.temperature)
         self._gradient_norm.watch(soft.embeds)
@@ -221,7 +239,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _em_loss(
         self, model: nn.Module, inputs: Batch, scored: torch.Tensor, per_item: torch.Tensor, share: float
     ) -> tuple[torch.Tensor, Logged]:
-        """As `_soft_loss`: the M-step, on the best plans known."""
+        """The loss of the M-step on the best plans known; as `_soft_loss`."""
         types = backbone_of(model).planner_config.types
         plans = self._best_plans(model, inputs)
         executor = self._executor_nll(model, inputs, plans, scored).sum() * per_item
@@ -247,7 +265,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         log_probs: Any,
         opens: list[torch.Tensor],
     ) -> dict[str, tuple[float, torch.Tensor]]:
-        """Terms of either training that are on, each with its weight."""
+        """The active terms that both trainings have, each with its weight."""
         args, terms = self.args, {}
         if args.signal_weight:
             terms["signal"] = args.signal_weight, signal_nll(model, inputs, plans, scored) * per_item
@@ -265,8 +283,14 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         log_probs: Any,
         opens: list[torch.Tensor],
     ) -> None:
-        """For the monitors: expected and chosen codewords (B, n, Q, d) of plans (B, n, Q), their lengths (B, n), and each
-        type's predictions."""
+        """Record values for the monitors.
+
+        Args:
+            soft, hard (B, n, Q, d): float; expected and chosen codewords.
+            ids (B, n, Q): long; the plans.
+            lengths (B, n): the (expected) lengths.
+            log_probs, opens: for each type, log-probabilities of predictions, and which of them count.
+        """
         alive, rows = ids >= 0, torch.tensor(len(ids), device=ids.device)
         cos, l2 = monitors.cosine_and_l2(soft, hard, alive)
         means = {"monitor/cos": (cos, alive.sum()), "monitor/l2": (l2, alive.sum())}
@@ -277,7 +301,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         self._sums["train"].weigh({name: (mean * count, count) for name, (mean, count) in means.items()})
 
     def _executor_nll(self, model: nn.Module, inputs: Batch, plans: Any, scored: torch.Tensor) -> torch.Tensor:
-        """(B, T), after some plans and words were dropped; 0 where nothing is scored."""
+        """The executor's NLL (B, T) after dropout of plans and words; 0 at tokens that do not count."""
         ids, args = inputs["input_ids"], self.args
         null = torch.rand(len(ids), device=ids.device) < args.z_dropout if args.z_dropout else None
         dropped = torch.rand(ids.shape, device=ids.device) < args.word_dropout if args.word_dropout else None
@@ -290,7 +314,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     @property
     def temperature(self) -> float:
-        """Of this step."""
+        """The temperature of this step."""
         args = self.args
         end = args.temperature if args.temperature_end is None else args.temperature_end
         return args.temperature * (end / args.temperature) ** (self.state.global_step / max(1, self.state.max_steps))
@@ -304,14 +328,17 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     # -- E-step -----------------------------------------------------------------------------------------------------
 
     def _best_plans(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
-        """z* (B, n, Q) of the batch's rows, after an E-step for all, when it is due, or for those that never had one."""
+        """The best plans z* (B, n, Q) of the batch's rows.
+
+        An E-step is run first, for all rows if it is due, otherwise for rows without a plan.
+        """
         args, cache, ids = self.args, self.planner_state["cache"], inputs[SAMPLE_ID]
         plans, known = cache.get(ids)
         due = self.planner_state["schedule"].due(self.state.global_step, args.e_step_every)
         rows = (~known | due).nonzero()[:, 0]
         sums = torch.zeros(6, device=ids.device)
         if len(rows):
-            beams = min(args.num_beams, self._possible_plans)  # which a callback may have raised
+            beams = min(args.num_beams, self._possible_plans)  # a callback may have raised num_beams
             forced = torch.rand(len(rows), device=ids.device) < args.forced_share if args.forced_share else None
             found = self.last_e_step = e_step(
                 model,
@@ -327,7 +354,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             plans, sums = plans.index_copy(0, rows, found.plans), found.sums()
         self._note(e_step=sums)
         new = torch.full_like(ids, -1).index_copy(0, rows, ids[rows])
-        # A row may come to another process in the next epoch
+        # Another process may get the row in the next epoch
         same = (self.accelerator.pad_across_processes(x, pad_index=-1) for x in (new, plans))
         cache.put(*(self.accelerator.gather(x) for x in same))
         return plans
@@ -344,11 +371,11 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return loss
 
     def _note(self, **sums: torch.Tensor) -> None:
-        """Add to what this process knows of this step. Every process notes the same names."""
+        """Add to the sums of this step on this process. Every process must add the same names."""
         self._sums["train"].add(**sums)
 
     def _log(self, mode: str) -> dict[str, torch.Tensor]:
-        """Log the figures of what was noted, by all processes together, and return the sums."""
+        """Log metrics of all processes from the noted sums, and return the sums."""
         sums, means = self._sums[mode].pop(lambda x: self.accelerator.reduce(x, "sum"))
         parts = {
             name: x.item() / self.accelerator.num_processes for name, x in sums.items() if name.startswith("loss/")
@@ -359,7 +386,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     @torch.no_grad()
     def _end_step(self) -> None:
-        """What goes on from step to step does, by what all micro-batches and processes made of this one."""
+        """Update the state carried across steps from sums over micro-batches and ranks."""
         state, args, step, metrics = self.planner_state, self.args, self.state.global_step, self._metrics["train"]
         types = backbone_of(self.model).planner_config.types
         norm = self._gradient_norm.pop()
@@ -369,7 +396,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         self._total_train_tokens += int(sums["tokens"])
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["planner/temperature"].append(self.temperature)
-        if norm is not None:  # ranks' losses are as many times too large as there are ranks
+        if norm is not None:  # each rank's loss is multiplied by the number of ranks
             metrics["monitor/planner_grad_norm"].append(sums["norm"].item() ** 0.5 / self.accelerator.num_processes)
         state["usage"].update(sums["use"].float().split([kind.num_concepts for kind in types]))
         for i, kind in enumerate(types):
@@ -398,7 +425,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return output
 
     def _evaluated(self, model: nn.Module, inputs: Batch, scored: torch.Tensor, return_outputs: bool) -> Any:
-        """The executor's cross-entropy under greedy plans; logged beside it what it is without a plan."""
+        """The executor's cross-entropy under greedy plans. The cross-entropy without a plan is logged beside it."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         plans = plan(model, inputs["plan_input_ids"], inputs["plan_attention_mask"])
         prefix = executor_prefix(model, plans)
@@ -418,15 +445,16 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if not return_outputs:
             return loss
         logits = logits_of(unwrapped(model), executor_forward(model, prefix, ids, mask))
-        return loss, CausalLMOutput(logits=F.pad(logits, (0, 0, 0, 1)))  # the last predicts nothing, as everywhere
+        return loss, CausalLMOutput(logits=F.pad(logits, (0, 0, 0, 1)))  # pad: the last position predicts nothing
 
     def probe(self, inputs: Batch) -> dict[str, float]:
-        """What other plans cost, and NLL by position, of the first 16 rows of a batch of the collator's: see `probe`.
+        """Cost of other plans and NLL by position for the first 16 rows of a batch (B, ...) of the collator; see
+        `probe.probe`.
 
-        Draws from no RNG of the run; each process by itself.
+        It does not change the run's random state. Each process measures its own batch. The tensors are long.
 
         Raises:
-            ValueError: the run does not plan.
+            ValueError: the run has no planner.
         """
         if not self.args.use_planner:
             raise ValueError("use_planner=False: there is no plan to probe")
@@ -443,7 +471,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         return optimizer
 
     def _settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
+        """The settings that a checkpoint must match."""
         args = self.args
         found = {**self.model.config.planner, "mode": args.mode, "training": args.training}
         return found | ({"dataset": content_hash(self.train_dataset, HASHED)} if args.training == "hard_em" else {})

@@ -1,1 +1,1 @@
-"""Proximal Policy Optimization (arXiv 1707.06347) with a critic that values every token."""
+"""Proximal Policy Optimization (arXiv 1707.06347) with a critic that values each token."""

@@ -1,4 +1,4 @@
-"""What PPO adds to GRPO's configuration."""
+"""Configuration of PPO."""
 
 from dataclasses import dataclass, field
 
@@ -8,28 +8,36 @@ from ..common.single_sample import SingleSampleConfig
 
 @dataclass
 class PPOConfig(SingleSampleConfig):
-    """`GRPOConfig` with the values that MiniMind publishes for PPO; learning rates stay GRPO's.
+    """Configuration of PPO (arXiv 1707.06347): `GRPOConfig` with MiniMind's published values. Learning rates stay
+    GRPO's.
 
-    GRPO's fields that PPO knows by another name: `num_iterations` are the epochs over a rollout, `epsilon` the clipping of
-    the policy's ratio, `beta` the coefficient of the KL to the reference (k3; times the ratio, so that its gradient is the
-    KL's own, unless `use_bias_correction_kl=False`).
+    Some fields of GRPO have other names in PPO. `num_iterations` is the number of epochs over a rollout. `epsilon` is
+    the clipping
+    range of the policy's ratio. `beta` is the coefficient of the KL to the reference (k3, multiplied by the ratio so
+    that its
+    gradient is that of the KL, unless `use_bias_correction_kl=False`).
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or two fields contradict each other.
     """
 
     flags_title = "PPO"
 
     beta: float = field(default=0.02, metadata={"help": "Coefficient of the KL to the reference; 0: no reference."})
-    num_iterations: int = field(default=2, metadata={"help": "Epochs over each rollout."})
+    num_iterations: int = field(default=2, metadata={"help": "Number of epochs over each rollout."})
     gamma: float = field(default=1.0, metadata={"help": "Discount of the next token's value."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
-    vf_coef: float = field(default=0.5, metadata={"help": "Coefficient of the value loss; 0: the critic never learns."})
+    vf_coef: float = field(
+        default=0.5, metadata={"help": "Coefficient of the value loss; 0: the critic is not trained."}
+    )
     cliprange_value: float = field(
-        default=0.2, metadata={"help": "How far from the rollout's values the clipped value loss lets them go."}
+        default=0.2, metadata={"help": "Clipping range of values around the rollout's values."}
     )
     target_kl: float | None = field(
         default=0.25,
         metadata={
-            "help": "A step is dropped, and what is left of its rollout, when the policy is already further than this from "
-            "the one that sampled: mean of 0.5 * (change of log-prob)^2, in nats a token. None: never."
+            "help": "Skip a step and the rest of its rollout if the policy is already further than this from "
+            "the policy of the rollout: mean of 0.5 * (change of log-prob)^2, nats per token. None: never."
         },
     )
     critic_learning_rate: float | None = field(
@@ -45,7 +53,7 @@ class PPOConfig(SingleSampleConfig):
         one_of(self, loss_type=("dapo",), importance_sampling_level=("token",))
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: from 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
         check_weights(vf_coef=self.vf_coef)
         at_least(self, critic_learning_rate=0)
         check_positive(cliprange_value=self.cliprange_value, target_kl=self.target_kl)
@@ -53,6 +61,6 @@ class PPOConfig(SingleSampleConfig):
         if self.target_kl is not None and batches % step and step % batches:
             raise ValueError(
                 f"gradient_accumulation_steps={step}: some steps would mix two rollouts of {batches} batches each "
-                "(steps_per_generation * num_iterations), of which target_kl may stop one; let one divide the other, or "
+                "(steps_per_generation * num_iterations), but target_kl may stop only one; let one divide the other, or "
                 "set target_kl=None"
             )

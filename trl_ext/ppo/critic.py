@@ -1,4 +1,4 @@
-"""The critic: a stock token classifier with one label, whose logit at a token is the value of what comes after it."""
+"""PPO's critic: a stock token classifier with one label. Its logit at a token is the value of what follows."""
 
 import copy
 import inspect
@@ -15,20 +15,20 @@ from unsloth_ext.common.master_weights import MasterLinear
 
 
 def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """A critic with a copy of the policy's backbone, adapters merged, and a head of zeros.
+    """Make a critic from the policy: a copy of its backbone, with adapters merged, and a head of zeros.
 
     Raises:
-        ValueError: no stock class for the architecture, or quantized weights.
+        ValueError: transformers has no token classifier for the architecture, or the weights are quantized.
     """
     adapted = isinstance(policy, PeftModel)
     base = policy.get_base_model() if adapted else policy
     if type(base.config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
         raise ValueError(
             f"critic_model: transformers has no token classifier for {base.config.model_type!r}, the policy's "
-            "architecture; give one of another that reads the same tokens"
+            "architecture; pass a critic of another architecture with the same tokenizer"
         )
     if getattr(base, "is_quantized", False):
-        raise ValueError("critic_model: the policy is quantized, so no critic can be made from its weights; give one")
+        raise ValueError("critic_model: the policy is quantized, so no critic can be made from its weights; pass one")
     if adapted and not policy.active_peft_config.is_prompt_learning:
         base = copy.deepcopy(policy).merge_and_unload()
     config = copy.deepcopy(base.config)
@@ -43,20 +43,31 @@ def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def load_critic(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A critic from a folder or the hub, its backbone in `dtype`; a head that is not among its weights begins at zero."""
+    """Load a critic from a folder or the hub. A head that is not among its weights starts at zero.
+
+    Args:
+        name: hub id or folder.
+        dtype: of the backbone; the head stays in float32.
+        trust_remote_code: for `from_pretrained`.
+
+    Raises:
+        ValueError: the weights lack a part of the backbone, or hold NaN.
+    """
     check_name(name)
     with torch.random.fork_rng():
-        # All of it in float32, or the head's last digits would be lost
+        # Load everything in float32, otherwise the head would lose digits
         critic, found = AutoModelForTokenClassification.from_pretrained(
             name, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     backbone = f"{critic.base_model_prefix}."
     lost = [name for name in found["missing_keys"] if name.startswith(backbone)]
     if lost:
-        raise ValueError(f"critic_model={name!r}: it has no {lost[0]}, so it is no saved critic or language model")
+        raise ValueError(
+            f"critic_model={name!r}: it has no {lost[0]}, so it is neither a saved critic nor a language model"
+        )
     check_finite(dict(critic.named_parameters()), f"critic_model={name!r}")
     _zero(critic, found["missing_keys"])
-    for parameter in critic.base_model.parameters():  # not buffers, which transformers leaves in float32
+    for parameter in critic.base_model.parameters():  # not the buffers: transformers keeps them in float32
         parameter.data = parameter.data.to(dtype)
     critic.config.dtype = dtype
     return critic
@@ -68,9 +79,17 @@ def _zero(model: nn.Module, names: Any) -> None:
 
 
 def ready(critic: PreTrainedModel, tokens: int, device: torch.device) -> None:
-    """Checks that it is a critic for a vocabulary of so many tokens, and makes it ready to be trained, alike everywhere.
+    """Check a critic and prepare it for training, with the same weights on every process.
 
-    Its head is float32 from now on. Without dropout: a value must not change between rollout and loss unless it learned.
+    Its head becomes float32. Dropout is disabled: a value must change between rollout and loss only by training.
+
+    Args:
+        critic: the critic.
+        tokens: size of the policy's vocabulary.
+        device: where to put it.
+
+    Raises:
+        ValueError: it does not have one label, or has fewer embeddings than the policy has tokens.
     """
     if not isinstance(critic, PreTrainedModel) or critic.config.num_labels != 1:
         labels = getattr(getattr(critic, "config", None), "num_labels", "no")
@@ -80,7 +99,7 @@ def ready(critic: PreTrainedModel, tokens: int, device: torch.device) -> None:
         )
     rows = critic.get_input_embeddings().weight.shape[0]
     if rows < tokens:
-        raise ValueError(f"critic_model has {rows} embeddings and the policy's tokenizer {tokens} tokens")
+        raise ValueError(f"critic_model has {rows} embeddings, but the policy's tokenizer has {tokens} tokens")
     for name, module in list(critic.named_modules()):
         if type(module) is nn.Linear and not name.startswith(f"{critic.base_model_prefix}."):
             critic.set_submodule(name, MasterLinear.of(module))
@@ -92,16 +111,25 @@ def ready(critic: PreTrainedModel, tokens: int, device: torch.device) -> None:
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     with torch.no_grad():
-        for parameter in critic.parameters():  # as the policy's, which DDP takes from the first process
+        for parameter in critic.parameters():  # all processes use the first one's weights, as DDP does for the policy
             parameter.copy_(broadcast(parameter.data))
 
 
 def values_before(critic: PreTrainedModel, ids: torch.Tensor, attention: torch.Tensor, length: int) -> torch.Tensor:
-    """Value before each of the last `length` tokens of ids (B, T), which the critic says at the token before it.
+    """The value before each of the last `length` tokens, which is the critic's output at the token before.
 
-    (B, length), float32. What comes after a token, padding too, has no part in its value.
+    A value does not depend on later tokens or padding.
+
+    Args:
+        critic: the critic.
+        ids (B, T): long.
+        attention (B, T): long, 0 or 1.
+        length: number of tokens.
+
+    Returns:
+        (B, length), float32.
     """
     inputs = {"input_ids": ids, "attention_mask": attention}
     if "position_ids" in inspect.signature(type(critic).forward).parameters:
-        inputs["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # learned ones would count the padding
+        inputs["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)  # learned positions would count the padding
     return critic(**inputs).logits[:, -length - 1 : -1, 0].float()

@@ -1,9 +1,10 @@
-"""PPO on TRL's GRPOTrainer. What differs, and where:
+"""PPO on TRL's GRPOTrainer. The differences from GRPO:
 
-- `_advantages` puts generalized advantages, whitened over all tokens of the rollout, in the place of GRPO's;
-- `_compute_loss` adds the value loss to the parent's token-level clipped loss and KL;
-- `training_step` decides, once a step's gradients are there, whether the step is taken;
-- the critic is in the optimizer, averaged across processes, clipped by itself, and in checkpoints under `critic/`.
+- `_advantages` replaces GRPO's advantages by generalized advantages, whitened over all tokens of the rollout.
+- `_compute_loss` adds the value loss to the parent's token-level clipped loss and KL.
+- `training_step` decides, after the last backward of a step, whether to take the step.
+- The critic is part of the optimizer, averaged over processes, clipped separately, and saved in checkpoints under
+  `critic/`.
 """
 
 import inspect
@@ -29,27 +30,35 @@ from .critic import critic_of, load_critic, ready, values_before
 
 
 CRITIC = "critic"
-STOPPED = "stopped"  # on the batches of a rollout that has been left; checkpoints carry it with them
+STOPPED = "stopped"  # key on the batches of a stopped rollout; checkpoints keep it
 
 
 class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
-    """Proximal Policy Optimization (arXiv 1707.06347): TRL's `GRPOTrainer` with a critic. Same constructor, and:
+    """Proximal Policy Optimization (arXiv 1707.06347): TRL's `GRPOTrainer` with a critic.
 
-    loss = policy + beta * KL (k3) + vf_coef * value, each a mean over the tokens of a whole step. Dropped steps count as
-    steps: schedule, logs and checkpoints go on, and nothing is computed in what is left of the rollout.
+    loss = policy + beta * KL (k3) + vf_coef * value, each a mean over the tokens of a whole step. Skipped steps count
+    as steps:
+    schedule, logs and checkpoints continue, but nothing is computed for the rest of the rollout.
 
     Args:
-        critic_model: a token classifier with one label, its hub id or folder; a language model's gets a new head. None:
-            the policy's backbone, adapters merged, with a head of zeros. All of it learns, without dropout.
+        model: the policy, or its name.
+        reward_funcs: as in `GRPOTrainer`.
+        args: the configuration; None: the defaults.
+        *others: further arguments of `GRPOTrainer`.
+        critic_model: a token classifier with one label, or its hub id or folder; a language model gets a new head.
+            None: the
+            policy's backbone, with adapters merged, and a head of zeros. All of its weights are trained, without
+                dropout.
+        **keywords: further arguments of `GRPOTrainer`.
 
     Attributes:
         critic: the model that values tokens.
 
     Raises:
-        ValueError: at construction, for an architecture without a stock token classifier, images, DeepSpeed or FSDP.
+        ValueError: in the constructor, for an architecture without a stock token classifier, images, DeepSpeed or FSDP.
     """
 
-    _unknown_as_nan = (*GRPOCheckpointMixin._unknown_as_nan, "returns")  # of what is not trained
+    _unknown_as_nan = (*GRPOCheckpointMixin._unknown_as_nan, "returns")  # NaN at tokens that are not trained
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
     _paper = {
@@ -80,17 +89,15 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
         if args.beta and not name_of(model) and not adapted:
             raise ValueError(
-                f"beta={args.beta}: the reference is loaded by the model's name, and this one, made in memory, has none; "
-                "save it and give the folder, or set beta=0"
+                f"beta={args.beta}: the reference is loaded by the model's name, but this model has none; "
+                "save it and pass the folder, or set beta=0"
             )
         super().__init__(model, reward_funcs, args, *others, **keywords)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "PPO's critic is trained beside the policy by one optimizer, which DeepSpeed and FSDP shard; use neither"
-            )
+            raise ValueError("policy and critic share one optimizer, which DeepSpeed and FSDP would shard; use neither")
         if self._is_vlm:
             raise ValueError(
-                "processing_class is a processor: PPO's critic reads text alone; use a text model's tokenizer"
+                "processing_class is a processor, but PPO's critic reads text only; use a text model's tokenizer"
             )
         if critic_model is None:
             self.critic = critic_of(self.model)
@@ -101,7 +108,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         ready(self.critic, len(self._tokenizer), self.accelerator.device)
         if args.gradient_checkpointing:
             self.critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        self._divergences: list[torch.Tensor] = []  # of the coming step's batches: (sum, tokens)
+        self._divergences: list[torch.Tensor] = []  # (sum, tokens) for each batch of the current step
         self._dropping = False
 
     # -- rollout ----------------------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         return (advantages - mean) * torch.rsqrt(variance + 1e-8) * mask
 
     def _values(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Value before each token of the completions, (B, C), float32."""
+        """The value before each token of the completions, (B, C) float32."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         size, length = self.args.per_device_train_batch_size, inputs["completion_ids"].shape[1]
@@ -132,7 +139,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
             return torch.cat([values_before(self.critic, *chunk, length) for chunk in chunks])
 
     def _total(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over processes, the same bits on all: what they decide by it they decide alike."""
+        """Sum a tensor over processes, bit-identical on all of them, so that they decide alike."""
         return self.accelerator.gather(x.unsqueeze(0)).sum(0)
 
     # -- loss -------------------------------------------------------------------------------------------------------
@@ -143,7 +150,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         return found
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        if STOPPED in inputs:  # a loss that nothing learns from; the critic's, which no DDP waits for
+        if STOPPED in inputs:  # a zero loss; from the critic, because DDP does not wait for it
             return 0 * next(self.critic.parameters()).sum()
         loss = super()._compute_loss(model, inputs)
         if "returns" not in inputs:  # evaluation
@@ -154,7 +161,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         return loss + self.args.vf_coef * self._value_loss(inputs) if self.args.vf_coef else loss
 
     def _value_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """This batch's part of the mean over the step's tokens, which the processes' mean makes whole. As the parent's."""
+        """The value loss of this batch, scaled like the parent's loss as a part of the mean over the step's tokens."""
         learnt = ~inputs["returns"].isnan()
         returns = inputs["returns"].nan_to_num()
         losses = clipped_value_loss(self._values(inputs), inputs["values"], returns, self.args.cliprange_value) * learnt
@@ -165,7 +172,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     # -- step -------------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self._divergences:  # Trainer zeroes the policy's only
+        if not self._divergences:  # Trainer clears only the policy's gradients
             self.critic.zero_grad()
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
@@ -173,7 +180,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         return loss
 
     def _before_step(self) -> None:
-        """Decides whether the step is taken; the critic's gradients are then the processes' mean."""
+        """Decide whether to take the step, and average the critic's gradients over processes."""
         self._dropping = STOPPED in self._buffered_inputs[0]
         if self._divergences:
             total, tokens = self._total(torch.stack(self._divergences).sum(0))
@@ -210,7 +217,10 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         return optimizer
 
     def _drop(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Without gradients no moment moves and no weight decays. As late as this, for a loss scaler needs them."""
+        """Remove all gradients of a skipped step, so that neither moments nor weights change.
+
+        This is done just before the step, because a loss scaler needs the gradients until then.
+        """
         if self._dropping:
             optimizer.zero_grad()
 
@@ -222,14 +232,14 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     def _check_beside(self, checkpoint: Path) -> None:
         folder = checkpoint / CRITIC
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise CheckpointError(f"{folder} holds no critic: the checkpoint was not written by PPO, or is damaged")
+            raise CheckpointError(f"{folder} holds no critic: the checkpoint was not written by PPO, or it is damaged")
         kind, made = type(self.critic).__name__, json.loads((folder / "config.json").read_text()).get("architectures")
         if made != [kind]:
-            raise CheckpointError(f"{folder} is of another critic: a {made}, this run's a {kind}")
+            raise CheckpointError(f"{folder} holds another critic: {made} instead of this run's {kind}")
         super()._check_beside(checkpoint)
 
 
 def _mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Which tokens of the completions the policy wrote, (B, C)."""
+    """Mask (B, C) of the tokens of completions that the policy wrote."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

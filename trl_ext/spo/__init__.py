@@ -1,1 +1,1 @@
-"""Single-stream Policy Optimization (arXiv 2509.13232): one completion a prompt, a value that is tracked."""
+"""Single-stream Policy Optimization (arXiv 2509.13232): one completion per prompt, with a tracked value as baseline."""

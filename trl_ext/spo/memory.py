@@ -1,4 +1,4 @@
-"""The last response to each prompt with its log-probs, by which the policy's movement since then is measured."""
+"""The last response to each prompt with its log-probabilities, to measure how far the policy has moved since."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Response:
-    """1-D tensors on the CPU: `prompt` and `completion` token ids, `log_probs` of the completion, float32; NaN: not
-    the policy's own."""
+    """The last response to a prompt: 1-D tensors on the CPU.
+
+    Attributes:
+        prompt: token ids, long.
+        completion: token ids, long.
+        log_probs: of the completion, float32; NaN at tokens that the policy did not write.
+    """
 
     prompt: torch.Tensor
     completion: torch.Tensor
@@ -17,10 +22,10 @@ class Response:
 
 
 def batch_of(responses: list[Response], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts padded on the left, completions on the right.
+    """Pad prompts on the left and completions on the right.
 
     Returns:
-        input_ids (B, P + C), attention_mask (B, P + C), log_probs (B, C) and mask of completions (B, C).
+        input_ids (B, P + C), attention_mask (B, P + C), log_probs (B, C) and the mask of completions (B, C).
     """
     left = pad_sequence([r.prompt.flip(0) for r in responses], True, pad).flip(1)
     here = pad_sequence([torch.ones_like(r.prompt).flip(0) for r in responses], True).flip(1)
@@ -31,7 +36,7 @@ def batch_of(responses: list[Response], pad: int) -> tuple[torch.Tensor, torch.T
 
 
 def pack(memory: dict[int, Response]) -> dict[str, torch.Tensor]:
-    """Tensors for a checkpoint."""
+    """The memory as tensors for a checkpoint."""
     kept = list(memory.values())
     none = torch.empty(0, dtype=torch.long)
     return {
@@ -45,7 +50,7 @@ def pack(memory: dict[int, Response]) -> dict[str, torch.Tensor]:
 
 
 def unpack(tensors: dict[str, torch.Tensor]) -> dict[int, Response]:
-    """The memory that `pack` made these of."""
+    """The memory from the tensors of `pack`."""
     lengths = tensors["completion_lengths"].tolist()
     prompts = tensors["prompts"].split(tensors["prompt_lengths"].tolist())
     parts = zip(prompts, tensors["completions"].split(lengths), tensors["log_probs"].split(lengths), strict=True)

@@ -1,4 +1,4 @@
-"""Which prompts come next: those whose outcome is least certain, more often."""
+"""Sampling of prompts: those with the least certain outcome are drawn more often."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,22 +7,24 @@ from torch.utils.data import Sampler
 
 
 class PrioritizedSampler(Sampler[int]):
-    """Rows of a dataset, drawn for one rollout after the other with weight sqrt(v (1 - v)) + epsilon, without replacement
-    within a rollout (arXiv 2509.13232, section 3.3). An iteration gives as many rollouts as a shuffled dataset would.
+    """Draw rows for one rollout after the other, weighted by sqrt(v (1 - v)) + epsilon (arXiv 2509.13232, section 3.3).
 
-    The loader asks for rows before they are needed, so a draw does not see the rewards of the rollout before. A run that
-    resumes repeats the draws of its epoch from `draws`, and goes on with the generator as it was.
+    Rows are drawn without replacement within a rollout. An iteration has as many rollouts as with a shuffled dataset.
+    The loader
+    asks for rows in advance, so a draw does not know the rewards of the previous rollout. A resumed run repeats the
+    draws of its
+    epoch from `draws`, and continues with the saved generator.
 
     Args:
-        values: gives every row's expected reward in [0, 1], (rows,).
-        rows: in the dataset.
-        batch_size: prompts of a rollout, of all processes.
+        values: returns every row's expected reward in [0, 1], (rows,).
+        rows: number of rows in the dataset.
+        batch_size: prompts per rollout, over all processes.
         repeat_count: how often the loop asks for the same rollout.
-        seed: the same in every process.
+        seed: the same on every process.
         epsilon: weight of a row whose outcome is certain.
 
     Attributes:
-        draws: (rollouts, batch_size), int: those of this epoch.
+        draws: (rollouts, batch_size) long; the draws of this epoch.
         generator: of the draws.
     """
 
@@ -39,7 +41,7 @@ class PrioritizedSampler(Sampler[int]):
         self.epsilon = epsilon
         self.generator = torch.Generator().manual_seed(seed)
         self.draws = torch.empty(0, batch_size, dtype=torch.long)
-        self._repeated = 0  # of the draws, those that the coming iteration repeats
+        self._repeated = 0  # number of draws that the next iteration repeats
 
     def __len__(self) -> int:
         return self.rows // self.batch_size * self.batch_size * self.repeat_count
@@ -58,10 +60,10 @@ class PrioritizedSampler(Sampler[int]):
         return torch.multinomial(weights, self.batch_size, generator=self.generator)
 
     def state_dict(self, over: bool = False) -> dict[str, torch.Tensor]:
-        """Tensors for a checkpoint; `over`: the epoch is, and its draws are not needed again."""
+        """Tensors for a checkpoint. `over` says that the epoch has ended, so its draws are not needed again."""
         return {"draws": self.draws[:0] if over else self.draws, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """The next iteration repeats the draws of the checkpoint's epoch, then goes on."""
+        """Load a checkpoint. The next iteration repeats the draws of its epoch, then continues."""
         self.draws, self._repeated = state["draws"], len(state["draws"])
         self.generator.set_state(state["generator"])

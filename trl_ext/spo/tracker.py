@@ -1,4 +1,4 @@
-"""What each prompt's reward is expected to be: a Beta distribution whose memory shortens as the policy moves."""
+"""The expected reward of each prompt: a Beta distribution that forgets faster the more the policy moves."""
 
 import torch
 from torch import nn
@@ -10,15 +10,16 @@ RHO_MODES = ("kl", "constant")
 class AutoAdaptiveValueTracker(nn.Module):
     """Beta(a, b) of each prompt's reward in [0, 1], or of all rewards (arXiv 2509.13232, section 3).
 
-    v = a / (a + b) before the update is the baseline; then a <- rho a + r, b <- rho b + 1 - r, with
-    rho = clip(2^(-D / D_half), rho_min, rho_max) and D the policy's movement since the last visit. It begins as N0 =
-    1 / (1 - rho_min) visits of `initial_value`, and a + b stays between N0 and 1 / (1 - rho_max).
+    The baseline is v = a / (a + b) before the update a <- rho a + r, b <- rho b + 1 - r. The decay is
+    rho = clip(2^(-D / D_half), rho_min, rho_max), where D is the policy's movement since the last visit. The tracker
+    starts with
+    N0 = 1 / (1 - rho_min) visits of `initial_value`, and a + b stays between N0 and 1 / (1 - rho_max).
 
     Args:
         rho_mode: "kl", or "constant" for rho_const at every visit.
-        rho_const: rho where D is unknown, as at a first visit.
-        D_half: nats a token at which half of what was known is forgotten.
-        prompts: how many are tracked; 1 for one value of all rewards.
+        rho_const: rho if D is unknown, as at a first visit.
+        D_half: movement in nats per token at which rho is 1/2.
+        prompts: number of tracked prompts; 1 for a single value.
         rho_min, rho_max: bounds of rho.
         initial_value: expected reward before any visit.
 
@@ -26,7 +27,7 @@ class AutoAdaptiveValueTracker(nn.Module):
         a, b: (prompts,), float64.
 
     Raises:
-        ValueError: a value that is out of its range.
+        ValueError: a value is out of its range.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class AutoAdaptiveValueTracker(nn.Module):
         if not 0 <= rho_const < 1:
             raise ValueError(f"rho_const={rho_const}: from 0 to below 1")
         if D_half <= 0:
-            raise ValueError(f"D_half={D_half}: must be more than 0 nats a token")
+            raise ValueError(f"D_half={D_half}: must be more than 0 nats per token")
         if not 0 <= initial_value <= 1:
-            raise ValueError(f"initial_value={initial_value}: an expected reward, from 0 to 1")
+            raise ValueError(f"initial_value={initial_value}: must be an expected reward, from 0 to 1")
         if prompts < 1:
             raise ValueError(f"prompts={prompts}: must be at least 1")
         self.rho_mode, self.rho_const, self.D_half = rho_mode, rho_const, D_half
@@ -59,30 +60,31 @@ class AutoAdaptiveValueTracker(nn.Module):
         self.register_buffer("b", torch.full((prompts,), visits * (1 - initial_value), dtype=torch.float64))
 
     def value(self, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Expected reward of `rows` (N,), int; None: of every prompt. Float64."""
+        """Expected reward, float64, of `rows` (N,) long, or of every prompt (prompts,) if None. The result has shape
+        (N,)."""
         a, b = (self.a, self.b) if rows is None else (self.a[rows], self.b[rows])
         return a / (a + b)
 
     def rho(self, divergence: torch.Tensor) -> torch.Tensor:
-        """What is kept of the past, (N,) float64, by D (N,) in nats a token; NaN where D is unknown."""
+        """The decay rho, (N,) float64, for the movement D (N,) float in nats per token; NaN where D is unknown."""
         if self.rho_mode == "constant":
             return torch.full_like(divergence, self.rho_const, dtype=torch.float64)
         kept = torch.exp2(-divergence.double() / self.D_half).clamp(self.rho_min, self.rho_max)
         return kept.nan_to_num(nan=self.rho_const)
 
     def update(self, rows: torch.Tensor, rewards: torch.Tensor, divergence: torch.Tensor | None = None) -> torch.Tensor:
-        """One visit of each of `rows`. A row that occurs several times is one visit with the means of what is known.
+        """Record one visit of each of `rows`. A row that occurs several times counts as one visit with the mean values.
 
         Args:
-            rows: (N,), int.
-            rewards: (N,), in [0, 1]; NaN where it is unknown, which is no visit.
-            divergence: (N,), D; NaN where it is unknown; None: everywhere.
+            rows (N,): long.
+            rewards (N,): float, in [0, 1]; NaN where unknown, which is no visit.
+            divergence (N,): float, D; NaN where unknown; None: unknown everywhere.
 
         Returns:
-            rho of each of `rows`, (N,).
+            rho of each of `rows`, (N,) float64.
 
         Raises:
-            ValueError: a reward outside [0, 1].
+            ValueError: a reward is outside [0, 1].
         """
         check_rewards(rewards)
         divergence = torch.full_like(rewards, torch.nan) if divergence is None else divergence
@@ -97,17 +99,17 @@ class AutoAdaptiveValueTracker(nn.Module):
 
 
 def check_rewards(rewards: torch.Tensor) -> None:
-    """Raises a ValueError that names a reward outside [0, 1]; NaN is none."""
+    """Raise a ValueError that names a reward outside [0, 1]. NaN is allowed."""
     outside = rewards[(rewards < 0) | (rewards > 1)]
     if len(outside):
         raise ValueError(
-            f"a reward is {outside[0].item():g}: SPO tracks the chance of success, so the weighted sum of a completion's "
+            f"a reward is {outside[0].item():g}, but SPO tracks success rates: the weighted sum of a completion's "
             "rewards must be from 0 to 1; scale the reward function, or set reward_weights"
         )
 
 
 def _means(values: torch.Tensor, place: torch.Tensor, groups: int) -> torch.Tensor:
-    """Means of what is not NaN in each group; NaN where nothing is."""
+    """The mean of each group over values that are not NaN; NaN for a group without any."""
     known = ~values.isnan()
     sums, counts = values.new_zeros(2, groups)
     sums.index_add_(0, place[known], values[known])

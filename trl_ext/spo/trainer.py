@@ -1,10 +1,10 @@
-"""SPO on TRL's GRPOTrainer. What differs, and where:
+"""SPO on TRL's GRPOTrainer. The differences from GRPO:
 
-- the sampler draws prompts by how uncertain their outcome is;
-- `_advantages` puts reward minus tracked value, whitened over all processes, in the place of GRPO's;
-- checkpoints hold the tracker, the sampler and the last responses, in `spo_state.safetensors` with `spo_state.json`.
+- The sampler draws prompts by how uncertain their outcome is.
+- `_advantages` replaces GRPO's advantages by reward minus tracked value, whitened over all processes.
+- Checkpoints hold the tracker, the sampler and the last responses, in `spo_state.safetensors` with `spo_state.json`.
 
-Every process keeps the same state: what one of them has sampled is gathered.
+Every process keeps the same state: samples are gathered from all processes.
 """
 
 import inspect
@@ -28,21 +28,22 @@ from .method import METHOD
 from .sampler import PrioritizedSampler
 
 
-ROW = "spo_row"  # the column that says which row of the dataset an example is
+ROW = "spo_row"  # the column with the row number of an example
 OTHER_ROWS = "the values in spo_state.safetensors belong to the rows of another training dataset; resume with that one"
 
 
 class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     """Single-stream Policy Optimization (arXiv 2509.13232): a drop-in for TRL's `GRPOTrainer` without groups.
 
-    A = r - v, whitened over the rollout, where v is what the prompt's earlier rewards let expect
-    (`AutoAdaptiveValueTracker`). Rewards must be from 0 to 1.
+    A = r - v, whitened over the rollout, where v is the prompt's tracked expected reward (`AutoAdaptiveValueTracker`).
+    Rewards must
+    be from 0 to 1. The constructor is that of `GRPOTrainer`.
 
     Attributes:
         tracker: the `AutoAdaptiveValueTracker`.
 
     Raises:
-        ValueError: at construction, for a training dataset that is not a `Dataset` or has fewer rows than a rollout.
+        ValueError: in the constructor, for a training dataset that is not a `Dataset` or has fewer rows than a rollout.
     """
 
     _tag_names = ["trl", "spo"]
@@ -66,7 +67,7 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
             raise ValueError(f"args is a {type(config).__name__}; SPO needs an SPOConfig")
         if not isinstance(dataset, Dataset):
             raise ValueError(
-                f"train_dataset is a {type(dataset).__name__}: SPO remembers every row; give a datasets.Dataset"
+                f"train_dataset is a {type(dataset).__name__}, but SPO tracks every row; pass a datasets.Dataset"
             )
         given["train_dataset"] = dataset.add_column(ROW, list(range(len(dataset))))
         super().__init__(**given)
@@ -102,7 +103,7 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         rows = self.accelerator.gather(torch.tensor([row[ROW] for row in inputs], device=device))
         whole = self.args.value_tracker == "global"
         tracked = torch.zeros_like(rows) if whole else rows
-        # The value of all rewards has moved since the last rollout, that of a prompt since its last visit
+        # The global value was last updated at the last rollout, a prompt's value at its last visit
         keys = torch.arange(len(rows), device=device) if whole else rows
         divergence = None
         if self.args.rho_mode == "kl":
@@ -119,19 +120,20 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
 
     @torch.no_grad()
     def _divergence(self, keys: list[int]) -> torch.Tensor:
-        """Mean |change of log-prob| of the last response to each of `keys`, nats a token, (B,); NaN where there is none."""
+        """Mean |change of log-prob| of the last response to each of `keys`, (B,) in nats per token; NaN if there is
+        none."""
         found = torch.full((len(keys),), torch.nan, device=self.accelerator.device)
         known = [i for i, key in enumerate(keys) if key in self._memory]
         most = int(self.accelerator.gather(torch.tensor([len(known)], device=found.device)).max())
         if most == 0:
             return found
-        # Each process asks its model equally often, as sharded ones need
+        # Each process runs equally many forwards, because sharded models need it
         responses = [self._memory[keys[i]] for i in known] + [_ANY] * (most - len(known))
         batch = batch_of(responses, self._tokenizer.pad_token_id)
         ids, attention, before, mask = (x.to(found.device) for x in batch)
         change = (self._log_probs(ids, attention, mask.shape[1]) - before).abs()
         change[mask == 0] = torch.nan
-        found[known] = change.nanmean(1)[: len(known)]  # tokens of tools are NaN before
+        found[known] = change.nanmean(1)[: len(known)]  # NaN at tokens of tools
         return found
 
     @torch.no_grad()
@@ -155,7 +157,7 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
                 self._memory[key] = Response(prompts[i][heres[i].bool()], completions[i][told], log_probs[i][told])
 
     def _log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-        """Of the last `length` tokens under the policy as it is, (B, length)."""
+        """Log-probabilities of the last `length` tokens under the current policy, (B, length)."""
         size = self.args.per_device_train_batch_size
         return self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, length, size)[0]
 
@@ -171,14 +173,16 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         tensors = {f"tracker.{name}": x for name, x in self.tracker.state_dict().items()}
         tensors |= {f"memory.{name}": x for name, x in pack(self._memory).items()}
         if self._sampler is not None:
-            over = float(self.state.epoch).is_integer()  # the next epoch draws anew
+            over = float(self.state.epoch).is_integer()  # the next epoch makes new draws
             tensors |= {f"sampler.{name}": x for name, x in self._sampler.state_dict(over).items()}
         save_state(output_dir, METHOD.name, tensors, self._settings())
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         super()._check_checkpoint(checkpoint)
         why = {"dataset": OTHER_ROWS}
-        check_state(checkpoint, METHOD.name, self._settings(), why, unknown={"memory.log_probs"})  # of a tool's tokens
+        check_state(
+            checkpoint, METHOD.name, self._settings(), why, unknown={"memory.log_probs"}
+        )  # NaN at tokens of tools
         drawn = "sampler.draws" in saved_shapes(checkpoint, METHOD.name)
         if drawn != self.shuffle_dataset:
             file = tensors_file(checkpoint, METHOD.name)
@@ -202,7 +206,7 @@ _ANY = Response(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.lon
 
 
 def whitened(values: torch.Tensor) -> torch.Tensor:
-    """(values - mean) / (standard deviation + 1e-8) over what is not NaN; 0 elsewhere, and where all are alike. (N,)"""
+    """(values - mean) / (standard deviation + 1e-8) of values (N,) that are not NaN; 0 elsewhere, and if all are equal."""
     known = values[~values.isnan()]
     spread = known.std() if len(known) > 1 else known.new_zeros(())
     if spread < 1e-8:

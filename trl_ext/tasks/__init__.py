@@ -1,1 +1,1 @@
-"""Question-answering tasks with exact answers: data, reward, evaluation, and the embedded default that needs no hub."""
+"""Tasks with exact answers: data, reward, evaluation, and built-in tasks that need no hub."""

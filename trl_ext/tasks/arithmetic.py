@@ -1,8 +1,10 @@
-"""The embedded default: chain sums from reasoning-gym, a character tokenizer, and a tiny model, all made in code.
+"""The built-in task: chain sums from reasoning-gym, a character tokenizer, and a tiny model, all made in code.
 
-The demonstrations are imperfect on purpose. Many a writer skips the working and guesses, the more often the longer the
-sum, and those who do work forget a carry now and then. A model that imitates them knows how to reason but seldom does:
-headroom that reinforcement can find. (On clean demonstrations a warm start leaves nothing to find, and GRPO forgets.)
+The demonstrations are imperfect on purpose. Many of them guess without reasoning, more often for longer sums, and the
+others
+sometimes forget a carry. A model that imitates them can reason but seldom does, so reinforcement learning can improve
+it.
+(After clean demonstrations there is nothing left to improve, and GRPO makes the model worse.)
 """
 
 import random
@@ -20,11 +22,11 @@ from .data import load_rows
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """How the demonstrations err. Probabilities.
+    """Probabilities of the errors in demonstrations.
 
     Attributes:
-        guess_short, guess_long: no working, for sums of three terms and of more.
-        lucky: a guess is right all the same.
+        guess_short, guess_long: no reasoning, for sums of three terms and of more.
+        lucky: a guess is right.
         slip: a needed carry or borrow is forgotten.
         noise: a step is off by one.
     """
@@ -38,7 +40,7 @@ class Demonstrations:
 
 @dataclass(frozen=True)
 class Problem:
-    """`prompt` such as `7+5-3=`, its signed terms, and their sum."""
+    """A sum: a `prompt` such as `7+5-3=`, its signed terms, and its value."""
 
     prompt: str
     terms: tuple[int, ...]
@@ -60,14 +62,14 @@ def problems(size: int, seed: int) -> Iterator[Problem]:
 
 
 def split_problems(held_out: int, seed: int, pool: int = 20_000) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems: one pool, shuffled, so both have the same mix and share no problem.
+    """(training, held-out) problems from one shuffled pool, so both have the same mix and share no problem.
 
     Raises:
         ValueError: more than half of the pool would be held out.
     """
     found = list(problems(pool, seed))
     if not 1 <= held_out <= len(found) // 2:
-        raise ValueError(f"{held_out} held-out problems: 1 to {len(found) // 2} of {len(found)}")
+        raise ValueError(f"{held_out} held-out problems: choose 1 to {len(found) // 2} of {len(found)}")
     random.Random(seed).shuffle(found)
     return found[held_out:], found[:held_out]
 
@@ -78,14 +80,14 @@ def as_dataset(found: list[Problem]) -> Dataset:
 
 
 def demonstration(terms: tuple[int, ...], rng: random.Random, how: Demonstrations, delimiter: str) -> str:
-    """`7+5=12;12-3=9####9`, or what passes for it."""
+    """A demonstration such as `7+5=12;12-3=9####9`, or an imperfect one."""
     answer = sum(terms)
     if rng.random() < (how.guess_short if len(terms) <= 3 else how.guess_long):
         return f"{delimiter}{answer + (0 if rng.random() < how.lucky else rng.choice([-3, -2, -1, 1, 2, 3]))}"
     total, steps = terms[0], []
     for term in terms[1:]:
         value = total + term
-        forgotten = (total // 10) * 10 + (value % 10)  # the units are right, the tens were left alone
+        forgotten = (total // 10) * 10 + (value % 10)  # the units are right, the tens are unchanged
         if forgotten != value and rng.random() < how.slip:
             value = forgotten
         elif rng.random() < how.noise:
@@ -108,7 +110,7 @@ def demonstrations(found: list[Problem], count: int, seed: int, delimiter: str) 
 
 
 def character_tokenizer(characters: str = "0123456789+-*/=;#., ()") -> PreTrainedTokenizerFast:
-    """One token per character of arithmetic."""
+    """A tokenizer with one token per character of arithmetic."""
     pieces = ["<pad>", "<bos>", "<eos>", "<unk>", *characters]
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -126,7 +128,7 @@ def character_tokenizer(characters: str = "0123456789+-*/=;#., ()") -> PreTraine
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast, layers: int = 2, width: int = 96, heads: int = 4, kv_heads: int = 4
 ) -> Qwen2Config:
-    """Two layers of width 96 are a quarter of a million parameters."""
+    """Configuration of the tiny model. Two layers of width 96 have a quarter of a million parameters."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,

@@ -13,8 +13,16 @@ from .data import chat_dataset, solved
 def completions(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, delimiter: str, examples: Sequence[dict] = ()
 ) -> Dataset:
-    """Columns `prompt`, `completion`, `answer` from rows with `question`, `solution`, `answer`, the solved examples before
-    each question: conversations where the tokenizer has a chat template, texts otherwise."""
+    """Columns `prompt`, `completion`, `answer` from rows with `question`, `solution`, `answer`.
+
+    They are conversations if the tokenizer has a chat template, texts otherwise.
+
+    Args:
+        rows: the problems.
+        tokenizer: the tokenizer.
+        delimiter: the text before the answer.
+        examples: solved problems that come before each question.
+    """
     ends: list = [solved(row, delimiter) for row in rows]
     if tokenizer.chat_template:
         prompts = chat_dataset(rows, delimiter, examples)["prompt"]
@@ -31,7 +39,7 @@ def completions(
 
 
 def plain(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Conversations as texts, without the special token that the tokenizer puts before every text."""
+    """Conversations as texts, without the special token that the tokenizer puts before each text."""
     if not is_conversational(rows[0]):
         return rows
     bos = tokenizer.bos_token or ""

@@ -19,12 +19,12 @@ SYSTEM_PROMPT = (
 )
 
 
-HELD_OUT_SEED = 10**6  # added to the seed of a generator, whose row i is made from seed + i
+HELD_OUT_SEED = 10**6  # added to a generator's seed, because it makes row i from seed + i
 
 
 @dataclass
 class DataArguments:
-    """Where problems come from and how they are put: what recipes that train and recipes that measure must agree on."""
+    """Where problems come from and how they are presented. Training and evaluation recipes must agree on it."""
 
     flags_title = "Model, data and evaluation"
 
@@ -32,7 +32,7 @@ class DataArguments:
         default="tiny",
         metadata={
             "help": "A hub id, a .jsonl or .parquet file with question and answer, or a reasoning-gym name; 'tiny' is "
-            "the embedded default's task."
+            "the built-in task."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
@@ -40,7 +40,7 @@ class DataArguments:
         default=None, metadata={"help": "Options of a reasoning-gym generator, as JSON: '{\"max_terms\": 2}'."}
     )
     num_fewshot: int = field(
-        default=0, metadata={"help": "Show the first so many training problems, solved, in every prompt."}
+        default=0, metadata={"help": "Show this many of the first training problems, solved, in each prompt."}
     )
 
     def __post_init__(self) -> None:
@@ -50,16 +50,16 @@ class DataArguments:
             except json.JSONDecodeError as error:
                 raise ValueError(f"dataset_options={self.dataset_options!r} is not JSON: {error}") from error
         if self.num_fewshot < 0 or (self.num_fewshot and self.dataset == "tiny"):
-            raise ValueError(f"num_fewshot={self.num_fewshot}: 0 or more, and 0 for the embedded default's tasks")
+            raise ValueError(f"num_fewshot={self.num_fewshot}: must be 0 or more, and 0 for the built-in tasks")
         if not isinstance(self.dataset_options or {}, dict):
             raise ValueError(f"dataset_options={self.dataset_options!r}: a JSON object, such as '{{\"max_terms\": 2}}'")
         if self.dataset_options and not is_generator(self.dataset):
             raise ValueError(
-                f"dataset_options={self.dataset_options!r}: dataset={self.dataset} is no reasoning-gym generator"
+                f"dataset_options={self.dataset_options!r}: dataset={self.dataset} is not a reasoning-gym generator"
             )
 
     def rows(self, *, split: str, size: int | None, seed: int) -> list[dict]:
-        """`load_rows` of these arguments."""
+        """`load_rows` with these arguments."""
         options: Any = self.dataset_options or {}
         return load_rows(
             self.dataset,
@@ -73,16 +73,18 @@ class DataArguments:
     def split(
         self, *, train_size: int | None, eval_dataset: str | None, eval_size: int, seed: int
     ) -> tuple[list[dict], list[dict], list[dict]]:
-        """Solved examples for every prompt, training rows and held-out rows; no question is in two of them.
+        """Solved examples for each prompt, training rows and held-out rows. No question is in two of them.
 
-        Held out are the first `eval_size` rows of `eval_dataset`, or of the test split of the hub or generated dataset;
-        of a file alone, its last `eval_size` rows. Questions that occur again leave the training rows, so that what is
-        measured does not depend on what is trained on.
+        The held-out rows are the first `eval_size` rows of `eval_dataset`, or of the test split of a hub dataset or
+        generator, or the
+        last `eval_size` rows of a single file. Repeated questions are dropped from the training rows, so that the
+        held-out rows do
+        not depend on the training rows.
 
         Raises:
-            DataError: too few rows are left on a side.
+            DataError: too few rows are left in one of them.
         """
-        local = Path(self.dataset).suffix in FORMATS  # a hub id may have a dot too
+        local = Path(self.dataset).suffix in FORMATS  # a hub id may contain a dot too
         train = self.rows(split="train", size=None if local else train_size, seed=seed)
         examples, train = train[: self.num_fewshot], train[self.num_fewshot :]
         if eval_dataset or not local:
@@ -92,8 +94,8 @@ class DataArguments:
         else:
             if len(train) <= eval_size:
                 raise DataError(
-                    f"dataset {self.dataset} has {len(train)} row(s) beside num_fewshot={self.num_fewshot}, of which "
-                    f"eval_size={eval_size} are held out: none is left to train on; lower eval_size, or name an "
+                    f"dataset {self.dataset} has {len(train)} row(s) besides num_fewshot={self.num_fewshot}, and "
+                    f"eval_size={eval_size} are held out: no row is left to train on; lower eval_size, or name an "
                     "eval_dataset"
                 )
             train, held_out = train[:-eval_size], train[-eval_size:]
@@ -104,8 +106,8 @@ class DataArguments:
         ):
             if not left:
                 raise DataError(
-                    f"dataset {name}: the questions of {len(before)} of its {len(before)} rows are {others} as well, so 0 "
-                    "rows are left; take the duplicates out"
+                    f"dataset {name}: the questions of {len(before)} of its {len(before)} rows are {others} too, so no "
+                    "row is left; remove the duplicates"
                 )
         return examples, new[:train_size], unseen
 
@@ -119,17 +121,19 @@ def without(rows: list[dict], others: list[dict]) -> list[dict]:
 def load_rows(
     name: str, *, split: str, size: int | None, seed: int, config: str | None = None, **options: Any
 ) -> list[dict]:
-    """Rows with `question`, `answer` (the bare number as a string) and `solution` (the working, where there is one).
+    """Rows with `question`, `answer` (only the number, as a string) and `solution` (the reasoning, if there is any).
 
     Args:
         name: a local `.jsonl`, `.json` or `.parquet` file with GSM8K's columns, the name of a reasoning-gym generator
             (`chain_sum`, `gsm_symbolic`, ...), or a hub id.
-        split: of a hub dataset; files and generators have none.
-        size: how many rows at most; for a generator, how many to make.
-        options: of the generator.
+        split: split of a hub dataset; files and generators have none.
+        size: maximum number of rows; for a generator, the number of rows to make.
+        seed: seed of a generator.
+        config: configuration of a hub dataset.
+        options: options of a generator.
 
     Raises:
-        DataError: no such file, no such column, no rows, or an answer without a number.
+        DataError: there is no such file or column, there are no rows, or an answer has no number.
     """
     if is_generator(name):
         return _generated(name, size or 1000, seed, options)
@@ -164,24 +168,24 @@ def _working(row: dict) -> str:
 def _gsm8k_row(where: str, row: dict) -> dict:
     question, answer = row.get("question"), answer_text(row.get("answer"))
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: the question is empty, or no text: {question!r:.120}")
+        raise DataError(f"{where}: the question is empty or not a text: {question!r:.120}")
     if not isinstance(answer, str):
         raise DataError(f"{where}: the answer is neither a text nor a number: {answer!r:.120}")
     solution, _, behind = answer.rpartition("####")
     number = number_in(behind)
     if number is None:
-        raise DataError(f"{where}: not one number behind '####' in the answer {answer!r:.120}")
+        raise DataError(f"{where}: there is not exactly one number after '####' in the answer {answer!r:.120}")
     return {"question": question, "answer": number, "solution": solution.strip()}
 
 
 def solved(row: dict, delimiter: str) -> str:
-    """A row's working, without GSM8K's calculator marks, the delimiter and the answer."""
+    """A row's reasoning without GSM8K's calculator annotations, then the delimiter and the answer."""
     working = re.sub(r"<<[^>]*>>", "", row["solution"])
     return f"{working}\n{delimiter} {row['answer']}".lstrip()
 
 
 def chat_dataset(rows: list[dict], delimiter: str, examples: Sequence[dict] = ()) -> Dataset:
-    """Conversational prompts: the system prompt that asks for the delimiter, solved examples, then the question."""
+    """Conversational prompts: a system prompt that asks for the delimiter, solved examples, and the question."""
     shown = [{"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}]
     for row in examples:
         shown += [

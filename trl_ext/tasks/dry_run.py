@@ -1,4 +1,4 @@
-"""A look at data, reward and rollouts before training starts: what can be earned, and by what."""
+"""A check of data, reward and rollouts before training starts: which rewards can be earned."""
 
 import math
 from collections import Counter
@@ -18,12 +18,12 @@ from .evaluation import Evaluation
 
 @dataclass
 class DryRun:
-    """What the look found.
+    """Results of a dry run.
 
     Attributes:
-        parse_rate: share of sampled completions with exactly one delimiter and an answer behind it.
-        rewards: histogram of the sampled rewards.
-        gold_reward: mean reward of the right answers themselves.
+        parse_rate: share of sampled completions with exactly one delimiter and an answer after it.
+        rewards: number of sampled completions for each reward.
+        gold_reward: mean reward of the correct answers.
     """
 
     parse_rate: float
@@ -32,24 +32,33 @@ class DryRun:
 
 
 def check_rewards(name: str, rewards: list) -> list[float]:
-    """`rewards` again, if every one is a finite number.
+    """The rewards as floats.
 
     Raises:
-        DataError: a reward is None or NaN; names the function and the row.
+        DataError: a reward is None, NaN or infinite. The message names the function and the row.
     """
     for row, reward in enumerate(rewards):
         if reward is None or not math.isfinite(reward):
-            raise DataError(f"reward function {name} gave {reward} for row {row}; return a finite number for each row")
+            raise DataError(
+                f"reward function {name} returned {reward} for row {row}; return a finite number for each row"
+            )
     return [float(reward) for reward in rewards]
 
 
 def dry_run(
     rows: Dataset, sampled: Evaluation, reward: Callable[..., list[float]], delimiter: str, console: PlainConsole
 ) -> DryRun:
-    """Score the gold answers and the sampled completions of `rows` (columns `prompt`, `answer`), and show one.
+    """Score the correct answers and the sampled completions, and print a summary with one sample.
+
+    Args:
+        rows: the columns `prompt` and `answer`.
+        sampled: an evaluation with completions of the first rows.
+        reward: the reward function.
+        delimiter: the text before the answer.
+        console: where to print.
 
     Raises:
-        DataError: no right answer earns anything (the reward and the data do not fit), or a reward is no number.
+        DataError: no correct answer earns a reward (the reward does not fit the data), or a reward is not a number.
     """
     n = len(sampled.completions)
     answers = rows["answer"][:n]
@@ -57,7 +66,7 @@ def dry_run(
     gold = check_rewards(name, reward([f"{delimiter} {answer}" for answer in answers], answer=answers))
     if not any(gold):
         raise DataError(
-            f"no reward can ever be earned: {name} gives 0 even for {delimiter + ' ' + answers[0]!r}, the right answer "
+            f"no reward can ever be earned: {name} returns 0 even for {delimiter + ' ' + answers[0]!r}, the correct answer "
             "of the first row. Check the delimiter and the answers of the dataset"
         )
     rewards = check_rewards(name, reward(sampled.completions, answer=answers))
@@ -69,12 +78,12 @@ def dry_run(
     table.add_row(f"{result.parse_rate:.1%}", histogram, f"{result.gold_reward:.2f}")
     console.print(table)
     sample = Text(f"{_shown(rows[0]['prompt'])}\n").append(sampled.completions[0], style="bold")
-    title = Text(f"sample (answer {answers[0]}, reward {rewards[0]:g})")  # a plain string would be markup here
+    title = Text(f"sample (answer {answers[0]}, reward {rewards[0]:g})")  # a plain string would be read as markup
     console.print(Panel(sample, title=title, title_align="left", expand=False))
     if len(result.rewards) == 1:
         console.print(
-            f"Every sampled reward is {rewards[0]:g}: groups without variance teach nothing. Expect no progress "
-            "until that changes (an easier task, a better start, more samples).",
+            f"Every sampled reward is {rewards[0]:g}: groups without variance give no gradient. Expect no progress "
+            "until that changes (an easier task, a better initial model, more samples).",
             style="yellow",
         )
     return result

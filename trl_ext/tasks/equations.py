@@ -1,7 +1,8 @@
-"""Equations with their steps, for latent chain of thought without a hub: `7*3+4-9=` is `7*3=1;1+4=5;5-9=6;`.
+"""Built-in equations with steps for latent chain of thought: `7*3+4-9=` is `7*3=1;1+4=5;5-9=6;`.
 
-Evaluated from left to right, modulo 10. Each operation is a table that a small model learns; their chain is what it cannot
-do in one pass. Two layers that write their steps are right always, without them one time in five.
+They are evaluated from left to right, modulo 10. A small model learns the table of each operation, but cannot chain
+them in one
+pass. Two layers that write the steps are always right; without steps they are right one time in five.
 """
 
 import random
@@ -21,7 +22,7 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Size:
-    """A task and the model for it."""
+    """Size of a task and of the model for it."""
 
     operations: int = 3
     rows: int = 40_000
@@ -34,21 +35,21 @@ class Size:
 
 SMALL = Size()
 LARGE = Size(operations=5, rows=100_000, layers=4, width=256, warm_start_steps=4000)  # benchmarks on a GPU
-# A teacher and a student that differ in layers, heads and the width of a head
+# A teacher and a student that differ in layers, heads and head dimension
 TEACHER = Size(layers=3, width=108, heads=6, kv_heads=3, warm_start_steps=800)
 STUDENT = Size(layers=2, width=64, heads=4, kv_heads=2)
 
 
 def split(held_out: int, seed: int, size: Size | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, held-out) rows with `question`, `steps`, `answer`; no held-out question is in training.
+    """(training, held-out) rows with `question`, `steps`, `answer`. No held-out question is in the training rows.
 
     Raises:
         ValueError: more than half of all equations would be held out.
     """
     size = size or SMALL
-    most = 5 * (9 + 9 + 8) ** size.operations  # half of them: ten first values; + and - with 1 to 9, * with 2 to 9
+    most = 5 * (9 + 9 + 8) ** size.operations  # half of all: ten first values; + and - with 1 to 9, * with 2 to 9
     if not 1 <= held_out <= most:
-        raise ValueError(f"{held_out} held-out equations of {size.operations} operations: 1 to {most:,}")
+        raise ValueError(f"{held_out} held-out equations of {size.operations} operations: choose 1 to {most:,}")
     rng = random.Random(seed)
     kept: dict[str, dict] = {}
     while len(kept) < held_out:
@@ -63,7 +64,7 @@ def split(held_out: int, seed: int, size: Size | None = None) -> tuple[list[dict
 
 
 def equation(rng: random.Random, operations: int) -> dict[str, Any]:
-    """One row."""
+    """One random equation as a row."""
     value = rng.randrange(10)
     question, steps = str(value), []
     for _ in range(operations):
@@ -77,7 +78,7 @@ def equation(rng: random.Random, operations: int) -> dict[str, Any]:
 
 
 def explicit(rows: list[dict[str, Any]], steps: bool = True) -> Dataset:
-    """Columns `prompt` and `completion` for plain SFT, steps and answer or the answer alone, and `answer`."""
+    """Rows for plain SFT: `prompt`, `completion` (steps and answer, or only the answer), and `answer`."""
     working = ["".join(step + STEP_SEPARATOR for step in row["steps"]) if steps else "" for row in rows]
     return Dataset.from_dict(
         {
@@ -89,11 +90,11 @@ def explicit(rows: list[dict[str, Any]], steps: bool = True) -> Dataset:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """A tokenizer with one token per character."""
     return arithmetic.character_tokenizer("0123456789+-*=;#")
 
 
 def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen2Config:
-    """The model's, without weights."""
+    """The configuration of the tiny model."""
     size = size or SMALL
     return arithmetic.tiny_config(tokenizer, size.layers, size.width, size.heads, size.kv_heads)

@@ -1,4 +1,4 @@
-"""Held-out accuracy by hybrid or plain decoding."""
+"""Held-out accuracy with hybrid or plain decoding."""
 
 import math
 from collections.abc import Callable
@@ -26,9 +26,10 @@ class Evaluation:
     """Results over n problems.
 
     Attributes:
+        n: number of problems.
         accuracy, low, high: share of right answers, with its 95% Wilson interval.
-        format_rate: share of completions with exactly one delimiter and something behind it.
-        mean_length: tokens, EOS included.
+        format_rate: share of completions with exactly one delimiter and text after it.
+        mean_length: mean number of tokens, EOS included.
         thinking_share: thinking tokens over all tokens (0 for plain decoding).
         completions: the texts, in the order of the rows.
     """
@@ -43,12 +44,15 @@ class Evaluation:
     completions: list[str]
 
     def numbers(self) -> dict[str, float]:
-        """Everything but the texts."""
+        """All results but the texts."""
         return {key: value for key, value in asdict(self).items() if key != "completions"}
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% Wilson score interval of a proportion."""
+    """The Wilson score interval of a proportion, by default at 95%.
+
+    These few lines would be the only use of SciPy (`scipy.stats.binomtest`), which is not a dependency.
+    """
     p, square = successes / n, z * z
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n * n)) / (1 + square / n)
@@ -70,12 +74,22 @@ def evaluate(
     matcher: DelimiterMatcher | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Decode every row (columns `prompt`, `answer`) and score it.
+    """Decode and score every row.
 
     Args:
-        temperature: of sampling, and of the thinking states even when decoding is greedy (as in training).
-        thinking: `"on"`, an ablation of `hybrid_generate` (`"zero"`, `"shuffle"`, `"noise"`), or `"off"`, which is also
-            what a model without thinking modules gets.
+        model: a causal LM, with thinking modules or not.
+        tokenizer: its tokenizer.
+        rows: the columns `prompt` and `answer`.
+        delimiter: the text before the answer.
+        max_new_tokens: maximum number of generated tokens.
+        batch_size: rows per batch.
+        temperature: of sampling, and of the thinking states even in greedy decoding (as in training).
+        do_sample: sample instead of greedy decoding.
+        thinking: `"on"`; an ablation of `hybrid_generate` (`"zero"`, `"shuffle"`, `"noise"`); or `"off"`, which models
+            without
+            thinking modules always use.
+        matcher: finds the delimiter in tokens; None: made here.
+        progress: show a progress bar.
     """
     hybrid = thinking != "off" and has_thinking(model)
     if hybrid and matcher is None:
@@ -126,10 +140,14 @@ def evaluate(
 
 
 def check_room(tokenizer: PreTrainedTokenizerBase, prompts: list, new: int, most: int, limit: str) -> None:
-    """Raises a ValueError if a prompt and `new` tokens behind it are more than max_seq_length=`most`.
+    """Raise a ValueError if a prompt plus `new` tokens is longer than max_seq_length=`most`.
 
     Args:
-        limit: the field that `new` is from.
+        tokenizer: the tokenizer.
+        prompts: texts or conversations.
+        new: maximum number of generated tokens.
+        most: maximum length.
+        limit: name of the field that `new` comes from, for the message.
     """
     lengths = []
     for start in range(0, len(prompts), 64):
@@ -137,8 +155,8 @@ def check_room(tokenizer: PreTrainedTokenizerBase, prompts: list, new: int, most
     longest = max(lengths, default=0)
     if longest + new > most:
         raise ValueError(
-            f"max_seq_length={most}: prompt {lengths.index(longest)} has {longest} tokens, and {limit}={new} may come "
-            "behind it; raise the first, lower the second, or leave that row out"
+            f"max_seq_length={most}: prompt {lengths.index(longest)} has {longest} tokens, and {limit}={new} may "
+            "follow; raise the first, lower the second, or remove that row"
         )
 
 
@@ -146,25 +164,27 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list) -> Any:
     chat = is_conversational({"prompt": prompts[0]})
     if chat and tokenizer.chat_template is None:
         raise ValueError(
-            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, and the prompts are conversations; take a "
-            "model that was tuned on some, such as one called -Instruct, or set tokenizer.chat_template"
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, but the prompts are conversations; use a "
+            "model tuned for chat, such as one called -Instruct, or set tokenizer.chat_template"
         )
-    if chat:  # the template brings its own special tokens
+    if chat:  # the template adds its own special tokens
         prompts = [apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "return_token_type_ids": False}
     return tokenizer(list(prompts), add_special_tokens=not chat, **options)
 
 
 class AccuracyCallback(TrainerCallback, ExportableState):
-    """Held-out evaluation when training starts (a resumed checkpoint is loaded by then) and every `every` steps.
+    """Evaluate on held-out rows when training starts, after a checkpoint is loaded, and every `every` steps.
 
-    Leaves the training's random state alone. What was measured is in the checkpoints: a resumed run shows all of it.
+    It does not change the random state of the training. Checkpoints hold the results, so a resumed run shows all of
+    them.
 
     Args:
-        measure: called with the model; what it returns has an `accuracy`.
+        every: number of steps between evaluations; 0: only at the start.
+        measure: called with the model; its result has an `accuracy`.
 
     Attributes:
-        before: what `measure` returned at step 0; of a resumed run the figures, with the texts of now.
+        before: the result at step 0. In a resumed run, its numbers, with the texts of the new evaluation.
         curve: (step, accuracy) pairs.
     """
 
@@ -174,12 +194,12 @@ class AccuracyCallback(TrainerCallback, ExportableState):
         self.curve: list[tuple[int, float]] = []
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json."""
+        """The state for trainer_state.json."""
         before = self.before and self.before.numbers()
         return {"args": {}, "attributes": {"before": before, "curve": [list(pair) for pair in self.curve]}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        # A checkpoint of earlier versions has no place for it, which saving needs
+        # A checkpoint of an earlier version has no entry for it, but saving needs one
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         if state.global_step:
             self.curve = [(step, accuracy) for step, accuracy in saved["curve"] if step < state.global_step]

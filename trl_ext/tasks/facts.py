@@ -1,10 +1,12 @@
-"""Facts to remember word for word, for concept tokens without a hub, and the same again:
+"""Built-in texts for concept tokens: facts to remember word for word, then the same text again:
 
     Ada 9 gloves . well so then Noah 4 maps . well Mia 6 jars . ...
 
-A fact is four tokens and holds log2(16 * 8 * 12) = 10.6 bits; the words between two facts hold nothing but how many they
-are. So what there is to keep stands in some places and not in others, as in most texts. Who cannot carry it across cannot
-write the second half, all of which can be predicted: a model's loss says how much of the text it still knows.
+A fact is four tokens and holds log2(16 * 8 * 12) = 10.6 bits. The words between facts hold only their number. So
+information
+is concentrated in some places, as in most texts. A model can predict the whole second half if it remembers the first,
+so its
+loss shows how much of the text it still knows.
 """
 
 import random
@@ -36,15 +38,15 @@ NAMES = [
 ]
 NUMBERS = ["2", "3", "4", "5", "6", "7", "8", "9"]
 THINGS = ["apples", "books", "coins", "doors", "eggs", "forks", "gloves", "hats", "jars", "keys", "lamps", "maps"]
-FILLERS = ["well", "so", "then", "anyway"]  # in this order, and again
+FILLERS = ["well", "so", "then", "anyway"]  # repeated in this order
 
 
 @dataclass(frozen=True)
 class Size:
-    """A task and the model for it.
+    """Size of a task and of the model for it.
 
     Attributes:
-        fillers: words of a half beside its facts, before each so many that every split is as likely.
+        fillers: number of filler words per text. How they are split among the facts is uniformly random.
     """
 
     facts: int = 4
@@ -59,12 +61,12 @@ SMALL = Size()
 
 
 def texts(number: int, seed: int, facts: int, fillers: int = 0) -> list[str]:
-    """Distinct texts, each of facts about different people."""
+    """Distinct texts of facts about different people."""
     rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < number:
         said = [f"{name} {rng.choice(NUMBERS)} {rng.choice(THINGS)} ." for name in rng.sample(NAMES, facts)]
-        places = sorted(rng.sample(range(fillers + facts), facts))  # of the facts among the words
+        places = sorted(rng.sample(range(fillers + facts), facts))  # positions of the facts among the words
         before = [place - last - 1 for last, place in pairwise([-1, *places])]
         parts = [" ".join([*islice(cycle(FILLERS), n), fact]) for n, fact in zip(before, said)]
         after = islice(cycle(FILLERS), fillers - sum(before))
@@ -73,14 +75,15 @@ def texts(number: int, seed: int, facts: int, fillers: int = 0) -> list[str]:
 
 
 def split(held_out: int, seed: int, size: Size | None = None) -> tuple[Dataset, Dataset]:
-    """(training, held-out) rows: `prompt` the facts, `completion` the same once more, `answer` what of it counts.
+    """(training, held-out) rows: `prompt` has the facts, `completion` repeats them, `answer` is the text to compare
+    with.
 
     Raises:
         ValueError: more rows would be held out than trained on.
     """
     size = size or SMALL
     if held_out > size.rows:
-        raise ValueError(f"eval_size={held_out}: hold out at most {size.rows}, as many as are trained on")
+        raise ValueError(f"eval_size={held_out}: hold out at most {size.rows}, the number of training rows")
     found = texts(size.rows + held_out, seed, size.facts, size.fillers)
 
     def rows(halves: list[str]) -> Dataset:
@@ -90,11 +93,11 @@ def split(held_out: int, seed: int, size: Size | None = None) -> tuple[Dataset, 
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word."""
+    """A tokenizer with one token per word."""
     pieces = ["<pad>", "<bos>", "<eos>", "<unk>", ".", *NUMBERS, *NAMES, *THINGS, *FILLERS]
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # puts the spaces back
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # restores the spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -106,7 +109,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen3Config:
-    """The model's, without weights. They start five times as large as usual: copying is then learnt within 200 steps."""
+    """The configuration of the tiny model. Initial weights are five times the usual size, so that it learns to copy in
+    200 steps."""
     size = size or SMALL
     return Qwen3Config(
         vocab_size=len(tokenizer),
@@ -126,16 +130,16 @@ def config(tokenizer: PreTrainedTokenizerFast, size: Size | None = None) -> Qwen
 
 
 def sentences(held_out: int, seed: int, facts: int) -> tuple[Dataset, Dataset]:
-    """(training, held-out) rows whose `completion` is so many facts, after an empty `prompt`: to be written from a plan.
+    """(training, held-out) rows with an empty `prompt` and a `completion` of `facts` facts, to be written from a plan.
 
     Raises:
         ValueError: more than half of all single facts would be held out, or a text has more facts than there are names.
     """
     if facts > len(NAMES):
-        raise ValueError(f"facts={facts}: at most {len(NAMES)}, one for each name")
+        raise ValueError(f"facts={facts}: must be at most {len(NAMES)}, one for each name")
     most = len(NAMES) * len(NUMBERS) * len(THINGS) if facts == 1 else 20_000 + held_out
     if held_out > most // 2:
-        raise ValueError(f"eval_size={held_out}: there are {most} facts in all, hold out at most {most // 2}")
+        raise ValueError(f"eval_size={held_out}: there are only {most} facts, so hold out at most {most // 2}")
     found = texts(most, seed, facts)
 
     def rows(whole: list[str]) -> Dataset:

@@ -1,4 +1,4 @@
-"""One reader for all data files, and one reading of the number in an answer."""
+"""Reading of data files, and of the number in an answer."""
 
 import itertools
 import json
@@ -18,25 +18,26 @@ NUMBER = re.compile(
     r"(?<![\w.,])-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
     r"(?!\w|[.,]\d)"
 )
-HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON writes a surrogate
-OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")  # how a file in UTF-16 or UTF-32 may begin
+HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped surrogate in JSON
+OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16 and UTF-32
 
 
 class DataError(ValueError):
-    """A dataset cannot be used; the message names the file, the column or the row."""
+    """A dataset cannot be used. The message names the file, the column or the row."""
 
 
 def number_in(text: str) -> str | None:
-    """The one number in an answer, without thousands separators and a dollar sign: "18" of "$18.", "3.5" of "3.5 km".
+    """The only number in an answer, without thousands separators and dollar sign: "18" of "$18.", "3.5" of "3.5 km".
 
-    None where there is no number or more than one; `nan`, `1_000` and `3,5` are none. The minus of typesetters is one too.
+    None if there is no number or more than one. `nan`, `1_000` and `3,5` are not numbers. A typographic minus is a
+    minus.
     """
     found = NUMBER.findall(re.sub(r"^\s*-\s+", "-", text.replace("\u2212", "-")))
     return found[0].replace(",", "").replace("$", "") if len(found) == 1 else None
 
 
 def answer_text(value: Any) -> Any:
-    """A number in a column of answers as its text, 18 and 18.0 as "18"; anything else, NaN too, as it is."""
+    """A number in an answer column as text, 18 and 18.0 as "18". Other values, and NaN, are returned unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if isinstance(value, float):
@@ -47,9 +48,9 @@ def answer_text(value: Any) -> Any:
 
 
 def check_file(name: str) -> None:
-    """Raises a DataError if there is no such file or nothing in it."""
+    """Raise a DataError if there is no such file or it is empty."""
     if Path(name).is_dir():
-        raise DataError(f"dataset {name} is a folder; give a file")
+        raise DataError(f"dataset {name} is a folder; name a file")
     if not Path(name).is_file():
         raise DataError(f"dataset {name}: there is no such file")
     if not Path(name).stat().st_size:
@@ -57,11 +58,14 @@ def check_file(name: str) -> None:
 
 
 def read_lines(name: str) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line that is not blank. Only a newline ends a line: other characters that Python
-    takes for line ends may stand in a text. The mark that some editors write at the beginning of UTF-8 is left out.
+    """The number, from 1, and the text of each line that is not blank.
+
+    Only a newline ends a line, because other characters that Python treats as line ends may occur in a text. The byte
+    order mark
+    of UTF-8 is removed.
 
     Raises:
-        DataError: no such file, nothing in it, or a line is no UTF-8.
+        DataError: there is no such file, it is empty, or a line is not UTF-8.
     """
     check_file(name)
     with Path(name).open("rb") as file:
@@ -74,7 +78,7 @@ def read_lines(name: str) -> Iterator[tuple[int, str]]:
                 text = line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"dataset {name}, line {number}: no UTF-8 (byte 0x{line[error.start]:02x} at position "
+                    f"dataset {name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position "
                     f"{error.start + 1}); save the file as UTF-8"
                 ) from error
             if text.strip():
@@ -82,16 +86,18 @@ def read_lines(name: str) -> Iterator[tuple[int, str]]:
 
 
 def read_json_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a `.jsonl` or `.json` file (objects line by line, or one list of them), each with its place: "line 3". Unlike
-    a table, columns may mix types.
+    """Rows of a `.jsonl` or `.json` file (one object per line, or a list of objects), each with its place, such as
+    "line 3".
+
+    Unlike in a table, columns may mix types.
 
     Raises:
-        DataError: no such file, no row, or something in it is no JSON object.
+        DataError: there is no such file, it has no rows, or something in it is not a JSON object.
     """
     rows = 0
     for place, row in _json_values(name):
         if not isinstance(row, dict):
-            raise DataError(f"dataset {name}, {place}: no JSON object: {row!r:.100}")
+            raise DataError(f"dataset {name}, {place}: not a JSON object: {row!r:.100}")
         rows += 1
         yield place, row
     if not rows:
@@ -108,7 +114,7 @@ def _json_values(name: str) -> Iterator[tuple[str, Any]]:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"dataset {name}: no JSON: {error}") from error
+            raise DataError(f"dataset {name}: not JSON: {error}") from error
         for i, value in enumerate(values):
             yield f"row {i}", _encodable(text, value, f"dataset {name}, row {i}")
         return
@@ -118,35 +124,39 @@ def _json_values(name: str) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             one = ""
             if number == first[0] and line.lstrip().startswith("{") and not line.rstrip().endswith("}"):
-                one = "; an object stands on one line, and several in a .json file between [ and ]"
+                one = "; write each object on one line, or a list in a .json file between [ and ]"
             raise DataError(
-                f"dataset {name}, line {number}: no JSON: {error.msg} at character {error.pos + 1}{one}"
+                f"dataset {name}, line {number}: not JSON: {error.msg} at character {error.pos + 1}{one}"
             ) from error
         yield f"line {number}", _encodable(line, value, f"dataset {name}, line {number}")
 
 
 def _encodable(text: str, value: Any, where: str) -> Any:
-    """A value that `text` holds. Raises a DataError for half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    """The value, which `text` holds.
+
+    Raises:
+        DataError: it has half a surrogate pair, which JSON can write but UTF-8 cannot.
+    """
     if HALF_A_PAIR.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[max(error.start - 20, 0) : error.end]
-            raise DataError(f"{where}: no Unicode, half a surrogate pair: {half!r}") from error
+            raise DataError(f"{where}: not Unicode, half a surrogate pair: {half!r}") from error
     return value
 
 
 def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
-    """A `.parquet` file, or a hub dataset.
+    """Read a `.parquet` file or a hub dataset.
 
     Raises:
-        DataError: no such file, or it cannot be read.
+        DataError: there is no such file, or it cannot be read.
     """
     path = Path(name)
     if path.suffix == ".parquet":
         check_file(name)
         try:
-            if not pq.read_metadata(path).num_rows:  # of which datasets 4.8 says "BatchSize must be greater than 0"
+            if not pq.read_metadata(path).num_rows:  # datasets 4.8 would fail with "BatchSize must be greater than 0"
                 return Dataset.from_dict({})
             return load_dataset("parquet", data_files=str(path), split="train")
         except Exception as error:
@@ -154,30 +164,32 @@ def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise DataError(f"dataset {name}: there is no such file or folder")
     if path.is_file() or path.suffix in (".csv", ".tsv"):
-        raise DataError(f"dataset {name}: give a {', '.join(FORMATS)} file or a hub id")
+        raise DataError(f"dataset {name}: name a {', '.join(FORMATS)} file or a hub id")
     try:
         return load_dataset(name, config, split=split)
     except Exception as error:
         why = " ".join(str(error.__cause__ or error).split())
         elsewhere = isinstance(error, ConnectionError | FileNotFoundError) and not path.exists()
-        here = f"there is no folder {name} in {os.getcwd()}, and of the hub: " if elsewhere else ""
-        raise DataError(f"dataset {name}: {here}{why:.250}") from error  # some end in a whole schema
+        here = f"there is no folder {name} in {os.getcwd()}, and the hub says: " if elsewhere else ""
+        raise DataError(f"dataset {name}: {here}{why:.250}") from error  # some messages end with a whole schema
 
 
 def read_rows(
     name: str, *, split: str, config: str | None = None, size: int | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:
-    """The columns, and the first `size` rows (all without it), each with its place in the file ("line 3", "row 2").
+    """The columns, and the first `size` rows (or all), each with its place in the file ("line 3", "row 2").
 
     Args:
-        name: a `.jsonl`, `.json`, `.parquet` or `.txt` file (whose lines become the column `text`), or a hub id.
-        split, config: of a hub dataset.
+        name: a `.jsonl`, `.json`, `.parquet` or `.txt` file (its lines become the column `text`), or a hub id.
+        split: split of a hub dataset.
+        config: configuration of a hub dataset.
+        size: maximum number of rows; None: all.
 
     Raises:
         DataError: see `read_json_rows`, `read_lines` and `read_table`.
     """
     if not name:
-        raise DataError("the dataset's name is empty: give a file or a hub id")
+        raise DataError("the dataset's name is empty: name a file or a hub id")
     suffix = Path(name).suffix
     if suffix in (".jsonl", ".json"):
         rows = list(read_json_rows(name))[:size]

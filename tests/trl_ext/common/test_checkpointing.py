@@ -305,13 +305,15 @@ def test_an_adapter_is_not_opened_by_name(tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     tiny.model().save_pretrained(tmp_path / "base")
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
-    with pytest.raises(ValueError, match=r"adapter' is an adapter, which TRL does not open by name: merge it"):
+    with pytest.raises(ValueError, match=r"adapter' is an adapter, which TRL does not load by name: merge it"):
         sft(tmp_path, str(tmp_path / "adapter"))
 
 
 def test_rows_that_make_no_batch_are_named(tmp_path):
     trainer = sft(tmp_path, tiny.model(), per_device_train_batch_size=len(ROWS) + 1, dataloader_drop_last=True)
-    with pytest.raises(ValueError, match=rf"has {len(ROWS)} row.*no whole batch of {len(ROWS) + 1}; give more rows"):
+    with pytest.raises(
+        ValueError, match=rf"has {len(ROWS)} row.*do not fill one batch of {len(ROWS) + 1}; give more rows"
+    ):
         trainer.train()
 
 
@@ -348,7 +350,7 @@ def test_the_state_of_another_optimizer_or_schedule_is_named(tmp_path, name, fir
     evaluating = {"eval_strategy": "steps", "eval_steps": 1}
     sft(tmp_path, tiny.model(), max_steps=1, **{name: first}, **evaluating).train()
     again = sft(tmp_path, tiny.model(), **{name: then}, **evaluating)
-    with pytest.raises(CheckpointError, match=rf"state of {name}='{first}', of which '{then}' can make nothing"):
+    with pytest.raises(CheckpointError, match=rf"state of {name}='{first}', which '{then}' cannot use"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -181,7 +181,7 @@ def test_another_reference_is_told_of(tmp_path, caplog, name):
         tmp_path, str(checkpoint), None, **SAVING, **KL
     )
     again._check_checkpoint(checkpoint)
-    assert f"was trained towards another reference (beta=0.05) than {checkpoint}, from where" in caplog.text
+    assert f"was trained with another reference model (beta=0.05) than {checkpoint}, which" in caplog.text
 
 
 def test_a_trainer_that_has_trained_resumes_too(tmp_path):

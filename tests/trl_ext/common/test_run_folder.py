@@ -65,7 +65,7 @@ def test_a_second_run_is_refused_by_name_with_the_ways_out(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for _, path in run_folder.checkpoints(tmp_path):  # as with save_strategy "no": nothing to go on from
         shutil.rmtree(path)
-    with pytest.raises(FolderError, match=r"finished at step 4\)\. Begin anew: --overwrite, .*another --output_dir"):
+    with pytest.raises(FolderError, match=r"finished at step 4\)\. Start over: --overwrite, .*another --output_dir"):
         claim(arguments(tmp_path), False)
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("transformers_warnings")
 
 
 def named(caplog) -> list[str]:
-    return [r.message.partition("=")[0] for r in caplog.records if "rollouts are drawn from" in r.message]
+    return [r.message.partition("=")[0] for r in caplog.records if "that rollouts are sampled from" in r.message]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_every_field_of_generation_that_makes_a_logits_processor_is_known():
 def test_settings_of_rollouts_that_would_be_passed_over_are_named(tmp_path, make):
     for given, said in (
         ({"min_new_token": 3}, r"'min_new_token': generate has no such setting; did you mean min_new_tokens"),
-        ({"stop_strings": ["a"]}, "no tokenizer to find them with"),
+        ({"stop_strings": ["a"]}, "TRL passes no tokenizer"),
         ({"temperature": 0}, "temperature=0: must be more than 0"),
     ):
         with pytest.raises(ValueError, match=said):

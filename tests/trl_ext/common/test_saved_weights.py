@@ -109,7 +109,7 @@ def test_the_reference_is_part_of_a_checkpoint(tmp_path):
     trainer, folder = run(tmp_path)
     for kind, changes in (("PeftModel", test_resume.NONE), ("peft_config", test_resume.KL)):
         other = test_resume.RL["hrpo"](tmp_path, kind, **changes)
-        with pytest.raises(CheckpointError, match="holds an adapter 'ref', which this model does not have"):
+        with pytest.raises(CheckpointError, match="holds an adapter 'ref', which this model lacks"):
             other.train(resume_from_checkpoint=str(folder))
     shutil.rmtree(folder / "ref")
     with pytest.raises(CheckpointError, match=r"ref/adapter_model\.safetensors is missing.*PeftModel"):
@@ -144,7 +144,7 @@ def test_what_was_not_loaded_is_seen(tmp_path, monkeypatch, loads):
     again = test_resume.RL["hrpo"](tmp_path, "PeftModel", **test_resume.KL)
     monkeypatch.setattr(saved_weights, "set_peft_model_state_dict", broken)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-1: .* was read, but the model in memory holds something else"
+        CheckpointError, match=r"checkpoint-1: .* was read, but the model in memory holds another value"
     ):
         again.train(resume_from_checkpoint=str(folder))
     monkeypatch.undo()
@@ -245,7 +245,7 @@ def test_a_saved_models_folder_given_as_the_model_goes_on_with_its_modules(tmp_p
         assert found and all((p == 0.125).all() for p in found), way
     nowhere = ways["loaded"]()
     nowhere.config._name_or_path = nowhere.name_or_path = ""
-    with pytest.raises(ValueError, match="names no folder"):
+    with pytest.raises(ValueError, match="its folder is unknown"):
         make(tmp_path / "nowhere", model=nowhere, **changes)
     edit(tmp_path / "saved" / MODEL, lambda x: x.pop(next(n for n in sorted(x) if part in n)))
     with pytest.raises(ValueError, match=part):
@@ -277,7 +277,7 @@ def test_weights_of_another_origin_are_told_of(tmp_path, caplog):
     for go in (again.begin_with, again._check_checkpoint):
         caplog.clear()
         go(folder)
-        assert f"was trained on {tmp_path / 'a'}, and this model is {tmp_path / 'b'}: " in caplog.text
+        assert f"was trained on {tmp_path / 'a'}, but this model is {tmp_path / 'b'}: " in caplog.text
         assert "other settings than this model has now: num_latents=6 (before: 3)\n" in caplog.text
 
 

@@ -85,7 +85,7 @@ def test_an_adapter_that_is_merged_or_switched_off(tmp_path, make):
     model = test_resume.wrapped(tiny.model())
     ways = (
         (model.merge_adapter, model.unmerge_adapter, r"is merged .*: call model\.unmerge_adapter\(\)"),
-        (model.disable_adapter_layers, model.enable_adapter_layers, r"is switched off.*\.enable_adapter_layers"),
+        (model.disable_adapter_layers, model.enable_adapter_layers, r"is disabled.*\.enable_adapter_layers"),
     )
     for off, on, said in ways:
         off()

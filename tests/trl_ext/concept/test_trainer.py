@@ -313,13 +313,13 @@ def test_what_is_given_beside_a_preset_wins_also_where_it_is_the_default(tmp_pat
 
 
 REFUSED = [
-    ({"n_shallow": 3}, "n_shallow=3, n_deep=1: of the model's 4 layers none is left"),
+    ({"n_shallow": 3}, "n_shallow=3, n_deep=1: they leave no layer of the model's 4"),
     ({"n_middle": 7}, "together 9, the model has 4"),
     ({"n_shallow": 0}, "n_shallow=0: must be at least 1"),
     ({"segmenter": "words"}, "segmenter='words'"),
     ({"gate": "both"}, "gate='both'"),
     ({"codebook_init": "pca"}, "codebook_init='pca': choose one of random, kmeans"),
-    ({"ratio_weight": 1.0, "max_tail": 4}, "max_tail=4, target_ratio=4.0: concepts forced so often"),
+    ({"ratio_weight": 1.0, "max_tail": 4}, "max_tail=4, target_ratio=4.0: concepts forced that often"),
     ({"ratio_weight": -1.0}, "ratio_weight=-1.0"),
     ({"usage_weight": math.nan}, "usage_weight=nan"),
     ({"target_ratio": 1.0}, "target_ratio=1.0"),
@@ -327,7 +327,7 @@ REFUSED = [
     ({"temperature_end": -1.0}, "temperature_end=-1.0"),
     ({"warm_start_share": 1.5}, "warm_start_share=1.5"),
     ({"concept_learning_rate": -1.0}, "concept_learning_rate=-1.0"),
-    ({"segmenter": "fixed", "ratio_weight": 1.0}, "segmenter='fixed' emits by its stride"),
+    ({"segmenter": "fixed", "ratio_weight": 1.0}, "segmenter='fixed' uses a stride"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True"),
     ({"concepts_per_stride": 9}, "concepts_per_stride=9: must be at most stride=4"),
 ]

@@ -38,4 +38,4 @@ def test_unsloths_trainer_trains_as_trls_does(tmp_path):
 def test_models_with_unsloths_fast_forwards_and_names_are_refused():
     found = run("concept")
     assert "Unsloth's fast forwards" in found["fast"]
-    assert "takes no names" in found["name"]
+    assert "takes no model names" in found["name"]

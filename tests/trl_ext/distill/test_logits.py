@@ -312,11 +312,13 @@ def test_vocabulary_rows_may_differ_in_padding_alone(tmp_path):
         batch = setups.batch_of(trainer)
         loss = loss_of(trainer, batch)
         assert loss == pytest.approx(plain(trainer.model, trainer.teacher, batch, 1.0, min(rows, 64))[1], rel=1e-5)
-    with pytest.raises(ValueError, match=f"teacher has {tokens - 1} embeddings and the student's tokenizer {tokens}"):
+    with pytest.raises(
+        ValueError, match=f"teacher has {tokens - 1} embeddings, but the student's tokenizer has {tokens}"
+    ):
         setups.logits(tmp_path, teacher_model=setups.teacher(vocab_size=tokens - 1))
-    with pytest.raises(ValueError, match=r"the model has 30 embeddings .*resize_token_embeddings"):
+    with pytest.raises(ValueError, match=r"the model has 30 embeddings, but .*resize_token_embeddings"):
         setups.logits(tmp_path, model=setups.student(vocab_size=30))
-    with pytest.raises(ValueError, match="read different tokens"):
+    with pytest.raises(ValueError, match="have different vocabularies"):
         other = tiny.tokenizer(("1#", "##"))
         setups.logits(tmp_path, tokenizer=tiny.tokenizer(("##", "1#")), given={"teacher_processing_class": other})
 
@@ -334,7 +336,7 @@ def test_teachers_by_name(tmp_path):
 
 
 def test_what_cannot_be_distilled_is_named(tmp_path):
-    with pytest.raises(ValueError, match="teacher_model: give one"):
+    with pytest.raises(ValueError, match="teacher_model: pass a teacher"):
         setups.logits(tmp_path, teacher_model=None)
     with pytest.raises(ValueError, match="teacher_model_init_kwargs"):
         setups.logits(tmp_path, teacher_model_init_kwargs={"dtype": "float32"})

@@ -272,7 +272,7 @@ def test_what_cannot_be_trained_is_named(tmp_path):
         setups.reasoning(tmp_path, rows=setups.ROWS)
     tokenizer = tiny.tokenizer(setups.PIECES)
     done = [{"input_ids": tokenizer(row["completion"]).input_ids} for row in setups.TAGGED]
-    with pytest.raises(ValueError, match="rows that were tokenized before"):
+    with pytest.raises(ValueError, match="rows that are already tokenized"):
         setups.reasoning(tmp_path, rows=done, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="needs a ReasoningDistillConfig"):
         ReasoningDistillTrainer(setups.student(), LogitsDistillConfig(**setups.settings(tmp_path)))

@@ -86,7 +86,7 @@ def test_new_tokens_that_peft_would_leave_untrained_are_named():
     with pytest.raises(ValueError, match="IA3Config would leave the embeddings of the new tokens <think>, </think>"):
         give_embeddings(model, tokenizer, ids, added, IA3Config(task_type="CAUSAL_LM"), 0)
     wrapped = get_peft_model(model, LoraConfig(**setups.LORA))
-    with pytest.raises(ValueError, match="<think>, </think>, <answer>, </answer> would be new to a model that PEFT"):
+    with pytest.raises(ValueError, match="<think>, </think>, <answer>, </answer> are new, but PEFT has wrapped"):
         give_embeddings(wrapped, tokenizer, ids, added, None, 0)
     give_embeddings(wrapped, tokenizer, ids, [], None, 0)
 

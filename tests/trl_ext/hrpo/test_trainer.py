@@ -354,7 +354,7 @@ def test_models_in_memory_with_adapters_and_without(tmp_path):
         ({"answer_delimiter": "§"}, "cannot produce"),
         ({"lr_residual_gate": -1e-4}, "lr_residual_gate=-0.0001: must be at least 0"),
         ({"lr_thinking_projection": math.inf}, "lr_thinking_projection=inf"),
-        ({"lr_residual_lambda": "1e-4"}, "lr_residual_lambda='1e-4': a finite number"),
+        ({"lr_residual_lambda": "1e-4"}, "lr_residual_lambda='1e-4': must be a finite number"),
         ({"recompute": "jacobi", "jacobi_iterations": 0}, "jacobi_iterations=0: must be at least 1"),
         ({"recompute": "soft_bptt"}, "needs thinking_source='soft_embedding'"),
     ],

@@ -113,7 +113,7 @@ def test_nothing_is_bypassed_in_silence(case, message):
 def test_whose_reference_is_the_bare_base_model_is_told_so():
     report = found()["references"]
     assert report["new"] == report["free"] == []
-    assert len(report["trained"]) == 1 and "beta=0.05 holds this adapter" in report["trained"][0]
+    assert len(report["trained"]) == 1 and "beta=0.05 pulls it to the base model" in report["trained"][0]
 
 
 def test_a_plain_model_and_a_peft_config():

@@ -58,7 +58,7 @@ def test_wrong_combinations_are_named(tmp_path):
 
 
 def test_teachers_that_cannot_teach_are_named(tmp_path):
-    with pytest.raises(ValueError, match="teacher_model: give one"):
+    with pytest.raises(ValueError, match="teacher_model: pass a teacher"):
         setups.trainer(tmp_path, given_teacher=None)
     with pytest.raises(ValueError, match="layer_map"):
         setups.trainer(tmp_path, kv_layer_map="[0, 9]")
@@ -93,7 +93,7 @@ def test_other_vocabularies_are_refused_by_token_and_the_same_are_taken(tmp_path
     setups.teacher().to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
     tiny.tokenizer(("##",)).save_pretrained(tmp_path / "teacher")
     setups.trainer(tmp_path, given_teacher=str(tmp_path / "teacher"))  # has one token more
-    with pytest.raises(ValueError, match=r"read different tokens: '(##|1#)' is \d+ to the student"):
+    with pytest.raises(ValueError, match=r"have different vocabularies: '(##|1#)' is \d+ in the student"):
         setups.trainer(tmp_path, given_teacher=str(tmp_path / "teacher"), tokenizer=tiny.tokenizer(("1#", "##")))
 
 

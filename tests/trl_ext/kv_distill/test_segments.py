@@ -56,9 +56,9 @@ def test_rows_without_a_delimiter_are_counted_and_all_of_them_refused(tmp_path, 
     trainer = setups.trainer(tmp_path, rows=rows)
     assert any("1 of 4" in message for message in caplog.messages), caplog.messages
     assert ("1+1=", "2<eos>", "") in found(trainer)
-    with pytest.raises(ValueError, match=r"train dataset: no row has anything behind the delimiter '----'"):
+    with pytest.raises(ValueError, match=r"train dataset: no row has text after the delimiter '----'"):
         setups.trainer(tmp_path, answer_delimiter="----")
-    with pytest.raises(ValueError, match=r"no row has anything behind .* or raise max_length"):
+    with pytest.raises(ValueError, match=r"no row has text after .* or raise max_length"):
         setups.trainer(tmp_path, max_length=5)
 
 

@@ -84,7 +84,7 @@ def test_tokenized_rows_are_taken_as_they_are(tmp_path):
     losses = [t.compute_loss(t.model, batch_of(t)) for t in (first, again)]
     assert losses[0] == losses[1]
     rows[2]["teacher_segment_ids"] = rows[2]["teacher_segment_ids"][:-1]
-    with pytest.raises(ValueError, match="row 2: teacher_segment_ids are one of 0, 1, 2"):
+    with pytest.raises(ValueError, match="row 2: teacher_segment_ids must be 0, 1 or 2"):
         setups.trainer(tmp_path, rows=rows)
 
 

@@ -42,7 +42,7 @@ from . import setups
             "train_sampling_strategy='group_by_length': rows have several texts",
         ),
         ({"eval_packing": True}, "eval_packing=True"),
-        ({"completion_only_loss": False}, "completion_only_loss=False: a question is read"),
+        ({"completion_only_loss": False}, "completion_only_loss=False: questions are read"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs: skip_prepare_dataset"),
     ],
 )
@@ -55,14 +55,14 @@ def test_settings_that_cannot_work_are_refused_by_name(tmp_path, changes, messag
 def test_data_and_models_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(LatentDataError, match="train dataset, row 1: steps"):
         setups.trainer(tmp_path, rows=[setups.ROWS[0], {**setups.ROWS[1], "steps": []}])
-    with pytest.raises(ValueError, match="no column 'steps'; it has question, answer"):
+    with pytest.raises(ValueError, match="column 'steps' is missing; it has question, answer"):
         setups.trainer(tmp_path, rows=[{"question": "1", "answer": "1"}])
-    with pytest.raises(ValueError, match="no column 'trace_ids'; it has question_ids"):
+    with pytest.raises(ValueError, match="column 'trace_ids' is missing; it has question_ids"):
         setups.trainer(tmp_path, rows=[{"question_ids": [5, 6]}])
-    with pytest.raises(ValueError, match="train dataset: not one row"):
+    with pytest.raises(ValueError, match="train dataset: has no rows"):
         setups.trainer(tmp_path, dataset=Dataset.from_list(setups.ROWS).select([]))
     short = [{**row, "steps": row["steps"][:1]} for row in setups.ROWS]
-    with pytest.raises(ValueError, match=r"no row has a trace .* drop_last_step=False keeps it"):
+    with pytest.raises(ValueError, match=r"no row has a reasoning trace .* drop_last_step=False keeps it"):
         setups.trainer(tmp_path, rows=short)
     for allowed in (
         {"rows": [*short, setups.ROWS[0]]},
@@ -104,7 +104,7 @@ def test_families_that_cannot_think_or_be_looked_into_are_named_at_construction(
 
 def test_adapters_that_would_leave_the_latent_tokens_untrained_are_refused(tmp_path):
     lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="pass the bare model with peft_config"):
+    with pytest.raises(ValueError, match="pass the unwrapped model with peft_config"):
         setups.trainer(tmp_path, peft=False, model=get_peft_model(tiny.model(), lora))
     model = attach_latent(tiny.model(), tiny.tokenizer(()), LatentConfig(3, 1, projection_dim=8))
     whole = {**lora.to_dict(), **with_latent_modules(lora, model)}
@@ -136,7 +136,7 @@ def test_rows_beyond_a_table_of_positions_are_named(tmp_path):
         {**row, "question": "1" * (longest + 1), "answer": "7"},
     ]
     with pytest.raises(
-        LatentDataError, match="row 2: more tokens, latent ones included, than the model's 128 positions"
+        LatentDataError, match="row 2: more tokens, latent tokens included, than the model's 128 positions"
     ):
         setups.trainer(tmp_path, family="gpt2", rows=rows, num_latents=6)
     setups.trainer(tmp_path, family="gpt2", rows=rows[:2], num_latents=6)

@@ -124,10 +124,10 @@ def test_rows_too_long_for_the_trainer_are_counted_too(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"prompt": "x"}\n', "has the columns prompt; it needs question and answer"),
+        ('{"prompt": "x"}\n', "has the columns prompt, but it needs question and answer"),
         ('{"question": "x", "answer": "3"}\n', "0 of 1 rows usable"),
-        ("{not json\n", "line 1: no JSON: "),
-        ("[1, 2]\n", "line 1: no JSON object: [1, 2]"),
+        ("{not json\n", "line 1: not JSON: "),
+        ("[1, 2]\n", "line 1: not a JSON object: [1, 2]"),
         ("", "the file is empty"),
         ('{"text": 3}\n', "text is not a text: 3"),
         ('{"question": "x", "steps": ["a"], "answer": "b"}\n', "not one number in the answer: 'b'"),

@@ -162,7 +162,7 @@ def test_who_trains_all_weights_of_a_pretrained_model_is_warned(tmp_path, caplog
     assert "All weights are trained" not in caplog.text  # of a toy there is nothing to lose
     monkeypatch.setattr("trl_ext.latent.preparation.NOT_A_TOY", 1000)
     setups.trainer(tmp_path, peft=False, **setups.CASES["jacobi"])
-    assert "All weights are trained, as LoRA was not asked for" in caplog.text
+    assert "All weights are trained, because LoRA was not requested" in caplog.text
 
 
 def test_evaluation_and_logging(tmp_path):

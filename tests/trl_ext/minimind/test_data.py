@@ -151,40 +151,40 @@ def test_our_template_renders_what_is_loaded(tmp_path):
 
 Q, A = user("q"), assistant("a")
 BAD = {  # kind, bad row, what the error says of it behind the line, and behind "conversations" where it begins with "["
-    "broken JSON": ("sft", '{"conversations": [', "no JSON: Expecting value at character 20"),
-    "no UTF-8": ("pretrain", '{"text": "\ud800"}', "no UTF-8 .byte 0xed at position 11.; save the file as UTF-8"),
-    "no object": ("sft", "[1, 2]", r"no JSON object: \[1, 2\]"),
+    "broken JSON": ("sft", '{"conversations": [', "not JSON: Expecting value at character 20"),
+    "no UTF-8": ("pretrain", '{"text": "\ud800"}', "not UTF-8 .byte 0xed at position 11.; save the file as UTF-8"),
+    "no object": ("sft", "[1, 2]", r"not a JSON object: \[1, 2\]"),
     "no text": ("pretrain", {"txt": "a"}, "text: is missing"),
     "text null": ("pretrain", {"text": None}, "text: is missing"),
-    "text number": ("pretrain", {"text": 3}, "text: is no text: 3"),
+    "text number": ("pretrain", {"text": 3}, "text: is not a text: 3"),
     "text empty": ("pretrain", {"text": " \n"}, "text: is empty"),
-    "half a pair": ("pretrain", '{"text": "\\ud800"}', "no Unicode, half a surrogate pair"),
+    "half a pair": ("pretrain", '{"text": "\\ud800"}', "not Unicode, half a surrogate pair"),
     "other format": ("sft", {"messages": []}, "conversations: is missing"),
-    "no list": ("sft", {"conversations": "hi"}, "conversations: is no list of turns: 'hi'"),
-    "no turns": ("sft", talk(), "conversations: has no turn of the assistant's"),
-    "turn no object": ("sft", talk(Q, "a"), r"\[1\]: is no object: 'a'"),
-    "no assistant": ("sft", talk(Q), "conversations: has no turn of the assistant's"),
-    "assistant first": ("sft", talk(A), r"\[0\].role: assistant comes first; wanted system"),
+    "no list": ("sft", {"conversations": "hi"}, "conversations: is not a list of turns: 'hi'"),
+    "no turns": ("sft", talk(), "conversations: has no assistant turn"),
+    "turn no object": ("sft", talk(Q, "a"), r"\[1\]: is not an object: 'a'"),
+    "no assistant": ("sft", talk(Q), "conversations: has no assistant turn"),
+    "assistant first": ("sft", talk(A), r"\[0\].role: assistant comes first; expected system"),
     "system, assistant": ("sft", talk(system("s"), A), r"\[1\].role: assistant after system"),
     "user twice": ("sft", talk(Q, Q, A), r"\[1\].role: user after user"),
-    "assistant twice": ("sft", talk(Q, A, A), r"\[2\].role: assistant after assistant; wanted user or tool"),
+    "assistant twice": ("sft", talk(Q, A, A), r"\[2\].role: assistant after assistant; expected user or tool"),
     "system late": ("sft", talk(Q, A, system("s")), r"\[2\].role: system after assistant"),
-    "unknown role": ("sft", talk({"role": "human", "content": "q"}), r"\[0\].role: 'human' is none of system"),
-    "role number": ("sft", talk({"role": 1, "content": "q"}), r"\[0\].role: is no text: 1"),
+    "unknown role": ("sft", talk({"role": "human", "content": "q"}), r"\[0\].role: 'human' is not one of system"),
+    "role number": ("sft", talk({"role": 1, "content": "q"}), r"\[0\].role: is not a text: 1"),
     "some roles": ("sft", talk(Q, {"content": "a"}), r"\[1\].role: is missing"),
     "no content": ("sft", talk(Q, {"role": "assistant"}), r"\[1\].content: is missing"),
-    "content list": ("sft", talk(user(["q"]), A), r"\[0\].content: is no text: \['q'\]"),
+    "content list": ("sft", talk(user(["q"]), A), r"\[0\].content: is not a text: \['q'\]"),
     "content empty": ("sft", talk(Q, assistant("")), r"\[1\].content: is empty"),
     "other field": ("sft", talk(Q, assistant("a", weight=0)), r"\[1\].weight: .* no such field"),
     "user's tools": ("sft", talk(user("q", tools="[{}]"), A), r"\[0\].tools: .*role user has no"),
-    "tools broken": ("sft", talk(system("s", tools="[{"), Q, A), r"\[0\].tools: is no JSON"),
-    "functions no list": ("sft", talk(system("s", functions={"a": 1}), Q), r"\[0\].functions: is no list of obj"),
-    "calls no objects": ("sft", talk(Q, assistant("a", tool_calls=["f"])), r"\[1\].tool_calls: is no list of obj"),
+    "tools broken": ("sft", talk(system("s", tools="[{"), Q, A), r"\[0\].tools: is not JSON"),
+    "functions no list": ("sft", talk(system("s", functions={"a": 1}), Q), r"\[0\].functions: is not a list of obj"),
+    "calls no objects": ("sft", talk(Q, assistant("a", tool_calls=["f"])), r"\[1\].tool_calls: is not a list of obj"),
     "call unnamed": ("sft", talk(Q, assistant("", tool_calls=[{}])), r"\[1\].tool_calls\[0\].name: is missing"),
     "call's function": (
         "sft",
         talk(Q, assistant("", tool_calls=[{"function": 1}])),
-        r"\[1\].tool_calls\[0\].function: is no object: 1",
+        r"\[1\].tool_calls\[0\].function: is not an object: 1",
     ),
     "call bare": (
         "sft",
@@ -192,7 +192,11 @@ BAD = {  # kind, bad row, what the error says of it behind the line, and behind 
         r"\[1\].tool_calls\[0\].arguments: is missing",
     ),
     "no calls": ("sft", talk(Q, assistant("", tool_calls="[]")), r"\[1\].content: is empty"),
-    "thought number": ("sft", talk(Q, assistant("a", reasoning_content=1)), r"\[1\].reasoning_content: is no text: 1"),
+    "thought number": (
+        "sft",
+        talk(Q, assistant("a", reasoning_content=1)),
+        r"\[1\].reasoning_content: is not a text: 1",
+    ),
     "no rejected": ("dpo", {"chosen": [Q, A]}, "rejected: is missing"),
     "same": ("dpo", {"chosen": [Q, A], "rejected": [Q, A]}, "rejected: is the same as chosen"),
     "other prompt": (
@@ -213,7 +217,7 @@ BAD = {  # kind, bad row, what the error says of it behind the line, and behind 
     "rejected ends": (
         "dpo",
         {"chosen": [Q, A], "rejected": [Q, A, user("r")]},
-        r"rejected\[2\].role: user comes last; wanted assistant",
+        r"rejected\[2\].role: user comes last; expected assistant",
     ),
     "no reference": ("rl", talk(Q, A, user("r")), r"\[2\].role: user comes last"),
     "empty in the middle": ("rl", talk(Q, assistant(""), user("r"), assistant("")), r"\[1\].content: is"),
@@ -250,7 +254,7 @@ def test_a_file_without_rows_is_named(tmp_path, content, message):
 
 
 def test_no_such_kind(tmp_path):
-    with pytest.raises(ValueError, match="kind='ppo': one of pretrain, sft, dpo, rl, reason"):
+    with pytest.raises(ValueError, match="kind='ppo': choose one of pretrain, sft, dpo, rl, reason"):
         load(tmp_path, "ppo", {"text": "a"})
 
 

@@ -36,10 +36,10 @@ def test_an_edit_is_heard_by_all_later_stages_until_they_are_made_anew(stages, t
     (tmp_path / "pretrain.yaml").write_text("max_steps: 3\n")
     (said,) = changes(last)
     assert str(tmp_path / "pretrain") in said and "pretrain.yaml was edited since" in said
-    assert "pretrain.py with --overwrite makes it anew" in said
+    assert "pretrain.py with --overwrite remakes it" in said
     stages("pretrain")
     (said,) = changes(last)
-    assert f"{os.path.relpath(tmp_path / 'pretrain')} was made anew since" in said and "sft.py with --overwrite" in said
+    assert f"{os.path.relpath(tmp_path / 'pretrain')} was remade since" in said and "sft.py with --overwrite" in said
     stages("tokenizer")
     assert len(changes(last)) == 2
     for name in ("pretrain", "sft"):
@@ -55,7 +55,7 @@ def test_where_the_command_is_given_does_not_matter(stages, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert changes(origins[-1]) == []
     stages("tokenizer")
-    assert "../tokenizer was made anew since" in changes(origins[-1])[0]
+    assert "../tokenizer was remade since" in changes(origins[-1])[0]
     shutil.rmtree(tmp_path / "tokenizer")  # what is not there any more was not made anew
     assert changes(origins[-1]) == []
 

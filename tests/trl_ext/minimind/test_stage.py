@@ -32,7 +32,7 @@ def test_nothing_that_is_held_out_is_trained_on(tmp_path, caplog, kind):
     assert [
         len(side) for side in StageArguments(dataset=other, run_dir=str(tmp_path), eval_size=2).load("sft", kind)
     ] == [1, 2]
-    with pytest.raises(DataError, match=r"3 row\(s\), of which eval_size=3 are held out"):
+    with pytest.raises(DataError, match=r"3 row\(s\), and eval_size=3 are held out"):
         StageArguments(dataset=other, run_dir=str(tmp_path), eval_size=3).load("sft", kind)
-    with pytest.raises(DataError, match="each of its 6 rows for training is held out as well"):
+    with pytest.raises(DataError, match="all of its 6 training rows are held out too"):
         StageArguments(dataset=file, eval_dataset=file, run_dir=str(tmp_path)).load("sft", kind)

@@ -61,7 +61,7 @@ def test_wrong_combinations_are_named(tmp_path):
         ({"types": "[1"}, "types='.1' is not JSON"),
         ({"types": "[1]"}, "is not a ConceptTypeConfig"),
         ({"target_length": [1.0, 1.0, 1.0]}, "one for each of 2 types"),
-        ({"target_length": [1.0, 3.0]}, "'b' more than 0 and at most its quota, 2"),
+        ({"target_length": [1.0, 3.0]}, "'b', use more than 0 and at most its quota, 2"),
         ({"gradient_checkpointing": True, "ordering": "parallel"}, "drops the cache"),
         ({"gradient_checkpointing": True, "multi_token": True}, "drops the cache"),
         ({"length_curriculum": []}, "length_curriculum"),

@@ -64,7 +64,7 @@ def test_rows_keep_their_number_when_others_go_and_when_they_are_shuffled(tmp_pa
 @pytest.mark.parametrize(
     "changed, settings, message",
     [
-        ({"prompt": "", "completion": "12"}, {}, "train dataset, row 3: the planner has no prompt"),
+        ({"prompt": "", "completion": "12"}, {}, "train dataset, row 3: its labels leave no prompt"),
         ({"prompt": "12", "completion": ""}, {}, "train dataset, row 3: its text is empty"),
         ({"prompt": "", "completion": ""}, {"mode": "reconstruct"}, "train dataset, row 3: its text is empty"),
         (
@@ -81,7 +81,7 @@ def test_rows_without_a_part_are_named(tmp_path, changed, settings, message):
 
 
 def test_texts_without_prompts_are_refused_where_one_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"row 0: the planner has no prompt .*or set mode='reconstruct'"):
+    with pytest.raises(ValueError, match=r"row 0: its labels leave no prompt .*or set mode='reconstruct'"):
         setups.trainer(tmp_path, rows=[{"text": "1+2=3"}] * 4)
     with pytest.raises(ValueError, match="no row is left"):
         setups.trainer(tmp_path, max_length=1)
@@ -131,9 +131,9 @@ def test_iterable_rows_are_planned_softly_and_refused_by_hard_em(tmp_path):
     trainer = setups.trainer(tmp_path, rows=rows, max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2
-    with pytest.raises(ValueError, match="an iterable dataset does not say how many"):
+    with pytest.raises(ValueError, match="the size of an iterable dataset is unknown"):
         setups.trainer(tmp_path, rows=rows, training="hard_em")
-    with pytest.raises(ValueError, match="not one row"):
+    with pytest.raises(ValueError, match="has no rows"):
         setups.trainer(tmp_path, rows=Dataset.from_dict({"prompt": [], "completion": []}))
 
 

@@ -124,7 +124,7 @@ WRONG = {
     "no tensors": (rf"{TENSORS} is missing", lambda f: (f / TENSORS).unlink()),
     "no settings": (rf"{SETTINGS} is missing", lambda f: (f / SETTINGS).unlink()),
     "damaged": (rf"{TENSORS} is truncated or damaged", lambda f: (f / TENSORS).write_bytes(b"x")),
-    "half": (rf"{SETTINGS} is not whole JSON", lambda f: (f / SETTINGS).write_text('{"types')),
+    "half": (rf"{SETTINGS} is not complete JSON", lambda f: (f / SETTINGS).write_text('{"types')),
     "less": (
         rf"{SETTINGS} has no 'mode'",
         lambda f: (f / SETTINGS).write_text(
@@ -137,7 +137,7 @@ WRONG = {
         lambda f: edit(f / TENSORS, lambda t: t.update({"usage.average_0": t["usage.average_0"] * torch.nan})),
     ),
     "short": (
-        r"cache.known is \[3\], this run needs \[24\]",
+        r"cache.known is \[3\], but this run needs \[24\]",
         lambda f: edit(f / TENSORS, lambda t: t.update({"cache.known": t["cache.known"][:3].clone()})),
     ),
 }

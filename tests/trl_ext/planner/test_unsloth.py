@@ -43,4 +43,4 @@ def test_unsloths_trainer_trains_as_trls_does(tmp_path, case):
 def test_models_with_unsloths_fast_forwards_and_names_are_refused():
     found = run("planner")
     assert "Unsloth's fast forwards" in found["fast"]
-    assert "takes no names" in found["name"]
+    assert "takes no model names" in found["name"]

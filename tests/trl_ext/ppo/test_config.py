@@ -12,8 +12,8 @@ QUIET = {"report_to": "none", "use_cpu": True, "bf16": False}
 @pytest.mark.parametrize(
     "fields,message",
     [
-        ({"gamma": 1.1}, r"gamma=1.1: from 0 to 1"),
-        ({"gae_lambda": -0.1}, r"gae_lambda=-0.1: from 0 to 1"),
+        ({"gamma": 1.1}, r"gamma=1.1: must be from 0 to 1"),
+        ({"gae_lambda": -0.1}, r"gae_lambda=-0.1: must be from 0 to 1"),
         ({"vf_coef": -1.0}, r"vf_coef=-1.0: a weight is a number, 0 \(off\) or more"),
         ({"critic_learning_rate": -1e-6}, r"critic_learning_rate=-1e-06: must be at least 0"),
         ({"cliprange_value": 0.0}, r"cliprange_value=0.0: must be more than 0"),
@@ -47,6 +47,6 @@ def test_defaults_are_the_published_ones(tmp_path):
 
 
 def test_fewer_rows_than_a_rollout_takes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"3 rows and a rollout takes 4 different ones"):
+    with pytest.raises(ValueError, match=r"3 rows, but a rollout needs 4 different ones"):
         setups.ppo(tmp_path, rows=3)
     setups.ppo(tmp_path, rows=2, num_generations=2)

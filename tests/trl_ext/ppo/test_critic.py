@@ -118,7 +118,7 @@ def test_an_architecture_without_token_classifier_is_refused():
         num_local_experts=2,
         num_experts_per_tok=1,
     )
-    with pytest.raises(ValueError, match=r"critic_model: .* 'granitemoeshared'.*give one"):
+    with pytest.raises(ValueError, match=r"critic_model: .* 'granitemoeshared'.*pass a critic"):
         critic_of(GraniteMoeSharedForCausalLM(config))
 
 
@@ -138,5 +138,5 @@ def test_what_is_no_critic_is_refused():
     config.num_labels = 3
     with pytest.raises(ValueError, match="Qwen3ForTokenClassification with 3 labels"):
         ready(AutoModelForTokenClassification.from_config(config), 64, CPU)
-    with pytest.raises(ValueError, match="64 embeddings and the policy's tokenizer 70 tokens"):
+    with pytest.raises(ValueError, match="64 embeddings, but the policy's tokenizer has 70 tokens"):
         ready(critic_of(tiny.model()), 70, CPU)

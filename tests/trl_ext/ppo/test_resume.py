@@ -59,7 +59,7 @@ def test_a_checkpoint_of_another_critic_is_refused(tmp_path):
     wide = tiny.config("qwen3")
     wide.intermediate_size = 96
     for config, message in (
-        (tiny.config("llama"), r"another critic: a \['Qwen3ForTokenClassification'\], this run's a Llama"),
+        (tiny.config("llama"), r"another critic: \['Qwen3ForTokenClassification'\] instead of this run's Llama"),
         (wide, r"critic is of another model: it has .*mlp\.down_proj\.weight \(32, 64\), this one has \(32, 96\)"),
     ):
         other = setups.ppo(tmp_path, critic_model=critic_of(AutoModelForCausalLM.from_config(config)), **SAVING)

@@ -345,7 +345,7 @@ def test_other_configurations_are_refused(tmp_path):
 
 
 def test_a_reference_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"beta=0.02: .*made in memory"):
+    with pytest.raises(ValueError, match=r"beta=0.02: .*this model has none"):
         setups.ppo(tmp_path, model=tiny.model())
     setups.ppo(tmp_path, model=tiny.model(std=0.1), beta=0.0, max_steps=1).train()
 

@@ -286,7 +286,7 @@ def test_bad_configurations_are_named(tmp_path, changes, said):
 
 
 def test_bad_datasets_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"3 rows and a rollout takes 4"):
+    with pytest.raises(ValueError, match=r"3 rows, but a rollout needs 4"):
         setups.spo(tmp_path, dataset=setups.prompts(3))
     with pytest.raises(ValueError, match="IterableDataset"):
         setups.spo(tmp_path, dataset=IterableDataset.from_generator(lambda: iter([{"prompt": "1="}])))

@@ -63,7 +63,7 @@ def test_missing_broken_and_empty_files(tmp_path):
     with pytest.raises(DataError, match=r"cut\.parquet cannot be read"):
         load(str(tmp_path / "cut.parquet"))
     (tmp_path / "cut.jsonl").write_text('{"question": "x", "ans')
-    with pytest.raises(DataError, match=r"cut\.jsonl, line 1: no JSON"):
+    with pytest.raises(DataError, match=r"cut\.jsonl, line 1: not JSON"):
         load(str(tmp_path / "cut.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
     Dataset.from_list(GOOD).select([]).to_parquet(tmp_path / "empty.parquet")
@@ -122,7 +122,7 @@ def test_generated_questions_are_on_one_side():
 
 def test_options_are_the_generators_alone(tmp_path):
     rows = jsonl(tmp_path, [question(i) for i in range(5)])
-    with pytest.raises(ValueError, match=r"rows\.jsonl is no reasoning-gym generator"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl is not a reasoning-gym generator"):
         DataArguments(dataset=rows, dataset_options={"max_terms": 2})
     data = DataArguments(dataset="chain_sum", dataset_options={"max_terms": 2})
     _, train, held_out = data.split(train_size=3, eval_dataset=rows, eval_size=5, seed=0)
@@ -143,7 +143,7 @@ def test_a_file_without_rows_to_train_on_is_named(tmp_path):
 def test_duplicates_that_leave_nothing_are_named(tmp_path):
     data = DataArguments(dataset=jsonl(tmp_path, [question(1)] * 60))
     with pytest.raises(
-        DataError, match=r"rows\.jsonl: the questions of 50 of its 50 rows are held out.*0 row.*duplicates"
+        DataError, match=r"rows\.jsonl: the questions of 50 of its 50 rows are held out.*no row.*duplicates"
     ):
         data.split(train_size=None, eval_dataset=None, eval_size=10, seed=0)
     data = DataArguments(

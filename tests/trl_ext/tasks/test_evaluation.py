@@ -117,7 +117,7 @@ def test_dry_run_stops_where_nothing_can_be_earned():
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_rewards_that_are_no_numbers_are_named(bad):
-    with pytest.raises(DataError, match=r"mine gave .* for row 1"):
+    with pytest.raises(DataError, match=r"mine returned .* for row 1"):
         check_rewards("mine", [0.0, bad])
 
 
@@ -143,5 +143,5 @@ def test_nothing_is_generated_behind_the_models_positions(thinking):
 
 def test_conversations_need_a_chat_template():
     rows = ROWS.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    with pytest.raises(ValueError, match="has no chat template, and the prompts are conversations"):
+    with pytest.raises(ValueError, match="has no chat template, but the prompts are conversations"):
         evaluate(tiny.model(), tiny.tokenizer(), rows, delimiter="#", max_new_tokens=3)

@@ -39,7 +39,7 @@ def test_sentences_are_all_there_are_or_many(number):
     train, held_out = facts.sentences(100, 0, number)
     assert len(held_out) == 100 and len(train) == (16 * 8 * 12 - 100 if number == 1 else 20_000)
     assert not set(train["answer"]) & set(held_out["answer"])
-    with pytest.raises(ValueError, match="eval_size=20000: there are 1536 facts"):
+    with pytest.raises(ValueError, match="eval_size=20000: there are only 1536 facts"):
         facts.sentences(20_000, 0, 1)
 
 

@@ -44,15 +44,15 @@ def test_every_reader_takes_it(read, content):
     [
         (
             LINE + LINE.decode().encode("latin-1", "replace"),
-            r"line 2: no UTF-8 \(byte 0xc4 at position 15\); save the file",
+            r"line 2: not UTF-8 \(byte 0xc4 at position 15\); save the file",
         ),
         (LINE.decode().encode("utf-16"), "rows.jsonl is UTF-16, or another .*; save it as UTF-8"),
         (LINE.decode().encode("utf-16-be"), "rows.jsonl is UTF-16, or another .*; save it as UTF-8"),
         (LINE.decode().encode("utf-32"), "rows.jsonl is UTF-16, or another .*; save it as UTF-8"),
-        (LINE + LINE.replace(b"2+3?", rb"\ud83d 2?"), r"line 2: no Unicode, half a surrogate pair: .*\\ud83d"),
-        (b"{\n" + LINE[1:], r"line 1: no JSON: .*; an object stands on one line"),
-        (LINE + b'{"question": "x", "ans', "line 2: no JSON: .* at character"),
-        (LINE + b"[1]\n", r"line 2: no JSON object: \[1\]"),
+        (LINE + LINE.replace(b"2+3?", rb"\ud83d 2?"), r"line 2: not Unicode, half a surrogate pair: .*\\ud83d"),
+        (b"{\n" + LINE[1:], r"line 1: not JSON: .*; write each object on one line"),
+        (LINE + b'{"question": "x", "ans', "line 2: not JSON: .* at character"),
+        (LINE + b"[1]\n", r"line 2: not a JSON object: \[1\]"),
         (b"\n\n", "has no rows"),
         (b"", "the file is empty"),
     ],
@@ -123,10 +123,10 @@ def test_json_lists_and_places(tmp_path):
     (tmp_path / "a.json").write_text(f"[{json.dumps(ROW)},\n {json.dumps(ROW)}]")
     assert list(read_json_rows(str(tmp_path / "a.json"))) == [("row 0", ROW), ("row 1", ROW)]
     (tmp_path / "a.json").write_text("[1, 2")
-    with pytest.raises(DataError, match=r"a\.json: no JSON"):
+    with pytest.raises(DataError, match=r"a\.json: not JSON"):
         list(read_json_rows(str(tmp_path / "a.json")))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\ntwo\x85\n")
-    with pytest.raises(DataError, match=r"a\.txt, line 3: no UTF-8 \(byte 0x85 at position 4\)"):
+    with pytest.raises(DataError, match=r"a\.txt, line 3: not UTF-8 \(byte 0x85 at position 4\)"):
         list(read_lines(str(tmp_path / "a.txt")))
 
 
@@ -145,14 +145,14 @@ def test_tables_of_other_kinds_are_refused_before_the_hub_is_asked(tmp_path, mon
     Path("rows.txt").write_text("1+1=2")
     Path("folder.csv").mkdir()
     for name in ("rows.txt", "absent.csv", "absent.tsv", "folder.csv"):
-        with pytest.raises(DataError, match=rf"^dataset {name}: give a \.\w+.* file or a hub id$"):
+        with pytest.raises(DataError, match=rf"^dataset {name}: name a \.\w+.* file or a hub id$"):
             files.read_table(name, split="train")
 
 
 @pytest.mark.parametrize("reader", ["hrpo", "latent", "minimind"])
 def test_a_folder_in_place_of_a_file(tmp_path, reader):
     (tmp_path / "rows.jsonl").mkdir()
-    with pytest.raises(DataError, match=r"rows\.jsonl is a folder; give a file"):
+    with pytest.raises(DataError, match=r"rows\.jsonl is a folder; name a file"):
         READERS[reader](str(tmp_path / "rows.jsonl"))
 
 
@@ -163,7 +163,7 @@ def test_what_is_not_there_is_said_of_the_folder_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "load_dataset", offline)
     with pytest.raises(
-        DataError, match=rf"^dataset rows: there is no folder rows in {tmp_path}, and of the hub: Couldn't"
+        DataError, match=rf"^dataset rows: there is no folder rows in {tmp_path}, and the hub says: Couldn't"
     ):
         files.read_table("rows", split="train")
     for name in ("./rows", "../rows", str(tmp_path / "rows")):
