@@ -84,3 +84,20 @@ def loud_gates(backbone, seed: int = 0) -> None:
         backbone.thinking_residual_gate_r.weight.normal_(std=0.3)
         backbone.thinking_residual_gate_i.weight.normal_(std=0.3)
         backbone.thinking_projection.weight.normal_(std=0.3)
+
+
+def short_run(folder, **changes) -> dict:
+    """Fields of a trainer's configuration for four steps on a CPU, without files, bars or reports."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **changes,
+    }

@@ -42,20 +42,7 @@ def base(family="qwen3", layers=4, std=0.1):
 
 
 def settings(folder, **changes):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        **changes,
-    }
+    return tiny.short_run(folder, **{"gradient_checkpointing": False, **changes})
 
 
 SPLIT = {"n_shallow": 1, "n_deep": 1, "num_concepts": 16}

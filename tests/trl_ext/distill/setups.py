@@ -56,20 +56,7 @@ def teacher(**changes):
 
 
 def settings(folder, **changes):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        **changes,
-    }
+    return tiny.short_run(folder, **{"gradient_checkpointing": False, **changes})
 
 
 def _common(rows, tokenizer, peft):

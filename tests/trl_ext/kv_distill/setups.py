@@ -42,21 +42,7 @@ def teacher(family="qwen3", std=0.2, **changes):
 
 
 def settings(folder, **changes):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "answer_delimiter": "##",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        **changes,
-    }
+    return tiny.short_run(folder, **{"answer_delimiter": "##", "gradient_checkpointing": False, **changes})
 
 
 def trainer(folder, peft=False, family="qwen3", model=None, rows=ROWS, given_teacher="tiny", tokenizer=None, **changes):

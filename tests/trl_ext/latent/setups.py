@@ -32,21 +32,7 @@ class Config(LatentArguments, SFTConfig):
 
 
 def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, dataset=None, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "answer_prompt": "##",
-        "step_separator": ";",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        **changes,
-    }
+    settings = tiny.short_run(folder, **{"answer_prompt": "##", "step_separator": ";", **changes})
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
     return LatentTrainer(

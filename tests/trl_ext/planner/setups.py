@@ -20,20 +20,7 @@ WAYS = [(ordering, multi) for ordering in ("sequential", "parallel") for multi i
 
 
 def settings(folder, **changes):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "types": TYPES,
-        **changes,
-    }
+    return tiny.short_run(folder, **{"types": TYPES, **changes})
 
 
 def trainer(folder, peft=False, model=None, rows=ROWS, tokenizer=None, callbacks=None, **changes):
