@@ -72,7 +72,7 @@ lint: $(READY)  ## ruff, mypy, the stubs and the docstrings of public names, as 
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m trl_ext.cli.stubs --check && $(PY) -m mypy
 	@$(PY) -m tests.check_docstrings
 
-format: $(READY)  ## ruff in place, and the stubs of the public names
+format: $(READY)  ## ruff in place, and what is written from the methods' records
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(PY) -m trl_ext.cli.stubs
 
 # The methods' targets: trl_ext/*/method.py says what each runs. `make help` lists them

@@ -117,7 +117,7 @@ class Hide:
 sys.meta_path.insert(0, Hide())
 import importlib.util
 real = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name.startswith('unsloth') and name != 'unsloth_ext' else real(name, *a)
+importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] in ('unsloth', 'unsloth_zoo') else real(name, *a)
 from trl_ext import HRPOConfig, HRPOTrainer
 from unsloth_ext import FastThinkingModel, hybrid_generate
 from unsloth_ext.common.backend import unsloth_can_run

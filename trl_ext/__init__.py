@@ -7,15 +7,18 @@ subclasses whichever is in place at that moment. So import Unsloth, if you use i
 
 import importlib
 
+from unsloth_ext.common.method import public_names
+
 from .common.method import training_methods
 
 
-_WHERE = {
-    "RolloutDiagnostics": "common.rollout_diagnostics",
-    "usage_kl_to_uniform": "common.codeword_usage",
-} | {
-    name: f"{method.name}.{module}" for method in training_methods().values() for name, module in method.exports.items()
-}
+_WHERE = public_names(
+    {
+        "RolloutDiagnostics": "common.rollout_diagnostics",
+        "usage_kl_to_uniform": "common.codeword_usage",
+    },
+    training_methods(),
+)
 __all__ = sorted(_WHERE)
 
 

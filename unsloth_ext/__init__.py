@@ -2,14 +2,17 @@
 
 import importlib
 
-from .common.method import all_methods
+from .common.method import all_methods, public_names
 
 
-_WHERE = {
-    "DelimiterMatcher": "common.delimiter",
-    "attention_tap": "common.attention_tap",
-    "backbone_of": "common.wrapping",
-} | {name: f"{method.name}.{module}" for method in all_methods().values() for name, module in method.exports.items()}
+_WHERE = public_names(
+    {
+        "DelimiterMatcher": "common.delimiter",
+        "attention_tap": "common.attention_tap",
+        "backbone_of": "common.wrapping",
+    },
+    all_methods(),
+)
 __all__ = sorted(_WHERE)
 
 

@@ -1,7 +1,6 @@
 """What every method promises, asked of its record: trainers are drop-ins, and configurations explain their fields."""
 
 import dataclasses
-import importlib
 import inspect
 
 import pytest
@@ -9,9 +8,10 @@ import trl
 
 import trl_ext
 import unsloth_ext
+from tests.test_house import ROOT
 from trl_ext.common.checkpointing import SafeCheckpointMixin
 from trl_ext.common.method import training_methods
-from unsloth_ext.common.method import all_methods
+from unsloth_ext.common.method import all_methods, attaching_methods
 
 
 PAIRS = [pair for method in training_methods().values() for pair in method.trainers.items()]
@@ -43,26 +43,25 @@ def test_every_field_of_a_configuration_has_help(config):
 @pytest.mark.parametrize("name", sorted(training_methods()))
 def test_a_record_names_public_classes_with_a_card(name):
     method = training_methods()[name]
-    for trainer, config in method.trainers.items():
-        assert {trainer, config} <= method.exports.keys()
+    for trainer in method.trainers:
         cls = getattr(trl_ext, trainer)
-        assert cls._name and cls._tag_names[0] == "trl"
+        parent = next(base for base in cls.__mro__ if base in (trl.SFTTrainer, trl.GRPOTrainer))
+        assert cls._name != parent._name and cls._tag_names != parent._tag_names, "model cards would name the parent"
+        assert cls._tag_names[0] == "trl"
+        assert cls._latent_method == (name if name in attaching_methods() else None)
 
 
 @pytest.mark.parametrize("name", sorted(n for n, method in all_methods().items() if method.key))
 def test_a_record_with_modules_names_what_attaches_and_opens_them(name):
     method = all_methods()[name]
-    assert {method.attach, method.loader} <= method.exports.keys()
     assert dataclasses.is_dataclass(method.settings_class())
     assert callable(getattr(unsloth_ext, method.attach)) and hasattr(
         getattr(unsloth_ext, method.loader), "from_pretrained"
     )
-    assert method.about.endswith(".") and "{where}" in method.example and method.what and method.dropped
+    assert method.about.endswith(".") and "{where}" in method.example
     assert any(export.startswith("with_") for export in method.exports)
 
 
-def test_public_names_belong_to_one_method():
-    for records in (all_methods(), training_methods()):
-        names = [name for method in records.values() for name in method.exports]
-        assert len(names) == len(set(names))
-    assert importlib.import_module("trl_ext").__all__ == sorted(trl_ext._WHERE)
+@pytest.mark.parametrize("name", sorted(name for name, method in training_methods().items() if method.gpu_check))
+def test_the_gpu_check_of_a_record_is_there(name):
+    assert (ROOT / "benchmarks" / training_methods()[name].gpu_check).is_file()

@@ -1,12 +1,15 @@
-"""Stubs of the packages' lazy exports, from which editors complete names and type checkers know them.
+"""Files that are written from the methods' records: stubs of the packages' lazy exports, from which editors complete names
+and type checkers know them, and the table of docs/generation.md.
 
-python -m trl_ext.cli.stubs            # write unsloth_ext/__init__.pyi and trl_ext/__init__.pyi
+python -m trl_ext.cli.stubs            # write them
 python -m trl_ext.cli.stubs --check    # exit with status 1 if one of them is not what it would be
 """
 
 import importlib
 import sys
 from pathlib import Path
+
+from unsloth_ext.common.generation_arguments import table
 
 
 ROOT = Path(__file__).parents[2]
@@ -20,19 +23,24 @@ def stub(package: str) -> str:
     return HEAD + "\n".join(sorted(lines)) + "\n\n__all__: list[str]\n"
 
 
+def generation_page() -> str:
+    """The text of docs/generation.md, with the table of the records that there are now."""
+    before, _, rest = (ROOT / "docs" / "generation.md").read_text().partition("| argument |")
+    after = rest.partition("\n\n")[2]
+    return f"{before}{table()}\n{after}".rstrip() + "\n"
+
+
 def main() -> int:
-    """Write the stubs, or check them with `--check`. Return the exit status."""
-    stale = []
-    for package in ("unsloth_ext", "trl_ext"):
-        file = ROOT / package / "__init__.pyi"
-        if not file.is_file() or file.read_text() != stub(package):
-            stale.append(file)
+    """Write the files, or check them with `--check`. Return the exit status."""
+    wanted = {ROOT / package / "__init__.pyi": stub(package) for package in ("unsloth_ext", "trl_ext")}
+    wanted[ROOT / "docs" / "generation.md"] = generation_page()
+    stale = [file for file, text in wanted.items() if not file.is_file() or file.read_text() != text]
     if "--check" in sys.argv[1:]:
         for file in stale:
             print(f"{file.relative_to(ROOT)} is not what the records say; run `make format`", file=sys.stderr)
         return int(bool(stale))
     for file in stale:
-        file.write_text(stub(file.parent.name))
+        file.write_text(wanted[file])
     return 0
 
 

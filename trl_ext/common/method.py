@@ -8,7 +8,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from unsloth_ext.common.method import all_methods, records
+from unsloth_ext.common.method import Method, all_methods, check_tuples, file_of, records
 
 
 class Command:
@@ -44,6 +44,9 @@ class TrainingMethod:
             precision)`.
         gpu_check_needs_stock: whether its trainers refuse Unsloth's models. The GPU check then skips them under
             Unsloth.
+
+    Raises:
+        ValueError: a field is of the wrong kind, or a trainer is not public.
     """
 
     name: str
@@ -55,6 +58,12 @@ class TrainingMethod:
     curves: tuple[tuple[str, str], ...] = ()
     gpu_check: str = ""
     gpu_check_needs_stock: bool = False
+
+    def __post_init__(self) -> None:
+        check_tuples(self, "commands", "curves")
+        for name in (*self.trainers, *self.trainers.values()):
+            if name not in self.exports:
+                raise ValueError(f"{file_of(self)}: {name} is named in `trainers` and is not among the exports")
 
     @property
     def page(self) -> str:
@@ -75,24 +84,28 @@ def commands() -> dict[str, Command]:
         ValueError: two methods declare the same target.
     """
     found: dict[str, Command] = {}
+    owners: dict[str, str] = {}
     for method in training_methods().values():
         for command in method.commands:
             if command.name in found:
-                raise ValueError(
-                    f"trl_ext/{method.name}/method.py: another method has the target {command.name} already"
-                )
-            found[command.name] = command
+                raise ValueError(f"{file_of(method)}: the target {command.name} is in {owners[command.name]} already")
+            found[command.name], owners[command.name] = command, file_of(method)
     return found
 
 
 def index_table() -> str:
-    """The documentation's table of methods: those of this package, and those that have a model side only."""
-    records = {
-        **{name: method.about for name, method in all_methods().items()},
-        **{name: method.about for name, method in training_methods().items()},
-    }
+    """The documentation's table of methods: those of this package, and those that have a model side only.
+
+    Raises:
+        ValueError: a record does not say what its method does in the form of a title and a sentence.
+    """
     lines = ["| page | what it does |", "|---|---|"]
-    for name, about in records.items():
-        title, _, sentence = about.partition(": ")
+    methods: dict[str, Method | TrainingMethod] = {**all_methods(), **training_methods()}
+    for name, method in methods.items():
+        title, _, sentence = method.about.partition(": ")
+        if not sentence:
+            raise ValueError(
+                f"{file_of(method)}: about={method.about!r}; write 'Title: a sentence that says what it does.'"
+            )
         lines.append(f"| [{title}]({name}.md) | {sentence[0].upper()}{sentence[1:]} |")
     return "\n".join(lines)

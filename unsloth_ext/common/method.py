@@ -7,14 +7,16 @@ names functions and classes by the module of the folder that they are in.
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
 PACKAGE = __package__.partition(".")[0]
+# A method that adds modules to a model needs all of these fields
+WITH_MODULES = ("what", "key", "settings", "attribute", "modules", "attach", "loader", "dropped", "example")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,10 @@ class Method:
         exports: the public names of the method, each with the module of the folder that defines it.
         what: the modules as messages call them, such as "thinking modules".
         key: the key of the settings in the model's configuration, such as "thinking".
-        settings: the public name or "module:name" of the dataclass of settings.
+        settings: the public name or "module:name" of the dataclass of settings. Its values are saved as JSON, so a list is
+            read back as a list and a tuple is not read back as a tuple.
         attribute: the attribute of the decoder that holds these settings, such as "thinking_config".
-        modules: names of the submodules that the decoder gets.
+        modules: names of the submodules that the decoder gets. No model may have tensors with such a name already.
         linear_modules: those of them with linear layers, which LoRA on "all-linear" must skip.
         attach: the public function that adds the modules to a model.
         loader: the public class that opens saved folders.
@@ -38,6 +41,9 @@ class Method:
         example: Python lines that open a saved folder and use it. `{where}` stands for the folder.
         refused_arguments: arguments of `generate` that do not work with this method. Those that work with no method are
             in `unsloth_ext.common.generation_arguments`.
+
+    Raises:
+        ValueError: a field is missing or of the wrong kind.
     """
 
     name: str
@@ -55,6 +61,21 @@ class Method:
     example: str = ""
     refused_arguments: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        file = file_of(self)
+        missing = [name for name in WITH_MODULES if not getattr(self, name)]
+        if missing and len(missing) < len(WITH_MODULES):
+            raise ValueError(
+                f"{file}: a method that adds modules to a model also needs the fields {', '.join(missing)}"
+            )
+        check_tuples(self, "modules", "linear_modules", "refused_arguments")
+        public = {"attach": self.attach, "loader": self.loader}
+        if ":" not in self.settings:
+            public["settings"] = self.settings
+        for name, value in public.items():
+            if value and value not in self.exports:
+                raise ValueError(f"{file}: {name}={value!r} is not among the exports")
+
     def settings_class(self) -> type:
         """The dataclass of settings."""
         module, _, name = self.settings.rpartition(":")
@@ -63,8 +84,20 @@ class Method:
 
 @functools.cache
 def all_methods() -> dict[str, Method]:
-    """Return every record of this package by the name of its method, one for each folder with a `method.py`."""
-    return records(PACKAGE)
+    """Return every record of this package by the name of its method, one for each folder with a `method.py`.
+
+    Raises:
+        ValueError: two methods have the same key, attribute or module, so a saved folder could be of either.
+    """
+    found = records(PACKAGE)
+    owners: dict[tuple[str, str], str] = {}
+    for method in (method for method in found.values() if method.key):
+        names = [("key", method.key), ("attribute", method.attribute), *(("module", name) for name in method.modules)]
+        for kind, name in names:
+            other = owners.setdefault((kind, name), method.name)
+            if other != method.name:
+                raise ValueError(f"{file_of(method)}: the {kind} {name!r} is that of {other} already")
+    return found
 
 
 def attaching_methods() -> dict[str, Method]:
@@ -81,12 +114,46 @@ def records(package: str) -> dict[str, Any]:
     """
     found = {}
     for folder in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        place = getattr(folder.module_finder, "path", "")
-        if folder.name == "common" or not Path(place, folder.name, "method.py").is_file():
-            continue
         module = f"{package}.{folder.name}.method"
+        if folder.name == "common" or not folder.ispkg or importlib.util.find_spec(module) is None:
+            continue
         record = importlib.import_module(module).METHOD
         if record.name != folder.name:
-            raise ValueError(f"{module}: the record is called {record.name!r}, its folder {folder.name!r}")
+            raise ValueError(
+                f"{module.replace('.', '/')}.py: the record is called {record.name!r}, its folder {folder.name!r}"
+            )
         found[record.name] = record
     return found
+
+
+def public_names(common: Mapping[str, str], methods: Mapping[str, Any]) -> dict[str, str]:
+    """Return the public names of a package, each with the module below the package that defines it.
+
+    Args:
+        common: the names that belong to no method.
+        methods: the records of the package.
+
+    Raises:
+        ValueError: a record exports a name that another module exports already.
+    """
+    found = dict(common)
+    for method in methods.values():
+        for name, module in method.exports.items():
+            if name in found:
+                raise ValueError(f"{file_of(method)}: the export {name} is that of {found[name]} already; rename one")
+            found[name] = f"{method.name}.{module}"
+    return found
+
+
+def check_tuples(record: Any, *names: str) -> None:
+    """Raise a ValueError for a field that is no tuple, such as `("name")`, which lacks a comma."""
+    for name in names:
+        if not isinstance(getattr(record, name), tuple):
+            raise ValueError(
+                f"{file_of(record)}: {name}={getattr(record, name)!r} is not a tuple; a tuple of one has a comma at its end"
+            )
+
+
+def file_of(record: Any) -> str:
+    """Return the file of a record, for messages."""
+    return f"{type(record).__module__.partition('.')[0]}/{record.name}/method.py"

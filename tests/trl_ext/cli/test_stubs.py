@@ -7,6 +7,7 @@ import pytest
 
 from tests.test_house import ROOT
 from trl_ext.cli import stubs
+from unsloth_ext.common.generation_arguments import table
 
 
 PACKAGES = ("unsloth_ext", "trl_ext")
@@ -41,10 +42,16 @@ def test_a_stale_stub_fails_the_check(tmp_path, monkeypatch, capsys):
     for package in PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.pyi").write_text(stubs.stub(package))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "generation.md"
+    page.write_text(stubs.generation_page())
     monkeypatch.setattr(stubs, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["stubs", "--check"])
     assert stubs.main() == 0
+    page.write_text("# Page\n\n| argument | old |\n|---|---|\n| `top_k` | refused |\n\nBehind it.\n")
+    assert stubs.main() == 1 and "docs/generation.md" in capsys.readouterr().err
     (tmp_path / "trl_ext" / "__init__.pyi").write_text("")
     assert stubs.main() == 1 and "trl_ext/__init__.pyi" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["stubs"])
     assert stubs.main() == 0 and (tmp_path / "trl_ext" / "__init__.pyi").read_text() == stubs.stub("trl_ext")
+    assert page.read_text() == f"# Page\n\n{table()}\nBehind it.\n"

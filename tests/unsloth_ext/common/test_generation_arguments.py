@@ -34,7 +34,6 @@ from unsloth_ext import (
 )
 from unsloth_ext.common import generation_arguments as arguments
 from unsloth_ext.common.generation_arguments import REFUSED, REFUSED_PARAMETERS, WITHOUT_EFFECT, WORKS
-from unsloth_ext.common.method import attaching_methods
 
 
 COMMON = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": 1, "do_sample": False}
@@ -219,15 +218,14 @@ class Planner:
         )
 
 
+PLAIN = {"concept": Concept, "hrpo": Hybrid, "latent": Latent, "planner": Planner}
+KINDS = list(PLAIN)  # a method that is added compares its decoding in its own tests
 MADE = {}
-
-
-KINDS = list(attaching_methods())
 
 
 def kind_of(kind):
     if kind not in MADE:
-        MADE[kind] = {"hrpo": Hybrid, "latent": Latent, "concept": Concept, "planner": Planner}[kind]()
+        MADE[kind] = PLAIN[kind]()
     return MADE[kind]
 
 
