@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -119,25 +119,10 @@ class LatentModel(MethodModel):
     method = METHOD
     attach_arguments = "model, tokenizer"
 
-    @classmethod
-    def from_pretrained(cls, name: str, *, token: str | None = None, **kwargs: Any) -> Self:
-        """Load an adapter folder with its base, or a full model, with its latent tokens.
-
-        Args:
-            name: a folder or a hub id.
-            token: the access token for the hub.
-            **kwargs: keywords for `AutoModelForCausalLM.from_pretrained`, such as `dtype="bfloat16"`.
-
-        Returns:
-            The model in evaluation mode, with its tokenizer.
-
-        Raises:
-            ValueError: see `MethodModel.from_pretrained`.
-        """
-        loaded = super().from_pretrained(name, token=token, **kwargs)
-        if isinstance(loaded.model, PeftModel):
-            remember_latent(loaded.model)
-        return loaded
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model, tokenizer)
+        if isinstance(model, PeftModel):
+            remember_latent(model)
 
     @classmethod
     def _attach(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
