@@ -111,9 +111,16 @@ def question_batch(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> 
 class LatentModel(MethodModel):
     """A model with latent tokens and its tokenizer, for answering questions.
 
+    Args:
+        model: the causal LM, or a `PeftModel` around it.
+        tokenizer: its tokenizer, with the latent tokens and padding on the left.
+
     Attributes:
-        model: the causal LM, or a `PeftModel` if an adapter was loaded.
-        tokenizer: has the latent tokens and pads on the left.
+        model: as given. An adapter is saved without the embedding matrix if nothing is lost by it.
+        tokenizer: as given.
+
+    Raises:
+        ValueError: the model has no latent tokens.
     """
 
     method = METHOD
