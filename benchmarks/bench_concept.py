@@ -1,11 +1,11 @@
-"""What online concept compression keeps, over seeds: the literal objective, each addition, and what one would do instead.
+"""Online concept compression over seeds: the literal objective, each extension, and alternatives.
 
     make bench-concept                                            # with the other parts
     python -m benchmarks.bench_concept --seeds 0 --only literal all
 
-The facts of recipes/concept_v2.py: the same tiny model, rows, steps and LoRA in every run. Figures are held out and under
-the rule of inference. Results so far are kept in benchmarks/results/concept_<device>.json: a run that is there is not
-repeated without --fresh.
+The task is that of recipes/concept_v2.py, with the same tiny model, rows, steps and LoRA in every run. Metrics are on
+held-out rows, with concepts decided as in inference. Results are kept in benchmarks/results/concept_<device>.json:
+finished runs are not repeated without --fresh.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ STEPS = 600
 HELD_OUT = 500
 R = 4
 PRESET = PRESETS["stable"]
-ALL = {**PRESET, "max_tail": 8}  # the preset leaves the limit out: see the table
+ALL = {**PRESET, "max_tail": 8}  # the preset has no limit: see the table
 LABELS = {
     "codebook_init": "codewords from states",
     "gate": "two-sided gate",
@@ -39,8 +39,10 @@ OTHERS: dict[str, dict] = {
     "temperature to 0.3": {"temperature_end": 0.3},
     "boundary keeps token": {"boundary_keeps_token": True},
 }
-CODEWORDS = {name: PRESET[name] for name in ("codebook_init", "usage_weight")}  # what has nothing to do with where
-# (a) the literal objective, (b) each addition, alone and left out, and some more, (c) to (f) what one would do instead
+CODEWORDS = {
+    name: PRESET[name] for name in ("codebook_init", "usage_weight")
+}  # extensions that do not concern where concepts end
+# (a) the literal objective, (b) each extension alone, all but one, and some more, (c) to (f) alternatives
 RUNS: dict[str, dict] = {
     "literal": {},
     **{f"literal + {label}": {name: ALL[name]} for name, label in LABELS.items()},
@@ -64,7 +66,7 @@ RUNS: dict[str, dict] = {
 
 
 def base() -> str:
-    """Folder of the model that all start from."""
+    """The folder of the model that all runs start from."""
     from trl_ext.tasks import facts, warm_start
 
     steps = facts.SMALL.warm_start_steps
@@ -72,7 +74,7 @@ def base() -> str:
 
 
 def run(name: str, seed: int, steps: int) -> dict:
-    """One run; figures of the evaluation."""
+    """Train and evaluate one run."""
     torch.set_num_threads(1)
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -136,7 +138,7 @@ def run(name: str, seed: int, steps: int) -> dict:
 
 
 def prune(model: torch.nn.Module, layers: int) -> None:
-    """Fewer layers, evenly spread with the first and the last among them, in place."""
+    """Keep fewer layers, evenly spaced and with the first and the last, in place."""
     places = torch.linspace(0, model.config.num_hidden_layers - 1, layers).round().long().tolist()
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in places)
     for i, layer in enumerate(model.model.layers):
@@ -182,7 +184,7 @@ TABLES = {"concept": page}
 
 
 def main() -> None:
-    base()  # before two processes want it
+    base()  # made before two processes need it
     compare(__doc__, "concept", RUNS, run, STEPS, COLUMNS, f"{HELD_OUT} held-out texts", page)
 
 

@@ -1,11 +1,12 @@
-"""Online concept compression of a pretrained model: SmolLM2-135M, 22 of its 30 layers on concepts, against LoRA on all
-layers and on as many as cost the same.
+"""Online concept compression of a pretrained model against LoRA on all layers and on layers of equal cost.
+
+The model is SmolLM2-135M, and 22 of its 30 layers run on concepts.
 
     make bench-concept-pretrained ARGS="--dataset train.jsonl --eval_dataset test.jsonl"  # GSM8K's files
-    make bench-concept-pretrained ARGS="--steps 20 --only preset"                          # on questions made by code
+    make bench-concept-pretrained ARGS="--steps 20 --only preset"                          # on generated questions
 
-The loss is of whole texts, and so are the figures, held out and under the rule of inference. Results so far are kept in
-benchmarks/results/concept_pretrained_<device>.json: a run that is there is not repeated without --fresh.
+Loss and metrics are over whole texts. Metrics are on held-out rows, with concepts decided as in inference. Results are
+kept in benchmarks/results/concept_pretrained_<device>.json: finished runs are not repeated without --fresh.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ COLUMNS = (
 
 
 def run(name: str, seed: int, steps: int, data: DataArguments, eval_dataset: str | None) -> dict:
-    """One run; figures of the evaluation."""
+    """Train and evaluate one run."""
     with tempfile.TemporaryDirectory() as output:
         args = ConceptConfig(
             **{

@@ -1,11 +1,11 @@
-"""Wall time of reading and writing texts of 512, 2,048 and 4,096 tokens: with concepts, without, and with fewer layers.
+"""Wall time of reading and writing 512, 2,048 and 4,096 tokens: with concepts, without, and with fewer layers.
 
     make bench-concept                     # with the other parts
     python -m benchmarks.bench_concept_speed --lengths 4096
 
-28 layers, 4 of them on either side of the concepts, one concept for every 4 tokens (a fixed stride: every length gets
-exactly that). The peer is the same model without concepts; beside it one of as many layers as cost the same. All in turn,
-in one run; random weights. Writes benchmarks/results/concept_speed_<device>.json.
+The model has 28 layers with random weights, 4 of them on either side of the concepts, and one concept for every 4
+tokens (a fixed stride). It is compared with the same model without concepts, and with a model of as many layers as
+cost the same. All are measured in turn, in one process. Writes benchmarks/results/concept_speed_<device>.json.
 """
 
 import copy
@@ -26,7 +26,7 @@ RATIO = 4
 
 
 def config(layers: int) -> Qwen3Config:
-    """On a GPU Qwen3-0.6B's shape; on a CPU an eighth of its width squared."""
+    """On a GPU the shape of Qwen3-0.6B, on a CPU a smaller one."""
     width, inner, heads, kv, vocab = (1024, 3072, 16, 8, 151936) if setups.CUDA else (384, 1152, 6, 3, 8192)
     return Qwen3Config(
         hidden_size=width,
@@ -52,13 +52,13 @@ def model(layers: int, concepts: OnlineConceptConfig | None = None) -> torch.nn.
 
 @torch.no_grad()
 def read(net: torch.nn.Module, ids: torch.Tensor):
-    """The cache after a text."""
+    """The cache after reading a text."""
     return net(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.no_grad()
 def write(net: torch.nn.Module, cache: object, tokens: torch.Tensor) -> None:
-    """So many tokens more, one by one."""
+    """Write tokens one by one."""
     for token in tokens.T:
         net(token[:, None], past_key_values=cache, use_cache=True)
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048, 4096])
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--new", type=int, default=32, help="tokens written; a multiple of 4")
+    parser.add_argument("--new", type=int, default=32, help="number of tokens to write; a multiple of 4")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     concepts = OnlineConceptConfig(4, 20, 4, num_concepts=4096, segmenter="fixed", stride=RATIO)
@@ -93,7 +93,7 @@ def main() -> None:
             {name: lambda name=name, net=net: reading(name, net) for name, net in nets.items()}, options.repeats
         )
         held = {name: num_bytes(cache) for name, cache in caches.items()}
-        # Every repetition writes on a copy of what was read: the text would grow otherwise
+        # Every repetition writes to a copy of the cache, which would grow otherwise
         pending = {name: [copy.deepcopy(cache) for _ in range(options.repeats + 1)] for name, cache in caches.items()}
         more = ids[:, length:]
         writing = setups.interleaved(

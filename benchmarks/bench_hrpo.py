@@ -1,5 +1,7 @@
-"""HRPO against the peers a user would pick: step time and memory against TRL's GRPOTrainer, decoding against `generate`
-and against the published algorithm taken literally. Every figure is a ratio of interleaved repeats in one process.
+"""Speed and memory of HRPO.
+
+Step time and memory are compared with TRL's GRPOTrainer, decoding with `generate` and with a literal version of the
+published algorithm. All results are ratios of interleaved repetitions in one process.
 
     python -m benchmarks.bench_hrpo [--repeats 9] [--quick]
 """
@@ -28,7 +30,7 @@ from unsloth_ext.hrpo.decoding import hybrid_decode
 
 
 DELIMITER = "####"
-TOP_K = 50  # what the public code samples with
+TOP_K = 50  # top_k of the public code
 MASTERS = "OMP_NUM_THREADS=1 python -m benchmarks.bench_hrpo --masters --length 64 --repeats 11"
 MODES = {
     "grpo": None,
@@ -43,7 +45,7 @@ MODES = {
 
 
 def trainer(mode: tuple[str, str] | None, size: str, rows: int, length: int):
-    """A trainer whose completions all have `length` tokens: EOS is held back, so the token counts are equal."""
+    """A trainer whose completions all have `length` tokens. EOS is suppressed, so token counts are equal."""
     tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
     data = Dataset.from_list([{"prompt": "What is 12 plus 7 minus 3? " * (1 + i % 3)} for i in range(64)])
     extra = {} if mode is None else {"recompute": mode[0], "thinking_source": mode[1], "jacobi_iterations": 2}
@@ -81,7 +83,7 @@ def trainer(mode: tuple[str, str] | None, size: str, rows: int, length: int):
 
 
 def one_step(made) -> None:
-    """Rollout, rewards, loss, backward, clip, update."""
+    """One step: rollout, rewards, loss, backward, clipping, update."""
     made.model.train()
     made._step = 0
     batch = [row for row in made.train_dataset.select(range(made.args.generation_batch_size // 8)) for _ in range(8)]
@@ -106,7 +108,8 @@ def bench_steps(size: str, rows: int, length: int, repeats: int) -> dict:
 
 
 def bench_memory(size: str, rows: int, length: int) -> dict:
-    """Peak memory of two steps over GRPO's: the GPU's allocator, or a process of its own for each on a CPU."""
+    """Peak memory of two steps relative to GRPO: of the GPU's allocator, or of a separate process for each mode on a
+    CPU."""
     peaks = {}
     for name, mode in MODES.items():
         if setups.CUDA:
@@ -134,7 +137,7 @@ def bench_memory(size: str, rows: int, length: int) -> dict:
 
 
 def bench_decode(size: str, batch: int, length: int, repeats: int, warm: bool) -> dict:
-    """tokens/s ratios: time of `generate` over time of hybrid decoding, for the same number of tokens."""
+    """Ratios of tokens per second of hybrid decoding to `generate`, for the same number of tokens."""
     tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
     prompt = tokenizer(["What is 12 plus 7 minus 3?"], return_tensors="pt")["input_ids"]
     ids = prompt.repeat(batch, 1).to("cuda" if setups.CUDA else "cpu")
@@ -184,7 +187,7 @@ def bench_decode(size: str, batch: int, length: int, repeats: int, warm: bool) -
 
 
 def bench_master_weights(batch: int, length: int, repeats: int, dtype: torch.dtype) -> dict:
-    """Decoding with float32 thinking modules over decoding with modules in the model's dtype, as they were before."""
+    """Speed of decoding with float32 thinking modules relative to modules in the model's dtype."""
     tokenizer = setups.tokenizer(151936 if setups.CUDA else 8192)
     ids = tokenizer(["What is 12 plus 7 minus 3?"] * batch, return_tensors="pt")["input_ids"]
     ids = ids.to("cuda" if setups.CUDA else "cpu")
@@ -193,7 +196,7 @@ def bench_master_weights(batch: int, length: int, repeats: int, dtype: torch.dty
         backbone = backbone_of(attach_thinking(model, ThinkingConfig()))
         for part in THINKING_MODULES if name == "model's" else ():
             small = getattr(backbone, part)
-            if isinstance(small, torch.nn.Linear):  # Lambda has been float32 all along
+            if isinstance(small, torch.nn.Linear):  # Lambda was always float32
                 plain = torch.nn.Linear(*small.weight.shape, small.bias is not None, device=ids.device, dtype=dtype)
                 setattr(backbone, part, plain)
     matcher = DelimiterMatcher(tokenizer, DELIMITER, models["float32"].config.vocab_size)
@@ -216,9 +219,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=64 if not setups.CUDA else 256)
-    parser.add_argument("--quick", action="store_true", help="short completions only")
+    parser.add_argument("--quick", action="store_true", help="only short completions")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--masters", action="store_true", help="only what float32 thinking modules cost in decoding")
+    parser.add_argument("--masters", action="store_true", help="only the cost of float32 thinking modules in decoding")
     options = parser.parse_args()
     patches.apply("fused_lm_head")
     size = "1.5b" if setups.CUDA else "cpu"
@@ -248,7 +251,7 @@ def main() -> None:
     }
 
     def measured(name: str, value: dict) -> None:
-        """Written at once: a run that is stopped leaves what it has."""
+        """Write each result at once, so that a stopped run keeps its results."""
         print(name, value, flush=True)
         results[name] = value
         path = setups.write("bench_hrpo" if options.quick else "hrpo", results)
@@ -260,7 +263,7 @@ def main() -> None:
     lengths = (64,) if options.quick else (256, 1024)
     for length in lengths:
         for batch in (8, 32):
-            long = length > lengths[0]  # comes second, when all is warm
+            long = length > lengths[0]  # measured second, when everything is warm
             repeats = 3 if long else options.repeats
             measured(f"decode, batch {batch}, {length} tokens", bench_decode(size, batch, length, repeats, long))
 

@@ -1,5 +1,7 @@
-"""Keys and values: scoring inside SDPA against eager attention, redundancy against its T x T form, a step of KAVATrainer
-against SFT, Jacobi against sequential latents, decoding with a compressed cache against a full one. Ratios of one process.
+"""Speed and memory of key-value compression and latent tokens, as ratios measured in one process.
+
+It compares scoring inside SDPA with eager attention, redundancy with its T x T form, a step of KAVATrainer with SFT,
+Jacobi with sequential latent tokens, and decoding with a compressed cache with a full one.
 
     python -m benchmarks.bench_kv_compression [--repeats 7] [--quick] [--only training]
 """
@@ -41,15 +43,17 @@ DEVICE = "cuda" if setups.CUDA else "cpu"
 
 
 def prompt(length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, and which of them are trace and which answer: an eighth is question."""
+    """Token ids with masks of the trace and the answer. An eighth of each row is the question."""
     ids = torch.randint(2, 2000, (rows, length), device=DEVICE)
     column = torch.arange(length, device=DEVICE).expand(rows, -1)
     return ids, (column >= length // 8) & (column < length - ANSWER), column >= length - ANSWER
 
 
 def scored(way: str, model: torch.nn.Module, length: int, rows: int) -> Callable[[], list]:
-    """A forward that ends with each layer's KV of the trace, compressed: `tap` scores inside SDPA, `eager` from the
-    attention maps that transformers returns, `plain` does not score."""
+    """A forward pass that returns the compressed keys and values of the trace in each layer.
+
+    `tap` scores inside SDPA, `eager` scores from the attention maps that transformers returns, `plain` does not score.
+    """
     ids, trace, answer = prompt(length, rows)
     span, last = slice(length // 8, length - ANSWER), slice(length - ANSWER, length)
 
@@ -103,7 +107,8 @@ def bench_scoring(size: str, rows: int, repeats: int) -> dict:
 
 
 def peak(size: str, way: str, length: int, rows: int) -> int:
-    """Most memory of one such forward: the GPU's allocator, or a process of its own on a CPU. `none` only loads."""
+    """Peak memory of one such forward: of the GPU's allocator, or of a separate process on a CPU. `none` only loads the
+    model."""
     if not setups.CUDA:
         call = [
             sys.executable,
@@ -129,7 +134,7 @@ def peak(size: str, way: str, length: int, rows: int) -> int:
 
 
 def pairwise_redundancy(keys: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-    """The same from the matrix of all cosines."""
+    """The same redundancy from the matrix of all cosines."""
     unit = F.normalize(keys.float(), dim=-1) * key_mask[:, None, :, None]
     cosine = unit @ unit.transpose(-1, -2)
     cosine.diagonal(dim1=-2, dim2=-1).zero_()
@@ -162,7 +167,7 @@ TRAINERS = {
 
 
 def trainer(name: str, size: str, rows: int):
-    """Of `rows` equal rows; SFT reads question, steps and answer, the same tokens as the teacher."""
+    """A trainer on `rows` equal rows. SFT reads question, steps and answer, the same tokens as the teacher."""
     tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -239,7 +244,8 @@ def bench_jacobi(size: str, rows: int, repeats: int) -> dict:
 
 
 def bench_decoding(size: str, rows: int, length: int, repeats: int) -> dict:
-    """Equal numbers of tokens from a full cache (transformers' default) and from R-KV's: 128 keys kept, 128 gathered."""
+    """Decode the same number of tokens with a full cache (transformers' default) and with R-KV's: budget 128, buffer
+    128."""
     model = setups.qwen2(size).eval()
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, length + 64)
     ids = torch.randint(2, 2000, (rows, 64), device=DEVICE)
@@ -273,8 +279,8 @@ def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", type=int, default=4 if not setups.CUDA else 8)
-    parser.add_argument("--quick", action="store_true", help="256 decoded tokens")
-    parser.add_argument("--only", help="the part whose name begins so; the file keeps the others")
+    parser.add_argument("--quick", action="store_true", help="decode only 256 tokens")
+    parser.add_argument("--only", help="run only the part whose name begins with this; the file keeps the others")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -311,7 +317,7 @@ def main() -> None:
             continue
         results[part] = measure()
         print(part, results[part], flush=True)
-        setups.write(name, results)  # at once: a run that is stopped leaves what it has
+        setups.write(name, results)  # written at once, so that a stopped run keeps its results
         setups.write_table(path, page)
     print(path)
 

@@ -1,11 +1,12 @@
-"""Does structure help? The same student with each projection between it and its teacher, and the controls: cross-entropy
-only, the note's direction, and each projection with a teacher that was never trained.
+"""KV distillation over seeds: the same student with each projection to its teacher, and controls.
+
+The controls are cross-entropy only, the note's direction, and each projection with an untrained teacher.
 
     python -m benchmarks.bench_kv_distill [--seeds 0 1 2] [--steps N]
 
-Settings are those of recipes/configs/kv_distill_tiny.yaml. Writes benchmarks/results/kv_distill_<device>.json after every
-run, and in the end the table beside it and docs/kv_distill.png. Runs that the file holds already are not repeated
-(`--fresh` forgets them).
+Settings are those of recipes/configs/kv_distill_tiny.yaml. Writes benchmarks/results/kv_distill_<device>.json after
+every run, and at the end the table beside it and docs/kv_distill.png. Finished runs are not repeated without
+`--fresh`.
 """
 
 import dataclasses
@@ -41,12 +42,12 @@ GROUPS: dict[str, dict] = {
 }
 UNTRAINED = ", untrained teacher"
 RUNS = [*GROUPS, *(n + UNTRAINED for n in ("Baseline", "V4.0-1", "V4.0-2", "V4.0-3", "V4.0-2, one head from one"))]
-STEPS, EVERY = 280, 70  # where cross-entropy alone has not learnt the task, so that there is something to gain
+STEPS, EVERY = 280, 70  # so few that cross-entropy alone does not learn the task
 HELD_OUT = 500
 
 
 def run(group: str, seed: int, steps: int, teacher: str) -> dict:
-    """One training run, and what its student answers."""
+    """Train and evaluate one run."""
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 
@@ -103,7 +104,7 @@ def run(group: str, seed: int, steps: int, teacher: str) -> dict:
 
 
 def settings(**changes: Any) -> tuple[dict, int]:
-    """The recipe's, quiet; and the longest answer in evaluation."""
+    """The recipe's settings, without output, and the maximum number of new tokens in evaluation."""
     from datasets import disable_progress_bars
     from transformers.utils import logging
 
@@ -127,7 +128,7 @@ def settings(**changes: Any) -> tuple[dict, int]:
 
 @functools.cache
 def prepared(teacher: str, steps: int) -> tuple:
-    """Training and held-out rows as the trainer prepares them, once for all runs of a process; and the questions."""
+    """Training and held-out rows as the trainer prepares them, once per process, and the questions."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_ext import KVDistillConfig, KVDistillTrainer
@@ -149,12 +150,12 @@ def prepared(teacher: str, steps: int) -> tuple:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean, lowest and highest."""
+    """Mean, lowest and highest value as text."""
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """Markdown: over the seeds mean, lowest and highest."""
+    """A Markdown table: mean, lowest and highest over the seeds."""
     steps = next(iter(next(iter(results.values())).values()))["curve"][-1][0]
     headings = [
         "",
@@ -185,8 +186,10 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 
 def plot(path: Path, results: dict[str, dict[str, dict]]) -> None:
-    """Accuracy over steps, mean and range of the seeds; and each seed's held-out cross-entropy. Untrained teachers are
-    dashed and hollow."""
+    """Plot accuracy over steps (mean and range over seeds), and each seed's held-out cross-entropy.
+
+    Untrained teachers are dashed lines and hollow points.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,7 +232,7 @@ def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--teacher_steps", type=int, help="other than the task's")
+    parser.add_argument("--teacher_steps", type=int, help="instead of the task's number")
     parser.add_argument("--only", nargs="*", default=RUNS, choices=RUNS)
     parser.add_argument("--cache", default="runs/cache")
     parser.add_argument("--fresh", action="store_true")
@@ -247,7 +250,7 @@ def main() -> None:
         size=equations.TEACHER,
         progress=False,
     )
-    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
+    workers = 1 if setups.CUDA else 2  # small models gain more from a second process than from a second thread
     jobs = [(g, s) for s in options.seeds for g in options.only if str(s) not in results.get(g, {})]
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=None

@@ -1,11 +1,12 @@
-"""Does it learn? Held-out accuracy over seeds, by real generation: plain SFT with and without steps, pause tokens, CODI,
-PCCoT and KaVa with each choice of keys, from the same warm start with the same number of steps.
+"""Latent tokens over seeds: held-out accuracy of generated answers, after the same number of steps from one warm start.
+
+It compares plain SFT with and without steps, pause tokens, CODI, PCCoT, and KaVa with each choice of keys.
 
     python -m benchmarks.bench_latent [--seeds 0 1 2] [--steps N] [--size small|large]
 
 Settings are those of recipes/configs/*_tiny.yaml; with a GPU the task and the model are larger (`LARGE`). Writes
-benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and in the end the table
-beside it. Runs that the file holds already are not repeated (`--fresh` forgets them).
+benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and at the end the table
+beside it. Finished runs are not repeated without `--fresh`.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from trl_ext.tasks import equations, warm_start
 from unsloth_ext.common.ablations import ABLATIONS
 
 
-ALONE = 50  # questions answered one by one, to see what a single one takes
+ALONE = 50  # questions answered one by one, to measure the time of a single question
 TERMS = ("ce_student", "ce_teacher", "codi", "kv")
 ROOT = Path(__file__).parents[1]
 TRAINERS = {
@@ -43,7 +44,7 @@ TRAINERS = {
     "pccot": (PCCoTTrainer, PCCoTConfig),
     "kava": (KAVATrainer, KAVAConfig),
 }
-FEWER = 9  # latent tokens where scorers have a choice: the trace has 12 or more, rkv needs more than its window of 8
+FEWER = 9  # fewer than the trace's 12 or more tokens, so that scorers choose; rkv needs more than its window of 8
 SCORERS = ("kava", "rkv", "random", "uniform")
 VARIANTS: dict[str, tuple[str, dict]] = {
     "SFT without steps": ("sft", {"steps": False}),
@@ -56,8 +57,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 }
 
 
-# What differs with equations.LARGE: its trace without the last step has 24 tokens, as many as there are latent tokens in
-# the published settings
+# Changes for equations.LARGE. Its trace without the last step has 24 tokens, the published number of latent tokens
 LARGE = {
     "codi": {"projection_dim": 256},
     "pccot": {"num_latents": 24},
@@ -68,7 +68,7 @@ SIZES = {"small": equations.SMALL, "large": equations.LARGE}
 
 
 def settings(method: str, size: str, changes: dict, seed: int, steps: int | None) -> tuple[ScriptArguments, dict]:
-    """Of a recipe's configuration what is the recipe's, and what is the trainer's with this run's changes."""
+    """The recipe's own arguments, and the trainer's arguments with this run's changes."""
     found = yaml.safe_load((ROOT / f"recipes/configs/{method}_tiny.yaml").read_text())
     names = {f.name for f in dataclasses.fields(ScriptArguments)}
     script = ScriptArguments(**{k: v for k, v in found.items() if k in names})
@@ -84,7 +84,7 @@ def settings(method: str, size: str, changes: dict, seed: int, steps: int | None
 def run(
     variant: str, size: str, seed: int, steps: int | None, base: str, train: list[dict], held_out: list[dict]
 ) -> dict:
-    """One training run from the warm start `base`, and what its model answers."""
+    """Train one run from the warm start `base`, and evaluate it."""
     method, changes = VARIANTS[variant]
     if method == "sft":
         script, args = settings("pccot", size, {}, seed, steps)
@@ -121,8 +121,11 @@ def run(
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """Markdown: over the seeds the mean with its bootstrap interval, each seed, what ablated latents leave, and of times
-    the shortest of the seeds, which other work on the machine disturbed least."""
+    """A Markdown table over the seeds.
+
+    It has the mean accuracy with its bootstrap interval, each seed's accuracy, the accuracy with ablated latent tokens,
+    and the shortest times, which other work on the machine disturbs least.
+    """
     headings = [
         "",
         "accuracy (95% interval)",
@@ -156,15 +159,15 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 
 def read(path: Path) -> dict[str, dict[str, dict]]:
-    """Runs that are done already, also by another process that works on other seeds."""
+    """The finished runs, including those of another process that works on other seeds."""
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
 def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="other than the configurations'")
-    parser.add_argument("--sft_steps", type=int, help="other than the task's, for the warm start")
+    parser.add_argument("--steps", type=int, help="instead of the configurations' number")
+    parser.add_argument("--sft_steps", type=int, help="for the warm start, instead of the task's number")
     parser.add_argument("--size", choices=SIZES, default="large" if setups.CUDA else "small")
     parser.add_argument("--held_out", type=int, default=500)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))

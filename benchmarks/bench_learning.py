@@ -1,10 +1,10 @@
-"""Does it learn? Held-out accuracy over seeds: warm start, plain GRPO, and HRPO in each mode, with the same budget.
+"""Held-out accuracy over seeds: warm start, plain GRPO, and HRPO in each mode, with the same budget.
 
     python -m benchmarks.bench_learning [--seeds 3] [--steps 60]
 
 Each seed has its own problems, warm start and training. The settings are those of recipes/configs/hrpo_tiny.yaml; GRPO
-trains the same LoRA at the same rate on the same prompts. Writes benchmarks/results/learning_<device>.json and the table
-beside it.
+trains the same LoRA at the same rate on the same prompts. Writes benchmarks/results/learning_<device>.json and the
+table beside it.
 """
 
 import gc
@@ -41,7 +41,7 @@ VARIANTS = {
     "HRPO soft_embedding, rollout": ("soft_embedding", "rollout"),
     "HRPO soft_embedding, two_pass": ("soft_embedding", "two_pass"),
 }
-SCRIPT_FIELDS = ("model_name", "dataset")  # of the recipe, not of the trainer
+SCRIPT_FIELDS = ("model_name", "dataset")  # fields of the recipe, not of the trainer
 SAMPLES = 4
 
 
@@ -56,7 +56,7 @@ def settings(steps: int, seed: int, variant: tuple[str, str] | None) -> dict:
 
 
 def run(variant: tuple[str, str] | None, seed: int, steps: int, base: str, train, held_out) -> dict:
-    """One training run from the warm start `base`."""
+    """Train one run from the warm start `base`, and evaluate it."""
     set_seed(seed)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     config = (trl.GRPOConfig if variant is None else HRPOConfig)(**settings(steps, seed, variant))
@@ -96,7 +96,7 @@ def sampled_accuracy(model, tokenizer, held_out, decoding: dict) -> float:
 
 
 def table(results: dict) -> str:
-    """Markdown: mean and range over the seeds."""
+    """A Markdown table: mean and range over the seeds."""
     lines = ["| | greedy accuracy | sampled accuracy | smallest gain | s per run |", "|---|---|---|---|---|"]
     for name, runs in results.items():
         cell = lambda key, r=runs: (  # noqa: E731

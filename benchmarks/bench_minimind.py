@@ -1,11 +1,12 @@
-"""MiniMind's stages over seeds, each against its control; reinforcement at equal generated tokens.
+"""MiniMind's stages over seeds, each against its control; reinforcement learning with equal numbers of generated
+tokens.
 
-    make bench-minimind                                            # about 20 minutes a seed on two cores
+    make bench-minimind                                            # about 20 minutes per seed on two cores
     python -m benchmarks.bench_minimind --seeds 0 --only grpo spo
 
-Runs the recipes themselves on the embedded default, with other data, other weights and other samples for each seed. Held
-out; results so far are kept in benchmarks/results/minimind_<device>.json: a run that is there is not repeated without
---fresh, as long as the models that it begins with are in runs/bench_minimind.
+It runs the recipes on the built-in data, with different data, weights and samples for each seed. Metrics are on
+held-out rows. Results are kept in benchmarks/results/minimind_<device>.json: finished runs are not repeated without
+--fresh, as long as the models that they start from are in runs/bench_minimind.
 """
 
 import json
@@ -23,12 +24,12 @@ from trl_ext.cli.user_errors import in_sentences
 from trl_ext.common.fingerprint import digest
 
 
-TOKENS = 80_000  # generated, in all rollouts of a run
+TOKENS = 80_000  # tokens generated in all rollouts of a run
 RECIPES = ROOT / "recipes" / "minimind"
 FOLDER = ROOT / "runs" / "bench_minimind"
-# Two passes over each rollout: in the first CISPO's gradient is GRPO's
+# Two passes over each rollout, because in the first pass CISPO's gradient equals GRPO's
 RL = ["--max_generated_tokens", str(TOKENS), "--num_iterations", "2", "--max_steps", "1000", "--logging_steps", "1"]
-# Name: recipe, flags. In this order, for some begin with what others leave
+# Name: recipe, flags. The order matters, because some runs start from the models of others
 RUNS: dict[str, tuple[str, list[str]]] = {
     "tokenizer": ("tokenizer", []),
     "pretrain": ("pretrain", []),
@@ -47,11 +48,11 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "reason": ("reason", []),
     "reason, tags weigh 1": ("reason", ["--tag_weight", "1"]),
 }
-KEEP = {"tokenizer", "pretrain", "sft", "grpo"}  # in the folders that others begin with
+KEEP = {"tokenizer", "pretrain", "sft", "grpo"}  # written to the folders that other runs start from
 
 
 def run(name: str, seed: int) -> dict:
-    """One run; its summary without the history."""
+    """One run; returns its summary without the history."""
     recipe, flags = RUNS[name]
     folder = FOLDER / str(seed)
     config = yaml.safe_load((RECIPES / "configs" / f"{recipe}_tiny.yaml").read_text())
@@ -76,7 +77,7 @@ def run(name: str, seed: int) -> dict:
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """A row for each metric of each run, mean (lowest..highest) over seeds, in Markdown."""
+    """A Markdown table with a row for each metric of each run: mean (lowest..highest) over seeds."""
     lines = ["| stage | held out | before | after | steps |", "|---|---|---:|---:|---:|"]
     for name in (n for n in RUNS if n in results):
         runs = list(results[name].values())

@@ -1,11 +1,11 @@
-"""What the monitors of planner and executor cost: a step with all of them over a step with none.
+"""Cost of the planner's monitors: time of a step with all of them relative to a step without.
 
     make bench-planner                     # with the other parts
     python -m benchmarks.bench_monitors --rounds 5
 
-With: the callback at its default of a probe every 50 steps, and what the trainer computes at every step for the log.
-Without: no callback, and these functions replaced by ones that return zeros. In turn, in one run; random weights, texts of
-random letters. Writes benchmarks/results/monitors_<device>.json.
+With monitors: the callback with its default of a probe every 50 steps, and the values that the trainer computes at
+every step. Without: no callback, and these functions return zeros. Both are measured in turn, in one process, with
+random weights and texts of random letters. Writes benchmarks/results/monitors_<device>.json.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from trl_ext.planner.monitor_callback import PlannerMonitorCallback
 
 
 TYPES = [{"name": "what", "num_concepts": 256, "quota": 6}, {"name": "how", "num_concepts": 64, "quota": 2}]
-# Size of `setups.qwen2`, training, tokens of a text, batch. The first is so small that Python is most of a step
+# Size of `setups.qwen2`, training, tokens per text, batch size. In the first case, Python takes most of a step
 CASES = {
     "0.5M parameters, soft": ("check", "soft", 16, 8),
     "13M parameters, soft": ("cpu", "soft", 32, 8),
@@ -42,7 +42,7 @@ EVERY = PlannerMonitorCallback().every
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of the first step to the end of the last."""
+    """Measures the seconds from the end of the first step to the end of the last."""
 
     def on_step_end(self, args, state, control, **_):
         if setups.CUDA:
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """What the trainer itself computes for the monitors is not."""
+    """Replace what the trainer computes for the monitors by zeros."""
     nothing = torch.zeros(())
     with (
         mock.patch.object(monitors, "cosine_and_l2", lambda *_: (nothing, nothing)),
@@ -66,12 +66,12 @@ def unwatched() -> Iterator[None]:
 
 
 def seconds_per_step(case: str, watched: bool, steps: int) -> float:
-    """Of a run of `steps` after the first."""
+    """Seconds per step of a run, without the first step."""
     size, training, tokens, batch = CASES[case]
     model = setups.qwen2(size)
     tokenizer = setups.tokenizer(model.config.vocab_size)
     letters = (97 + torch.randint(26, (256, tokens), generator=torch.Generator().manual_seed(0))).tolist()
-    rows = [{"prompt": "", "completion": "".join(map(chr, codes))} for codes in letters]  # a token each
+    rows = [{"prompt": "", "completion": "".join(map(chr, codes))} for codes in letters]  # one token per letter
     args = PlannerExecutorConfig(
         **{**setups.few_steps("bfloat16" if setups.CUDA else "float32", steps + 1), "logging_steps": 10},
         per_device_eval_batch_size=batch,
@@ -121,9 +121,9 @@ TABLES = {"monitors": page}
 def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=EVERY, help="of a run; a probe comes every 50")
+    parser.add_argument("--steps", type=int, default=EVERY, help="steps per run; there is a probe every 50")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # advice on random weights
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # hide advice, which is meaningless for random weights
     results = {}
     for case in CASES:
         times: dict[bool, list[float]] = {True: [], False: []}

@@ -1,11 +1,11 @@
-"""What a plan is worth, over seeds: soft planning, hard-EM, the switches of v3.1 one by one, and what each costs.
+"""Planner and executor over seeds: soft planning, hard EM, each switch of v3.1, and their cost.
 
     make bench-planner                                            # with what the monitors cost
     python -m benchmarks.bench_planner --seeds 0 --only soft multi_token
 
-The facts of recipes/planner_executor.py: a tiny model from random weights writes a fact that it never saw from a plan of
-four concepts. Held out; results so far are kept in benchmarks/results/planner_<device>.json: a run that is there is not
-repeated without --fresh.
+The task is that of recipes/planner_executor.py: a tiny model, trained from random weights, writes an unseen fact from
+a plan of four concepts. Metrics are on held-out rows. Results are kept in benchmarks/results/planner_<device>.json:
+finished runs are not repeated without --fresh.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ STEPS = 1500
 HELD_OUT = 192
 TYPES = [{"name": "first", "num_concepts": 32, "quota": 2}, {"name": "second", "num_concepts": 32, "quota": 2}]
 FOUR = [{"name": name, "num_concepts": 32, "quota": 1} for name in ("first", "second", "third", "fourth")]
-# Soft planning, each of its parts left out, the switches one by one, and hard-EM, alone and from soft planning's middle
+# Soft planning, without each of its parts, with each switch, and hard EM, alone or after half of the steps of soft planning
 RUNS: dict[str, dict] = {
     "soft": {},
     "soft - quota": {"target_length": None},
@@ -45,7 +45,7 @@ RUNS: dict[str, dict] = {
 
 
 def run(name: str, seed: int, steps: int) -> dict:
-    """One run; figures of the evaluation."""
+    """Train and evaluate one run."""
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM, set_seed
 

@@ -1,12 +1,12 @@
-"""Do the methods work on this GPU? Short runs in bf16, fp32 and 4-bit, with Unsloth imported and without.
+"""Check that the methods work on this GPU: short runs in bf16, fp32 and 4-bit, with and without Unsloth.
 
-The record of each method names the file with its cases. Each backend and precision has a process of its own; on a GPU they
-run all at once. The check ends with a table and `results/gpu_check_<device>.json`. Its seconds say what a case costs, not
-how fast a method is.
+The record of each method names the file with its cases. Each backend and precision has a separate process; on a GPU
+they run all at once. The check ends with a table and `results/gpu_check_<device>.json`. Its seconds show the cost of a
+case, not the speed of a method.
 
     python benchmarks/gpu_check.py [--rehearse]
 
-The timings are `bench_hrpo.py`'s. `--rehearse` runs it without a GPU, Unsloth's CUDA code included.
+`bench_hrpo.py` measures speed. `--rehearse` runs the check without a GPU, including Unsloth's CUDA code.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PRECISIONS = ("float32", "bfloat16", "4bit")
 
 
 def backend(name: str, precision: str, rehearse: bool) -> dict:
-    """One process: every case of one backend in one precision."""
+    """Run every case of one backend in one precision, in this process."""
     if name == "unsloth":
         if rehearse:
             sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -47,13 +47,13 @@ def backend(name: str, precision: str, rehearse: bool) -> dict:
 
     folder = tempfile.mkdtemp()
     base = setups.qwen2("check").float()
-    with torch.no_grad():  # random weights of ordinary size: the model's outputs depend on what it reads
+    with torch.no_grad():  # random weights of ordinary size, so that outputs depend on inputs
         for parameter in base.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.1)
-        base.get_input_embeddings().weight[0] = 0  # and pad is never sampled, which Unsloth would take for padding
+        base.get_input_embeddings().weight[0] = 0  # so that pad is never sampled: Unsloth would treat it as padding
     base.save_pretrained(folder)
-    setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # Unsloth may add some
+    setups.tokenizer(base.config.vocab_size - 64).save_pretrained(folder)  # leaves room for tokens that Unsloth may add
     cases = {}
     for method in training_methods().values():
         if not method.gpu_check or (method.gpu_check_needs_stock and name == "unsloth"):
@@ -69,7 +69,7 @@ def backend(name: str, precision: str, rehearse: bool) -> dict:
 
 
 def checked(run: Callable[[], dict]) -> dict:
-    """What a case says, and whether it passed. One that raises has failed, and the others are still asked."""
+    """The result of a case, and whether it passed. A case that raises has failed; the others still run."""
     try:
         result = run()
     except Exception as error:
@@ -80,7 +80,7 @@ def checked(run: Callable[[], dict]) -> dict:
 
 
 def process(name: str, precision: str, rehearse: bool) -> dict:
-    """`backend` in a process of its own: Unsloth, once imported, has patched all of it."""
+    """Run `backend` in a separate process, because an imported Unsloth patches the whole process."""
     call = [sys.executable, __file__, "--backend", name, "--precision", precision]
     cache = {"UNSLOTH_COMPILE_LOCATION": f"unsloth_compiled_cache/{precision}"}
     done = subprocess.run(
@@ -104,12 +104,12 @@ def verdict(result: dict) -> str:
 
 def main() -> int:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, in fp32; writes nothing")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU, in fp32, without writing results")
     parser.add_argument("--backend", choices=("stock", "unsloth"), help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not setups.CUDA and not options.rehearse:
-        print("gpu-check needs a CUDA GPU and this machine has none; --rehearse runs it on the CPU")
+        print("gpu-check needs a CUDA GPU, but this machine has none; --rehearse runs it on the CPU")
         return 2
     if options.backend:
         print(json.dumps(backend(options.backend, options.precision, options.rehearse)))

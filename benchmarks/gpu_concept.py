@@ -1,5 +1,8 @@
-"""What gpu_check.py asks of concept tokens: finite losses, LoRA, head and embedding learn, decoding and FlexAttention agree
-with the forward of whole texts in SDPA."""
+"""The cases of concept tokens for gpu_check.py.
+
+Losses are finite; LoRA, head and embedding are trained; decoding and FlexAttention agree with a forward pass over whole
+texts in SDPA.
+"""
 
 import time
 from itertools import pairwise
@@ -16,14 +19,14 @@ from unsloth_ext.concept import flex_attention
 
 
 CASES = {"literal": {}, "stable": {**ConceptConfig.preset_fields("stable"), "num_codebooks": 2}}
-# Of hidden states, relative to their root mean square: token by token, and by FlexAttention, against a text at once
+# Deviation of hidden states relative to their root mean square: decoding, and FlexAttention, against one pass
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "4bit": 0.1}
 STEPS = 3
 WRITTEN = 24
 
 
 def train(folder: str, case: str, precision: str) -> dict:
-    """A few steps; what they say about agreement and learning."""
+    """Train a few steps, and measure agreement and learning."""
     base = AutoModelForCausalLM.from_pretrained(folder).config
     torch.manual_seed(1)
     layers = {"num_hidden_layers": 4, "layer_types": None, "max_position_embeddings": 4096}
@@ -68,7 +71,7 @@ def train(folder: str, case: str, precision: str) -> dict:
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Root mean square of the difference, as a share of what was wanted."""
+    """Root mean square of the difference, relative to that of `wanted`."""
     return ((found - wanted).float().square().mean() / wanted.float().square().mean()).sqrt().item()
 
 
@@ -84,7 +87,7 @@ def some(trainer: ConceptTrainer, tokens: int) -> tuple[torch.nn.Module, torch.T
 
 @torch.no_grad()
 def written(trainer: ConceptTrainer) -> float:
-    """Half of a text, some tokens more, then token by token, against the text at once."""
+    """Deviation of reading half a text, some more tokens, and then single tokens, from reading it at once."""
     backbone, ids, concepts = some(trainer, 2 * WRITTEN)
     whole = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state
     cuts = [0, WRITTEN, *range(WRITTEN + 5, 2 * WRITTEN + 1)]
@@ -97,14 +100,14 @@ def written(trainer: ConceptTrainer) -> float:
 
 
 def skipped(trainer: ConceptTrainer) -> float:
-    """FlexAttention, as long texts have it on a GPU, against SDPA: states and the embedding's gradient."""
+    """Deviation of FlexAttention, which long texts use on a GPU, from SDPA, in states and in the embedding's gradient."""
     if not setups.CUDA:
         return 0.0
     backbone, ids, concepts = some(trainer, flex_attention.FLEX_FROM)
     found, kept = [], flex_attention.FLEX_FROM
     weights = torch.randn(
         *ids.shape, backbone.config.hidden_size, device=ids.device
-    )  # normed states' own squares are alike
+    )  # random weights, because normalised states have equal squares
     for start in (kept, 10 * kept):
         flex_attention.FLEX_FROM = start
         states = backbone(ids, concepts=concepts, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""The cases of HRPO for gpu_check.py: rollout and training agree, and every part learns."""
+"""The cases of HRPO for gpu_check.py: rollout and training agree, and every part is trained."""
 
 import sys
 from unittest import mock
@@ -12,8 +12,9 @@ from trl_ext import HRPOConfig, HRPOTrainer
 from unsloth_ext import FastThinkingModel, ThinkingConfig, backbone_of
 
 
-# Of |p_train / p_rollout - 1| over the scored tokens of a step: the largest where all is float32. In bf16 a cached step and
-# a full forward round differently, and random weights carry it on: there the mean, 0.02 to 0.11; states lost, 0.75 to 1.4
+# Bounds of |p_train / p_rollout - 1| over the scored tokens of a step. In float32, of the largest. In bf16, of the mean,
+# because a cached step and a full forward round differently and random weights amplify this: it is 0.02 to 0.11, or 0.75
+# to 1.4 if the states are lost
 LARGEST, MEAN = 1e-3, 0.15
 CASES = [
     "projection frozen",
@@ -27,11 +28,11 @@ STEPS = 3
 
 
 def train(folder: str, case: str, precision: str) -> dict:
-    """A few steps; what they say about agreement and learning."""
+    """Train a few steps, and measure agreement and learning."""
     source, mode = case.split()
     on_unsloth = "unsloth" in sys.modules
     projects = source == "projection" and mode != "frozen"  # a gradient reaches the projection
-    exact = precision == "float32" and not (on_unsloth and setups.CUDA)  # there it trains under bf16 autocast
+    exact = precision == "float32" and not (on_unsloth and setups.CUDA)  # Unsloth trains under bf16 autocast on a GPU
     means, largest = [], hrpo.ratio_deviation
 
     def mean_too(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def train(folder: str, case: str, precision: str) -> dict:
     four_bit = precision == "4bit"
     model, tokenizer = FastThinkingModel.from_pretrained(
         folder,
-        max_seq_length=512 if setups.CUDA else 256,  # from 512 on Unsloth offloads activations, to pinned memory
+        max_seq_length=512 if setups.CUDA else 256,  # from 512 on, Unsloth offloads activations to pinned memory
         dtype=torch.bfloat16 if four_bit else getattr(torch, precision),
         load_in_4bit=four_bit,
         device_map="cuda" if setups.CUDA else "cpu",

@@ -1,4 +1,7 @@
-"""What gpu_check.py asks of KV distillation: finite losses, student and projection learn, a row alone is as in a batch."""
+"""The cases of KV distillation for gpu_check.py.
+
+Losses are finite; student and projection are trained; a row has the same loss alone and in a batch.
+"""
 
 import tempfile
 import time
@@ -21,13 +24,13 @@ CASES = {
         "freeze_aligner": True,
     },
 }
-# Of the structural loss: rows of a padded batch together, against the mean of the rows by themselves, weighted by tokens
+# Deviation of the structural loss of a padded batch from the mean over its single rows, weighted by tokens
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.02, "4bit": 0.02}
 STEPS = 3
 
 
 def teacher_folder(folder: str) -> str:
-    """A larger model of the student's vocabulary: three layers, 6 heads on 3 of width 64."""
+    """A larger model with the student's vocabulary: three layers, 6 query heads and 3 KV heads of width 64."""
     student = AutoModelForCausalLM.from_pretrained(folder).config
     changes = {
         "hidden_size": 384,
@@ -48,7 +51,7 @@ def teacher_folder(folder: str) -> str:
 
 
 def train(folder: str, case: str, precision: str) -> dict:
-    """A few steps; what they say about agreement and learning."""
+    """Train a few steps, and measure agreement and learning."""
     args = KVDistillConfig(
         learning_rate=1e-3,
         **setups.few_steps(precision, STEPS),
@@ -78,7 +81,7 @@ def train(folder: str, case: str, precision: str) -> dict:
 
 @torch.no_grad()
 def batch_deviation(trainer: KVDistillTrainer) -> float:
-    """Of the structural loss, over rows of different lengths."""
+    """Deviation of the structural loss over rows of different lengths."""
     trainer.model.eval()
     names = ("input_ids", "labels", "segment_ids")
     rows = [{name: trainer.train_dataset[i][name] for name in names} for i in range(4)]

@@ -1,4 +1,7 @@
-"""What gpu_check.py asks of the latent trainers: finite losses, every part learns, a question alone is as in a batch."""
+"""The cases of latent tokens for gpu_check.py.
+
+Losses are finite; every part is trained; a question has the same states alone and in a batch.
+"""
 
 import time
 
@@ -15,14 +18,14 @@ from unsloth_ext.latent.model import question_batch
 
 
 CASES = ("CODI", "PCCoT", "KAVA")
-# Root mean square deviation of latent hidden states, over that of the states: rows in a padded batch and by themselves.
-# States of the wrong rows are off by 1.4; in bf16 the random weights carry rounding from one latent token to the next
+# Deviation of latent hidden states between a padded batch and single rows, relative to their root mean square. States of
+# wrong rows deviate by 1.4. In bf16, random weights amplify rounding from one latent token to the next
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.7, "4bit": 0.7}
 STEPS = 3
 
 
 def train(folder: str, method: str, precision: str) -> dict:
-    """A few steps; what they say about agreement and learning."""
+    """Train a few steps, and measure agreement and learning."""
     args = getattr(trl_ext, f"{method}Config")(
         num_latents=6,
         projection_dim=None if method == "PCCoT" else 64,
@@ -55,7 +58,7 @@ def train(folder: str, method: str, precision: str) -> dict:
 
 @torch.no_grad()
 def batch_deviation(trainer, questions: list[str]) -> float:
-    """Of the latent hidden states, over questions of different lengths."""
+    """Deviation of the latent hidden states over questions of different lengths."""
     model = trainer.model.eval()
 
     def states(asked: list[str]) -> torch.Tensor:

@@ -1,5 +1,7 @@
-"""What gpu_check.py asks of SPO, PPO and the two distillations: finite losses, policy, critic and student learn, and the
-log-probs of a padded batch are those of its rows alone. On TRL's own trainers."""
+"""The cases of SPO, PPO and the two distillations for gpu_check.py, on TRL's own trainers.
+
+Losses are finite; policy, critic and student are trained; a row has the same logits alone and in a padded batch.
+"""
 
 import time
 from typing import Any
@@ -23,7 +25,7 @@ DISTILLED = {
 
 
 def train(folder: str, case: str, precision: str) -> dict:
-    """A few steps; what they say about agreement and learning. LoRA in 4 bits, all weights otherwise."""
+    """Train a few steps, and measure agreement and learning. LoRA is used in 4 bits, otherwise all weights are trained."""
     model = AutoModelForCausalLM.from_pretrained(folder, **setups.loading(precision))
     tokenizer = setups.tokenizer(model.config.vocab_size - 64)
     adapted = precision == "4bit"
@@ -71,7 +73,7 @@ def given(case: str, folder: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def padding(trainer: Any) -> float:
-    """Logits of rows of different lengths, padded on the left, against each by itself."""
+    """Deviation of the logits of left-padded rows of different lengths from those of single rows."""
     model, tokenizer = trainer.model.eval(), trainer._tokenizer
     texts = ["What is 12 plus 7? 19", "12 + 7 = 19. #### 19 and what is 19 plus 12?"]
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(trainer.args.device)

@@ -1,5 +1,7 @@
-"""What gpu_check.py asks of planner and executor: finite losses, LoRA and the head learn, and what is written concept by
-concept and token by token is what one pass says of it."""
+"""The cases of planner and executor for gpu_check.py.
+
+Losses are finite; LoRA and the head are trained; writing concepts and tokens one by one agrees with a single pass.
+"""
 
 import time
 
@@ -26,7 +28,7 @@ WRITTEN = 16
 
 
 def train(folder: str, case: str, precision: str) -> dict:
-    """A few steps; what they say about agreement and learning."""
+    """Train a few steps, and measure agreement and learning."""
     model = AutoModelForCausalLM.from_pretrained(folder, **setups.loading(precision))
     trainer = PlannerExecutorTrainer(
         model,
@@ -57,7 +59,7 @@ def batch(trainer: PlannerExecutorTrainer) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def planned(trainer: PlannerExecutorTrainer) -> float:
-    """log p of sampled concepts: through the cache, one by one, against one pass."""
+    """Deviation of log p of sampled concepts, one by one with the cache, from one pass."""
     model, rows = trainer.model.eval(), batch(trainer)
     read = rows["plan_input_ids"], rows["plan_attention_mask"]
     soft = plan_soft(model, *read)
@@ -73,7 +75,7 @@ def planned(trainer: PlannerExecutorTrainer) -> float:
 
 @torch.no_grad()
 def written(trainer: PlannerExecutorTrainer) -> float:
-    """Logits of greedy texts: token by token against one pass."""
+    """Deviation of the logits of greedy texts, token by token, from one pass."""
     model, rows = trainer.model.eval(), batch(trainer)
     plans = plan_soft(model, rows["plan_input_ids"], rows["plan_attention_mask"]).ids
     out = execute_plan(

@@ -1,4 +1,4 @@
-"""Runs by name over seeds, in two processes. Results are kept as they come."""
+"""Run named variants over seeds, in two processes, and keep the results as they come."""
 
 import argparse
 import multiprocessing
@@ -27,20 +27,24 @@ def compare(
     held_out: str,
     page: Callable[[dict], str],
 ) -> None:
-    """A command line that runs what is missing in benchmarks/results/<name>_<device>.json and writes the table beside it.
+    """A command line that runs what is missing in benchmarks/results/<name>_<device>.json and writes the table beside
+    it.
 
     Args:
         about: the script's docstring.
-        run: (name, seed, steps) to figures, a function of its module.
-        runs: what is different in each, by name; results of other settings are not mixed with these.
-        held_out: so many of what; said above the table.
-        page: from what the JSON file holds to Markdown.
+        name: name of the result files.
+        runs: the settings of each run by name. Results with other settings are not mixed with these.
+        run: returns the results of (name, seed, steps); a function of a module, so that processes can import it.
+        steps: default number of steps.
+        columns: columns of the table.
+        held_out: number and kind of held-out rows, for the page.
+        page: makes a Markdown page from the content of the JSON file.
     """
     names = list(runs)
     options = arguments(about, names, steps, [0, 1, 2]).parse_args()
     made_with = {"steps": options.steps, "held_out": held_out, "runs": digest(runs)}
     path, results = setups.so_far(name, options.fresh, made_with)
-    workers = 1 if setups.CUDA else 2  # such small models gain more from a second process than from a second thread
+    workers = 1 if setups.CUDA else 2  # small models gain more from a second process than from a second thread
     jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(run, n, s, options.steps): (n, s) for n, s in jobs}
@@ -60,23 +64,27 @@ def in_order(results: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
 
 
 def seeds_of(results: dict[str, dict]) -> int:
-    """How many seeds every run has at least."""
+    """The smallest number of seeds of a run."""
     return min(len(runs) for runs in results.values())
 
 
 def arguments(about: str, names: list[str], steps: int | None, seeds: list[int]) -> argparse.ArgumentParser:
-    """What to run: seeds, steps where they can be chosen, some of the names, and whether results so far count."""
+    """The parser of a benchmark: seeds, optionally steps, a choice of runs, and whether to ignore earlier results."""
     parser = CommandLine(description=about.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--only", nargs="*", default=names, choices=names)
-    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    parser.add_argument("--fresh", action="store_true", help="ignore earlier results")
     return parser
 
 
 def table(results: dict[str, dict], columns: Columns) -> str:
-    """Of runs by name and seed, in Markdown; without the columns that no run has."""
+    """A Markdown table of runs by name and seed, without columns that no run has.
+
+    These few lines need no library: tabulate is installed only as a dependency of others, and would not make them
+    shorter.
+    """
     every = [run for runs in results.values() for run in runs.values()]
     columns = tuple(column for column in columns if any(run.get(column[0]) is not None for run in every))
     lines = [f"| {' | '.join(['', *(label for _, label, _ in columns)])} |", "|---" + "|---:" * len(columns) + "|"]
@@ -87,7 +95,7 @@ def table(results: dict[str, dict], columns: Columns) -> str:
 
 
 def spread(values: list[float | None], form: str) -> str:
-    """Mean, and lowest to highest of several."""
+    """The mean as text, with the lowest and the highest of several values."""
     if any(value is None for value in values):
         return ""
     mean = format(statistics.mean(values), form)

@@ -1,8 +1,8 @@
-"""The peer of the decode benchmark: HRPO's published decoding taken literally, from its description.
+"""HRPO's published decoding implemented literally, to compare the speed of ours with.
 
-Each step decodes every row's whole completion to text to look for the delimiter, and forms the soft embedding as a dense
-(B, V) x (V, d) product. The loop, the sampling, the cache and the gate are transformers' and ours, so these two choices are
-all that is compared.
+Each step decodes every row's whole completion to text to search for the delimiter, and computes the soft embedding as a
+dense (B, V) x (V, d) product. The loop, sampling, cache and gate are transformers' and ours, so only these two choices
+differ.
 """
 
 import torch
@@ -13,7 +13,7 @@ from unsloth_ext.hrpo.decoding import HybridSession
 
 
 class LiteralSession(HybridSession):
-    """A `HybridSession` for soft embeddings, sampled, without the incremental search and the sparse mixture."""
+    """A `HybridSession` for sampled soft embeddings, without incremental search and sparse mixture."""
 
     def __init__(self, model: PreTrainedModel, matcher: DelimiterMatcher, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model, matcher)
@@ -25,4 +25,4 @@ class LiteralSession(HybridSession):
         texts = self.tokenizer.batch_decode(torch.stack(self._tokens, dim=1))
         thinking = [self.matcher.delimiter not in text for text in texts]
         self._masks.append(torch.tensor(thinking, device=tokens.device))
-        self._pending = (self._scores.softmax(-1), None)  # None: all rows of the embedding are read
+        self._pending = (self._scores.softmax(-1), None)  # None: use all rows of the embedding

@@ -1,4 +1,4 @@
-"""Models, prompts and clocks that the benchmarks share. Random weights: speed does not depend on what they say."""
+"""Models, data and timers that the benchmarks share. Weights are random, as speed does not depend on them."""
 
 import json
 import math
@@ -27,8 +27,11 @@ SHAPES = {
 
 
 def qwen2(size: str) -> torch.nn.Module:
-    """`check` is as small as attention kernels allow; `cpu` has 13M parameters, so that arithmetic and not Python dominates
-    on two cores; `1.5b` is Qwen2.5-1.5B's shape."""
+    """A model with random weights in the shape of Qwen2.
+
+    `check` is as small as attention kernels allow. `cpu` has 13M parameters, so that arithmetic dominates Python on two
+    cores. `1.5b` has the shape of Qwen2.5-1.5B.
+    """
     hidden, inner, layers, heads, kv, vocab = SHAPES[size]
     config = Qwen2Config(
         hidden_size=hidden,
@@ -45,7 +48,7 @@ def qwen2(size: str) -> torch.nn.Module:
     )
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
-    with torch.device("cuda" if CUDA else "cpu"):  # a billion random numbers take a CPU a while
+    with torch.device("cuda" if CUDA else "cpu"):  # initialise on the GPU: a billion random numbers are slow on a CPU
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -59,7 +62,7 @@ def model_text(found: dict) -> str:
 
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level vocabulary filled up with made-up tokens; its `#` is one token."""
+    """A byte-level tokenizer, filled up with made-up tokens. `#` is a single token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: i for i, piece in enumerate(["<pad>", "<eos>", *alphabet])}
     for i in range(vocab_size - len(vocab)):
@@ -71,7 +74,7 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def loading(precision: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: float32, bfloat16 or 4bit, on this device."""
+    """Arguments of `from_pretrained` for float32, bfloat16 or 4bit on this device."""
     found = {"dtype": "float32" if precision == "float32" else "bfloat16", "device_map": "cuda" if CUDA else "cpu"}
     if precision == "4bit":
         found["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -107,7 +110,7 @@ def few_steps(precision: str, steps: int) -> dict[str, Any]:
 
 
 def watched(trainer: Any, parts: list[str]) -> dict:
-    """Train, and say whether every logged loss and gradient norm was finite and which parts did not move."""
+    """Train, and return whether losses and gradient norms were finite and which parts did not change."""
     learning = {n: p for n, p in trainer._named_trained().items() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in learning.items()}
     trainer.train()
@@ -120,7 +123,7 @@ def watched(trainer: Any, parts: list[str]) -> dict:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call, the device waited for."""
+    """Wall time of one call, including work on the device."""
     if CUDA:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -131,7 +134,11 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def interleaved(works: dict[str, Callable[[], object]], repeats: int, warm: bool = False) -> dict[str, list[float]]:
-    """Times of each work, A B C A B C ..., after one uncounted round (unless `warm`): a drifting machine hits all alike."""
+    """Times of each function, measured in turn (A B C A B C ...), so that slow changes of the machine affect all
+    equally.
+
+    One uncounted round comes first, unless `warm` is set.
+    """
     for work in () if warm else works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -142,8 +149,12 @@ def interleaved(works: dict[str, Callable[[], object]], repeats: int, warm: bool
 
 
 def quotient(above: list[float], below: list[float]) -> dict[str, float]:
-    """Of times taken in turn: median, lowest and highest of the pairs, and the quotient of the fastest of each, which other
-    work on the machine disturbs least."""
+    """Ratios of times that were measured in turn.
+
+    Returns:
+        Median, lowest and highest of the pairs, and the ratio of the fastest times, which other work on the machine
+        disturbs least.
+    """
     pairs = sorted(a / b for a, b in zip(above, below, strict=True))
     return {
         "median": round(statistics.median(pairs), 4),
@@ -154,15 +165,15 @@ def quotient(above: list[float], below: list[float]) -> dict[str, float]:
 
 
 def quotient_text(q: dict[str, float]) -> str:
-    """A `quotient` in a table: the median, with the lowest and the highest pair."""
+    """A `quotient` as text: the median with the lowest and the highest pair."""
     return f"{q['median']:.2f} ({q['lowest']:.2f} to {q['highest']:.2f})"
 
 
 def peak_memory() -> int:
-    """Bytes: most that the GPU's allocator held, or the most of this process that was in memory."""
+    """Peak memory in bytes: of the GPU's allocator, or of this process in main memory."""
     if CUDA:
         return torch.cuda.max_memory_allocated()
-    # Not getrusage, whose peak a child process inherits from its parent
+    # Not getrusage: a child process inherits its parent's peak there
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
@@ -172,7 +183,7 @@ def device_name() -> str:
 
 
 def write(name: str, results: dict) -> Path:
-    """`results/<name>_<device>.json`, with what the figures were measured on."""
+    """Write `results/<name>_<device>.json`, with the device and the versions that were measured."""
     RESULTS.mkdir(exist_ok=True)
     import transformers
     import trl
@@ -198,7 +209,7 @@ def page(path: Path, table: Callable[[dict], str]) -> str:
 
     Args:
         path: the JSON file.
-        table: from what the file holds to Markdown with a heading.
+        table: makes Markdown with a heading from the content of the file.
     """
     found = json.loads(path.read_text())
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
@@ -210,10 +221,10 @@ def page(path: Path, table: Callable[[dict], str]) -> str:
 
 
 def so_far(name: str, fresh: bool, made_with: dict[str, Any]) -> tuple[Path, dict[str, dict]]:
-    """The file of results on this device, and what is in it.
+    """The file of results on this device, and its results.
 
     Raises:
-        ValueError: they were made with other settings, and `fresh` does not forget them.
+        ValueError: it was made with other settings, and `fresh` is not set.
     """
     path = RESULTS / f"{name}_{device_name()}.json"
     if fresh:
@@ -222,5 +233,5 @@ def so_far(name: str, fresh: bool, made_with: dict[str, Any]) -> tuple[Path, dic
     before = found.get("made_with", {})
     other = [f"{k}={before.get(k)}, now {v}" for k, v in made_with.items() if before.get(k) != v]
     if other:
-        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): --fresh forgets these results")
+        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}): --fresh deletes these results")
     return path, found["results"]

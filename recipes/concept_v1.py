@@ -4,8 +4,8 @@
     python recipes/concept_v1.py --baseline fixed --stride 8 --concepts_per_stride 2
     python recipes/concept_v1.py --baseline lora --model_name Qwen/Qwen3-0.6B --dataset openai/gsm8k --dataset_config main
 
-The same rows, steps, LoRA and evaluation as recipes/concept_v2.py, from the same configuration files, into
-`lora/` and `fixed/` of runs/concept_v1 or what --output_dir names.
+Rows, steps, LoRA, evaluation and configuration files are those of recipes/concept_v2.py. The results are written to
+`lora/` and `fixed/` in runs/concept_v1, or in the folder that --output_dir names.
 """
 
 import os
@@ -29,7 +29,7 @@ from trl_ext.concept.recipe import ScriptArguments, parse, refuse_resume, run
 
 
 CONFIGS = Path(__file__).parent / "configs"
-# In place of what a configuration for concepts decided by the head says
+# Values that replace those of a configuration for concepts chosen by the head
 BASELINES = {
     "lora": {"use_concepts": False},
     "fixed": {
@@ -46,7 +46,7 @@ SET = {name for fields in BASELINES.values() for name in fields}
 
 @dataclass
 class BaselineArguments(ScriptArguments):
-    """`ScriptArguments` and which baseline."""
+    """`ScriptArguments` and the choice of baselines."""
 
     baseline: str = field(default="both", metadata={"help": f"{', '.join(BASELINES)} or both."})
 
@@ -58,8 +58,8 @@ class BaselineArguments(ScriptArguments):
 def main() -> None:
     for flag in underscored(sys.argv[1:]):
         if (name := flag.removeprefix("--").partition("=")[0]) in SET and flag.startswith("--"):
-            raise ValueError(f"--{name}: a baseline is one because of its own; recipes/concept_v2.py takes this flag")
-    # Not where the configuration file puts the run that these are measured against
+            raise ValueError(f"--{name}: baselines set this themselves; recipes/concept_v2.py takes this flag")
+    # Not the configuration's own output folder: it belongs to the run that these are compared with
     script, data, args = parse(sys.argv[1:], BaselineArguments, CONFIGS, output_dir="runs/concept_v1")
     names = list(BASELINES) if script.baseline == "both" else [script.baseline]
     if len(names) > 1:
@@ -73,4 +73,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there
+    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort

@@ -1,13 +1,13 @@
-"""Online concept compression: a language model whose middle layers read discrete concepts only, made of its own tokens.
+"""Online concept compression: a language model whose middle layers read only discrete concepts, made of its own tokens.
 
     make train-concept                                  # the embedded default; with a GPU, Qwen3-0.6B on GSM8K
     python recipes/concept_v2.py --preset literal --output_dir runs/concept_literal
     python recipes/concept_v2.py --model_name Qwen/Qwen3-0.6B --dataset openai/gsm8k --dataset_config main --lora_r 32
     python recipes/concept_v2.py --resume_from_checkpoint latest
 
-Every field of TRL's SFTConfig and of ConceptConfig is a flag; `--config FILE.yaml` sets many. Writes the model (`final/`),
-`summary.json`, `curves.png` and `concepts.html`, which shows held-out texts with the ends of their concepts and the
-codewords, into the output directory.
+Every field of TRL's SFTConfig and of ConceptConfig is a flag; `--config FILE.yaml` sets many. Writes the model
+(`final/`), `summary.json`, `curves.png` and `concepts.html` to the output directory. The page shows held-out texts
+with their concepts and codewords.
 """
 
 import os
@@ -102,4 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there
+    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort

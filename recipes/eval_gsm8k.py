@@ -1,12 +1,12 @@
-"""Accuracy of a checkpoint by hybrid or plain decoding, and what the thinking states contribute.
+"""Accuracy of a checkpoint with hybrid or plain decoding, and the contribution of the thinking states.
 
     python recipes/eval_gsm8k.py --checkpoint runs/hrpo_tiny/final                       # the embedded task
     python recipes/eval_gsm8k.py --checkpoint runs/hrpo_gsm8k/final --dataset openai/gsm8k --dataset_config main
     python recipes/eval_gsm8k.py --checkpoint runs/hrpo_tiny/final --thinking zero shuffle noise off
 
-Each way of thinking is a row: accuracy with its 95% interval, format rate, mean length, thinking share. `on` is the model
-as it was trained, `zero`, `shuffle` (another row's states) and `noise` (same norm) replace its states, `off` is plain
-decoding of the same weights.
+The table has a row for each value of --thinking: accuracy with its 95% interval, format rate, mean length, thinking
+share. `on` is the model as it was trained. `zero`, `shuffle` (another row's states) and `noise` (same norm) replace
+its states. `off` is plain decoding with the same weights.
 """
 
 import json
@@ -27,7 +27,7 @@ from unsloth_ext.common.backend import unsloth_can_run
 
 
 if unsloth_can_run()[0]:
-    import unsloth  # noqa: F401 - before transformers, or its models stay stock
+    import unsloth  # noqa: F401 - must be imported before transformers to patch its models
 
 from rich.table import Table
 
@@ -44,36 +44,39 @@ from unsloth_ext.common.hub import saved_settings
 
 @dataclass
 class EvalArguments:
-    """What to evaluate, and how."""
+    """Flags: what to evaluate, and how."""
 
     flags_title = "Model, data and evaluation"
 
-    checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
+    checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model, or a hub id."})
     split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
-    limit: int | None = field(default=None, metadata={"help": "Use the first so many problems."})
+    limit: int | None = field(default=None, metadata={"help": "Use only this many of the first problems."})
     thinking: list[str] = field(
         default_factory=lambda: ["on"], metadata={"help": "Any of: on, zero, shuffle, noise, off."}
     )
     answer_delimiter: str = field(default="####", metadata={"help": "Text that ends the thinking."})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest completion; by default 512, of the tiny task 36."}
+        default=None,
+        metadata={"help": "Maximum number of tokens of a completion; default: 512, or 36 for the tiny task."},
     )
     max_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Prompt and completion together, in tokens; by default what the model has, at most 2048."},
+        metadata={"help": "Maximum length of prompt and completion in tokens; default: the model's, at most 2048."},
     )
-    batch_size: int = field(default=64, metadata={"help": "Rows decoded at once."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling and of soft embeddings: as in training."})
+    batch_size: int = field(default=64, metadata={"help": "Batch size of decoding."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely token."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of sampling and of soft embeddings, as in training."}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits."})
     seed: int = field(
         default=0,
-        metadata={"help": "Training's seed, where problems are generated."},
+        metadata={"help": "Seed of the training, for generated problems."},
     )
-    held_out: int = field(default=400, metadata={"help": "The tiny task's number of held-out problems."})
+    held_out: int = field(default=400, metadata={"help": "Number of held-out problems of the tiny task."})
     output: str | None = field(
         default=None,
-        metadata={"help": "JSON file; by default eval.json, in CHECKPOINT if that is the folder of a thinking model."},
+        metadata={"help": "JSON file; default: eval.json, in CHECKPOINT if it is the folder of a thinking model."},
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class EvalArguments:
             raise ValueError("answer_delimiter='': give the text that ends the thinking, such as '####'")
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature={self.temperature}: must be more than 0; the likeliest token is taken without --do_sample"
+                f"temperature={self.temperature}: must be more than 0; without --do_sample, decoding is greedy"
             )
         unknown = set(self.thinking) - {"on", "off", *ABLATIONS}
         if unknown or not self.thinking:
@@ -105,8 +108,8 @@ def main() -> None:
     thinks = saved_settings(args.checkpoint, "hrpo") is not None
     if not thinks and set(args.thinking) != {"off"}:
         raise ValueError(
-            f"--checkpoint {args.checkpoint} never learnt to think: its thinking modules would be random; --thinking off "
-            "measures it as it is"
+            f"--checkpoint {args.checkpoint} has no trained thinking modules, and new ones would be random; --thinking off "
+            "measures the model as it is"
         )
     ours = thinks and Path(args.checkpoint).is_dir()
     output = output or writable_file((Path(args.checkpoint) if ours else Path()) / "eval.json", "--output")
@@ -115,7 +118,7 @@ def main() -> None:
         args.checkpoint,
         max_seq_length=args.max_seq_length,
         load_in_4bit=args.load_in_4bit,
-        thinking=None if thinks else ThinkingConfig(),  # which nothing asks for
+        thinking=None if thinks else ThinkingConfig(),  # unused: thinking is off
     )
     new = args.max_new_tokens or (36 if data.dataset == "tiny" else 512)
     if args.max_seq_length:

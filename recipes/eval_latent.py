@@ -4,10 +4,11 @@
     python recipes/eval_latent.py --checkpoint runs/kava_gsm8k/final --dataset openai/gsm8k --dataset_config main
     python recipes/eval_latent.py --checkpoint runs/codi_tiny/final --num_latents 1 2 4 6 --show 8
 
-Answers are generated, never teacher-forced. Rows of the first table: `on` as trained; `zero`, `shuffle` (another
-question's) and `noise` (same norm) in place of the latent inputs; `off`, plain generation by the same weights, which is the
-teacher writing its steps out. Then accuracy with fewer latent tokens, the words that the LM head reads in them, and a
-picture of their keys and values against the teacher's (`latent.png`). Everything is in `eval.json` too.
+Answers are generated, never teacher-forced. Rows of the first table: `on` is the trained model. `zero`, `shuffle`
+(another question's) and `noise` (same norm) replace the latent inputs. `off` is plain generation with the same
+weights: the teacher, which writes its steps. Then follow the accuracy with fewer latent tokens, the tokens that the LM
+head decodes from them, and a picture of their keys and values against the teacher's (`latent.png`). All results are in
+`eval.json` too.
 """
 
 import json
@@ -43,40 +44,42 @@ from unsloth_ext.latent.config import thinking_with
 
 @dataclass
 class EvalArguments:
-    """What to evaluate, and how."""
+    """Flags: what to evaluate, and how."""
 
     flags_title = "Model, data and evaluation"
 
-    checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model; or a hub id."})
+    checkpoint: str = field(metadata={"help": "Folder of an adapter or a full model, or a hub id."})
     dataset: str = field(
-        default="tiny", metadata={"help": "A hub id or a file as for training; 'tiny' is the embedded task."}
+        default="tiny", metadata={"help": "A hub id or a file, as for training; 'tiny' is the built-in task."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
     split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
-    limit: int | None = field(default=None, metadata={"help": "Use the first so many questions."})
+    limit: int | None = field(default=None, metadata={"help": "Use only this many of the first questions."})
     latents: list[str] = field(
         default_factory=lambda: list(LATENTS), metadata={"help": f"Any of: {', '.join(LATENTS)}."}
     )
     num_latents: list[int] = field(
-        default_factory=list, metadata={"help": "Numbers of latent tokens to try; by default four up to all."}
+        default_factory=list, metadata={"help": "Numbers of latent tokens to try; default: four numbers up to all."}
     )
     answer_prompt: str | None = field(
-        default=None, metadata={"help": "Text before every answer, as in training; by default training's."}
+        default=None, metadata={"help": "Text before each answer; default: the default of training."}
     )
     step_separator: str | None = field(
-        default=None, metadata={"help": "Text after every step, as in training; by default training's."}
+        default=None, metadata={"help": "Text after each step; default: the default of training."}
     )
     max_new_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Longest answer, explicit steps included; by default 256, of the tiny task as long as one is."
+            "help": "Maximum number of tokens of an answer with explicit steps; default: 256, or 32 for the tiny task."
         },
     )
-    batch_size: int = field(default=64, metadata={"help": "Questions answered at once."})
-    show: int = field(default=4, metadata={"help": "Questions whose latent tokens are shown."})
-    seed: int = field(default=0, metadata={"help": "The tiny task's seed (--warm_start_seed of the training)."})
-    held_out: int = field(default=500, metadata={"help": "The tiny task's number of held-out questions."})
-    output: str | None = field(default=None, metadata={"help": "Folder for eval.json, latent.png; default CHECKPOINT."})
+    batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation."})
+    show: int = field(default=4, metadata={"help": "Number of questions whose latent tokens are shown."})
+    seed: int = field(default=0, metadata={"help": "Seed of the tiny task (--warm_start_seed of the training)."})
+    held_out: int = field(default=500, metadata={"help": "Number of held-out questions of the tiny task."})
+    output: str | None = field(
+        default=None, metadata={"help": "Folder for eval.json and latent.png; default: CHECKPOINT."}
+    )
 
     def __post_init__(self) -> None:
         at_least(self, limit=1, max_new_tokens=1, batch_size=1, show=0)
@@ -115,7 +118,7 @@ def accuracy_table(results: dict[str, LatentEvaluation], title: str, first: str)
 def main() -> None:
     (args,) = RecipeParser(EvalArguments).parse_args_and_config()
     folder = writable_folder(args.output, "--output") if args.output else None
-    thinks = saved_settings(args.checkpoint, "latent") is not None  # or else LatentModel will say what is wrong
+    thinks = saved_settings(args.checkpoint, "latent") is not None  # if not, LatentModel will report what is wrong
     ours = args.checkpoint if thinks and Path(args.checkpoint).is_dir() else "."
     folder = folder or writable_folder(ours, "--output")
     rows = rows_of(args)
@@ -125,7 +128,7 @@ def main() -> None:
     fewer = args.num_latents or sorted({max(1, trained * i // 4) for i in range(1, 5)})
     if not all(1 <= m <= trained for m in fewer):
         raise ValueError(
-            f"--num_latents {' '.join(map(str, fewer))}: the model was trained with {trained}; 1 to {trained}"
+            f"--num_latents {' '.join(map(str, fewer))}: the model was trained with {trained}; choose 1 to {trained}"
         )
     how = {
         "answer_prompt": args.answer_prompt,
@@ -143,11 +146,11 @@ def main() -> None:
         with thinking_with(model, num_latents=count):
             by_number[str(count)] = evaluate_answers(model, tokenizer, rows, **how)
     console.print(accuracy_table(by_number, f"With fewer than the {trained} of training", "number"))
-    console.print("Passes through the model and milliseconds are a question's, answered in batches.")
+    console.print("Forward passes and milliseconds are per question, answered in batches.")
 
     looked = probe(model, tokenizer, rows, k=1, batch_size=args.batch_size)
     table = Table(
-        title="What the LM head reads in each latent token (likeliest)", title_justify="left", show_lines=True
+        title="Most likely token that the LM head decodes from each latent token", title_justify="left", show_lines=True
     )
     for heading in ("question", "steps", "latent tokens"):
         table.add_column(heading)
@@ -156,11 +159,13 @@ def main() -> None:
     console.print(table)
     if looked.found is not None:
         console.print(
-            f"Results of the steps that some latent token reads as: {looked.found:.1%} "
-            f"(of another question's results: {looked.by_chance:.1%})"
+            f"Results of steps that some latent token decodes to: {looked.found:.1%} "
+            f"(for another question's results: {looked.by_chance:.1%})"
         )
 
-    with_steps = [row for row in rows if len(row["steps"]) > 1][: args.batch_size]  # the last one is no part of a trace
+    with_steps = [row for row in rows if len(row["steps"]) > 1][
+        : args.batch_size
+    ]  # the last step is not part of a trace
     if with_steps:
         tokens = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, True, None)
         collate = LatentCollator(tokenizer.pad_token_id, backbone_of(model).latent_token_ids[2])

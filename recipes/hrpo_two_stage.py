@@ -1,11 +1,11 @@
-"""HRPO in two stages: the thinking projection left as it is, then trained at a rate and on a schedule of its own.
+"""HRPO in two stages: first with a frozen thinking projection, then with a trained one and a new schedule.
 
     make train-hrpo-two-stage                            # the embedded default; ARGS="--output_dir mine --seed 1"
     python recipes/hrpo_two_stage.py --model_name Qwen/Qwen2.5-1.5B-Instruct --lr_thinking_projection 5e-5
 
-All flags of recipes/hrpo_gsm8k.py, which is run twice: into `stage_1/` of the output folder with
---lr_thinking_projection 0, then into `stage_2/` from the weights that stage 1 has left. Steps and epochs are those of each
-stage; what a --config says of them, and of the projection's rate in stage 2, counts.
+It runs recipes/hrpo_gsm8k.py twice and takes all of its flags. Stage 1 writes to `stage_1/` of the output folder, with
+--lr_thinking_projection 0. Stage 2 starts from its weights and writes to `stage_2/`. Steps and epochs are per stage. Steps,
+epochs and the projection's rate in stage 2 may come from a --config file.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ from trl_ext.common.run_folder import begun_by, check_free, resume_command
 
 
 RECIPE = Path(__file__).parent / "hrpo_gsm8k.py"
-STEPS = {"tiny": 45, "smollm2": 4}  # of a stage; other models train an epoch
+STEPS = {"tiny": 45, "smollm2": 4}  # steps per stage; other models train for one epoch
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
         type=Path,
         default=Path("runs/hrpo_two_stage"),
         metavar="FOLDER",
-        help="Holds stage_1/ and stage_2/ (default: runs/hrpo_two_stage).",
+        help="Folder for stage_1/ and stage_2/ (default: runs/hrpo_two_stage).",
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="A configuration file of recipes/hrpo_gsm8k.py, for both stages."
@@ -47,12 +47,10 @@ def main() -> int:
         "--lr_thinking_projection",
         type=float,
         metavar="NUMBER",
-        help="Learning rate of the thinking projection in stage 2 (default: the --config's, or 5e-5); in stage 1 it is 0.",
+        help="Learning rate of the thinking projection in stage 2 (default: from --config, or 5e-5); stage 1 uses 0.",
     )
-    parser.add_switch("--overwrite", "Delete what earlier runs have left in both folders, and begin anew.")
-    parser.add_argument(
-        "--check_flags", action="store_true", help="Say whether flags and configuration are right, and exit."
-    )
+    parser.add_switch("--overwrite", "Delete earlier runs in both folders and start over.")
+    parser.add_argument("--check_flags", action="store_true", help="Check flags and configuration, and exit.")
     parser.add_argument("--resume_from_checkpoint", nargs="?", const="latest", help=SUPPRESS)
     parser.add_argument("--help_all", action="help", help=SUPPRESS)
     given, others = parser.parse_known_args()
@@ -65,8 +63,8 @@ def main() -> int:
     first, second = given.output_dir / "stage_1", given.output_dir / "stage_2"
     if given.resume_from_checkpoint:
         command = begun_by(second) or begun_by(first) or ["recipes/hrpo_gsm8k.py", "--output_dir", str(second)]
-        raise ValueError(f"--resume_from_checkpoint: resume the stage itself: {resume_command(command)}")
-    if given.check_flags:  # which are the same for both stages
+        raise ValueError(f"--resume_from_checkpoint: resume the stage with its own command: {resume_command(command)}")
+    if given.check_flags:  # the flags are the same for both stages
         return subprocess.run([sys.executable, str(RECIPE), *others, "--check_flags"], check=False).returncode
     for folder in (first, second):
         check_free(folder, given.overwrite)

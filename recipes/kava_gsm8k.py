@@ -1,13 +1,13 @@
-"""KaVa (arXiv 2510.02312) on GSM8K-Aug, or, with no hub and no GPU, on equations with a tiny model taught here.
+"""KaVa (arXiv 2510.02312) on GSM8K-Aug, or, without hub and GPU, on equations with a tiny model that is trained here.
 
     make train-kava                                     # the embedded default; with a GPU, Qwen2.5-0.5B on GSM8K-Aug
     python recipes/kava_gsm8k.py --model_name meta-llama/Llama-3.2-1B-Instruct --preset kava-llama-1b-aug
     python recipes/kava_gsm8k.py --model_name FOLDER --dataset train.jsonl --eval_dataset test.jsonl
     python recipes/kava_gsm8k.py --resume_from_checkpoint latest
 
-Every field of TRL's SFTConfig and of KAVAConfig is a flag; `--config FILE.yaml` sets many, `--preset NAME` the published
-ones. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory; recipes/eval_latent.py
-analyses the adapter.
+Every field of TRL's SFTConfig and of KAVAConfig is a flag; `--config FILE.yaml` sets many, `--preset NAME` the
+published ones. Writes the adapter (`final/`), `summary.json` and `curves.png` into the output directory;
+recipes/eval_latent.py analyses the adapter.
 """
 
 import os
@@ -51,7 +51,7 @@ def main() -> None:
     datasets = tokenized(train, held_out, tokenizer, args)
     console.print(train.report())
 
-    # Model and trainer: the trainer loads the model and gives it its latent tokens before LoRA wraps it
+    # Model and trainer: the trainer loads the model and attaches the latent tokens before LoRA wraps it
     how = evaluation_options(script, args)
     accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_answers(model, tokenizer, held_out, **how))
     set_seed(args.seed)
@@ -70,7 +70,7 @@ def main() -> None:
     # Train
     trainer.train(resume_from_checkpoint=resume)
 
-    # Evaluate: with latent tokens, with something else in their place, and with explicit steps
+    # Evaluate: with latent tokens, with replaced latent tokens, and with explicit steps
     after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
     explicit_after = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
     trainer.save_model(str(output / "final"))
@@ -99,4 +99,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there
+    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort

@@ -1,4 +1,4 @@
-"""A student that follows a larger teacher's keys, values and attention, beside plain SFT on the same rows.
+"""KV distillation: SFT of a student that also follows a larger teacher's keys, values and attention.
 
     make train-kv-distill                                    # the embedded default; with a GPU, Qwen2.5-7B to 1.5B on GSM8K
     python recipes/kv_distill.py --kv_projection_mode flat --output_dir runs/kv_flat
@@ -6,8 +6,8 @@
         Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k --dataset_config main
     python recipes/kv_distill.py --resume_from_checkpoint latest
 
-Every field of TRL's SFTConfig and of KVDistillConfig is a flag; `--config FILE.yaml` sets many. Writes the student and the
-projection (`final/`, `final/aligner/`), `summary.json` and `curves.png` into the output directory.
+Every field of TRL's SFTConfig and of KVDistillConfig is a flag; `--config FILE.yaml` sets many. Writes the student and
+the projection (`final/`, `final/aligner/`), `summary.json` and `curves.png` into the output directory.
 """
 
 import os
@@ -47,11 +47,14 @@ EMBEDDED = ("tiny",)
 
 @dataclass
 class ScriptArguments(RecipeArguments):
-    """What the recipe adds to the trainer's configuration; `model_name` is the student."""
+    """The recipe's own flags, besides the trainer's configuration; `model_name` is the student."""
 
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in evaluation."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Maximum number of tokens of a completion in evaluation."}
+    )
     teacher_steps: int = field(
-        default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
+        default=equations.TEACHER.warm_start_steps,
+        metadata={"help": "Number of SFT steps that train the tiny teacher."},
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +63,7 @@ class ScriptArguments(RecipeArguments):
 
 
 def load_tiny(script: ScriptArguments, args: KVDistillConfig):
-    """Student, teacher's folder, tokenizer, training and held-out rows of the embedded default."""
+    """Student, folder of the teacher, tokenizer, training and held-out rows of the built-in task."""
     teacher = warm_start.tiny_with_steps(
         Path(script.cache_dir),
         seed=script.warm_start_seed,
@@ -77,7 +80,7 @@ def load_tiny(script: ScriptArguments, args: KVDistillConfig):
 
 
 def load_data(script: ScriptArguments, data: DataArguments, args: KVDistillConfig, tokenizer):
-    """Training and held-out rows."""
+    """The training rows and the held-out rows."""
     examples, train, held_out = data.split(
         train_size=script.train_size, eval_dataset=script.eval_dataset, eval_size=script.eval_size, seed=args.seed
     )
@@ -139,4 +142,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there
+    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort

@@ -1,14 +1,15 @@
-"""A planner writes a short plan in typed concepts, an executor writes the text from the plan alone: one backbone for both.
+"""A planner writes a short plan of typed concepts, and an executor writes the text from the plan alone, with one
+backbone.
 
     make train-planner                                  # the embedded default; with a GPU, Qwen3-0.6B on GSM8K
     python recipes/planner_executor.py --config recipes/configs/planner_tiny.yaml --model_name runs/planner_tiny/final \
-        --training hard_em --output_dir runs/planner_em                    # go on from a model that plans
+        --training hard_em --output_dir runs/planner_em                    # start from a model with a planner
     python recipes/planner_executor.py --types '[{"name": "what", "num_concepts": 64, "quota": 4}]' --multi_token true
     python recipes/planner_executor.py --resume_from_checkpoint latest
 
 Every field of TRL's SFTConfig and of PlannerExecutorConfig is a flag; `--config FILE.yaml` sets many. Writes the model
-(`final/`), `summary.json`, `curves.png` and `monitors.png` into the output directory, and shows held-out texts beside what
-was written from their plans and from random ones.
+(`final/`), `summary.json`, `curves.png` and `monitors.png` to the output directory. It also prints held-out texts with
+the texts that were written from their plans and from random plans.
 """
 
 import os
@@ -55,16 +56,18 @@ TINY = facts.Size(layers=2, width=64)
 
 @dataclass
 class ScriptArguments(RecipeArguments):
-    """What the recipe adds to the trainer's configuration."""
+    """The recipe's own flags, besides the trainer's configuration."""
 
-    facts: int = field(default=1, metadata={"help": "Facts of a tiny text; 10.6 bits each."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest text in evaluation."})
-    answer_delimiter: str = field(default="####", metadata={"help": "Stands before the answer in a completion."})
+    facts: int = field(default=1, metadata={"help": "Number of facts in a tiny text, 10.6 bits each."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Maximum number of tokens of a text in evaluation."})
+    answer_delimiter: str = field(default="####", metadata={"help": "Text before the answer in a completion."})
     monitor_every: int = field(
-        default=50, metadata={"help": "Steps between the monitors that need passes of their own."}
+        default=50, metadata={"help": "Number of steps between monitors that need extra forward passes."}
     )
-    auto: bool = field(default=False, metadata={"help": "Let the monitors act on what they see, not only advise."})
-    show: int = field(default=12, metadata={"help": "Held-out texts shown."})
+    auto: bool = field(
+        default=False, metadata={"help": "Let the monitors change settings instead of only giving advice."}
+    )
+    show: int = field(default=12, metadata={"help": "Number of held-out texts to print."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +75,7 @@ class ScriptArguments(RecipeArguments):
 
 
 def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConfig):
-    """A model, its tokenizer, training and held-out rows, and what stands before an answer."""
+    """The model, its tokenizer, training and held-out rows, and the text before an answer."""
     plans = script.model_name != "tiny" and saved_settings(script.model_name, "planner") is not None
     if not plans:
         check_tiny(script.model_name, data.dataset)
@@ -88,7 +91,9 @@ def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConf
         model = load_causal_lm(script.model_name, trust_remote_code=args.trust_remote_code)
     if data.dataset == "tiny":
         if tokenizer.get_vocab() != facts.tokenizer().get_vocab():
-            raise ValueError(f"--model_name {script.model_name} --dataset tiny: the model was made for other texts")
+            raise ValueError(
+                f"--model_name {script.model_name} --dataset tiny: the model has another tokenizer than the tiny task"
+            )
         return model, tokenizer, *facts.sentences(script.eval_size, script.warm_start_seed, script.facts), None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -100,24 +105,24 @@ def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConf
 
 
 def show(before: PlanEvaluation, after: PlanEvaluation, console: PlainConsole) -> None:
-    """Figures before and after training, then the samples."""
+    """Print metrics before and after training, then the samples."""
     table = Table(title=f"Held-out texts: {after.n}", title_justify="left")
     for head in ("", "before", "after"):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
     per_type = lambda values: ", ".join(f"{name} {value:.1f}" for name, value in values.items())  # noqa: E731
     for label, value in (
-        ("written right", lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"),
+        ("written correctly", lambda e: f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})"),
         ("  from a random plan", lambda e: f"{e.random_accuracy:.1%}"),
-        ("tokens that are the likeliest", lambda e: f"{e.token_accuracy:.1%}"),
-        ("NLL, nats a token", lambda e: f"{e.nll:.3f}"),
+        ("tokens predicted as most likely", lambda e: f"{e.token_accuracy:.1%}"),
+        ("NLL, nats per token", lambda e: f"{e.nll:.3f}"),
         ("  without a plan", lambda e: f"{e.nll_null:.3f}"),
         ("  another text's plan", lambda e: f"{e.nll_shuffled:.3f}"),
         ("  a random plan", lambda e: f"{e.nll_random:.3f}"),
-        ("concepts of a plan", lambda e: per_type(e.lengths)),
-        ("perplexity of their use", lambda e: per_type(e.perplexity)),
-        ("plans that differ", lambda e: f"{e.distinct:.0%}"),
-        ("bits of a plan, bits it explains", lambda e: f"{e.bits:.1f}, {e.explained_bits:.1f}"),
-        ("tokens for each concept", lambda e: f"{e.ratio:.2f}"),
+        ("concepts per plan", lambda e: per_type(e.lengths)),
+        ("perplexity of concept usage", lambda e: per_type(e.perplexity)),
+        ("different plans", lambda e: f"{e.distinct:.0%}"),
+        ("bits of a plan, bits explained", lambda e: f"{e.bits:.1f}, {e.explained_bits:.1f}"),
+        ("tokens per concept", lambda e: f"{e.ratio:.2f}"),
         ("ms to plan, to write", lambda e: f"{e.plan_ms:.1f}, {e.write_ms:.1f}"),
     ):
         table.add_row(label, value(before), value(after))
@@ -138,8 +143,8 @@ def main() -> None:
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     if not args.use_planner:
         raise ValueError(
-            "use_planner=False: this recipe shows and measures plans, which plain SFT has none of; in Python "
-            "PlannerExecutorTrainer takes it"
+            "use_planner=False: this recipe measures plans, which plain SFT does not have; in Python, "
+            "PlannerExecutorTrainer accepts it"
         )
     started = time.time()
     console, output, resume = start(args, script, EMBEDDED)
@@ -192,4 +197,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # with the trainer gone; several processes left to the exit may abort there
+    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort

@@ -2,13 +2,13 @@
 
     make profile-alignment                                # the embedded default: the tiny teacher, an untrained student
     python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B --student Qwen/Qwen2.5-1.5B --mode structured \\
-        --batch_size 2 --seq_length 100               # sums written out, made in code
+        --batch_size 2 --seq_length 100               # on sums that are made in code
     python recipes/profile_alignment.py --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-1.5B-Instruct \\
         --mode both --dataset openai/gsm8k --dataset_config main --batch_size 4 --seq_length 256
     python recipes/profile_alignment.py --student runs/kv_distill_tiny/final --aligner runs/kv_distill_tiny/final/aligner
 
-Each mode is shown as it starts, and with the projection fitted in closed form on the first batch; both are measured on the
-second. Writes `profile.json` and `profile.png` (map of heads, attention side by side) into the output directory.
+Each mode is measured twice on the second batch: with its initial projection, and with one fitted in closed form on the
+first batch. Writes `profile.json` and `profile.png` (map of heads, attention side by side) to the output directory.
 """
 
 import json
@@ -59,7 +59,7 @@ SHOWN = {
 
 @dataclass
 class ProfileArguments:
-    """What to look at."""
+    """Flags: which models, data and alignment to profile."""
 
     flags_title = "Models, data and alignment"
 
@@ -68,27 +68,34 @@ class ProfileArguments:
     )
     teacher: str = field(default="tiny", metadata={"help": "'tiny', a hub id or a folder."})
     student: str = field(default="tiny", metadata={"help": "'tiny' (untrained), a hub id or a folder."})
-    aligner: str | None = field(default=None, metadata={"help": "Folder of a trained projection, in place of modes."})
-    batch_size: int = field(default=8, metadata={"help": "Rows in each of the two batches."})
-    seq_length: int = field(default=128, metadata={"help": "Longest row in tokens; longer ones are cut."})
+    aligner: str | None = field(
+        default=None, metadata={"help": "Folder of a trained projection, used instead of modes."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Number of rows in each of the two batches."})
+    seq_length: int = field(
+        default=128, metadata={"help": "Maximum length of a row in tokens; longer rows are truncated."}
+    )
     answer_delimiter: str | None = field(
-        default=None, metadata={"help": "Text before the answer; None: '####', and '#' in the tiny task."}
+        default=None, metadata={"help": "Text before the answer; None: '####', or '#' for the tiny task."}
     )
     direction: str = field(
-        default="student_to_teacher", metadata={"help": f"What is projected: {' or '.join(DIRECTIONS)}."}
+        default="student_to_teacher", metadata={"help": f"Which side is projected: {' or '.join(DIRECTIONS)}."}
     )
-    layer_map: str = field(default="uniform", metadata={"help": "Which of the teacher's layers: 'uniform' or 'last'."})
+    layer_map: str = field(default="uniform", metadata={"help": "Teacher layers to compare with: 'uniform' or 'last'."})
     rope_space: str = field(
         default="rerotate",
         metadata={"help": "How rotary embeddings are treated when key heads are mixed: 'rerotate', 'pre' or 'post'."},
     )
     teacher_steps: int = field(
-        default=equations.TEACHER.warm_start_steps, metadata={"help": "Steps of SFT that make the tiny teacher."}
+        default=equations.TEACHER.warm_start_steps,
+        metadata={"help": "Number of SFT steps that train the tiny teacher."},
     )
-    held_out: int = field(default=500, metadata={"help": "Held-out rows of the tiny task (--eval_size of training)."})
-    seed: int = field(default=0, metadata={"help": "Seed of the tiny task and of what starts at random."})
-    cache_dir: str = field(default="runs/cache", metadata={"help": "Where the tiny teacher is kept between runs."})
-    output: str = field(default="runs/profile_alignment", metadata={"help": "Folder for profile.json, profile.png."})
+    held_out: int = field(
+        default=500, metadata={"help": "Number of held-out rows of the tiny task (--eval_size of training)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the tiny task and of random weights."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Folder where the tiny teacher is cached."})
+    output: str = field(default="runs/profile_alignment", metadata={"help": "Folder for profile.json and profile.png."})
 
     def __post_init__(self) -> None:
         at_least(self, batch_size=1, seq_length=2, teacher_steps=1, held_out=1)
@@ -128,7 +135,7 @@ def load(args: ProfileArguments, data: DataArguments):
 
 
 def sums(count: int, seq_length: int, seed: int) -> list[dict[str, str]]:
-    """Rows with `question`, `solution`, `answer` for any tokenizer: additions of two to about `seq_length / 16` numbers."""
+    """Rows with `question`, `solution`, `answer` for any tokenizer: sums of 2 to about `seq_length / 16` numbers."""
     rng, found = random.Random(seed), []
     for _ in range(count):
         total, *rest = (rng.randint(1, 99) for _ in range(rng.randint(2, max(2, seq_length // 16))))
@@ -141,7 +148,7 @@ def sums(count: int, seq_length: int, seed: int) -> list[dict[str, str]]:
 
 
 def batches(args: ProfileArguments, tokenizer, rows) -> list[dict[str, torch.Tensor]]:
-    """Two, tokenized, with segments."""
+    """Two tokenized batches with segments."""
     if len(rows) < 2 * args.batch_size:
         raise ValueError(
             f"{len(rows)} rows; --batch_size {args.batch_size} needs {2 * args.batch_size} for its two batches"

@@ -1,8 +1,8 @@
 """Training side: configurations and trainers that are drop-ins for TRL's, with their losses and diagnostics.
 
 Names are resolved on first use. `trl.GRPOTrainer` may be TRL's own class or the one that Unsloth generated, and
-`HRPOTrainer`
-subclasses whichever is in place at that moment. So import Unsloth, if you use it, before you use these names.
+`HRPOTrainer` subclasses whichever is in place at that moment. So import Unsloth, if you use it, before you use these
+names.
 """
 
 import importlib

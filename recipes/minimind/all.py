@@ -1,11 +1,11 @@
-"""Every stage of a small language model, one after the other, and the report.
+"""Run every stage of a small language model, one after the other, and the report.
 
     make minimind                                        # the embedded default
     make minimind ARGS="--overwrite --run_dir runs/mine --pretrain '--max_steps 600' --dpo '--beta 0.2'"
     python recipes/minimind/all.py --published           # MiniMind's sizes, with its files in dataset/
 
-Each stage is a recipe of its own and takes its own flags, given in one string. `--run_dir` moves all folders of the
-embedded default; of a folder that holds stages already only `--overwrite` deletes anything, and only what the stages made.
+Each stage is a separate recipe; its flags are given in one string. `--run_dir` moves all folders of the embedded
+default. If a folder holds stages already, only `--overwrite` deletes anything, and only files that the stages made.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from trl_ext.common.spelling import underscored
 
 RECIPES = Path(__file__).parent
 STAGES = ("tokenizer", "pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
-RUN_DIR = "runs/minimind"  # as the configurations call it
+RUN_DIR = "runs/minimind"  # the folder in the configurations
 
 
 def command(name: str, run_dir: str, published: bool, flags: list[str]) -> list[str]:
-    """A stage's, with its configuration's folders moved."""
+    """The command of a stage, with the folders of its configuration moved to `run_dir`."""
     config = RECIPES / "configs" / f"{name}{'' if published else '_tiny'}.yaml"
     made = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(config)]
     if not published and run_dir != RUN_DIR:
@@ -50,7 +50,7 @@ def words(text: str) -> list[str]:
 
 
 def joined(argv: list[str]) -> list[str]:
-    """`--dpo --packing` as `--dpo=--packing`, which argparse takes for a value."""
+    """The command line with `--dpo --packing` as `--dpo=--packing`, which argparse reads as a value."""
     found, rest = [], iter(argv)
     for word in rest:
         value = next(rest, None) if word.removeprefix("--") in STAGES and word.startswith("--") else None
@@ -61,31 +61,33 @@ def joined(argv: list[str]) -> list[str]:
 def main() -> int:
     parser = CommandLine(
         description=__doc__.split("\n\n")[0],
-        epilog="A stage's own flags go to it in one string: --sft '--max_steps 100'; --sft --help shows them.",
+        epilog="Give a stage's own flags in one string: --sft '--max_steps 100'; --sft --help shows them.",
     )
     parser.add_argument(
-        "--run_dir", default=RUN_DIR, metavar="FOLDER", help=f"Where the stages' folders are (default: {RUN_DIR})."
+        "--run_dir", default=RUN_DIR, metavar="FOLDER", help=f"Folder of all stages (default: {RUN_DIR})."
     )
-    parser.add_switch("--published", "MiniMind's published sizes and files.")
-    parser.add_switch("--overwrite", "Delete what earlier runs have left in the stages' folders, and begin anew.")
-    parser.add_argument("--check_flags", action="store_true", help="Say whether the stages' flags are right, and exit.")
+    parser.add_switch("--published", "Use MiniMind's published sizes and files.")
+    parser.add_switch("--overwrite", "Delete earlier runs in the stages' folders and start over.")
+    parser.add_argument("--check_flags", action="store_true", help="Check the stages' flags, and exit.")
     parser.add_argument(
         "--stages",
         nargs="+",
         default=STAGES,
         choices=STAGES,
         metavar="STAGE",
-        help=f"Only these, in the usual order: {', '.join(STAGES)}.",
+        help=f"Run only these, in the usual order: {', '.join(STAGES)}.",
     )
     for name in STAGES:
-        parser.add_argument(f"--{name}", type=words, default=[], metavar="FLAGS", help=f"For {name}.py, in one string.")
+        parser.add_argument(
+            f"--{name}", type=words, default=[], metavar="FLAGS", help=f"Flags of {name}.py, in one string."
+        )
     options, others = parser.parse_known_args(joined(sys.argv[1:]))
     try:
         parser.refuse(others)
     except ValueError as error:
-        raise ValueError(f"{error}; a stage's own flags go to it in one string: --sft '--max_steps 100'") from None
+        raise ValueError(f"{error}; give a stage's own flags in one string: --sft '--max_steps 100'") from None
     if options.published and options.run_dir != RUN_DIR:
-        parser.error("--run_dir moves the embedded default; the published configurations name their folders themselves")
+        parser.error("--run_dir only moves the embedded default; the published configurations name their own folders")
     names = [name for name in STAGES if name in options.stages]
     run_dir = Path("runs/minimind_gpu" if options.published else options.run_dir)
     there = [str(run_dir / name) for name in names if holds_results(run_dir / name)]
@@ -94,20 +96,20 @@ def main() -> int:
         folders = [run_dir / name for name in names if checkpoints(run_dir / name)]
         cut_short = [folder for folder in folders if begun_by(folder) and noted(folder, "finished") is None]
         parser.error(
-            f"{', '.join(there)}: holds a run already; --overwrite deletes what it made, --run_dir names another folder, "
-            + (f"--stages {others} goes on with the others" if others else "--stages takes some of the stages")
+            f"{', '.join(there)}: holds a run already; --overwrite deletes it, --run_dir names another folder, "
+            + (f"--stages {others} runs the others" if others else "--stages runs some of the stages")
             + "".join(f"; {folder} has not finished: {resume_command(begun_by(folder))}" for folder in cut_short)
         )
     commands = {}
     for name in STAGES:
         given = underscored(getattr(options, name))
         if given and name not in names:
-            parser.error(f"--{name}: --stages leaves this stage out")
+            parser.error(f"--{name}: this stage is not among --stages")
         if name in names and not options.check_flags:
             check_free(run_dir / name, options.overwrite)
         moved = [flag for flag in given if flag.partition("=")[0] in ("--run_dir", "--output_dir", "--overwrite")]
         if moved:
-            parser.error(f"--{name}: {moved[0]} is for all stages: give --run_dir or --overwrite without --{name}")
+            parser.error(f"--{name}: {moved[0]} applies to all stages: give --run_dir or --overwrite outside --{name}")
         commands[name] = command(name, options.run_dir, options.published, given)
         if {"-h", "--help", "--help_all"} & {*given}:
             return subprocess.run(commands[name], check=False).returncode
@@ -116,7 +118,7 @@ def main() -> int:
             if right.returncode:
                 return right.returncode
     if options.check_flags:
-        print(f"{parser.prog}: flags are right")
+        print(f"{parser.prog}: flags are valid")
         return 0
     for name in names:
         overwrite = ["--overwrite", "true"] if options.overwrite else []

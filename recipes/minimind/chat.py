@@ -24,10 +24,10 @@ class Arguments(FolderArguments):
     flags_title = "Dialogue"
 
     model_name: str = field(default="", metadata={"help": "Hub id or folder of the model to talk to."})
-    say: list[str] | None = field(default=None, metadata={"help": "What to say, turn by turn, instead of typing it."})
+    say: list[str] | None = field(default=None, metadata={"help": "User turns, instead of typing them."})
     system: str | None = field(default=None, metadata={"help": "The system message."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0: always the most probable token."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Maximum number of tokens of an answer."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0: always the most likely token."})
 
     def __post_init__(self) -> None:
         at_least(self, max_new_tokens=1, temperature=0)

@@ -23,14 +23,14 @@ from unsloth_ext.common.hub import load_tokenizer
 
 @dataclass
 class Arguments(DataStageArguments):
-    preset: str = field(default="tiny", metadata={"help": "Size and architecture: see docs/minimind.md."})
+    preset: str = field(default="tiny", metadata={"help": "Size and architecture; see docs/minimind.md."})
     tokenizer: str = field(
         default="runs/minimind/tokenizer/final", metadata={"help": "Folder or hub id of the tokenizer."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.model_name = self.tokenizer  # what the stage begins with
+        self.model_name = self.tokenizer  # the model that the stage starts from
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     config, tokenizer = minimind_config(stage.preset), load_tokenizer(stage.tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"--tokenizer {stage.tokenizer} has {len(tokenizer)} tokens, --preset {stage.preset} embeddings for "
+            f"--tokenizer {stage.tokenizer} has {len(tokenizer)} tokens, but --preset {stage.preset} has embeddings for "
             f"{config.vocab_size}; recipes/minimind/tokenizer.py --vocab_size {config.vocab_size} makes one that fits"
         )
     train, held_out = stage.load("pretrain", "pretrain")

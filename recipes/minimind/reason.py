@@ -20,7 +20,7 @@ from trl_ext.minimind.stage import StageArguments, load_model, parse, run
 @dataclass
 class Arguments(StageArguments):
     every_row_tagged: bool = field(
-        default=True, metadata={"help": "Refuse an answer without all four tags; off for files that mix in others."}
+        default=True, metadata={"help": "Refuse answers without all four tags; set to false for mixed files."}
     )
 
 

@@ -24,8 +24,12 @@ from unsloth_ext import train_tokenizer
 
 @dataclass
 class Arguments(DataStageArguments):
-    vocab_size: int = field(default=6400, metadata={"help": "Tokens, three special ones and 256 bytes among them."})
-    output_dir: str = field(default="runs/minimind/tokenizer", metadata={"help": "Where the tokenizer is saved."})
+    vocab_size: int = field(
+        default=6400, metadata={"help": "Number of tokens, including three special tokens and 256 bytes."}
+    )
+    output_dir: str = field(
+        default="runs/minimind/tokenizer", metadata={"help": "Folder where the tokenizer is saved."}
+    )
 
 
 def bytes_per_token(tokenizer, rows) -> float:

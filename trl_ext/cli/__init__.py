@@ -1,1 +1,1 @@
-"""The command line: flags and their help, configuration files, recipes' shared parts, reports, errors as sentences."""
+"""The command line: flags and their help, configuration files, shared parts of recipes, reports, readable errors."""

@@ -1,5 +1,8 @@
-"""Names that other programs give to our fields: accepted where the meaning is the same, answered with the way here where it
-is not. docs/migrating.md is their table."""
+"""Other programs' names for our fields.
+
+A name with the same meaning is accepted. For others, the error says what to use here. docs/migrating.md shows the
+table.
+"""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 from trl_ext.common.spelling import did_you_mean
 
 
-# Theirs: ours, and where they differ, ours for each of their values
+# Their name: our name, and if values differ, our value for each of theirs
 RENAMED: dict[str, str | tuple[str, dict[str, str]]] = {
     # the public HRPO scripts and the note
     "lr": "learning_rate",
@@ -20,7 +23,7 @@ RENAMED: dict[str, str | tuple[str, dict[str, str]]] = {
     "model_name_or_path": "model_name",
     "teacher": "teacher_model_name_or_path",
     "student": "model_name",
-    # CODI's and the note's on latent tokens
+    # CODI's code and the note on latent tokens
     "num_latent": "num_latents",
     "num_latent_tokens": "num_latents",
     "num_iterations": "iterations",
@@ -42,21 +45,21 @@ RENAMED: dict[str, str | tuple[str, dict[str, str]]] = {
     "num_epochs": "num_train_epochs",
 }
 ANSWERED = {
-    "max_prompt_length": "TRL no longer cuts prompts",
-    "batch_size": "a step has per_device_train_batch_size x gradient_accumulation_steps rows",
-    "use_prj": "projection_dim=N projects to that width, and null (the default) does not",
-    "layerwise_std": "codi_std_mode and kv_std_mode are divide_loss, normalize_states (layerwise_std: true) or none",
-    "kv_budget": "the trace is compressed to num_latents keys; while decoding, CompressedCache(model, budget=...) has one",
-    "B_buffer": "while decoding, CompressedCache(model, buffer=...) has it; training has none",
-    "greedy": "greedy is what happens without do_sample",
+    "max_prompt_length": "TRL no longer truncates prompts",
+    "batch_size": "a step has per_device_train_batch_size x gradient_accumulation_steps rows per process",
+    "use_prj": "set projection_dim=N for a projection of that width, or null (the default) for none",
+    "layerwise_std": "set codi_std_mode and kv_std_mode to divide_loss, normalize_states (layerwise_std: true) or none",
+    "kv_budget": "training compresses the trace to num_latents keys; for decoding, use CompressedCache(model, budget=...)",
+    "B_buffer": "training has none; for decoding, use CompressedCache(model, buffer=...)",
+    "greedy": "decoding is greedy without do_sample",
 }
-# What bounds lengths in place of `max_prompt_length`, where a recipe has it
+# The fields that limit lengths instead of `max_prompt_length`, if a recipe has them
 BOUNDS = {
     "max_seq_length": "prompt and completion together",
     "max_completion_length": "the completion",
     "max_length": "the whole row",
 }
-# Blocks of a configuration file: their keys and the fields that these are
+# Blocks of a configuration file: their keys and the corresponding fields
 BLOCKS: dict[str, dict[str, str]] = {
     "lora": {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "lora_target_modules"},
     "loss": {
@@ -71,10 +74,15 @@ BLOCKS: dict[str, dict[str, str]] = {
 
 
 def renamed(name: str, value: Any, known: Collection[str]) -> tuple[str, Any] | None:
-    """Our name and value for what another program calls `name`; None where it is ours or nobody's.
+    """Our name and value for another program's flag; None if the name is ours or unknown.
+
+    Args:
+        name: name of the flag.
+        value: its value.
+        known: our names.
 
     Raises:
-        ValueError: there is no such thing here, or no such value of it; says what is.
+        ValueError: there is no such setting or value here. The message says what to use.
     """
     if name in known:
         return None
@@ -85,21 +93,25 @@ def renamed(name: str, value: Any, known: Collection[str]) -> tuple[str, Any] | 
             return target, value
         theirs = str(value).lower()
         if theirs not in values:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(values)}; here it is {target}")
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(values)}; our name is {target}")
         return target, values[theirs]
     if name in ANSWERED:
         answer = ANSWERED[name]
         if name == "max_prompt_length":
             answer += "".join(f"; {bound} bounds {what}" for bound, what in BOUNDS.items() if bound in known)
-        raise ValueError(f"{name}: there is no such setting here: {answer}")
+        raise ValueError(f"{name}: this setting does not exist here: {answer}")
     return None
 
 
 def flattened(fields: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """A configuration file's fields without its blocks, under our names.
+    """The fields of a configuration file without blocks, under our names.
+
+    Args:
+        fields: the content of the file.
+        known: our names.
 
     Raises:
-        ValueError: an unknown key in a block, a field given twice, or one that is not here.
+        ValueError: a block has an unknown key, a field is given twice, or the recipe has no such field.
     """
     flat: dict[str, tuple[str, Any]] = {}
 
@@ -109,7 +121,7 @@ def flattened(fields: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{place.removesuffix(name)}{error}") from None
         if ours in flat:
-            raise ValueError(f"{place} and {flat[ours][0]} are both {ours}; give one of them")
+            raise ValueError(f"{place} and {flat[ours][0]} both set {ours}; give only one of them")
         flat[ours] = (place, value)
 
     for name, value in fields.items():

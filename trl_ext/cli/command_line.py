@@ -1,4 +1,4 @@
-"""A command line whose flags are given in full, in either spelling, and whose mistakes are sentences."""
+"""A command line with full flag names in either spelling and readable errors."""
 
 import argparse
 import re
@@ -9,17 +9,17 @@ from typing import Any, NoReturn
 from trl_ext.common.spelling import did_you_mean, underscored
 
 
-MOST_CHOICES = 250  # characters of them that are shown
+MOST_CHOICES = 250  # longer lists are not shown
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class CommandLine(argparse.ArgumentParser):
-    """`argparse` without abbreviations: `--model_n` is an error that names `--model_name`, and does not stand for it.
+    """`argparse` without abbreviations: `--model_n` is an error that suggests `--model_name`.
 
-    `--model-name` and `--model_name` are one flag.
+    `--model-name` and `--model_name` are the same flag.
 
     Raises:
-        ValueError: from `parse_args` and `parse_known_args`, where argparse prints its usage and exits.
+        ValueError: from `parse_args` and `parse_known_args`, where argparse would print its usage and exit.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -29,7 +29,7 @@ class CommandLine(argparse.ArgumentParser):
         return super().add_argument(*underscored(names), **kwargs)
 
     def add_switch(self, name: str, help: str) -> argparse.Action:
-        """A flag that is on when it is given, alone or as `--name true`."""
+        """Add a flag that is on if it is given, alone or as `--name true`."""
         return self.add_argument(
             name, nargs="?", const=True, default=False, type=_truth, metavar="true|false", help=help
         )
@@ -51,10 +51,10 @@ class CommandLine(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
     def refuse(self, others: Sequence[str]) -> None:
-        """Raises a ValueError for the first of what no flag has taken."""
+        """Raise a ValueError for the first word that no flag has accepted."""
         for other in others:
             if not other.startswith("--"):
-                raise ValueError(f"{other}: neither a flag nor the value of one; a flag is --name value")
+                raise ValueError(f"{other}: neither a flag nor the value of a flag; write flags as --name value")
             name = other[2:].partition("=")[0]
             known = [option[2:] for action in self._actions for option in action.option_strings]
             raise ValueError(f"--{name}: there is no such flag{did_you_mean(name, known, '--')}")

@@ -1,5 +1,8 @@
-"""The screen: the one place where a rich console is made. What is printed often comes from outside, from data, paths and
-models, so nothing is markup and no word is an emoji; paths are never broken, so that they can be copied."""
+"""Output to the terminal: the only place that creates a rich console.
+
+Output often contains text from outside, such as data, paths and model names. So nothing is read as markup or emoji, and
+paths are never broken across lines, so that they can be copied.
+"""
 
 import os
 from typing import Any
@@ -9,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 
-LOG_WIDTH = 160  # columns of a table in a file, which has no width of its own
+LOG_WIDTH = 160  # width of tables in a file, which has no width itself
 
 
 class PlainConsole(Console):
-    """A rich console that prints what it is given letter by letter.
+    """A rich console that prints text unchanged.
 
     Args:
-        quiet: print nothing, as the ranks behind the first do.
+        quiet: print nothing, as on all ranks but the first.
     """
 
     def __init__(self, quiet: bool = False):
@@ -25,7 +28,7 @@ class PlainConsole(Console):
             self.width = LOG_WIDTH
 
     def print(self, *objects: Any, **how: Any) -> None:
-        """As rich's, but text stays on one line, and so does a table's title."""
+        """Print like rich, but keep each text and each title of a table on one line."""
         for each in objects:
             if isinstance(each, Table) and isinstance(each.title, str):
                 super().print(Text(each.title, style="italic"), soft_wrap=True)

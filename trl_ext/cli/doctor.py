@@ -1,6 +1,8 @@
-"""`make doctor`: versions found and tested, the backend and why, the patches that would apply. Exit status 1 on the
-first version that nobody tested (unless the override is set). Upstream code that differs from what a patch was written
-for is a warning."""
+"""`make doctor`: found and tested versions, the backend and the reason for it, and the patches that would apply.
+
+The exit status is 1 if a version is untested, unless the override is set. Upstream code that differs from the code that
+a patch was written for gives a warning.
+"""
 
 import importlib.util
 import sys
@@ -27,7 +29,7 @@ def main() -> int:
     _patches_list(console, use_unsloth)
     for status in patches.status().values():
         for warning in status.warnings:
-            console.print(f"warning: {warning}; read the upstream code, then record its fingerprint", style="yellow")
+            console.print(f"warning: {warning}; read the upstream code and record its fingerprint", style="yellow")
     if not problems:
         console.print("all versions are tested together", style="green")
         return 0
@@ -51,14 +53,14 @@ def _versions_table(console: PlainConsole, problems: dict[str, str]) -> None:
 
 
 def _patches_list(console: PlainConsole, use_unsloth: bool) -> None:
-    """In lines, for a table would break the names of what is replaced."""
+    """Print patches line by line. A table would break the names of what they replace."""
     for used in (True, False):
         console.print("patches that are used here" if used else "patches that are not used here")
         for name in patches.NAMES:
             patch = patches.get(name)
             applies = patch.package not in ("unsloth", "unsloth_zoo") or use_unsloth
             if used == (applies and importlib.util.find_spec(patch.package) is not None):
-                console.print(f"  {name}{' (for a while)' if patch.scoped else ''}: {patch.reason}")
+                console.print(f"  {name}{' (temporarily)' if patch.scoped else ''}: {patch.reason}")
                 console.print(f"    in {patch.target}")
 
 

@@ -1,4 +1,4 @@
-"""How `--help` shows flags: in groups with titles, the method's own first, and what a value is."""
+"""The `--help` text of flags: titled groups with the method's own flags first, and the kind of each value."""
 
 import argparse
 import inspect
@@ -11,37 +11,41 @@ OURS = ("trl_ext", "unsloth_ext", "__main__")
 GENERAL = "General"
 USUAL_TITLE = "Training, the flags used most"
 REST = "Training, the rest"
-# TRL's and transformers' fields that nearly every run sets, in words that hold here
+# Help for fields of TRL and transformers that nearly every run sets, as they work here
 USUAL = {
     "output_dir": "Folder for checkpoints, the trained model and the summary.",
-    "resume_from_checkpoint": "'latest', checkpoint-N of output_dir, or a checkpoint's folder: go on from there.",
-    "max_steps": "Optimizer steps; -1: as many as num_train_epochs makes.",
-    "num_train_epochs": "Passes over the training rows, where max_steps is -1.",
-    "learning_rate": "Highest learning rate, of what has none of its own.",
-    "lr_scheduler_type": "How the learning rate goes on.",
-    "warmup_steps": "Steps in which the learning rate rises; below 1 a share of all steps.",
-    "per_device_train_batch_size": "Rows, or in reinforcement completions, that one device takes at once.",
-    "gradient_accumulation_steps": "Such batches in an optimizer step.",
+    "resume_from_checkpoint": "Resume from 'latest', checkpoint-N of output_dir, or a checkpoint's folder.",
+    "max_steps": "Number of optimizer steps; -1: use num_train_epochs.",
+    "num_train_epochs": "Number of passes over the training rows if max_steps is -1.",
+    "learning_rate": "Peak learning rate of parameters without a rate of their own.",
+    "lr_scheduler_type": "Schedule of the learning rate.",
+    "warmup_steps": "Steps of warm-up; a number below 1 is a share of all steps.",
+    "per_device_train_batch_size": "Rows (in reinforcement learning: completions) per device and micro-batch.",
+    "gradient_accumulation_steps": "Number of micro-batches per optimizer step.",
     "num_generations": "Number of completions per prompt in a rollout.",
-    "max_completion_length": "Longest completion in a rollout, in tokens.",
-    "temperature": "Of sampling a rollout: 1 is the model's own distribution.",
-    "beta": "How strongly the policy is held to the reference model; 0: not at all.",
-    "max_length": "Longest row, in tokens; longer ones are cut.",
-    "logging_steps": "Steps from one line of figures to the next.",
+    "max_completion_length": "Maximum length of a completion in a rollout, in tokens.",
+    "temperature": "Sampling temperature of rollouts; 1 is the model's own distribution.",
+    "beta": "Coefficient of the KL to the reference model; 0: no reference model.",
+    "max_length": "Maximum length of a row in tokens; longer rows are truncated.",
+    "logging_steps": "Number of steps between two logs.",
     "save_strategy": "When checkpoints are saved.",
-    "save_steps": "Steps from one checkpoint to the next.",
-    "seed": "Seed of all that is random in training.",
+    "save_steps": "Number of steps between two checkpoints.",
+    "seed": "Seed of all random numbers in training.",
     "bf16": "Compute in bfloat16.",
-    "use_cpu": "Train on the CPU even where there is a GPU.",
-    "report_to": "Where figures go: none, tensorboard, wandb, ...",
+    "use_cpu": "Train on the CPU even if there is a GPU.",
+    "report_to": "Experiment tracker: none, tensorboard, wandb, ...",
 }
 PACKAGES = {"trl": "TRL", "transformers": "transformers"}
 METAVARS = {int: "N", float: "NUMBER", bool: "true|false", dict: "JSON"}
 
 
 def title_of(dtype: type, name: str | None) -> str:
-    """Of the group that a field belongs to: what the first of our classes to declare it says (`flags_title`). Without a
-    field, of the class itself."""
+    """The title of the group that a field belongs to: `flags_title` of our first class that declares it.
+
+    Args:
+        dtype: a dataclass of flags.
+        name: name of the field; None: the title of the class itself.
+    """
     declaring = [cls for cls in dtype.__mro__ if name in inspect.get_annotations(cls)]
     ours = [cls for cls in declaring if cls.__module__.split(".")[0] in OURS]
     if ours or name is None:
@@ -51,10 +55,10 @@ def title_of(dtype: type, name: str | None) -> str:
 
 
 def plain_type(hint: Any) -> Any:
-    """A field's type without None, of a list its elements'; None where that leaves several."""
+    """The type of a field without None, or the element type of a list; None if several types are left."""
     given = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = [kind for kind in given if kind is not type(None)]
-    if len(kinds) == 2 and str in kinds:  # as JSON on a command line
+    if len(kinds) == 2 and str in kinds:  # given as JSON on a command line
         kinds.remove(str)
     if get_origin(kinds[0]) is list:
         return plain_type(get_args(kinds[0])[0])
@@ -62,7 +66,7 @@ def plain_type(hint: Any) -> Any:
 
 
 class FlagsHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """Flags and their values on one line, and names, paths and addresses whole, as they are to be copied."""
+    """A help formatter that prints flags with their values on one line and never breaks names, paths and addresses."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
@@ -79,7 +83,7 @@ class FlagsHelp(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _as_typed(value: Any) -> str:
-    """A default as one would type it; with `%` as argparse wants it."""
+    """A default value as one would type it, with `%` escaped for argparse."""
     if isinstance(value, list):
         return " ".join(_as_typed(each) for each in value)
     if isinstance(value, bool):

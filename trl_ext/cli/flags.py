@@ -1,4 +1,7 @@
-"""Which configuration file a recipe reads before its flags are parsed. Imports nothing that Unsloth must precede."""
+"""Choice of the configuration file that a recipe reads, before its flags are parsed.
+
+This module imports nothing that must be imported after Unsloth.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +11,20 @@ import yaml
 from trl_ext.cli.command_line import CommandLine
 
 
-NAMES = ("model_name", "model_name_or_path", "student")  # of the model
+NAMES = ("model_name", "model_name_or_path", "student")  # flags that name the model
 
 
 def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
-    """The model's name, the configuration file and the other flags.
+    """The model's name, the configuration file, and the other flags.
 
-    The file is what `--config` names, or `folder/<method>_<model>.yaml` for an embedded model (the first of them without
-    any flag) and `folder/<method>_gsm8k.yaml` for any other.
+    The file is the one that `--config` names. Otherwise it is `folder/<method>_<model>.yaml` for an embedded model
+    (without flags, the first of them), and `folder/<method>_gsm8k.yaml` for any other model.
+
+    Args:
+        argv: the command line.
+        folder: folder of the configuration files.
+        method: first part of their names.
+        embedded: names of the embedded models.
     """
     peek = CommandLine(add_help=False)
     peek.add_argument("--config", type=Path)
@@ -31,14 +40,14 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
 
 
 def chosen_preset(config: Path, flags: list[str]) -> str | None:
-    """The preset that flags or else the configuration file name."""
+    """The preset that the flags name, or else the configuration file."""
     peek = CommandLine(add_help=False)
     peek.add_argument("--preset", default=read_config(config).get("preset"))
     return peek.parse_known_args(flags)[0].preset
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of which no key occurs twice."""
+    """A YAML loader that refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -51,10 +60,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a configuration file: YAML in UTF-8, or UTF-16 with a byte order mark.
+    """The fields of a configuration file: YAML in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
-        ValueError: no such file, or it is not a YAML mapping.
+        ValueError: there is no such file, or it is not a YAML mapping.
     """
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file")
@@ -62,13 +71,13 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if "\0" in text:
-            raise ValueError("a zero byte, so not UTF-8; save the file in that encoding")
+            raise ValueError("contains a zero byte, so it is not UTF-8; save the file as UTF-8")
         found = yaml.load(text, _Loader)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"--config {path}, line {line}: not UTF-8; save the file in that encoding") from error
+        raise ValueError(f"--config {path}, line {line}: not UTF-8; save the file as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"--config {path}: not `field: value` lines")
+        raise ValueError(f"--config {path}: does not consist of `field: value` lines")
     return found

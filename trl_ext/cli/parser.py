@@ -1,4 +1,7 @@
-"""A recipe's flags: every field of its dataclasses, over a configuration file. Imports TRL, which Unsloth must precede."""
+"""The flags of a recipe: every field of its dataclasses, with a configuration file below them.
+
+This module imports TRL, so Unsloth must be imported before it.
+"""
 
 import argparse
 import dataclasses
@@ -26,24 +29,26 @@ from .flag_help import GENERAL, METAVARS, REST, USUAL, USUAL_TITLE, FlagsHelp, p
 from .flags import read_config
 
 
-# What a configuration file says of its dataset is not said of another one
+# These settings of a configuration file apply only to its own dataset
 OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dataset_config")
-MADE_HERE = ("tiny", "embedded")  # datasets that hold out rows of their own
+MADE_HERE = ("tiny", "embedded")  # built-in datasets, which have their own held-out rows
 
 
-NO_BF16 = "doesn't support bf16/gpu"  # as transformers 5.17 says it, of whatever model was meant
+NO_BF16 = "doesn't support bf16/gpu"  # part of the message of transformers 5.17
 
 
 class RecipeParser(CommandLine, TrlParser):
-    """TRL's parser with full names in either spelling, other programs' names, checked configuration files, and our flags
-    first in `--help`; `--help_all` shows the rest.
+    """TRL's parser with full flag names in either spelling, other programs' names, and checked configuration files.
+
+    `--help` shows our flags first; `--help_all` shows all.
 
     Args:
-        embedded: models that are no folders and not on the hub.
-        instead: fields whose value in a configuration file does not count.
+        dataclass_types: the dataclasses whose fields become flags.
+        embedded: names of models that are neither folders nor on the hub.
+        instead: values that replace those of a configuration file.
 
     Raises:
-        ValueError: from `parse_args_and_config`, for what is wrong with a flag, a file, or the fields together.
+        ValueError: from `parse_args_and_config`, if a flag, a file, or a combination of fields is wrong.
     """
 
     def __init__(
@@ -56,32 +61,35 @@ class RecipeParser(CommandLine, TrlParser):
         about = (getattr(sys.modules["__main__"], "__doc__", None) or "").split("\n\n")[0]
         super().__init__(dataclass_types, description=about, add_help=False, formatter_class=FlagsHelp, **kwargs)
         general = self._group(GENERAL)
-        general.add_argument("-h", "--help", action="help", help="Show the flags used most and their values, and exit.")
+        general.add_argument("-h", "--help", action="help", help="Show the most used flags and their values, and exit.")
         general.add_argument(
             "--help_all",
             action=_HelpAll,
             nargs=0,
             default=argparse.SUPPRESS,
-            help="Show all flags, every one of TRL's and transformers' too.",
+            help="Show all flags, including all of TRL and transformers.",
         )
         general.add_argument(
-            "--config", metavar="FILE", default=argparse.SUPPRESS, help="A YAML file of fields; flags win over it."
+            "--config", metavar="FILE", default=argparse.SUPPRESS, help="A YAML file of fields; flags override it."
         )
         general.add_argument(
             "--check_flags",
             action="store_true",
             default=argparse.SUPPRESS,
-            help="Say whether flags and configuration are right, and exit.",
+            help="Check flags and configuration, and exit.",
         )
         general.add_argument(
-            "--traceback", action="store_true", default=argparse.SUPPRESS, help="Show where a user's error comes from."
+            "--traceback",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="Show the traceback of errors that are otherwise one sentence.",
         )
         for action in self._actions:
             # `--a-b` is read as `--a_b`
             action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
             if isinstance(action, argparse._StoreFalseAction):  # transformers' `--no_x`, beside `--x false`
                 action.help = argparse.SUPPRESS
-            elif action.choices:  # which argparse would show as one word that no line can hold
+            elif action.choices:  # argparse would show all choices as one long word
                 action.metavar = "NAME"
                 action.help = f"{action.help or ''} One of: {', '.join(map(str, action.choices))}."
             elif action.dest in self.types:
@@ -89,7 +97,7 @@ class RecipeParser(CommandLine, TrlParser):
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         hints, declared = get_type_hints(dtype), {each.name: each for each in dataclasses.fields(dtype) if each.init}
-        # The recipe's own fields before those that it shares with others
+        # The recipe's own fields come before the shared ones
         for name in dict.fromkeys(name for cls in dtype.__mro__ for name in inspect.get_annotations(cls)):
             if name in declared:
                 self.types[name] = hints[name]
@@ -106,7 +114,7 @@ class RecipeParser(CommandLine, TrlParser):
         return self.groups[title]
 
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """One instance of each dataclass: flags over what `--config` names."""
+        """One instance of each dataclass. Flags override the file that `--config` names."""
         given = sys.argv[1:] if args is None else args
         peek = CommandLine(add_help=False)
         peek.add_argument("--config", type=Path)
@@ -119,27 +127,27 @@ class RecipeParser(CommandLine, TrlParser):
             self._set_from(options.config, peek.parse_known_args(flags)[0].dataset)
         found = self.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
         if options.check_flags:
-            print(f"{self.prog}: flags and configuration are right", flush=True)
+            print(f"{self.prog}: flags and configuration are valid", flush=True)
             sys.exit(0)
         return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, others = super().parse_known_args(args, namespace)
         self.refuse(others)
-        self._model_name = getattr(found, "model_name", None)  # the namespace is emptied later
+        self._model_name = getattr(found, "model_name", None)  # kept here, because the namespace is emptied later
         check_values(found)
         for name in OF_THE_DATASET:
             if name in self.types and str(getattr(found, name)).lower() in ("none", "null"):
                 setattr(found, name, None)
         if getattr(found, "eval_dataset", None) and found.dataset in MADE_HERE:
             raise ValueError(
-                f"eval_dataset={found.eval_dataset}: dataset={found.dataset} holds out rows of its own, so this would not "
+                f"eval_dataset={found.eval_dataset}: dataset={found.dataset} has its own held-out rows, so this would not "
                 "be read; name a file to train on with --dataset, or leave it out"
             )
         if getattr(found, "train_size", None) and found.dataset == "tiny":
             raise ValueError(
-                f"train_size={found.train_size}: the tiny task makes its own rows, all of which train; leave it out, or "
-                "name a file to train on with --dataset"
+                f"train_size={found.train_size}: the tiny task makes its own rows and trains on all of them; leave it out, "
+                "or name a file to train on with --dataset"
             )
         if "resume_from_checkpoint" in self.types:
             found.resume_from_checkpoint = _resume(found.resume_from_checkpoint)
@@ -152,12 +160,14 @@ class RecipeParser(CommandLine, TrlParser):
             if NO_BF16 not in str(error):
                 raise
             way_out = ""
-            if self.embedded and self._model_name not in self.embedded:  # a typo chooses the configuration for a GPU
+            if (
+                self.embedded and self._model_name not in self.embedded
+            ):  # a mistyped model name also leads to the GPU configuration
                 check_name(self._model_name)  # type: ignore[arg-type]  # a recipe with `embedded` has the flag
-                way_out = f", or --model_name {self.embedded[0]}, made for it"
+                way_out = f", or --model_name {self.embedded[0]}, which is made for it"
             made_for = f" {self.config} does not say use_cpu: true;" if self.config else ""
             raise ValueError(
-                f"bf16=True: there is no GPU here that computes in it;{made_for} to train on the CPU: --use_cpu true "
+                f"bf16=True: no GPU here supports it;{made_for} to train on the CPU: --use_cpu true "
                 f"--bf16 false{way_out}"
             ) from error
 
@@ -178,11 +188,11 @@ class RecipeParser(CommandLine, TrlParser):
         hidden = [action for title in rest for action in self.groups[title]._group_actions]
         more = sum(action.help is not argparse.SUPPRESS for action in hidden)
         if more and not self.everything:
-            formatter.add_text(f"{more} more flags, TRL's and transformers', with --help_all")
+            formatter.add_text(f"{more} more flags of TRL and transformers are shown by --help_all")
         return formatter.format_help()
 
     def _our_names(self, argv: Sequence[str]) -> list[str]:
-        """Other programs' flags under our names."""
+        """Replace other programs' flags by ours."""
         words, found = underscored(argv), []
         while words:
             word = words.pop(0)
@@ -204,14 +214,14 @@ class RecipeParser(CommandLine, TrlParser):
         return found
 
     def _set_from(self, file: Path, dataset: str | None) -> None:
-        """The file's fields as defaults, each checked against its field's type."""
+        """Use the file's fields as defaults, after checking each against the type of its field."""
         fields = read_config(file)
-        environment = fields.pop("env", {})  # as TRL's parser has it
+        environment = fields.pop("env", {})  # as in TRL's parser
         if not isinstance(environment, dict):
             raise ValueError(f"{file}: env: {environment!r} is not a mapping of environment variables")
         os.environ.update({key: str(value) for key, value in environment.items()})
         try:
-            named = self._option_string_actions  # a field's other names among them
+            named = self._option_string_actions  # includes other names of a field
             fields = {named[f"--{key}"].dest if f"--{key}" in named else key: value for key, value in fields.items()}
             fields = {k: v for k, v in flattened(fields, self.types).items() if k not in self.instead}
             for name in fields:
@@ -221,7 +231,7 @@ class RecipeParser(CommandLine, TrlParser):
                 left_out = {name: fields.pop(name) for name in OF_THE_DATASET if name in fields}
                 if left_out and os.environ.get("RANK", "0") == "0":
                     said = ", ".join(f"{name}={value}" for name, value in left_out.items())
-                    print(f"{file}: {said} left out, as --dataset {dataset} is not {fields.get('dataset')}", flush=True)
+                    print(f"{file}: {said} ignored: --dataset {dataset} is not {fields.get('dataset')}", flush=True)
             if "resume_from_checkpoint" in fields:
                 fields["resume_from_checkpoint"] = _resume(fields["resume_from_checkpoint"])
             actions = {action.dest: action for action in reversed(self._actions)}
@@ -239,10 +249,16 @@ class _HelpAll(argparse.Action):
 
 
 def fitted(name: str, value: Any, hint: Any, action: argparse.Action) -> Any:
-    """A configuration file's value as its field takes it.
+    """A configuration file's value, converted to the type of its field.
+
+    Args:
+        name: name of the field.
+        value: the value in the file.
+        hint: the type of the field.
+        action: the flag's action.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: the value does not fit the type.
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     plain = {get_origin(kind) or kind for kind in kinds}
@@ -298,5 +314,5 @@ def _as_yaml(value: Any) -> str:
 
 
 def _resume(value: Any) -> Any:
-    """transformers' true is our latest."""
+    """`resume_from_checkpoint` with transformers' "true" as our "latest"."""
     return {"true": "latest", "false": None}.get(str(value).lower(), value)

@@ -1,4 +1,4 @@
-"""What the training recipes share: flags, what is checked before anything is loaded, and how a run ends."""
+"""Shared parts of the training recipes: flags, checks before anything is loaded, and the end of a run."""
 
 import time
 from dataclasses import dataclass, field
@@ -18,29 +18,29 @@ from .resuming import claim, explain_the_end
 
 @dataclass
 class LoraArguments:
-    """LoRA, as a recipe's flags say it."""
+    """Flags of LoRA."""
 
     flags_title = "LoRA"
 
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0: none."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0: no LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale (alpha) of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the layers with LoRA; 'all-linear': all of them."},
+        metadata={"help": "Names of the layers with LoRA; 'all-linear': all linear layers."},
     )
 
     def __post_init__(self) -> None:
         at_least(self, lora_r=0, lora_alpha=1)
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: a share from 0 to less than 1")
+            raise ValueError(f"lora_dropout={self.lora_dropout}: must be from 0 to less than 1")
 
     def lora_modules(self) -> str | list[str]:
-        """`lora_target_modules` as PEFT takes them."""
+        """`lora_target_modules` in PEFT's format."""
         return "all-linear" if self.lora_target_modules == ["all-linear"] else self.lora_target_modules
 
     def lora(self) -> LoraConfig | None:
-        """LoRA as asked for, on a causal language model; None with rank 0."""
+        """The LoRA configuration for a causal language model; None if the rank is 0."""
         if not self.lora_r:
             return None
         return LoraConfig(
@@ -54,7 +54,7 @@ class LoraArguments:
 
 @dataclass
 class RecipeArguments(LoraArguments):
-    """What a recipe adds to its trainer's configuration."""
+    """A recipe's flags besides its trainer's configuration."""
 
     flags_title = "Model, data and evaluation"
 
@@ -62,16 +62,18 @@ class RecipeArguments(LoraArguments):
     train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Held-out hub id or file; without one, a file's last eval_size rows are held out."},
+        metadata={
+            "help": "Held-out dataset, a hub id or file; without one, the last eval_size rows of a file are held out."
+        },
     )
     eval_size: int = field(default=500, metadata={"help": "Number of held-out problems."})
-    eval_every: int = field(default=0, metadata={"help": "Measure held-out accuracy every so many steps; 0 never."})
-    eval_batch: int = field(default=250, metadata={"help": "Problems answered at once in evaluation."})
-    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the tiny task's data and warm start."})
-    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm starts are kept between runs."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run has left in output_dir, and begin anew."}
+    eval_every: int = field(
+        default=0, metadata={"help": "Number of steps between measurements of held-out accuracy; 0: never."}
     )
+    eval_batch: int = field(default=250, metadata={"help": "Batch size of evaluation."})
+    warm_start_seed: int = field(default=0, metadata={"help": "Seed of the data and the warm start of the tiny task."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Folder where warm starts are cached."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir and start over."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,17 +81,25 @@ class RecipeArguments(LoraArguments):
 
 
 def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tuple[PlainConsole, Path, str | None]:
-    """The console, the output folder, which is this run's from now on, and the checkpoint to resume from.
+    """Start or resume a run.
 
     Args:
-        script: the recipe's own arguments: `model_name`, `overwrite`, and `init_from` where the recipe has it.
+        args: the trainer's configuration.
+        script: the recipe's own arguments: `model_name`, `overwrite`, and `init_from` if the recipe has it.
+        embedded: names of the embedded models.
+
+    Returns:
+        The console, the output folder, which is now locked for this run, and the checkpoint to resume from.
 
     Raises:
-        ValueError: from `claim`, an embedded model in several processes, or `overwrite` of what the run begins with.
+        ValueError: from `claim`; for an embedded model in several processes; or if `overwrite` would delete the model
+            or data that the run starts from.
     """
     name = script.model_name
     if args.world_size > 1 and name in embedded:
-        raise ValueError(f"--model_name {name} trains in one process; give a hub id or a folder to accelerate launch")
+        raise ValueError(
+            f"--model_name {name} can only train in one process; pass a hub id or a folder with accelerate launch"
+        )
     if script.overwrite:
         check_apart(Path(args.output_dir), {**vars(args), **vars(script)})
     console = PlainConsole(quiet=args.process_index > 0)
@@ -100,10 +110,10 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
 
 
 def check_tiny(model_name: str, dataset: str) -> None:
-    """Raises a ValueError where only one of model and task is the tiny one: each can be used with nothing else."""
+    """Raise a ValueError if only one of model and task is the tiny one: they can only be used together."""
     if (model_name == "tiny") != (dataset == "tiny"):
         raise ValueError(
-            f"--model_name {model_name} --dataset {dataset}: the tiny model and the tiny task belong together"
+            f"--model_name {model_name} --dataset {dataset}: the tiny model and the tiny task can only be used together"
         )
 
 
@@ -117,14 +127,17 @@ def finish(
     curves: tuple,
     **more: Any,
 ) -> None:
-    """Writes `curves.png` and `summary.json` beside `final/`.
+    """Write `curves.png` and `summary.json` beside `final/`, and record the end of the run.
 
     Args:
-        started: `time.time()` at the beginning.
-        title: of the picture; what repeats is said once.
-        measured: the `AccuracyCallback` of the run, with accuracy before and during training.
-        after: the evaluation after it.
-        more: for the summary.
+        trainer: the trainer.
+        console: where to print.
+        started: `time.time()` at the start.
+        title: parts of the picture's title; repetitions are dropped.
+        measured: accuracy before and during training.
+        after: the evaluation after training.
+        curves: metrics to plot, with titles.
+        more: further values for the summary.
     """
     output, state = Path(trainer.args.output_dir), trainer.state
     curve = [*measured.curve, (state.global_step, after.accuracy)]

@@ -1,4 +1,4 @@
-"""How a run ends: a table on the screen, `summary.json`, and a picture of its curves."""
+"""The report of a run: a table in the terminal, `summary.json`, and a picture of its curves."""
 
 import json
 import warnings
@@ -15,8 +15,10 @@ from ..common.method import training_methods
 
 
 class CompactProgress(ProgressCallback):
-    """transformers' progress bar with a few figures beside it, in place of the whole dictionary on every log; lines where
-    there is no screen."""
+    """transformers' progress bar with a few metrics beside it, instead of the whole dictionary at each log.
+
+    Without a terminal it prints lines.
+    """
 
     SHOWN = {"reward": "reward", "completions/mean_length": "length", "loss": "loss"} | {
         metric: short for method in training_methods().values() for metric, short in method.progress.items()
@@ -29,7 +31,7 @@ class CompactProgress(ProgressCallback):
                 for name, short in self.SHOWN.items()
                 if logs.get(name) is not None
             }
-            if shown and self.training_bar.disable:  # as in a file, where bars would be one endless line
+            if shown and self.training_bar.disable:  # in a file, a bar would be one endless line
                 figures = "  ".join(f"{name} {value}" for name, value in shown.items())
                 print(f"step {state.global_step} of {state.max_steps}  {figures}", flush=True)
             elif shown:
@@ -37,14 +39,14 @@ class CompactProgress(ProgressCallback):
 
 
 def compact_progress(trainer: Trainer) -> None:
-    """A progress bar with a few figures in place of a dictionary on every log."""
+    """Replace the trainer's progress callback by `CompactProgress`."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(CompactProgress)
 
 
 def before_after_table(before: Any, after: Any, console: PlainConsole) -> None:
-    """Two `Evaluation`s side by side."""
+    """Print two `Evaluation`s side by side."""
     table = Table(title=f"Held-out problems: {after.n}", title_justify="left")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -58,7 +60,7 @@ def before_after_table(before: Any, after: Any, console: PlainConsole) -> None:
 
 
 def comparison_table(rows: dict[str, tuple[Any, Any]], console: PlainConsole) -> None:
-    """`LatentEvaluation`s before and after training by name; None where there is none."""
+    """Print `LatentEvaluation`s before and after training, by name. The first may be None."""
     n = next(after.n for _, after in rows.values())
     table = Table(title=f"Held-out questions: {n}", title_justify="left")
     for heading in ("", "before", "after", "95% interval", "passes", "ms"):
@@ -73,13 +75,11 @@ def comparison_table(rows: dict[str, tuple[Any, Any]], console: PlainConsole) ->
             f"{after.seconds * 1000:.2f}",
         )
     console.print(table)
-    console.print(
-        "Passes through the model and milliseconds are a question's, after training, all answered in batches."
-    )
+    console.print("Forward passes and milliseconds are per question, after training, answered in batches.")
 
 
 def write_summary(folder: Path, **values: Any) -> None:
-    """`summary.json`, whole or not at all."""
+    """Write `summary.json` atomically."""
     target = folder / "summary.json"
     part = target.with_suffix(".part")
     part.write_text(json.dumps(values, indent=2) + "\n")
@@ -87,8 +87,11 @@ def write_summary(folder: Path, **values: Any) -> None:
 
 
 def pyplot_for_files() -> ModuleType:
-    """matplotlib's pyplot, drawing without a screen; a `$` in a title is a dollar, for names and paths may hold one, and a
-    letter that the font does not have is a box, which the picture shows without a warning."""
+    """matplotlib's pyplot for drawing to files.
+
+    A `$` in a title is a plain dollar sign, because names and paths may contain one. Characters that the font lacks are
+    drawn as boxes without a warning.
+    """
     import matplotlib
 
     warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
@@ -100,9 +103,20 @@ def pyplot_for_files() -> ModuleType:
 
 
 def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float]], title: str, curves: tuple) -> None:
-    """Small multiples over training steps; one that was never logged stays out."""
+    """Plot curves over training steps in a grid; metrics that were not logged are left out.
+
+    matplotlib draws it, because a run must end with a picture without any account or server. Experiment trackers remain
+    available through `report_to`.
+
+    Args:
+        path: file of the picture.
+        history: the trainer's `log_history`.
+        accuracy: pairs of step and accuracy.
+        title: title of the picture.
+        curves: metrics to plot, with titles.
+    """
     pyplot = pyplot_for_files()
-    # One value a step: what ends a run is logged at its last step once more
+    # Keep one value per step, because the end of a run is logged at the last step too
     series = {name: list({e["step"]: e[name] for e in history if name in e}.items()) for name, _ in curves}
     series["accuracy"] = list(dict(accuracy).items())
     shown = [(name, label) for name, label in curves if len(series[name]) > 1]
@@ -121,12 +135,12 @@ def plot_curves(path: Path, history: list[dict], accuracy: list[tuple[int, float
             axis.plot(steps, _smooth(values), color="#2b5d9b", linewidth=2, label="running mean")
             axis.legend(frameon=False)
         axis.set_title(label, loc="left", fontsize=10)
-        if min(values) >= 0 > axis.get_ylim()[0]:  # no share or loss of these is below 0
+        if min(values) >= 0 > axis.get_ylim()[0]:  # none of these metrics is negative
             axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
         axis.locator_params("x", integer=True, min_n_ticks=1)
-    for axis in axes.flat[max(0, len(shown) - columns) : len(shown)]:  # the lowest of each column
+    for axis in axes.flat[max(0, len(shown) - columns) : len(shown)]:  # the lowest axis of each column
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
     figure.suptitle(title)

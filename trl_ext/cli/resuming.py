@@ -1,4 +1,4 @@
-"""Where a recipe's run begins, its folder claimed, and what is said where it is cut short: how to go on."""
+"""Start and resume of a recipe's run: its folder is claimed, and an interruption says how to resume."""
 
 import json
 import math
@@ -16,15 +16,19 @@ from ..common.checkpointing import STATE_FILE, CheckpointError, broken_file, las
 
 
 def claim(args: TrainingArguments, overwrite: bool, second_stage: bool = False) -> tuple[str, Path | None]:
-    """The run's id, and the checkpoint that `resume_from_checkpoint` asks for. The first process decides for all.
+    """Claim the output folder. The first process decides for all.
 
     Args:
-        overwrite: delete what an earlier run has left in the output folder.
-        second_stage: the recipe has `--init_from`, which is then named where no steps are left.
+        args: the trainer's configuration.
+        overwrite: delete an earlier run in the output folder.
+        second_stage: the recipe has `--init_from`, which is then suggested if no steps are left.
+
+    Returns:
+        The run's id, and the checkpoint that `resume_from_checkpoint` asks for.
 
     Raises:
-        ValueError: the folder cannot be written, is in use or holds another run; there is no such checkpoint, or no steps
-            are left after it.
+        ValueError: the folder cannot be written to, is in use or holds another run; or there is no such checkpoint, or
+            no steps are left after it.
     """
     found: list = [None, None, None]
     if args.process_index == 0:
@@ -46,7 +50,7 @@ def _claim(args: TrainingArguments, overwrite: bool, second_stage: bool) -> tupl
         asked = ""
     if asked and overwrite:
         raise run_folder.FolderError(
-            f"--overwrite deletes what --resume_from_checkpoint {asked} goes on from: leave one of them out"
+            f"--overwrite would delete what --resume_from_checkpoint {asked} resumes from: leave one of them out"
         )
     output = run_folder.writable_folder(args.output_dir, "--output_dir")
     run_folder.lock(output)
@@ -60,11 +64,15 @@ def _claim(args: TrainingArguments, overwrite: bool, second_stage: bool) -> tupl
 
 
 def find_checkpoint(output: Path, asked: str) -> Path:
-    """The folder that `resume_from_checkpoint` names: a path, a name in the output folder, or the newest whole one of the
-    run there (`latest`, `true`).
+    """The folder that `resume_from_checkpoint` names.
+
+    Args:
+        output: the output folder.
+        asked: a path, a name in the output folder, or `latest` or `true` for the newest complete checkpoint of the run
+            there.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such checkpoint.
     """
     if asked.lower() in ("latest", "true"):
         found = last_complete_checkpoint(output)
@@ -77,14 +85,14 @@ def find_checkpoint(output: Path, asked: str) -> Path:
         if path.is_dir():
             return path
     there = ", ".join(path.name for _, path in run_folder.checkpoints(output)) or "no checkpoint"
-    raise CheckpointError(f"--resume_from_checkpoint {asked}: no such folder here or in {output} ({there} there)")
+    raise CheckpointError(f"--resume_from_checkpoint {asked}: no such folder here or in {output} (which has {there})")
 
 
 def check_steps_left(args: TrainingArguments, checkpoint: Path, second_stage: bool) -> int:
     """The checkpoint's step.
 
     Raises:
-        CheckpointError: the run would be over before its first step, or the checkpoint is broken.
+        CheckpointError: no steps are left after it, or it is damaged.
     """
     problem = broken_file(checkpoint)
     if problem:
@@ -94,18 +102,18 @@ def check_steps_left(args: TrainingArguments, checkpoint: Path, second_stage: bo
     over = step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs
     if not over:
         return step
-    hint = f"; for a second stage with a schedule of its own: --init_from {checkpoint} and another --output_dir"
+    hint = f"; for a second stage with a new schedule: --init_from {checkpoint} and another --output_dir"
     raise CheckpointError(
         no_steps_left(step, args.max_steps if args.max_steps > 0 else step) + (hint if second_stage else "")
     )
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, as from a scheduler."""
+    """The process received SIGTERM, for example from a job scheduler."""
 
 
 def explain_the_end(folder: Path) -> None:
-    """From now on a run in this folder that Ctrl-C, SIGTERM or a full disk ends says how to go on with it."""
+    """From now on, if Ctrl-C, SIGTERM or a full disk ends the run in this folder, print how to resume it."""
 
     def explain(error: BaseException) -> tuple[str, int] | None:
         found = _ending(error)
@@ -125,17 +133,17 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """The last whole checkpoint, and the command that resumes from it."""
+    """The last complete checkpoint, and the command that resumes from it."""
     last = last_complete_checkpoint(folder)
     if last is None:
-        return f"There is no whole checkpoint in {folder} yet, and nothing to go on from"
+        return f"There is no complete checkpoint in {folder} yet, so the run cannot be resumed"
     state = json.loads((last / STATE_FILE).read_text())
     step = state["global_step"]
-    more = step == run_folder.noted(folder, "resumed_at")  # of a finished run, with more steps than it had
-    if step >= state.get("max_steps", math.inf) and not more:  # going on would find no steps left
-        return f"Training was over: {last} holds the trained model, and opens as final/ would"
+    more = step == run_folder.noted(folder, "resumed_at")  # a finished run was extended by more steps
+    if step >= state.get("max_steps", math.inf) and not more:  # no steps are left to resume
+        return f"Training had ended: {last} holds the trained model and can be used like final/"
     command = run_folder.resume_command(run_folder.command_words())
-    return f"The last whole checkpoint is {last}; go on from it with: {command}"
+    return f"The last complete checkpoint is {last}; resume from it with: {command}"
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -1,8 +1,9 @@
-"""Files that are written from the methods' records: stubs of the packages' lazy exports, from which editors complete names
-and type checkers know them, and the table of docs/generation.md.
+"""Files that are generated from the methods' records.
+
+They are stubs of the packages' lazy exports, for editors and type checkers, and the table of docs/generation.md.
 
 python -m trl_ext.cli.stubs            # write them
-python -m trl_ext.cli.stubs --check    # exit with status 1 if one of them is not what it would be
+python -m trl_ext.cli.stubs --check    # exit with status 1 if one of them is out of date
 """
 
 import importlib
@@ -24,7 +25,7 @@ def stub(package: str) -> str:
 
 
 def generation_page() -> str:
-    """The text of docs/generation.md, with the table of the records that there are now."""
+    """The text of docs/generation.md, with a table of the current records."""
     before, _, rest = (ROOT / "docs" / "generation.md").read_text().partition("| argument |")
     after = rest.partition("\n\n")[2]
     return f"{before}{table()}\n{after}".rstrip() + "\n"
@@ -37,7 +38,7 @@ def main() -> int:
     stale = [file for file, text in wanted.items() if not file.is_file() or file.read_text() != text]
     if "--check" in sys.argv[1:]:
         for file in stale:
-            print(f"{file.relative_to(ROOT)} is not what the records say; run `make format`", file=sys.stderr)
+            print(f"{file.relative_to(ROOT)} is out of date; run `make format`", file=sys.stderr)
         return int(bool(stale))
     for file in stale:
         file.write_text(wanted[file])

@@ -1,9 +1,10 @@
-"""What `make TARGET` runs for the methods' targets, as their records declare it.
+"""Run a make target of a method, as its record declares it.
 
     python -m trl_ext.cli.targets                                              # list them
     python -m trl_ext.cli.targets train-hrpo --gpu --model NAME -- --flag value
 
-Without a GPU and a model the recipe runs its embedded default; with a GPU and no model it runs its GSM8K configuration.
+Without a GPU and a model name, the recipe runs its embedded default. With a GPU and no model name, it runs its GSM8K
+configuration.
 """
 
 import argparse
@@ -19,12 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def command_lines(command: Command, gpu: bool, model: str, arguments: list[str]) -> list[list[str]]:
-    """The command lines of one target, to be run from the project's root.
+    """The command lines of a target, to be run from the project's root.
 
     Args:
-        gpu: whether there is one.
-        model: for `--model_name`; empty: none was named.
-        arguments: of the user, for the first script.
+        command: the target.
+        gpu: whether there is a GPU.
+        model: value for `--model_name`; empty: not given.
+        arguments: the user's arguments, for the first script.
     """
     chosen: list[str] = []
     if command.configs and model:
@@ -39,9 +41,9 @@ def command_lines(command: Command, gpu: bool, model: str, arguments: list[str])
 def main() -> int:
     """List the targets, or run one. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("target", nargs="?", help="none: list them")
-    parser.add_argument("--gpu", action="store_true", help="there is one")
-    parser.add_argument("--model", default="", help="for --model_name")
+    parser.add_argument("target", nargs="?", help="name of the target; without one, list all")
+    parser.add_argument("--gpu", action="store_true", help="there is a GPU")
+    parser.add_argument("--model", default="", help="value for --model_name")
     given = sys.argv[1:]
     at = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:at])
@@ -56,12 +58,12 @@ def main() -> int:
     *before, last = command_lines(known[options.target], options.gpu, options.model, given[at + 1 :])
     os.chdir(ROOT)
     environment = dict(os.environ)
-    if last[1].startswith("benchmarks/"):  # which import one another
+    if last[1].startswith("benchmarks/"):  # benchmarks import one another
         environment["PYTHONPATH"] = str(ROOT)
     for line in before:
         if status := subprocess.run(line, env=environment, check=False).returncode:
             return status
-    os.execve(last[0], last, environment)  # in this process's place: signals and the keyboard are the script's
+    os.execve(last[0], last, environment)  # replace this process, so that the script gets signals and the keyboard
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a user got wrong ends a command with one sentence and exit status 2; a bug keeps its traceback.
+"""Errors of the user end a command with one sentence and exit status 2; bugs keep their traceback.
 
-A recipe calls `in_sentences()` before its heavy imports, so that what goes wrong in them is said in the same way. Nothing
-here imports more than the standard library.
+A recipe calls `in_sentences()` before its heavy imports, so that errors in them are reported in the same way. This
+module imports only the standard library.
 """
 
 import dis
@@ -22,11 +22,11 @@ from types import TracebackType
 
 STATUS = 2
 SHOW_TRACEBACK = "LATENT_TRACEBACK"
-"""Set this environment variable to 1, or give `--traceback`, and user errors show their traceback too."""
+"""If this environment variable is 1, or with `--traceback`, user errors show their traceback too."""
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(str(ROOT / name) + os.sep for name in ("patches", "unsloth_ext", "trl_ext", "recipes", "benchmarks"))
-# Libraries whose deliberate errors, outside a model's forward pass, are about what they were given
+# Libraries whose deliberate errors, outside a model's forward pass, are about wrong arguments
 THEIRS = (
     "trl",
     "transformers",
@@ -45,24 +45,25 @@ FULL = {
     errno.EFBIG: "A file would be larger than the file system or `ulimit -f` allows",
 }
 IN_A_MODEL = {"_call_impl", "generate"}
-PATIENCE = 5.0  # seconds that other ranks wait for the launcher to end them, once the first has said what is wrong
+PATIENCE = 5.0  # seconds that other ranks wait for the launcher to end them after the first has reported the error
 
 explainers: list[Callable[[BaseException], tuple[str, int] | None]] = []
-"""Asked first, in turn: a sentence and an exit status for an error, or None."""
+"""Functions that are asked first, in order. Each returns a sentence and an exit status for an error, or None."""
 
 
 def in_sentences() -> None:
-    """From now on an uncaught error that `sentence` knows is printed by it on stderr, and the process exits with 2.
+    """Print user errors as one sentence on stderr from now on, and exit with status 2. `sentence` recognises them.
 
-    Of several processes the first one speaks. The flag `--traceback` is taken out of `sys.argv` and shows the rest.
+    Of several processes only the first prints. The flag `--traceback` is removed from `sys.argv` and shows tracebacks
+    too.
     """
     if "--traceback" in sys.argv:
         sys.argv.remove("--traceback")
         os.environ[SHOW_TRACEBACK] = "1"
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # every library's bars; a file would get one endless line of them
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for all libraries: in a file, bars would be one endless line
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_offer)
-    # PEFT says this of GPT-2's layers, and then sets it right itself
+    # PEFT warns about GPT-2's layers, and then corrects the setting itself
     warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
     usual = sys.excepthook
     if getattr(usual, "speaks", False):
@@ -84,17 +85,18 @@ def in_sentences() -> None:
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         sys.exit(status)
 
-    hook.speaks = True  # type: ignore[attr-defined]  # asked for above
+    hook.speaks = True  # type: ignore[attr-defined]  # read above
     sys.excepthook = hook
 
 
 def _is_no_offer(record: logging.LogRecord) -> bool:
-    """On a CPU with AVX512-BF16 bitsandbytes 0.50 offers a 4-bit kernel of the hub, also to runs without 4 bits."""
+    """Drop an offer of bitsandbytes 0.50 on CPUs with AVX512-BF16: a 4-bit kernel from the hub, even for runs without 4
+    bits."""
     return "kernels-community" not in record.getMessage()
 
 
 def explained(error: BaseException) -> tuple[str, int] | None:
-    """The sentence and exit status of a user's error; None for a bug."""
+    """The sentence and exit status for a user's error; None for a bug."""
     for explain in explainers:
         if found := explain(error):
             return found
@@ -107,9 +109,9 @@ def explained(error: BaseException) -> tuple[str, int] | None:
 
 
 def disk_is_full(error: BaseException) -> str | None:
-    """Why nothing more could be written; None where that is not the error."""
+    """Why nothing more could be written; None for other errors."""
     for number, said in FULL.items():
-        # safetensors and torch say it in words of their own
+        # safetensors and torch use their own words
         words = (os.strerror(number), f"os error {number})")
         if getattr(error, "errno", None) == number or any(each in str(error) for each in words):
             return said
@@ -117,12 +119,12 @@ def disk_is_full(error: BaseException) -> str | None:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What to say of a user's error, on one line; None for a bug.
+    """One line that reports a user's error; None for a bug.
 
-    A user's error is one that our packages raise on purpose, a file or package that is not there, and what TRL,
-    transformers and their kin raise on purpose outside a model's forward pass: they check settings, names and files. An
-    error that no `raise` made (`int("x")`), that comes out of torch, or that is of a kind nobody writes for users
-    (TypeError, KeyError) is a bug.
+    User errors are errors that our packages raise on purpose, missing files and packages, and errors that TRL,
+    transformers and similar libraries raise on purpose outside a model's forward pass, where they check settings, names
+    and files. Bugs are errors without a `raise` statement (`int("x")`), errors from torch, and kinds that are not meant
+    for users (TypeError, KeyError).
     """
     if isinstance(error, ModuleNotFoundError) and _is_absent(error.name):
         package = _package(error.name or "")
@@ -136,9 +138,9 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
-    if type(error).__module__ == "jinja2.exceptions":  # "System role not supported", say
-        return f"the tokenizer's chat template does not take these messages, or is damaged: {text}"
-    raised = _is_raised(error.__traceback__)  # type: ignore[arg-type]  # it has frames
+    if type(error).__module__ == "jinja2.exceptions":  # for example "System role not supported"
+        return f"the tokenizer's chat template does not accept these messages, or it is damaged:  {text}"
+    raised = _is_raised(error.__traceback__)  # type: ignore[arg-type]  # there are frames, so it is not None
     if not text or not raised or not (isinstance(error, DELIBERATE) or _is_our_kind(error)):
         return None
     if ours:
@@ -155,7 +157,7 @@ def _is_absent(name: str | None) -> bool:
 
 
 def _package(name: str) -> str:
-    """Of a module's name, or of what transformers says in its place: The 'deepspeed>=0.9.3' distribution was not ..."""
+    """The package in a module's name, or in transformers' message "The 'deepspeed>=0.9.3' distribution was not ..."."""
     found = re.search(r"'([\w-]+)", name)
     return found[1] if found else name.split(".")[0]
 
@@ -165,7 +167,7 @@ def _is_our_kind(error: BaseException) -> bool:
 
 
 def _is_raised(trace: TracebackType) -> bool:
-    """Whether the innermost frame stands at a `raise`."""
+    """Whether the innermost frame is at a `raise` statement."""
     while trace.tb_next is not None:
         trace = trace.tb_next
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -1,11 +1,10 @@
 """Checkpoints without pickle that resume exactly: a mixin for any `transformers.Trainer`.
 
 Besides the model, a checkpoint holds `optimizer.safetensors` (state by parameter *name*) with `optimizer.json`,
-`scheduler.json`,
-`rng_state_<rank>.safetensors` with its JSON, and `trainer_state.json`. The last one is written last: a folder without
-it belongs
-to a process that died while saving. transformers' own files (optimizer.pt, scheduler.pt, rng_state.pth, scaler.pt,
-training_args.bin) are pickles. They are never written, and read only if the user allows it by name.
+`scheduler.json`, `rng_state_<rank>.safetensors` with its JSON, and `trainer_state.json`. The last one is written last:
+a folder without it belongs to a process that died while saving. transformers' own files (optimizer.pt, scheduler.pt,
+rng_state.pth, scaler.pt, training_args.bin) are pickles. They are never written, and read only if the user allows it by
+name.
 
 transformers saves some models, above all mixtures of experts, in another form than it trains them. They are read with
 `from_pretrained`, because Trainer would skip the tensors whose names it does not know.
@@ -14,10 +13,8 @@ FSDP and DeepSpeed shard the optimizer. Its state keeps their formats there and 
 name.
 
 On resume, the learning rates of the command line are used: only the position of the scheduler is restored. Schedules
-that
-follow a metric keep the rates that they have reached. New parameters get fresh optimizer state, and the state of
-removed
-parameters is dropped.
+that follow a metric keep the rates that they have reached. New parameters get fresh optimizer state, and the state of
+removed parameters is dropped.
 """
 
 import inspect
@@ -122,8 +119,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
     Raises:
         ValueError: in the constructor, if nothing of the model would be trained, if its adapter is frozen, or if TRL
-            could not
-            derive the reference model from its adapter.
+            could not derive the reference model from its adapter.
     """
 
     _latent_method: str | None = None

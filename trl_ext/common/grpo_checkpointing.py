@@ -1,14 +1,10 @@
 """Checkpointing for GRPO trainers: the position in the generation cycle, the rollouts, and a moving reference model.
 
 TRL counts micro-steps from 0 and keeps rollouts only in memory, so a run resumed inside a cycle would generate new
-ones.
-Therefore each rank writes `rollout_<rank>.safetensors` with its JSON. The sampler shuffles with its own generator,
-which starts
-at the order of the first epoch. A reference model that follows the policy (`sync_ref_model`) is saved in `ref_model/`.
-A fixed
-reference is the model that the run started with, and only its checksum is saved. The reference of a `PeftModel` is one
-of its
-adapters and is saved with the others.
+ones. Therefore each rank writes `rollout_<rank>.safetensors` with its JSON. The sampler shuffles with its own
+generator, which starts at the order of the first epoch. A reference model that follows the policy (`sync_ref_model`) is
+saved in `ref_model/`. A fixed reference is the model that the run started with, and only its checksum is saved. The
+reference of a `PeftModel` is one of its adapters and is saved with the others.
 """
 
 import json

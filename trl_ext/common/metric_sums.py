@@ -1,8 +1,7 @@
 """Exact means of metrics over micro-batches, processes, or batches of an evaluation.
 
 The mean of micro-batch means gives tokens of short batches more weight, and the perplexity of few concepts is below
-that of
-all. Therefore numerators and denominators are summed first and divided once.
+that of all. Therefore numerators and denominators are summed first and divided once.
 """
 
 from collections.abc import Callable
@@ -54,8 +53,7 @@ class ExactMeans(mixin_bases.Trainer):
     """Log exact means from a TRL trainer. Put it before the trainer.
 
     TRL logs the mean of the numbers of the micro-batches, in which a token of a short micro-batch weighs more than a
-    token of a
-    long one. Metrics that are added here are means over everything since the last log.
+    token of a long one. Metrics that are added here are means over everything since the last log.
     """
 
     _figures: Sums | None = None

@@ -56,8 +56,7 @@ def complete_run_card(trainer: Trainer, before: str | None, last: str | None) ->
     """Put our part into the run's card after TRL has written its own.
 
     TRL overwrites the card, and its example pipeline would drop the method. A card that is not the `last` one of this
-    run was
-    written by the user: only our part of it is replaced.
+    run was written by the user: only our part of it is replaced.
 
     Args:
         before: the card before TRL wrote its own.

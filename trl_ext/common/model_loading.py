@@ -85,8 +85,7 @@ def attach_method(
 
     Raises:
         ValueError: the model's adapter would not train the modules or was made before them, or the model's folder lacks
-            one
-            of their tensors.
+            one of their tensors.
     """
     if settings_of(model, method) is None:
         attach_saved(model, method, attach, token)
@@ -240,8 +239,7 @@ def check_reference(given: dict[str, Any]) -> None:
     """Raise a ValueError for an adapter for which the reference of beta > 0 would not be the initial model.
 
     TRL 1.15 disables a new adapter to get the reference. For a `PeftModel` it copies the adapter "default" into a new
-    one called
-    "ref", whichever adapter is trained.
+    one called "ref", whichever adapter is trained.
     """
     model, beta = given.get("model"), getattr(given.get("args"), "beta", None)
     if not beta or given.get("ref_model"):
@@ -283,8 +281,7 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
 
     Raises:
         ValueError: there is no such model, it is an adapter, it is not a causal language model, it belongs to another
-            method
-            whose modules would be lost, or its folder has no tokenizer.
+            method whose modules would be lost, or its folder has no tokenizer.
     """
     if isinstance(model, str):
         check_causal_lm(model, method)

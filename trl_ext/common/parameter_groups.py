@@ -11,8 +11,7 @@ def split_by_role(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dic
         optimizer: the optimizer to change.
         model: the model that names the parameters.
         rates: learning rate of each role. A parameter has a role if a component of its name begins with the role's
-            name.
-            Parameters without a role keep their rate under the role "policy".
+            name. Parameters without a role keep their rate under the role "policy".
     """
     role_of = {parameter: role for name, parameter in model.named_parameters() for role in rates if f".{role}" in name}
     groups = []

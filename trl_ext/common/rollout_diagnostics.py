@@ -15,8 +15,7 @@ class RolloutDiagnostics(TrainerCallback):
     """Warn when the logs of a `GRPOTrainer`, or of one of ours, show that nothing can be learnt.
 
     It looks at ten logs in a row, or at all logs of a shorter run, and gives each warning once. A resumed run continues
-    with the
-    logs before it.
+    with the logs before it.
 
     Args:
         delimiter: the text that ends the thinking, if the method has one.

@@ -1,8 +1,8 @@
 """The output folder of a run: which run it holds, a lock against other writers, and what a new run may delete.
 
 `run.json` holds the run's id, the commands that started and resumed it, and the step at which it ended. Each checkpoint
-holds
-the id too. The first process locks `run.lock` for as long as it lives; the system frees the lock of a dead process.
+holds the id too. The first process locks `run.lock` for as long as it lives; the system frees the lock of a dead
+process.
 """
 
 import errno
@@ -156,8 +156,7 @@ def go_on(folder: Path, step: int) -> str:
     """Resume the run in this folder from its checkpoint at `step`, and return its id.
 
     Later checkpoints of the run are marked, so that they are no longer taken for its latest ones. A folder of an
-    earlier version
-    has no run and gets one.
+    earlier version has no run and gets one.
     """
     run = _read(folder) or {"id": uuid.uuid4().hex[:12], "commands": []}
     for at, path in checkpoints(folder):

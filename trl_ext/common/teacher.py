@@ -68,8 +68,7 @@ def for_teacher(teacher: PreTrainedModel, inputs: dict[str, Any], here: torch.de
         teacher: the teacher model.
         inputs: tensors of any shape and dtype; other values stay as they are.
         here: the student's device. It is used if the teacher's weights are offloaded (meta device): accelerate's hooks
-            then
-            move the inputs.
+            then move the inputs.
     """
     device = next(teacher.parameters()).device
     device = here if device.type == "meta" else device

@@ -11,8 +11,7 @@ def check_trainable(model: nn.Module) -> None:
     """Raise a ValueError if training would not change the model.
 
     That is the case if it has no trainable parameter, if its active adapter is frozen, merged or disabled, or if its
-    layers let no
-    gradient pass. Modules trained beside the model, such as an aligner or a critic, do not count.
+    layers let no gradient pass. Modules trained beside the model, such as an aligner or a critic, do not count.
     """
     frozen = _frozen_adapter(model)
     if frozen is not None:

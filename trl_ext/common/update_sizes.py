@@ -3,10 +3,8 @@
     update/<role> = |w after the step - w before it| / |w before it|     over all parameters of the role
 
 The first step of weights that start at zero has no relative size and is left out. A run without small modules logs
-nothing
-more than its parent. Only steps that will be logged are measured. After a step all DDP processes hold the same weights,
-so
-no communication is needed. FSDP and DeepSpeed shard the weights: nothing is logged there.
+nothing more than its parent. Only steps that will be logged are measured. After a step all DDP processes hold the same
+weights, so no communication is needed. FSDP and DeepSpeed shard the weights: nothing is logged there.
 """
 
 import math

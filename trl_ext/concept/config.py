@@ -34,8 +34,7 @@ class ConceptConfig(Presets, SFTConfig):
     loss = cross-entropy + ratio_weight L_ratio + usage_weight L_usage
 
     The defaults are the literal objective, cross-entropy only. `ConceptConfig.preset("stable", ...)` has the
-    extensions.
-    `use_concepts=False` is SFT.
+    extensions. `use_concepts=False` is SFT.
 
     Raises:
         ValueError: a field has a value that is not allowed, or two fields contradict each other.

@@ -32,18 +32,15 @@ class ConceptEvaluation:
         nll_tail: of the other tokens.
         nll_random: with concepts replaced by uniformly drawn ones in the same places.
         nll_tail_random: the same for tokens that do not follow a concept. If it is no larger than nll_tail, concepts
-            carry
-            no information for other tokens.
+            carry no information for other tokens.
         ratio: tokens per concept, decided as in inference.
         bits: capacity of concepts per token, C log2 V per concept. A text with more information cannot be kept whole.
         tail: mean number of tokens that the deep layers still see beside the concepts. If it is long, the content of
-            concepts
-            does not matter: a gate can reach a ratio with many concepts in one place and none in another.
+            concepts does not matter: a gate can reach a ratio with many concepts in one place and none in another.
         perplexity: exp of the entropy of codeword usage, mean over codebooks.
         used: share of codewords used at all.
         macs, kv: multiplications, and bytes of keys and values, as shares of the same model's without concepts, for
-            texts of
-            this mean length.
+            texts of this mean length.
     """
 
     n: int

@@ -1,8 +1,7 @@
 """SFT of a model that compresses text into concepts while it reads.
 
 The differences from SFT: concepts are attached before PEFT wraps the model. `compute_loss` sets how the gate decides at
-this
-step, and adds the ratio and usage losses. The head and the embedding may have their own learning rate. With
+this step, and adds the ratio and usage losses. The head and the embedding may have their own learning rate. With
 `use_concepts=False` the trainer equals its parent.
 """
 
@@ -58,12 +57,12 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     Args:
         model: the model to train, or its name.
         args: the configuration; None: the defaults.
-        *others, **keywords: further arguments of `SFTTrainer`.
+        *others: further arguments of `SFTTrainer`.
+        **keywords: further arguments of `SFTTrainer`.
 
     Raises:
         ValueError: in the constructor, for a model whose layers cannot be split as configured, or whose adapter would
-            not
-            train the concepts.
+            not train the concepts.
     """
 
     _tag_names = ["trl", "concept-tokens"]

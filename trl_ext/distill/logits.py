@@ -26,10 +26,8 @@ class LogitsDistillTrainer(PerTokenTrainer):
 
     The sum is over the trained tokens of a whole step, those with a label, in all micro-batches and processes. Both
     distributions are over the vocabulary rows that the two models share: rows beyond the tokenizer's are padding, and
-    their
-    number may differ. If the student is a mixture of experts, SFT's auxiliary loss is added in full. Logits are
-    computed at
-    trained tokens only, (N, V) for each model.
+    their number may differ. If the student is a mixture of experts, SFT's auxiliary loss is added in full. Logits are
+    computed at trained tokens only, (N, V) for each model.
 
     Args:
         model: the student, or its name.
@@ -44,8 +42,8 @@ class LogitsDistillTrainer(PerTokenTrainer):
 
     Raises:
         ValueError: in the constructor, for a missing teacher or one with another vocabulary, a model with fewer
-            embeddings than
-            its tokenizer has tokens, or a PEFT method that adds virtual tokens; see also `PerTokenTrainer`.
+            embeddings than its tokenizer has tokens, or a PEFT method that adds virtual tokens; see also
+            `PerTokenTrainer`.
     """
 
     _tag_names = ["trl", "logits-distillation"]
@@ -140,8 +138,7 @@ def token_terms(
 
     Returns:
         Four tensors (N,): cross-entropy, KL and entropy in nats, in float32 or wider, and bool: whether the target was
-            the
-        likeliest token. Entropy and top-1 are the student's at temperature 1 and have no gradient.
+        the likeliest token. Entropy and top-1 are the student's at temperature 1 and have no gradient.
     """
     student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
     log_probs = student.log_softmax(-1)

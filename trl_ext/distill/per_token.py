@@ -1,9 +1,8 @@
 """Base trainer for SFT with another loss per trained token.
 
 TRL's `compute_loss` lets the model score the trained tokens, sums the returned `log_probs`, and divides by the number
-of trained
-tokens of the whole step, over micro-batches and processes. Both distillations return their own score and leave the rest
-(scaling, the router loss of a mixture of experts, metrics, evaluation) to TRL.
+of trained tokens of the whole step, over micro-batches and processes. Both distillations return their own score and
+leave the rest (scaling, the router loss of a mixture of experts, metrics, evaluation) to TRL.
 """
 
 import functools
@@ -22,8 +21,7 @@ class PerTokenTrainer(SafeCheckpointMixin, SFTTrainer):
 
     Raises:
         ValueError: in the constructor, if TRL would compute the loss in another way: `compute_loss_func`, context or
-            sequence
-            parallelism, or Unsloth's trainer.
+            sequence parallelism, or Unsloth's trainer.
     """
 
     _config_class: type[SFTConfig]

@@ -20,13 +20,12 @@ class ReasoningDistillTrainer(ExactMeans, PerTokenTrainer):
     loss = sum_t w_t NLL_t / N, with w_t = `tag_weight` where the target is a tag and 1 at other trained tokens
 
     N is the number of trained tokens of a whole step, in all micro-batches and processes, regardless of weights. So the
-    gradient
-    of a tag is `tag_weight` times SFT's, that of another token is SFT's, and `tag_weight=1` is SFT, bit for bit.
+    gradient of a tag is `tag_weight` times SFT's, that of another token is SFT's, and `tag_weight=1` is SFT, bit for
+    bit.
 
     Each tag is one token. New tags are added to the tokenizer, in place, before rows are tokenized, and to the model's
     embeddings before PEFT wraps it. Under LoRA the new embeddings are trained too (`trainable_token_indices`), also in
-    an untied
-    head. `AutoPeftModelForCausalLM` loads such an adapter.
+    an untied head. `AutoPeftModelForCausalLM` loads such an adapter.
 
     Logs `loss/tags` and `loss/text`: the mean NLL of tags and of other trained tokens since the last log.
 
@@ -37,7 +36,8 @@ class ReasoningDistillTrainer(ExactMeans, PerTokenTrainer):
         train_dataset: as in `SFTTrainer`.
         eval_dataset: as in `SFTTrainer`.
         processing_class: the tokenizer, which is changed in place; None: the model's.
-        *others, **keywords: further arguments of `SFTTrainer`.
+        *others: further arguments of `SFTTrainer`.
+        **keywords: further arguments of `SFTTrainer`.
 
     Raises:
         ValueError: in the constructor, for a PEFT method or a wrapped model that would leave new tokens untrained, or a

@@ -72,8 +72,7 @@ class ThinkingProjectionMonitor(TrainerCallback):
     """Print how far the thinking projection has moved, and the norm of its gradient.
 
     The first number is the mean absolute change of its weight since training began, and should grow from 0. The second
-    is the
-    norm after clipping by `max_grad_norm`, and should not be 0. `HRPOTrainer` logs the first as
+    is the norm after clipping by `max_grad_norm`, and should not be 0. `HRPOTrainer` logs the first as
     `thinking/projection_mean_change`, and the norm before clipping as `thinking/projection_grad_norm`. Ours.
 
     Args:

@@ -53,10 +53,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
 
     Constructor, callbacks, logging and files are the parent's, plus the fields of `HRPOConfig`. Any causal LM works.
-    Thinking
-    modules are attached if the model has none. With `thinking=False`, and where thinking cannot work (tools,
-    environments,
-    rollout functions, images, beam search), the trainer equals its parent.
+    Thinking modules are attached if the model has none. With `thinking=False`, and where thinking cannot work (tools,
+    environments, rollout functions, images, beam search), the trainer equals its parent.
 
     Args:
         model: a causal LM or its name, as in `GRPOTrainer`.

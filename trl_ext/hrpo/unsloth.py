@@ -1,10 +1,8 @@
 """HRPO on the GRPO trainer that Unsloth generates: its loss, its layout of log-probabilities, its configuration.
 
 Unsloth's `compute_loss` calls `grpo_accumulated_loss`, whose forwards see only token ids in packed order. The patch of
-that
-function passes the thinking states to them. Its log-probabilities are (B, C + W), where W is the largest number of left
-pads:
-the completion of row i starts at column W - pads_i. Rollout, batch, optimizer, monitors and checkpoints are
+that function passes the thinking states to them. Its log-probabilities are (B, C + W), where W is the largest number of
+left pads: the completion of row i starts at column W - pads_i. Rollout, batch, optimizer, monitors and checkpoints are
 HRPOMixin's.
 """
 
@@ -191,16 +189,11 @@ def config_init(cls: type, parent: Any) -> Callable[..., None]:
     """The `__init__` of an `HRPOConfig` whose parent is Unsloth's `GRPOConfig`.
 
     It uses TRL's documented defaults, so the same script trains the same run on either backend. (Unsloth's own defaults
-    are
-    learning_rate=5e-5, optim="adamw_8bit", seed=3407, warm-up, weight decay, ... if its config is called from Python.)
-    Every
-    value goes through Unsloth's `__init__`, whose checks run and may change values: a batch size that does not hold
-    whole groups,
-    or settings that papers recommend for another `loss_type`. Three defaults are Unsloth's. The default `loss_type` is
-    passed as
-    not given, because a given "dapo" would set epsilon_high=0.28. `bf16=None` leaves the precision to the model and the
-    device.
-    There is no router loss, which Unsloth cannot compute.
+    are learning_rate=5e-5, optim="adamw_8bit", seed=3407, warm-up, weight decay, ... if its config is called from
+    Python.) Every value goes through Unsloth's `__init__`, whose checks run and may change values: a batch size that
+    does not hold whole groups, or settings that papers recommend for another `loss_type`. Three defaults are Unsloth's.
+    The default `loss_type` is passed as not given, because a given "dapo" would set epsilon_high=0.28. `bf16=None`
+    leaves the precision to the model and the device. There is no router loss, which Unsloth cannot compute.
     """
     defaults: dict[str, Any] = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory for f in fields(cls) if f.init

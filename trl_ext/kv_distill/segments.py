@@ -23,8 +23,7 @@ class SegmentFinder:
     """Find the segments of tokenized rows.
 
     The prompt is everything before the first label. The reasoning ends with the token that completes the delimiter. The
-    answer
-    follows.
+    answer follows.
     """
 
     matcher: DelimiterMatcher

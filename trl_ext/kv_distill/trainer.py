@@ -1,9 +1,8 @@
 """SFT of a student whose keys, values and attention follow those of a teacher of another shape.
 
 The differences from SFT: `_prepare_dataset` marks prompt, reasoning and answer. `compute_loss` adds the structural
-loss. The
-projection between the two models is part of the optimizer and of checkpoints. With `lambda_kv=0` the trainer equals
-SFT.
+loss. The projection between the two models is part of the optimizer and of checkpoints. With `lambda_kv=0` the trainer
+equals SFT.
 """
 
 import functools
@@ -46,8 +45,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """SFT plus a structural loss on keys, values and attention of a teacher. Ours.
 
     Rows may have another text for the teacher in `teacher_prompt` or `teacher_completion` or both, such as longer
-    reasoning to the
-    same answer. Its segments are resampled to the lengths of the student's.
+    reasoning to the same answer. Its segments are resampled to the lengths of the student's.
 
     Args:
         model: the student, or its name.
@@ -63,8 +61,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     Raises:
         ValueError: in the constructor, for a missing teacher or one with another vocabulary, attention other than SDPA,
-            or
-            rows without segments.
+            or rows without segments.
     """
 
     _tag_names = ["trl", "kv-distillation"]

@@ -1,7 +1,7 @@
 """Tokenization and batches of latent distillation, from rows with question, steps and answer.
 
-teacher:  question | steps without the last | answer prompt | answer | EOS
-student:  question | <bot> latents <eot>    | answer prompt | answer | EOS
+teacher:  question | steps without the last | answer prompt | answer | EOS student:  question | <bot> latents <eot>    |
+answer prompt | answer | EOS
 """
 
 from dataclasses import dataclass

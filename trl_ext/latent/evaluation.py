@@ -69,8 +69,8 @@ def evaluate_answers(
         max_new_tokens: maximum number of generated tokens.
         batch_size: questions per batch.
         latents: `"on"`; an ablation that replaces every latent input: `"zero"`, `"shuffle"` (another row's) or
-            `"noise"`
-            (same norm); or `"off"`: plain `generate` after the question, as for a model that writes explicit steps.
+            `"noise"` (same norm); or `"off"`: plain `generate` after the question, as for a model that writes explicit
+            steps.
         progress: show a progress bar.
 
     Raises:

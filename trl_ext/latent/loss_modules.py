@@ -60,8 +60,7 @@ class KVDistillationLoss(nn.Module):
     Args:
         loss_type: `"mse"`, `"l1"` or `"smooth_l1"`.
         layerwise_std: divide both by the teacher's standard deviation in each layer. The student's own standard
-            deviation is
-            never used, because the loss would then ignore the student's scale.
+            deviation is never used, because the loss would then ignore the student's scale.
         use_projection: apply a linear layer to the student's keys (`k_proj`) and values (`v_proj`). Both start as the
             identity.
         use_layernorm: apply a LayerNorm after each (`k_ln`, `v_ln`).
@@ -159,8 +158,7 @@ class KAVALoss(nn.Module):
 
         Returns:
             The loss, a scalar in floating point, and its terms without weights and gradients: `ce_student`,
-                `ce_teacher`, `codi`,
-            `kv`.
+            `ce_teacher`, `codi`, `kv`.
         """
         codi = self.codi_loss(student_hidden, teacher_hidden)
         kv = self.kv_loss(student_kv, teacher_kv, valid)

@@ -1,14 +1,11 @@
 """The losses of latent distillation: `w_student CE + w_teacher CE + w_codi L_CODI + w_kv L_KV`.
 
 L_CODI (arXiv 2502.21074; PCCoT uses it too) pulls the student's hidden state at the token that predicts the first
-answer
-token towards the teacher's, in every layer. L_KV (KaVa, arXiv 2510.02312) pulls the keys and values of latent tokens
-towards
-the ones kept of the teacher's trace.
+answer token towards the teacher's, in every layer. L_KV (KaVa, arXiv 2510.02312) pulls the keys and values of latent
+tokens towards the ones kept of the teacher's trace.
 
 Means and standard deviations are over the batch of all processes; `all_sum` sums a tensor over them. The mean of a
-function's
-results over processes is the loss of the whole batch, because DDP averages gradients.
+function's results over processes is the loss of the whole batch, because DDP averages gradients.
 """
 
 from collections.abc import Callable
@@ -74,12 +71,10 @@ def codi_loss(
 
     Args:
         student, teacher (L, B, d): floating point; one token per row, of each layer that counts. No gradient flows into
-            the
-            teacher.
+            the teacher.
         loss: `"smooth_l1"`, `"l1"` or `"mse"`.
         std_mode: `"divide_loss"`: divide the loss by the teacher's standard deviation (by its square for `"mse"`, whose
-            unit
-            is squared); `"normalize_states"`: divide both states by it; `"none"`.
+            unit is squared); `"normalize_states"`: divide both states by it; `"none"`.
         std_scope: standard deviation per `"layer"`, `"global"` over all layers, or per `"token"` (one row in one
             layer).
         all_sum: sums a tensor over processes.
@@ -123,9 +118,8 @@ def kv_loss(
         valid (B, M), or broadcastable to (L, B, Hkv, M): bool; slots that the teacher's trace fills.
         loss: `"smooth_l1"`, `"l1"` or `"mse"`.
         std_mode: `"none"`; or use the teacher's standard deviation per layer over the valid slots: `"divide_loss"`
-            divides the
-            loss by it, `"normalize_states"` divides both sides. The student's own is never used: the loss would ignore
-                scale.
+            divides the loss by it, `"normalize_states"` divides both sides. The student's own is never used: the loss
+            would ignore scale.
         all_sum: sums a tensor over processes.
 
     Returns:

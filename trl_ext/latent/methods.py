@@ -108,8 +108,7 @@ class KAVATrainer(LatentTrainer):
     """KaVa (arXiv 2510.02312): PCCoT plus L_KV.
 
     L_KV is the distance, in every layer and KV head, between the keys and values of latent tokens and the ones of the
-    teacher's
-    trace that importance and redundancy select.
+    teacher's trace that importance and redundancy select.
     """
 
     _config_class = KAVAConfig

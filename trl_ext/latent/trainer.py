@@ -1,8 +1,7 @@
 """The trainer behind CODI, PCCoT and KaVa: an SFTTrainer that reads each row twice, as teacher and as student.
 
 The differences from SFT: `_prepare_dataset` tokenizes question, steps and answer. `compute_loss` runs the teacher, the
-latent
-phase and the answer with the same weights. Everything else is the parent's.
+latent phase and the answer with the same weights. Everything else is the parent's.
 """
 
 import contextlib
@@ -54,12 +53,12 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         data_collator: must be None.
         train_dataset, eval_dataset: rows as above, or tokenized ones.
         processing_class: the tokenizer; None: the model's.
-        *others, **keywords: further arguments of `SFTTrainer`.
+        *others: further arguments of `SFTTrainer`.
+        **keywords: further arguments of `SFTTrainer`.
 
     Raises:
         ValueError: in the constructor, for a data collator, a model whose adapter would not train the latent tokens, or
-            an
-            unusable row.
+            an unusable row.
         FloatingPointError: a term of the loss is NaN or infinite.
     """
 

@@ -46,11 +46,9 @@ def load_minimind_data(file: str | Path, kind: str) -> Dataset:
     - `reason`: `conversations` whose assistant turns have each of `TAGS` once, in order; column `messages`
 
     If no turn has a role, user and assistant alternate. Other fields of a message (`reasoning_content`, `tool_calls`,
-    the system
-    message's `tools` or `functions`) become part of its content, as MiniMind's chat template writes them. Other columns
-    of a row
-    are dropped. The file is read line by line, and only once: the result stays in the cache of `datasets` until the
-    file changes.
+    the system message's `tools` or `functions`) become part of its content, as MiniMind's chat template writes them.
+    Other columns of a row are dropped. The file is read line by line, and only once: the result stays in the cache of
+    `datasets` until the file changes.
 
     Args:
         file: a JSONL file.

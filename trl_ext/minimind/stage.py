@@ -150,8 +150,7 @@ def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[An
     """Parse the flags, which override a configuration file, by default `configs/<recipe>_tiny.yaml` beside the recipe.
 
     The stage's output folder belongs to this run from here on. If the model of a previous stage does not exist, that
-    stage's
-    recipe is run first; this is done for the built-in data only.
+    stage's recipe is run first; this is done for the built-in data only.
     """
     path, parser = Path(recipe), RecipeParser((stage, *configs))
     peek = CommandLine(add_help=False)

@@ -12,8 +12,7 @@ class LengthCurriculum(nn.Module):
     """Lengths to which texts are cut, one after another; then texts are whole.
 
     The next length is used when the NLL of the last bucket of the current length, averaged over steps, is below a
-    threshold, or
-    when the current length has had its share of the steps.
+    threshold, or when the current length has had its share of the steps.
 
     Args:
         lengths: increasing lengths in tokens.

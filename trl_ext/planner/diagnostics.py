@@ -1,8 +1,7 @@
 """A table of signs in the monitors' values, and advice for each sign.
 
 A history is a list of dicts, oldest first, of values logged under the names below, each with its `step`. A dict may
-hold only
-some of them. A level is the mean of the last `window` values of a name. With fewer values there is no level.
+hold only some of them. A level is the mean of the last `window` values of a name. With fewer values there is no level.
 
     em/margin                       nats between the best candidate and the second
     em/flip_rate                    share of plans that changed
@@ -53,8 +52,8 @@ class Thresholds:
         margin: nats; below it, candidates are equally good.
         flips_high: with a small margin, plans alternate if a larger share of them changes.
         flips_low, early, entropy, max_prob: the planner has settled too early if fewer plans than `flips_low` change,
-            up to step
-            `early`, and some type has an entropy below `entropy` (nats) and a largest probability above `max_prob`.
+            up to step `early`, and some type has an entropy below `entropy` (nats) and a largest probability above
+            `max_prob`.
         staleness: nats; above it, plans are out of date.
         cos: if all values of a window are below, the executor is trained on embeddings that it will not see later.
         gradient_zero: if all norms are at most this, no gradient reaches the planner.
@@ -113,8 +112,7 @@ class Sign:
         name: name of the sign.
         condition: returns the values that show the sign, by name; empty if the sign is absent.
         soft, hard_em: for each training, what can be changed during a run (an `Action`), and in words what cannot.
-            Empty if
-            the sign cannot occur.
+            Empty if the sign cannot occur.
     """
 
     name: str

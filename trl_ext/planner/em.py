@@ -1,7 +1,7 @@
 """Hard EM: the best of several candidate plans for each text, found in E-steps and cached.
 
-E-step    z* = argmax over candidates of S(z) = log p(y | z) + log p(z | u)
-M-step    minimise -log p(y | z*) - log p(z* | u)
+E-step    z* = argmax over candidates of S(z) = log p(y | z) + log p(z | u) M-step    minimise -log p(y | z*) - log p(z*
+| u)
 """
 
 from dataclasses import dataclass
@@ -116,8 +116,7 @@ def e_step(
         temperature, generator: for sampling.
         diversity: of the beams, see `plan`.
         forced (B,): bool; rows that must take the best sample that differs from their old plan. If all samples equal
-            it, one
-            is replaced by a uniformly random plan, because a confident planner would sample nothing else.
+            it, one is replaced by a uniformly random plan, because a confident planner would sample nothing else.
     """
     read = batch["plan_input_ids"], batch["plan_attention_mask"]
     rows = len(old)
@@ -195,8 +194,7 @@ class EStepSchedule(nn.Module):
     """When the next E-step is due: every M steps, M = `e_step_every` times a scale, between 1 and `most`.
 
     With `adaptive` (v3.1, switch 3), the scale is halved after an E-step whose staleness is above the threshold, and
-    doubled if
-    it is below a quarter of it.
+    doubled if it is below a quarter of it.
 
     Args:
         adaptive: whether the scale changes.

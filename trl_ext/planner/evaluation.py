@@ -40,8 +40,7 @@ class PlanEvaluation:
         distinct: number of different plans, as a share of the texts.
         bits: capacity of a mean plan, log2 V per concept.
         explained_bits: bits that a mean text costs less with its plan than without. If this is much more than `bits`,
-            the model
-            is poor without a plan.
+            the model is poor without a plan.
         ratio: tokens of a text per concept.
         plan_ms, write_ms: wall time per text for planning and writing, in batches.
         samples: the first texts as (text, plan, written from the plan, written from a random plan).
@@ -94,8 +93,7 @@ def evaluate_plans(
         tokenizer: its tokenizer.
         rows: plain texts in the columns `prompt`, `completion` and `answer`.
         mode: `"generate"`: the planner reads the prompt, and the completion is written; `"reconstruct"`: it reads both,
-            and
-            both are written.
+            and both are written.
         delimiter: the text before the answer; None: the text is the answer.
         max_new_tokens: maximum number of generated tokens.
         batch_size: rows per batch.

@@ -107,10 +107,8 @@ def plan_predictions(
 
     Returns:
         log p(plan | text) (B,); for each type log-probabilities (B, quota_i, V_i + 1) with gradients, floating point;
-            and for
-        each type (B, quota_i) bool, which predictions count: at each concept, and at the end if the type is shorter
-            than its
-        quota.
+        and for each type (B, quota_i) bool, which predictions count: at each concept, and at the end if the type is
+        shorter than its quota.
     """
     embeds = concept_embeds(backbone_of(model), plan)
     every, opens = [], []
@@ -134,8 +132,7 @@ def expected_and_chosen(
     """Expected and chosen codewords of given plans.
 
     The expected codeword is that of a sample at this temperature, which is `SoftPlan.soft` without noise. Values are
-    arbitrary
-    where there is no concept.
+    arbitrary where there is no concept.
 
     Args:
         model: a causal LM with a planner, wrapped or not.
@@ -159,9 +156,8 @@ class UsageAverage(nn.Module):
     """Moving average over steps of how often the concepts of each type are used.
 
     It spans about `window` concepts per codeword. A step with more concepts is used alone. A shorter average says
-    little: a
-    confident planner cannot use 4,096 codewords in 100 concepts. A longer one is out of date and holds the planner
-    back.
+    little: a confident planner cannot use 4,096 codewords in 100 concepts. A longer one is out of date and holds the
+    planner back.
 
     Args:
         sizes: V_i, the number of concepts of each type.
@@ -183,8 +179,7 @@ class UsageAverage(nn.Module):
         """Shares of the concepts of type `i`, with `use` as the newest step.
 
         The value is that of the average. The gradient is that of the newest step alone, in full; otherwise it would
-        shrink as the
-        window grows.
+        shrink as the window grows.
 
         Args:
             i: index of the type.

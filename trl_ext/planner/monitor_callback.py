@@ -22,10 +22,8 @@ class PlannerMonitorCallback(TrainerCallback, ExportableState):
     """Run the trainer's `probe` regularly, read the logs, and warn of signs. With `auto`, act on them. Ours.
 
     Settings that it may change must be read from `args` at every step; its advice is for `args.training`. A field is
-    changed at
-    most once per cool-down, by the first sign in the table. Across processes, rank 0 decides. A resumed run keeps the
-    changes
-    made, except for fields whose configured value has changed.
+    changed at most once per cool-down, by the first sign in the table. Across processes, rank 0 decides. A resumed run
+    keeps the changes made, except for fields whose configured value has changed.
 
     Args:
         auto: apply the actions.
@@ -192,9 +190,8 @@ def scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
     """Multiply the learning rate of all parameter groups, from the next step on.
 
     LambdaLR, which transformers uses for its schedules, sets lr = base_lr * lambda(step) at each step, so `base_lrs` is
-    changed
-    too. Other schedulers continue from the current rate. `initial_lr` is not changed: the next scheduler starts from
-    it.
+    changed too. Other schedulers continue from the current rate. `initial_lr` is not changed: the next scheduler starts
+    from it.
     """
     scheduler = _torch_scheduler(scheduler)
     for group in optimizer.param_groups:

@@ -1,8 +1,7 @@
 """Measurements for the monitors of planner and executor. Ours.
 
 The functions take tensors, run on their device and have no gradients. Results are scalars in float32 or wider; a mean
-over
-nothing is 0. Plans are (B, n, Q) long, with concepts from the front of each type and -1 after its end.
+over nothing is 0. Plans are (B, n, Q) long, with concepts from the front of each type and -1 after its end.
 """
 
 import torch

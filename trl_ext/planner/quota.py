@@ -15,10 +15,8 @@ class PlannerQuotaController(nn.Module):
         lambda_i <- lambda_i + rate c_i                      after each step, over all its rows
 
     It is an equality, so lambda may have either sign, and plans that are too short are penalised like plans that are
-    too long. E
-    is the mean over rows: one text may have a longer plan if another's is shorter. Without the quadratic term dual
-    ascent
-    oscillates between the extremes, because p(<EOS>) saturates. The quota is the hard limit.
+    too long. E is the mean over rows: one text may have a longer plan if another's is shorter. Without the quadratic
+    term dual ascent oscillates between the extremes, because p(<EOS>) saturates. The quota is the hard limit.
 
     Args:
         targets: target length of each type.

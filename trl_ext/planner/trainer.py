@@ -1,12 +1,9 @@
 """SFT of a model that plans in concepts and writes from its plan alone.
 
 The differences from SFT: the planner is attached before PEFT wraps the model. `_prepare_dataset` and the collator
-separate what
-the planner reads from what the executor writes. `compute_loss` plans, softly or with the best plan of an E-step, and
-executes.
-After the last backward of each step, gradients are averaged over processes, and the state that the losses carry across
-steps
-is updated. With `use_planner=False` the trainer equals its parent.
+separate what the planner reads from what the executor writes. `compute_loss` plans, softly or with the best plan of an
+E-step, and executes. After the last backward of each step, gradients are averaged over processes, and the state that
+the losses carry across steps is updated. With `use_planner=False` the trainer equals its parent.
 """
 
 import copy
@@ -78,7 +75,8 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     Args:
         model: the model to train, or its name.
         args: the configuration; None: the defaults.
-        *others, **keywords: further arguments of `SFTTrainer`.
+        *others: further arguments of `SFTTrainer`.
+        **keywords: further arguments of `SFTTrainer`.
 
     Attributes:
         planner_state: state that a checkpoint keeps beside the weights.
@@ -86,8 +84,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     Raises:
         ValueError: in the constructor, for rows that cannot be split, a model that cannot plan or whose adapter would
-            not
-            train the planner, and under DeepSpeed and FSDP.
+            not train the planner, and under DeepSpeed and FSDP.
     """
 
     _tag_names = ["trl", "planner-executor"]

@@ -11,10 +11,8 @@ def generalized_advantages(
     """Generalized advantage estimation (arXiv 1506.02438), over the tokens of the mask only.
 
     A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. Here t + 1 is the next token of the mask,
-    so the text
-    that a tool returns between two tokens of the policy counts as the environment's response to the first. The reward
-    is at the
-    last token of the mask, and the value after it is 0.
+    so the text that a tool returns between two tokens of the policy counts as the environment's response to the first.
+    The reward is at the last token of the mask, and the value after it is 0.
 
     Args:
         rewards (B,): floating point; rewards of whole completions.

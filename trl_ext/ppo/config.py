@@ -12,10 +12,8 @@ class PPOConfig(SingleSampleConfig):
     GRPO's.
 
     Some fields of GRPO have other names in PPO. `num_iterations` is the number of epochs over a rollout. `epsilon` is
-    the clipping
-    range of the policy's ratio. `beta` is the coefficient of the KL to the reference (k3, multiplied by the ratio so
-    that its
-    gradient is that of the KL, unless `use_bias_correction_kl=False`).
+    the clipping range of the policy's ratio. `beta` is the coefficient of the KL to the reference (k3, multiplied by
+    the ratio so that its gradient is that of the KL, unless `use_bias_correction_kl=False`).
 
     Raises:
         ValueError: a field has a value that is not allowed, or two fields contradict each other.

@@ -37,8 +37,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     """Proximal Policy Optimization (arXiv 1707.06347): TRL's `GRPOTrainer` with a critic.
 
     loss = policy + beta * KL (k3) + vf_coef * value, each a mean over the tokens of a whole step. Skipped steps count
-    as steps:
-    schedule, logs and checkpoints continue, but nothing is computed for the rest of the rollout.
+    as steps: schedule, logs and checkpoints continue, but nothing is computed for the rest of the rollout.
 
     Args:
         model: the policy, or its name.
@@ -46,9 +45,8 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         args: the configuration; None: the defaults.
         *others: further arguments of `GRPOTrainer`.
         critic_model: a token classifier with one label, or its hub id or folder; a language model gets a new head.
-            None: the
-            policy's backbone, with adapters merged, and a head of zeros. All of its weights are trained, without
-                dropout.
+            None: the policy's backbone, with adapters merged, and a head of zeros. All of its weights are trained,
+            without dropout.
         **keywords: further arguments of `GRPOTrainer`.
 
     Attributes:

@@ -15,8 +15,7 @@ class SPOConfig(SingleSampleConfig):
     """Configuration of SPO (arXiv 2509.13232): `GRPOConfig` with the paper's values.
 
     These are one completion per prompt, token-level clipping at 0.2 and 0.28, and no KL. `shuffle_dataset=False` takes
-    rows in order
-    instead of by priority.
+    rows in order instead of by priority.
 
     Raises:
         ValueError: a field has a value that is not allowed.

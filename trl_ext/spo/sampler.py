@@ -10,10 +10,8 @@ class PrioritizedSampler(Sampler[int]):
     """Draw rows for one rollout after the other, weighted by sqrt(v (1 - v)) + epsilon (arXiv 2509.13232, section 3.3).
 
     Rows are drawn without replacement within a rollout. An iteration has as many rollouts as with a shuffled dataset.
-    The loader
-    asks for rows in advance, so a draw does not know the rewards of the previous rollout. A resumed run repeats the
-    draws of its
-    epoch from `draws`, and continues with the saved generator.
+    The loader asks for rows in advance, so a draw does not know the rewards of the previous rollout. A resumed run
+    repeats the draws of its epoch from `draws`, and continues with the saved generator.
 
     Args:
         values: returns every row's expected reward in [0, 1], (rows,).

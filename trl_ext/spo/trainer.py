@@ -36,8 +36,7 @@ class SPOTrainer(OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     """Single-stream Policy Optimization (arXiv 2509.13232): a drop-in for TRL's `GRPOTrainer` without groups.
 
     A = r - v, whitened over the rollout, where v is the prompt's tracked expected reward (`AutoAdaptiveValueTracker`).
-    Rewards must
-    be from 0 to 1. The constructor is that of `GRPOTrainer`.
+    Rewards must be from 0 to 1. The constructor is that of `GRPOTrainer`.
 
     Attributes:
         tracker: the `AutoAdaptiveValueTracker`.

@@ -1,10 +1,8 @@
 """The built-in task: chain sums from reasoning-gym, a character tokenizer, and a tiny model, all made in code.
 
 The demonstrations are imperfect on purpose. Many of them guess without reasoning, more often for longer sums, and the
-others
-sometimes forget a carry. A model that imitates them can reason but seldom does, so reinforcement learning can improve
-it.
-(After clean demonstrations there is nothing left to improve, and GRPO makes the model worse.)
+others sometimes forget a carry. A model that imitates them can reason but seldom does, so reinforcement learning can
+improve it. (After clean demonstrations there is nothing left to improve, and GRPO makes the model worse.)
 """
 
 import random

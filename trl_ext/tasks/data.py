@@ -76,10 +76,8 @@ class DataArguments:
         """Solved examples for each prompt, training rows and held-out rows. No question is in two of them.
 
         The held-out rows are the first `eval_size` rows of `eval_dataset`, or of the test split of a hub dataset or
-        generator, or the
-        last `eval_size` rows of a single file. Repeated questions are dropped from the training rows, so that the
-        held-out rows do
-        not depend on the training rows.
+        generator, or the last `eval_size` rows of a single file. Repeated questions are dropped from the training rows,
+        so that the held-out rows do not depend on the training rows.
 
         Raises:
             DataError: too few rows are left in one of them.

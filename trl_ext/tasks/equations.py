@@ -1,8 +1,7 @@
 """Built-in equations with steps for latent chain of thought: `7*3+4-9=` is `7*3=1;1+4=5;5-9=6;`.
 
 They are evaluated from left to right, modulo 10. A small model learns the table of each operation, but cannot chain
-them in one
-pass. Two layers that write the steps are always right; without steps they are right one time in five.
+them in one pass. Two layers that write the steps are always right; without steps they are right one time in five.
 """
 
 import random

@@ -86,8 +86,7 @@ def evaluate(
         temperature: of sampling, and of the thinking states even in greedy decoding (as in training).
         do_sample: sample instead of greedy decoding.
         thinking: `"on"`; an ablation of `hybrid_generate` (`"zero"`, `"shuffle"`, `"noise"`); or `"off"`, which models
-            without
-            thinking modules always use.
+            without thinking modules always use.
         matcher: finds the delimiter in tokens; None: made here.
         progress: show a progress bar.
     """

@@ -3,10 +3,8 @@
     Ada 9 gloves . well so then Noah 4 maps . well Mia 6 jars . ...
 
 A fact is four tokens and holds log2(16 * 8 * 12) = 10.6 bits. The words between facts hold only their number. So
-information
-is concentrated in some places, as in most texts. A model can predict the whole second half if it remembers the first,
-so its
-loss shows how much of the text it still knows.
+information is concentrated in some places, as in most texts. A model can predict the whole second half if it remembers
+the first, so its loss shows how much of the text it still knows.
 """
 
 import random

@@ -61,8 +61,7 @@ def read_lines(name: str) -> Iterator[tuple[int, str]]:
     """The number, from 1, and the text of each line that is not blank.
 
     Only a newline ends a line, because other characters that Python treats as line ends may occur in a text. The byte
-    order mark
-    of UTF-8 is removed.
+    order mark of UTF-8 is removed.
 
     Raises:
         DataError: there is no such file, it is empty, or a line is not UTF-8.

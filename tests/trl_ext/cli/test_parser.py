@@ -72,9 +72,9 @@ def test_other_names_are_answered_as_the_page_says(theirs, said, recipe, config)
 
 
 def test_an_answer_names_flags_of_the_recipe_alone():
-    with pytest.raises(ValueError, match=r"TRL no longer cuts prompts; max_length bounds the whole row$"):
+    with pytest.raises(ValueError, match=r"TRL no longer truncates prompts; max_length bounds the whole row$"):
         parse("kava", "--max_prompt_length", 9)
-    with pytest.raises(ValueError, match=r"cuts prompts; max_seq_length bounds .*; max_completion_length bounds"):
+    with pytest.raises(ValueError, match=r"truncates prompts; max_seq_length bounds .*; max_completion_length bounds"):
         parse("hrpo", "--max_prompt_length", 9)
 
 
@@ -120,7 +120,7 @@ def test_the_model_chooses_its_configuration_in_every_spelling(given, wanted, co
     "flags, message",
     [
         (["--model_n", "X"], r"^--model_n: there is no such flag; did you mean --model_name\?$"),
-        (["stray"], "^stray: neither a flag nor the value of one"),
+        (["stray"], "^stray: neither a flag nor the value of a flag"),
         (["--num_generations", "0"], "^num_generations=0: must be at least 1$"),
         (["--num_generations", "-3"], "^num_generations=-3: must be at least 1$"),
         (["--per_device_train_batch_size", "0"], "^per_device_train_batch_size=0: must be at least 1$"),
@@ -131,10 +131,10 @@ def test_the_model_chooses_its_configuration_in_every_spelling(given, wanted, co
         (["--max_steps"], "^--max_steps: expected one argument$"),
         (["--config"], "^--config: expected one argument$"),
         (["--config", "none.yaml"], "^--config none.yaml: there is no such file$"),
-        (["--lora_dropout", "1"], "^lora_dropout=1.0: a share from 0 to less than 1$"),
+        (["--lora_dropout", "1"], "^lora_dropout=1.0: must be from 0 to less than 1$"),
         (["--eval_size", "0"], "^eval_size=0: must be at least 1$"),
         (["--train_size", "3"], "^train_size=3: the tiny task makes its own rows"),
-        (["--eval_dataset", "mine.jsonl"], "^eval_dataset=mine.jsonl: dataset=tiny holds out rows of its own"),
+        (["--eval_dataset", "mine.jsonl"], "^eval_dataset=mine.jsonl: dataset=tiny has its own held-out rows"),
         (["--optim", "adamw_troch"], "^--optim: invalid choice: 'adamw_troch'; did you mean .*adamw_torch"),
         (["--temperature", "0"], "^temperature=0.0: must be more than 0$"),
         (["--top_p", "2"], "^top_p=2.0: from 0 to 1$"),
@@ -172,20 +172,20 @@ def test_wrong_flags(flags, message):
         ("lora_target_modules: [on]", "lora_target_modules: true is not text"),
         ("learning_raet: 1", r"learning_raet: there is no such field; did you mean learning_rate\?$"),
         ("max_steps: 1\nseed: 1\nmax_steps: 2", "c.yaml: line 3: max_steps is given twice$"),
-        ("- 1", "not `field: value` lines$"),
-        ("", "not `field: value` lines$"),
+        ("- 1", "does not consist of `field: value` lines$"),
+        ("", "does not consist of `field: value` lines$"),
         ("a: [", "while parsing"),
         ("env: 3", "env: 3 is not a mapping"),
-        ("run_name: é".encode("latin-1"), "c.yaml, line 1: not UTF-8; save the file in that encoding$"),
+        ("run_name: é".encode("latin-1"), "c.yaml, line 1: not UTF-8; save the file as UTF-8$"),
         ("max_steps: 3".encode("utf-16-le"), "not UTF-8"),
         ("num_generations: 0", "^num_generations=0: must be at least 1$"),
         ("lora: {rank: 8}", "lora.rank: there is no such key; lora has r, alpha, dropout, target_modules$"),
         ("lora: {dropuot: 8}", r"did you mean dropout\?$"),
-        ("lora: {r: 8}\nlora_r: 9", "both lora_r; give one of them$"),
+        ("lora: {r: 8}\nlora_r: 9", "both set lora_r; give only one of them$"),
         ("lora: {r: eight}", "lora_r: 'eight' is not a whole number$"),
         ("lora: 8", "lora: there is no such field"),
         ("loss_config: {alpha_k: 1}", "loss_config.alpha_k: this recipe has no alpha_k"),
-        ("lr: 1\nlearning_rate: 2", "learning_rate and lr are both learning_rate"),
+        ("lr: 1\nlearning_rate: 2", "learning_rate and lr both set learning_rate"),
     ],
 )
 def test_wrong_files(content, message, config):
@@ -271,7 +271,7 @@ def test_nothing_but_flags_and_the_named_file_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in bf16")
-@pytest.mark.parametrize("own, way_out", [(False, ""), (True, ", or --model_name tiny, made for it")])
+@pytest.mark.parametrize("own, way_out", [(False, ""), (True, ", or --model_name tiny, which is made for it")])
 def test_a_way_out_is_not_what_was_given(own, way_out, config, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     argv = ["--output_dir", "x", "--report_to", "none", *map(str, config("seed: 1"))]

@@ -90,7 +90,7 @@ def torch_innards():
         (a_module_in_its_forward_pass, "color='red': choose one of blue"),
         (
             a_template_without_system_messages,
-            "the tokenizer's chat template does not take these messages, or is damaged: ",
+            "the tokenizer's chat template does not accept these messages, or it is damaged:  ",
         ),
         (transformers_checks_a_setting, "sometimes is not a valid IntervalStrategy"),
     ],

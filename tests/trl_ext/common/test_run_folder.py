@@ -152,7 +152,11 @@ def test_from_another_folder_begins_a_run(tmp_path):
         ("latest", {}, r"no steps left: .* step 4 of 4\. Ask for more with max_steps or num_train_epochs"),
         ("checkpoint-4", {}, r"no steps left.*--init_from .*checkpoint-4 and another --output_dir"),
         ("latest", {"max_steps": -1, "epochs": 0.5}, "no steps left"),
-        ("checkpoint-500", {}, r"checkpoint-500: no such folder here or in .* \(checkpoint-2, checkpoint-4 there\)"),
+        (
+            "checkpoint-500",
+            {},
+            r"checkpoint-500: no such folder here or in .* \(which has checkpoint-2, checkpoint-4\)",
+        ),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_said_and_nothing_is_touched(tmp_path, resume, more, message):
@@ -269,14 +273,14 @@ FULL = (
 )
 def test_what_ends_a_run_says_how_to_go_on(tmp_path, told, error, said, status):
     text, code = told(error)
-    assert said in text and "no whole checkpoint" in text and code == status
+    assert said in text and "no complete checkpoint" in text and code == status
     ran(tmp_path, 2)
     (tmp_path / "checkpoint-4").mkdir()  # half written
     text, _ = told(
         error, "--overwrite", "--seed", "1", "--resume_from_checkpoint", "checkpoint-1", "--hub_token", "hf_a"
     )
     end = f"{run_folder._python()} recipes/x.py --seed 1 --hub_token '***' --resume_from_checkpoint latest"
-    assert text.endswith(f"{tmp_path / 'checkpoint-2'}; go on from it with: {end}")
+    assert text.endswith(f"{tmp_path / 'checkpoint-2'}; resume from it with: {end}")
 
 
 @pytest.mark.parametrize("error, said, status", [(KeyboardInterrupt(), "Interrupted", 130), (FULL[0], "full", 2)])
@@ -286,7 +290,7 @@ def test_where_training_was_over_there_is_nothing_to_go_on_with(tmp_path, told, 
     (last / "trainer_state.json").write_text(json.dumps({"global_step": 4, "epoch": 0.5, "max_steps": 4}))
     text, code = told(error)
     assert said in text and code == status and "--resume_from_checkpoint" not in text
-    assert text.endswith(f"Training was over: {last} holds the trained model, and opens as final/ would")
+    assert text.endswith(f"Training had ended: {last} holds the trained model and can be used like final/")
 
 
 def test_a_finished_run_that_goes_on_with_more_steps_is_not_over(tmp_path, told):
@@ -294,12 +298,12 @@ def test_a_finished_run_that_goes_on_with_more_steps_is_not_over(tmp_path, told)
     ran(tmp_path, 4)
     state = {"global_step": 4, "epoch": 0.5, "max_steps": 4}
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
-    assert "Training was over" in told(KeyboardInterrupt())[0]
+    assert "Training had ended" in told(KeyboardInterrupt())[0]
     claim(arguments(tmp_path, "latest", max_steps=8), False)
     text, _ = told(KeyboardInterrupt(), "--max_steps", "8")
-    assert "Training was over" not in text
+    assert "Training had ended" not in text
     assert text.endswith(
-        "checkpoint-4; go on from it with: " + run_folder.resume_command(["recipes/x.py", "--max_steps", "8"])
+        "checkpoint-4; resume from it with: " + run_folder.resume_command(["recipes/x.py", "--max_steps", "8"])
     )
 
 
