@@ -21,7 +21,8 @@ MODEL  ?=
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
-	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m trl_ext.cli.targets
+	@for python in $(PY) $(PYTHON); do $$python $(CHECK) 2>/dev/null && exec $$python -m trl_ext.cli.targets; done; \
+		echo "  and targets of the methods, which Python 3.11 or newer lists: make help PYTHON=python3.11"
 
 setup: $(READY)  ## create .venv with the tested versions (every other target does this by itself)
 	@:
@@ -76,7 +77,7 @@ format: $(READY)  ## ruff in place, and what is written from the methods' record
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(PY) -m trl_ext.cli.stubs
 
 # The methods' targets: trl_ext/*/method.py says what each runs. `make help` lists them
-TARGET = @$(RUN) -m trl_ext.cli.targets $@ $(if $(GPU),--gpu) $(if $(MODEL),--model $(MODEL)) -- $(ARGS)
+TARGET = @$(RUN) -m trl_ext.cli.targets $@ $(if $(GPU),--gpu) $(if $(MODEL),--model "$(MODEL)") -- $(ARGS)
 
 train-% eval-% profile-%: $(READY) $(SMOLLM2)
 	$(TARGET)

@@ -95,6 +95,20 @@ def test_a_checkout_that_was_moved_or_copied_is_set_up_anew(make, tmp_path, wher
     assert ("install -q" in done.stdout) != right
 
 
+@pytest.mark.parametrize("kind", ["recent", "old", "missing"])
+@pytest.mark.parametrize("place", ["venv", "outside"])
+def test_help_lists_the_targets_with_any_python(make, tmp_path, kind, place):
+    path = tmp_path / ".venv" / "bin" / "python" if place == "venv" else tmp_path / "python"
+    if kind != "missing":
+        python(path, kind == "recent")
+    done = make("help", f"PYTHON={tmp_path / 'python'}")
+    assert done.returncode == 0 and not done.stderr and "make doctor" in done.stdout
+    if kind == "recent":
+        assert "-m trl_ext.cli.targets" in Path(f"{path}.log").read_text() and "newer lists" not in done.stdout
+    else:
+        assert "Python 3.11 or newer lists" in done.stdout
+
+
 def test_cleaning_leaves_the_runs(make, tmp_path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / ".venv").mkdir()
@@ -114,3 +128,12 @@ def test_arguments_reach_the_command_line(make, tmp_path, target):
     wanted = f"-m trl_ext.cli.targets {target} --model m -- --x"
     assert wanted in (tmp_path / ".venv" / "bin" / "python.log").read_text()
     assert (tmp_path / "runs" / "minimind").exists()
+
+
+def test_a_name_with_spaces_is_one_argument(make, tmp_path):
+    script = python(tmp_path / ".venv" / "bin" / "python", True)
+    script.write_text(script.read_text().replace('echo "$@"', "printf '<%s>' \"$@\""))
+    (tmp_path / ".venv" / ".ready").touch()
+    assert make("train-hrpo", "MODEL=my model", """ARGS=--x "a b" 'c "d'""").returncode == 0
+    said = (tmp_path / ".venv" / "bin" / "python.log").read_text()
+    assert said.endswith('<--model><my model><--><--x><a b><c "d>'), said
