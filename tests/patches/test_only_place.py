@@ -3,6 +3,7 @@
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,10 @@ MUTATORS = {
     *("__setitem__", "__delitem__", "__setattr__", "__delattr__"),
 }
 GLOBALS = {"__globals__", "f_globals", "func_globals"}
+# What these return belongs to another package: a module, or a class or function beneath ours
+FINDERS = {"__import__", "import_module", "getmodule", "unwrap", "mro"}
+# Calls that hand on what they are given, or its elements
+HAND_ON = {"next", "iter", "zip", "enumerate", "nullcontext"}
 # A package's public way to be configured
 ALLOWED = {
     "sys.argv.remove('--traceback')": "a flag that is read before all others",
@@ -34,13 +39,16 @@ class Assignments(ast.NodeVisitor):
     """Finds assignments to attributes and items of what a file imports from other packages.
 
     What is followed: names that are imported, their attributes and items, `vars`, `getattr` and `sys.modules` of them, the
-    class of any object (`type(x)`, `x.__class__`), and names that any of these are assigned to. The result of another call
-    is an object of this project's own making.
+    class of any object (`type(x)`, `x.__class__`) and its parents, and names that any of these are assigned to, as an
+    argument's default and in a comprehension too. The result of another call is an object of this project's own making. A
+    name of the module that a function binds by `global`, an attribute of our own objects, and the arguments of a call are
+    not followed: the test below that constructs trainers sees what these change.
     """
 
     def __init__(self):
         self.foreign: set[str] = set()
         self.modules: set[str] = set()
+        self.finders: set[str] = set()  # other names for these
         self.found: list[tuple[int, str]] = []
 
     def is_foreign(self, node: ast.expr) -> bool:
@@ -55,6 +63,11 @@ class Assignments(ast.NodeVisitor):
                 return self.is_foreign(node.value)
             case ast.Tuple() | ast.List():
                 return any(map(self.is_foreign, node.elts))
+            case ast.Dict():
+                return any(map(self.is_foreign, node.values))
+            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
+                self.bind_generators(node)
+                return not isinstance(node.elt, ast.List | ast.Dict) and self.is_foreign(node.elt)
             case ast.IfExp():
                 return self.is_foreign(node.body) or self.is_foreign(node.orelse)
             case ast.BoolOp():
@@ -65,7 +78,10 @@ class Assignments(ast.NodeVisitor):
                 return self.is_foreign(first)
             case ast.Call():
                 called = ast.unparse(node.func)
-                return called.startswith("sys.modules.") or called.endswith("import_module")
+                name = called.split(".")[-1]
+                if name in HAND_ON:
+                    return any(map(self.is_foreign, node.args))
+                return called.startswith("sys.modules.") or name in FINDERS | self.finders
         return False
 
     def report(self, node: ast.AST) -> None:
@@ -79,6 +95,7 @@ class Assignments(ast.NodeVisitor):
                 self.modules.add(name)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        self.finders |= {alias.asname or alias.name for alias in node.names if alias.name in FINDERS}
         if not node.level and node.module.split(".")[0] not in OURS:
             self.foreign |= {alias.asname or alias.name for alias in node.names}
 
@@ -108,23 +125,40 @@ class Assignments(ast.NodeVisitor):
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.bind(node.target, None)
+        if isinstance(node.target, ast.Name) and isinstance(node.op, ast.BitOr) and self.is_foreign(node.target):
+            self.report(node)  # it changes a dictionary in place
         self.generic_visit(node)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
         self.bind(node.target, node.value)
         self.generic_visit(node)
 
-    def visit_For(self, node: ast.For) -> None:
-        match node.iter:
+    def bind_elements(self, target: ast.expr, iterable: ast.expr) -> None:
+        """A loop: its names stand for the elements."""
+        match iterable:
             case ast.Call(func=ast.Name(id="list" | "tuple" | "sorted" | "set" | "reversed"), args=[one]):
-                elements = one
-            case _:
-                elements = node.iter
-        match elements:
+                iterable = one
+        match iterable:
             case ast.Call(func=ast.Attribute(value=owner, attr="values" | "items")):
-                elements = owner
-        self.bind(node.target, elements)
+                iterable = owner
+        self.bind(target, iterable)
+
+    def bind_generators(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
+        for loop in node.generators:
+            self.bind_elements(loop.target, loop.iter)
+
+    def visit_For(self, node: ast.For) -> None:
+        self.bind_elements(node.target, node.iter)
         self.generic_visit(node)
+
+    def visit_ListComp(self, node: Any) -> None:
+        """The names of a comprehension are its own."""
+        outside = set(self.foreign)
+        self.bind_generators(node)
+        self.generic_visit(node)
+        self.foreign = outside
+
+    visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ListComp
 
     def visit_With(self, node: ast.With) -> None:
         for item in node.items:
@@ -139,8 +173,12 @@ class Assignments(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         """A function's names are its own, and may be used above the line that binds them (in a loop)."""
         outside, arguments = self.foreign, node.args
-        own = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
-        self.foreign = outside - own
+        positional = [*arguments.posonlyargs, *arguments.args]
+        own = {a.arg for a in (*positional, *arguments.kwonlyargs)}
+        defaults = [*zip(reversed(positional), reversed(arguments.defaults))]
+        defaults += zip(arguments.kwonlyargs, arguments.kw_defaults)
+        given = {a.arg for a, default in defaults if default is not None and self.is_foreign(default)}
+        self.foreign = outside - own | given
         found, before = list(self.found), None
         while before != self.foreign:
             before, self.found = set(self.foreign), list(found)
@@ -218,6 +256,20 @@ def test_nothing_but_patches_assigns_to_another_package(folder):
         "from unittest import mock\nimport trl\nwith mock.patch.object(trl.GRPOTrainer, 'log', print):\n    pass",
         "from unittest import mock\nwith mock.patch('trl.GRPOTrainer.log', print):\n    pass",
         "def f():\n    trl.pad = print\nimport trl",
+        "import trl\ndef f(x, cls=trl.GRPOTrainer):\n    cls.log = print",
+        "import trl\ndef f(*, cls=trl.GRPOTrainer):\n    cls.log = print",
+        "import trl\n[setattr(module, 'pad', print) for module in (trl, trl.trainer)]",
+        "import trl\nmodules = [module for module in (trl, trl.trainer)]\nmodules[0].pad = print",
+        "import trl\nmodules = {'trl': trl}\nmodules['trl'].pad = print",
+        "import trl\nfor module, name in zip([trl], ['pad']):\n    setattr(module, name, print)",
+        "import contextlib, trl\nwith contextlib.nullcontext(trl) as module:\n    module.pad = print",
+        "def f(model):\n    type(model).mro()[1].forward = print",
+        "def f(model):\n    cls = next(c for c in type(model).__mro__ if 'forward' in vars(c))\n    cls.forward = print",
+        "import inspect\ndef f(function):\n    inspect.getmodule(function).pad = print",
+        "import inspect\ndef f(function):\n    inspect.unwrap(function).__code__ = print",
+        "from importlib import import_module as load\nload('trl').pad = print",
+        "__import__('trl').pad = print",
+        "import trl\nnames = vars(trl)\nnames |= {'pad': print}",
     ],
 )
 def test_a_planted_assignment_is_found(source):
@@ -235,6 +287,9 @@ def test_a_planted_assignment_is_found(source):
         "def f(trl):\n    trl.x = 1",
         "from patches import versions\nfrom .common import hub\nhub.x = versions.y = 1",
         "import os\nos.remove('x')\nvalue = os.environ.get('x')",
+        "import sys\nlines = [[sys.executable, name] for name in ('a', 'b')]\nlines[0] += ['c']",
+        "import trl\nnames = [name for name in trl.__all__]\nmade = {}\nmade[names[0]] = 1",
+        "def f(rows, name=None):\n    for row, value in zip(rows, range(3)):\n        row[name] = value",
     ],
 )
 def test_what_is_ours_is_left_alone(source):
