@@ -172,7 +172,7 @@ def page(found: dict) -> str:
 {seeds_of(results)} seeds, {made_with["held_out"]}, {made_with["steps"]} steps; mean (lowest..highest).
 
 - texts repeated: held-out texts that are repeated exactly; tokens: tokens predicted right.
-- NLL: nats a token of the held-out texts. "After a concept" and "after others" split it by the token before.
+- NLL: nats per token of the held-out texts. "After a concept" and "after others" split it by the token before.
 - random concepts: the same figure when each concept is replaced by a random one.
 - tail: mean number of tokens since the last concept. Perplexity and used: of the codewords.
 - MACs, KV: multiplications, and keys and values in the cache, as shares of the model without concepts.

@@ -129,7 +129,7 @@ def page(found: dict) -> str:
 {seeds_of(results)} seeds, {made_with["held_out"]}, {made_with["steps"]} steps; mean (lowest..highest).
 
 - written right: held-out facts that are written exactly from their plans; tokens: tokens predicted right.
-- NLL: nats a token under the text's own plan. dNLL: how much more without a plan (null), under another text's plan
+- NLL: nats per token under the text's own plan. dNLL: how much more without a plan (null), under another text's plan
   (shuffled), and under a random plan.
 - concepts, bits: length of a plan, and the most that it could tell. Bits explained: what it does tell.
 - perplexity: of the codewords; distinct: share of different plans among the texts.

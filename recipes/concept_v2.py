@@ -54,11 +54,11 @@ def main() -> None:
     started = time.time()
     console, output, resume = start(args, script, EMBEDDED)
 
-    # Data, and what the model is worth before it has concepts
+    # Data, and an evaluation of the model before it has concepts
     task = load(script, data, args)
     base = base_evaluation(task, script, args)
 
-    # Model and trainer: the trainer gives the model its concepts before LoRA wraps it
+    # Model and trainer: the trainer attaches the concepts before LoRA wraps the model
     how = evaluation_options(task, script, args)
     accuracy = AccuracyCallback(
         script.eval_every, lambda model: evaluate_concepts(model, task.tokenizer, task.held_out, **how)

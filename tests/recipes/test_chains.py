@@ -70,9 +70,9 @@ def test_each_stage_gets_its_own_flags(chain, tmp_path):
     "argv, message",
     [
         (["--dpo", "--beta '2"], "--dpo: .*cannot be split into flags"),
-        (["--max-steps", "5"], "--max_steps: there is no such flag; a stage's own flags go to it in one string: --sft"),
-        (["--dpo", "--output-dir elsewhere"], "--dpo: --output_dir is for all stages"),
-        (["--stages", "sft", "--dpo", "--beta 1"], "--dpo: --stages leaves this stage out"),
+        (["--max-steps", "5"], "--max_steps: there is no such flag; give a stage's own flags in one string: --sft"),
+        (["--dpo", "--output-dir elsewhere"], "--dpo: --output_dir applies to all stages"),
+        (["--stages", "sft", "--dpo", "--beta 1"], "--dpo: this stage is not among --stages"),
         (["--overwrite", "maybe"], "--overwrite: 'maybe' is neither true nor false"),
         (["--run_dir", "known"], "known/sft: holds a run already; --overwrite deletes"),
         (["--run_dir", "unknown", "--overwrite"], "unknown/lora has no run.json"),
@@ -92,10 +92,10 @@ def test_begun_again_after_a_stage_was_cut_short_the_ways_to_go_on_are_named(cha
     (tmp_path / "mine" / "dpo" / "run.json").write_text(json.dumps({"id": "2", "commands": [command]}))
     argv = ["--run_dir", "mine", "--stages", "sft", "dpo", "ppo", "grpo"]
     resume = r"\S*python dpo.py --output_dir mine/dpo --resume_from_checkpoint latest"
-    with pytest.raises(ValueError, match=rf"--stages ppo grpo goes on with the others; mine/dpo has not .*: {resume}$"):
+    with pytest.raises(ValueError, match=rf"--stages ppo grpo runs the others; mine/dpo has not .*: {resume}$"):
         chain("minimind/all.py", *argv)
     (tmp_path / "mine" / "dpo" / "run.json").write_text(json.dumps({"id": "2", "commands": [command], "finished": 4}))
-    with pytest.raises(ValueError, match=r"--stages ppo grpo goes on with the others$"):
+    with pytest.raises(ValueError, match=r"--stages ppo grpo runs the others$"):
         chain("minimind/all.py", *argv)
     with pytest.raises(ValueError, match=r"mine/stage_1 --resume_from_checkpoint latest$"):
         holds_a_run(tmp_path / "mine" / "stage_1")

@@ -43,9 +43,7 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys):
     assert first["steps"] == 2 and first["n_eval"] == 12 and set(first["accuracy_curve"]) == {"0", "1", "2"}
     assert first["base"]["ratio"] is None and first["after"]["ratio"] >= 1 and 0 < first["after"]["macs"] < 3
     shown = capsys.readouterr().out
-    assert (
-        "without concepts, before" in shown and "tokens for each concept" in shown and "with random concepts" in shown
-    )
+    assert "without concepts, before" in shown and "tokens per concept" in shown and "with random concepts" in shown
     assert Path("out/curves.png").stat().st_size > 10_000
     assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {".safetensors", ".json", ".md", ".jinja"}
     page = Path("out/concepts.html").read_text()
@@ -155,7 +153,7 @@ def test_a_model_and_data_of_ones_own(run, files, chat):
     [
         (("--segmenter", "words"), "segmenter='words'"),
         (("--n_shallow", "9"), "n_shallow=9"),
-        (("--model_name", "tiny", "--dataset", "rows.jsonl"), "belong together"),
+        (("--model_name", "tiny", "--dataset", "rows.jsonl"), "can only be used together"),
         (("--resume_from_checkpoint", "latest"), "no complete checkpoint"),
     ],
 )

@@ -94,10 +94,10 @@ def test_own_models_and_rows(run, files, capsys):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"dataset": "bad.jsonl"}, "line 4: not one number"),
+        ({"dataset": "bad.jsonl"}, "line 4: there is not exactly one number"),
         ({"dataset": "none.jsonl"}, "there is no such file"),
-        ({"dataset": "tiny"}, "belong together"),
-        ({"teacher_model_name_or_path": None}, "teacher_model: give one"),
+        ({"dataset": "tiny"}, "can only be used together"),
+        ({"teacher_model_name_or_path": None}, "teacher_model: pass a teacher"),
         ({"kv_layer_map": "[0, 7]"}, "layer_map="),
         ({"eval_batch": 0}, "eval_batch=0: must be at least 1"),
         ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),

@@ -133,7 +133,7 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """The last complete checkpoint, and the command that resumes from it."""
+    """A sentence that names the last complete checkpoint and the command that resumes from it."""
     last = last_complete_checkpoint(folder)
     if last is None:
         return f"There is no complete checkpoint in {folder} yet, so the run cannot be resumed"

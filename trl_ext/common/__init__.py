@@ -1,1 +1,1 @@
-"""What several trainers use: checkpoints, model loading, teachers, gradients, parameter groups."""
+"""Shared parts of the trainers: checkpoints, model loading, teachers, gradients, parameter groups."""

@@ -12,9 +12,9 @@ HASHED_ROWS = 64
 
 
 def content_hash(dataset: Dataset, columns: Sequence[str]) -> str:
-    """Hash the number of rows and the given columns of up to about 64 evenly spaced rows.
+    """Hash the number of rows and the given columns of evenly spaced rows, at most 127 of them.
 
-    `Dataset._fingerprint` of datasets does not serve: it depends on how the rows were made, not on the rows.
+    `Dataset._fingerprint` of datasets cannot be used: it depends on how the rows were made, not on the rows.
     """
     digest = hashlib.sha256(str(len(dataset)).encode())
     step = max(1, len(dataset) // HASHED_ROWS)

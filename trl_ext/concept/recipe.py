@@ -178,7 +178,7 @@ def evaluation_options(task: Task, script: ScriptArguments, args: ConceptConfig)
 
 
 def show_pieces(trainer: ConceptTrainer, task: Task, console: PlainConsole, title: str) -> None:
-    """Write `concepts.html` into the run's folder: held-out texts in the pieces that their concepts stand for."""
+    """Write `concepts.html` to the run's folder: held-out texts, split into the pieces that their concepts stand for."""
     rows = task.held_out.select(range(min(PAGE_TEXTS, len(task.held_out))))
     page = Path(trainer.args.output_dir) / "concepts.html"
     texts = [row["prompt"] + row["completion"] for row in rows]

@@ -127,7 +127,7 @@ def is_right(completion: str, answer: str, answer_prompt: str) -> bool:
 def bootstrap_interval(right: list[list[bool]], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """The 95% percentile bootstrap interval of mean accuracy, over seeds and questions.
 
-    These few lines would be the only use of SciPy (`scipy.stats.bootstrap`), which is not a dependency.
+    SciPy is not a dependency, and its `scipy.stats.bootstrap` does not resample seeds and questions together.
 
     Args:
         right: one list per seed, which says for each question whether its answer is right.

@@ -54,7 +54,7 @@ class KVDistillationLoss(nn.Module):
     """Distance between the keys and values of latent tokens and the ones kept of a teacher's trace (KaVa, arXiv
     2510.02312).
 
-    Keys and values count half each. It equals the trainer's with `kv_loss`, `kv_projection`, `kv_layer_norm` and
+    Keys and values each count half. It equals the trainer's with `kv_loss`, `kv_projection`, `kv_layer_norm` and
     `kv_std_mode="normalize_states"`.
 
     Args:

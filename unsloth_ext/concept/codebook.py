@@ -63,6 +63,10 @@ def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> tor
     """Compute the centres (number, d) of points (n, d) by k-means++ (Arthur and Vassilvitskii 2007) and Lloyd's
     iterations.
 
+    scikit-learn would add a dependency and run on the CPU. This version runs on the device of the points, and reports
+    too few
+    different points.
+
     Raises:
         ValueError: there are fewer different points than centres.
     """
