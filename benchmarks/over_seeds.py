@@ -63,9 +63,9 @@ def in_order(results: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
     return {n: dict(sorted(results[n].items(), key=lambda pair: int(pair[0]))) for n in names if n in results}
 
 
-def seeds_of(results: dict[str, dict]) -> int:
-    """The smallest number of seeds of a run."""
-    return min(len(runs) for runs in results.values())
+def seeds_of(results: dict[str, dict]) -> str:
+    """The number of seeds of the runs, such as "3", or "2 or 3" if some runs have more."""
+    return " or ".join(map(str, sorted({len(runs) for runs in results.values()})))
 
 
 def arguments(about: str, names: list[str], steps: int | None, seeds: list[int]) -> argparse.ArgumentParser:
