@@ -30,7 +30,7 @@ from unsloth_ext.common.hub import (
 from unsloth_ext.common.master_weights import MasterWeights, copied_by_peft, master_weights, widen
 from unsloth_ext.common.method import Method
 from unsloth_ext.common.positions import learned_positions
-from unsloth_ext.common.settings_file import read_saved
+from unsloth_ext.common.settings_file import method_of, read_saved
 
 
 logger = logging.get_logger(__name__)
@@ -281,7 +281,7 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
 
     Raises:
         ValueError: there is no such model, it is an adapter, it is not a causal language model, it belongs to another
-            method whose modules would be lost, or its folder has no tokenizer.
+            method whose modules would be lost or are lost already, or its folder has no tokenizer.
     """
     if isinstance(model, str):
         check_causal_lm(model, method)
@@ -289,6 +289,14 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
             raise ValueError(
                 f"model={model!r} is an adapter, which TRL does not load by name: merge it (merge_and_unload), save the "
                 "result and name its folder; or pass PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
+            )
+    elif isinstance(model, PreTrainedModel | PeftModel):
+        saved_with, _ = method_of(model.config)
+        if saved_with and saved_with.name != method and settings_of(model, saved_with) is None:
+            raise ValueError(
+                f"the model was saved with the {saved_with.what} of the method {saved_with.name}, and the loader dropped "
+                f"them: load it with unsloth_ext.{saved_with.loader}.from_pretrained, or delete "
+                f"model.config.{saved_with.key} to train what is left"
             )
     if tokenizer is None and (isinstance(model, str) or hasattr(getattr(model, "config", None), "_name_or_path")):
         check_tokenizer(name_of(model))

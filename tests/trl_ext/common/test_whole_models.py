@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
+import unsloth_ext
 from tests import tiny
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.distill import setups as distill
@@ -16,6 +17,7 @@ from tests.trl_ext.planner import setups as planner
 from tests.trl_ext.planner.test_resume import edit
 from tests.trl_ext.ppo import setups as ppo
 from tests.trl_ext.spo import setups as spo
+from trl_ext.common.model_loading import check_model_and_tokenizer
 from trl_ext.common.teacher import load_teacher
 from trl_ext.minimind.stage import resumable
 
@@ -130,3 +132,17 @@ def test_transformers_leaves_out_the_head_of_an_adapter(tmp_path):
     lora.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=1)
     assert not (loaded.score.modules_to_save["default"].weight == 0.5).all()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_whose_modules_the_loader_dropped_is_refused_by_other_trainers(tmp_path, wrapped):
+    """The saved model would have the settings and no modules, and nothing could open it."""
+    unsloth_ext.attach_thinking(tiny.model()).save_pretrained(tmp_path / "thinking")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "thinking")
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    said = r"of the method hrpo.*FastThinkingModel\.from_pretrained.*delete model\.config\.thinking"
+    with pytest.raises(ValueError, match=said):
+        stock(tmp_path / "out", model)
+    del model.config.thinking
+    check_model_and_tokenizer(model, tiny.tokenizer(), None)
