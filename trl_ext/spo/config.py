@@ -34,7 +34,9 @@ class SPOConfig(SingleSampleConfig):
     rho_const: float = field(
         default=0.9, metadata={"help": "rho for rho_mode='constant', or if the movement is unknown."}
     )
-    D_half: float = field(default=0.06, metadata={"help": "Movement in nats per token at which rho is 1/2."})
+    D_half: float = field(
+        default=0.06, metadata={"help": "Movement in nats per token at which rho is 1/2 before it is clipped."}
+    )
     rho_min: float = field(
         default=0.875, metadata={"help": "Lower bound of rho; the start counts as 1 / (1 - rho_min) visits."}
     )

@@ -17,7 +17,7 @@ class AutoAdaptiveValueTracker(nn.Module):
     Args:
         rho_mode: "kl", or "constant" for rho_const at every visit.
         rho_const: rho if D is unknown, as at a first visit.
-        D_half: movement in nats per token at which rho is 1/2.
+        D_half: movement in nats per token at which rho is 1/2 before it is clipped.
         prompts: number of tracked prompts; 1 for a single value.
         rho_min, rho_max: bounds of rho.
         initial_value: expected reward before any visit.
