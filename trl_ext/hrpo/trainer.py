@@ -1,12 +1,10 @@
 """HRPO on top of the GRPOTrainer in place, TRL's or Unsloth's. The differences from GRPO:
 
 - Rollouts: `_generate_single_turn` lets the parent generate, but with hybrid decoding, and keeps what the training
-  forward
-  will need (`unsloth_ext.hrpo.recompute.trace_fields`).
+  forward will need (`unsloth_ext.hrpo.recompute.trace_fields`).
 - The batch: `_generate_and_score_completions` adds these tensors, and the parent shuffles and splits them.
 - Log-probabilities: `_get_per_token_logps_and_entropies` passes the thinking states to the model. The old policy and
-  the loss
-  use the same code, so the importance ratio is 1 at the first inner step. The KL reference does not think.
+  the loss use the same code, so the importance ratio is 1 at the first inner step. The KL reference does not think.
 - Optimizer: `create_optimizer` splits the parent's groups by learning rate, `_clip_grad_norm` clips each group
   separately.
 
