@@ -10,11 +10,11 @@ Without thinking tensors the original runs unchanged.
 
 A trainer uses two contexts:
 
-    with thinking_batch(thinking_mask=..., thinking_embeds=...):             # the loss, with gradients
-        loss = super().compute_loss(model, inputs, ...)                      # takes no extra keywords, so they are held
-        here
-    with thinking_forwards(model, input_ids, pad, thinking_mask=..., ...):   # old log-probs; the reference has no
-        states
+    # The loss, with gradients. compute_loss takes no extra keywords, so the context holds them
+    with thinking_batch(thinking_mask=..., thinking_embeds=...):
+        loss = super().compute_loss(model, inputs, ...)
+    # Log-probs of the old policy. The reference has no thinking states
+    with thinking_forwards(model, input_ids, pad, thinking_mask=..., ...):
         out = super()._get_per_token_logps_and_entropies(model, input_ids, ...)
 """
 

@@ -30,7 +30,7 @@ def recording(loss: Callable, scored: list[torch.Tensor]) -> Iterator[None]:
 
 def _sites(*owners: Any) -> list[Site]:
     if not owners:
-        raise PatchError(f"patch {NAME!r} is applied to one module's names: use recording")
+        raise PatchError(f"patch {NAME!r} is for the names of one module: use patches.grpo_log_probs.recording")
     return [(owner, CLASS) for owner in owners]
 
 

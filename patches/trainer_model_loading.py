@@ -44,7 +44,9 @@ def watching_models(init: Callable, seen: Seen) -> Iterator[None]:
 
 def _sites(*owners: Any) -> list[Site]:
     if not owners:
-        raise PatchError(f"patch {NAME!r} is applied to one trainer's module: use watching_models")
+        raise PatchError(
+            f"patch {NAME!r} is for the module of one trainer: use patches.trainer_model_loading.watching_models"
+        )
     return [(owner, FUNCTION) for owner in owners]
 
 

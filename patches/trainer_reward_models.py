@@ -39,7 +39,9 @@ def loading_reward_models(init: Callable, model: Callable, tokenizer: Callable) 
 
 def _sites(*owners: Any) -> list[Site]:
     if not owners:
-        raise PatchError(f"patch {NAME!r} is applied to one trainer's module: use loading_reward_models")
+        raise PatchError(
+            f"patch {NAME!r} is for the module of one trainer: use patches.trainer_reward_models.loading_reward_models"
+        )
     return [(owner, name) for owner in owners for name in (MODEL, TOKENIZER) if name in owner]
 
 

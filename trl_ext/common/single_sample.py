@@ -31,8 +31,8 @@ class SingleSampleConfig(GRPOConfig):
             self.num_generations = self.generation_batch_size or rows * int(os.environ.get("WORLD_SIZE", "1"))
             if self.num_generations < 2:
                 raise ValueError(
-                    f"per_device_train_batch_size={self.per_device_train_batch_size}: a rollout with one completion cannot "
-                    "be whitened; raise it, or gradient_accumulation_steps"
+                    f"per_device_train_batch_size={self.per_device_train_batch_size}: advantages are whitened over a "
+                    "rollout, which needs at least 2 completions; raise it, or gradient_accumulation_steps"
                 )
             self.num_generations_eval: int | None = evaluations or 1
         super().__post_init__()

@@ -88,10 +88,8 @@ class LatentCollator:
     Returns a batch of B rows (long; masks are 0 or 1):
         question_ids, question_mask (B, Q).
         teacher_ids, teacher_mask (B, S): trace, answer prompt, answer. trace_mask (B, S) marks the trace, answer_mask
-            the rest.
-            teacher_labels are -100 at pads. teacher_at (B): the position in them that predicts the first answer token
-                (-1: the
-            last token of the question).
+            the rest. teacher_labels are -100 at pads. teacher_at (B): the position in them that predicts the first
+            answer token (-1: the last token of the question).
         input_ids, attention_mask (B, A): <eot>, answer prompt, answer. labels are -100 at pads and <eot>. student_at
             (B).
     """

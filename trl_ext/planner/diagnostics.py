@@ -8,12 +8,11 @@ hold only some of them. A level is the mean of the last `window` values of a nam
     em/staleness                    nats between the best candidate and the cached plan
     monitor/delta_nll_null          cost of the null plan, nats per token; ..._shuffled: cost of another text's plan
     monitor/commonest_plan          share of texts that have the most common plan
-    monitor/entropy_<type>          entropy of the type's predictions, nats; monitor/max_prob_<type>: largest
-        probability
+    monitor/entropy_<type>          entropy of the type's predictions, nats
+    monitor/max_prob_<type>         their largest probability
     monitor/cos, monitor/l2         between expected and chosen codeword
-    monitor/planner_grad_norm       of any scale; soft: of the gradient at the plans' embeddings, hard_em: at the
-        planner's
-                                    logits
+    monitor/planner_grad_norm       norm of the gradient, of any scale: at the plans' embeddings (soft) or at the
+                                    planner's logits (hard_em)
 """
 
 import math
@@ -286,7 +285,7 @@ def advise(history: History, thresholds: Thresholds = THRESHOLDS, training: str 
     """The signs in a history, in the order of the table, with what to do about each. Ours.
 
     Args:
-        history: dicts of logged values with their `step`, oldest first; see above.
+        history: logged values with their `step`, oldest first, as in `trainer.state.log_history`.
         thresholds: when a value becomes a sign.
         training: `"soft"` or `"hard_em"`.
 

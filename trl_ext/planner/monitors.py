@@ -184,9 +184,9 @@ def cosine_and_l2(soft: torch.Tensor, hard: torch.Tensor, mask: torch.Tensor) ->
 
 
 class GradientNorm:
-    """L2 norm of the gradient at tensors, over all tensors since the last `pop` as one vector.
+    """L2 norm of the gradient with respect to the tensors that were watched since the last `pop`, taken as one vector.
 
-    It does not wait for the device before `pop`. Under loss scaling, gradients are scaled.
+    Only `pop` waits for the device. Under loss scaling, the norm is that of the scaled gradient.
     """
 
     def __init__(self):

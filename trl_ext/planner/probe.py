@@ -18,10 +18,9 @@ ROWS = 16
 def probe(model: nn.Module, batch: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, float]:
     """Measure the first 16 rows of a batch, with greedy plans. Ours.
 
-        monitor/delta_nll_null, ..._shuffled (needs two rows), ..._random      cost of another plan, nats per token
-        monitor/commonest_plan                                                 share of texts that have the most common
-            plan
-        monitor/nll_0-64, ...                                                  NLL by position, nats per token
+        monitor/delta_nll_null, ..._shuffled, ..._random    cost of another plan, nats per token; shuffled needs two rows
+        monitor/commonest_plan                              share of texts that have the most common plan
+        monitor/nll_0-64, ...                               NLL by position, nats per token
 
     Args:
         model: a causal LM with a planner, wrapped or not.

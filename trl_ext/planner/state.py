@@ -41,7 +41,9 @@ def new_state(args: PlannerExecutorConfig, config: PlannerConfig, rows: int) -> 
     if args.training == "hard_em":
         possible = number_of_plans(config)
         if args.num_beams > possible:
-            raise ValueError(f"num_beams={args.num_beams}: there are only {possible} plans under these quotas")
+            raise ValueError(
+                f"num_beams={args.num_beams}: there are only {possible} plans under these quotas; lower it"
+            )
         state["cache"] = PlanCache(rows, len(config.types), config.max_quota)
         state["schedule"] = EStepSchedule(args.adaptive_e_step, args.staleness_threshold, args.max_e_step_every)
     return state

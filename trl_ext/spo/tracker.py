@@ -10,9 +10,12 @@ RHO_MODES = ("kl", "constant")
 class AutoAdaptiveValueTracker(nn.Module):
     """Beta(a, b) of each prompt's reward in [0, 1], or of all rewards (arXiv 2509.13232, section 3).
 
-    The baseline is v = a / (a + b) before the update a <- rho a + r, b <- rho b + 1 - r. The decay is rho = clip(2^(-D
-    / D_half), rho_min, rho_max), where D is the policy's movement since the last visit. The tracker starts with N0 = 1
-    / (1 - rho_min) visits of `initial_value`, and a + b stays between N0 and 1 / (1 - rho_max).
+        v = a / (a + b)                                     the baseline, before the update
+        a <- rho a + r,    b <- rho b + 1 - r
+        rho = clip(2^(-D / D_half), rho_min, rho_max)       D: the policy's movement since the last visit
+
+    The tracker starts with N0 = 1 / (1 - rho_min) visits of `initial_value`, and a + b stays between N0 and
+    1 / (1 - rho_max).
 
     Args:
         rho_mode: "kl", or "constant" for rho_const at every visit.

@@ -190,7 +190,7 @@ def read_saved(name: str, expected: str | None = None, token: str | None = None)
     for other, why in ((method, "its settings say so"), (held and held[0], f"it holds {held and held[1]}")):
         if other is not None and other.name != expected:
             raise ValueError(
-                f"{name} holds a model of the method {other.name} ({why}), which would be lost here; open it with "
+                f"{name} holds a model of the method {other.name} ({why}), whose modules would be lost here; open it with "
                 f"unsloth_ext.{other.loader}.from_pretrained"
             )
     if held and method is None:

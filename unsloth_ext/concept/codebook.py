@@ -64,8 +64,7 @@ def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> tor
     iterations.
 
     scikit-learn would add a dependency and run on the CPU. This version runs on the device of the points, and reports
-    too few
-    different points.
+    too few different points.
 
     Raises:
         ValueError: there are fewer different points than centres.
@@ -79,8 +78,8 @@ def kmeans(points: torch.Tensor, number: int, generator: torch.Generator) -> tor
         distance[distance <= same] = 0
         if not distance.any():
             raise ValueError(
-                f"num_concepts={number}: the training texts have only {len(seeds)} different states for codewords"
-                "; lower it, or set codebook_init='random'"
+                f"num_concepts={number}: codewords are made from different hidden states, and the training texts have "
+                f"only {len(seeds)}; lower num_concepts, or set codebook_init='random'"
             )
         found = points[torch.multinomial(distance, 1, generator=generator)]
         seeds.append(found)

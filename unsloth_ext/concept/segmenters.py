@@ -56,8 +56,7 @@ def boundaries(
 
     Returns:
         The concepts (B, N) bool; the number of tokens (B, N) long of a concept that would end there; and the state
-        after
-        these tokens.
+        after these tokens.
     """
     steps = torch.arange(1, score.shape[1] + 1, device=score.device)
     charge = memory.charge[:, None] + torch.where(valid, score.double().sigmoid(), 0).cumsum(1)

@@ -86,7 +86,7 @@ class StructuralKVLoss:
             terms["v"] = (self.alpha_v, _mean(1 - _cosine(s_v, t_v), mask))
         if self.alpha_attn:
             if s_q is None or t_q is None:
-                raise ValueError("alpha_attn compares attention, which needs s_q and t_q")
+                raise ValueError("alpha_attn > 0 compares attention: give the queries s_q and t_q, or set alpha_attn=0")
             terms["attn"] = (self.alpha_attn, attention_kl(s_q, s_k, t_q, t_k, mask, self.temperature))
         if self.alpha_norm:
             norms = [_mean((_log_norm(s) - _log_norm(t)) ** 2, mask) for s, t in ((s_k, t_k), (s_v, t_v))]

@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY) -> PreTr
     """
     if vocab_size < SMALLEST:
         raise ValueError(
-            f"vocab_size={vocab_size}: must be at least {SMALLEST}, {len(SPECIAL_TOKENS)} special and 256 bytes"
+            f"vocab_size={vocab_size}: must be at least {SMALLEST}, for {len(SPECIAL_TOKENS)} special tokens and 256 bytes"
         )
     if isinstance(texts, str):
         raise ValueError("texts is one string, which would be read character by character; give a list of texts")

@@ -176,7 +176,7 @@ def test_what_cannot_be_is_named():
         create_structural_loss(0, 0, 0)
     with pytest.raises(ValueError, match="temperature=0"):
         create_structural_loss(temperature=0)
-    with pytest.raises(ValueError, match="needs s_q"):
+    with pytest.raises(ValueError, match="give the queries s_q and t_q"):
         create_structural_loss()(s[0], s[1], None, t[0], t[1], None)
     with pytest.raises(ValueError, match="v: "):
         create_structural_loss()(s[0], s[1][:, :1], s[2], *t)
