@@ -20,6 +20,8 @@ import pytest
 from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+import patches
+
 from . import tiny
 
 
@@ -48,7 +50,10 @@ def run_examples(page: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python(page, tmp_path, monkeypatch):
+    """As in a fresh process: no page relies on patches that another one has applied."""
     monkeypatch.chdir(tmp_path)
+    for name in patches.NAMES:
+        patches.revert(name)
     run_examples(PAGES[page])
 
 
