@@ -300,13 +300,19 @@ def _changed(patch: Patch | Switch, owners: tuple[Any, ...]) -> list[Change]:
     for owner, attribute in todo:
         patch.check(owner, attribute)
     replacements: dict[int, Any] = {}  # families that share a function share its replacement
-    for owner, attribute in todo:
-        original = _read(owner, attribute)
-        if id(original) not in replacements:
-            replacements[id(original)] = patch.replacement(owner, attribute)
-        change = Change(owner, attribute, replacements[id(original)])
-        patch.changes.append(change)
-        change.make()
+    before = len(patch.changes)
+    try:
+        for owner, attribute in todo:
+            original = _read(owner, attribute)
+            if id(original) not in replacements:
+                replacements[id(original)] = patch.replacement(owner, attribute)
+            change = Change(owner, attribute, replacements[id(original)])
+            change.make()
+            patch.changes.append(change)
+    except BaseException:  # all sites are changed, or none
+        while len(patch.changes) > before:
+            patch.changes.pop().undo()
+        raise
     places = {(id(owner), attribute) for owner, attribute in sites}
     return [change for change in patch.changes if (id(change.owner), change.attribute) in places]
 

@@ -82,6 +82,31 @@ def test_context_manager_restores_after_an_error(target):
     assert module.double is double
 
 
+@pytest.mark.parametrize("permanent", [False, True])
+def test_a_patch_that_fails_at_one_site_changes_none(target, permanent):
+    module, double, patch = target
+
+    def fixed(x, factor=2):
+        return x
+
+    other = types.SimpleNamespace(double=fixed)
+    wrap = patch.wrap
+
+    def wrap_all_but_one(original):
+        if original is fixed:
+            raise RuntimeError("this one cannot be wrapped")
+        return wrap(original)
+
+    patch.wrap = wrap_all_but_one
+    with pytest.raises(RuntimeError, match="cannot be wrapped"):
+        if permanent:
+            patches.apply("fused_lm_head", module, other)
+        else:
+            with patches.applied("fused_lm_head", module, other):
+                pass
+    assert module.double is double and other.double is fixed and not patch.changes
+
+
 def test_changed_signature_names_target_and_parameters(target):
     module, _, _ = target
     module.double = lambda x, times: x * times

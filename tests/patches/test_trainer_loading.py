@@ -94,5 +94,5 @@ def test_reward_models_and_their_tokenizers_are_loaded_by_ours(tmp_path):
 
 @pytest.mark.parametrize("name", ["trainer_model_loading", "trainer_reward_models", "grpo_log_probs"])
 def test_they_need_the_module_they_are_for(name):
-    with pytest.raises(patches.PatchError, match="is applied to one"):
+    with pytest.raises(patches.PatchError, match=rf"one (trainer|module): use patches\.{name}\.\w+$"):
         patches.apply(name)
