@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +77,16 @@ class Method:
                 raise ValueError(f"{file}: {name}={value!r} is not among the exports")
 
     def settings_class(self) -> type:
-        """The dataclass of settings."""
-        module, _, name = self.settings.rpartition(":")
+        """Return the dataclass of settings."""
+        return self._find(self.settings)
+
+    def attach_function(self) -> Callable[..., Any]:
+        """Return the function that gives a model the modules."""
+        return self._find(self.attach)
+
+    def _find(self, named: str) -> Any:
+        """Return what is called by a public name or by "module:name"."""
+        module, _, name = named.rpartition(":")
         return getattr(importlib.import_module(f"{PACKAGE}.{self.name}.{module or self.exports[name]}"), name)
 
 

@@ -66,9 +66,7 @@ class MethodModel:
     @classmethod
     def _attach(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
         """Attach the method's modules to a loaded model. `saved` holds the settings from the JSON of `name`."""
-        import unsloth_ext
-
-        getattr(unsloth_ext, cls.method.attach)(model, read_settings(saved, name, cls.method))
+        cls.method.attach_function()(model, read_settings(saved, name, cls.method))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the model (or adapter) and the tokenizer as safetensors and JSON, with a model card."""
