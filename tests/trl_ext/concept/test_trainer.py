@@ -274,7 +274,7 @@ def test_codewords_out_of_the_training_texts(tmp_path, peft):
 
 def test_too_few_texts_for_the_codewords_are_refused_before_the_first_step(tmp_path):
     trainer = setups.trainer(tmp_path, codebook_init="kmeans", num_concepts=4096)
-    with pytest.raises(ValueError, match="num_concepts=4096: the training texts have only"):
+    with pytest.raises(ValueError, match=r"num_concepts=4096: .* the training texts have only"):
         trainer.train()
     assert trainer.state.global_step == 0
 
