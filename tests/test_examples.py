@@ -5,7 +5,7 @@ One that needs a hub or a GPU stands behind `<!-- skip: next "why" -->`. It is c
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import os
 import runpy
 import shlex
@@ -78,6 +78,7 @@ def commands() -> list[str]:
 COMMANDS = commands()
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
 SCRIPTS = [line for line in COMMANDS if "recipes/" in line]
+MODULES = [line for line in COMMANDS if line.startswith("python -m ")]
 MODELS = ("--model_name", "--init_from", "--teacher", "--student")  # flags before the name of a model or a folder
 
 
@@ -123,6 +124,13 @@ def test_targets_and_their_flags(command, check_flags):
         check_flags(last)
 
 
+@pytest.mark.parametrize("command", MODULES)
+def test_modules_and_the_files_that_they_are_given_are_there(command):
+    _, _, module, *arguments = shlex.split(command)
+    assert importlib.util.find_spec(module) is not None
+    assert all((ROOT / argument).exists() for argument in arguments if argument.startswith("tests/"))
+
+
 def test_each_command_is_looked_at():
     assert len(MAKE) > 10 and len(SCRIPTS) > 5
-    assert set(COMMANDS) == {*MAKE, *SCRIPTS}
+    assert set(COMMANDS) == {*MAKE, *SCRIPTS, *MODULES}
