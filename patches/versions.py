@@ -27,8 +27,9 @@ def _read_requirements() -> list[Requirement]:
     return [one for one in found if one.specifier and (not one.marker or one.marker.evaluate({"extra": "unsloth"}))]
 
 
-TESTED = {one.name: one.specifier for one in _read_requirements()}
-OPTIONAL = frozenset(one.name for one in _read_requirements() if one.marker)
+_REQUIREMENTS = _read_requirements()
+TESTED = {one.name: one.specifier for one in _REQUIREMENTS}
+OPTIONAL = frozenset(one.name for one in _REQUIREMENTS if one.marker)
 
 
 def installed_version(package: str) -> Version | None:

@@ -65,11 +65,6 @@ class TrainingMethod:
             if name not in self.exports:
                 raise ValueError(f"{file_of(self)}: {name} is named in `trainers` and is not among the exports")
 
-    @property
-    def page(self) -> str:
-        """The page of the method in the documentation."""
-        return f"docs/{self.name}.md"
-
 
 @functools.cache
 def training_methods() -> dict[str, TrainingMethod]:
