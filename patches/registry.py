@@ -38,6 +38,7 @@ NAMES = (
     "unsloth_prefix_grouper",
     "unsloth_save_merged",
     "upload_saved",
+    "vllm_checkpoints",
 )
 
 _lock = threading.RLock()

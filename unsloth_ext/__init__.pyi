@@ -22,6 +22,9 @@ from .hrpo.residual import drop_thinking as drop_thinking
 from .hrpo.residual import has_thinking as has_thinking
 from .hrpo.states import project as project
 from .hrpo.states import soft_embedding as soft_embedding
+from .hrpo.vllm.engine import take_traces as take_traces
+from .hrpo.vllm.engine import thinking_llm as thinking_llm
+from .hrpo.vllm.engine import traced as traced
 from .kv_compression.cache import CompressedCache as CompressedCache
 from .kv_compression.compression import CompressedKV as CompressedKV
 from .kv_compression.compression import KVScoring as KVScoring

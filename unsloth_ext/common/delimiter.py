@@ -66,8 +66,7 @@ class DelimiterMatcher:
         """
         if tokens.device not in self._tables:
             self._tables[tokens.device] = self.table.to(tokens.device)
-        table = self._tables[tokens.device]
-        return table[state, tokens.clamp(max=table.shape[1] - 1)].long()
+        return advance(self._tables[tokens.device], state, tokens)
 
     def complete(self, ids: torch.Tensor) -> torch.Tensor:
         """Return (B, T) bool for ids (B, T) long: whether the delimiter is complete after token t."""
@@ -77,6 +76,20 @@ class DelimiterMatcher:
             state = self.step(state, ids[:, t])
             out[:, t] = state == self.done
         return out
+
+
+def advance(table: torch.Tensor, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Advance states by one token each, without host synchronisation.
+
+    Args:
+        table (S, V + 1): int16, of a `DelimiterMatcher`, on the device of the states.
+        state (B,): long.
+        tokens (B,): long.
+
+    Returns:
+        The next states (B,) long.
+    """
+    return table[state, tokens.clamp(max=table.shape[1] - 1)].long()
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:

@@ -163,23 +163,35 @@ def attach_thinking(model: PreTrainedModel, config: ThinkingConfig | None = None
     if embedding is None:
         raise ValueError(f"{type(model).__name__} has no input embeddings to fuse thinking states into")
     teach_forward(causal_lm_of(model), backbone, config.thinking_source)
-    d, weight = embedding.weight.shape[1], embedding.weight
-    like = beside(weight)
-    backbone.thinking_residual_gate_r = MasterLinear(d, d, **like)
-    backbone.thinking_residual_gate_i = MasterLinear(d, d, **like)
-    backbone.thinking_residual_Lambda = ThinkingResidualLambda(
-        d, config.residual_r_min, config.residual_r_max, weight.device
-    )
-    backbone.thinking_projection = MasterLinear(d, d, bias=False, **like)
-    for linear in (backbone.thinking_residual_gate_r, backbone.thinking_residual_gate_i):
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    nn.init.normal_(backbone.thinking_projection.weight, std=PROJECTION_INIT_STD)
+    for name, module in thinking_modules(embedding.weight.shape[1], config, **beside(embedding.weight)).items():
+        backbone.add_module(name, module)
     backbone.fuse_thinking = types.MethodType(fuse_thinking, backbone)
     if isinstance(model, PeftModel):
         join_adapter(model)
     remember(model, METHOD, config)
     return model
+
+
+def thinking_modules(
+    hidden_size: int, config: ThinkingConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Make new thinking modules, by name. The global RNG is used.
+
+    Args:
+        hidden_size: d.
+        config: how to think.
+        device: of the modules.
+        dtype: of the linear layers.
+    """
+    d, like = hidden_size, {"device": device, "dtype": dtype}
+    gate_r, gate_i = MasterLinear(d, d, **like), MasterLinear(d, d, **like)
+    decay = ThinkingResidualLambda(d, config.residual_r_min, config.residual_r_max, device)
+    projection = MasterLinear(d, d, bias=False, **like)
+    for linear in (gate_r, gate_i):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    nn.init.normal_(projection.weight, std=PROJECTION_INIT_STD)
+    return dict(zip(THINKING_MODULES, (gate_r, gate_i, decay, projection), strict=True))
 
 
 def drop_thinking(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,8 @@
 `h` is the last hidden state after the final norm, `p` the warped distribution that the next token was drawn from.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import GenerationConfig
@@ -36,13 +38,25 @@ def project(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., d) in the dtype of `hidden_states`.
     """
-    thinking_states = backbone.thinking_projection(hidden_states)
+    projected = backbone.thinking_projection(hidden_states)
     norm = backbone.thinking_config.thinking_norm
+    return normalise(projected, norm, lambda: embedding_norm(backbone)).to(hidden_states.dtype)
+
+
+def normalise(projected: torch.Tensor, norm: str, of_embedding: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Give projected states (..., d) the norm that `thinking_norm` asks for.
+
+    Args:
+        projected (..., d): floating point.
+        norm: one of `NORMS`.
+        of_embedding: returns the mean norm of an input embedding, a scalar.
+
+    Returns:
+        (..., d) in the dtype of `projected`.
+    """
     if norm != "none":
-        thinking_states = thinking_states / (torch.linalg.vector_norm(thinking_states, dim=-1, keepdim=True) + 1e-8)
-    if norm == "embedding_rms":
-        thinking_states = thinking_states * embedding_norm(backbone)
-    return thinking_states.to(hidden_states.dtype)
+        projected = projected / (torch.linalg.vector_norm(projected, dim=-1, keepdim=True) + 1e-8)
+    return projected * of_embedding() if norm == "embedding_rms" else projected
 
 
 def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:

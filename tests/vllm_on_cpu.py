@@ -1,0 +1,28 @@
+"""Import this first in a process of its own: vLLM on a CPU, with either of its model runners.
+
+V1 is what vLLM uses on CPUs. V2 is what it uses on GPUs. It needs Triton, whose interpreter runs its kernels here if the
+process starts with `TRITON_INTERPRET=1`: vLLM is told that Triton has a backend for CPUs. CUDA graphs and compiled
+kernels are not covered.
+"""
+
+import os
+import types
+from importlib import metadata
+
+
+V2 = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+if V2:
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    from triton.backends import Backend, backends
+
+    backends["cpu"] = Backend(compiler=None, driver=types.SimpleNamespace(is_active=lambda: True))
+    _version = metadata.version
+    metadata.version = lambda name: _version("vllm-cpu") + "+cpu" if name == "vllm" else _version(name)
+import vllm  # noqa: E402, F401

@@ -1,0 +1,140 @@
+"""vLLM's classes of causal LMs with thinking modules as weights of the model: `HybridQwen2ForCausalLM` and others."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...common.delimiter import DelimiterMatcher
+from ..method import METHOD
+from ..residual import ThinkingConfig, thinking_modules
+from ..states import normalise
+
+
+PREFIX = "Hybrid"
+FAMILIES = ("GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = tuple(PREFIX + family for family in FAMILIES)
+DELIMITER = "####"  # as in HRPOConfig
+
+
+class EmbeddingRows(NamedTuple):
+    """The rows of an input embedding, as `soft_embedding` takes them."""
+
+    weight: torch.Tensor
+    embed_scale: torch.Tensor | float
+
+
+class HybridModel(nn.Module):
+    """Mixin for vLLM's class of a causal LM. Put it before that class.
+
+    The modules stand in the decoder under the names that checkpoints have, in float32.
+
+    Attributes:
+        thinking_table (S, V + 1): int16, of the delimiter's automaton (`DelimiterMatcher`).
+        thinking_done: the state in which the delimiter is complete.
+        thinking_width: d.
+        seen_hidden: the hidden states (B, d) that the last logits were computed from.
+    """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        from vllm.tokenizers import get_tokenizer
+
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        model_config = vllm_config.model_config
+        backbone: Any = self.model
+        backbone.thinking_config = ThinkingConfig(**getattr(model_config.hf_config, METHOD.key))
+        self.thinking_width = model_config.get_hidden_size()
+        device = next(self.parameters()).device
+        made = thinking_modules(self.thinking_width, backbone.thinking_config, device=device, dtype=torch.float32)
+        for name, module in made.items():
+            backbone.add_module(name, module.requires_grad_(False))
+        tokenizer = get_tokenizer(model_config.tokenizer, revision=model_config.tokenizer_revision)
+        delimiter = vllm_config.additional_config.get("answer_delimiter", DELIMITER)
+        matcher = DelimiterMatcher(tokenizer, delimiter, model_config.get_vocab_size())
+        self.thinking_done = matcher.done
+        # A buffer of the model, so that vLLM keeps it when it sleeps
+        self.register_buffer("thinking_table", matcher.table.to(device), persistent=False)
+        self.seen_hidden: torch.Tensor | None = None
+        self._missing = {name for name, _ in self.named_parameters() if _is_thinking(name)}
+        self._norm: torch.Tensor | None = None
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Return the class of the state that vLLM's model runner V2 makes for this model."""
+        from .runner_v2 import HybridModelState
+
+        return HybridModelState
+
+    def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Compute logits, as the stock model, and remember what they were computed from."""
+        self.seen_hidden = hidden_states
+        return super().compute_logits(hidden_states, *args, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load weights by the names of transformers; those of the thinking modules stay in float32."""
+        own = {name: value for name, value in self.named_parameters() if _is_thinking(name)}
+        loaded = set()
+
+        def others() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, value in weights:
+                if name in own:
+                    own[name].data.copy_(value)
+                    loaded.add(name)
+                else:
+                    yield name, value
+
+        loaded |= super().load_weights(others())
+        self._missing -= loaded
+        self._norm = None
+        # vLLM takes what is not named for an error. A trainer pushes the modules after the start
+        return loaded | self._missing
+
+    def check_loaded(self) -> None:
+        """Raise a RuntimeError if the thinking modules never got their weights."""
+        if self._missing:
+            raise RuntimeError(
+                f"the thinking modules have no weights: {', '.join(sorted(self._missing))} are not in the checkpoint "
+                "and were not pushed by a trainer"
+            )
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Project hidden states (..., d) to thinking states of the same shape and dtype."""
+        backbone: Any = self.model
+        projected = backbone.thinking_projection(hidden_states)
+        return normalise(projected, backbone.thinking_config.thinking_norm, self._embedding_norm).to(
+            hidden_states.dtype
+        )
+
+    @property
+    def embedding_rows(self) -> EmbeddingRows:
+        """The input embedding (V, d), without vLLM's padding."""
+        backbone: Any = self.model
+        embedding = backbone.embed_tokens
+        return EmbeddingRows(embedding.weight[: embedding.org_vocab_size], getattr(backbone, "normalizer", 1.0))
+
+    def _embedding_norm(self) -> torch.Tensor:
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        if self._norm is None:  # since the last weights came
+            embedding: Any = self.model.embed_tokens
+            # vLLM's padding is zero; each rank has some of the rows
+            square = tensor_model_parallel_all_reduce(embedding.weight.detach().float().pow(2).sum())
+            self._norm = (square / embedding.org_vocab_size).sqrt() * self.embedding_rows.embed_scale
+        return self._norm
+
+
+def _is_thinking(name: str) -> bool:
+    return any(f".{module}." in name for module in METHOD.modules)
+
+
+def __getattr__(name: str) -> type:
+    """Make the class of an architecture when vLLM asks for it."""
+    if name not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm import ModelRegistry
+
+    stock = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+    made = type(name, (HybridModel, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} that thinks."})
+    globals()[name] = made
+    return made

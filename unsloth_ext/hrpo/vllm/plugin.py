@@ -1,0 +1,88 @@
+"""What vLLM calls in each of its processes when it starts (entry point `vllm.general_plugins`)."""
+
+from typing import Any
+
+import patches
+
+from .models import ARCHITECTURES, PREFIX
+
+
+WORKER = f"{__package__}.workers.HybridWorker"
+
+
+def register() -> None:
+    """Register the models that think, the check of an engine's settings for them, and how their checkpoints are known.
+
+    Models without thinking modules are not affected.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, f"{__package__}.models:{name}")
+        MODELS_CONFIG_MAP[name] = config_check(MODELS_CONFIG_MAP.get(name.removeprefix(PREFIX)))
+    patches.apply("vllm_checkpoints")
+
+
+def config_check(stock: type | None) -> type:
+    """Make vLLM's hook that checks the configuration of an engine for a model that thinks.
+
+    Args:
+        stock: the hook of the model without thinking modules, which is called first.
+    """
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class HybridConfig(stock or VerifyAndUpdateConfig):  # type: ignore[misc]
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            super().verify_and_update_config(vllm_config)
+            check_engine(vllm_config)
+
+    return HybridConfig
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what cannot decode thinking states, and set what they need.
+
+    Prefix caching is switched off: it knows a block by its tokens, and the keys and values of a completion also come
+    from thinking states.
+
+    Args:
+        vllm_config: vLLM's configuration, which is changed.
+
+    Raises:
+        ValueError: a setting does not work with thinking states.
+    """
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    settings = getattr(model.hf_config, "thinking", None) or {}
+    soft = settings.get("thinking_source") == "soft_embedding"
+    v1 = not vllm_config.use_v2_model_runner
+    refused = {
+        f"runner={model.runner_type!r}": model.runner_type != "generate",
+        "enable_prompt_embeds=True": model.enable_prompt_embeds,
+        "speculative_config": vllm_config.speculative_config is not None,
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
+        f"tensor_parallel_size={parallel.tensor_parallel_size} with soft embeddings": soft
+        and parallel.tensor_parallel_size > 1,
+        f"decode_context_parallel_size={parallel.decode_context_parallel_size}": parallel.decode_context_parallel_size
+        > 1,
+        f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}": (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        "enable_dbo=True": parallel.enable_dbo,
+        "enable_batch_sharded_sampling=True": parallel.enable_batch_sharded_sampling,
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        f"worker_cls={parallel.worker_cls!r}": parallel.worker_cls not in ("auto", WORKER),
+        "VLLM_USE_V2_MODEL_RUNNER=0": v1 and not current_platform.is_cpu(),
+    }
+    if not settings:
+        raise ValueError(
+            "the model has no settings of thinking modules: give hf_overrides={'thinking': {'thinking_source': ...}}"
+        )
+    if found := [name for name, there in refused.items() if there]:
+        raise ValueError(f"{found[0]}: vLLM cannot decode thinking states with it; leave it out")
+    vllm_config.cache_config.enable_prefix_caching = False
+    parallel.enable_batch_sharded_sampling = False  # None lets vLLM choose
+    parallel.worker_cls = WORKER

@@ -1,0 +1,285 @@
+"""The thinking states of the requests that vLLM is decoding: one slot, a row of a few tensors, for each request.
+
+A step has two halves. Before the forward, `fuse` mixes the states of the last step into the embeddings of the tokens
+that are fed. After sampling, `see_tokens` makes the states of the next step. Both work on whole tensors. The host never
+waits for the device, and nothing loops over requests, except over those that are computed again after a preemption.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...common.delimiter import advance
+from ..residual import fuse_thinking
+from ..states import soft_embedding
+
+
+TRACE = "thinking_trace"  # the key of `SamplingParams.extra_args` that asks for a request's trace
+LAG = 2  # steps after which a copy to the host is surely complete: vLLM prepares at most this many ahead
+
+
+class Batch(NamedTuple):
+    """The requests of one step, B of them with T tokens in all.
+
+    Attributes:
+        slots (B,): long, on the device.
+        rows (B,): long, on the device: the last token of each request among the T.
+        host_slots (B,): the same slots, on the host.
+        computed (B,): on the host, tokens of each request that were computed before.
+        scheduled (B,): on the host, tokens of each request in this step.
+        starts (B,): on the host, the first token of each request among the T.
+    """
+
+    slots: torch.Tensor
+    rows: torch.Tensor
+    host_slots: np.ndarray
+    computed: np.ndarray
+    scheduled: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass
+class Request:
+    """A request that is being decoded, or that was preempted.
+
+    Attributes:
+        id: vLLM's name of it.
+        prompt: tokens of its prompt.
+        trace: the name under which its trace is kept at its end; None: it is not kept.
+        slot: its slot; None: it was preempted.
+        past: its history while it has no slot.
+    """
+
+    id: str
+    prompt: int
+    trace: str | None
+    slot: int | None = None
+    past: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class History:
+    """What each step recorded of each request, on the host. It grows with the longest completion.
+
+    Args:
+        slots: the number of slots.
+        widths: the fields, each with its width and its dtype.
+    """
+
+    def __init__(self, slots: int, widths: dict[str, tuple[int, torch.dtype]]):
+        self.length = np.zeros(slots, dtype=np.int64)
+        self._data = {name: torch.empty(slots, 0, width, dtype=dtype) for name, (width, dtype) in widths.items()}
+        self._pending: list[tuple[Any, np.ndarray, np.ndarray, dict[str, torch.Tensor]]] = []
+
+    def record(self, slots: np.ndarray, index: np.ndarray, values: dict[str, torch.Tensor]) -> None:
+        """Keep `values` (B, width) as what token `index` (B,) of each slot was made with; -1 keeps nothing."""
+        event = None
+        if any(value.is_cuda for value in values.values()):
+            values = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((event, slots, index, values))
+        if len(self._pending) > LAG:
+            self._write(1)
+        kept = index >= 0
+        self.length[slots[kept]] = index[kept] + 1
+
+    @torch.inference_mode(False)  # training can use the copies
+    def read(self, slot: int, start: int = 0, end: int | None = None) -> dict[str, torch.Tensor]:
+        """Copy the fields of tokens `start` to `end` of a slot, (end - start, width) each."""
+        self._write(len(self._pending))
+        end = int(self.length[slot]) if end is None else end
+        return {name: data[slot, start:end].clone() for name, data in self._data.items()}
+
+    @torch.inference_mode(False)
+    def restore(self, slot: int, past: dict[str, torch.Tensor], length: int) -> None:
+        """Put the first `length` tokens of what `read` returned into a slot."""
+        self._write(len(self._pending))
+        self._reserve(length)
+        for name, value in past.items():
+            self._data[name][slot, :length] = value[:length]
+        self.length[slot] = length
+
+    @torch.inference_mode(False)
+    def _write(self, count: int) -> None:
+        done, self._pending = self._pending[:count], self._pending[count:]
+        for event, slots, index, values in done:
+            if event is not None:
+                event.synchronize()
+            kept = torch.from_numpy(np.flatnonzero(index >= 0))
+            if len(kept):
+                self._reserve(int(index.max()) + 1)
+                place = torch.from_numpy(slots)[kept], torch.from_numpy(index)[kept]
+                for name, value in values.items():
+                    self._data[name][place] = value[kept]
+
+    def _reserve(self, length: int) -> None:
+        for name, data in self._data.items():
+            if length > data.shape[1]:
+                larger = data.new_empty(len(data), max(length, 2 * data.shape[1], 64), data.shape[2])
+                larger[:, : data.shape[1]] = data
+                self._data[name] = larger
+
+
+class ThinkingSlots:
+    """The thinking states of all running requests.
+
+    Args:
+        model: the causal LM of `models`, with thinking modules.
+        slots: the largest number of requests in a step.
+        device: of the model.
+        dtype: of the model.
+    """
+
+    def __init__(self, model: Any, slots: int, device: torch.device, dtype: torch.dtype):
+        self.model, self.backbone = model, model.model
+        self.soft = self.backbone.thinking_config.thinking_source == "soft_embedding"
+        width = model.thinking_width
+        self._states = torch.zeros(slots, width, dtype=dtype, device=device)
+        self._thinks = torch.zeros(slots, dtype=torch.bool, device=device)
+        self._matched = torch.zeros(slots, dtype=torch.long, device=device)
+        fields = {"hidden_states": (width, dtype), "matched": (1, torch.int16)}
+        self.history = History(slots, {**fields, "thinking_states": (width, dtype)} if self.soft else fields)
+        self.requests: dict[str, Request] = {}
+        self._ended: dict[str, list[tuple[str, dict[str, torch.Tensor]]]] = {}
+        self._prompt = np.zeros(slots, dtype=np.int64)
+        self.known = np.zeros(slots, dtype=np.int64)  # tokens that the request came with
+        self._fresh: list[tuple[int, int]] = []
+
+    # -- requests come and go -----------------------------------------------------------------------------------------
+
+    def add(self, name: str, slot: int, prompt: int, tokens: int, extra_args: dict[str, Any] | None) -> None:
+        """Give a request a slot.
+
+        Args:
+            name: vLLM's name of the request.
+            slot: a free slot.
+            prompt: tokens of its prompt.
+            tokens: tokens that it has already; more than `prompt` if it was preempted.
+            extra_args: of its sampling parameters.
+        """
+        request = self.requests.setdefault(name, Request(name, prompt, (extra_args or {}).get(TRACE)))
+        self._prompt[slot], self.known[slot] = prompt, tokens
+        request.slot, matched, decoded = slot, 0, tokens - prompt
+        self.history.length[slot] = 0
+        if decoded > 0:
+            if len(request.past.get("matched", ())) < decoded:
+                raise RuntimeError(
+                    f"request {name} comes with {decoded} decoded tokens whose thinking states are not known: "
+                    "thinking states cannot be resumed in another engine"
+                )
+            self.history.restore(slot, request.past, decoded)
+            matched = int(request.past["matched"][decoded - 1])
+        request.past = {}
+        self._fresh.append((slot, matched))
+
+    def apply(self) -> None:
+        """Set the slots of the requests that were added since the last call."""
+        if self._fresh:
+            slots, matched = (torch.tensor(x, device=self._matched.device) for x in zip(*self._fresh, strict=True))
+            self._matched[slots], self._thinks[slots] = matched, False
+            self._fresh = []
+
+    def remove(self, name: str) -> list[int]:
+        """Take the slot from a request that was preempted, and return it. Its history is kept."""
+        request = self.requests.get(name)
+        if request is None or request.slot is None:
+            return []
+        slot, request.past, request.slot = request.slot, self.history.read(request.slot), None
+        return [slot]
+
+    def finish(self, names: Collection[str]) -> list[int]:
+        """Forget requests that ended, and return their slots. Traces that were asked for are kept until `take`."""
+        ended = [self.requests.pop(name) for name in names if name in self.requests]
+        for request in ended:
+            if request.trace is not None:
+                self._ended.setdefault(request.trace, []).append((request.id, self._past(request)))
+        return [request.slot for request in ended if request.slot is not None]
+
+    def take(self, traces: Sequence[str]) -> list[list[tuple[str, dict[str, torch.Tensor]]]]:
+        """Return and forget the traces with these names.
+
+        Args:
+            traces: their names: the value of `extra_args["thinking_trace"]`.
+
+        Returns:
+            For each name its requests, each with vLLM's name of it and `thinking_mask` (C,) bool, `hidden_states`
+            (C, d), and with soft embeddings `thinking_states` (C, d), all on the host. C is at least the number of
+            tokens of its completion.
+        """
+        # vLLM tells of the last requests that ended only with the next step
+        running: dict[str, list[Request]] = {}
+        for request in self.requests.values():
+            if request.trace is not None:
+                running.setdefault(request.trace, []).append(request)
+        found = []
+        for trace in traces:
+            parts = self._ended.pop(trace, [])
+            for request in running.get(trace, ()):
+                parts.append((request.id, self._past(request)))
+                request.trace = None
+            found.append([(name, self._trace(past)) for name, past in parts])
+        return found
+
+    def _past(self, request: Request) -> dict[str, torch.Tensor]:
+        return request.past if request.slot is None else self.history.read(request.slot)
+
+    def _trace(self, past: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        matched = past.pop("matched")[:, 0]
+        return {"thinking_mask": matched != self.model.thinking_done, **past}
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def fuse(self, embeds: torch.Tensor, batch: Batch) -> None:
+        """Fuse the states into the embeddings (T, d) of the tokens that are fed, in place."""
+        last = embeds[batch.rows].unsqueeze(1)
+        thinks, states = self._thinks[batch.slots].unsqueeze(1), self._states[batch.slots].unsqueeze(1)
+        embeds[batch.rows] = fuse_thinking(self.backbone, last, thinks, states).squeeze(1)
+        again = batch.computed < self.known[batch.host_slots]
+        again &= batch.computed + batch.scheduled > self._prompt[batch.host_slots]
+        for i in np.flatnonzero(again):  # preempted requests, whose completion is computed again
+            slot, computed = batch.host_slots[i], int(batch.computed[i])
+            prompt = int(self._prompt[slot])
+            first = max(computed, prompt)
+            end = computed + int(batch.scheduled[i])
+            past = self.history.read(slot, first - prompt, end - prompt)
+            span = slice(int(batch.starts[i]) + first - computed, int(batch.starts[i]) + end - computed)
+            mask = (past["matched"][None, :, 0] != self.model.thinking_done).to(embeds.device)
+            states = past["thinking_states" if self.soft else "hidden_states"][None].to(embeds)
+            states = states if self.soft else self.model.project(states)
+            embeds[span] = fuse_thinking(self.backbone, embeds[None, span], mask, states)[0]
+
+    def see_tokens(
+        self,
+        batch: Batch,
+        hidden_states: torch.Tensor,
+        tokens: torch.Tensor,
+        valid: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        candidates: int | None = None,
+    ) -> None:
+        """Make the states of the sampled tokens.
+
+        Args:
+            batch: the requests.
+            hidden_states (B, d): after the final norm, those that the tokens were sampled from.
+            tokens (B,): long, the sampled tokens.
+            valid (B,): bool. False for a request whose prompt is not complete; its token does not count.
+            scores (B, V): warped logits that the tokens were sampled from. Needed for soft embeddings.
+            candidates: an upper bound on the number of tokens with a probability above zero; None: unknown.
+        """
+        before = self._matched[batch.slots]
+        matched = torch.where(valid, advance(self.model.thinking_table, before, tokens), before)
+        self._matched[batch.slots] = matched
+        self._thinks[batch.slots] = valid & (matched != self.model.thinking_done)
+        if scores is None:
+            states = self.model.project(hidden_states)
+        else:
+            states = soft_embedding(self.model.embedding_rows, scores.float().softmax(-1), candidates)
+        self._states[batch.slots] = states
+        length = batch.computed + batch.scheduled
+        index = np.where(length >= self.known[batch.host_slots], length - self._prompt[batch.host_slots], -1)
+        kept = {"hidden_states": hidden_states, "matched": matched[:, None].short()}
+        self.history.record(batch.host_slots, index, {**kept, "thinking_states": states} if self.soft else kept)

@@ -1,0 +1,41 @@
+"""vLLM's workers for hybrid models. They tell the slots which requests ended, and hand out traces."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+from .slots import ThinkingSlots
+
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+
+class HybridWorker(Worker):
+    """The platform's worker for a hybrid model."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        if not self.use_v2_model_runner:
+            from .runner_v1 import HybridCPUModelRunner
+
+            self.model_runner.__class__ = HybridCPUModelRunner
+
+    @property
+    def slots(self) -> ThinkingSlots:
+        """The thinking states of the running requests."""
+        runner: Any = self.model_runner
+        return runner.model_state.slots if self.use_v2_model_runner else runner.slots
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self.use_v2_model_runner:  # which does not tell its models apart what ended and what was preempted
+            self.slots.finish(scheduler_output.finished_req_ids)
+        return super().execute_model(scheduler_output)
+
+    def take_thinking_traces(self, traces: Sequence[str]) -> list[list[tuple[str, dict[str, torch.Tensor]]]]:
+        """Return and forget traces, see `ThinkingSlots.take`. Call it with `LLM.collective_rpc`."""
+        return self.slots.take(traces)
