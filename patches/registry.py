@@ -39,6 +39,7 @@ NAMES = (
     "unsloth_save_merged",
     "upload_saved",
     "vllm_checkpoints",
+    "vllm_engine_settings",
 )
 
 _lock = threading.RLock()

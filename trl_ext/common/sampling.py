@@ -43,8 +43,15 @@ UNCHANGED = {
 def rollout_config(trainer: Any) -> GenerationConfig:
     """The generation settings of a `GRPOTrainer`'s rollouts.
 
-    `generate` takes settings that the trainer leaves open from the model's own `generation_config.json`.
+    `generate` takes settings that the trainer leaves open from the model's own `generation_config.json`. vLLM does not.
     """
+    if trainer.use_vllm:
+        args = trainer.args
+        given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        given |= {
+            name: value for name, value in (args.generation_kwargs or {}).items() if name in vars(GenerationConfig())
+        }
+        return GenerationConfig(do_sample=True, **given)
     config = copy.deepcopy(trainer.generation_config)
     own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
     if own is not None:

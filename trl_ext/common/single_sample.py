@@ -53,7 +53,7 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
         super().__init__(*args, **kwargs)
         if not self.use_vllm:
             check_generation_kwargs(self.args.generation_kwargs)
-        warn_of_truncation(self.args if self.use_vllm else rollout_config(self), self.temperature)
+        warn_of_truncation(rollout_config(self), self.temperature)
         self.add_callback(RolloutDiagnostics())
 
     def _advantages(self, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ from ..common.model_loading import attach_saved, keeping_master_weights, prepari
 from ..common.parameter_groups import clip_each_role, split_by_role
 from ..common.rollout_diagnostics import RolloutDiagnostics
 from ..common.sampling import check_generation_kwargs, rollout_config, warn_of_truncation
+from . import vllm_rollout
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
 
@@ -90,12 +91,15 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
-        check_generation_kwargs(getattr(args, "generation_kwargs", None))
+        if getattr(args, "use_vllm", False):
+            vllm_rollout.check_vllm(args)
+        else:
+            check_generation_kwargs(getattr(args, "generation_kwargs", None))
         if given.get("peft_config") is not None:
             given["peft_config"] = copy.deepcopy(given["peft_config"])
             vars(given["peft_config"]).update(with_thinking_modules(given["peft_config"]))
         self._attach(given)
-        with self._attaching(), keeping_master_weights(self, given["model"]):
+        with self._attaching(), keeping_master_weights(self, given["model"]), self._thinking_engine(args):
             super().__init__(**given)
         check_batches(self.model)
         backbone = backbone_of(self.model)
@@ -162,6 +166,11 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         it."""
         return preparing_models(self._stock_init, self._give)
 
+    def _thinking_engine(self, args: Any) -> contextlib.AbstractContextManager:
+        """While the parent constructs, let the vLLM engine that it makes think."""
+        colocate = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
+        return vllm_rollout.thinking_engine(self) if colocate else contextlib.nullcontext()
+
     def _give(self, model: nn.Module) -> None:
         """Attach thinking modules, saved ones or new ones, unless the model has them."""
         attach, token = functools.partial(attach_thinking, model), getattr(self.hrpo, "hub_token", None)
@@ -179,6 +188,11 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if not self.thinking:
             return super()._generate_single_turn(*args, **kwargs)
+        if self.use_vllm:
+            with vllm_rollout.asking_for_traces(self.vllm_generation) as name:
+                completions, log_probs = super()._generate_single_turn(*args, **kwargs)
+            self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)
+            return completions, log_probs
         model = self.accelerator.unwrap_model(self.model_wrapped)
         generate, own = model.generate, "generate" in vars(model)
 
@@ -370,8 +384,6 @@ def _trace_in(inputs: dict[str, Any]) -> ThinkingTrace:
 
 def _refuse(args: Any) -> None:
     """Raise a ValueError for settings with which thinking states cannot be decoded."""
-    if getattr(args, "use_vllm", False):
-        raise ValueError("use_vllm=True: vLLM cannot decode thinking states; set use_vllm=False, or thinking=False")
     if getattr(args, "use_transformers_continuous_batching", False):
         raise ValueError(
             "use_transformers_continuous_batching=True: continuous batching cannot decode thinking states; set it to "

@@ -8,6 +8,7 @@
 | `runner_v2` | the link to vLLM's model runner V2 (GPUs)                                                         |
 | `runner_v1` | the link to vLLM's model runner V1 (CPUs)                                                         |
 | `workers`   | vLLM's workers, which also return the traces of finished requests                                 |
+| `traces`    | their order, and their form as text for another process                                           |
 | `engine`    | the door for users: `thinking_llm`                                                                |
 
 vLLM is imported by these modules only, and only when it is used.

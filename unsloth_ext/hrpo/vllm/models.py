@@ -34,6 +34,7 @@ class HybridModel(nn.Module):
         thinking_table (S, V + 1): int16, of the delimiter's automaton (`DelimiterMatcher`).
         thinking_done: the state in which the delimiter is complete.
         thinking_width: d.
+        pushed_weights: whether a trainer pushes its weights (`additional_config["pushed_weights"]`).
         seen_hidden: the hidden states (B, d) that the last logits were computed from.
     """
 
@@ -56,6 +57,10 @@ class HybridModel(nn.Module):
         # A buffer of the model, so that vLLM keeps it when it sleeps
         self.register_buffer("thinking_table", matcher.table.to(device), persistent=False)
         self.seen_hidden: torch.Tensor | None = None
+        self.pushed_weights = bool(vllm_config.additional_config.get("pushed_weights"))
+        if self.pushed_weights:  # by a trainer, so vLLM must not pack them for the CPU and drop them
+            for module in self.modules():
+                module._cpu_skip_gemm_dispatch = True
         self._missing = {name for name, _ in self.named_parameters() if _is_thinking(name)}
         self._norm: torch.Tensor | None = None
 
@@ -66,6 +71,18 @@ class HybridModel(nn.Module):
 
         return HybridModelState
 
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """Run the decoder, always on embeddings: vLLM compiles it for the kind of input that comes first."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return super().forward(None, positions, intermediate_tensors, inputs_embeds)
+
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """Compute logits, as the stock model, and remember what they were computed from."""
         self.seen_hidden = hidden_states
@@ -73,15 +90,18 @@ class HybridModel(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load weights by the names of transformers; those of the thinking modules stay in float32."""
+        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
         own = {name: value for name, value in self.named_parameters() if _is_thinking(name)}
         loaded = set()
 
         def others() -> Iterable[tuple[str, torch.Tensor]]:
             for name, value in weights:
                 if name in own:
-                    own[name].data.copy_(value)
+                    # While vLLM reloads, its own loader waits for all weights of a module
+                    getattr(own[name], "weight_loader", default_weight_loader)(own[name], value)
                     loaded.add(name)
-                else:
+                elif ".modules_to_save." not in name:  # PEFT's copies for other adapters, such as the KL reference
                     yield name, value
 
         loaded |= super().load_weights(others())

@@ -7,6 +7,7 @@ import torch
 from vllm.platforms import current_platform
 
 from .slots import ThinkingSlots
+from .traces import in_order, packed
 
 
 if current_platform.is_cpu():
@@ -25,6 +26,14 @@ class HybridWorker(Worker):
 
             self.model_runner.__class__ = HybridCPUModelRunner
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        model: Any = self.model_runner.get_model()
+        if model.pushed_weights and current_platform.is_cpu():
+            for module in model.modules():
+                if hasattr(module, "cpu_linear"):  # on packed weights, which a trainer's would not change
+                    module.cpu_linear = torch.nn.functional.linear
+
     @property
     def slots(self) -> ThinkingSlots:
         """The thinking states of the running requests."""
@@ -39,3 +48,7 @@ class HybridWorker(Worker):
     def take_thinking_traces(self, traces: Sequence[str]) -> list[list[tuple[str, dict[str, torch.Tensor]]]]:
         """Return and forget traces, see `ThinkingSlots.take`. Call it with `LLM.collective_rpc`."""
         return self.slots.take(traces)
+
+    def take_thinking_traces_text(self, trace: str) -> str:
+        """Return and forget the traces of one name, in order, as text (`traces.packed`), for another process."""
+        return packed(in_order(self.slots.take([trace])[0]))

@@ -1,0 +1,157 @@
+"""Rollouts of HRPO in vLLM: the engine that TRL makes for them, and the traces of what it sampled.
+
+TRL's `VLLMGeneration` generates, and pushes the weights before each rollout. Among them are the thinking modules, which
+are weights of the plugin's model (`unsloth_ext.hrpo.vllm`).
+"""
+
+import contextlib
+import math
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.nn.utils.rnn import pad_sequence
+
+from patches import versions
+from patches.vllm_engine_settings import engine_settings
+from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
+from unsloth_ext.hrpo.decoding import ThinkingTrace
+from unsloth_ext.hrpo.method import METHOD
+from unsloth_ext.hrpo.states import project
+from unsloth_ext.hrpo.vllm.models import ARCHITECTURES, FAMILIES, PREFIX
+from unsloth_ext.hrpo.vllm.slots import TRACE
+from unsloth_ext.hrpo.vllm.traces import in_order, unpacked
+
+
+def check_vllm(args: Any) -> None:
+    """Check, before anything is loaded, that vLLM can make the rollouts.
+
+    Args:
+        args: the trainer's arguments.
+
+    Raises:
+        ImportError: vLLM is not installed, or not in a tested version.
+        ValueError: a setting does not work with thinking states.
+    """
+    if versions.installed_version("vllm") is None:
+        wanted = versions.TESTED["vllm"]
+        raise ImportError(
+            f"use_vllm=True: vllm is not installed. Run: pip install 'vllm{wanted}', or set use_vllm=False"
+        )
+    versions.require_tested("vllm")
+    if args.vllm_model_impl not in ("auto", "vllm"):
+        raise ValueError(
+            f"vllm_model_impl={args.vllm_model_impl!r}: only vLLM's own models can think; set vllm_model_impl='auto'"
+        )
+
+
+@contextlib.contextmanager
+def thinking_engine(trainer: Any) -> Iterator[None]:
+    """While the parent constructs, let the engine that it makes think."""
+
+    def settings() -> dict[str, Any]:
+        model = trainer.model
+        name = type(causal_lm_of(model)).__name__
+        if PREFIX + name not in ARCHITECTURES:
+            raise ValueError(
+                f"use_vllm=True: vLLM can think with {', '.join(FAMILIES)}, and not with {name}; set use_vllm=False"
+            )
+        half = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
+        return {
+            "hf_overrides": {
+                "architectures": [PREFIX + name],
+                METHOD.key: asdict(backbone_of(model).thinking_config),
+            },
+            "additional_config": {"answer_delimiter": trainer.hrpo.answer_delimiter, "pushed_weights": True},
+            # "auto" would give a model in float32 half precision
+            "dtype": half or str(causal_lm_of(model).dtype).removeprefix("torch."),
+        }
+
+    with engine_settings(settings):
+        yield
+
+
+@contextlib.contextmanager
+def asking_for_traces(generation: Any) -> Iterator[str]:
+    """Let the rollouts in the block ask for their traces. It yields the name under which the engine keeps them.
+
+    Args:
+        generation: the trainer's `VLLMGeneration`.
+    """
+    name, before = uuid.uuid4().hex, generation.generation_kwargs
+    key = "vllm_xargs" if generation.mode == "server" else "extra_args"
+    generation.generation_kwargs = {**before, key: {**(before.get(key) or {}), TRACE: name}}
+    try:
+        yield name
+    finally:
+        generation.generation_kwargs = before
+
+
+def take_trace(
+    trainer: Any, name: str, completions: list[list[int]], log_probs: list[list[float | None]]
+) -> ThinkingTrace:
+    """Fetch what a rollout thought.
+
+    Args:
+        trainer: the `HRPOTrainer`.
+        name: from `asking_for_traces`.
+        completions: token ids of this process's B rows.
+        log_probs: of these tokens, as the engine sampled them; None where it gave none.
+
+    Returns:
+        The trace (B, C), C the longest completion, on the trainer's device and in its model's dtype.
+    """
+    device = trainer.accelerator.device
+    backbone = backbone_of(trainer.model)
+    dtype = backbone.get_input_embeddings().weight.dtype
+    rows = _rows(trainer, name, len(completions))
+    ends = set(trainer.eos_token_ids)
+    masks = []
+    for row, completion in zip(rows, completions, strict=True):
+        mask = row["thinking_mask"][: len(completion)]
+        if completion and completion[-1] in ends:
+            mask[-1] = False
+        masks.append(mask)
+
+    def padded(parts: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(parts, batch_first=True).to(device)
+
+    known = [torch.tensor([math.nan if one is None else one for one in row]) for row in log_probs]
+    trace = ThinkingTrace(padded(masks), log_probs=padded(known))
+    lengths = [len(completion) for completion in completions]
+    for field in trainer.fields:
+        made = field == "thinking_states" and field not in rows[0]  # of hidden states, by the weights of the rollout
+        source = "hidden_states" if made else field
+        value = padded([row[source][:length] for row, length in zip(rows, lengths, strict=True)]).to(dtype)
+        if made:
+            with torch.no_grad():
+                value = project(backbone, value)
+        setattr(trace, field, value)
+    return trace
+
+
+def _rows(trainer: Any, name: str, count: int) -> list[dict[str, torch.Tensor]]:
+    """The trace of each row of this process, on the CPU."""
+    generation, accelerator = trainer.vllm_generation, trainer.accelerator
+    if generation.mode == "colocate":
+        parts = generation.llm.collective_rpc("take_thinking_traces", args=([name],))[0][0]
+        rows = in_order(parts)
+        group = generation.tensor_parallel_size
+        start = torch.distributed.get_rank(group=generation.tp_group) * count if group > 1 else 0
+    else:
+        payload = [None]
+        if accelerator.is_main_process:
+            client = generation.vllm_client
+            body = {"method": "take_thinking_traces_text", "args": [name]}
+            payload = [client._post(f"{client.base_url}/collective_rpc", json=body)["results"][0]]
+        rows = unpacked(broadcast_object_list(payload, from_process=0)[0])
+        start = accelerator.process_index * count
+    if len(rows) < start + count:
+        raise RuntimeError(
+            f"vLLM returned {len(rows)} traces of thinking states where {start + count} were needed: the engine does not "
+            "think, or another client took them"
+        )
+    return rows[start : start + count]
