@@ -28,6 +28,7 @@ from . import tiny
 ROOT = Path(__file__).parents[1]
 PAGES = {page.stem: page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
 WITH_PYTHON = sorted(name for name, page in PAGES.items() if "```python" in page.read_text())
+WITH_PYTHON.remove("vllm")  # tests/unsloth_ext/hrpo/vllm/test_page.py runs it where vLLM is
 
 
 def check_imports(code: str) -> None:
@@ -79,6 +80,7 @@ COMMANDS = commands()
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
 SCRIPTS = [line for line in COMMANDS if "recipes/" in line]
 MODULES = [line for line in COMMANDS if line.startswith("python -m ")]
+SERVE = [line for line in COMMANDS if line.startswith("vllm serve ")]  # looked at where vLLM is
 MODELS = ("--model_name", "--init_from", "--teacher", "--student")  # flags before the name of a model or a folder
 
 
@@ -133,4 +135,4 @@ def test_modules_and_the_files_that_they_are_given_are_there(command):
 
 def test_each_command_is_looked_at():
     assert len(MAKE) > 10 and len(SCRIPTS) > 5
-    assert set(COMMANDS) == {*MAKE, *SCRIPTS, *MODULES}
+    assert set(COMMANDS) == {*MAKE, *SCRIPTS, *MODULES, *SERVE}

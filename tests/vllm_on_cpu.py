@@ -12,6 +12,7 @@ from importlib import metadata
 
 V2 = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.update(
+    VLLM_CPU_CI_ENV="1",  # models are traced, but not compiled to machine code, which takes minutes
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",

@@ -1,0 +1,31 @@
+"""docs/vllm.md, word for word."""
+
+import shlex
+import shutil
+
+import pytest
+
+from tests.test_examples import PAGES, SERVE, run_examples
+
+from .engines import checkpoint
+
+
+pytestmark = pytest.mark.vllm
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    from tests import vllm_on_cpu  # noqa: F401
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint()[1], "thinking-model")
+    run_examples(PAGES["vllm"])
+
+
+@pytest.mark.parametrize("command", SERVE)
+def test_the_flags_of_the_server_are_there(command):
+    from tests import vllm_on_cpu  # noqa: F401
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
+    assert args.additional_config == {"answer_delimiter": "####"}
