@@ -61,7 +61,9 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         args: an `HRPOConfig`; None: the defaults.
 
     Raises:
-        ValueError: in the constructor, for vLLM, continuous batching, or a delimiter that the tokenizer cannot produce.
+        ValueError: in the constructor, for continuous batching, for a delimiter that the tokenizer cannot produce, or
+            with `use_vllm` for a model that vLLM cannot think with.
+        ImportError: in the constructor, with `use_vllm` if vLLM is missing or of a version that was not tested.
         RuntimeError: in the constructor, if Unsloth replaced TRL's trainer after this class was made.
     """
 
@@ -86,13 +88,16 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
+        use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
+            if use_vllm:
+                vllm_rollout.refuse_thinking_model(given["model"], getattr(self.hrpo, "hub_token", None))
             super().__init__(**given)
             self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
-        if getattr(args, "use_vllm", False):
-            vllm_rollout.check_vllm(args)
+        if use_vllm:
+            self._check_vllm(args)
         else:
             check_generation_kwargs(getattr(args, "generation_kwargs", None))
         if given.get("peft_config") is not None:
@@ -117,6 +122,10 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self.add_callback(RolloutDiagnostics(self.hrpo.answer_delimiter))
 
     # -- construction -----------------------------------------------------------------------------------------------
+
+    def _check_vllm(self, args: Any) -> None:
+        """Raise an error, before anything is loaded, if vLLM cannot make the rollouts."""
+        vllm_rollout.check_vllm(args)
 
     def _cannot_think(self, given: dict[str, Any]) -> bool:
         for name in ("tools", "environment_factory", "rollout_func"):
@@ -189,9 +198,9 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if not self.thinking:
             return super()._generate_single_turn(*args, **kwargs)
         if self.use_vllm:
-            with vllm_rollout.asking_for_traces(self.vllm_generation) as name:
+            with vllm_rollout.asking_for_traces(self) as name:
                 completions, log_probs = super()._generate_single_turn(*args, **kwargs)
-            self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)
+                self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)
             return completions, log_probs
         model = self.accelerator.unwrap_model(self.model_wrapped)
         generate, own = model.generate, "generate" in vars(model)

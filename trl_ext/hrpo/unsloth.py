@@ -51,6 +51,12 @@ class UnslothHRPOMixin(HRPOMixin):
         if self.thinking:
             self._check_live()
 
+    def _check_vllm(self, args: Any) -> None:
+        raise ValueError(
+            "use_vllm=True: Unsloth's trainer asks the vLLM engine that Unsloth made when it loaded the model. It cannot "
+            "think; set use_vllm=False, or train without importing unsloth"
+        )
+
     def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # Unsloth wraps the constructor in another signature; the class below has TRL's
         signature = inspect.signature(_base(type(self), "compute_loss").__init__)

@@ -5,7 +5,9 @@ are weights of the plugin's model (`unsloth_ext.hrpo.vllm`).
 """
 
 import contextlib
+import inspect
 import math
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,9 +16,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.nn.utils.rnn import pad_sequence
+from transformers.trainer_utils import get_last_checkpoint
 
 from patches import versions
 from patches.vllm_engine_settings import engine_settings
+from unsloth_ext.common.settings_file import read_json
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.hrpo.decoding import ThinkingTrace
 from unsloth_ext.hrpo.method import METHOD
@@ -24,6 +28,8 @@ from unsloth_ext.hrpo.states import project
 from unsloth_ext.hrpo.vllm.models import ARCHITECTURES, FAMILIES, PREFIX
 from unsloth_ext.hrpo.vllm.slots import TRACE
 from unsloth_ext.hrpo.vllm.traces import in_order, unpacked
+
+from ..common.spelling import did_you_mean
 
 
 def check_vllm(args: Any) -> None:
@@ -42,9 +48,30 @@ def check_vllm(args: Any) -> None:
             f"use_vllm=True: vllm is not installed. Run: pip install 'vllm{wanted}', or set use_vllm=False"
         )
     versions.require_tested("vllm")
+    from vllm import SamplingParams
+
+    params = dict.fromkeys(inspect.signature(SamplingParams).parameters)
+    for name in args.generation_kwargs or {}:
+        if name not in params:
+            raise ValueError(f"generation_kwargs: {name!r}: vLLM has no such setting{did_you_mean(name, params)}")
     if args.vllm_model_impl not in ("auto", "vllm"):
         raise ValueError(
             f"vllm_model_impl={args.vllm_model_impl!r}: only vLLM's own models can think; set vllm_model_impl='auto'"
+        )
+
+
+def refuse_thinking_model(model: Any, token: str | None) -> None:
+    """Raise a ValueError if rollouts in vLLM would think although the trainer does not.
+
+    Args:
+        model: the model or its name.
+        token: the access token for the hub.
+    """
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if METHOD.key in (read_json(name, "config.json", token) or {}):
+        raise ValueError(
+            f"thinking=False with use_vllm=True: {name} has thinking modules, and vLLM would decode with them; save it "
+            "without them (unsloth_ext.drop_thinking), or set use_vllm=False"
         )
 
 
@@ -75,17 +102,30 @@ def thinking_engine(trainer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asking_for_traces(generation: Any) -> Iterator[str]:
-    """Let the rollouts in the block ask for their traces. It yields the name under which the engine keeps them.
+def asking_for_traces(trainer: Any) -> Iterator[str]:
+    """Let the rollout in the block ask for its traces. It yields the name under which the engine keeps them.
 
     Args:
-        generation: the trainer's `VLLMGeneration`.
+        trainer: the `HRPOTrainer`.
+
+    Raises:
+        RuntimeError: the engine failed.
     """
+    generation = trainer.vllm_generation
     name, before = uuid.uuid4().hex, generation.generation_kwargs
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
     generation.generation_kwargs = {**before, key: {**(before.get(key) or {}), TRACE: name}}
     try:
         yield name
+    except Exception as error:
+        saved = get_last_checkpoint(trainer.args.output_dir) if os.path.isdir(trainer.args.output_dir) else None
+        what = (
+            f"the last checkpoint is {saved}: resume from it" if saved else "there is no checkpoint to resume from yet"
+        )
+        raise RuntimeError(
+            f"the vLLM engine failed in the rollout of step {trainer.state.global_step + 1} "
+            f"({type(error).__name__}: {error}); {what}"
+        ) from error
     finally:
         generation.generation_kwargs = before
 

@@ -73,10 +73,15 @@ class FastThinkingModel:
             The model and its tokenizer. The model is a `PeftModel` if `model_name` is an adapter.
 
         Raises:
-            ValueError: there is no such model; it is of another method; it has thinking modules without settings or
-                settings without modules; files are damaged, lack tensors or hold NaN; or an adapter never thought and
-                `thinking` was not given.
+            ValueError: `fast_inference` is given; there is no such model; it is of another method; it has thinking
+                modules without settings or settings without modules; files are damaged, lack tensors or hold NaN; or
+                an adapter never thought and `thinking` was not given.
         """
+        if kwargs.get("fast_inference"):
+            raise ValueError(
+                "fast_inference=True: Unsloth starts vLLM before the model has thinking modules, so its engine cannot "
+                "think; leave it out. Without Unsloth, HRPOConfig(use_vllm=True) rolls out in vLLM"
+            )
         dtype = as_dtype(dtype, kwargs)
         check_name(model_name, token)
         saved = read_saved(model_name, "hrpo", token)

@@ -378,8 +378,16 @@ def test_untrained_copies_are_not_kept(tmp_path):
 
 
 def test_a_missing_vllm_is_an_error_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ImportError, match="vllm is not installed. Run: pip install"):
+    with pytest.raises(ImportError, match=r"vllm is not installed\. Run: pip install"):
         setups.hrpo(tmp_path, model="no/such-model", use_vllm=True)
+
+
+def test_a_model_that_thinks_in_vllm_is_refused_with_thinking_off(tmp_path):
+    """vLLM's class of such a checkpoint thinks, and the trainer would not."""
+    folder = tmp_path / "thinks"
+    attach_thinking(tiny.model()).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"thinking=False with use_vllm=True: .*thinks has thinking modules"):
+        setups.hrpo(tmp_path, model=str(folder), use_vllm=True, thinking=False)
 
 
 def test_a_plain_grpo_config_gets_the_defaults(tmp_path):

@@ -1,4 +1,4 @@
-"""HRPOTrainer with rollouts in vLLM, in the trainer's process (`vllm_mode="colocate"`)."""
+"""HRPOTrainer with rollouts in vLLM."""
 
 import contextlib
 import gc
@@ -12,6 +12,9 @@ from unsloth_ext.common.wrapping import backbone_of
 
 
 pytestmark = pytest.mark.vllm
+RATIO = 1e-5  # float32; the same sums in another order
+CORE = ("lora_", "thinking_projection", "gate_r", "gate_i", "Lambda")
+FAST = {"lr_thinking_projection": 1e-2, "lr_residual_gate": 1e-2}
 
 
 def base(tmp_path, family="qwen2"):
@@ -26,23 +29,20 @@ def base(tmp_path, family="qwen2"):
 
 
 @contextlib.contextmanager
-def hrpo(tmp_path, loud=True, **changes):
+def trainer_of(make, tmp_path, **changes):
+    """A trainer whose engine is gone at the end of the block."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from tests import vllm_on_cpu  # noqa: F401
 
     settings = {
-        "model": base(tmp_path),
         "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": 0.05,
         "vllm_max_model_length": 64,
-        "recompute": "rollout",
         **changes,
     }
-    trainer = setups.hrpo(tmp_path, **settings)
-    if loud:
-        tiny.loud_gates(backbone_of(trainer.model))
+    trainer = make(tmp_path, **settings)
     try:
         yield trainer
     finally:
@@ -52,17 +52,91 @@ def hrpo(tmp_path, loud=True, **changes):
         gc.collect()
 
 
-def test_it_trains_and_the_ratio_is_one(tmp_path):
-    """Rollouts of each step come from the weights of that step: the ratio stays 1 while all weights change."""
-    with hrpo(tmp_path, lr_thinking_projection=1e-2, lr_residual_gate=1e-2) as trainer:
+@contextlib.contextmanager
+def hrpo(tmp_path, **changes):
+    with trainer_of(setups.hrpo, tmp_path, **{"model": base(tmp_path), **changes}) as trainer:
+        tiny.loud_gates(backbone_of(trainer.model))
+        yield trainer
+
+
+def changed(trainer, before):
+    return {name for name, value in setups.parameters(trainer).items() if not torch.equal(value, before[name])}
+
+
+def check_ratios(trainer, steps=3):
+    """Rollouts of each step come from the weights of that step, so the ratio stays 1 while all weights change."""
+    logs = [entry for entry in trainer.state.log_history if "thinking/ratio_deviation" in entry]
+    assert len(logs) == steps
+    for entry in logs:
+        assert entry["thinking/ratio_deviation"] < RATIO
+        assert abs(entry["sampling/importance_sampling_ratio/mean"] - 1) < RATIO
+        assert 0 < entry["thinking/fraction"] <= 1
+
+
+def test_the_ratio_is_one_while_all_weights_change(tmp_path):
+    with hrpo(tmp_path, **FAST) as trainer:
         before = setups.parameters(trainer)
         trainer.train()
-        changed = {name for name, value in setups.parameters(trainer).items() if not torch.equal(value, before[name])}
-        for part in ("lora_", "thinking_projection", "gate_r", "gate_i", "Lambda"):
-            assert any(part in name for name in changed), part
-        logs = [entry for entry in trainer.state.log_history if "thinking/ratio_deviation" in entry]
-        assert len(logs) == 3
-        for entry in logs:
-            assert entry["thinking/ratio_deviation"] < 1e-5
-            assert abs(entry["sampling/importance_sampling_ratio/mean"] - 1) < 1e-5
-            assert 0 < entry["thinking/fraction"] <= 1
+        assert all(any(part in name for name in changed(trainer, before)) for part in CORE)
+        check_ratios(trainer)
+
+
+def test_modules_that_are_not_pushed_are_noticed(tmp_path, monkeypatch):
+    """What the test above would show if an update did not reach the engine."""
+    from unsloth_ext.hrpo.vllm.models import HybridModel
+
+    with hrpo(tmp_path, **FAST, max_steps=2) as trainer:
+        whole = HybridModel.load_weights
+
+        def without_modules(self, weights):
+            step = trainer.state.global_step
+            return whole(self, (pair for pair in weights if not step or "thinking_" not in pair[0]))
+
+        monkeypatch.setattr(HybridModel, "load_weights", without_modules)
+        trainer.train()
+        first, second = (e["thinking/ratio_deviation"] for e in trainer.state.log_history if "reward" in e)
+        assert first < RATIO < 1e-3 < second
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"thinking_source": "soft_embedding", "recompute": "rollout", "temperature": 0.8, "beta": 0.1, "peft": False},
+        {"recompute": "frozen", "beta": 0.1, "thinking_norm": "embedding_rms", "num_iterations": 2, "max_steps": 4},
+    ],
+    ids=["soft embeddings, all weights, a reference model", "frozen, an adapter, two inner steps"],
+)
+def test_other_rollouts(tmp_path, changes):
+    with hrpo(tmp_path, **FAST, **changes) as trainer:
+        before = setups.parameters(trainer)
+        trainer.train()
+        assert changed(trainer, before)
+        first = [entry for entry in trainer.state.log_history if "reward" in entry]  # of each rollout
+        assert len(first) == (2 if "num_iterations" in changes else 3)
+        assert all(entry["thinking/ratio_deviation"] < RATIO for entry in first)
+
+
+def test_evaluation_has_its_own_number_of_completions(tmp_path):
+    with hrpo(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4, max_steps=1) as trainer:
+        trainer.eval_dataset = setups.prompts(4)
+        found = trainer.evaluate(setups.prompts(4))
+        assert found["eval_thinking/ratio_deviation"] < RATIO and found["eval_sampling/importance_sampling_ratio/mean"]
+
+
+def test_an_engine_that_fails_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
+    with hrpo(tmp_path, max_steps=4, save_strategy="steps", save_steps=1) as trainer:
+        engine = trainer.vllm_generation.llm
+        whole = engine.generate
+
+        def generate(*args, **kwargs):
+            if trainer.state.global_step == 2:
+                raise RuntimeError("out of memory")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(engine, "generate", generate)
+        with pytest.raises(
+            RuntimeError, match=r"the vLLM engine failed in the rollout of step 3.*checkpoint-2: resume"
+        ):
+            trainer.train()
+        assert "TRACE" not in str(trainer.vllm_generation.generation_kwargs)
+        assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").exists()

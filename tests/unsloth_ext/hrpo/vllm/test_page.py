@@ -23,9 +23,10 @@ def test_the_examples_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", SERVE)
 def test_the_flags_of_the_server_are_there(command):
-    from tests import vllm_on_cpu  # noqa: F401
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from tests import vllm_on_cpu  # noqa: F401
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
     assert args.additional_config == {"answer_delimiter": "####"}
