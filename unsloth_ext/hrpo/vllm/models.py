@@ -50,7 +50,12 @@ class HybridModel(nn.Module):
         made = thinking_modules(self.thinking_width, backbone.thinking_config, device=device, dtype=torch.float32)
         for name, module in made.items():
             backbone.add_module(name, module.requires_grad_(False))
-        tokenizer = get_tokenizer(model_config.tokenizer, revision=model_config.tokenizer_revision)
+        tokenizer = get_tokenizer(
+            model_config.tokenizer,
+            tokenizer_mode="hf",
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
         delimiter = vllm_config.additional_config.get("answer_delimiter", DELIMITER)
         matcher = DelimiterMatcher(tokenizer, delimiter, model_config.get_vocab_size())
         self.thinking_done = matcher.done
@@ -62,6 +67,8 @@ class HybridModel(nn.Module):
             for module in self.modules():
                 module._cpu_skip_gemm_dispatch = True
         self._missing = {name for name, _ in self.named_parameters() if _is_thinking(name)}
+        if vllm_config.load_config.load_format == "dummy":
+            self._missing.clear()
         self._norm: torch.Tensor | None = None
 
     @staticmethod
@@ -107,15 +114,17 @@ class HybridModel(nn.Module):
         loaded |= super().load_weights(others())
         self._missing -= loaded
         self._norm = None
+        if not self.pushed_weights:
+            self.check_loaded()
         # vLLM takes what is not named for an error. A trainer pushes the modules after the start
         return loaded | self._missing
 
     def check_loaded(self) -> None:
-        """Raise a RuntimeError if the thinking modules never got their weights."""
+        """Raise a ValueError if the thinking modules never got their weights."""
         if self._missing:
-            raise RuntimeError(
-                f"the thinking modules have no weights: {', '.join(sorted(self._missing))} are not in the checkpoint "
-                "and were not pushed by a trainer"
+            raise ValueError(
+                f"the thinking modules have no weights: the checkpoint lacks {', '.join(sorted(self._missing))}"
+                + (", and no trainer pushed them" if self.pushed_weights else "")
             )
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -129,18 +138,26 @@ class HybridModel(nn.Module):
     @property
     def embedding_rows(self) -> EmbeddingRows:
         """The input embedding (V, d), without vLLM's padding."""
-        backbone: Any = self.model
-        embedding = backbone.embed_tokens
-        return EmbeddingRows(embedding.weight[: embedding.org_vocab_size], getattr(backbone, "normalizer", 1.0))
+        embedding = self._embedding
+        return EmbeddingRows(embedding.weight[: embedding.org_vocab_size], self._embed_scale)
+
+    @property
+    def _embedding(self) -> Any:
+        embedding: Any = self.model.embed_tokens
+        return getattr(embedding, "base_layer", embedding)  # inside vLLM's LoRA
+
+    @property
+    def _embed_scale(self) -> torch.Tensor | float:
+        return getattr(self.model, "normalizer", 1.0)
 
     def _embedding_norm(self) -> torch.Tensor:
         from vllm.distributed import tensor_model_parallel_all_reduce
 
         if self._norm is None:  # since the last weights came
-            embedding: Any = self.model.embed_tokens
             # vLLM's padding is zero; each rank has some of the rows
-            square = tensor_model_parallel_all_reduce(embedding.weight.detach().float().pow(2).sum())
-            self._norm = (square / embedding.org_vocab_size).sqrt() * self.embedding_rows.embed_scale
+            norm = torch.linalg.vector_norm(self._embedding.weight.detach(), dtype=torch.float32)
+            square = tensor_model_parallel_all_reduce(norm.square())
+            self._norm = (square / self._embedding.org_vocab_size).sqrt() * self._embed_scale
         return self._norm
 
 

@@ -1,20 +1,28 @@
 """What vLLM calls in each of its processes when it starts (entry point `vllm.general_plugins`)."""
 
+import logging
 from typing import Any
 
 import patches
+from patches.versions import untested_allowed, version_problem
 
 from .models import ARCHITECTURES, PREFIX
 
 
+log = logging.getLogger(__name__)
 WORKER = f"{__package__}.workers.HybridWorker"
 
 
 def register() -> None:
     """Register the models that think, the check of an engine's settings for them, and how their checkpoints are known.
 
-    Models without thinking modules are not affected.
+    Models without thinking modules are not affected. Nor is a version of vLLM that was not tested: nothing is registered
+    there, and vLLM refuses a checkpoint with thinking modules, which it then does not know.
     """
+    problem = version_problem("vllm")
+    if problem and not untested_allowed():
+        log.warning("vLLM cannot decode thinking states here: %s", problem)
+        return
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -59,6 +67,7 @@ def check_engine(vllm_config: Any) -> None:
     settings = getattr(model.hf_config, "thinking", None) or {}
     soft = settings.get("thinking_source") == "soft_embedding"
     v1 = not vllm_config.use_v2_model_runner
+    cache = vllm_config.cache_config
     refused = {
         f"runner={model.runner_type!r}": model.runner_type != "generate",
         "enable_prompt_embeds=True": model.enable_prompt_embeds,
@@ -74,6 +83,7 @@ def check_engine(vllm_config: Any) -> None:
         "enable_dbo=True": parallel.enable_dbo,
         "enable_batch_sharded_sampling=True": parallel.enable_batch_sharded_sampling,
         "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        f"kv_offloading_size={cache.kv_offloading_size}": cache.kv_offloading_size is not None,
         f"worker_cls={parallel.worker_cls!r}": parallel.worker_cls not in ("auto", WORKER),
         "VLLM_USE_V2_MODEL_RUNNER=0": v1 and not current_platform.is_cpu(),
     }
@@ -83,6 +93,6 @@ def check_engine(vllm_config: Any) -> None:
         )
     if found := [name for name, there in refused.items() if there]:
         raise ValueError(f"{found[0]}: vLLM cannot decode thinking states with it; leave it out")
-    vllm_config.cache_config.enable_prefix_caching = False
+    cache.enable_prefix_caching = False
     parallel.enable_batch_sharded_sampling = False  # None lets vLLM choose
     parallel.worker_cls = WORKER

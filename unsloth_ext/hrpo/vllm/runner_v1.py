@@ -59,7 +59,6 @@ class HybridCPUModelRunner(CPUModelRunner):
 
     def _preprocess(self, scheduler_output: Any, num_input_tokens: int, intermediate_tensors: Any = None) -> Any:
         ids, _, *rest = super()._preprocess(scheduler_output, num_input_tokens, intermediate_tensors)
-        self.get_model().check_loaded()
         embeds = self._embeds[:num_input_tokens]
         embeds[:] = self.get_model().embed_input_ids(ids)
         self.slots.fuse(embeds, self._batch())

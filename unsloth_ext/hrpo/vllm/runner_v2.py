@@ -44,7 +44,6 @@ class HybridModelState(DefaultModelState):
         count = input_batch.num_tokens
         embeds[:count] = self.model.embed_input_ids(input_batch.input_ids[:count])
         if self._is_real(input_batch):
-            self.model.check_loaded()
             self.slots.fuse(embeds, self._batch(input_batch))
         return {**super().prepare_inputs(input_batch, req_states), "input_ids": None, "inputs_embeds": embeds}
 
@@ -98,8 +97,8 @@ class SeeingSampler:
         output = self._sampler(logits, input_batch)
         candidates = None
         if self._scores is not None:
-            top_k = int(self._sampler.sampling_states.top_k.np[input_batch.idx_mapping_np].max())
-            candidates = top_k if top_k < self._scores.shape[-1] else None
+            # Twice, since tokens whose score equals the last one's are also in
+            candidates = 2 * int(self._sampler.sampling_states.top_k.np[input_batch.idx_mapping_np].max())
         self._state.see_tokens(input_batch, output, self._scores, candidates)
         self._scores = None
         return output

@@ -1,8 +1,8 @@
 """The thinking states of the requests that vLLM is decoding: one slot, a row of a few tensors, for each request.
 
 A step has two halves. Before the forward, `fuse` mixes the states of the last step into the embeddings of the tokens
-that are fed. After sampling, `see_tokens` makes the states of the next step. Both work on whole tensors. The host never
-waits for the device, and nothing loops over requests, except over those that are computed again after a preemption.
+that are fed. After sampling, `see_tokens` makes the states of the next step. Both work on whole tensors. The host waits
+for the device, and loops over requests, only where some were preempted.
 """
 
 from collections.abc import Collection, Sequence
@@ -60,6 +60,16 @@ class Request:
     past: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Step(NamedTuple):
+    """What one step recorded, until its copy to the host is complete. See `History.record`."""
+
+    event: Any
+    slots: np.ndarray
+    index: np.ndarray
+    values: dict[str, torch.Tensor]
+    then: list[tuple[int, int, dict[str, torch.Tensor]]]  # after this step: slots to read, how far, and where to put it
+
+
 class History:
     """What each step recorded of each request, on the host. It grows with the longest completion.
 
@@ -71,7 +81,7 @@ class History:
     def __init__(self, slots: int, widths: dict[str, tuple[int, torch.dtype]]):
         self.length = np.zeros(slots, dtype=np.int64)
         self._data = {name: torch.empty(slots, 0, width, dtype=dtype) for name, (width, dtype) in widths.items()}
-        self._pending: list[tuple[Any, np.ndarray, np.ndarray, dict[str, torch.Tensor]]] = []
+        self._pending: list[Step] = []
 
     def record(self, slots: np.ndarray, index: np.ndarray, values: dict[str, torch.Tensor]) -> None:
         """Keep `values` (B, width) as what token `index` (B,) of each slot was made with; -1 keeps nothing."""
@@ -80,23 +90,38 @@ class History:
             values = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((event, slots, index, values))
+        self._pending.append(Step(event, slots, index, values, []))
         if len(self._pending) > LAG:
             self._write(1)
         kept = index >= 0
         self.length[slots[kept]] = index[kept] + 1
 
+    def flush(self) -> None:
+        """Wait for all copies to the host."""
+        self._write(len(self._pending))
+
     @torch.inference_mode(False)  # training can use the copies
     def read(self, slot: int, start: int = 0, end: int | None = None) -> dict[str, torch.Tensor]:
         """Copy the fields of tokens `start` to `end` of a slot, (end - start, width) each."""
-        self._write(len(self._pending))
-        end = int(self.length[slot]) if end is None else end
+        self.flush()
+        return self._copy(slot, start, int(self.length[slot]) if end is None else end)
+
+    def read_later(self, slot: int) -> dict[str, torch.Tensor]:
+        """Return what `read` returns, without waiting: the dictionary is filled later, by `flush` at the latest."""
+        past: dict[str, torch.Tensor] = {}
+        if self._pending:
+            self._pending[-1].then.append((slot, int(self.length[slot]), past))
+        else:
+            past |= self.read(slot)
+        return past
+
+    def _copy(self, slot: int, start: int, end: int) -> dict[str, torch.Tensor]:
         return {name: data[slot, start:end].clone() for name, data in self._data.items()}
 
     @torch.inference_mode(False)
     def restore(self, slot: int, past: dict[str, torch.Tensor], length: int) -> None:
         """Put the first `length` tokens of what `read` returned into a slot."""
-        self._write(len(self._pending))
+        self.flush()
         self._reserve(length)
         for name, value in past.items():
             self._data[name][slot, :length] = value[:length]
@@ -105,15 +130,17 @@ class History:
     @torch.inference_mode(False)
     def _write(self, count: int) -> None:
         done, self._pending = self._pending[:count], self._pending[count:]
-        for event, slots, index, values in done:
-            if event is not None:
-                event.synchronize()
-            kept = torch.from_numpy(np.flatnonzero(index >= 0))
+        for step in done:
+            if step.event is not None:
+                step.event.synchronize()
+            kept = torch.from_numpy(np.flatnonzero(step.index >= 0))
             if len(kept):
-                self._reserve(int(index.max()) + 1)
-                place = torch.from_numpy(slots)[kept], torch.from_numpy(index)[kept]
-                for name, value in values.items():
+                self._reserve(int(step.index.max()) + 1)
+                place = torch.from_numpy(step.slots)[kept], torch.from_numpy(step.index)[kept]
+                for name, value in step.values.items():
                     self._data[name][place] = value[kept]
+            for slot, length, past in step.then:
+                past |= self._copy(slot, 0, length)
 
     def _reserve(self, length: int) -> None:
         for name, data in self._data.items():
@@ -178,7 +205,10 @@ class ThinkingSlots:
     def apply(self) -> None:
         """Set the slots of the requests that were added since the last call."""
         if self._fresh:
-            slots, matched = (torch.tensor(x, device=self._matched.device) for x in zip(*self._fresh, strict=True))
+            device = self._matched.device
+            # From pinned memory, or the host would wait for all that the device has to do
+            fresh = torch.tensor(self._fresh, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+            slots, matched = fresh.unbind(1)
             self._matched[slots], self._thinks[slots] = matched, False
             self._fresh = []
 
@@ -195,7 +225,8 @@ class ThinkingSlots:
         ended = [self.requests.pop(name) for name in names if name in self.requests]
         for request in ended:
             if request.trace is not None:
-                self._ended.setdefault(request.trace, []).append((request.id, self._past(request)))
+                past = request.past if request.slot is None else self.history.read_later(request.slot)
+                self._ended.setdefault(request.trace, []).append((request.id, past))
         return [request.slot for request in ended if request.slot is not None]
 
     def take(self, traces: Sequence[str]) -> list[list[tuple[str, dict[str, torch.Tensor]]]]:
@@ -209,6 +240,7 @@ class ThinkingSlots:
             (C, d), and with soft embeddings `thinking_states` (C, d), all on the host. C is at least the number of
             tokens of its completion.
         """
+        self.history.flush()
         # vLLM tells of the last requests that ended only with the next step
         running: dict[str, list[Request]] = {}
         for request in self.requests.values():
@@ -218,13 +250,10 @@ class ThinkingSlots:
         for trace in traces:
             parts = self._ended.pop(trace, [])
             for request in running.get(trace, ()):
-                parts.append((request.id, self._past(request)))
+                parts.append((request.id, request.past if request.slot is None else self.history.read(request.slot)))
                 request.trace = None
             found.append([(name, self._trace(past)) for name, past in parts])
         return found
-
-    def _past(self, request: Request) -> dict[str, torch.Tensor]:
-        return request.past if request.slot is None else self.history.read(request.slot)
 
     def _trace(self, past: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         matched = past.pop("matched")[:, 0]
@@ -268,7 +297,7 @@ class ThinkingSlots:
             tokens (B,): long, the sampled tokens.
             valid (B,): bool. False for a request whose prompt is not complete; its token does not count.
             scores (B, V): warped logits that the tokens were sampled from. Needed for soft embeddings.
-            candidates: an upper bound on the number of tokens with a probability above zero; None: unknown.
+            candidates: how many tokens can have a probability above zero; None: all.
         """
         before = self._matched[batch.slots]
         matched = torch.where(valid, advance(self.model.thinking_table, before, tokens), before)

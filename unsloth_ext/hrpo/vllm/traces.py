@@ -9,8 +9,9 @@ from safetensors.torch import load, save
 
 
 Fields = dict[str, torch.Tensor]
-# "3-ab12": prompt 3 of `LLM.generate`; "cmpl-9f-3-ab12": prompt 3 of a request to a server; before both: "1_", of n
-NAME = re.compile(r"(?:(?P<completion>\d+)_)?(?:.*-)?(?P<prompt>\d+)(?:-[0-9a-f]+)?")
+# "3-8d929ca4": prompt 3 of `LLM.generate`; "cmpl-9f-3-8d929ca4": prompt 3 of a request to a server; before both: "1_", of
+# n. vLLM adds the last eight characters, which can all be digits
+NAME = re.compile(r"(?:(?P<completion>\d+)_)?.*?(?P<prompt>\d*)-[0-9a-f]{8}")
 
 
 def in_order(parts: Sequence[tuple[str, Fields]]) -> list[Fields]:
@@ -30,7 +31,7 @@ def in_order(parts: Sequence[tuple[str, Fields]]) -> list[Fields]:
         found = NAME.fullmatch(part[0])
         if found is None:
             raise ValueError(f"{part[0]!r}: vLLM gives its requests other names than this version of the plugin knows")
-        return int(found["prompt"]), int(found["completion"] or 0)
+        return int(found["prompt"] or 0), int(found["completion"] or 0)
 
     return [fields for _, fields in sorted(parts, key=place)]
 

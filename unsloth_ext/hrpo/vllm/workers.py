@@ -19,6 +19,8 @@ else:
 class HybridWorker(Worker):
     """The platform's worker for a hybrid model."""
 
+    _started = False
+
     def init_device(self) -> None:
         super().init_device()
         if not self.use_v2_model_runner:
@@ -40,7 +42,14 @@ class HybridWorker(Worker):
         runner: Any = self.model_runner
         return runner.model_state.slots if self.use_v2_model_runner else runner.slots
 
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()  # with requests of its own, before a trainer pushes weights
+        self._started = True
+        return times
+
     def execute_model(self, scheduler_output: Any) -> Any:
+        if self._started:
+            self.model_runner.get_model().check_loaded()
         if self.use_v2_model_runner:  # which does not tell its models apart what ended and what was preempted
             self.slots.finish(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
