@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
     event: Any
     slots: np.ndarray
-    index: np.ndarray
+    tokens: np.ndarray
     values: dict[str, torch.Tensor]
     then: list[tuple[int, int, dict[str, torch.Tensor]]]  # after this step: slots to read, how far, and where to put it
 
@@ -133,10 +133,10 @@ class History:
         for step in done:
             if step.event is not None:
                 step.event.synchronize()
-            kept = torch.from_numpy(np.flatnonzero(step.index >= 0))
+            kept = torch.from_numpy(np.flatnonzero(step.tokens >= 0))
             if len(kept):
-                self._reserve(int(step.index.max()) + 1)
-                place = torch.from_numpy(step.slots)[kept], torch.from_numpy(step.index)[kept]
+                self._reserve(int(step.tokens.max()) + 1)
+                place = torch.from_numpy(step.slots)[kept], torch.from_numpy(step.tokens)[kept]
                 for name, value in step.values.items():
                     self._data[name][place] = value[kept]
             for slot, length, past in step.then:
