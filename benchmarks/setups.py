@@ -122,18 +122,23 @@ def watched(trainer: Any, parts: list[str]) -> dict:
     }
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call, including work on the device."""
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Wall time of one call, including work on the device, or its time on another clock."""
     if CUDA:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     work()
     if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved(works: dict[str, Callable[[], object]], repeats: int, warm: bool = False) -> dict[str, list[float]]:
+def interleaved(
+    works: dict[str, Callable[[], object]],
+    repeats: int,
+    warm: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Times of each function, measured in turn (A B C A B C ...), so that slow changes of the machine affect all
     equally.
 
@@ -144,7 +149,7 @@ def interleaved(works: dict[str, Callable[[], object]], repeats: int, warm: bool
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            times[name].append(seconds(work))
+            times[name].append(seconds(work, clock))
     return times
 
 

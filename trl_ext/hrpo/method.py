@@ -36,6 +36,11 @@ METHOD = TrainingMethod(
             "benchmarks/bench_hrpo.py",
         ),
         Command(
+            "bench-decoding",
+            "decoding without ended rows, and with a compiled step, against plain decoding",
+            "benchmarks/bench_decoding.py",
+        ),
+        Command(
             "bench-learning",
             "held-out accuracy over seeds: warm start, GRPO, HRPO in each mode",
             "benchmarks/bench_learning.py",

@@ -4,7 +4,8 @@ The token's embedding E[x] is replaced by its fusion with a thinking state s (se
 sampling loop runs unchanged (`generate(..., custom_generate=hybrid_decode)`). Four hooks follow it: a pre-hook on the
 LM head reads the hidden state, the last logits processor reads the warped distribution, the stopping criteria read the
 sampled token, and a hook on the input embedding fuses the state into the next forward. So greedy and sampled decoding,
-EOS, `num_return_sequences`, streamers, stopping criteria and scores are transformers' own.
+EOS, `num_return_sequences`, streamers, stopping criteria and scores are transformers' own. Rows that have ended leave
+the forwards where this changes nothing that is returned (`live_rows`).
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..common.generation_arguments import check, check_context, refuse_empty, sa
 from ..common.padded_batches import check_batches
 from ..common.unsloth_decoding import returning_hidden_states, without_decode_graphs
 from ..common.wrapping import backbone_of
+from .live_rows import LiveRows, can_drop_rows
 from .method import METHOD
 from .states import Warper, project, soft_embedding
 
@@ -37,6 +39,8 @@ KEPT = ("thinking_states", "hidden_states", "log_probs")  # recorded on request;
 @dataclass
 class ThinkingTrace:
     """The record of a hybrid decode. C is the number of decoded tokens. Rows are those of the returned sequences.
+
+    Only the mask has a meaning after the end of a row, which is not decoded any further.
 
     Attributes:
         thinking_mask (B, C): bool, the tokens before the delimiter is complete and before the row ends.
@@ -95,13 +99,13 @@ class HybridSession:
         self._last_hidden: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._matched: torch.Tensor | None = None
-        self._ended: torch.Tensor | None = None
+        self.live = LiveRows()
 
     # -- the four hooks, in the order of one step -------------------------------------------------------------------
 
     def see_hidden(self, _: nn.Module, args: tuple) -> None:
-        """Pre-hook of the LM head: store the last of the hidden states (B, T, d) in `args`."""
-        self._last_hidden = args[0][:, -1].clone()  # a view would keep the whole prefill alive
+        """Pre-hook of the LM head: store the last of the hidden states (B, T, d) in `args`, of the live rows."""
+        self._last_hidden = self.live.widen(args[0][:, -1].clone())  # a view would keep the whole prefill alive
 
     def see_scores(self, scores: torch.Tensor) -> None:
         """Store the warped scores (B, V), fp32, of the token to be chosen."""
@@ -116,12 +120,13 @@ class HybridSession:
         """
         if self._matched is None:
             self._matched = torch.zeros_like(tokens)
-            self._ended = torch.zeros_like(tokens, dtype=torch.bool)
+            self.live.ended = torch.zeros_like(tokens, dtype=torch.bool)
         self._matched = self.matcher.step(self._matched, tokens)
+        ended = self.live.ended
         if self.eos is not None:
-            self._ended = self._ended | (tokens[:, None] == self.eos).any(-1)
-        self._masks.append((self._matched != self.matcher.done) & ~self._ended)
-        self._ended = self._ended | done  # e.g. by a stop string, which ends the thinking after this token
+            ended = ended | (tokens[:, None] == self.eos).any(-1)
+        self._masks.append((self._matched != self.matcher.done) & ~ended)
+        self.live.ended = ended | done  # e.g. by a stop string, which ends the thinking after this token
         if "log_probs" in self.keep:
             self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
         if "hidden_states" in self.keep:
@@ -138,19 +143,23 @@ class HybridSession:
 
         Args:
             args: the arguments of the embedding, which are not used.
-            embeds (B, T, d): in the model's dtype, of the tokens to be fed. T > 1 after the prefill means that there is
-                no cache.
+            embeds (B', T, d): in the model's dtype, of the tokens to be fed, in the live rows. T > 1 after the prefill
+                means that there is no cache.
 
         Returns:
-            (B, T, d) in the same dtype, or None for the prompt, which does not think.
+            (B', T, d) in the same dtype, or None for the prompt, which does not think.
         """
         if not self._masks:
             return None
         if self._pending is not None:
-            self._thinking_states.append(self._ablated(self._state(*self._pending)))
+            basis, count = self._pending
+            self._thinking_states.append(self.live.widen(self._ablated(self._state(basis[self.live.rows], count))))
             self._pending = None
         span = min(embeds.shape[1], len(self._masks))
-        thinking_mask, thinking_states = (torch.stack(x[-span:], dim=1) for x in (self._masks, self._thinking_states))
+        thinking_mask, thinking_states = (
+            torch.stack([step[self.live.rows] for step in steps[-span:]], dim=1)
+            for steps in (self._masks, self._thinking_states)
+        )
         if "thinking_states" not in self.keep and embeds.shape[1] == 1:
             self._thinking_states.clear()
         return self.backbone.fuse_thinking(embeds, thinking_mask, thinking_states)
@@ -259,7 +268,11 @@ def hybrid_decode(
         )
     processors = LogitsProcessorList([*logits_processor, _SeeScores(hybrid)])
     criteria = _SeeingCriteria(stopping_criteria, hybrid)
-    handles = [hybrid.embedding.register_forward_hook(hybrid.fuse)]
+    handles = []
+    # An ablation mixes rows, or draws noise for each
+    if hybrid.ablation is None and can_drop_rows(model, generation_config, kwargs.get("past_key_values")):
+        handles += hybrid.live.attach(model)
+    handles.append(hybrid.embedding.register_forward_hook(hybrid.fuse))
     if hybrid.needs_hidden and from_logits is None:
         handles.append(hybrid.lm_head.register_forward_pre_hook(hybrid.see_hidden))
     try:
