@@ -107,6 +107,13 @@ bench-%: $(READY)
 
 bench-concept-pretrained: $(VENV)/.smollm2
 
+# Where there is a GPU, HRPO rolls out in vLLM; without it, in transformers. The target says which and why
+$(VENV)/.vllm: $(READY) requirements/vllm.txt
+	@$(PIP) -r requirements/vllm.txt || echo "vLLM could not be installed"
+	@touch $@
+
+train-hrpo: $(if $(GPU),$(VENV)/.vllm)
+
 minimind minimind-gpu chat: $(READY)
 	$(TARGET)
 

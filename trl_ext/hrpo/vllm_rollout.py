@@ -101,6 +101,41 @@ def thinking_engine(trainer: Any) -> Iterator[None]:
         yield
 
 
+def check_server(trainer: Any) -> None:
+    """Compare how a server thinks with how the trainer does (`vllm_mode="server"`).
+
+    Args:
+        trainer: the constructed `HRPOTrainer`.
+
+    Raises:
+        ValueError: the server does not think, or thinks in another way.
+    """
+    if not trainer.accelerator.is_main_process:
+        return
+    config = asdict(backbone_of(trainer.model).thinking_config)
+    wanted = {**config, "answer_delimiter": trainer.hrpo.answer_delimiter}
+    initial = ("residual_r_min", "residual_r_max")  # of new modules only
+    client = trainer.vllm_generation.vllm_client
+    try:
+        found = _ask(client, "describe_thinking")
+    except Exception as error:
+        raise ValueError(
+            f"vllm_mode='server': the server at {client.base_url} does not say how it thinks ({error}); start it on a "
+            "model with thinking modules, with VLLM_SERVER_DEV_MODE=1, where this package is installed (docs/vllm.md)"
+        ) from error
+    for name in sorted(wanted.keys() - {*initial}):
+        if found[name] != wanted[name]:
+            raise ValueError(
+                f"vllm_mode='server': {name} is {wanted[name]!r} in the trainer and {found[name]!r} in the server at "
+                f"{client.base_url}; start the server with the trainer's"
+            )
+
+
+def _ask(client: Any, method: str, *args: str) -> Any:
+    """Call a method of the server's first worker."""
+    return client._post(f"{client.base_url}/collective_rpc", json={"method": method, "args": [*args]})["results"][0]
+
+
 @contextlib.contextmanager
 def asking_for_traces(trainer: Any) -> Iterator[str]:
     """Let the rollout in the block ask for its traces. It yields the name under which the engine keeps them.
@@ -184,9 +219,7 @@ def _rows(trainer: Any, name: str, count: int) -> list[dict[str, torch.Tensor]]:
     else:
         payload = [None]
         if accelerator.is_main_process:
-            client = generation.vllm_client
-            body = {"method": "take_thinking_traces_text", "args": [name]}
-            payload = [client._post(f"{client.base_url}/collective_rpc", json=body)["results"][0]]
+            payload = [_ask(generation.vllm_client, "take_thinking_traces_text", name)]
         rows = unpacked(broadcast_object_list(payload, from_process=0)[0])
         start = accelerator.process_index * count
     if len(rows) < start + count:

@@ -4,8 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from packaging.version import Version
 
+from patches import versions
 from tests.test_house import ROOT
+from trl_ext.cli import targets
+from trl_ext.cli.flags import wants_vllm
 from trl_ext.cli.targets import command_lines
 from trl_ext.common.method import Command, commands
 
@@ -54,3 +58,52 @@ def test_flags_reach_the_script_and_its_status_comes_back():
     assert done.returncode == 2 and "--nonsense: there is no such flag" in done.stderr
     done = run("train-nothing")
     assert done.returncode == 2 and "no target train-nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "gpu, model, arguments, problem, added, said",
+    [
+        (True, "", [], None, ["--use_vllm"], "rollouts: vLLM"),
+        (True, "m", [], None, ["--use_vllm"], "rollouts: vLLM"),
+        (True, "", [], "vLLM is not installed", [], "rollouts: transformers, because vLLM is not installed"),
+        (True, "", ["--use_vllm", "false"], None, [], ""),
+        (True, "", ["--use-vllm=false"], None, [], ""),
+        (True, "smollm2", [], None, [], ""),
+        (False, "", [], None, [], ""),
+    ],
+)
+def test_rollouts_in_vllm_where_there_are_a_gpu_and_vllm(
+    monkeypatch, capsys, gpu, model, arguments, problem, added, said
+):
+    monkeypatch.setattr(targets, "vllm_problem", lambda: problem)
+    ((_, _, *found),) = command_lines(commands()["train-hrpo"], gpu, model, arguments)
+    assert found[len(found) - len(added) - len(arguments) :] == [*added, *arguments]
+    assert ("--use_vllm" in found) == bool(added) or arguments
+    assert capsys.readouterr().out.startswith(said) if said else not capsys.readouterr().out
+
+
+def test_why_there_is_no_vllm(monkeypatch):
+    monkeypatch.setattr(versions, "installed_version", lambda name: None)
+    assert targets.vllm_problem() == "vLLM is not installed"
+    monkeypatch.setattr(versions, "installed_version", lambda name: Version("0.20.0"))
+    assert "vllm 0.20.0 is not among the tested versions" in targets.vllm_problem()
+    monkeypatch.setattr(versions, "installed_version", lambda name: Version("0.31.0"))
+    assert targets.vllm_problem() is None
+
+
+@pytest.mark.parametrize(
+    "flags, field, wanted",
+    [
+        ([], None, False),
+        (["--use_vllm"], None, True),
+        (["--use_vllm", "false"], True, False),
+        (["--use-vllm=True"], None, True),
+        ([], True, True),
+        (["--output_dir", "x"], False, False),
+    ],
+)
+def test_a_recipe_knows_early_whether_it_uses_vllm(tmp_path, flags, field, wanted):
+    """Before Unsloth is imported, which must come first and cannot be undone."""
+    config = tmp_path / "config.yaml"
+    config.write_text("output_dir: x\n" if field is None else f"use_vllm: {str(field).lower()}\n")
+    assert wants_vllm(config, flags) is wanted

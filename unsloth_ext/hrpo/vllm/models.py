@@ -31,6 +31,7 @@ class HybridModel(nn.Module):
     The modules stand in the decoder under the names that checkpoints have, in float32.
 
     Attributes:
+        answer_delimiter: the text that ends the thinking.
         thinking_table (S, V + 1): int16, of the delimiter's automaton (`DelimiterMatcher`).
         thinking_done: the state in which the delimiter is complete.
         thinking_width: d.
@@ -56,8 +57,8 @@ class HybridModel(nn.Module):
             revision=model_config.tokenizer_revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-        delimiter = vllm_config.additional_config.get("answer_delimiter", DELIMITER)
-        matcher = DelimiterMatcher(tokenizer, delimiter, model_config.get_vocab_size())
+        self.answer_delimiter = vllm_config.additional_config.get("answer_delimiter", DELIMITER)
+        matcher = DelimiterMatcher(tokenizer, self.answer_delimiter, model_config.get_vocab_size())
         self.thinking_done = matcher.done
         # A buffer of the model, so that vLLM keeps it when it sleeps
         self.register_buffer("thinking_table", matcher.table.to(device), persistent=False)

@@ -1,6 +1,7 @@
 """vLLM's workers for hybrid models. They tell the slots which requests ended, and hand out traces."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -61,3 +62,8 @@ class HybridWorker(Worker):
     def take_thinking_traces_text(self, trace: str) -> str:
         """Return and forget the traces of one name, in order, as text (`traces.packed`), for another process."""
         return packed(in_order(self.slots.take([trace])[0]))
+
+    def describe_thinking(self) -> dict[str, Any]:
+        """How this engine thinks: the settings of the thinking modules, and `answer_delimiter`."""
+        model: Any = self.model_runner.get_model()
+        return {**asdict(model.model.thinking_config), "answer_delimiter": model.answer_delimiter}
