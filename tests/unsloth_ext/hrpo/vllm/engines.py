@@ -39,7 +39,7 @@ def checkpoint(family="qwen2", source="projection", norm="unit", seed=0):
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(config.hidden_size**-0.5)
     attach_thinking(model, ThinkingConfig(thinking_source=source, thinking_norm=norm))
-    tiny.loud_gates(backbone_of(model))
+    tiny.loud_gates(backbone_of(model), seed)
     model.generation_config.eos_token_id = 1
     folder = Path(tempfile.mkdtemp(prefix="thinking"))
     tokenizer = tiny.tokenizer()
