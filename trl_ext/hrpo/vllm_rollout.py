@@ -18,9 +18,9 @@ from accelerate.utils import broadcast_object_list
 from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_utils import get_last_checkpoint
 
-from patches import versions
 from patches.vllm_engine_settings import engine_settings
 from unsloth_ext.common.settings_file import read_json
+from unsloth_ext.common.vllm_installed import require_vllm
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.hrpo.decoding import ThinkingTrace
 from unsloth_ext.hrpo.method import METHOD
@@ -42,12 +42,7 @@ def check_vllm(args: Any) -> None:
         ImportError: vLLM is not installed, or not in a tested version.
         ValueError: a setting does not work with thinking states.
     """
-    if versions.installed_version("vllm") is None:
-        wanted = versions.TESTED["vllm"]
-        raise ImportError(
-            f"use_vllm=True: vllm is not installed. Run: pip install 'vllm{wanted}', or set use_vllm=False"
-        )
-    versions.require_tested("vllm")
+    require_vllm("use_vllm=True")
     from vllm import SamplingParams
 
     params = dict.fromkeys(inspect.signature(SamplingParams).parameters)

@@ -378,7 +378,7 @@ def test_untrained_copies_are_not_kept(tmp_path):
 
 
 def test_a_missing_vllm_is_an_error_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ImportError, match=r"vllm is not installed\. Run: pip install"):
+    with pytest.raises(ImportError, match=r"use_vllm=True: vLLM is not installed\. Run: pip install"):
         setups.hrpo(tmp_path, model="no/such-model", use_vllm=True)
 
 
