@@ -52,7 +52,6 @@ def main() -> None:
     console.print(train.report())
 
     # Model and trainer: the trainer loads the model and attaches the latent tokens before LoRA wraps it
-    how = evaluation_options(script, args)
     accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_answers(model, tokenizer, held_out, **how))
     set_seed(args.seed)
     trainer = CODITrainer(
@@ -65,6 +64,7 @@ def main() -> None:
     )
     compact_progress(trainer)
     model = trainer.model
+    how = evaluation_options(script, args, model)
     explicit = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
 
     # Train

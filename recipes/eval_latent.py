@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,8 +37,9 @@ from trl_ext.latent.evaluation import LATENTS, LatentEvaluation, evaluate_answer
 from trl_ext.latent.sources import load_rows
 from trl_ext.latent.visualization import plot_similarity, probe
 from trl_ext.tasks import equations
-from unsloth_ext import LatentModel, kv_similarity
+from unsloth_ext import LatentEngine, LatentModel, kv_similarity
 from unsloth_ext.common.hub import saved_settings
+from unsloth_ext.common.vllm_installed import require_vllm
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.latent.config import thinking_with
 
@@ -74,6 +76,9 @@ class EvalArguments:
         },
     )
     batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation."})
+    engine: Literal["transformers", "vllm"] = field(
+        default="transformers", metadata={"help": "What decodes the answers of evaluation (docs/vllm.md)."}
+    )
     show: int = field(default=4, metadata={"help": "Number of questions whose latent tokens are shown."})
     seed: int = field(default=0, metadata={"help": "Seed of the tiny task (--warm_start_seed of the training)."})
     held_out: int = field(default=500, metadata={"help": "Number of held-out questions of the tiny task."})
@@ -83,6 +88,8 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         at_least(self, limit=1, max_new_tokens=1, batch_size=1, show=0)
+        if self.engine == "vllm":
+            require_vllm("engine='vllm'")
         tiny = self.dataset == "tiny"
         for name, of_tiny, other in (
             ("answer_prompt", equations.ANSWER_PROMPT, LatentArguments.answer_prompt),
@@ -134,6 +141,7 @@ def main() -> None:
         "answer_prompt": args.answer_prompt,
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
+        "engine": LatentEngine(model) if args.engine == "vllm" else None,
         "progress": True,
     }
     console = PlainConsole()

@@ -45,6 +45,7 @@ from .kv_distill.time_warping import create_reasoning_focused_warper as create_r
 from .latent.config import LatentConfig as LatentConfig
 from .latent.config import attach_latent as attach_latent
 from .latent.config import with_latent_modules as with_latent_modules
+from .latent.engine import LatentEngine as LatentEngine
 from .latent.model import LatentModel as LatentModel
 from .latent.model import latent_generate as latent_generate
 from .latent.phase import latent_phase as latent_phase

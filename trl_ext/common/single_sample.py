@@ -1,5 +1,6 @@
 """GRPO's rollouts and loss with another baseline than the group mean, so that one completion per prompt is enough."""
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 import trl
 from trl import GRPOConfig
+
+from unsloth_ext.common.vllm_installed import require_vllm
 
 from . import mixin_bases
 from .config_checks import check_values, must_stay
@@ -50,6 +53,9 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
                 f"{type(self).__name__} needs TRL's own GRPOTrainer, but Unsloth has replaced it. Unsloth's takes one "
                 "advantage per completion and computes its loss elsewhere; do not import unsloth in this process"
             )
+        given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        if getattr(given.get("args"), "use_vllm", False):
+            require_vllm("use_vllm=True")
         super().__init__(*args, **kwargs)
         if not self.use_vllm:
             check_generation_kwargs(self.args.generation_kwargs)

@@ -12,6 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from unsloth_ext.common.ablations import ABLATIONS
 from unsloth_ext.common.evaluation_mode import evaluating
 from unsloth_ext.common.generation_arguments import check_context
+from unsloth_ext.common.wrapping import backbone_of
+from unsloth_ext.latent.engine import LatentEngine
 from unsloth_ext.latent.model import latent_generate, question_batch
 
 from ..tasks.evaluation import wilson_interval
@@ -57,6 +59,7 @@ def evaluate_answers(
     max_new_tokens: int,
     batch_size: int = 64,
     latents: str = "on",
+    engine: LatentEngine | None = None,
     progress: bool = False,
 ) -> LatentEvaluation:
     """Answer the `question` of each row greedily and compare the number after the answer prompt with `answer`.
@@ -71,6 +74,7 @@ def evaluate_answers(
         latents: `"on"`; an ablation that replaces every latent input: `"zero"`, `"shuffle"` (another row's) or
             `"noise"` (same norm); or `"off"`: plain `generate` after the question, as for a model that writes explicit
             steps.
+        engine: a vLLM engine that decodes the answers (docs/vllm.md). None means transformers.
         progress: show a progress bar.
 
     Raises:
@@ -97,12 +101,17 @@ def evaluate_answers(
             if latents == "off":
                 check_context(model, inputs["attention_mask"].sum(1).tolist(), config)
                 with torch.no_grad():
-                    out = model.generate(generation_config=config, **inputs)
+                    if engine is None:
+                        out = model.generate(generation_config=config, **inputs)
+                    else:
+                        embeds = backbone_of(model).get_input_embeddings()(inputs["input_ids"])
+                        answers = engine.decode(model, embeds, inputs["attention_mask"], config)
+                        out = torch.cat([inputs["input_ids"], answers], dim=1)
                 prompt, before = inputs["input_ids"].shape[1], 0
             else:
                 intervene = ABLATIONS.get(latents)
                 out, state = latent_generate(
-                    model, intervene=intervene, return_state=True, generation_config=config, **inputs
+                    model, intervene=intervene, return_state=True, engine=engine, generation_config=config, **inputs
                 )
                 prompt, before = state.attention_mask.shape[1] + 1, state.num_forwards
             tokens = out[:, prompt:].cpu()

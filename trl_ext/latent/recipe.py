@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common import hub
+from unsloth_ext.common.vllm_installed import require_vllm
+from unsloth_ext.latent.engine import LatentEngine
 
 from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
@@ -42,6 +45,9 @@ class ScriptArguments(RecipeArguments):
     max_new_tokens: int = field(
         default=256, metadata={"help": "Maximum number of tokens of an answer in evaluation, explicit steps included."}
     )
+    engine: Literal["transformers", "vllm"] = field(
+        default="transformers", metadata={"help": "What decodes the answers of evaluation (docs/vllm.md)."}
+    )
     sft_steps: int = field(
         default=equations.SMALL.warm_start_steps, metadata={"help": "Steps of the tiny model's warm start."}
     )
@@ -52,6 +58,8 @@ class ScriptArguments(RecipeArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, max_new_tokens=1, sft_steps=1)
+        if self.engine == "vllm":
+            require_vllm("engine='vllm'")
 
 
 def parse(
@@ -63,7 +71,13 @@ def parse(
     preset = chosen_preset(config, others)
     if preset:
         parser.set_defaults_with_config(**config_class.preset_fields(preset))
-    return parser.parse_args_and_config(["--config", str(config), *others])
+    script, args = parser.parse_args_and_config(["--config", str(config), *others])
+    if script.engine == "vllm" and args.world_size > 1:
+        raise ValueError(
+            "--engine vllm: vLLM evaluates in one process, and this run has several; leave it out, and use "
+            "recipes/eval_latent.py --engine vllm after training"
+        )
+    return script, args
 
 
 def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, list[dict[str, Any]]]:
@@ -133,9 +147,10 @@ def tokenized(
     return datasets
 
 
-def evaluation_options(script: ScriptArguments, args: LatentArguments) -> dict[str, Any]:
+def evaluation_options(script: ScriptArguments, args: LatentArguments, model: nn.Module) -> dict[str, Any]:
     """Keyword arguments of `evaluate_answers`."""
     return {
+        "engine": LatentEngine(model) if script.engine == "vllm" else None,
         "answer_prompt": args.answer_prompt,
         "max_new_tokens": script.max_new_tokens,
         "batch_size": script.eval_batch,

@@ -27,6 +27,7 @@ from patches.versions import installed_version
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
+from unsloth_ext.common.vllm_installed import require_vllm
 
 from ..cli.parser import RecipeParser
 from ..cli.recipe import start
@@ -157,6 +158,8 @@ def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[An
     peek.add_argument("--config", type=Path, default=path.parent / "configs" / f"{path.stem}_tiny.yaml")
     given, flags = peek.parse_known_args(sys.argv[1:])
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
+    if getattr(parsed[-1], "use_vllm", False):
+        require_vllm("use_vllm=True")
     if isinstance(parsed[-1], TrainingArguments):
         parsed[0].begun = start(parsed[-1], parsed[0], ())
     named = {"model_name": parsed[0], "teacher_model_name_or_path": parsed[-1]}

@@ -118,6 +118,9 @@ def settle(model: nn.Module, method: str, arguments: dict[str, Any]) -> Generati
     Raises:
         ValueError: an argument does not work with the method, or transformers refuses it.
     """
+    if arguments.get("engine") is not None:  # `latent_generate` keeps its own
+        why = attaching_methods()[method].without_vllm
+        raise ValueError(f"engine={arguments['engine']!r}: {why}; leave it out ({method} models, docs/vllm.md)")
     for name, value in arguments.items():
         refusal = REFUSED_PARAMETERS.get(name)
         if refusal is not None and refusal.concerns(name, method) and not _free(value, refusal):

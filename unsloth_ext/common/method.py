@@ -41,6 +41,7 @@ class Method:
         example: Python lines that open a saved folder and use it. `{where}` stands for the folder.
         refused_arguments: arguments of `generate` that do not work with this method. Those that work with no method are
             in `unsloth_ext.common.generation_arguments`.
+        without_vllm: why `generate` cannot decode with `engine="vllm"`, for the message that refuses it.
 
     Raises:
         ValueError: a field is missing or of the wrong kind.
@@ -60,6 +61,7 @@ class Method:
     dropped: str = ""
     example: str = ""
     refused_arguments: tuple[str, ...] = ()
+    without_vllm: str = "this method decodes with transformers only"
 
     def __post_init__(self) -> None:
         file = file_of(self)

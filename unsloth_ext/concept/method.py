@@ -43,4 +43,5 @@ print(model.generate("1+2=", max_new_tokens=32))""",
         "position_ids",
         "past_key_values",
     ),
+    without_vllm="vLLM keeps the same tokens in every layer, and the middle layers of a model with concepts hold fewer",
 )

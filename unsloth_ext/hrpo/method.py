@@ -48,4 +48,5 @@ matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the te
 out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
 print(tokenizer.decode(out[0], skip_special_tokens=True))""",
     refused_arguments=("num_beams",),
+    without_vllm="thinking states are decoded by an engine of their own, which thinking_llm makes",
 )

@@ -7,6 +7,7 @@ METHOD = Method(
     name="latent",
     exports={
         "LatentConfig": "config",
+        "LatentEngine": "engine",
         "LatentModel": "model",
         "LatentReasoningModule": "reasoning_module",
         "attach_latent": "config",

@@ -14,6 +14,7 @@ from ..common.method_model import MethodModel
 from ..common.question_ids import question_ids
 from ..common.wrapping import backbone_of
 from .config import attach_saved, remember_latent
+from .engine import LatentEngine, check_served
 from .method import METHOD
 from .phase import Intervention, LatentState, latent_phase
 
@@ -44,9 +45,10 @@ def latent_generate(
     *,
     intervene: Intervention | None = None,
     return_state: bool = False,
+    engine: LatentEngine | None = None,
     **generate_kwargs: Any,
 ) -> Any:
-    """Run the latent phase, then `model.generate` on its cache.
+    """Run the latent phase, then `model.generate` on its cache, or vLLM on its embeddings.
 
     Args:
         model: a causal LM with latent tokens, wrapped by PEFT or not.
@@ -54,6 +56,8 @@ def latent_generate(
         attention_mask (B, Q): long. None means that every token is real.
         intervene: an ablation, see `latent_phase`.
         return_state: also return the `LatentState`.
+        engine: a vLLM engine that decodes the answers (docs/vllm.md). It takes the model's weights if they changed. None
+            means transformers.
         **generate_kwargs: as for `generate`. docs/generation.md lists what works.
 
     Returns:
@@ -61,9 +65,12 @@ def latent_generate(
         `return_state`. A question costs `state.num_forwards` passes, and one for each token after it.
 
     Raises:
-        ValueError: an argument does not work with the latent phase, or a question leaves no room for the answer.
+        ValueError: an argument does not work with the latent phase or with vLLM, or a question leaves no room for the
+            answer.
     """
     settings = settle(model, "latent", generate_kwargs)
+    if engine is not None:
+        check_served(settings, generate_kwargs)
     copies = settings.num_return_sequences or 1
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -75,6 +82,12 @@ def latent_generate(
         thought = torch.tensor([bot, *[latent] * backbone.latent_config.num_latents, eot], device=input_ids.device)
         ids = torch.cat([input_ids, thought.expand(len(input_ids), -1)], dim=1)
         mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(ids), 1)], dim=1)
+        if engine is not None:
+            embed = backbone.get_input_embeddings()
+            embeds = torch.cat([embed(ids[:, : -len(thought) + 1]), state.latents, embed(ids[:, -1:])], dim=1)
+            answers = engine.decode(model, embeds, mask, settings)
+            out = torch.cat([ids.repeat_interleave(copies, dim=0), answers], dim=1)
+            return (out, state) if return_state else out
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
             generate_kwargs["num_return_sequences"] = 1  # the copies are in the batch
@@ -128,6 +141,7 @@ class LatentModel(MethodModel):
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model, tokenizer)
+        self._engine: LatentEngine | None = None
         if isinstance(model, PeftModel):
             remember_latent(model)
 
@@ -135,29 +149,45 @@ class LatentModel(MethodModel):
     def _attach(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Any, name: str) -> None:
         attach_saved(model, tokenizer, saved, name)
 
-    def generate(self, questions: str | list[str] | torch.Tensor, **kwargs: Any) -> Any:
+    def generate(
+        self, questions: str | list[str] | torch.Tensor, engine: LatentEngine | str | None = None, **kwargs: Any
+    ) -> Any:
         """Answer questions.
 
         Args:
             questions: a text, several texts, or ids (B, Q) long as for `latent_generate`.
+            engine: what decodes the answers: None for transformers, `"vllm"` for a vLLM engine that is made at the first
+                call and kept, or a `LatentEngine`.
             **kwargs: keywords of `latent_generate`.
 
         Returns:
             An answer for a text, a list of answers for several texts. With `num_return_sequences` > 1 each answer is a
             list. For ids, and with `return_dict_in_generate` or `return_state`, what `latent_generate` returns.
+
+        Raises:
+            ValueError: `engine` is unknown.
         """
+        if isinstance(engine, str) and engine != "vllm":
+            raise ValueError(f"engine={engine!r}: choose 'vllm', or None for transformers")
         if isinstance(questions, str):
-            found = self.generate([questions], **kwargs)
+            found = self.generate([questions], engine, **kwargs)
             return found[0] if isinstance(found, list) else found
         if not len(questions):
             return []
         if isinstance(questions, torch.Tensor):
-            return latent_generate(self.model, questions, **kwargs)
+            return latent_generate(self.model, questions, engine=self._engine_of(engine), **kwargs)
         batch = {k: v.to(self.model.device) for k, v in question_batch(self.tokenizer, list(questions)).items()}
         kwargs = with_tokenizer(self.tokenizer, kwargs)
         settings = settle(self.model, "latent", kwargs)
-        out = latent_generate(self.model, **batch, **kwargs)
+        out = latent_generate(self.model, **batch, engine=self._engine_of(engine), **kwargs)
         if settings.return_dict_in_generate or kwargs.get("return_state"):
             return out
         prompt = batch["input_ids"].shape[1] + 2 + backbone_of(self.model).latent_config.num_latents
         return grouped(self.tokenizer.batch_decode(out[:, prompt:], skip_special_tokens=True), len(questions))
+
+    def _engine_of(self, engine: LatentEngine | str | None) -> LatentEngine | None:
+        if engine != "vllm":
+            return engine  # type: ignore[return-value]
+        if self._engine is None:
+            self._engine = LatentEngine(self.model)
+        return self._engine
