@@ -182,6 +182,25 @@ def test_what_is_wrong_with_a_closer_look(files, monkeypatch, capsys, argv, mess
     assert message in str(error.value) + capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", [*(f"{name}_gsm8k.py" for name in METHODS), "eval_latent.py"])
+def test_vllm_is_asked_for_by_name_and_must_be_there(tmp_path, monkeypatch, capsys, script):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("unsloth_ext.common.vllm_installed.installed_version", lambda _: None)
+    argv = ["--checkpoint", "base"] if script == "eval_latent.py" else []
+    with pytest.raises((ImportError, SystemExit)) as error:
+        run_recipe(monkeypatch, script, *argv, "--engine", "vllm")
+    assert "engine='vllm': vLLM is not installed" in str(error.value) + capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_vllm_evaluates_in_one_process_only(monkeypatch):
+    monkeypatch.setattr("trl_ext.latent.recipe.require_vllm", lambda _: None)
+    assert parsed(monkeypatch, "codi", "--engine", "vllm")[0].engine == "vllm"
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    with pytest.raises(ValueError, match="--engine vllm: vLLM evaluates in one process"):
+        parsed(monkeypatch, "codi", "--engine", "vllm")
+
+
 def test_the_tiny_task_has_its_own_defaults_and_no_more_in_a_closer_look():
     arguments = runpy.run_path(str(RECIPES / "eval_latent.py"), run_name="recipe")["EvalArguments"]
 

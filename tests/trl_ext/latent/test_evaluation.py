@@ -16,6 +16,13 @@ from unsloth_ext.latent.model import question_batch
 from .setups import ROWS
 
 
+class Reading:
+    """An engine that is transformers, on the embeddings that vLLM would get."""
+
+    def decode(self, model, embeds, attention_mask, settings):
+        return model.generate(inputs_embeds=embeds, attention_mask=attention_mask, generation_config=settings)
+
+
 def make(**settings):
     model, tokenizer = tiny.model(std=0.1), tiny.tokenizer(())
     settings = {"num_latents": 3, "iterations": 2, "projection_dim": 16, **settings}
@@ -141,3 +148,12 @@ def test_a_tokenizer_without_an_end_lets_every_answer_run_on():
 def test_nothing_is_generated_behind_the_models_positions(latents):
     with pytest.raises(ValueError, match="up to 300 new tokens: more than the model's 256 positions"):
         evaluate_answers(*make(), ROWS[:3], latents=latents, answer_prompt="#", max_new_tokens=300)
+
+
+@pytest.mark.parametrize("latents", ["on", "zero", "off"])
+def test_an_engine_decodes_every_answer(latents):
+    """Equal texts and counts from the embeddings alone."""
+    model, tokenizer = make()
+    wanted = evaluate_answers(model, tokenizer, ROWS[:5], latents=latents, batch_size=2, **HOW)
+    found = evaluate_answers(model, tokenizer, ROWS[:5], latents=latents, batch_size=2, engine=Reading(), **HOW)
+    assert found.completions == wanted.completions and found.forward_passes == wanted.forward_passes

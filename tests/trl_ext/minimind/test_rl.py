@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
+from tests.recipes.running import run_recipe
 from tests.trl_ext.minimind import setups
 from trl_ext.minimind.rl import RewardModel, RLArguments, TokenBudget
 
@@ -78,3 +79,13 @@ def test_a_budget_ends_training_when_it_is_used_up():
     assert not control.should_training_stop
     with pytest.raises(ValueError, match="max_generated_tokens=0"):
         RLArguments(max_generated_tokens=0)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo", "spo"])
+def test_vllm_must_be_there_before_an_earlier_stage_is_run(tmp_path, monkeypatch, capsys, stage):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("unsloth_ext.common.vllm_installed.installed_version", lambda _: None)
+    with pytest.raises((ImportError, SystemExit)) as error:
+        run_recipe(monkeypatch, f"minimind/{stage}.py", "--use_vllm", "true")
+    assert "use_vllm=True: vLLM is not installed" in str(error.value) + capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

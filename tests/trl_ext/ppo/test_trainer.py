@@ -369,6 +369,12 @@ def test_unsloths_trainer_is_refused(tmp_path, monkeypatch):
         setups.ppo(tmp_path)
 
 
+def test_vllm_must_be_there_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("unsloth_ext.common.vllm_installed.installed_version", lambda _: None)
+    with pytest.raises(ImportError, match="use_vllm=True: vLLM is not installed"):
+        setups.ppo(tmp_path, model="no/such-model", use_vllm=True)
+
+
 def test_what_is_no_critic_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Qwen3ForCausalLM with 2 labels"):
         setups.ppo(tmp_path, critic_model=tiny.model())

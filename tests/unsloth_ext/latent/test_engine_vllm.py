@@ -1,62 +1,25 @@
 """Answers decoded by vLLM against those of transformers."""
 
 import contextlib
+import functools
 import gc
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from tests import tiny
-from unsloth_ext import LatentConfig, LatentEngine, LatentModel, attach_latent, backbone_of, latent_generate
-from unsloth_ext.latent.config import with_latent_modules
+from unsloth_ext import LatentEngine, LatentModel, backbone_of, latent_generate
 from unsloth_ext.latent.engine import sampling_params, save_merged
 
+from .adapted import METHODS, adapted, change
 from .test_phase import questions
 
 
 pytestmark = pytest.mark.vllm
-STEPS = 24
+STEPS = 16
 # Sums in another order, in fp32
 LOG_PROBS = {"rtol": 0, "atol": 1e-4}
-METHODS = {
-    "CODI": {"num_latents": 5, "iterations": None, "projection_dim": 16},
-    "PCCoT": {"num_latents": 5, "iterations": 3},
-    "KaVa": {"num_latents": 5, "iterations": 3, "projection_dim": 16, "kv_projection": True},
-    "pause tokens": {"num_latents": 5, "iterations": 0},
-}
-
-
-def make(family="qwen2", lora=True, tied=True, **settings):
-    """A model whose vocabulary had to grow by the latent tokens, and whose adapter does something."""
-    tokenizer = tiny.tokenizer(())
-    config = tiny.config(family, vocab_size=len(tokenizer))
-    if family == "gpt2":
-        config.n_embd = 128
-    else:
-        config.hidden_size, config.head_dim = 128, 32  # vLLM's attention on CPUs has no smaller heads
-    config.tie_word_embeddings = tied
-    model = tiny.from_config(config, std=0.12).eval()
-    if family == "gemma":  # it multiplies its embeddings by this
-        with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(config.hidden_size**-0.5)
-    attach_latent(model, tokenizer, LatentConfig(**(settings or METHODS["KaVa"])))
-    if lora:
-        adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        vars(adapter).update(with_latent_modules(adapter, model))
-        model = get_peft_model(model, adapter).eval()
-    change(model)
-    return model, tokenizer
-
-
-def change(model, seed=9):
-    """What an optimizer step does."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += (0.5 * parameter.std() or 0.1) * torch.randn_like(parameter)
+make = functools.partial(adapted, wide=True)
 
 
 @contextlib.contextmanager
@@ -88,9 +51,7 @@ def check_equal(model, engine, **settings):
     return wanted
 
 
-@pytest.mark.parametrize(
-    ("family", "method"), [("qwen2", "CODI"), ("gpt2", "PCCoT"), ("gemma", "KaVa"), ("llama", "pause tokens")]
-)
+@pytest.mark.parametrize(("family", "method"), [("llama", "CODI"), ("gpt2", "PCCoT"), ("gemma", "KaVa")])
 def test_greedy_answers_are_those_of_transformers(family, method):
     """Ragged questions, with and without an end token, until the answers have ended."""
     model, _ = make(family, **METHODS[method])
@@ -122,8 +83,11 @@ def test_new_weights_are_used_at_the_next_call(tied):
 
 def test_samples_follow_the_model():
     """Log-probs of sampled tokens are the model's under the same temperature, top-k and min-p; seeds are torch's."""
+    from tests import vllm_on_cpu
+
     model, tokenizer = make()
-    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 20, "min_p": 0.02, "num_return_sequences": 3}
+    top_k = 0 if vllm_on_cpu.V2 else 20  # Triton's interpreter cannot run vLLM's kernel for it
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": top_k, "min_p": 0.02, "num_return_sequences": 3}
     how = GenerationConfig(**greedy(**sampled))
     ids, mask = questions()
     prompt = ids.shape[1] + 2 + 5
@@ -149,7 +113,7 @@ def test_samples_follow_the_model():
             front = torch.cat([prompts[i // 3], embed(torch.tensor(one.token_ids[:-1]))])[None]
             with torch.no_grad():
                 logits = model(inputs_embeds=front).logits[0, -STEPS:] / 0.8
-            logits[logits < logits.topk(20).values[:, -1:]] = -torch.inf
+            logits[logits < logits.topk(top_k or logits.shape[1]).values[:, -1:]] = -torch.inf
             logits[logits.softmax(-1) < 0.02 * logits.softmax(-1).amax(-1, keepdim=True)] = -torch.inf
             wanted = logits.log_softmax(-1).gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
             found = torch.tensor([next(iter(each.values())).logprob for each in one.logprobs])
