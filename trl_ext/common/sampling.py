@@ -1,10 +1,13 @@
 """Checks that rollouts are sampled from the distribution that the importance ratio is computed with."""
 
 import copy
+import inspect
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import logging
+
+from unsloth_ext.common.vllm_installed import require_vllm
 
 from .spelling import did_you_mean
 
@@ -71,6 +74,25 @@ def check_generation_kwargs(given: dict[str, Any] | None) -> None:
             )
         if name == "temperature" and not (isinstance(value, int | float) and value > 0):
             raise ValueError(f"generation_kwargs: temperature={value!r}: must be more than 0")
+
+
+def check_vllm_rollouts(args: Any) -> None:
+    """Check, before anything is loaded, that vLLM is there and knows the settings of rollouts.
+
+    Args:
+        args: the trainer's arguments.
+
+    Raises:
+        ImportError: vLLM is not installed, or not in a tested version.
+        ValueError: vLLM has no setting of a name in `generation_kwargs`.
+    """
+    require_vllm("use_vllm=True")
+    from vllm import SamplingParams
+
+    params = dict.fromkeys(inspect.signature(SamplingParams).parameters)
+    for name in args.generation_kwargs or {}:
+        if name not in params:
+            raise ValueError(f"generation_kwargs: {name!r}: vLLM has no such setting{did_you_mean(name, params)}")
 
 
 def warn_of_truncation(config: Any, temperature: float) -> list[str]:

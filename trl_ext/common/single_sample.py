@@ -9,12 +9,10 @@ import torch
 import trl
 from trl import GRPOConfig
 
-from unsloth_ext.common.vllm_installed import require_vllm
-
 from . import mixin_bases
 from .config_checks import check_values, must_stay
 from .rollout_diagnostics import RolloutDiagnostics
-from .sampling import check_generation_kwargs, rollout_config, warn_of_truncation
+from .sampling import check_generation_kwargs, check_vllm_rollouts, rollout_config, warn_of_truncation
 
 
 @dataclass
@@ -55,7 +53,7 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
             )
         given = inspect.signature(trl.GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         if getattr(given.get("args"), "use_vllm", False):
-            require_vllm("use_vllm=True")
+            check_vllm_rollouts(given["args"])
         super().__init__(*args, **kwargs)
         if not self.use_vllm:
             check_generation_kwargs(self.args.generation_kwargs)

@@ -5,7 +5,6 @@ are weights of the plugin's model (`unsloth_ext.hrpo.vllm`).
 """
 
 import contextlib
-import inspect
 import math
 import os
 import uuid
@@ -20,7 +19,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from patches.vllm_engine_settings import engine_settings
 from unsloth_ext.common.settings_file import read_json
-from unsloth_ext.common.vllm_installed import require_vllm
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.hrpo.decoding import ThinkingTrace
 from unsloth_ext.hrpo.method import METHOD
@@ -29,7 +27,7 @@ from unsloth_ext.hrpo.vllm.models import ARCHITECTURES, FAMILIES, PREFIX
 from unsloth_ext.hrpo.vllm.slots import TRACE
 from unsloth_ext.hrpo.vllm.traces import in_order, unpacked
 
-from ..common.spelling import did_you_mean
+from ..common.sampling import check_vllm_rollouts
 
 
 def check_vllm(args: Any) -> None:
@@ -42,13 +40,7 @@ def check_vllm(args: Any) -> None:
         ImportError: vLLM is not installed, or not in a tested version.
         ValueError: a setting does not work with thinking states.
     """
-    require_vllm("use_vllm=True")
-    from vllm import SamplingParams
-
-    params = dict.fromkeys(inspect.signature(SamplingParams).parameters)
-    for name in args.generation_kwargs or {}:
-        if name not in params:
-            raise ValueError(f"generation_kwargs: {name!r}: vLLM has no such setting{did_you_mean(name, params)}")
+    check_vllm_rollouts(args)
     if args.vllm_model_impl not in ("auto", "vllm"):
         raise ValueError(
             f"vllm_model_impl={args.vllm_model_impl!r}: only vLLM's own models can think; set vllm_model_impl='auto'"
