@@ -1,6 +1,7 @@
 """Answers decoded by vLLM against those of transformers."""
 
 import contextlib
+import copy
 import functools
 import gc
 
@@ -16,7 +17,7 @@ from .test_phase import questions
 
 
 pytestmark = pytest.mark.vllm
-STEPS = 16
+STEPS = 12
 # Sums in another order, in fp32
 LOG_PROBS = {"rtol": 0, "atol": 1e-4}
 make = functools.partial(adapted, wide=True)
@@ -58,27 +59,47 @@ def test_greedy_answers_are_those_of_transformers(family, method):
     with engine_of(model) as engine:
         plain = check_equal(model, engine)[:, -STEPS:]
         assert len(plain.unique(dim=0)) == 3
-        end = plain[0, 6].item()
+        end = plain[0, 4].item()
         ended = check_equal(model, engine, eos_token_id=[end, 1])
-        later = check_equal(model, engine, eos_token_id=end, min_new_tokens=9)
+        later = check_equal(model, engine, eos_token_id=end, min_new_tokens=8)
         assert (ended[0, -STEPS:] == end).any() and not torch.equal(ended, later)
         check_equal(model, engine, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_new_weights_are_used_at_the_next_call(tied):
-    """vLLM reloads untied weights. On a CPU it packs a tied head, so the engine starts again."""
-    model, _ = make(tied=tied)
+def test_new_weights_are_used_at_the_next_call(monkeypatch):
+    """By the same engine. If it computed something else than the model, it would be stopped."""
+    model, _ = make(tied=False)
     with engine_of(model) as engine:
         before = check_equal(model, engine)
         llm = engine.llm
-        check_equal(model, engine)
-        assert engine.llm is llm
         change(model)
         assert not torch.equal(check_equal(model, engine), before)
-        assert (engine.llm is llm) != tied
         model.base_model.disable_adapter_layers()
         check_equal(model, engine)
+        assert engine.llm is llm
+        model.base_model.enable_adapter_layers()
+
+        def save_other(model, folder):
+            other = copy.deepcopy(model)
+            with torch.no_grad():
+                other.get_output_embeddings().weight.mul_(1.05)
+            save_merged(other, folder)
+
+        monkeypatch.setattr("unsloth_ext.latent.engine.save_merged", save_other)
+        with pytest.raises(RuntimeError, match="Qwen2ForCausalLM: vLLM's log-probs"):
+            check_equal(model, engine)
+        assert engine.llm is None
+
+
+def test_an_engine_with_a_tied_head_starts_again_on_a_cpu():
+    """There vLLM packs the head, and reloading would leave its rows of the latent tokens as they were."""
+    model, _ = make()
+    with engine_of(model) as engine:
+        before = check_equal(model, engine)
+        llm = engine.llm
+        change(model)
+        assert not torch.equal(check_equal(model, engine), before)
+        assert engine.llm is not llm
 
 
 def test_samples_follow_the_model():
@@ -125,18 +146,3 @@ def test_samples_follow_the_model():
         assert loaded.generate(texts[0], engine=engine, **short) == loaded.generate(texts[0], **short)
         with pytest.raises(ValueError, match="engine: it was made for another model"):
             latent_generate(make()[0], ids, mask, engine=engine, **greedy())
-
-
-def test_another_computation_than_the_models_is_refused(monkeypatch):
-    model, _ = make(lora=False)
-
-    def save_other(model, folder):
-        with torch.no_grad():
-            other = make(lora=False)[0]
-            other.lm_head.weight.mul_(1.05)
-        save_merged(other, folder)
-
-    monkeypatch.setattr("unsloth_ext.latent.engine.save_merged", save_other)
-    with engine_of(model) as engine, pytest.raises(RuntimeError, match="Qwen2ForCausalLM: vLLM's log-probs"):
-        check_equal(model, engine)
-    assert engine.llm is None
