@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from unsloth_ext import (
+from unsloth_ext import (, thinking_llm
     DelimiterMatcher,
     ThinkingConfig,
     attach_thinking,
@@ -49,15 +49,16 @@ def checkpoint(family="qwen2", source="projection", norm="unit", seed=0):
 
 
 @contextlib.contextmanager
-def engine(folder, **settings):
-    """An engine in this process, gone at the end of the block."""
+def engine(folder, make=thinking_llm, **settings):
+    """An engine in this process, gone at the end of the block. `make` may be `vllm.LLM`, for other engines."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from tests import vllm_on_cpu  # noqa: F401
-    from unsloth_ext import thinking_llm
 
-    settings = {"answer_delimiter": DELIMITER, "max_num_seqs": 5, "kv_cache_memory_bytes": 1 << 24, **settings}
-    llm = thinking_llm(
+    settings = {"max_num_seqs": 5, "kv_cache_memory_bytes": 1 << 24, **settings}
+    if make is thinking_llm:
+        settings = {"answer_delimiter": DELIMITER, **settings}
+    llm = make(
         str(folder),
         dtype="float32",
         enforce_eager=True,

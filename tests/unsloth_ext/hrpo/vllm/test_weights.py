@@ -2,6 +2,8 @@
 
 import pytest
 
+from unsloth_ext import drop_thinking
+
 from .engines import check, checkpoint, engine, prompts, run, sampling, worker
 
 
@@ -45,9 +47,9 @@ def test_an_update_is_seen_by_the_next_rollout(push):
         check_texts(llm, after, tokenizer)
 
 
-def test_modules_without_weights_are_an_error(tmp_path):
+def test_modules_without_weights_are_an_error(tmp_path, monkeypatch):
     """A base model in an engine that a trainer never pushed to."""
-    from unsloth_ext import drop_thinking
+    from vllm import LLM
 
     model, _, tokenizer = checkpoint(seed=2)
     settings = model.config.thinking
@@ -55,7 +57,7 @@ def test_modules_without_weights_are_an_error(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     overrides = {"architectures": ["HybridQwen2ForCausalLM"], "thinking": settings}
     with (
-        engine(tmp_path, hf_overrides=overrides, additional_config={"pushed_weights": True}) as llm,
-        pytest.raises(RuntimeError, match=r"the checkpoint lacks .*thinking_projection.*, and no trainer pushed them"),
+        engine(tmp_path, make=LLM, hf_overrides=overrides, additional_config={"pushed_weights": True}) as llm,
+        pytest.raises(ValueError, match=r"the checkpoint lacks .*thinking_projection.*, and no trainer pushed them"),
     ):
         llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
