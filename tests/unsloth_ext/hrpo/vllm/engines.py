@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from unsloth_ext import (, thinking_llm
+from unsloth_ext import (
     DelimiterMatcher,
     ThinkingConfig,
     attach_thinking,
     hybrid_generate,
     soft_embedding,
     take_traces,
+    thinking_llm,
     traced,
 )
 from unsloth_ext.common.wrapping import backbone_of
