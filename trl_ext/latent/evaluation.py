@@ -91,6 +91,8 @@ def evaluate_answers(
         eos_token_id=tokenizer.eos_token_id,
     )
     texts, passes, seconds = [], 0, 0.0
+    if engine is not None:
+        engine.update(model)  # its start is no part of an answer's time
     with evaluating(model):
         for start in tqdm(
             range(0, len(rows), batch_size), "Evaluating", leave=False, disable=None if progress else True

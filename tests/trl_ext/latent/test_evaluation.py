@@ -19,6 +19,9 @@ from .setups import ROWS
 class Reading:
     """An engine that is transformers, on the embeddings that vLLM would get."""
 
+    def update(self, model):
+        pass
+
     def decode(self, model, embeds, attention_mask, settings):
         return model.generate(inputs_embeds=embeds, attention_mask=attention_mask, generation_config=settings)
 
