@@ -56,17 +56,14 @@ def engine(folder, make=thinking_llm, **settings):
 
     from tests import vllm_on_cpu  # noqa: F401
 
-    settings = {"max_num_seqs": 5, "kv_cache_memory_bytes": 1 << 24, **settings}
-    if make is thinking_llm:
-        settings = {"answer_delimiter": DELIMITER, **settings}
-    llm = make(
-        str(folder),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=LENGTH,
-        logprobs_mode="processed_logprobs",
+    settings = {
+        "max_num_seqs": 5,
+        "kv_cache_memory_bytes": 1 << 24,
+        "max_model_len": LENGTH,
+        **({"answer_delimiter": DELIMITER} if make is thinking_llm else {}),
         **settings,
-    )
+    }
+    llm = make(str(folder), dtype="float32", enforce_eager=True, logprobs_mode="processed_logprobs", **settings)
     try:
         yield llm
     finally:
