@@ -1,0 +1,129 @@
+"""vLLM in other processes: a server that a stock client asks, an engine over two ranks, and vLLM without the plugin."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from tests import tiny
+
+from .engines import DELIMITER, LENGTH, alone, check, checkpoint, engine, log_probs, prompts, run, sampling
+
+
+pytestmark = pytest.mark.vllm
+STEPS = 16
+
+
+def test_two_ranks_in_processes_of_their_own(monkeypatch):
+    """The traces cross the border of the process."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    model, folder, tokenizer = checkpoint("llama", norm="embedding_rms")
+    params = [sampling(max_tokens=STEPS) for _ in range(3)]
+    with engine(folder, tensor_parallel_size=2) as llm:
+        out, traces = run(llm, params)
+    for text, one, (trace,) in zip(prompts(3), out, traces, strict=True):
+        check(one.outputs[0], trace, text, model, tokenizer, max_new_tokens=STEPS)
+
+
+@pytest.fixture
+def server():
+    """`vllm serve` with a checkpoint that thinks, on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint()[1])]
+    settings = {
+        "host": "127.0.0.1",
+        "port": port,
+        "served-model-name": "thinks",
+        "dtype": "float32",
+        "max-model-len": LENGTH,
+        "max-num-seqs": 5,
+        "kv-cache-memory-bytes": 1 << 24,
+        "additional-config": json.dumps({"answer_delimiter": DELIMITER}),
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    process = subprocess.Popen([*command, *flags, "--enforce-eager"], start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while True:
+            assert process.poll() is None, "the server ended"
+            try:
+                with urllib.request.urlopen(f"{url}/health"):
+                    break
+            except urllib.error.URLError:
+                time.sleep(0.5)
+        yield f"{url}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_server_answers_a_stock_client(server):
+    import openai
+
+    model, _, tokenizer = checkpoint()
+    client = openai.OpenAI(base_url=server, api_key="none")
+    texts = prompts(3)
+    settings = {"model": "thinks", "temperature": 0, "max_tokens": STEPS}
+    wanted = [alone(model, tokenizer, text, max_new_tokens=STEPS)[0] for text in texts]
+    words = [tokenizer.decode(one, skip_special_tokens=True) for one in wanted]
+    answer = client.completions.create(prompt=texts, **settings)
+    assert [choice.text for choice in answer.choices] == words
+    stream = client.completions.create(prompt=texts[2], stream=True, **settings)
+    assert "".join(part.choices[0].text for part in stream) == words[2]
+
+
+PLAIN = """
+import sys
+from tests import vllm_on_cpu
+from tests.unsloth_ext.hrpo.vllm.test_processes import plain_run
+print(plain_run(sys.argv[1]))
+"""
+
+
+def plain_run(folder):
+    """Decode with a model that does not think, and say with which classes, as text."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        folder, dtype="float32", enforce_eager=True, max_model_len=LENGTH, kv_cache_memory_bytes=1 << 24, max_num_seqs=5
+    )
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=STEPS, logprobs=0)
+    out = llm.generate([{"prompt_token_ids": text} for text in prompts(4)], params, use_tqdm=False)
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    found = {
+        "classes": [type(one).__name__ for one in (worker, worker.model_runner, worker.model_runner.get_model())],
+        "prefix_caching": llm.llm_engine.vllm_config.cache_config.enable_prefix_caching,
+        "tokens": [list(one.outputs[0].token_ids) for one in out],
+        "log_probs": [log_probs(one.outputs[0]).tolist() for one in out],
+    }
+    llm.llm_engine.engine_core.shutdown()
+    return json.dumps(found)
+
+
+def test_a_model_that_does_not_think_runs_as_without_the_plugin(tmp_path):
+    config = tiny.config("qwen2")
+    config.hidden_size, config.head_dim = 128, 32
+    tiny.from_config(config, std=0.12).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    found = []
+    for plugins in ({}, {"VLLM_PLUGINS": ""}):
+        done = subprocess.run(
+            [sys.executable, "-c", PLAIN, str(tmp_path)],
+            env={**os.environ, **plugins},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0]["classes"] == ["CPUWorker", "CPUModelRunner", "Qwen2ForCausalLM"]
+    assert found[0] == found[1]
+    assert torch.tensor(found[0]["log_probs"]).isfinite().all()
