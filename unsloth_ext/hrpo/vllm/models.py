@@ -46,6 +46,10 @@ class HybridModel(nn.Module):
         model_config = vllm_config.model_config
         backbone: Any = self.model
         backbone.thinking_config = ThinkingConfig(**getattr(model_config.hf_config, METHOD.key))
+        if backbone.thinking_config.thinking_source == "soft_embedding" or (
+            backbone.thinking_config.thinking_norm == "embedding_rms"
+        ):
+            self.embedding_modules: dict[str, str] = {}  # no LoRA there: states are made of the rows of the base model
         self.thinking_width = model_config.get_hidden_size()
         device = next(self.parameters()).device
         made = thinking_modules(self.thinking_width, backbone.thinking_config, device=device, dtype=torch.float32)

@@ -34,5 +34,9 @@ def test_requests_with_and_without_lora_in_one_batch(tmp_path, source, norm):
     with engine(folder, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
         params = [sampling(max_tokens=STEPS) for _ in range(4)]
         found = run(llm, params, lora_request=[lora, None, lora, None])
+        config.target_modules = {"embed_tokens"}
+        get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path / "embedding")
+        with pytest.raises(Exception, match="embed_tokens"):
+            run(llm, params[:1], lora_request=LoRARequest("embedding", 2, str(tmp_path / "embedding")))
     for i, (text, out, (trace,)) in enumerate(zip(prompts(4), *found, strict=True)):
         check(out.outputs[0], trace, text, plain if i % 2 else merged, tokenizer, max_new_tokens=STEPS)

