@@ -7,7 +7,7 @@ from .engines import check, checkpoint, engine, prompts, run, sampling
 
 
 pytestmark = pytest.mark.vllm
-STEPS = 24
+STEPS = 16
 
 
 @pytest.mark.parametrize(

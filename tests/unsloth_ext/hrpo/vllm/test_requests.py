@@ -18,7 +18,7 @@ from .engines import (
 
 
 pytestmark = pytest.mark.vllm
-STEPS = 24
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
