@@ -19,10 +19,13 @@ from .setups import ROWS
 class Reading:
     """An engine that is transformers, on the embeddings that vLLM would get."""
 
+    calls = 0
+
     def update(self, model):
         pass
 
     def decode(self, model, embeds, attention_mask, settings):
+        self.calls += 1
         return model.generate(inputs_embeds=embeds, attention_mask=attention_mask, generation_config=settings)
 
 
@@ -158,5 +161,7 @@ def test_an_engine_decodes_every_answer(latents):
     """Equal texts and counts from the embeddings alone."""
     model, tokenizer = make()
     wanted = evaluate_answers(model, tokenizer, ROWS[:5], latents=latents, batch_size=2, **HOW)
-    found = evaluate_answers(model, tokenizer, ROWS[:5], latents=latents, batch_size=2, engine=Reading(), **HOW)
+    engine = Reading()
+    found = evaluate_answers(model, tokenizer, ROWS[:5], latents=latents, batch_size=2, engine=engine, **HOW)
+    assert engine.calls == 3
     assert found.completions == wanted.completions and found.forward_passes == wanted.forward_passes
