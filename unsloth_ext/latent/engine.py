@@ -258,7 +258,6 @@ def save_merged(model: nn.Module, folder: str) -> None:
         made = made.unload() if off else made.merge_and_unload()
     for name in attached_modules(made, METHOD):
         delattr(backbone_of(made), name)
-    made.generation_config = (
-        GenerationConfig()
-    )  # each request says what ends its text; vLLM would add the model's own ends
+    # Each request says what ends its text, and vLLM would add the ends of this file
+    made.generation_config = GenerationConfig()
     made.save_pretrained(folder)
