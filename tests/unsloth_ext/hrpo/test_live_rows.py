@@ -187,7 +187,8 @@ def test_what_has_rows_that_cannot_be_told_apart_is_left_alone(monkeypatch):
     recurrent.layers = [DynamicLayer(), LinearAttentionLayer()]
     live = LiveRows()
     live.ended = torch.tensor([True, False, False])
-    for other in ({"past_key_values": recurrent}, {"position_ids": torch.zeros(3, 3, 1)}, {"token_types": [0, 0, 0]}):
+    shared, nested = {"position_ids": torch.zeros(1, 3)}, {"position_ids": torch.zeros(3, 3, 1)}
+    for other in ({"past_key_values": recurrent}, shared, nested, {"token_types": [0, 0, 0]}):
         inputs = {"input_ids": torch.zeros(3, 1), "past_key_values": DynamicCache(), **other}
         assert live._narrow(net, (), inputs) is None
     assert live.rows == slice(None)
