@@ -6,7 +6,6 @@ tokens are those of one causal pass over the embeddings that the last pass read.
 """
 
 import copy
-import logging
 import tempfile
 from typing import Any
 
@@ -24,8 +23,6 @@ from ..common.vllm_installed import require_vllm
 from ..common.wrapping import backbone_of, causal_lm_of, unwrapped
 from .method import METHOD
 
-
-logger = logging.getLogger(__name__)
 
 _SERVED = """
     max_new_tokens min_new_tokens do_sample temperature top_k top_p min_p num_return_sequences eos_token_id pad_token_id
