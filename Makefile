@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow test-vllm vllm-env mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor test coverage test-slow test-vllm vllm-env bench-vllm mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ test-vllm: vllm-env  ## thinking states in vLLM on a CPU, with both of its model
 	@TRITON_INTERPRET=1 $(VLLM_RUN) -m pytest -m vllm $(ARGS) > $(VLLM)/v2.log 2>&1 & second=$$!; \
 		$(VLLM_RUN) -m pytest -m vllm $(ARGS); first=$$?; \
 		wait $$second; last=$$?; cat $(VLLM)/v2.log; exit $$((first + last))
+
+bench-vllm: $(if $(GPU),$(VENV)/.vllm,vllm-env)  ## thinking states in vLLM against vLLM, generate and TRL
+	@PYTHONPATH=. $(if $(GPU),$(RUN),$(VLLM_RUN)) benchmarks/bench_vllm.py $(ARGS)
 
 mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)

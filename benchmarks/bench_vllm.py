@@ -1,0 +1,261 @@
+"""Speed of thinking states in vLLM, against vLLM without them, and against decoding without vLLM.
+
+    make bench-vllm                    # the `.venv-vllm` of the tests; with a GPU, .venv with vLLM
+
+Weights are random. All ways of one part are measured in turn in one process. On a CPU the times are those that one thread
+computes, so other work on the machine disturbs them little, and models are not compiled.
+"""
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import setups
+from benchmarks.bench_decoding import Lengths
+from trl_ext.cli.command_line import CommandLine
+from trl_ext.cli.user_errors import in_sentences
+from unsloth_ext import (
+    DelimiterMatcher,
+    LatentConfig,
+    LatentEngine,
+    LatentModel,
+    ThinkingConfig,
+    attach_latent,
+    attach_thinking,
+    drop_thinking,
+    hybrid_generate,
+)
+
+
+SHORTEST, LONGEST = 16, 256  # tokens of the completions, evenly spread
+STEPS = 2  # of a trainer, for one time
+FILE = setups.RESULTS / f"vllm_{setups.device_name()}.json"
+PARTS = ("decoding", "step", "latents")
+
+
+def prepare_cpu() -> None:
+    """Let vLLM run here, in this process, on weights that TRL can push.
+
+    vLLM's build for CPUs packs the weights of each layer and drops them, so TRL's own GRPO fails when it pushes weights.
+    """
+    os.environ.update(
+        VLLM_CPU_CI_ENV="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+    from vllm.model_executor.layers import utils
+
+    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = F.linear
+
+    utils.dispatch_cpu_unquantized_gemm = keep
+
+
+@functools.cache
+def checkpoint(thinks: bool) -> tuple[Any, Any, str]:
+    """A model, its tokenizer, and the folder that both were saved to."""
+    model = setups.qwen2("1.5b" if setups.CUDA else "cpu").eval()
+    tokenizer = setups.tokenizer(model.config.vocab_size)
+    attach_thinking(model, ThinkingConfig())
+    if not thinks:
+        drop_thinking(model)
+    folder = tempfile.mkdtemp(prefix="thinking" if thinks else "plain")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer, folder
+
+
+def engine(folder: str, rows: int) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        folder,
+        max_model_len=512,
+        max_num_seqs=rows,
+        gpu_memory_utilization=0.2 if setups.CUDA else 0.05,
+        dtype="bfloat16" if setups.CUDA else "float32",
+        enforce_eager=not setups.CUDA,
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=False,
+    )
+
+
+def decoding(rows: int) -> dict[str, Any]:
+    """The ways to decode ragged rollouts, with what training needs of them."""
+    from vllm import SamplingParams
+
+    from unsloth_ext import take_traces, traced
+
+    model, tokenizer, folder = checkpoint(True)
+    prompts = [tokenizer("What is 12 plus 7? " * (1 + i % 3))["input_ids"] for i in range(rows)]
+    lengths = torch.linspace(SHORTEST, LONGEST, rows).round().long()
+    lengths = lengths[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)
+
+    def in_vllm(llm: Any, thinks: bool) -> None:
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=int(n), ignore_eos=True, logprobs=0, detokenize=False)
+            for n in lengths
+        ]
+        params = [traced(one) for one in params] if thinks else params
+        out = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        assert [len(one.outputs[0].token_ids) for one in out] == lengths.tolist()
+        if thinks:
+            take_traces(llm, params, out)
+
+    def in_transformers() -> None:
+        ends = Lengths(lengths.to(model.device), inputs["input_ids"].shape[1], 1)
+        settings = {"max_new_tokens": LONGEST, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+        keep = ("hidden_states", "log_probs")
+        hybrid_generate(
+            model, matcher=matcher, keep=keep, return_trace=True, logits_processor=[ends], **inputs, **settings
+        )
+
+    return {
+        "hybrid in vLLM": functools.partial(in_vllm, engine(folder, rows), True),
+        "vLLM without thinking states": functools.partial(in_vllm, engine(checkpoint(False)[2], rows), False),
+        "hybrid_generate": in_transformers,
+    }
+
+
+def step(rows: int) -> dict[str, Any]:
+    """Trainers of the same batch, each run for a few steps. A random model writes as much as it may."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    from trl_ext import HRPOConfig, HRPOTrainer
+
+    _, tokenizer, folder = checkpoint(False)
+    data = Dataset.from_list([{"prompt": "What is 12 plus 7? " * (1 + i % 3)} for i in range(64)])
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    def trainer(cls: type, config: type, **settings: Any) -> Any:
+        common = setups.few_steps("bfloat16" if setups.CUDA else "float32", STEPS)
+        common |= {"per_device_train_batch_size": rows, "num_generations": 8, "max_completion_length": LONGEST // 2}
+        in_vllm = {"vllm_gpu_memory_utilization": 0.2 if setups.CUDA else 0.05, "vllm_max_model_length": 512}
+        return cls(
+            folder,
+            lambda completions, **_: [float(len(text) % 7) for text in completions],
+            config(**common, **(in_vllm if settings["use_vllm"] else {}), **settings),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, target_modules=layers),
+        )
+
+    return {
+        "HRPO with vLLM": trainer(HRPOTrainer, HRPOConfig, use_vllm=True, vllm_mode="colocate").train,
+        "HRPO with generate": trainer(HRPOTrainer, HRPOConfig, use_vllm=False).train,
+        "GRPO of TRL with vLLM": trainer(GRPOTrainer, GRPOConfig, use_vllm=True, vllm_mode="colocate").train,
+    }
+
+
+def latents(rows: int) -> dict[str, Any]:
+    """Answers after six latent tokens (CODI), greedy."""
+    model = setups.qwen2("1.5b" if setups.CUDA else "cpu").eval()
+    tokenizer = setups.tokenizer(model.config.vocab_size)
+    attach_latent(model, tokenizer, LatentConfig(num_latents=6, iterations=None, projection_dim=None))
+    latent = LatentModel(model, tokenizer)
+    engine = LatentEngine(
+        model,
+        gpu_memory_utilization=0.2 if setups.CUDA else 0.05,
+        max_model_len=512,
+        max_num_seqs=rows,
+        enforce_eager=not setups.CUDA,
+    )
+    texts = ["What is 12 plus 7? " * (1 + i % 3) for i in range(rows)]
+    settings = {"max_new_tokens": LONGEST // 2, "do_sample": False}
+    return {
+        "answers in vLLM": lambda: latent.generate(texts, engine=engine, **settings),
+        "answers in transformers": lambda: latent.generate(texts, **settings),
+    }
+
+
+def measured(times: dict[str, list[float]]) -> dict[str, Any]:
+    """How many times as fast the first way is as each other one."""
+    (_, ours), *others = times.items()
+    return {
+        "times_as_fast": {name: setups.quotient(values, ours) for name, values in others},
+        "seconds": {name: round(statistics.median(values), 3) for name, values in times.items()},
+    }
+
+
+def main() -> None:
+    parser = CommandLine(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 256] if setups.CUDA else [32])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--more", action="store_true", help="keep the other parts of the file")
+    options = parser.parse_args()
+    if len(options.parts) > 1:  # in processes of their own: engines of LLM and of TRL do not share one
+        for part in options.parts:
+            given = ["--parts", part, "--repeats", str(options.repeats), "--rows", *map(str, options.rows)]
+            subprocess.run(
+                [sys.executable, __file__, *given, *(["--more"] if part != options.parts[0] else [])], check=True
+            )
+        return
+    torch.set_num_threads(1)
+    if not setups.CUDA:
+        prepare_cpu()
+    import vllm
+
+    (part,) = options.parts
+    found: dict[str, Any] = {
+        "command": "make bench-vllm",
+        "model": f"Qwen2 shape, {sum(p.numel() for p in checkpoint(False)[0].parameters()) / 1e6:.0f}M parameters",
+        "vllm": vllm.__version__,
+        "repeats": options.repeats,
+        "parts": json.loads(FILE.read_text())["parts"] if options.more else {},
+    }
+    for rows in options.rows:
+        works = {"decoding": decoding, "step": step, "latents": latents}[part](rows)
+        clock = time.perf_counter if setups.CUDA else time.process_time
+        found["parts"][f"{part}, {rows} rows"] = measured(setups.interleaved(works, options.repeats, clock=clock))
+        print(part, rows, found["parts"][f"{part}, {rows} rows"], flush=True)
+        setups.write_table(setups.write("vllm", found), page)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/vllm_<device>.md."""
+    lines = [
+        "# vLLM",
+        "",
+        f"{setups.model_text(found)}. vLLM {found['vllm']}. How many times as fast one way is as another. Each figure is "
+        f"the median of {found['repeats']} pairs, measured in turn in one process, with the lowest and highest pair. "
+        "The second figure is the ratio of the fastest times."
+        + (" The times are those that one thread computed; no model was compiled." if found["device"] == "cpu" else ""),
+        "",
+        f"Decoding: sampled completions of {SHORTEST} to {LONGEST} tokens, evenly spread, with log-probs, and with hidden "
+        f"states where there are any. A step: {STEPS} steps of a trainer with LoRA, whose completions have "
+        f"{LONGEST // 2} tokens. Latents: greedy answers of {LONGEST // 2} tokens after six latent tokens of CODI.",
+        "",
+        "| | over | times as fast | fastest |",
+        "|---|---|---|---:|",
+    ]
+    for part, value in found["parts"].items():
+        ours = next(iter(value["seconds"]))
+        lines += [
+            f"| {ours}, {part.partition(', ')[2]} | {name} | {setups.quotient_text(ratio)} | {ratio['fastest']:.2f} |"
+            for name, ratio in value["times_as_fast"].items()
+        ]
+    return "\n".join(lines)
+
+
+TABLES = {"vllm": page}
+
+
+if __name__ == "__main__":
+    in_sentences()
+    main()
