@@ -31,6 +31,7 @@ ALLOWED = {
     "os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')": "documented by tokenizers; a value that is set stays",
     "os.environ.setdefault('TQDM_DISABLE', '1')": "documented by tqdm; a value that is set stays",
     "MODELS_CONFIG_MAP[name]": "vLLM's registry: a key of our own, and nobody's entry is changed",
+    "utils.dispatch_cpu_unquantized_gemm": "a benchmark, on vLLM's build for CPUs, which TRL cannot push weights to",
     "os.environ[SHOW_TRACEBACK]": "a variable of this project",
     "os.environ.update({key: str(value) for key, value in environment.items()})": "`env:` in a user's own config file",
 }
