@@ -80,7 +80,7 @@ COMMANDS = commands()
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
 SCRIPTS = [line for line in COMMANDS if "recipes/" in line]
 MODULES = [line for line in COMMANDS if line.startswith("python -m ")]
-SERVE = [line for line in COMMANDS if line.startswith("vllm serve ")]  # looked at where vLLM is
+SERVE = [line for line in COMMANDS if "vllm serve " in line]  # looked at where vLLM is
 MODELS = ("--model_name", "--init_from", "--teacher", "--student")  # flags before the name of a model or a folder
 
 

@@ -28,5 +28,6 @@ def test_the_flags_of_the_server_are_there(command):
 
     from tests import vllm_on_cpu  # noqa: F401
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(command)[2:])
+    words = shlex.split(command)
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words[words.index("serve") + 1 :])
     assert args.additional_config == {"answer_delimiter": "####"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.trl_ext.hrpo import setups
 
 from .engines import DELIMITER, LENGTH, alone, check, checkpoint, engine, log_probs, prompts, run, sampling
 
@@ -42,7 +43,7 @@ main()
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
     """`vllm serve` with a checkpoint that thinks, on a free port of this machine."""
     from tests import vllm_on_cpu  # noqa: F401
@@ -59,10 +60,14 @@ def server():
         "max-model-len": LENGTH,
         "max-num-seqs": 5,
         "kv-cache-memory-bytes": 1 << 24,
+        "logprobs-mode": "processed_logprobs",
+        "max-logprobs": -1,
         "additional-config": json.dumps({"answer_delimiter": DELIMITER}),
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    process = subprocess.Popen([*command, *flags, "--enforce-eager"], start_new_session=True)
+    # The routes that TRL's trainers call
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    process = subprocess.Popen([*command, *flags, "--enforce-eager"], start_new_session=True, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         while True:
@@ -72,7 +77,7 @@ def server():
                     break
             except urllib.error.URLError:
                 time.sleep(0.5)
-        yield f"{url}/v1"
+        yield url
     finally:
         process.terminate()
         process.wait(60)
@@ -82,7 +87,7 @@ def test_a_server_answers_a_stock_client(server):
     import openai
 
     model, _, tokenizer = checkpoint()
-    client = openai.OpenAI(base_url=server, api_key="none")
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
     texts = prompts(3)
     settings = {"model": "thinks", "temperature": 0, "max_tokens": STEPS}
     wanted = [alone(model, tokenizer, text, max_new_tokens=STEPS)[0] for text in texts]
@@ -91,6 +96,43 @@ def test_a_server_answers_a_stock_client(server):
     assert [choice.text for choice in answer.choices] == words
     stream = client.completions.create(prompt=texts[2], stream=True, **settings)
     assert "".join(part.choices[0].text for part in stream) == words[2]
+
+
+def test_a_trainer_rolls_out_on_a_server(server, tmp_path, monkeypatch):
+    """But for the pushing of weights, which needs NCCL: the server has those that the trainer starts with."""
+    from trl.generation.vllm_client import VLLMClient
+
+    pushed = []
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device=0: None)
+    monkeypatch.setattr(
+        VLLMClient, "update_named_params", lambda self, metadata, pairs: pushed.extend(name for name, _ in pairs)
+    )
+    settings = {
+        "model": str(checkpoint()[1]),
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": server,
+        "temperature": 0.8,
+        "max_steps": 1,
+    }
+    trainer = setups.hrpo(tmp_path, answer_delimiter=DELIMITER, **settings)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert entry["thinking/ratio_deviation"] < 1e-5
+    assert set(pushed) == {name for name, _ in checkpoint()[0].named_parameters()}
+    for changes, message in (
+        ({"answer_delimiter": "#"}, r"answer_delimiter is '#' in the trainer and '##' in the server"),
+        ({"model": plain(tmp_path), "thinking_norm": "none"}, r"thinking_norm is 'none' in the trainer and 'unit'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            setups.hrpo(tmp_path, **{"answer_delimiter": DELIMITER, **settings, **changes})
+
+
+def plain(folder):
+    """The folder of a model without thinking modules."""
+    tiny.model().save_pretrained(folder / "plain")
+    tiny.tokenizer().save_pretrained(folder / "plain")
+    return str(folder / "plain")
 
 
 PLAIN = """
