@@ -12,6 +12,7 @@ from trl_ext.cli.console import PlainConsole
 
 from ..common.config_checks import at_least
 from ..common.run_folder import check_apart, finished
+from ..common.sampling import check_vllm_rollouts
 from .report import plot_curves, write_summary
 from .resuming import claim, explain_the_end
 
@@ -92,6 +93,7 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
         The console, the output folder, which is now locked for this run, and the checkpoint to resume from.
 
     Raises:
+        ImportError: `use_vllm` is set, and vLLM is not installed or not in a tested version.
         ValueError: from `claim`; for an embedded model in several processes; or if `overwrite` would delete the model
             or data that the run starts from.
     """
@@ -100,6 +102,8 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
         raise ValueError(
             f"--model_name {name} can only train in one process; pass a hub id or a folder with accelerate launch"
         )
+    if getattr(args, "use_vllm", False):
+        check_vllm_rollouts(args)
     if script.overwrite:
         check_apart(Path(args.output_dir), {**vars(args), **vars(script)})
     console = PlainConsole(quiet=args.process_index > 0)

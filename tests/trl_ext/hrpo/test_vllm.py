@@ -5,7 +5,9 @@ import gc
 
 import pytest
 import torch
+import trl
 
+from patches import fused_lm_head
 from tests import tiny
 from tests.trl_ext.hrpo import setups
 from unsloth_ext.common.wrapping import backbone_of
@@ -140,3 +142,34 @@ def test_an_engine_that_fails_ends_the_run_with_a_sentence(tmp_path, monkeypatch
             trainer.train()
         assert "TRACE" not in str(trainer.vllm_generation.generation_kwargs)
         assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+def test_without_thinking_it_is_trls_trainer(tmp_path, monkeypatch):
+    """Every loss and every parameter, bit for bit. vLLM's build for CPUs drops the weights that TRL would write to."""
+    from vllm.model_executor.layers import utils
+
+    def keep(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
+    fused_lm_head.ensure()  # TRL's kernel needs a GPU
+
+    def stock(folder, *, model, **changes):
+        args = setups.arguments(trl.GRPOConfig, folder / "out", **changes)
+        return trl.GRPOTrainer(
+            model,
+            setups.reward_digits,
+            args,
+            train_dataset=setups.prompts(),
+            processing_class=tiny.tokenizer(),
+            peft_config=setups.lora(),
+        )
+
+    found = []
+    for make, changes in ((stock, {}), (setups.hrpo, {"thinking": False})):
+        with trainer_of(make, tmp_path, model=base(tmp_path), **changes) as trainer:
+            trainer.train()
+            found.append((setups.losses(trainer), setups.parameters(trainer)))
+    (losses, weights), (ours, our_weights) = found
+    assert losses == ours and any(losses)
+    assert all(torch.equal(value, our_weights[name]) for name, value in weights.items())
