@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow test-vllm vllm-env bench-vllm mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor test coverage test-slow test-vllm test-vllm-slow vllm-env bench-vllm mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -64,7 +64,7 @@ coverage: $(READY)  ## the test suite, and by package the share of lines that it
 		echo "$$package: $$($(PY) -m coverage report --include="$$package/*" --format=total)% of lines"; done
 
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m slow --timeout 3000 $(ARGS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m "slow and not vllm" --timeout 3000 $(ARGS)
 
 # An environment of its own for vLLM's build for CPUs, which sees the packages of .venv and changes nothing there
 VLLM := $(VENV)-vllm
@@ -83,10 +83,21 @@ vllm-env: $(VLLM)/.ready
 VLLM_CPU := VLLM_CPU_CI_ENV=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 VLLM_RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python
 
-test-vllm: vllm-env  ## thinking states in vLLM on a CPU, with both of its model runners (under 5 minutes)
-	@TRITON_INTERPRET=1 $(VLLM_RUN) -m pytest -m vllm $(ARGS) > $(VLLM)/v2.log 2>&1 & second=$$!; \
-		$(VLLM_RUN) -m pytest -m vllm $(ARGS); first=$$?; \
-		wait $$second; last=$$?; cat $(VLLM)/v2.log; exit $$((first + last))
+VLLM_FAST := -m "vllm and not slow"
+VLLM_HRPO := tests/unsloth_ext/hrpo/vllm
+VLLM_REST := tests/trl_ext/hrpo tests/unsloth_ext/latent
+VLLM_V2 := $(VLLM_HRPO)/test_requests.py $(VLLM_HRPO)/test_preemption.py
+
+# Two processes at a time: V1 of what is HRPO's, and beside it V2, whose kernels are interpreted, and V1 of the rest
+test-vllm: vllm-env  ## thinking states in vLLM on a CPU, with both of its model runners
+	@{ TRITON_INTERPRET=1 $(VLLM_RUN) -m pytest $(VLLM_FAST) $(VLLM_V2) $(ARGS); first=$$?; \
+			$(VLLM_RUN) -m pytest $(VLLM_FAST) $(VLLM_REST) $(ARGS) && exit $$first; } > $(VLLM)/beside.log 2>&1 & beside=$$!; \
+		$(VLLM_RUN) -m pytest $(VLLM_FAST) $(VLLM_HRPO) $(ARGS); here=$$?; \
+		wait $$beside; there=$$?; cat $(VLLM)/beside.log; exit $$((here + there))
+
+test-vllm-slow: vllm-env  ## the long tests of vLLM, and all of them with the model runner of GPUs
+	@$(VLLM_RUN) -m pytest -m "vllm and slow" $(VLLM_HRPO) $(VLLM_REST) --timeout 1200 $(ARGS)
+	@TRITON_INTERPRET=1 $(VLLM_RUN) -m pytest -m "vllm and not v1" $(VLLM_HRPO) $(VLLM_REST) --timeout 1200 $(ARGS)
 
 bench-vllm: $(if $(GPU),$(VENV)/.vllm,vllm-env)  ## thinking states in vLLM against vLLM, generate and TRL
 	@PYTHONPATH=. $(if $(GPU),$(RUN),$(VLLM_CPU) $(VLLM_RUN)) benchmarks/bench_vllm.py $(ARGS)

@@ -1,6 +1,7 @@
 """What make does before it downloads anything, in a copy with made-up Pythons."""
 
 import os
+import re
 import shutil
 import subprocess
 import venv
@@ -137,3 +138,12 @@ def test_a_name_with_spaces_is_one_argument(make, tmp_path):
     assert make("train-hrpo", "MODEL=my model", """ARGS=--x "a b" 'c "d'""").returncode == 0
     said = (tmp_path / ".venv" / "bin" / "python.log").read_text()
     assert said.endswith('<--model><my model><--><--x><a b><c "d>'), said
+
+
+def test_every_test_of_vllm_is_in_a_folder_that_is_run():
+    folders = re.findall(r"^VLLM_(?:HRPO|REST) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    folders = " ".join(folders).split()
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if "mark.vllm" in file.read_text()]
+    names = {file.relative_to(ROOT).as_posix() for file in files} - {"tests/test_make.py"}
+    assert len(names) > 8
+    assert all(any(name.startswith(folder) for folder in folders) for name in names)

@@ -13,7 +13,7 @@ from tests.trl_ext.hrpo import setups
 from unsloth_ext.common.wrapping import backbone_of
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.v1]
 RATIO = 1e-5  # float32; the same sums in another order
 CORE = ("lora_", "thinking_projection", "gate_r", "gate_i", "Lambda")
 FAST = {"lr_thinking_projection": 1e-2, "lr_residual_gate": 1e-2}
@@ -83,6 +83,7 @@ def test_the_ratio_is_one_while_all_weights_change(tmp_path):
         check_ratios(trainer)
 
 
+@pytest.mark.slow
 def test_modules_that_are_not_pushed_are_noticed(tmp_path, monkeypatch):
     """What the test above would show if an update did not reach the engine."""
     from unsloth_ext.hrpo.vllm.models import HybridModel
@@ -100,6 +101,7 @@ def test_modules_that_are_not_pushed_are_noticed(tmp_path, monkeypatch):
         assert first < RATIO < 1e-3 < second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,6 +120,7 @@ def test_other_rollouts(tmp_path, changes):
         assert all(entry["thinking/ratio_deviation"] < RATIO for entry in first)
 
 
+@pytest.mark.slow
 def test_evaluation_has_its_own_number_of_completions(tmp_path):
     with hrpo(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4, max_steps=1) as trainer:
         trainer.eval_dataset = setups.prompts(4)

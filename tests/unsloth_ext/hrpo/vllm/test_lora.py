@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from .engines import check, checkpoint, engine, prompts, run, sampling
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 STEPS = 12
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.v1]
 FUNCTIONS = {
     # file, class: function: first parameters
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner._update_states"): "self, scheduler_output",

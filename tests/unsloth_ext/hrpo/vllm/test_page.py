@@ -10,7 +10,7 @@ from tests.test_examples import PAGES, SERVE, run_examples
 from .engines import checkpoint
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.v1]
 
 
 def test_the_examples_run(tmp_path, monkeypatch):

@@ -18,10 +18,11 @@ from tests.trl_ext.hrpo import setups
 from .engines import DELIMITER, LENGTH, alone, check, checkpoint, engine, log_probs, prompts, run, sampling
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.v1]
 STEPS = 16
 
 
+@pytest.mark.slow
 def test_two_ranks_in_processes_of_their_own(monkeypatch):
     """The traces cross the border of the process."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -165,6 +166,7 @@ def plain_run(folder):
     return json.dumps(found)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_think_runs_as_without_the_plugin(tmp_path):
     config = tiny.config("qwen2")
     config.hidden_size, config.head_dim = 128, 32
