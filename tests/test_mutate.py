@@ -30,15 +30,15 @@ def test_every_place_is_one_change():
 
 def test_it_is_swapped_in_memory():
     """A function that others have imported already is another one; one file line has not moved."""
-    mutant = chosen("project", "norm != 'none'")
-    code = states.project.__code__
+    mutant = chosen("normalise", "norm != 'none'")
+    code = states.normalise.__code__
     try:
         swap(mutant)
-        assert states.project.__code__ is not code
-        assert states.project.__code__.co_firstlineno == code.co_firstlineno
+        assert states.normalise.__code__ is not code
+        assert states.normalise.__code__.co_firstlineno == code.co_firstlineno
     finally:
-        states.project.__code__ = code
-    assert inspect.unwrap(states.project).__code__ is code
+        states.normalise.__code__ = code
+    assert inspect.unwrap(states.normalise).__code__ is code
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_test_that_fails_without_the_mutant_too_says_nothing_of_it(monkeypatch
         mutate, "first_failure", lambda tests, _, mutant=None: next((t for t in tests if fail[t](mutant)), None)
     )
     for tests, outcome in ((["idle", "always"], "survived"), (["always", "looks"], "killed"), (["always"], "survived")):
-        assert attempt((chosen("project", "norm != 'none'"), tests, 120))[1] == outcome
+        assert attempt((chosen("normalise", "norm != 'none'"), tests, 120))[1] == outcome
     assert mutate.KNOWN == {"always": False, "looks": True}
 
 
