@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.test_examples import PAGES, SERVE, run_examples
+from unsloth_ext import FastThinkingModel
 
 from .engines import checkpoint
 
@@ -18,6 +19,9 @@ def test_the_examples_run(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint()[1], "thinking-model")
+    model, tokenizer = FastThinkingModel.from_pretrained("thinking-model", dtype="float32", use_unsloth=False)
+    FastThinkingModel.get_peft_model(model, r=2).save_pretrained("adapter")
+    tokenizer.save_pretrained("adapter")
     run_examples(PAGES["vllm"])
 
 
