@@ -145,7 +145,7 @@ docs: $(VENV)/.docs  ## the documentation site, in docs/_build/html; a warning i
 	@echo "docs/_build/html/index.html"
 
 clean:  ## remove .venv and what was built; the runs stay
-	rm -rf $(VENV) $(VENV)-vllm build docs/_build docs/results *.egg-info
+	rm -rf $(VENV) $(VLLM) build docs/_build docs/results *.egg-info
 
 clean-runs:  ## remove runs/, with all that was trained there
 	rm -rf runs
