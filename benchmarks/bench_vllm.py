@@ -2,10 +2,12 @@
 
     make bench-vllm                    # the `.venv-vllm` of the tests; with a GPU, .venv with vLLM
 
-Weights are random. All ways of one part are measured in turn in one process. On a CPU the times are those that one thread
-computes, so other work on the machine disturbs them little, and models are not compiled.
+Weights are random. All ways of one part are measured in turn in one process. vLLM compiles its models, and captures CUDA
+graphs on a GPU, as it does for users. On a CPU the times are those that one thread computes, so other work on the machine
+disturbs them little.
 """
 
+import contextlib
 import functools
 import json
 import statistics
@@ -13,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks import setups
-from benchmarks.bench_decoding import Lengths
+from benchmarks.bench_decoding import ALL_ROWS, Lengths
+from patches.vllm_engine_settings import engine_settings
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.user_errors import in_sentences
 from unsloth_ext import (
@@ -41,17 +45,24 @@ FILE = setups.RESULTS / f"vllm_{setups.device_name()}.json"
 PARTS = ("decoding", "step", "latents")
 
 
-def prepare_cpu() -> None:
-    """Let vLLM keep the weights that TRL pushes.
+@contextlib.contextmanager
+def engine_on_cpu() -> Iterator[None]:
+    """While TRL's GRPO constructs, let its engine be one that is on a CPU what HRPO's is: in float32, with its weights.
 
-    vLLM's build for CPUs packs the weights of each layer and drops them, so TRL's own GRPO fails when it pushes weights.
+    vLLM takes half precision for a model in float32, which is slow on most CPUs. Its build for CPUs packs the weights of
+    each layer and drops them, so TRL could not push new ones.
     """
     from vllm.model_executor.layers import utils
 
     def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = F.linear
 
-    utils.dispatch_cpu_unquantized_gemm = keep
+    stock, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, keep
+    try:
+        with engine_settings(lambda: {"dtype": "float32"}):
+            yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = stock
 
 
 @functools.cache
@@ -77,10 +88,33 @@ def engine(folder: str, rows: int) -> Any:
         max_num_seqs=rows,
         gpu_memory_utilization=0.2 if setups.CUDA else 0.05,
         dtype="bfloat16" if setups.CUDA else "float32",
-        enforce_eager=not setups.CUDA,
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=False,
     )
+
+
+def ragged(rows: int) -> tuple[list[list[int]], torch.Tensor]:
+    """Prompts, and the number of tokens of each completion (rows,)."""
+    tokenizer = checkpoint(True)[1]
+    prompts = [tokenizer("What is 12 plus 7? " * (1 + i % 3))["input_ids"] for i in range(rows)]
+    lengths = torch.linspace(SHORTEST, LONGEST, rows).round().long()
+    return prompts, lengths[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
+
+
+def memory_limit(rows: int) -> float:
+    """Tokens a second if a step only read the weights, and the keys and values of its rows, at the speed of a copy."""
+    model = checkpoint(True)[0]
+    prompts, lengths = ragged(rows)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    shape = model.config
+    width = shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
+    a_token = 2 * shape.num_hidden_layers * width * model.dtype.itemsize
+    contexts = sum(n * len(prompt) + n * (n + 1) // 2 for prompt, n in zip(prompts, lengths.tolist(), strict=True))
+    source = torch.ones(2**28, dtype=torch.int32, device=model.device)
+    goal = torch.empty_like(source)
+    fastest = min(setups.seconds(lambda: goal.copy_(source)) for _ in range(10))
+    bandwidth = 2 * source.nbytes / fastest
+    return float(lengths.sum() * bandwidth / (weights * lengths.max() + a_token * contexts))
 
 
 def decoding(rows: int) -> dict[str, Any]:
@@ -90,9 +124,7 @@ def decoding(rows: int) -> dict[str, Any]:
     from unsloth_ext import take_traces, traced
 
     model, tokenizer, folder = checkpoint(True)
-    prompts = [tokenizer("What is 12 plus 7? " * (1 + i % 3))["input_ids"] for i in range(rows)]
-    lengths = torch.linspace(SHORTEST, LONGEST, rows).round().long()
-    lengths = lengths[torch.randperm(rows, generator=torch.Generator().manual_seed(0))]
+    prompts, lengths = ragged(rows)
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)
 
@@ -107,18 +139,19 @@ def decoding(rows: int) -> dict[str, Any]:
         if thinks:
             take_traces(llm, params, out)
 
-    def in_transformers() -> None:
+    def in_transformers(**more: Any) -> None:
         ends = Lengths(lengths.to(model.device), inputs["input_ids"].shape[1], 1)
         settings = {"max_new_tokens": LONGEST, "do_sample": True, "top_k": 0, "pad_token_id": 0}
         keep = ("hidden_states", "log_probs")
         hybrid_generate(
-            model, matcher=matcher, keep=keep, return_trace=True, logits_processor=[ends], **inputs, **settings
+            model, matcher=matcher, keep=keep, return_trace=True, logits_processor=[ends], **inputs, **settings, **more
         )
 
     return {
         "hybrid in vLLM": functools.partial(in_vllm, engine(folder, rows), True),
         "vLLM without thinking states": functools.partial(in_vllm, engine(checkpoint(False)[2], rows), False),
         "hybrid_generate": in_transformers,
+        "hybrid_generate that decodes ended rows too": functools.partial(in_transformers, **ALL_ROWS),
     }
 
 
@@ -137,21 +170,24 @@ def step(rows: int) -> dict[str, Any]:
     def trainer(cls: type, config: type, **settings: Any) -> Any:
         common = setups.few_steps("bfloat16" if setups.CUDA else "float32", STEPS)
         common |= {"per_device_train_batch_size": rows, "num_generations": 8, "max_completion_length": LONGEST // 2}
-        in_vllm = {"vllm_gpu_memory_utilization": 0.2 if setups.CUDA else 0.05, "vllm_max_model_length": 512}
+        engine = {"vllm_gpu_memory_utilization": 0.2 if setups.CUDA else 0.05, "vllm_max_model_length": 512}
         return cls(
             folder,
             lambda completions, **_: [float(len(text) % 7) for text in completions],
-            config(**common, **(in_vllm if settings["use_vllm"] else {}), **settings),
+            config(**common, **(engine if settings["use_vllm"] else {}), **settings),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=LoraConfig(r=16, target_modules=layers),
         )
 
-    return {
-        "HRPO with vLLM": trainer(HRPOTrainer, HRPOConfig, use_vllm=True, vllm_mode="colocate").train,
+    in_vllm = {"use_vllm": True, "vllm_mode": "colocate"}
+    found = {
+        "HRPO with vLLM": trainer(HRPOTrainer, HRPOConfig, **in_vllm).train,
         "HRPO with generate": trainer(HRPOTrainer, HRPOConfig, use_vllm=False).train,
-        "GRPO of TRL with vLLM": trainer(GRPOTrainer, GRPOConfig, use_vllm=True, vllm_mode="colocate").train,
     }
+    with contextlib.nullcontext() if setups.CUDA else engine_on_cpu():
+        found["GRPO of TRL with vLLM"] = trainer(GRPOTrainer, GRPOConfig, **in_vllm).train
+    return found
 
 
 def latents(rows: int) -> dict[str, Any]:
@@ -165,7 +201,6 @@ def latents(rows: int) -> dict[str, Any]:
         gpu_memory_utilization=0.2 if setups.CUDA else 0.05,
         max_model_len=512,
         max_num_seqs=rows,
-        enforce_eager=not setups.CUDA,
     )
     texts = ["What is 12 plus 7? " * (1 + i % 3) for i in range(rows)]
     settings = {"max_new_tokens": LONGEST // 2, "do_sample": False}
@@ -176,7 +211,7 @@ def latents(rows: int) -> dict[str, Any]:
 
 
 def measured(times: dict[str, list[float]]) -> dict[str, Any]:
-    """How many times as fast the first way is as each other one."""
+    """How many times as fast the first way is as each other one, and the seconds of each."""
     (_, ours), *others = times.items()
     return {
         "times_as_fast": {name: setups.quotient(values, ours) for name, values in others},
@@ -199,8 +234,6 @@ def main() -> None:
             )
         return
     torch.set_num_threads(1)
-    if not setups.CUDA:
-        prepare_cpu()
     import vllm
 
     (part,) = options.parts
@@ -215,6 +248,9 @@ def main() -> None:
         works = {"decoding": decoding, "step": step, "latents": latents}[part](rows)
         clock = time.perf_counter if setups.CUDA else time.process_time
         result = measured(setups.interleaved(works, options.repeats, clock=clock))
+        if part == "decoding":
+            rate = int(ragged(rows)[1].sum()) / next(iter(result["seconds"].values()))
+            result |= {"tokens_per_second": round(rate), "share_of_memory_limit": round(rate / memory_limit(rows), 3)}
         print(part, rows, result, flush=True)
         found = {**found, "parts": {**found["parts"], f"{part}, {rows} rows": result}}
         setups.write_table(setups.write("vllm", found), page)
@@ -228,7 +264,7 @@ def page(found: dict) -> str:
         f"{setups.model_text(found)}. vLLM {found['vllm']}. How many times as fast one way is as another. Each figure is "
         f"the median of {found['repeats']} pairs, measured in turn in one process, with the lowest and highest pair. "
         "The second figure is the ratio of the fastest times."
-        + (" The times are those that one thread computed; no model was compiled." if found["device"] == "cpu" else ""),
+        + (" The times are those that one thread computed." if found["device"] == "cpu" else ""),
         "",
         f"Decoding: sampled completions of {SHORTEST} to {LONGEST} tokens, evenly spread, with log-probs, and with hidden "
         f"states where there are any. A step: {STEPS} steps of a trainer with LoRA, whose completions have "
@@ -243,6 +279,13 @@ def page(found: dict) -> str:
             f"| {ours}, {part.partition(', ')[2]} | {name} | {setups.quotient_text(ratio)} | {ratio['fastest']:.2f} |"
             for name, ratio in value["times_as_fast"].items()
         ]
+    lines += ["", "The memory limit is a step that only reads the weights, keys and values, at the speed of a copy."]
+    lines += [
+        f"{part.capitalize()}, hybrid in vLLM: {value['tokens_per_second']:,} tokens a second, "
+        f"{value['share_of_memory_limit']:.0%} of the memory limit."
+        for part, value in found["parts"].items()
+        if "tokens_per_second" in value
+    ]
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ class HybridModel(nn.Module):
         if self.pushed_weights:  # by a trainer, so vLLM must not pack them for the CPU and drop them
             for module in self.modules():
                 module._cpu_skip_gemm_dispatch = True
-        self._missing = {name for name, _ in self.named_parameters() if _is_thinking(name)}
+        self._missing = {*self._thinking_parameters()}
         if vllm_config.load_config.load_format == "dummy":
             self._missing.clear()
         self._norm: torch.Tensor | None = None
@@ -104,7 +104,7 @@ class HybridModel(nn.Module):
         """Load weights by the names of transformers; those of the thinking modules stay in float32."""
         from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-        own = {name: value for name, value in self.named_parameters() if _is_thinking(name)}
+        own = self._thinking_parameters()
         loaded = set()
 
         def others() -> Iterable[tuple[str, torch.Tensor]]:
@@ -123,6 +123,14 @@ class HybridModel(nn.Module):
             self.check_loaded()
         # vLLM takes what is not named for an error. A trainer pushes the modules after the start
         return loaded | self._missing
+
+    def _thinking_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the thinking modules. Trainers push weights one by one, so the whole model is not searched."""
+        return {
+            f"model.{module}.{name}": value
+            for module in METHOD.modules
+            for name, value in self.model.get_submodule(module).named_parameters()
+        }
 
     def check_loaded(self) -> None:
         """Raise a ValueError if the thinking modules never got their weights."""
@@ -164,10 +172,6 @@ class HybridModel(nn.Module):
             square = tensor_model_parallel_all_reduce(norm.square())
             self._norm = (square / self._embedding.org_vocab_size).sqrt() * self._embed_scale
         return self._norm
-
-
-def _is_thinking(name: str) -> bool:
-    return any(f".{module}." in name for module in METHOD.modules)
 
 
 def __getattr__(name: str) -> type:

@@ -14,6 +14,7 @@ class HybridCPUModelRunner(CPUModelRunner):
 
     slots: ThinkingSlots
     _free: list[int]
+    _batch: Batch
     _scores: torch.Tensor | None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -21,6 +22,7 @@ class HybridCPUModelRunner(CPUModelRunner):
         count = self.scheduler_config.max_num_seqs
         self.slots = ThinkingSlots(self.get_model(), count, self.device, self.model_config.dtype)
         self._free = list(range(count))
+        self._names: list[str] = []  # of the last step, in the order of its rows
         self._embeds = torch.zeros(self.max_num_tokens, self.model_config.get_hidden_size(), dtype=self.dtype)
         self._scores = None
         if self.slots.soft:
@@ -45,6 +47,8 @@ class HybridCPUModelRunner(CPUModelRunner):
     def _update_states(self, scheduler_output: Any) -> Any:
         resumed = scheduler_output.scheduled_cached_reqs
         self._free += self.slots.finish(scheduler_output.finished_req_ids)
+        if scheduler_output.scheduled_new_reqs or resumed.resumed_req_ids:
+            self._names = []  # a request can come back to another slot
         for name in {*(scheduler_output.preempted_req_ids or ()), *resumed.resumed_req_ids}:
             self._free += self.slots.remove(name)
         for new in scheduler_output.scheduled_new_reqs:
@@ -61,12 +65,13 @@ class HybridCPUModelRunner(CPUModelRunner):
         ids, _, *rest = super()._preprocess(scheduler_output, num_input_tokens, intermediate_tensors)
         embeds = self._embeds[:num_input_tokens]
         embeds[:] = self.get_model().embed_input_ids(ids)
-        self.slots.fuse(embeds, self._batch())
+        self._batch = self._requests()
+        self.slots.fuse(embeds, self._batch)
         return None, embeds, *rest
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         output = super()._sample(logits, spec_decode_metadata)
-        batch = self._batch()
+        batch = self._batch
         known = self.slots.known[batch.host_slots]
         valid = torch.from_numpy(batch.computed + batch.scheduled >= known)
         tokens = output.sampled_token_ids[:, 0].long()
@@ -74,14 +79,16 @@ class HybridCPUModelRunner(CPUModelRunner):
         self._scores = None
         return output
 
-    def _batch(self) -> Batch:
+    def _requests(self) -> Batch:
         names = self.input_batch.req_ids
-        host_slots = np.fromiter((self.slots.requests[name].slot for name in names), np.int64, len(names))
+        if names != self._names:
+            self._names = list(names)
+            self._host_slots = np.fromiter((self.slots.requests[name].slot for name in names), np.int64, len(names))
         starts = self.query_start_loc.np[: len(names) + 1].astype(np.int64)
         return Batch(
-            slots=torch.from_numpy(host_slots),
+            slots=torch.from_numpy(self._host_slots),
             rows=torch.from_numpy(starts[1:] - 1),
-            host_slots=host_slots,
+            host_slots=self._host_slots,
             computed=self.input_batch.num_computed_tokens_cpu[: len(names)].astype(np.int64),
             scheduled=np.diff(starts),
             starts=starts[:-1],
