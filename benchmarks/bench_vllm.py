@@ -40,6 +40,7 @@ from unsloth_ext import (
 
 
 SHORTEST, LONGEST = 16, 256  # tokens of the completions, evenly spread
+USUAL = 64  # tokens of a trainer's completions on average
 STEPS = 2  # of a trainer, for one time
 FILE = setups.RESULTS / f"vllm_{setups.device_name()}.json"
 PARTS = ("decoding", "step", "latents")
@@ -156,20 +157,23 @@ def decoding(rows: int) -> dict[str, Any]:
 
 
 def step(rows: int) -> dict[str, Any]:
-    """Trainers of the same batch, each run for a few steps. A random model writes as much as it may."""
+    """Trainers of the same prompts, each run for a few steps. So many tokens end a text that the lengths are ragged."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_ext import HRPOConfig, HRPOTrainer
 
-    _, tokenizer, folder = checkpoint(False)
+    model, tokenizer, folder = checkpoint(False)
+    ends = torch.linspace(1, model.config.vocab_size - 1, model.config.vocab_size // USUAL).long()
+    model.generation_config.eos_token_id = ends.tolist()
+    model.generation_config.save_pretrained(folder)
     data = Dataset.from_list([{"prompt": "What is 12 plus 7? " * (1 + i % 3)} for i in range(64)])
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
     def trainer(cls: type, config: type, **settings: Any) -> Any:
         common = setups.few_steps("bfloat16" if setups.CUDA else "float32", STEPS)
-        common |= {"per_device_train_batch_size": rows, "num_generations": 8, "max_completion_length": LONGEST // 2}
+        common |= {"per_device_train_batch_size": rows, "num_generations": 8, "max_completion_length": LONGEST}
         engine = {"vllm_gpu_memory_utilization": 0.2 if setups.CUDA else 0.05, "vllm_max_model_length": 512}
         return cls(
             folder,
@@ -267,8 +271,9 @@ def page(found: dict) -> str:
         + (" The times are those that one thread computed." if found["device"] == "cpu" else ""),
         "",
         f"Decoding: sampled completions of {SHORTEST} to {LONGEST} tokens, evenly spread, with log-probs, and with hidden "
-        f"states where there are any. A step: {STEPS} steps of a trainer with LoRA, whose completions have "
-        f"{LONGEST // 2} tokens. Latents: greedy answers of {LONGEST // 2} tokens after six latent tokens of CODI.",
+        f"states where there are any. A step: {STEPS} steps of a trainer with LoRA, whose completions have {USUAL} tokens "
+        f"on average and {LONGEST} at most. Latents: greedy answers of {LONGEST // 2} tokens after six latent tokens of "
+        "CODI.",
         "",
         "| | over | times as fast | fastest |",
         "|---|---|---|---:|",
