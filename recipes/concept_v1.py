@@ -21,8 +21,8 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from accelerate import PartialState
 
+from trl_ext.cli.recipe import leave
 from trl_ext.common.config_checks import one_of
 from trl_ext.common.spelling import underscored
 from trl_ext.concept.recipe import ScriptArguments, parse, refuse_resume, run
@@ -73,4 +73,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort
+    leave()

@@ -24,11 +24,10 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from trl_ext import ConceptTrainer, evaluate_concepts
-from trl_ext.cli.recipe import finish, start
+from trl_ext.cli.recipe import finish, leave, start
 from trl_ext.cli.report import compact_progress
 from trl_ext.concept.method import METHOD
 from trl_ext.concept.recipe import (
@@ -102,4 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort
+    leave()

@@ -37,15 +37,15 @@ NAME, CONFIG, FLAGS = chosen(sys.argv[1:], CONFIGS, "hrpo", ON_CPU)
 if NAME not in ON_CPU and unsloth_can_run()[0] and not wants_vllm(CONFIG, FLAGS):
     import unsloth  # noqa: F401 - must be imported before trl to patch its trainers
 
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from transformers import set_seed
 
 from trl_ext import HRPOConfig, HRPOTrainer
 from trl_ext.cli.console import PlainConsole
-from trl_ext.cli.recipe import RecipeArguments, finish, start
+from trl_ext.cli.recipe import RecipeArguments, finish, leave, start
 from trl_ext.cli.report import before_after_table, compact_progress
 from trl_ext.hrpo.method import METHOD
+from trl_ext.hrpo.vllm_rollout import check_model
 from trl_ext.tasks import arithmetic, warm_start
 from trl_ext.tasks.data import DataArguments, chat_dataset
 from trl_ext.tasks.dry_run import dry_run
@@ -119,6 +119,8 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole)
     """The policy with LoRA and thinking modules, and its tokenizer."""
     cache, name = Path(script.cache_dir), script.model_name
     if name == "tiny":
+        if args.use_vllm and args.thinking:  # before the model is trained
+            check_model("Qwen2ForCausalLM", arithmetic.tiny_config(arithmetic.character_tokenizer()))
         name = warm_start.tiny_warm_start(
             cache,
             seed=script.warm_start_seed,
@@ -164,6 +166,9 @@ def main() -> None:
     most = script.max_seq_length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     for rows in (train, held_out):
         check_room(tokenizer, rows["prompt"], args.max_completion_length, most, "max_completion_length")
+    if args.use_vllm and args.vllm_mode == "colocate" and args.vllm_max_model_length:  # vLLM would cut completions
+        room = args.max_completion_length, args.vllm_max_model_length, "max_completion_length", "vllm_max_model_length"
+        check_room(tokenizer, train["prompt"], *room)
     reward = make_reward(args.answer_delimiter)
     decoding = {
         "delimiter": args.answer_delimiter,
@@ -212,4 +217,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort
+    leave()

@@ -24,11 +24,10 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from trl_ext import KAVAConfig, KAVATrainer
-from trl_ext.cli.recipe import finish, start
+from trl_ext.cli.recipe import finish, leave, start
 from trl_ext.cli.report import compact_progress, comparison_table
 from trl_ext.latent.evaluation import evaluate_answers
 from trl_ext.latent.method import METHOD
@@ -99,4 +98,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort
+    leave()

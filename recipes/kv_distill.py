@@ -24,13 +24,12 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from accelerate import PartialState
 from transformers import AutoModelForCausalLM, set_seed
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
-from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
+from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, leave, start
 from trl_ext.cli.report import before_after_table, compact_progress
 from trl_ext.common.config_checks import at_least
 from trl_ext.kv_distill.method import METHOD
@@ -142,4 +141,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort
+    leave()

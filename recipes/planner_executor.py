@@ -26,7 +26,6 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from rich.table import Table
 from transformers import AutoModelForCausalLM, set_seed
@@ -35,7 +34,7 @@ from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.flags import chosen
 from trl_ext.cli.parser import RecipeParser
-from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, start
+from trl_ext.cli.recipe import RecipeArguments, check_tiny, finish, leave, start
 from trl_ext.cli.report import compact_progress, plot_curves
 from trl_ext.common.config_checks import at_least
 from trl_ext.planner.evaluation import PlanEvaluation, evaluate_plans
@@ -197,4 +196,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # the trainer is freed; at exit, several processes might abort
+    leave()

@@ -1,10 +1,12 @@
 """Shared parts of the training recipes: flags, checks before anything is loaded, and the end of a run."""
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
@@ -94,8 +96,8 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
 
     Raises:
         ImportError: `use_vllm` is set, and vLLM is not installed or not in a tested version.
-        ValueError: from `claim`; for an embedded model in several processes; or if `overwrite` would delete the model
-            or data that the run starts from.
+        ValueError: from `claim` or `check_vllm_rollouts`; for an embedded model in several processes; or if
+            `overwrite` would delete the model or data that the run starts from.
     """
     name = script.model_name
     if args.world_size > 1 and name in embedded:
@@ -160,3 +162,13 @@ def finish(
     )
     finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
+
+
+def leave() -> None:
+    """End the process group, once the trainer is freed: at exit, several processes might abort.
+
+    A vLLM engine in this process ends it by itself at exit, and would miss it.
+    """
+    parallel = sys.modules.get("vllm.distributed.parallel_state")
+    if parallel is None or not parallel.model_parallel_is_initialized():
+        PartialState().destroy_process_group()

@@ -37,6 +37,7 @@ THEIRS = (
     "tokenizers",
     "unsloth",
     "unsloth_zoo",
+    "vllm",
 )
 DELIBERATE = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
 FULL = {
@@ -140,14 +141,18 @@ def sentence(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if type(error).__module__ == "jinja2.exceptions":  # for example "System role not supported"
         return f"the tokenizer's chat template does not accept these messages, or it is damaged:  {text}"
+    packages = [each.f_globals.get("__name__", "").split(".")[0] for each, _ in frames]
+    if type(error).__module__.startswith("pydantic") and "vllm" in packages:  # its check of an engine's settings
+        wrong = error.errors()[0]  # type: ignore[attr-defined]
+        said = [f"{name}:" for name in wrong["loc"]] + wrong["msg"].removeprefix("Value error, ").split()
+        return f"{' '.join(said)} (from vllm; --traceback shows where)"
     raised = _is_raised(error.__traceback__)  # type: ignore[arg-type]  # there are frames, so it is not None
     if not text or not raised or not (isinstance(error, DELIBERATE) or _is_our_kind(error)):
         return None
     if ours:
         return text
-    package = frame.f_globals.get("__name__", "").split(".")[0]
-    if package in THEIRS and not any(each.f_code.co_name in IN_A_MODEL for each, _ in frames):
-        return f"{text} (from {package}; --traceback shows where)"
+    if packages[-1] in THEIRS and not any(each.f_code.co_name in IN_A_MODEL for each, _ in frames):
+        return f"{text} (from {packages[-1]}; --traceback shows where)"
     return None
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import time
+import urllib.request
 from typing import Any
 
 from transformers import GenerationConfig
@@ -9,6 +11,7 @@ from transformers.utils import logging
 
 from unsloth_ext.common.vllm_installed import require_vllm
 
+from .config_checks import one_of
 from .spelling import did_you_mean
 
 
@@ -77,22 +80,63 @@ def check_generation_kwargs(given: dict[str, Any] | None) -> None:
 
 
 def check_vllm_rollouts(args: Any) -> None:
-    """Check, before anything is loaded, that vLLM is there and knows the settings of rollouts.
+    """Check, before anything is loaded, that vLLM is there and knows the settings of rollouts. Wait for its server.
 
     Args:
         args: the trainer's arguments.
 
     Raises:
         ImportError: vLLM is not installed, or not in a tested version.
-        ValueError: vLLM has no setting of a name in `generation_kwargs`.
+        ValueError: vLLM has no setting of a name in `generation_kwargs`, the device or the number of processes does not
+            suit a setting, or there is no server.
     """
     require_vllm("use_vllm=True")
     from vllm import SamplingParams
+    from vllm.platforms import current_platform
 
     params = dict.fromkeys(inspect.signature(SamplingParams).parameters)
     for name in args.generation_kwargs or {}:
         if name not in params:
             raise ValueError(f"generation_kwargs: {name!r}: vLLM has no such setting{did_you_mean(name, params)}")
+    one_of(args, vllm_mode=("colocate", "server"))
+    if args.vllm_mode == "server":
+        if args.process_index == 0:
+            _wait_for_server(args)
+        return
+    if current_platform.is_cpu() and not getattr(args, "thinking", False):  # HRPO's models keep their weights
+        raise ValueError(
+            "use_vllm=True: TRL cannot push weights to vLLM's build for CPUs, which packs them; set use_vllm=False"
+        )
+    if args.vllm_enable_sleep_mode and not current_platform.is_sleep_mode_available():
+        raise ValueError(
+            f"vllm_enable_sleep_mode=True: vLLM cannot sleep on this device ({current_platform.device_type}); set "
+            "vllm_enable_sleep_mode=False"
+        )
+    if args.world_size % args.vllm_tensor_parallel_size:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: it must divide the number of processes, which "
+            f"is {args.world_size}; set it to 1, or start more processes with accelerate launch"
+        )
+
+
+def _wait_for_server(args: Any) -> None:
+    """Wait until vLLM's server is up, so that a missing one is noticed before the model is loaded."""
+    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    end, said = time.monotonic() + args.vllm_server_timeout, False
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=10):
+                return
+        except (OSError, ValueError) as error:  # no answer, another status, or no URL
+            if time.monotonic() >= end:
+                raise ValueError(
+                    f"vllm_mode='server': no vLLM server answers at {url} ({error}); start it with `vllm serve`, correct "
+                    "vllm_server_base_url, or set vllm_mode='colocate'"
+                ) from error
+        if not said:
+            logger.warning(f"Waiting up to {args.vllm_server_timeout:g} s (vllm_server_timeout) for a server at {url}")
+            said = True
+        time.sleep(1)
 
 
 def warn_of_truncation(config: Any, temperature: float) -> list[str]:

@@ -24,6 +24,7 @@ from unsloth_ext.hrpo.decoding import ThinkingTrace
 from unsloth_ext.hrpo.method import METHOD
 from unsloth_ext.hrpo.states import project
 from unsloth_ext.hrpo.vllm.models import ARCHITECTURES, FAMILIES, PREFIX
+from unsloth_ext.hrpo.vllm.plugin import check_heads
 from unsloth_ext.hrpo.vllm.slots import TRACE
 from unsloth_ext.hrpo.vllm.traces import in_order, unpacked
 
@@ -62,6 +63,36 @@ def refuse_thinking_model(model: Any, token: str | None) -> None:
         )
 
 
+def check_model(architecture: str, config: Any) -> None:
+    """Check that a vLLM engine of the trainer's can think with a model.
+
+    Args:
+        architecture: the name of the model's class.
+        config: the model's configuration.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if PREFIX + architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"use_vllm=True: vLLM can think with {', '.join(FAMILIES)}, and not with {architecture}; set use_vllm=False"
+        )
+    check_not_quantised(config)
+    try:
+        check_heads(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    except ValueError as error:
+        raise ValueError(f"use_vllm=True: {error}; set use_vllm=False, or train a model with such heads") from error
+
+
+def check_not_quantised(config: Any) -> None:
+    """Raise a ValueError if a model is quantised: TRL would merge its LoRA into rounded weights."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            "use_vllm=True: the model is quantised, so pushing its weights would round LoRA away and vLLM would sample "
+            "from another policy than the trainer's; load it unquantised (load_in_4bit=False), or set use_vllm=False"
+        )
+
+
 @contextlib.contextmanager
 def thinking_engine(trainer: Any) -> Iterator[None]:
     """While the parent constructs, let the engine that it makes think."""
@@ -69,10 +100,7 @@ def thinking_engine(trainer: Any) -> Iterator[None]:
     def settings() -> dict[str, Any]:
         model = trainer.model
         name = type(causal_lm_of(model)).__name__
-        if PREFIX + name not in ARCHITECTURES:
-            raise ValueError(
-                f"use_vllm=True: vLLM can think with {', '.join(FAMILIES)}, and not with {name}; set use_vllm=False"
-            )
+        check_model(name, model.config)
         half = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
         return {
             "hf_overrides": {
@@ -95,8 +123,9 @@ def check_server(trainer: Any) -> None:
         trainer: the constructed `HRPOTrainer`.
 
     Raises:
-        ValueError: the server does not think, or thinks in another way.
+        ValueError: the model is quantised, or the server does not think, or thinks in another way.
     """
+    check_not_quantised(trainer.model.config)
     if not trainer.accelerator.is_main_process:
         return
     config = asdict(backbone_of(trainer.model).thinking_config)

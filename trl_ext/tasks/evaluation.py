@@ -138,8 +138,15 @@ def evaluate(
     )
 
 
-def check_room(tokenizer: PreTrainedTokenizerBase, prompts: list, new: int, most: int, limit: str) -> None:
-    """Raise a ValueError if a prompt plus `new` tokens is longer than max_seq_length=`most`.
+def check_room(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list,
+    new: int,
+    most: int,
+    limit: str,
+    length: str = "max_seq_length",
+) -> None:
+    """Raise a ValueError if a prompt plus `new` tokens is longer than `most`.
 
     Args:
         tokenizer: the tokenizer.
@@ -147,6 +154,7 @@ def check_room(tokenizer: PreTrainedTokenizerBase, prompts: list, new: int, most
         new: maximum number of generated tokens.
         most: maximum length.
         limit: name of the field that `new` comes from, for the message.
+        length: name of the field that `most` comes from.
     """
     lengths = []
     for start in range(0, len(prompts), 64):
@@ -154,7 +162,7 @@ def check_room(tokenizer: PreTrainedTokenizerBase, prompts: list, new: int, most
     longest = max(lengths, default=0)
     if longest + new > most:
         raise ValueError(
-            f"max_seq_length={most}: prompt {lengths.index(longest)} has {longest} tokens, and {limit}={new} may "
+            f"{length}={most}: prompt {lengths.index(longest)} has {longest} tokens, and {limit}={new} may "
             "follow; raise the first, lower the second, or remove that row"
         )
 

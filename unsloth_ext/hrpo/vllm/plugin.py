@@ -93,6 +93,20 @@ def check_engine(vllm_config: Any) -> None:
         )
     if found := [name for name, there in refused.items() if there]:
         raise ValueError(f"{found[0]}: vLLM cannot decode thinking states with it; leave it out")
+    check_heads(model.get_head_size())
     cache.enable_prefix_caching = False
     parallel.enable_batch_sharded_sampling = False  # None lets vLLM choose
     parallel.worker_cls = WORKER
+
+
+def check_heads(size: int) -> None:
+    """Raise a ValueError if vLLM has no attention for heads of this size. On a CPU it would say so in the first forward."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ValueError(f"head_dim={size}: vLLM's attention on a CPU needs one of {', '.join(map(str, known))}")
