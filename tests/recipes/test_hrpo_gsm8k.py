@@ -132,6 +132,13 @@ def test_what_is_wrong_is_said_before_training(run, capsys, argv, message):
     assert not list(Path().glob("out/checkpoint-*"))
 
 
+def test_a_missing_vllm_is_said_before_anything_is_made(run, monkeypatch):
+    monkeypatch.setattr("unsloth_ext.common.vllm_installed.installed_version", lambda _: None)
+    with pytest.raises(ImportError, match=r"use_vllm=True: vLLM is not installed\. Run: pip install"):
+        run("--use_vllm")
+    assert not list(Path().iterdir())
+
+
 def test_a_generator_takes_its_options_from_the_command_line(monkeypatch):
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     argv = ["--model_name", "tiny", "--dataset", "chain_sum", "--dataset_options", json.dumps(options)]

@@ -71,18 +71,23 @@ def save(folder, kind, layers, width):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in ("kava", "concept", "planner") else name for name in CONFIGS])
-def test_it_trains_is_resumed_and_opens(monkeypatch, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
-    recipe, kind, more, loader = CONFIGS[name]
-    save("model", kind, 10 if kind is Qwen3Config else 2, 32)
-    save("teacher", kind, 3, 48)
+def write_rows():
+    """Rows to train on and to hold out, in this folder."""
     for file, first in (("train", 10), ("test", 40)):
         rows = []
         for a in range(first, first + 16):
             steps = f"add.\n<<{a}+3={a + 3}>> and <<{a + 3}*1={a + 3}>>\n#### {a + 3}"
             rows.append({"question": f"{a} apples and 3. all?", "answer": steps})
         Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in ("kava", "concept", "planner") else name for name in CONFIGS])
+def test_it_trains_is_resumed_and_opens(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    recipe, kind, more, loader = CONFIGS[name]
+    save("model", kind, 10 if kind is Qwen3Config else 2, 32)
+    save("teacher", kind, 3, 48)
+    write_rows()
 
     def run(*argv):
         config = RECIPES / "configs" / f"{name}_gsm8k.yaml"

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch.nn.utils.rnn import pad_sequence
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -77,19 +79,37 @@ def check_model(architecture: str, config: Any) -> None:
         raise ValueError(
             f"use_vllm=True: vLLM can think with {', '.join(FAMILIES)}, and not with {architecture}; set use_vllm=False"
         )
-    check_not_quantised(config)
     try:
         check_heads(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     except ValueError as error:
         raise ValueError(f"use_vllm=True: {error}; set use_vllm=False, or train a model with such heads") from error
 
 
-def check_not_quantised(config: Any) -> None:
-    """Raise a ValueError if a model is quantised: TRL would merge its LoRA into rounded weights."""
-    if getattr(config, "quantization_config", None):
+def check_pushed(model: torch.nn.Module) -> None:
+    """Check that vLLM gets the trainer's policy when TRL pushes the weights, LoRA merged.
+
+    Args:
+        model: the trainer's model.
+
+    Raises:
+        ValueError: the model is quantised, or has an adapter that cannot be pushed.
+    """
+    bare = causal_lm_of(model)
+    if getattr(bare.config, "quantization_config", None):
         raise ValueError(
             "use_vllm=True: the model is quantised, so pushing its weights would round LoRA away and vLLM would sample "
             "from another policy than the trainer's; load it unquantised (load_in_4bit=False), or set use_vllm=False"
+        )
+    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()
+    if isinstance(embedding, TrainableTokensWrapper):
+        raise ValueError(
+            "use_vllm=True: TRL cannot push trainable_token_indices; leave them out of the adapter, or set use_vllm=False"
+        )
+    tied = embedding.weight is head.weight and not isinstance(embedding, BaseTunerLayer)
+    if bare.config.tie_word_embeddings and not tied:
+        raise ValueError(
+            "use_vllm=True: the adapter changes one of the model's tied embeddings, and vLLM has one matrix for both; "
+            "leave them out of the adapter, or name the input embedding in modules_to_save with ensure_weight_tying=True"
         )
 
 
@@ -101,6 +121,7 @@ def thinking_engine(trainer: Any) -> Iterator[None]:
         model = trainer.model
         name = type(causal_lm_of(model)).__name__
         check_model(name, model.config)
+        check_pushed(model)
         half = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
         return {
             "hf_overrides": {
@@ -123,9 +144,9 @@ def check_server(trainer: Any) -> None:
         trainer: the constructed `HRPOTrainer`.
 
     Raises:
-        ValueError: the model is quantised, or the server does not think, or thinks in another way.
+        ValueError: from `check_pushed`, or the server does not think, or thinks in another way.
     """
-    check_not_quantised(trainer.model.config)
+    check_pushed(trainer.model)
     if not trainer.accelerator.is_main_process:
         return
     config = asdict(backbone_of(trainer.model).thinking_config)

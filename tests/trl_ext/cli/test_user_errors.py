@@ -125,6 +125,32 @@ def test_versions_and_error_classes_of_our_own(monkeypatch):
     assert isinstance(error, UntestedVersionError) and "trl 0.1 is not tested" in sentence(error)
 
 
+def from_vllm(code, **names):
+    """Run code that is said to be vLLM's."""
+    exec(code, {"__name__": "vllm.config", **names})
+
+
+def test_what_vllm_says_of_an_engine_is_a_sentence():
+    """It checks its settings with pydantic."""
+    pydantic = pytest.importorskip("pydantic")
+
+    def check(self):
+        if self.length > 9:
+            raise ValueError("length (10)\nis too much")
+        return self
+
+    fields = {"share": (float, pydantic.Field(le=1, default=1)), "length": (int, 1)}
+    checks = {"check": pydantic.model_validator(mode="after")(check)}
+    settings = pydantic.create_model("Settings", **fields, __validators__=checks)
+    error = raised(lambda: from_vllm("Settings(share=2)", Settings=settings))
+    assert sentence(error).startswith("share: Input should be less than or equal to 1 (from vllm; ")
+    error = raised(lambda: from_vllm("Settings(length=10)", Settings=settings))
+    assert sentence(error).startswith("length (10) is too much (from vllm; ")
+    assert sentence(raised(lambda: settings(share=2))) is None
+    error = raised(lambda: from_vllm("raise ValueError('Free memory is too little')"))
+    assert sentence(error).startswith("Free memory is too little (from vllm; ")
+
+
 def test_others_may_explain_an_error_first(monkeypatch):
     monkeypatch.setattr(
         user_errors, "explainers", [lambda e: ("stopped", 130) if isinstance(e, KeyboardInterrupt) else None]

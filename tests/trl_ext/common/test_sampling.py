@@ -1,6 +1,9 @@
 """Rollouts from another distribution than the loss computes: said by name, wherever the setting comes from."""
 
+import http.server
 import inspect
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import GenerationConfig
 from tests.trl_ext.hrpo import setups
 from tests.trl_ext.ppo import setups as ppo_setups
 from trl_ext.common.sampling import UNCHANGED, warn_of_truncation
+from trl_ext.common.sampling import _wait_for_server as wait_for_server
 
 
 pytestmark = pytest.mark.usefixtures("transformers_warnings")
@@ -83,3 +87,49 @@ def test_settings_of_rollouts_that_would_be_passed_over_are_named(tmp_path, make
     trainer = make(tmp_path, lr_scheduler_kwargs={"foo": 1}, lr_scheduler_type="cosine")
     with pytest.raises(ValueError, match=r"lr_scheduler_kwargs=\{'foo': 1\} do not fit lr_scheduler_type=cosine"):
         trainer.train()
+
+
+@pytest.fixture
+def answers():
+    """What a server answers, one status after the other, and its address."""
+    statuses = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(statuses.pop(0) if self.path == "/health" else 400)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield statuses, server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("by_url", [True, False])
+def test_a_server_that_starts_is_waited_for(answers, caplog, monkeypatch, by_url):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    statuses, port = answers
+    statuses += [503, 503, 200]
+    url = f"http://127.0.0.1:{port}" if by_url else None
+    place = {"vllm_server_base_url": url, "vllm_server_host": "127.0.0.1", "vllm_server_port": 9 if by_url else port}
+    wait_for_server(SimpleNamespace(**place, vllm_server_timeout=30))
+    assert not statuses
+    assert [r.message for r in caplog.records] == [
+        f"Waiting up to 30 s (vllm_server_timeout) for a server at http://127.0.0.1:{port}"
+    ]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost", "http://127.0.0.1:{port}"])
+def test_a_missing_server_is_a_sentence(answers, url):
+    """Nothing there, no URL, and something that is not vLLM."""
+    statuses, port = answers
+    statuses += [404]
+    url = url.format(port=port)
+    with pytest.raises(
+        ValueError, match=rf"vllm_mode='server': no vLLM server answers at {url} \(.*vllm_server_base_url"
+    ):
+        wait_for_server(SimpleNamespace(vllm_server_base_url=url, vllm_server_timeout=0))

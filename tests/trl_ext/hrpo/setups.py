@@ -48,11 +48,11 @@ def arguments(config_class, output_dir: Path, **changes):
     return config_class(**settings)
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **changes})
 
 
-def hrpo(tmp_path: Path, *, peft: bool = True, model=None, dataset=None, reward=reward_digits, **changes):
+def hrpo(tmp_path: Path, *, peft: bool | LoraConfig = True, model=None, dataset=None, reward=reward_digits, **changes):
     """An HRPOTrainer; its delimiter '#' occurs in random completions."""
     from trl_ext import HRPOConfig, HRPOTrainer
 
@@ -63,7 +63,7 @@ def hrpo(tmp_path: Path, *, peft: bool = True, model=None, dataset=None, reward=
         args,
         train_dataset=dataset or prompts(),
         processing_class=tiny.tokenizer(),
-        peft_config=lora() if peft else None,
+        peft_config=lora() if peft is True else peft or None,
     )
 
 

@@ -122,6 +122,39 @@ def test_other_rollouts(tmp_path, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_alpha": 32},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},  # the model's are tied
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_what_an_adapter_changes_is_pushed(tmp_path, adapter):
+    with hrpo(tmp_path, **FAST, peft=setups.lora(**adapter), learning_rate=1e-2) as trainer:
+        before = setups.parameters(trainer)
+        trainer.train()
+        assert changed(trainer, before)
+        check_ratios(trainer)
+
+
+@pytest.mark.parametrize(
+    "adapter, message",
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "the adapter changes one of the model's tied embeddings"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "the adapter changes one of the model's tied embeddings"),
+        ({"target_modules": ["embed_tokens"]}, "the adapter changes one of the model's tied embeddings"),
+        ({"trainable_token_indices": [5]}, "TRL cannot push trainable_token_indices"),
+    ],
+)
+def test_an_adapter_that_cannot_be_pushed_is_refused(tmp_path, adapter, message):
+    with pytest.raises(ValueError, match=message), hrpo(tmp_path, peft=setups.lora(**adapter)):
+        pass
+
+
+@pytest.mark.slow
 def test_evaluation_has_its_own_number_of_completions(tmp_path):
     with hrpo(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4, max_steps=1) as trainer:
         trainer.eval_dataset = setups.prompts(4)
