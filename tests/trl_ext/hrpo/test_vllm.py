@@ -14,7 +14,7 @@ from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.hrpo.vllm.slots import TRACE
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.v1]
+pytestmark = pytest.mark.vllm
 RATIO = 1e-5  # float32; the same sums in another order
 CORE = ("lora_", "thinking_projection", "gate_r", "gate_i", "Lambda")
 FAST = {"lr_thinking_projection": 1e-2, "lr_residual_gate": 1e-2}
@@ -36,7 +36,7 @@ def trainer_of(make, tmp_path, **changes):
     """A trainer whose engine is gone at the end of the block."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from tests import vllm_on_cpu  # noqa: F401
+    from tests import vllm_on_cpu
 
     settings = {
         "use_vllm": True,
@@ -47,6 +47,7 @@ def trainer_of(make, tmp_path, **changes):
     }
     trainer = make(tmp_path, **settings)
     try:
+        assert trainer.vllm_generation.llm.llm_engine.vllm_config.use_v2_model_runner == vllm_on_cpu.V2
         yield trainer
     finally:
         trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
