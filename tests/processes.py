@@ -40,13 +40,16 @@ def fresh(
 def launch(module: str, *arguments: object, processes: int) -> None:
     """Runs `python -m module arguments...` in as many ranks, as torchrun would; raises on failure."""
     argv = ["-m", module, *map(str, arguments)]
-    env = [{}]
-    if processes > 1:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": "1"}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        env = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    env = ranks(processes) if processes > 1 else [{}]
     every = _together([argv] * processes, ROOT, env, STOCK, 250)
     assert not any(done.returncode for done in every), "\n".join(done.stderr[-3000:] for done in every)
+
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """The environment of each rank, as torchrun makes it."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _together(

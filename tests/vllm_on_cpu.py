@@ -31,6 +31,9 @@ import vllm  # noqa: E402, F401
 
 
 if V2:
+    from vllm.platforms import current_platform
+
+    type(current_platform).simple_compile_backend = "eager"  # inductor would take Triton's stand-in for a compiler
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False

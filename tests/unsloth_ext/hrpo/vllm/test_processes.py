@@ -14,6 +14,8 @@ import torch
 
 from tests import tiny
 from tests.trl_ext.hrpo import setups
+from tests.trl_ext.hrpo.test_vllm_processes import check as check_processes
+from tests.trl_ext.hrpo.test_vllm_processes import two_ranks
 
 from .engines import DELIMITER, LENGTH, alone, check, checkpoint, engine, log_probs, prompts, run, sampling
 
@@ -127,6 +129,21 @@ def test_a_trainer_rolls_out_on_a_server(server, tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             setups.hrpo(tmp_path, **{"answer_delimiter": DELIMITER, **settings, **changes})
+
+
+@pytest.mark.slow
+def test_two_trainer_processes_roll_out_on_a_server(server, tmp_path):
+    rates = dict.fromkeys(
+        ("learning_rate", "lr_residual_gate", "lr_residual_lambda", "lr_thinking_projection"), 0
+    )  # the server keeps its weights
+    settings = {
+        "model": str(checkpoint()[1]),
+        "answer_delimiter": DELIMITER,
+        "vllm_mode": "server",
+        "vllm_server_base_url": server,
+        "max_steps": 2,
+    }
+    check_processes(two_ranks(tmp_path, **rates, **settings), steps=2)
 
 
 def plain(folder):

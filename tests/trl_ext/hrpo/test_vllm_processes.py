@@ -1,0 +1,66 @@
+"""HRPOTrainer in two processes, with an engine in each or one over both."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import ROOT, ranks
+
+from .test_vllm import FAST, RATIO, base
+
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+COLOCATE = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 64}
+
+
+def two_ranks(folder, **settings):
+    """Run vllm_worker.py in two processes that no launcher watches, and return what each found.
+
+    At the end one engine fails. Both processes must end, with an error each.
+    """
+    command = [sys.executable, "-m", "tests.trl_ext.hrpo.vllm_worker", str(folder), json.dumps(settings)]
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    running = []
+    try:
+        for log, environment in zip(logs, ranks(2), strict=True):
+            with log.open("w") as file:
+                running.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+                    )
+                )
+        codes = [process.wait(timeout=400) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    texts = [log.read_text() for log in logs]
+    files = [folder / f"rank{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), "\n".join(text[-3000:] for text in texts)
+    assert codes == [1, 1]
+    failed = "the vLLM engine failed in the rollout of step"
+    assert any(f"{failed} {settings['max_steps'] + 1} (RuntimeError: out of memory)" in text for text in texts)
+    return [json.loads(file.read_text()) for file in files]
+
+
+def check(found, steps):
+    """Check that each row got its own trace, and that the processes trained the same weights on other completions."""
+    for rank in found:
+        assert rank["equal"]
+        assert len(rank["deviations"]) == steps + 1 and max(rank["deviations"]) < RATIO
+    first, second = ([prompt for prompt, _ in rank["evaluated"]] for rank in found)
+    # 3 prompts, 2 completions each, 4 rows a process: accelerate fills up with the first prompt
+    assert len(first) == len(second) == 4 and len({*first, *second}) == 3 and first[:2] == second[2:]
+    for one, other in zip(*(rank["trained"] for rank in found), strict=True):
+        assert one[0] == other[0]  # the 8 completions of a prompt are made in both processes
+    assert {text for _, text in found[0]["trained"]}.isdisjoint(text for _, text in found[1]["trained"])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_processes(tmp_path, size):
+    settings = {**COLOCATE, **FAST, "model": base(tmp_path), "max_steps": 3}
+    found = two_ranks(tmp_path, vllm_tensor_parallel_size=size, **settings)
+    check(found, steps=3)
+    assert found[0]["changed"]
