@@ -17,7 +17,9 @@ from accelerate.utils import broadcast_object_list
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.utils.rnn import pad_sequence
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.generic import strtobool
 
 from patches.vllm_engine_settings import engine_settings
 from unsloth_ext.common.settings_file import read_json
@@ -43,6 +45,11 @@ def check_vllm(args: Any) -> None:
         ImportError: vLLM is not installed, or not in a tested version.
         ValueError: a setting does not work with thinking states.
     """
+    if args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")) or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "use_vllm=True: FSDP and DeepSpeed ZeRO-3 split the weights of the thinking modules, which rollouts in vLLM "
+            "need whole; launch with DDP (accelerate's multi_gpu), or set use_vllm=False"
+        )
     check_vllm_rollouts(args)
     if args.vllm_model_impl not in ("auto", "vllm"):
         raise ValueError(
@@ -147,8 +154,13 @@ def check_server(trainer: Any) -> None:
         ValueError: from `check_pushed`, or the server does not think, or thinks in another way.
     """
     check_pushed(trainer.model)
-    if not trainer.accelerator.is_main_process:
-        return
+    problem = [_server_problem(trainer) if trainer.accelerator.is_main_process else None]
+    if found := broadcast_object_list(problem, from_process=0)[0]:  # no process waits for one that ended
+        raise ValueError(f"vllm_mode='server': {found}")
+
+
+def _server_problem(trainer: Any) -> str | None:
+    """How a server thinks otherwise than the trainer, and what to do; None if it does not. For the main process."""
     config = asdict(backbone_of(trainer.model).thinking_config)
     wanted = {**config, "answer_delimiter": trainer.hrpo.answer_delimiter}
     initial = ("residual_r_min", "residual_r_max")  # of new modules only
@@ -156,16 +168,17 @@ def check_server(trainer: Any) -> None:
     try:
         found = _ask(client, "describe_thinking")
     except Exception as error:
-        raise ValueError(
-            f"vllm_mode='server': the server at {client.base_url} does not say how it thinks ({error}); start it on a "
-            "model with thinking modules, with VLLM_SERVER_DEV_MODE=1, where this package is installed (docs/vllm.md)"
-        ) from error
+        return (
+            f"the server at {client.base_url} does not say how it thinks ({error}); start it on a model with thinking "
+            "modules, with VLLM_SERVER_DEV_MODE=1, where this package is installed (docs/vllm.md)"
+        )
     for name in sorted(wanted.keys() - {*initial}):
         if found[name] != wanted[name]:
-            raise ValueError(
-                f"vllm_mode='server': {name} is {wanted[name]!r} in the trainer and {found[name]!r} in the server at "
-                f"{client.base_url}; start the server with the trainer's"
+            return (
+                f"{name} is {wanted[name]!r} in the trainer and {found[name]!r} in the server at {client.base_url}; start "
+                "the server with the trainer's"
             )
+    return None
 
 
 def _ask(client: Any, method: str, *args: str) -> Any:

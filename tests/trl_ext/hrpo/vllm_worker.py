@@ -5,11 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from tests import tiny, vllm_on_cpu  # noqa: F401
 
-import torch  # isort: skip
+from tests import vllm_on_cpu  # noqa: F401  # isort: skip
+import torch
 import torch.distributed as dist
 
+from tests import tiny
 from tests.trl_ext.hrpo import setups
 from unsloth_ext.common.wrapping import backbone_of
 
@@ -27,6 +28,12 @@ def main() -> None:
 
     shared = {"use_vllm": True, "per_device_train_batch_size": 4, "num_generations": 8}
     evaluation = {"per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    refused = None
+    if server:
+        try:
+            setups.hrpo(folder, **shared, **settings | {"answer_delimiter": "#"})
+        except ValueError as error:
+            refused = str(error)
     trainer = setups.hrpo(folder, reward=reward, **shared, **evaluation, **settings)
     with torch.random.fork_rng():  # the engines of the ranks draw from it
         tiny.loud_gates(backbone_of(trainer.model))
@@ -38,6 +45,7 @@ def main() -> None:
     dist.all_gather(every, flat(trainer))
     logs = trainer.state.log_history
     found = {
+        "refused": refused,
         "deviations": [*(e["thinking/ratio_deviation"] for e in logs if "loss" in e), deviation],
         "trained": seen[:trained],
         "evaluated": seen[trained:],

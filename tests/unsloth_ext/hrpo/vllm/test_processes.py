@@ -143,7 +143,11 @@ def test_two_trainer_processes_roll_out_on_a_server(server, tmp_path):
         "vllm_server_base_url": server,
         "max_steps": 2,
     }
-    check_processes(two_ranks(tmp_path, **rates, **settings), steps=2)
+    found = two_ranks(tmp_path, **rates, **settings)
+    check_processes(found, steps=2)
+    assert all(
+        "answer_delimiter is '#' in the trainer" in rank["refused"] for rank in found
+    )  # not by the main one only
 
 
 def plain(folder):
