@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -201,6 +202,8 @@ def asking_for_traces(trainer: Any) -> Iterator[str]:
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
     generation.generation_kwargs = {**before, key: {**(before.get(key) or {}), TRACE: name}}
     try:
+        if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
+            _draw_alike(generation.tp_group)
         yield name
     except Exception as error:
         saved = get_last_checkpoint(trainer.args.output_dir) if os.path.isdir(trainer.args.output_dir) else None
@@ -213,6 +216,16 @@ def asking_for_traces(trainer: Any) -> Iterator[str]:
         ) from error
     finally:
         generation.generation_kwargs = before
+
+
+def _draw_alike(group: Any) -> None:
+    """Let the ranks of one engine sample the same tokens.
+
+    vLLM seeds a request with numpy's global generator, in each rank by itself. A reward may have drawn from it too.
+    """
+    state = [np.random.get_state()]
+    torch.distributed.broadcast_object_list(state, group=group, group_src=0)
+    np.random.set_state(state[0])
 
 
 def take_trace(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 from tests import vllm_on_cpu  # noqa: F401  # isort: skip
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,6 +25,7 @@ def main() -> None:
 
     def reward(prompts, completions, **_):
         seen.extend(zip(prompts, completions, strict=True))
+        np.random.rand(rank)  # a reward may draw, and not as often in each process
         return setups.reward_digits(completions)
 
     shared = {"use_vllm": True, "per_device_train_batch_size": 4, "num_generations": 8}
