@@ -269,16 +269,14 @@ class ThinkingSlots:
         again = batch.computed < self.known[batch.host_slots]
         again &= batch.computed + batch.scheduled > self._prompt[batch.host_slots]
         for i in np.flatnonzero(again):  # preempted requests, whose completion is computed again
-            slot, computed = batch.host_slots[i], int(batch.computed[i])
-            prompt = int(self._prompt[slot])
-            first = max(computed, prompt)
-            end = computed + int(batch.scheduled[i])
-            past = self.history.read(slot, first - prompt, end - prompt)
-            span = slice(int(batch.starts[i]) + first - computed, int(batch.starts[i]) + end - computed)
+            slot, start, count = batch.host_slots[i], int(batch.starts[i]), int(batch.scheduled[i])
+            first = int(batch.computed[i] - self._prompt[slot])  # of the completion; below 0 in the prompt
+            past = self.history.read(slot, max(first, 0), first + count)
             mask = (past["matched"][None, :, 0] != self.model.thinking_done).to(embeds.device)
             states = past["thinking_states" if self.soft else "hidden_states"][None].to(embeds)
             states = states if self.soft else self.model.project(states)
-            embeds[span] = fuse_thinking(self.backbone, embeds[None, span], mask, states)[0]
+            rows = embeds[start : start + count]  # of which the last ones are the completion's
+            rows[:] = fuse_thinking(self.backbone, rows[None], mask, states)[0]
 
     def see_tokens(
         self,
