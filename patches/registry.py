@@ -40,6 +40,7 @@ NAMES = (
     "upload_saved",
     "vllm_checkpoints",
     "vllm_engine_settings",
+    "vllm_pushed_weights",
 )
 
 _lock = threading.RLock()

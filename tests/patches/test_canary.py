@@ -117,6 +117,7 @@ IMPORTED = {
     "peft.peft_model:PeftModel.save_pretrained": "self, save_directory",
     "transformers.cache_utils:Cache.activate_past_recording": "self",
     "transformers.cache_utils:get_layer_types_and_kwargs": "config",
+    "peft.tuners.tuners_utils:BaseTuner._check_merge_allowed": "self",
     "peft.utils.other:_set_trainable": "model, adapter_name, module_names, inference_mode",
     "peft.utils.other:AuxiliaryTrainingWrapper": None,
     "peft.utils.other:ModulesToSaveWrapper": None,

@@ -1,5 +1,6 @@
 """GRPO's rollouts and loss with another baseline than the group mean, so that one completion per prompt is enough."""
 
+import contextlib
 import inspect
 import os
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 import trl
 from trl import GRPOConfig
+
+import patches
 
 from . import mixin_bases
 from .config_checks import check_values, must_stay
@@ -72,6 +75,10 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
             (B,) or (B, C), floating point.
         """
         raise NotImplementedError
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with patches.applied("vllm_pushed_weights") if self.use_vllm else contextlib.nullcontext():
+            return super()._generate(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
+import patches
 from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
@@ -200,7 +201,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if not self.thinking:
             return super()._generate_single_turn(*args, **kwargs)
         if self.use_vllm:
-            with vllm_rollout.asking_for_traces(self) as name:
+            with patches.applied("vllm_pushed_weights"), vllm_rollout.asking_for_traces(self) as name:
                 completions, log_probs = super()._generate_single_turn(*args, **kwargs)
                 self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)
             return completions, log_probs

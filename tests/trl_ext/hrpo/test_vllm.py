@@ -211,3 +211,17 @@ def test_without_thinking_it_is_trls_trainer(tmp_path, monkeypatch):
     (losses, weights), (ours, our_weights) = found
     assert losses == ours and any(losses)
     assert all(torch.equal(value, our_weights[name]) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
+    """The engine draws from the generators of the trainer's process, which are saved, and a push rounds no weight."""
+    saving = {**FAST, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    found = []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-2")):
+        with hrpo(tmp_path, **saving) as trainer:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            found.append((setups.losses(trainer)[2:], setups.parameters(trainer)))
+    (losses, weights), (again, same) = found
+    assert losses == again
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())

@@ -1,0 +1,88 @@
+"""Patch of how TRL reads the weights that it pushes to vLLM: adapters are merged into copies.
+
+TRL 1.15 merges the adapters into the model, reads it, and takes them out again. That rounds the base weights at each
+push. In bfloat16 the roundings add up: after some hundred steps the adapter no longer belongs to the base model that it
+is saved for.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+
+from .registry import Patch, Site
+
+
+NAME = "vllm_pushed_weights"
+
+
+def _merged(value: torch.Tensor, layers: list[Any]) -> torch.Tensor:
+    """Merge the adapters of these layers, read a base weight of theirs, and put the old weights back."""
+    parameters = {p: p.data for layer in layers for p in layer.get_base_layer().parameters(recurse=False)}
+    (wanted,) = [p for p, data in parameters.items() if data.data_ptr() == value.data_ptr()]
+    try:
+        for parameter, data in parameters.items():
+            parameter.data = data.clone()
+        for layer in layers:
+            layer.merge()
+        return wanted.data.clone()
+    finally:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()  # also what a kind of adapter remembers of its merge
+        for parameter, data in parameters.items():
+            parameter.data = data
+
+
+def _sites(*owners: Any) -> list[Site]:
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return [(owner, "_iter_named_params") for owner in owners or (VLLMGeneration,)]
+
+
+def _wrap(original: Any) -> Any:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    @functools.wraps(original)
+    def named_params(self: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        model = self.model
+        if not is_peft_model(model):
+            yield from original(self)
+            return
+        adapted: dict[int, list[Any]] = defaultdict(list)  # layers by their weights; tied ones share a weight
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for parameter in layer.get_base_layer().parameters(recurse=False):
+                    adapted[parameter.data_ptr()].append(layer)
+        model.merge_adapter = model.base_model._check_merge_allowed
+        model.unmerge_adapter = lambda: None
+        try:
+            for name, value in original(self):
+                layers = adapted.get(value.data_ptr())
+                yield name, _merged(value, layers) if layers else value
+        finally:
+            del model.merge_adapter, model.unmerge_adapter
+
+    return named_params
+
+
+PATCH = Patch(
+    name=NAME,
+    package="trl",
+    target="trl.generation.vllm_generation.VLLMGeneration._iter_named_params",
+    parameters=("self",),
+    sites=_sites,
+    wrap=_wrap,
+    fingerprints={
+        "trl/generation/vllm_generation.py:VLLMGeneration._iter_named_params": "baab615d5c7b",
+        "peft/tuners/tuners_utils.py:BaseTuner.merge_adapter": "46d3bb78f945",
+    },
+    effect="Adapters are merged into copies, one layer at a time, and the base weights stay what they are.",
+    reason="HRPO, PPO and SPO with `use_vllm=True`, during a rollout",
+    upstream="https://github.com/huggingface/trl/issues/6688",
+    removable="when TRL restores the base weights, or pushes adapters",
+    scoped=True,
+)
