@@ -88,6 +88,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._saved: ThinkingTrace | None = None
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
+        self.pushed_weights: tuple = ()  # the checksum of those that vLLM has
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
         use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
@@ -201,6 +202,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if not self.thinking:
             return super()._generate_single_turn(*args, **kwargs)
         if self.use_vllm:
+            vllm_rollout.push_if_changed(self)
             with patches.applied("vllm_pushed_weights"), vllm_rollout.asking_for_traces(self) as name:
                 completions, log_probs = super()._generate_single_turn(*args, **kwargs)
                 self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)

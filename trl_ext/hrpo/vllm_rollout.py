@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import strtobool
 
 from patches.vllm_engine_settings import engine_settings
+from unsloth_ext.common.checksum import checksum
 from unsloth_ext.common.settings_file import read_json
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.hrpo.decoding import ThinkingTrace
@@ -187,9 +188,23 @@ def _ask(client: Any, method: str, *args: str) -> Any:
     return client._post(f"{client.base_url}/collective_rpc", json={"method": method, "args": [*args]})["results"][0]
 
 
+def push_if_changed(trainer: Any) -> None:
+    """Let TRL push the weights before the next rollout if they changed.
+
+    TRL does so when the number of the step has changed. But weights can change without a step, as when a checkpoint is
+    loaded, and `train` can begin again at the number where it was.
+    """
+    found = checksum(trainer.model)
+    if found != trainer.pushed_weights:
+        trainer._last_loaded_step = -1
+    trainer.pushed_weights = found
+
+
 @contextlib.contextmanager
 def asking_for_traces(trainer: Any) -> Iterator[str]:
     """Let the rollout in the block ask for its traces. It yields the name under which the engine keeps them.
+
+    Completions end with any end token of the trainer's, as in transformers. vLLM itself knows those of the model's folder.
 
     Args:
         trainer: the `HRPOTrainer`.
@@ -200,7 +215,12 @@ def asking_for_traces(trainer: Any) -> Iterator[str]:
     generation = trainer.vllm_generation
     name, before = uuid.uuid4().hex, generation.generation_kwargs
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
-    generation.generation_kwargs = {**before, key: {**(before.get(key) or {}), TRACE: name}}
+    ends = [] if before.get("ignore_eos") else trainer.eos_token_ids
+    generation.generation_kwargs = {
+        **before,
+        "stop_token_ids": [*(before.get("stop_token_ids") or ()), *ends],
+        key: {**(before.get(key) or {}), TRACE: name},
+    }
     try:
         if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
             _draw_alike(generation.tp_group)

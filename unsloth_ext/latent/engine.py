@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..common.attaching import attached_modules
+from ..common.checksum import checksum
 from ..common.evaluation_mode import evaluating
 from ..common.generation_arguments import WORKS
 from ..common.model_probe import same_states, trial_ids
@@ -36,7 +37,6 @@ NOT_SERVED = sorted(
 )
 FACTORS = ("repetition_penalty", "encoder_repetition_penalty", "typical_p")  # 1 turns them off; 0 or None the others
 PASSED = ("generation_config", "tokenizer")  # beside the fields of a generation config
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TRIAL = 8  # tokens of the text on which the engine is compared with the model
 LIKELIEST = 20  # vLLM returns no more log-probs unless it is told to
 
@@ -230,21 +230,6 @@ def _keeps_head(model: nn.Module) -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu() and causal_lm_of(model).config.tie_word_embeddings
-
-
-def checksum(model: nn.Module) -> tuple:
-    """Return what changes whenever a model's weights do, or what PEFT makes of them.
-
-    It has the sum of the bit patterns of each parameter, which costs one pass over the memory.
-    """
-    sums = [value.detach().view(INTEGERS[value.element_size()]).sum(dtype=torch.int64) for value in model.parameters()]
-    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    adapters = [(*layer.active_adapters, layer.disable_adapters, *_scaling(layer)) for layer in layers]
-    return (*(int(one) for one in sums), *adapters)
-
-
-def _scaling(layer: BaseTunerLayer) -> tuple:
-    return tuple(getattr(layer, "scaling", {}).items())
 
 
 def save_merged(model: nn.Module, folder: str) -> None:

@@ -85,6 +85,24 @@ def test_the_ratio_is_one_while_all_weights_change(tmp_path):
         check_ratios(trainer)
 
 
+def test_weights_that_change_without_a_step_are_pushed(tmp_path):
+    """A second `train` begins at the step of the first rollout. And the trainer's end tokens end completions."""
+    with hrpo(tmp_path, **FAST, max_steps=1, max_completion_length=40) as trainer:
+        end, generate, completions = 7, trainer._generate_single_turn, []
+
+        def seeing(*args, **kwargs):
+            out = generate(*args, **kwargs)
+            completions.extend(out[0])
+            return out
+
+        trainer.eos_token_ids, trainer._generate_single_turn = [*trainer.eos_token_ids, end], seeing
+        for _ in range(2):
+            trainer.train()
+            check_ratios(trainer, steps=1)
+        assert any(completion[-1] == end for completion in completions)
+        assert not any(end in completion[:-1] for completion in completions)
+
+
 @pytest.mark.slow
 def test_modules_that_are_not_pushed_are_noticed(tmp_path, monkeypatch):
     """What the test above would show if an update did not reach the engine."""
