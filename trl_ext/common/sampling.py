@@ -44,6 +44,19 @@ UNCHANGED = {
     "guidance_scale": (None, 1),
     "watermarking_config": (None,),
 }
+# The same for the settings that only vLLM has
+UNCHANGED_IN_VLLM = {
+    "presence_penalty": (None, 0.0),
+    "frequency_penalty": (None, 0.0),
+    "min_tokens": (None, 0),
+    "logit_bias": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None,),
+    "structured_outputs": (None,),
+    "vllm_structured_outputs_regex": (None,),
+    "thinking_token_budget": (None,),
+    "trace_decode_token_ids": (None,),
+}
 
 
 def rollout_config(trainer: Any) -> GenerationConfig:
@@ -54,10 +67,12 @@ def rollout_config(trainer: Any) -> GenerationConfig:
     if trainer.use_vllm:
         args = trainer.args
         given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-        given |= {
-            name: value for name, value in (args.generation_kwargs or {}).items() if name in vars(GenerationConfig())
-        }
-        return GenerationConfig(do_sample=True, **given)
+        given |= {"vllm_structured_outputs_regex": args.vllm_structured_outputs_regex, **(args.generation_kwargs or {})}
+        config = GenerationConfig(do_sample=True)
+        for name, value in given.items():
+            if hasattr(config, name) or name in UNCHANGED_IN_VLLM:
+                setattr(config, name, value)
+        return config
     config = copy.deepcopy(trainer.generation_config)
     own = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
     if own is not None:
@@ -87,8 +102,8 @@ def check_vllm_rollouts(args: Any) -> None:
 
     Raises:
         ImportError: vLLM is not installed, or not in a tested version.
-        ValueError: vLLM has no setting of a name in `generation_kwargs`, the device or the number of processes does not
-            suit a setting, or there is no server.
+        ValueError: vLLM has no setting of a name in `generation_kwargs`, or TRL cannot pass it on, the device or the number
+            of processes does not suit a setting, or there is no server.
     """
     require_vllm("use_vllm=True")
     from vllm import SamplingParams
@@ -98,6 +113,7 @@ def check_vllm_rollouts(args: Any) -> None:
     for name in args.generation_kwargs or {}:
         if name not in params:
             raise ValueError(f"generation_kwargs: {name!r}: vLLM has no such setting{did_you_mean(name, params)}")
+    _check_vllm_kwargs(args)
     one_of(args, vllm_mode=("colocate", "server"))
     if args.vllm_mode == "server":
         if args.process_index == 0:
@@ -117,6 +133,20 @@ def check_vllm_rollouts(args: Any) -> None:
             f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: it must divide the number of processes, which "
             f"is {args.world_size}; set it to 1, or start more processes with accelerate launch"
         )
+
+
+def _check_vllm_kwargs(args: Any) -> None:
+    """Refuse settings of vLLM that TRL overwrites for its own use, or that leave nothing to learn."""
+    given = args.generation_kwargs or {}
+    reasons = {
+        "n": "TRL asks for one completion for each row of the batch; set num_generations",
+        "logprobs": "TRL would take the log-probabilities of the likeliest tokens for those of the sampled ones",
+    }
+    if args.vllm_mode == "colocate" and args.num_generations > 1:
+        reasons["seed"] = "each completion of a group would be the same; set the trainer's seed"
+    for name, reason in reasons.items():
+        if given.get(name) is not None:
+            raise ValueError(f"generation_kwargs: {name}={given[name]!r}: {reason}, and leave {name} out")
 
 
 def _wait_for_server(args: Any) -> None:
@@ -149,7 +179,7 @@ def warn_of_truncation(config: Any, temperature: float) -> list[str]:
     Returns:
         The names of these settings.
     """
-    unchanged = {"temperature": (temperature,), **UNCHANGED}
+    unchanged = {"temperature": (temperature,), **UNCHANGED, **UNCHANGED_IN_VLLM}
     found = [name for name, neutral in unchanged.items() if getattr(config, name, None) not in neutral]
     for name in found:
         logger.warning(

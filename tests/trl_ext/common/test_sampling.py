@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 
 from tests.trl_ext.hrpo import setups
 from tests.trl_ext.ppo import setups as ppo_setups
-from trl_ext.common.sampling import UNCHANGED, warn_of_truncation
+from trl_ext import HRPOConfig
+from trl_ext.common.sampling import UNCHANGED, UNCHANGED_IN_VLLM, rollout_config, warn_of_truncation
+from trl_ext.common.sampling import _check_vllm_kwargs as check_vllm_kwargs
 from trl_ext.common.sampling import _wait_for_server as wait_for_server
 
 
@@ -41,6 +43,59 @@ def test_settings_of_the_trainer(tmp_path, caplog, changes, fields):
     caplog.clear()
     ppo_setups.ppo(tmp_path, **changes)
     assert named(caplog) == fields
+
+
+@pytest.mark.parametrize(
+    "changes, fields",
+    [
+        ({"generation_kwargs": {"stop": ["a"], "max_tokens": 3, "presence_penalty": 0.0}}, []),
+        ({"min_p": 0.1, "generation_kwargs": {"top_k": 4}}, ["top_k", "min_p"]),
+        ({"generation_kwargs": {"presence_penalty": 0.5, "bad_words": ["a"]}}, ["presence_penalty", "bad_words"]),
+        ({"generation_kwargs": {"logit_bias": {5: 1.0}, "min_tokens": 2}}, ["min_tokens", "logit_bias"]),
+        ({"vllm_structured_outputs_regex": "[0-9]+"}, ["vllm_structured_outputs_regex"]),
+    ],
+)
+def test_settings_of_rollouts_in_vllm(tmp_path, caplog, changes, fields):
+    args = setups.arguments(HRPOConfig, tmp_path, temperature=0.8, **changes)
+    assert warn_of_truncation(rollout_config(SimpleNamespace(use_vllm=True, args=args)), 0.8) == fields
+    assert named(caplog) == fields
+
+
+@pytest.mark.vllm
+def test_every_setting_of_vllm_that_changes_the_distribution_is_known():
+    """A new one must be looked at."""
+    from vllm import SamplingParams
+
+    harmless = {
+        *("n", "seed", "logprobs", "temperature", "stop", "stop_token_ids", "ignore_eos", "max_tokens"),
+        *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids", "flat_logprobs"),
+        *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
+        *("output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "extra_args"),
+        *("skip_reading_prefix_cache", "repetition_detection", "routed_experts_prompt_start"),
+        "watermarking",  # by an engine that TRL does not make
+    }
+    known = {*UNCHANGED, *UNCHANGED_IN_VLLM}
+    public = {name for name in inspect.signature(SamplingParams).parameters if not name.startswith("_")}
+    assert not public - harmless - known
+    assert UNCHANGED_IN_VLLM.keys() - {"vllm_structured_outputs_regex"} <= public
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"n": 2}, r"generation_kwargs: n=2: TRL asks for one completion for each row .*, and leave n out"),
+        ({"logprobs": 5}, "generation_kwargs: logprobs=5: TRL would take"),
+        ({"seed": 0}, "generation_kwargs: seed=0: each completion of a group would be the same"),
+    ],
+)
+def test_settings_of_vllm_that_cannot_be_given(tmp_path, kwargs, message):
+    def arguments(**changes):
+        return setups.arguments(HRPOConfig, tmp_path, generation_kwargs=kwargs, **changes)
+
+    with pytest.raises(ValueError, match=message):
+        check_vllm_kwargs(arguments())
+    if "seed" in kwargs:
+        check_vllm_kwargs(arguments(vllm_mode="server"))  # vLLM gives each completion a seed of its own
 
 
 def test_settings_that_the_model_was_published_with(tmp_path, caplog):
