@@ -44,6 +44,7 @@ USUAL = 64  # tokens of a trainer's completions on average
 STEPS = 2  # of a trainer, for one time
 FILE = setups.RESULTS / f"vllm_{setups.device_name()}.json"
 PARTS = ("decoding", "step", "latents")
+ROWS = (32, 256) if setups.CUDA else (32,)  # of decoding; the other parts take the first
 
 
 @contextlib.contextmanager
@@ -80,13 +81,14 @@ def checkpoint(thinks: bool) -> tuple[Any, Any, str]:
     return model, tokenizer, folder
 
 
-def engine(folder: str, rows: int) -> Any:
+@functools.cache
+def engine(folder: str) -> Any:
     from vllm import LLM
 
     return LLM(
         folder,
         max_model_len=512,
-        max_num_seqs=rows,
+        max_num_seqs=ROWS[-1],
         gpu_memory_utilization=0.2 if setups.CUDA else 0.05,
         dtype="bfloat16" if setups.CUDA else "float32",
         logprobs_mode="processed_logprobs",
@@ -149,8 +151,8 @@ def decoding(rows: int) -> dict[str, Any]:
         )
 
     return {
-        "hybrid in vLLM": functools.partial(in_vllm, engine(folder, rows), True),
-        "vLLM without thinking states": functools.partial(in_vllm, engine(checkpoint(False)[2], rows), False),
+        "hybrid in vLLM": functools.partial(in_vllm, engine(folder), True),
+        "vLLM without thinking states": functools.partial(in_vllm, engine(checkpoint(False)[2]), False),
         "hybrid_generate": in_transformers,
         "hybrid_generate that decodes ended rows too": functools.partial(in_transformers, **ALL_ROWS),
     }
@@ -225,17 +227,17 @@ def measured(times: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = CommandLine(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 256] if setups.CUDA else [32])
+    parser.add_argument("--repeats", type=int, default=3 if setups.CUDA else 5)
+    parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--more", action="store_true", help="keep the other parts of the file")
     options = parser.parse_args()
     if len(options.parts) > 1:  # in processes of their own: engines of LLM and of TRL do not share one
         for part in options.parts:
-            given = ["--parts", part, "--repeats", str(options.repeats), "--rows", *map(str, options.rows)]
-            subprocess.run(
-                [sys.executable, __file__, *given, *(["--more"] if part != options.parts[0] else [])], check=True
-            )
+            given = ["--parts", part, "--repeats", str(options.repeats)]
+            given += ["--rows", *map(str, options.rows)] if options.rows else []
+            given += ["--more"] if part != options.parts[0] else []
+            subprocess.run([sys.executable, __file__, *given], check=True)
         return
     torch.set_num_threads(1)
     import vllm
@@ -248,7 +250,7 @@ def main() -> None:
         "repeats": options.repeats,
         "parts": json.loads(FILE.read_text())["parts"] if options.more else {},
     }
-    for rows in options.rows:
+    for rows in options.rows or (ROWS if part == "decoding" else ROWS[:1]):
         works = {"decoding": decoding, "step": step, "latents": latents}[part](rows)
         clock = time.perf_counter if setups.CUDA else time.process_time
         result = measured(setups.interleaved(works, options.repeats, clock=clock))
