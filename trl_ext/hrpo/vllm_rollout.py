@@ -7,6 +7,7 @@ are weights of the plugin's model (`unsloth_ext.hrpo.vllm`).
 import contextlib
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -129,20 +130,26 @@ def thinking_engine(trainer: Any) -> Iterator[None]:
     def settings() -> dict[str, Any]:
         model = trainer.model
         name = type(causal_lm_of(model)).__name__
+        if not model.name_or_path:
+            raise ValueError(
+                "use_vllm=True: vLLM opens the model by its name, and this one has none; save it, and load it from there"
+            )
         check_model(name, model.config)
         check_pushed(model)
+        trainer._tokenizer.save_pretrained(folder)
         half = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
         return {
             "hf_overrides": {
                 "architectures": [PREFIX + name],
                 METHOD.key: asdict(backbone_of(model).thinking_config),
             },
+            "tokenizer": folder,  # the model's folder may have another one, or none
             "additional_config": {"answer_delimiter": trainer.hrpo.answer_delimiter, "pushed_weights": True},
             # "auto" would give a model in float32 half precision
             "dtype": half or str(causal_lm_of(model).dtype).removeprefix("torch."),
         }
 
-    with engine_settings(settings):
+    with tempfile.TemporaryDirectory(prefix="tokenizer") as folder, engine_settings(settings):
         yield
 
 

@@ -146,12 +146,18 @@ class LatentEngine:
             (B * num_return_sequences, C) long, padded on the right.
 
         Raises:
-            ValueError: the engine was made for another model.
+            ValueError: the engine was made for another model, or has no room for an answer.
             RuntimeError: vLLM computes something else than the model.
         """
         prompts = [row[mask.bool()].cpu() for row, mask in zip(embeds.detach(), attention_mask)]
         params = sampling_params(settings, len(prompts))  # before the start, which may seed torch's generator
         self.update(model)
+        room, longest = self.llm.llm_engine.model_config.max_model_len, max(map(len, prompts))
+        if longest + settings.max_new_tokens > room:  # vLLM would cut the answers
+            raise ValueError(
+                f"max_new_tokens={settings.max_new_tokens}: a question has {longest} tokens with the latent ones, and the "
+                f"engine has room for {room} in all; give LatentEngine a larger max_model_len, or ask for fewer"
+            )
         outs = self.llm.generate([{"prompt_embeds": prompt} for prompt in prompts], params, use_tqdm=False)
         rows = [torch.tensor(one.token_ids, dtype=torch.long) for out in outs for one in out.outputs]
         ends = _ends(settings)

@@ -2,10 +2,12 @@
 
 import contextlib
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 import trl
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from patches import fused_lm_head
 from tests import tiny
@@ -85,8 +87,20 @@ def test_the_ratio_is_one_while_all_weights_change(tmp_path):
         check_ratios(trainer)
 
 
+def test_a_model_without_a_name_is_refused(tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base(tmp_path)))
+    model.config._name_or_path = model.name_or_path = ""
+    with (
+        pytest.raises(ValueError, match="vLLM opens the model by its name, and this one has none"),
+        hrpo(tmp_path, model=model),
+    ):
+        pass
+
+
 def test_weights_that_change_without_a_step_are_pushed(tmp_path):
-    """A second `train` begins at the step of the first rollout. And the trainer's end tokens end completions."""
+    """A second `train` begins at the step of the first rollout. And end tokens and tokenizer are the trainer's."""
+    for file in Path(base(tmp_path)).glob("*token*"):
+        file.unlink()
     with hrpo(tmp_path, **FAST, max_steps=1, max_completion_length=40) as trainer:
         end, generate, completions = 7, trainer._generate_single_turn, []
 

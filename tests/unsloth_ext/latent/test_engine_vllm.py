@@ -63,7 +63,12 @@ def test_greedy_answers_are_those_of_transformers(family, method):
         ended = check_equal(model, engine, eos_token_id=[end, 1])
         later = check_equal(model, engine, eos_token_id=end, min_new_tokens=8)
         assert (ended[0, -STEPS:] == end).any() and not torch.equal(ended, later)
-        check_equal(model, engine, max_new_tokens=1)
+        room = 128 + 1 - check_equal(model, engine, max_new_tokens=1).shape[1]
+        check_equal(model, engine, max_new_tokens=room)
+        with pytest.raises(
+            ValueError, match=rf"max_new_tokens={room + 1}: a question has {128 - room} tokens .* 128 in"
+        ):
+            check_equal(model, engine, max_new_tokens=room + 1)
 
 
 def test_new_weights_are_used_at_the_next_call(monkeypatch):

@@ -75,18 +75,26 @@ def take_traces(llm: Any, params: Sequence[Any], outputs: Sequence[Any]) -> list
 
     Returns:
         For each request one trace for each of its completions, of one row (1, C), on the CPU.
+
+    Raises:
+        ValueError: the parameters were not made by `traced`, or two requests share theirs.
     """
+    names = [(one.extra_args or {}).get(TRACE) for one in params]
+    if None in names or len({*names}) < len(names) or len(names) != len(outputs):
+        raise ValueError(
+            "params: each request needs its own SamplingParams, made by traced: [traced(params) for _ in prompts]"
+        )
     # As text, since the engine may run in another process. Each rank has the same traces
     return [
         [
             _trace(fields, completion)
             for fields, completion in zip(
-                unpacked(llm.collective_rpc("take_thinking_traces_text", args=(one.extra_args[TRACE],))[0]),
+                unpacked(llm.collective_rpc("take_thinking_traces_text", args=(name,))[0]),
                 output.outputs,
                 strict=True,
             )
         ]
-        for one, output in zip(params, outputs, strict=True)
+        for name, output in zip(names, outputs, strict=True)
     ]
 
 

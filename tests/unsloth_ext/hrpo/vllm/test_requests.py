@@ -165,6 +165,18 @@ def test_nothing_is_kept_of_requests_that_ended(llm):
     assert not slots._ended
 
 
+def test_requests_that_share_a_trace_are_an_error(llm):
+    """vLLM has one list of traces for both; nothing is taken, so that the traces can still be had."""
+    from unsloth_ext import take_traces
+
+    shared = sampling(max_tokens=2)
+    out = llm.generate([{"prompt_token_ids": text} for text in prompts(2)], shared, use_tqdm=False)
+    for params in ([shared, shared], [shared], [shared, type(shared)()]):
+        with pytest.raises(ValueError, match=r"params: each request needs its own SamplingParams, made by traced"):
+            take_traces(llm, params, out)
+    assert len(worker(llm).take_thinking_traces([shared.extra_args["thinking_trace"]])[0]) == 2
+
+
 def test_log_probs_of_the_prompt_do_not_disturb_the_thinking(llm, model, tokenizer):
     text = prompts(4)[3]
     (one,), ((trace,),) = run(llm, [sampling(max_tokens=STEPS, prompt_logprobs=0)], [text])
