@@ -10,6 +10,8 @@ from xdist.scheduler import LoadFileScheduling
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import vllm_on_cpu  # noqa: F401 - before TRL's trainers import vLLM
 torch.set_num_threads(1)  # tiny tensors: threads only cost, and sums keep one order
 
 
