@@ -17,7 +17,7 @@ def checksum(model: nn.Module) -> tuple:
     sums = [one for value in model.parameters() for one in _weighted(value.detach())]
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     adapters = [(*layer.active_adapters, layer.disable_adapters, *_scaling(layer)) for layer in layers]
-    return (*(int(one) for one in sums), *adapters)
+    return (*torch.stack([one.to(sums[0].device) for one in sums]).tolist(), *adapters)
 
 
 def _weighted(value: torch.Tensor) -> list[torch.Tensor]:
