@@ -34,6 +34,14 @@ if V2:
     from vllm.platforms import current_platform
 
     type(current_platform).simple_compile_backend = "eager"  # inductor would take Triton's stand-in for a compiler
+    _check = current_platform.check_and_update_config
+
+    def _scheduling_ahead(vllm_config):
+        """As on GPUs: vLLM prepares a step before the one before it has ended."""
+        _check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    type(current_platform).check_and_update_config = staticmethod(_scheduling_ahead)
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.HAS_TRITON = False

@@ -33,7 +33,10 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def llm():
+    from tests import vllm_on_cpu
+
     with engine(checkpoint()[1]) as made:
+        assert made.llm_engine.vllm_config.scheduler_config.async_scheduling == vllm_on_cpu.V2  # as on GPUs
         yield made
 
 
