@@ -24,7 +24,8 @@ def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):
         read, config = original(self, model, trust_remote_code, revision, code_revision, **kwargs)
-        if getattr(config, KEY, None) and config.architectures:
+        settings = getattr(config, KEY, None)  # another model may have something else of this name
+        if isinstance(settings, dict) and "thinking_source" in settings and config.architectures:
             config.architectures = [_thinking(str(model), name) for name in config.architectures]
         return read, config
 

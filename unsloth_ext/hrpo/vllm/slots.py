@@ -18,6 +18,7 @@ from ..states import soft_embedding
 
 
 TRACE = "thinking_trace"  # the key of `SamplingParams.extra_args` that asks for a request's trace
+PAGE = 64  # tokens
 LAG = 2  # steps after which a copy to the host is surely complete: vLLM prepares at most this many ahead
 
 
@@ -67,11 +68,11 @@ class Step(NamedTuple):
     slots: np.ndarray
     tokens: np.ndarray
     values: dict[str, torch.Tensor]
-    then: list[tuple[int, int, dict[str, torch.Tensor]]]  # after this step: slots to read, how far, and where to put it
+    then: list[tuple[int, int, dict[str, torch.Tensor] | None]]  # slots to empty after it, how far, and where to
 
 
 class History:
-    """What each step recorded of each request, on the host. It grows with the longest completion.
+    """What each step recorded of each request, on the host, in pages. It grows with the tokens of all running requests.
 
     Args:
         slots: the number of slots.
@@ -80,7 +81,9 @@ class History:
 
     def __init__(self, slots: int, widths: dict[str, tuple[int, torch.dtype]]):
         self.length = np.zeros(slots, dtype=np.int64)
-        self._data = {name: torch.empty(slots, 0, width, dtype=dtype) for name, (width, dtype) in widths.items()}
+        self._data = {name: torch.empty(0, PAGE, width, dtype=dtype) for name, (width, dtype) in widths.items()}
+        self._pages = np.full((slots, 0), -1)  # of each slot
+        self._free: list[int] = []  # pages
         self._pending: list[Step] = []
 
     def record(self, slots: np.ndarray, index: np.ndarray, values: dict[str, torch.Tensor]) -> None:
@@ -106,25 +109,40 @@ class History:
         self.flush()
         return self._copy(slot, start, int(self.length[slot]) if end is None else end)
 
-    def read_later(self, slot: int) -> dict[str, torch.Tensor]:
-        """Return what `read` returns, without waiting: the dictionary is filled later, by `flush` at the latest."""
+    def empty(self, slot: int) -> None:
+        """Give the pages of a slot to others."""
+        self._free += self._pages[slot][self._pages[slot] >= 0].tolist()
+        self._pages[slot] = -1
+
+    def empty_later(self, slot: int, wanted: bool) -> dict[str, torch.Tensor]:
+        """Empty a slot without waiting for the last steps.
+
+        Args:
+            slot: the slot.
+            wanted: whether its fields are.
+
+        Returns:
+            What `read` returns, if they are wanted. The dictionary is filled later, by `flush` at the latest.
+        """
         past: dict[str, torch.Tensor] = {}
         if self._pending:
-            self._pending[-1].then.append((slot, int(self.length[slot]), past))
+            self._pending[-1].then.append((slot, int(self.length[slot]), past if wanted else None))
         else:
-            past |= self.read(slot)
+            past |= self.read(slot) if wanted else {}
+            self.empty(slot)
         return past
 
     def _copy(self, slot: int, start: int, end: int) -> dict[str, torch.Tensor]:
-        return {name: data[slot, start:end].clone() for name, data in self._data.items()}
+        place = self._places(np.full(end - start, slot), np.arange(start, end))
+        return {name: data.flatten(0, 1)[place] for name, data in self._data.items()}
 
     @torch.inference_mode(False)
     def restore(self, slot: int, past: dict[str, torch.Tensor], length: int) -> None:
         """Put the first `length` tokens of what `read` returned into a slot."""
         self.flush()
-        self._reserve(length)
+        place = self._places(np.full(length, slot), np.arange(length))
         for name, value in past.items():
-            self._data[name][slot, :length] = value[:length]
+            self._data[name].flatten(0, 1)[place] = value[:length]
         self.length[slot] = length
 
     @torch.inference_mode(False)
@@ -133,21 +151,37 @@ class History:
         for step in done:
             if step.event is not None:
                 step.event.synchronize()
-            kept = torch.from_numpy(np.flatnonzero(step.tokens >= 0))
-            if len(kept):
-                self._reserve(int(step.tokens.max()) + 1)
-                place = torch.from_numpy(step.slots)[kept], torch.from_numpy(step.tokens)[kept]
-                for name, value in step.values.items():
-                    self._data[name][place] = value[kept]
+            kept = np.flatnonzero(step.tokens >= 0)
+            place = self._places(step.slots[kept], step.tokens[kept])
+            for name, value in step.values.items():
+                self._data[name].flatten(0, 1)[place] = value[torch.from_numpy(kept)]
             for slot, length, past in step.then:
-                past |= self._copy(slot, 0, length)
+                if past is not None:
+                    past |= self._copy(slot, 0, length)
+                self.empty(slot)
 
-    def _reserve(self, length: int) -> None:
-        for name, data in self._data.items():
-            if length > data.shape[1]:
-                larger = data.new_empty(len(data), max(length, 2 * data.shape[1], 64), data.shape[2])
-                larger[:, : data.shape[1]] = data
-                self._data[name] = larger
+    def _places(self, slots: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
+        """Where some tokens (N,) of some slots (N,) stand among the tokens of all pages; pages are made for new ones."""
+        page = tokens // PAGE
+        if (more := int(page.max(initial=-1)) + 1 - self._pages.shape[1]) > 0:
+            self._pages = np.pad(self._pages, ((0, 0), (0, more)), constant_values=-1)
+        new = self._pages[slots, page] < 0
+        if new.any():
+            missing = np.unique(np.stack([slots[new], page[new]]), axis=1)
+            self._pages[missing[0], missing[1]] = self._take(missing.shape[1])
+        return torch.from_numpy(self._pages[slots, page] * PAGE + tokens % PAGE)
+
+    def _take(self, count: int) -> list[int]:
+        """Take free pages."""
+        if count > len(self._free):
+            before = len(next(iter(self._data.values())))
+            after = before + max(count - len(self._free), before)  # doubled, so that copies are few
+            for name, data in self._data.items():
+                self._data[name] = data.new_empty(after, *data.shape[1:])
+                self._data[name][:before] = data
+            self._free += range(before, after)
+        taken, self._free[-count:] = self._free[-count:], []
+        return taken
 
 
 class ThinkingSlots:
@@ -218,14 +252,17 @@ class ThinkingSlots:
         if request is None or request.slot is None:
             return []
         slot, request.past, request.slot = request.slot, self.history.read(request.slot), None
+        self.history.empty(slot)
         return [slot]
 
     def finish(self, names: Collection[str]) -> list[int]:
         """Forget requests that ended, and return their slots. Traces that were asked for are kept until `take`."""
         ended = [self.requests.pop(name) for name in names if name in self.requests]
         for request in ended:
+            past = request.past
+            if request.slot is not None:
+                past = self.history.empty_later(request.slot, wanted=request.trace is not None)
             if request.trace is not None:
-                past = request.past if request.slot is None else self.history.read_later(request.slot)
                 self._ended.setdefault(request.trace, []).append((request.id, past))
         return [request.slot for request in ended if request.slot is not None]
 
