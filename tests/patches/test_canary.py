@@ -156,6 +156,7 @@ TEXT = [
     ),
     ("peft.peft_model", "self.base_model.model.generation_config = self.generation_config", "whose config counts"),
     ("peft.utils.other", "disable_adapters", "the KL reference does not think"),
+    ("trl.trainer.grpo_trainer", "self.state.global_step != self._last_loaded_step", "when weights go to vLLM"),
     ("peft.utils.other", "copy.deepcopy(self.original_module)", "a small module's copy has the original's digits"),
     ("trl.trainer.grpo_trainer", "param.data = param.data.to(torch.bfloat16)", "keeping_master_weights undoes it"),
     ("trl.trainer.sft_trainer", "param.data = param.data.to(torch.bfloat16)", "keeping_master_weights undoes it"),

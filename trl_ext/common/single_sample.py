@@ -10,12 +10,11 @@ import torch
 import trl
 from trl import GRPOConfig
 
-import patches
-
 from . import mixin_bases
 from .config_checks import check_values, must_stay
 from .rollout_diagnostics import RolloutDiagnostics
 from .sampling import check_generation_kwargs, check_vllm_rollouts, rollout_config, warn_of_truncation
+from .vllm_pushes import pushing_weights
 
 
 @dataclass
@@ -77,7 +76,7 @@ class OwnAdvantages(mixin_bases.GRPOTrainer):
         raise NotImplementedError
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with patches.applied("vllm_pushed_weights") if self.use_vllm else contextlib.nullcontext():
+        with pushing_weights(self) if self.use_vllm else contextlib.nullcontext():
             return super()._generate(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:

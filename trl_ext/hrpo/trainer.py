@@ -23,7 +23,6 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-import patches
 from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
@@ -41,6 +40,7 @@ from ..common.model_loading import attach_saved, keeping_master_weights, prepari
 from ..common.parameter_groups import clip_each_role, split_by_role
 from ..common.rollout_diagnostics import RolloutDiagnostics
 from ..common.sampling import check_generation_kwargs, rollout_config, warn_of_truncation
+from ..common.vllm_pushes import pushing_weights
 from . import vllm_rollout
 from .config import HRPOArguments
 from .monitors import GateMonitor, ratio_deviation
@@ -88,7 +88,6 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._saved: ThinkingTrace | None = None
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
-        self.pushed_weights: tuple = ()  # the checksum of those that vLLM has
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
         use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
@@ -202,8 +201,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if not self.thinking:
             return super()._generate_single_turn(*args, **kwargs)
         if self.use_vllm:
-            vllm_rollout.push_if_changed(self)
-            with patches.applied("vllm_pushed_weights"), vllm_rollout.asking_for_traces(self) as name:
+            with pushing_weights(self), vllm_rollout.asking_for_traces(self) as name:
                 completions, log_probs = super()._generate_single_turn(*args, **kwargs)
                 self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)
             return completions, log_probs

@@ -24,7 +24,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import strtobool
 
 from patches.vllm_engine_settings import engine_settings
-from unsloth_ext.common.checksum import checksum
 from unsloth_ext.common.settings_file import read_json
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.hrpo.decoding import ThinkingTrace
@@ -193,18 +192,6 @@ def _server_problem(trainer: Any) -> str | None:
 def _ask(client: Any, method: str, *args: str) -> Any:
     """Call a method of the server's first worker."""
     return client._post(f"{client.base_url}/collective_rpc", json={"method": method, "args": [*args]})["results"][0]
-
-
-def push_if_changed(trainer: Any) -> None:
-    """Let TRL push the weights before the next rollout if they changed.
-
-    TRL does so when the number of the step has changed. But weights can change without a step, as when a checkpoint is
-    loaded, and `train` can begin again at the number where it was.
-    """
-    found = checksum(trainer.model)
-    if found != trainer.pushed_weights:
-        trainer._last_loaded_step = -1
-    trainer.pushed_weights = found
 
 
 @contextlib.contextmanager

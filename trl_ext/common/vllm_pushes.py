@@ -1,0 +1,26 @@
+"""How the weights of a trainer come to vLLM: whenever they changed, and without rounding those of the base model (ours)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import patches
+from unsloth_ext.common.checksum import checksum
+
+
+@contextlib.contextmanager
+def pushing_weights(trainer: Any) -> Iterator[None]:
+    """Let TRL push the weights for the rollouts in the block, if they changed since the last push.
+
+    TRL pushes when the number of the step has changed. But weights can change without a step, as when a checkpoint is
+    loaded, and `train` can begin again at the number where it was.
+
+    Args:
+        trainer: one of TRL's `GRPOTrainer`s, with `use_vllm`.
+    """
+    found = checksum(trainer.model)
+    if found != getattr(trainer, "pushed_weights", None):
+        trainer._last_loaded_step = -1
+    trainer.pushed_weights = found
+    with patches.applied("vllm_pushed_weights"):
+        yield
