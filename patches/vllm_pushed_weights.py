@@ -19,16 +19,19 @@ from .registry import Patch, Site
 NAME = "vllm_pushed_weights"
 
 
-def _merged(value: torch.Tensor, layers: list[Any]) -> torch.Tensor:
-    """Merge the adapters of these layers, read a base weight of theirs, and put the old weights back."""
+def _merged(layers: list[Any]) -> dict[int, torch.Tensor]:
+    """Merge the adapters of these layers, copy their base weights, and put the old ones back.
+
+    Returns:
+        The copies, by the address of the old weight.
+    """
     parameters = {p: p.data for layer in layers for p in layer.get_base_layer().parameters(recurse=False)}
-    (wanted,) = [p for p, data in parameters.items() if data.data_ptr() == value.data_ptr()]
     try:
         for parameter, data in parameters.items():
             parameter.data = data.clone()
         for layer in layers:
             layer.merge()
-        return wanted.data.clone()
+        return {data.data_ptr(): parameter.data.clone() for parameter, data in parameters.items()}
     finally:
         for layer in layers:
             if layer.merged:
@@ -59,10 +62,13 @@ def _wrap(original: Any) -> Any:
                     adapted[parameter.data_ptr()].append(layer)
         model.merge_adapter = model.base_model._check_merge_allowed
         model.unmerge_adapter = lambda: None
+        merged: dict[int, torch.Tensor] = {}  # a layer's bias, while its weight is pushed
         try:
             for name, value in original(self):
-                layers = adapted.get(value.data_ptr())
-                yield name, _merged(value, layers) if layers else value
+                place = value.data_ptr()
+                if place in adapted and place not in merged:
+                    merged |= _merged(adapted[place])
+                yield name, merged.pop(place, value)
         finally:
             del model.merge_adapter, model.unmerge_adapter
 

@@ -68,7 +68,8 @@ class Step(NamedTuple):
     slots: np.ndarray
     tokens: np.ndarray
     values: dict[str, torch.Tensor]
-    then: list[tuple[int, int, dict[str, torch.Tensor] | None]]  # slots to empty after it, how far, and where to
+    # Slots that are emptied after this step, with their number of tokens, and where these go; None: nowhere
+    then: list[tuple[int, int, dict[str, torch.Tensor] | None]]
 
 
 class History:
