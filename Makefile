@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow test-vllm test-vllm-slow vllm-env bench-vllm mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor test coverage test-slow test-vllm test-vllm-slow vllm-env bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -98,8 +98,13 @@ test-vllm-slow: vllm-env  ## the long tests of vLLM, and all of them with the mo
 	@$(VLLM_RUN) -m pytest -m "vllm and slow" $(VLLM_HRPO) $(VLLM_REST) --timeout 1200 $(ARGS)
 	@TRITON_INTERPRET=1 $(VLLM_RUN) -m pytest -m "vllm and not v1" $(VLLM_HRPO) $(VLLM_REST) --timeout 1200 $(ARGS)
 
+BENCH_VLLM = @PYTHONPATH=. $(if $(GPU),$(RUN),$(VLLM_CPU) $(VLLM_RUN)) benchmarks/$(subst -,_,$@).py $(ARGS)
+
 bench-vllm: $(if $(GPU),$(VENV)/.vllm,vllm-env)  ## thinking states in vLLM against vLLM, generate and TRL
-	@PYTHONPATH=. $(if $(GPU),$(RUN),$(VLLM_CPU) $(VLLM_RUN)) benchmarks/bench_vllm.py $(ARGS)
+	$(BENCH_VLLM)
+
+bench-vllm-learning: $(if $(GPU),$(VENV)/.vllm,vllm-env)  ## HRPO over seeds, with rollouts in vLLM and without
+	$(BENCH_VLLM)
 
 mutants: $(READY)  ## change the method code in 200 places and list the changes that no test notices
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.mutate $(ARGS)

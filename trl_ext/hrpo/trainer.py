@@ -107,8 +107,6 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._attach(given)
         with self._attaching(), keeping_master_weights(self, given["model"]), self._thinking_engine(args):
             super().__init__(**given)
-        if use_vllm and args.vllm_mode == "server":
-            vllm_rollout.check_server(self)
         check_batches(self.model)
         backbone = backbone_of(self.model)
         if is_peft_model(self.model):
@@ -117,6 +115,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self.matcher = DelimiterMatcher(
             self._tokenizer, self.hrpo.answer_delimiter, self.model.config.get_text_config().vocab_size
         )
+        if use_vllm and args.vllm_mode == "server":
+            vllm_rollout.check_server(self)
         decoding = rollout_config(self)
         warn_of_truncation(decoding, self.temperature)
         self.warper = Warper.of(decoding)

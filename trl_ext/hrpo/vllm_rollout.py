@@ -159,7 +159,7 @@ def check_server(trainer: Any) -> None:
         trainer: the constructed `HRPOTrainer`.
 
     Raises:
-        ValueError: from `check_pushed`, or the server does not think, or thinks in another way.
+        ValueError: from `check_pushed`, or the server does not think, thinks in another way, or is several engines.
     """
     check_pushed(trainer.model)
     problem = [_server_problem(trainer) if trainer.accelerator.is_main_process else None]
@@ -174,24 +174,37 @@ def _server_problem(trainer: Any) -> str | None:
     initial = ("residual_r_min", "residual_r_max")  # of new modules only
     client = trainer.vllm_generation.vllm_client
     try:
-        found = _ask(client, "describe_thinking")
+        workers = _results(client, "describe_thinking")
+        total = client.get_world_size()
     except Exception as error:
         return (
             f"the server at {client.base_url} does not say how it thinks ({error}); start it on a model with thinking "
             "modules, with VLLM_SERVER_DEV_MODE=1, where this package is installed (docs/vllm.md)"
         )
+    if total > len(workers):
+        return (
+            f"the server at {client.base_url} has {total // len(workers)} data-parallel engines, and the traces of "
+            "thinking states can be read from one only; start it with --data-parallel-size 1"
+        )
+    found = workers[0]
     for name in sorted(wanted.keys() - {*initial}):
         if found[name] != wanted[name]:
             return (
                 f"{name} is {wanted[name]!r} in the trainer and {found[name]!r} in the server at {client.base_url}; start "
                 "the server with the trainer's"
             )
+    if found["delimiter_digest"] != trainer.matcher.digest:
+        return (
+            f"the delimiter {trainer.matcher.delimiter!r} has other tokens in the trainer than in the server at "
+            f"{client.base_url}: their tokenizers or the sizes of their vocabularies differ; start the server with the "
+            "trainer's tokenizer (--tokenizer)"
+        )
     return None
 
 
-def _ask(client: Any, method: str, *args: str) -> Any:
-    """Call a method of the server's first worker."""
-    return client._post(f"{client.base_url}/collective_rpc", json={"method": method, "args": [*args]})["results"][0]
+def _results(client: Any, method: str, *args: str) -> list[Any]:
+    """Call a method of each worker of the server's first engine."""
+    return client._post(f"{client.base_url}/collective_rpc", json={"method": method, "args": [*args]})["results"]
 
 
 @contextlib.contextmanager
@@ -296,7 +309,7 @@ def _rows(trainer: Any, name: str, count: int) -> list[dict[str, torch.Tensor]]:
     else:
         payload = [None]
         if accelerator.is_main_process:
-            payload = [_ask(generation.vllm_client, "take_thinking_traces_text", name)]
+            payload = _results(generation.vllm_client, "take_thinking_traces_text", name)[:1]
         rows = unpacked(broadcast_object_list(payload, from_process=0)[0])
         start = accelerator.process_index * count
     if len(rows) < start + count:

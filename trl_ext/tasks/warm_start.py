@@ -25,7 +25,9 @@ from . import arithmetic, equations, facts
 from . import data as task_data
 
 
-def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
+def tiny_warm_start(
+    cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool, heads: int = 4
+) -> str:
     """The folder of the tiny model after `steps` of SFT on the imperfect demonstrations.
 
     It is trained once for each setting. The folder's name is a hash of everything that the weights depend on.
@@ -37,6 +39,7 @@ def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimi
         steps: number of SFT steps.
         delimiter: the text before the answer.
         progress: show a progress bar.
+        heads: number of attention heads.
     """
     batch = 32
 
@@ -44,7 +47,8 @@ def tiny_warm_start(cache: Path, *, seed: int, held_out: int, steps: int, delimi
         return arithmetic.demonstrations(arithmetic.split_problems(held_out, seed)[0], batch * steps, seed, delimiter)
 
     tokenizer = arithmetic.character_tokenizer()
-    taught = Taught(arithmetic.tiny_config(tokenizer), tokenizer, sft_settings(steps, batch, 4e-3, seed))
+    config = arithmetic.tiny_config(tokenizer, heads=heads, kv_heads=heads)
+    taught = Taught(config, tokenizer, sft_settings(steps, batch, 4e-3, seed))
     return taught.folder(cache, "tiny", [held_out, seed, steps, delimiter], rows, progress)
 
 

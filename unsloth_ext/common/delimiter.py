@@ -5,6 +5,7 @@ each token of the vocabulary. Feeding a batch of tokens is one gather on the dev
 over several tokens, even within a character, and those that lie inside one token.
 """
 
+import hashlib
 import re
 
 import torch
@@ -53,6 +54,11 @@ class DelimiterMatcher:
                 )
                 + "Choose a delimiter of ordinary tokens"
             )
+
+    @property
+    def digest(self) -> str:
+        """A hash of the table. It is the same for tokenizers with which the same tokens complete the delimiter."""
+        return hashlib.sha256(self.table.numpy().tobytes()).hexdigest()
 
     def step(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Advance the state of each row by one token, without host synchronisation.

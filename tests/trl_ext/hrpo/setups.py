@@ -52,7 +52,16 @@ def lora(**changes) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **changes})
 
 
-def hrpo(tmp_path: Path, *, peft: bool | LoraConfig = True, model=None, dataset=None, reward=reward_digits, **changes):
+def hrpo(
+    tmp_path: Path,
+    *,
+    peft: bool | LoraConfig = True,
+    model=None,
+    dataset=None,
+    reward=reward_digits,
+    tokenizer=None,
+    **changes,
+):
     """An HRPOTrainer; its delimiter '#' occurs in random completions."""
     from trl_ext import HRPOConfig, HRPOTrainer
 
@@ -62,7 +71,7 @@ def hrpo(tmp_path: Path, *, peft: bool | LoraConfig = True, model=None, dataset=
         reward,
         args,
         train_dataset=dataset or prompts(),
-        processing_class=tiny.tokenizer(),
+        processing_class=tokenizer or tiny.tokenizer(),
         peft_config=lora() if peft is True else peft or None,
     )
 

@@ -80,7 +80,7 @@ def test_nothing_that_changes_the_model_is_left_out_of_its_name(where, monkeypat
         kind
     ]
     config = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *how: _wider(config(*how)))
+    monkeypatch.setattr(module, name, lambda *how, **more: _wider(config(*how, **more)))
     changed.add(where(kind))
     assert same not in changed
 
@@ -92,6 +92,7 @@ def _wider(config):
 
 def test_the_delimiter_and_the_size_count(where):
     assert len({where(), where(delimiter="##"), where(kind="steps"), where(kind="facts")}) == 4
+    assert where(heads=3) != where()
     assert where(kind="steps", size=equations.TEACHER) != where(kind="steps")
     assert where(kind="facts", size=facts.Size(width=32)) != where(kind="facts")
 

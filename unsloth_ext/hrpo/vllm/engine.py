@@ -33,8 +33,14 @@ def thinking_llm(model: str, answer_delimiter: str = DELIMITER, **settings: Any)
             thinks, or a setting does not work with thinking states.
     """
     require_vllm("thinking_llm")
-    check_name(model)
-    saved = read_saved(model, METHOD.name)
+    if settings.get("revision"):  # whose settings are not those that are read here
+        raise ValueError(
+            f"revision={settings['revision']!r}: download it, and open the folder: thinking_llm(huggingface_hub."
+            f"snapshot_download({model!r}, revision={settings['revision']!r}))"
+        )
+    token = settings["hf_token"] if isinstance(settings.get("hf_token"), str) else None
+    check_name(model, token)
+    saved = read_saved(model, METHOD.name, token)
     if saved.adapter is not None:
         raise ValueError(
             f"{model} is an adapter, and vLLM needs a full model. Merge it: model, tokenizer = FastThinkingModel."

@@ -34,6 +34,7 @@ class HybridModel(nn.Module):
         answer_delimiter: the text that ends the thinking.
         thinking_table (S, V + 1): int16, of the delimiter's automaton (`DelimiterMatcher`).
         thinking_done: the state in which the delimiter is complete.
+        thinking_digest: the hash of the table (`DelimiterMatcher.digest`).
         thinking_width: d.
         pushed_weights: whether a trainer pushes its weights (`additional_config["pushed_weights"]`).
         seen_hidden: the hidden states (B, d) that the last logits were computed from.
@@ -63,7 +64,7 @@ class HybridModel(nn.Module):
         )
         self.answer_delimiter = vllm_config.additional_config.get("answer_delimiter", DELIMITER)
         matcher = DelimiterMatcher(tokenizer, self.answer_delimiter, model_config.get_vocab_size())
-        self.thinking_done = matcher.done
+        self.thinking_done, self.thinking_digest = matcher.done, matcher.digest
         # A buffer of the model, so that vLLM keeps it when it sleeps
         self.register_buffer("thinking_table", matcher.table.to(device), persistent=False)
         self.seen_hidden: torch.Tensor | None = None

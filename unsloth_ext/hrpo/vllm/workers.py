@@ -64,6 +64,10 @@ class HybridWorker(Worker):
         return packed(in_order(self.slots.take([trace])[0]))
 
     def describe_thinking(self) -> dict[str, Any]:
-        """How this engine thinks: the settings of the thinking modules, and `answer_delimiter`."""
+        """How this engine thinks: the settings of the thinking modules, the delimiter, and the digest of its tokens."""
         model: Any = self.model_runner.get_model()
-        return {**asdict(model.model.thinking_config), "answer_delimiter": model.answer_delimiter}
+        return {
+            **asdict(model.model.thinking_config),
+            "answer_delimiter": model.answer_delimiter,
+            "delimiter_digest": model.thinking_digest,
+        }

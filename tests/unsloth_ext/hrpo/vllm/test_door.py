@@ -58,6 +58,10 @@ def test_what_cannot_be_opened_is_refused_before_anything_starts(installed, tmp_
     FastThinkingModel.get_peft_model(tiny.model("qwen2"), r=2).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"is an adapter, and vLLM needs a full model\. Merge it: .*merge"):
         thinking_llm(str(tmp_path / "adapter"))
+    with pytest.raises(
+        ValueError, match=r"revision='v2': download it, .*snapshot_download\('me/thinks', revision='v2'\)"
+    ):
+        thinking_llm("me/thinks", revision="v2")
 
 
 def parts(*names):

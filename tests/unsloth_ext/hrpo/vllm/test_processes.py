@@ -126,9 +126,16 @@ def test_a_trainer_rolls_out_on_a_server(server, tmp_path, monkeypatch):
     for changes, message in (
         ({"answer_delimiter": "#"}, r"answer_delimiter is '#' in the trainer and '##' in the server"),
         ({"model": plain(tmp_path), "thinking_norm": "none"}, r"thinking_norm is 'none' in the trainer and 'unit'"),
+        (
+            {"tokenizer": tiny.tokenizer(("1#", "##"))},
+            r"the delimiter '##' has other tokens in the trainer than in the",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             setups.hrpo(tmp_path, **{"answer_delimiter": DELIMITER, **settings, **changes})
+    monkeypatch.setattr(VLLMClient, "get_world_size", lambda self: 2)  # as with --data-parallel-size 2
+    with pytest.raises(ValueError, match=r"the server at .* has 2 data-parallel engines, .*--data-parallel-size 1"):
+        setups.hrpo(tmp_path, answer_delimiter=DELIMITER, **settings)
 
 
 @pytest.mark.slow
