@@ -6,6 +6,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from unsloth_ext.hrpo.vllm.plugin import check_engine
+
 from .engines import checkpoint, engine
 
 
@@ -79,3 +81,16 @@ def test_beam_search_is_refused():
         pytest.raises(ValueError, match="beam_search: it sends completions as prompts"),
     ):
         llm.beam_search([{"prompt_token_ids": [5]}], BeamSearchParams(beam_width=2, max_tokens=2))
+
+
+@pytest.mark.v1
+def test_the_older_model_runner_is_refused_where_there_is_a_gpu(monkeypatch):
+    from vllm.platforms import current_platform
+
+    with engine(checkpoint()[1]) as llm, monkeypatch.context() as patch:
+        config = llm.llm_engine.vllm_config
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        check_engine(config)
+        patch.setattr(type(current_platform), "is_cpu", lambda self: False)
+        with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0: vLLM cannot decode thinking states with it"):
+            check_engine(config)
