@@ -105,7 +105,7 @@ def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tu
             f"--model_name {name} can only train in one process; pass a hub id or a folder with accelerate launch"
         )
     if getattr(args, "use_vllm", False):
-        check_vllm_rollouts(args)
+        check_vllm_rollouts(args, thinks=getattr(args, "thinking", False))
     if script.overwrite:
         check_apart(Path(args.output_dir), {**vars(args), **vars(script)})
     console = PlainConsole(quiet=args.process_index > 0)

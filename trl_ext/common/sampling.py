@@ -94,19 +94,21 @@ def check_generation_kwargs(given: dict[str, Any] | None) -> None:
             raise ValueError(f"generation_kwargs: temperature={value!r}: must be more than 0")
 
 
-def check_vllm_rollouts(args: Any) -> None:
+def check_vllm_rollouts(args: Any, thinks: bool = False) -> None:
     """Check, before anything is loaded, that vLLM is there and knows the settings of rollouts. Wait for its server.
 
     Args:
         args: the trainer's arguments.
+        thinks: rollouts have thinking states.
 
     Raises:
         ImportError: vLLM is not installed, or not in a tested version.
-        ValueError: vLLM has no setting of a name in `generation_kwargs`, or TRL cannot pass it on, the device or the number
-            of processes does not suit a setting, or there is no server.
+        ValueError: vLLM has no setting of a name in `generation_kwargs`, or refuses its value, or TRL cannot pass it on;
+            the device or the number of processes does not suit a setting; or there is no server.
     """
     require_vllm("use_vllm=True")
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
 
     params = dict.fromkeys(inspect.signature(SamplingParams).parameters)
@@ -119,7 +121,11 @@ def check_vllm_rollouts(args: Any) -> None:
         if args.process_index == 0:
             _wait_for_server(args)
         return
-    if current_platform.is_cpu() and not getattr(args, "thinking", False):  # HRPO's models keep their weights
+    try:
+        SamplingParams(**(args.generation_kwargs or {}))
+    except (AttributeError, TypeError, ValueError, VLLMValidationError) as error:
+        raise ValueError(f"generation_kwargs: vLLM refuses them: {error}") from error
+    if current_platform.is_cpu() and not thinks:  # models that think keep their weights
         raise ValueError(
             "use_vllm=True: TRL cannot push weights to vLLM's build for CPUs, which packs them; set use_vllm=False"
         )

@@ -39,7 +39,7 @@ from ..common.metric_sums import ExactMeans
 from ..common.model_loading import attach_saved, keeping_master_weights, preparing_models
 from ..common.parameter_groups import clip_each_role, split_by_role
 from ..common.rollout_diagnostics import RolloutDiagnostics
-from ..common.sampling import check_generation_kwargs, rollout_config, warn_of_truncation
+from ..common.sampling import check_generation_kwargs, check_vllm_rollouts, rollout_config, warn_of_truncation
 from ..common.vllm_pushes import pushing_weights
 from . import vllm_rollout
 from .config import HRPOArguments
@@ -92,6 +92,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
             if use_vllm:
+                self._check_plain_vllm(args)
                 vllm_rollout.refuse_thinking_model(given["model"], getattr(self.hrpo, "hub_token", None))
             super().__init__(**given)
             self.add_callback(RolloutDiagnostics())
@@ -129,6 +130,10 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
     def _check_vllm(self, args: Any) -> None:
         """Raise an error, before anything is loaded, if vLLM cannot make the rollouts."""
         vllm_rollout.check_vllm(args)
+
+    def _check_plain_vllm(self, args: Any) -> None:
+        """The same for rollouts that do not think."""
+        check_vllm_rollouts(args)
 
     def _cannot_think(self, given: dict[str, Any]) -> bool:
         for name in ("tools", "environment_factory", "rollout_func"):

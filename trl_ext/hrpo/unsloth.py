@@ -57,6 +57,9 @@ class UnslothHRPOMixin(HRPOMixin):
             "think; set use_vllm=False, or train without importing unsloth"
         )
 
+    def _check_plain_vllm(self, args: Any) -> None:
+        """Unsloth makes the engine, and checks it."""
+
     def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # Unsloth wraps the constructor in another signature; the class below has TRL's
         signature = inspect.signature(_base(type(self), "compute_loss").__init__)

@@ -52,7 +52,7 @@ def check_vllm(args: Any) -> None:
             "use_vllm=True: FSDP and DeepSpeed ZeRO-3 split the weights of the thinking modules, which rollouts in vLLM "
             "need whole; launch with DDP (accelerate's multi_gpu), or set use_vllm=False"
         )
-    check_vllm_rollouts(args)
+    check_vllm_rollouts(args, thinks=True)
     if args.vllm_model_impl not in ("auto", "vllm"):
         raise ValueError(
             f"vllm_model_impl={args.vllm_model_impl!r}: only vLLM's own models can think; set vllm_model_impl='auto'"
@@ -136,6 +136,7 @@ def thinking_engine(trainer: Any) -> Iterator[None]:
         check_model(name, model.config)
         check_pushed(model)
         trainer._tokenizer.save_pretrained(folder)
+        causal_lm_of(model).config.save_pretrained(folder)  # vLLM looks for it beside a tokenizer, and waits for it
         half = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
         return {
             "hf_overrides": {
@@ -218,7 +219,10 @@ def asking_for_traces(trainer: Any) -> Iterator[str]:
 
     Raises:
         RuntimeError: the engine failed.
+        ValueError: it refused the rollout's settings.
     """
+    from vllm.exceptions import VLLMValidationError
+
     generation = trainer.vllm_generation
     name, before = uuid.uuid4().hex, generation.generation_kwargs
     key = "vllm_xargs" if generation.mode == "server" else "extra_args"
@@ -232,6 +236,11 @@ def asking_for_traces(trainer: Any) -> Iterator[str]:
         if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
             _draw_alike(generation.tp_group)
         yield name
+    except VLLMValidationError as error:
+        raise ValueError(
+            f"vLLM refused the rollout of step {trainer.state.global_step + 1}: {error}; correct vllm_max_model_length or "
+            "generation_kwargs"
+        ) from error
     except Exception as error:
         saved = get_last_checkpoint(trainer.args.output_dir) if os.path.isdir(trainer.args.output_dir) else None
         what = (

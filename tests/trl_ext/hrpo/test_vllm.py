@@ -214,6 +214,18 @@ def test_an_engine_that_fails_ends_the_run_with_a_sentence(tmp_path, monkeypatch
         assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
+def test_settings_that_vllm_refuses_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"generation_kwargs: vLLM refuses them: .*min_tokens"):
+        setups.hrpo(tmp_path, model=base(tmp_path), use_vllm=True, generation_kwargs={"min_tokens": -1})
+    with (
+        hrpo(tmp_path, vllm_max_model_length=8, max_steps=1) as trainer,
+        pytest.raises(
+            ValueError, match=r"vLLM refused the rollout of step 1: .*; correct vllm_max_model_length or gen"
+        ),
+    ):
+        trainer.train()
+
+
 def test_without_thinking_it_is_trls_trainer(tmp_path, monkeypatch):
     """Every loss and every parameter, bit for bit. vLLM's build for CPUs drops the weights that TRL would write to."""
     from vllm.model_executor.layers import utils
@@ -222,6 +234,9 @@ def test_without_thinking_it_is_trls_trainer(tmp_path, monkeypatch):
         layer.cpu_linear = torch.nn.functional.linear
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
+    with pytest.raises(ValueError, match="TRL cannot push weights to vLLM's build for CPUs, which packs them"):
+        setups.hrpo(tmp_path, model=base(tmp_path), thinking=False, use_vllm=True)
+    monkeypatch.setattr("trl_ext.hrpo.trainer.check_vllm_rollouts", lambda args: None)
     fused_lm_head.ensure()  # TRL's kernel needs a GPU
 
     def stock(folder, *, model, **changes):

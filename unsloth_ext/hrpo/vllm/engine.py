@@ -83,13 +83,17 @@ def take_traces(llm: Any, params: Sequence[Any], outputs: Sequence[Any]) -> list
         For each request one trace for each of its completions, of one row (1, C), on the CPU.
 
     Raises:
-        ValueError: the parameters were not made by `traced`, or two requests share theirs.
+        ValueError: the parameters were not made by `traced`, two requests share theirs, they are not those of `outputs`, or
+            the traces were taken already. Nothing is taken then.
     """
     names = [(one.extra_args or {}).get(TRACE) for one in params]
     if None in names or len({*names}) < len(names) or len(names) != len(outputs):
         raise ValueError(
             "params: each request needs its own SamplingParams, made by traced: [traced(params) for _ in prompts]"
         )
+    held = llm.collective_rpc("thinking_trace_requests", args=(names,))[0]
+    for i, (found, output) in enumerate(zip(held, outputs, strict=True)):
+        _check_requests(i, sorted(found), output)
     # As text, since the engine may run in another process. Each rank has the same traces
     return [
         [
@@ -102,6 +106,20 @@ def take_traces(llm: Any, params: Sequence[Any], outputs: Sequence[Any]) -> list
         ]
         for name, output in zip(names, outputs, strict=True)
     ]
+
+
+def _check_requests(i: int, found: list[str], output: Any) -> None:
+    """Raise a ValueError if `found`, vLLM's names of traced requests, are not those of an output."""
+    if not found:
+        raise ValueError(f"params[{i}]: the engine has no trace of request {output.request_id}; it was taken already")
+    many = len(output.outputs) > 1
+    wanted = [f"{k}_{output.request_id}" if many else output.request_id for k in range(len(output.outputs))]
+    own = [name[: -len("-8d929ca4")] for name in found]  # vLLM adds such characters to its users' names
+    if own != sorted(wanted):
+        raise ValueError(
+            f"params[{i}] are those of request {', '.join(own)}, and outputs[{i}] is of {', '.join(wanted)}: give the "
+            "parameters and outputs of one call, in the same order, and each call parameters of its own"
+        )
 
 
 def _trace(past: dict[str, torch.Tensor], completion: Any) -> ThinkingTrace:

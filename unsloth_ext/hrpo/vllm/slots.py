@@ -279,12 +279,7 @@ class ThinkingSlots:
             tokens of its completion.
         """
         self.history.flush()
-        # vLLM tells of the last requests that ended only with the next step
-        running: dict[str, list[Request]] = {}
-        for request in self.requests.values():
-            if request.trace is not None:
-                running.setdefault(request.trace, []).append(request)
-        found = []
+        running, found = self._traced(), []
         for trace in traces:
             parts = self._ended.pop(trace, [])
             for request in running.get(trace, ()):
@@ -292,6 +287,25 @@ class ThinkingSlots:
                 request.trace = None
             found.append([(name, self._trace(past)) for name, past in parts])
         return found
+
+    def names(self, traces: Sequence[str]) -> list[list[str]]:
+        """Return, for each name, vLLM's names of the requests that `take` would return."""
+        running = self._traced()
+        return [
+            [*(name for name, _ in self._ended.get(trace, ())), *(request.id for request in running.get(trace, ()))]
+            for trace in traces
+        ]
+
+    def _traced(self) -> dict[str, list[Request]]:
+        """The requests that are running, by the names of their traces.
+
+        vLLM tells of the last requests that ended only with the next step.
+        """
+        running: dict[str, list[Request]] = {}
+        for request in self.requests.values():
+            if request.trace is not None:
+                running.setdefault(request.trace, []).append(request)
+        return running
 
     def _trace(self, past: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         matched = past.pop("matched")[:, 0]

@@ -55,6 +55,10 @@ class HybridWorker(Worker):
             self.slots.finish(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output)
 
+    def thinking_trace_requests(self, traces: Sequence[str]) -> list[list[str]]:
+        """Return the requests that traces are of, see `ThinkingSlots.names`."""
+        return self.slots.names(traces)
+
     def take_thinking_traces(self, traces: Sequence[str]) -> list[list[tuple[str, dict[str, torch.Tensor]]]]:
         """Return and forget traces, see `ThinkingSlots.take`. Call it with `LLM.collective_rpc`."""
         return self.slots.take(traces)

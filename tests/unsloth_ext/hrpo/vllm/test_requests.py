@@ -180,6 +180,35 @@ def test_requests_that_share_a_trace_are_an_error(llm):
     assert len(worker(llm).take_thinking_traces([shared.extra_args["thinking_trace"]])[0]) == 2
 
 
+def test_parameters_and_outputs_of_other_calls_are_an_error(llm, model, tokenizer):
+    """Nothing is taken, so that the traces can still be had."""
+    from unsloth_ext import take_traces
+
+    texts = prompts(3)
+    inputs = [{"prompt_token_ids": text} for text in texts]
+    sampled = {"temperature": 1.0, "n": 2}
+    params = [sampling(max_tokens=STEPS, **more) for more in ({}, {}, sampled)]
+    out = llm.generate(inputs, params, use_tqdm=False)
+    with pytest.raises(ValueError, match=r"params\[0\] are those of request \d+, and outputs\[0\] is of \d+: give the"):
+        take_traces(llm, [params[1], params[0], params[2]], out)
+    traces = take_traces(llm, params, out)
+    for text, one, (trace,) in zip(texts[:2], out[:2], traces[:2], strict=True):
+        check(one.outputs[0], trace, text, model, tokenizer, max_new_tokens=STEPS)
+    for completion, trace in zip(out[2].outputs, traces[2], strict=True):
+        check_sampled(completion, trace, texts[2], model)
+    with pytest.raises(ValueError, match=r"params\[0\]: the engine has no trace of request \d+; it was taken already"):
+        take_traces(llm, params, out)
+    llm.generate(inputs, params, use_tqdm=False)
+    again = llm.generate(inputs, params, use_tqdm=False)
+    with pytest.raises(
+        ValueError, match=r"params\[0\] are those of request \d+, \d+, .* each call parameters of its own"
+    ):
+        take_traces(llm, params, again)
+    assert [
+        len(part) for part in worker(llm).take_thinking_traces([p.extra_args["thinking_trace"] for p in params])
+    ] == [2, 2, 4]
+
+
 def test_log_probs_of_the_prompt_do_not_disturb_the_thinking(llm, model, tokenizer):
     text = prompts(4)[3]
     (one,), ((trace,),) = run(llm, [sampling(max_tokens=STEPS, prompt_logprobs=0)], [text])
