@@ -92,8 +92,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
             if use_vllm:
-                self._check_plain_vllm(args)
                 vllm_rollout.refuse_thinking_model(given["model"], getattr(self.hrpo, "hub_token", None))
+                self._check_plain_vllm(args)
             super().__init__(**given)
             self.add_callback(RolloutDiagnostics())
             return
