@@ -21,6 +21,8 @@ from . import fingerprints, versions
 NAMES = (
     "base_model_forward",
     "completions_table",
+    "fsdp2_one_unit",
+    "fsdp_loading",
     "fused_lm_head",
     "granite_router_logits",
     "grpo_accumulated_loss",

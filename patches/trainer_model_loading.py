@@ -18,11 +18,12 @@ from .registry import Patch, PatchError, Site, applied
 NAME = "trainer_model_loading"
 FUNCTION = "create_model_from_path"
 Seen = Callable[[Any, str, Any], None]
-_watchers: ContextVar[tuple[tuple[dict, Seen], ...]] = ContextVar("model_watchers", default=())
+Around = Callable[[], contextlib.AbstractContextManager]
+_watchers: ContextVar[tuple[tuple[dict, Seen, Around], ...]] = ContextVar("model_watchers", default=())
 
 
 @contextlib.contextmanager
-def watching_models(init: Callable, seen: Seen) -> Iterator[None]:
+def watching_models(init: Callable, seen: Seen, around: Around = contextlib.nullcontext) -> Iterator[None]:
     """Call `seen(model, name, missing_keys)` for each model that a trainer loads by name, while the context is open.
 
     Contexts of one kind of trainer may be nested: the outermost `seen` is called first. Contexts of different trainers,
@@ -32,9 +33,10 @@ def watching_models(init: Callable, seen: Seen) -> Iterator[None]:
         init: the trainer's `__init__`. It gives the module in which the trainer finds `create_model_from_path`. A
             module without it is left alone (Unsloth's trainers take no names of models).
         seen: the function to call.
+        around: makes a context manager, in which the next of these models is loaded.
     """
     names = inspect.unwrap(init).__globals__
-    token = _watchers.set((*_watchers.get(), (names, seen)))
+    token = _watchers.set((*_watchers.get(), (names, seen, around)))
     try:
         with applied(NAME, names) if FUNCTION in names else contextlib.nullcontext():
             yield
@@ -53,11 +55,14 @@ def _sites(*owners: Any) -> list[Site]:
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
     def create_model_from_path(model_id: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        watchers = _watchers.get()  # empty in another thread
-        model, found = original(model_id, *args, output_loading_info=True, **kwargs)
-        for names, seen in watchers:
-            if names is watchers[-1][0]:  # only those of the innermost trainer under construction
-                seen(model, model_id, found["missing_keys"])
+        every = _watchers.get()  # empty in another thread
+        watchers = [one for one in every if one[0] is every[-1][0]]  # of the innermost trainer under construction
+        with contextlib.ExitStack() as stack:
+            for _, _, around in watchers:
+                stack.enter_context(around())
+            model, found = original(model_id, *args, output_loading_info=True, **kwargs)
+        for _, seen, _ in watchers:
+            seen(model, model_id, found["missing_keys"])
         return (model, found) if output_loading_info else model
 
     return create_model_from_path

@@ -37,11 +37,11 @@ def fresh(
     return _together([list(map(str, argv))], cwd, [env or {}], imports, timeout)[0]
 
 
-def launch(module: str, *arguments: object, processes: int) -> None:
+def launch(module: str, *arguments: object, processes: int, env: dict[str, str] | None = None) -> None:
     """Runs `python -m module arguments...` in as many ranks, as torchrun would; raises on failure."""
     argv = ["-m", module, *map(str, arguments)]
-    env = ranks(processes) if processes > 1 else [{}]
-    every = _together([argv] * processes, ROOT, env, STOCK, 250)
+    each = [(env or {}) | own for own in (ranks(processes) if processes > 1 else [{}])]
+    every = _together([argv] * processes, ROOT, each, STOCK, 250)
     assert not any(done.returncode for done in every), "\n".join(done.stderr[-3000:] for done in every)
 
 

@@ -122,6 +122,10 @@ IMPORTED = {
     "peft.utils.other:AuxiliaryTrainingWrapper": None,
     "peft.utils.other:ModulesToSaveWrapper": None,
     "torch.nn:Module._apply": "self, fn, recurse",
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "self",
+    "trl.models.utils:_ForwardRedirection.__call__": "self, wrapper_module, original_module, method",
+    HF + "_prepare_for_training": "self, max_steps, train_dataloader, resume_from_checkpoint",
+    HF + "evaluation_loop": "self, dataloader, description",
 }
 TEXT = [
     ("trl.trainer.grpo_trainer", "self._buffered_inputs", "rollouts inside a generation cycle are saved"),

@@ -132,12 +132,20 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         check_arguments(named)
         check_reference(named)
         check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)
-        with preparing_models(self._stock_init):
+        with preparing_models(self._stock_init, policy=named.get("model")):
             super().__init__(*args, **kwargs)
         check_trainable(self.model)
         give_head_a_bias(self.model)
         check_left(self.train_dataset, "train_dataset", getattr(self.args, "max_length", None))
         self._check_positions(self.accelerator.unwrap_model(self.model))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.world_size > 1 and self.model_wrapped is self.model and not sharded:
+            # If an evaluation came first, transformers has prepared the model without DDP, and accelerate would not prepare
+            # it again: each process would train its copy by itself
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)._is_accelerate_prepared = False
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _check_positions(self, model: torch.nn.Module) -> None:
         for name in ("train_dataset", "eval_dataset"):

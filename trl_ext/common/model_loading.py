@@ -16,6 +16,8 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+import patches
+from patches.fsdp_loading import VARIABLE
 from patches.trainer_model_loading import watching_models
 from patches.trainer_reward_models import loading_reward_models
 from unsloth_ext.common.attaching import check_adapter, read_settings, settings_of
@@ -40,12 +42,15 @@ TAKEN_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations of
 
 
 @contextlib.contextmanager
-def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] = lambda _: None) -> Iterator[None]:
+def preparing_models(
+    init: Callable, prepare: Callable[[PreTrainedModel], Any] = lambda _: None, policy: Any = None
+) -> Iterator[None]:
     """Check every model that a trainer loads by name while the context is open, and load tokenizers of reward models.
 
     Args:
         init: the `__init__` of the trainer.
         prepare: called with each language model, but not with reward models.
+        policy: the model to train, or its name. Other models are loaded in every process.
 
     Raises:
         ValueError: the files lack tensors (TRL 1.15 would initialise them at random), hold NaN, or lack the tokenizer.
@@ -55,8 +60,21 @@ def preparing_models(init: Callable, prepare: Callable[[PreTrainedModel], Any] =
         check_model(model, name, missing)
         prepare(model)
 
-    with watching_models(init, check_and_prepare), loading_reward_models(init, load_classifier, load_tokenizer):
+    loads = iter([contextlib.nullcontext()] if isinstance(policy, str) else [])  # of the policy
+
+    def reward_model(*args: Any, **kwargs: Any) -> Any:
+        with _in_every_process():
+            return load_classifier(*args, **kwargs)
+
+    with (
+        watching_models(init, check_and_prepare, lambda: next(loads, None) or _in_every_process()),
+        loading_reward_models(init, reward_model, load_tokenizer),
+    ):
         yield
+
+
+def _in_every_process() -> contextlib.AbstractContextManager:
+    return patches.applied("fsdp_loading") if VARIABLE in os.environ else contextlib.nullcontext()
 
 
 def attach_method(

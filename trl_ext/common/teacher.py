@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.fsdp import is_fsdp_enabled
 from trl import SFTConfig
 
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
@@ -45,7 +46,7 @@ def load_teacher(
         teacher: a model, or its hub id or folder.
         given: `teacher_model_init_kwargs`, for `from_pretrained`.
         trust_remote_code: for `from_pretrained`.
-        device: where to put it, unless it has a device map or is quantised.
+        device: where to put it, unless it has a device map or is quantised. Each process has all of it.
 
     Raises:
         ValueError: `given` is set for a model that is already loaded.
@@ -58,6 +59,9 @@ def load_teacher(
         raise ValueError("teacher_model_init_kwargs: teacher_model is already loaded, so they cannot be applied")
     if getattr(teacher, "hf_device_map", None) is None and not getattr(teacher, "is_quantized", False):
         teacher.to(device)
+        if is_fsdp_enabled():  # with cpu_ram_efficient_loading, only the first process has loaded the weights
+            for tensor in (*teacher.parameters(), *teacher.buffers()):
+                torch.distributed.broadcast(tensor.data, 0)
     return teacher.eval().requires_grad_(False)
 
 

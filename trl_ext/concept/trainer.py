@@ -30,6 +30,7 @@ from unsloth_ext.concept.modules import attach_concepts, with_concept_modules
 from ..common.all_reduce import all_reduce_sum
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.codeword_usage import usage_kl_to_uniform
+from ..common.engines import check_engine
 from ..common.metric_sums import Sums
 from ..common.model_loading import (
     attach_method,
@@ -78,6 +79,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
             super().__init__(model, args, *others, **keywords)
             return
+        check_engine(args, self._name)
         lora = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
         if lora is not None:
             vars(lora).update(with_concept_modules(lora))

@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
+from unsloth_ext.common.sharding import full
 from unsloth_ext.common.wrapping import backbone_of
 
 
@@ -60,7 +61,7 @@ class GateMonitor:
 
     def projection_change(self) -> dict[str, float]:
         """The distance of W from W_0, the weight at construction: relative norm of W - W_0, and mean |W - W_0|."""
-        now = projection_weight(self.backbone).detach()
+        now = full(projection_weight(self.backbone).detach())
         relative = (now - self._start.to(now.device)).norm() / self._start.norm().clamp(min=1e-12)
         return {
             "thinking/projection_change": relative.item(),
@@ -90,17 +91,20 @@ class ThinkingProjectionMonitor(TrainerCallback):
         self._norm: float | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
-        self._start = projection_weight(backbone_of(model)).detach().clone()
+        self._start = full(projection_weight(backbone_of(model)).detach()).clone()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
         if (state.global_step + 1) % self.every == 0:  # the gradient is cleared at the end of the step
             gradient = projection_weight(backbone_of(model)).grad
-            self._norm = None if gradient is None else gradient.norm().item()
+            self._norm = None if gradient is None else full(gradient).norm().item()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
-        if state.global_step % self.every or not state.is_world_process_zero:
+        if state.global_step % self.every:
             return
-        change = mean_change(projection_weight(backbone_of(model)).detach(), self._start)
+        now = full(projection_weight(backbone_of(model)).detach())  # on all processes
+        if not state.is_world_process_zero:
+            return
+        change = mean_change(now, self._start)
         norm = "No gradient!" if self._norm is None else f"gradient norm {self._norm:.3e}"
         tqdm.write(f"step {state.global_step}: thinking_projection: mean change {change:.3e}, {norm}")
 

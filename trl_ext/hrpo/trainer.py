@@ -26,6 +26,7 @@ from transformers.utils import logging
 from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
+from unsloth_ext.common.sharding import whole_weights
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.hrpo.adapter import free_originals, with_thinking_modules
 from unsloth_ext.hrpo.decoding import HybridSession, ThinkingTrace, hybrid_decode
@@ -34,6 +35,7 @@ from unsloth_ext.hrpo.recompute import thinking_keywords, trace_fields
 from unsloth_ext.hrpo.residual import attach_thinking, has_thinking
 from unsloth_ext.hrpo.states import Warper
 
+from ..common.engines import check_engine
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
 from ..common.metric_sums import ExactMeans
 from ..common.model_loading import attach_saved, keeping_master_weights, preparing_models
@@ -98,6 +100,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
+        options = {"use_vllm=True": use_vllm, "recompute='soft_bptt'": self.hrpo.recompute == "soft_bptt"}
+        check_engine(args, "HRPO", *(f"HRPO with {option}" for option, chosen in options.items() if chosen))
         if use_vllm:
             self._check_vllm(args)
         else:
@@ -222,7 +226,8 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         # The parent's generation code runs; only the decoding loop inside `generate` is replaced
         model.generate = hybrid
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            with whole_weights(model):
+                return super()._generate_single_turn(*args, **kwargs)
         finally:
             if own:  # Unsloth sets its own `generate` on the instance
                 model.generate = generate

@@ -19,9 +19,7 @@ from accelerate.utils import broadcast_object_list
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.utils.rnn import pad_sequence
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.generic import strtobool
 
 from patches.vllm_engine_settings import engine_settings
 from unsloth_ext.common.settings_file import read_json
@@ -47,11 +45,6 @@ def check_vllm(args: Any) -> None:
         ImportError: vLLM is not installed, or not in a tested version.
         ValueError: a setting does not work with thinking states.
     """
-    if args.fsdp or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")) or is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "use_vllm=True: FSDP and DeepSpeed ZeRO-3 split the weights of the thinking modules, which rollouts in vLLM "
-            "need whole; launch with DDP (accelerate's multi_gpu), or set use_vllm=False"
-        )
     check_vllm_rollouts(args, thinks=True)
     if args.vllm_model_impl not in ("auto", "vllm"):
         raise ValueError(

@@ -24,6 +24,7 @@ from unsloth_ext.kv_distill.aligner import MapProjectionAligner
 from unsloth_ext.kv_distill.capture import captured_kvq, stacked
 
 from ..common.checkpointing import CheckpointError, SafeCheckpointMixin
+from ..common.engines import check_engine
 from ..common.gradients import average_gradients
 from ..common.model_loading import check_left, check_name, default_args, with_adapter
 from ..common.teacher import check_vocabularies, for_teacher, load_teacher
@@ -87,6 +88,9 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             raise ValueError(
                 f"{type(peft_config).__name__} adds virtual tokens, for which the teacher has no keys; use LoRA"
             )
+        if args.lambda_kv:
+            trained = [] if args.freeze_aligner else [f"{self._name} with freeze_aligner=False"]
+            check_engine(args, self._name, *trained)
         check_name(model)
         model, keywords["peft_config"] = with_adapter(model, peft_config, args.seed)
         if args.lambda_kv and args.n_gpu > 1:
@@ -125,11 +129,6 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
                 args.time_warper(),
                 args.freeze_aligner,
             ).to(self.accelerator.device)
-        if not args.freeze_aligner and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "freeze_aligner=False: DeepSpeed and FSDP shard the optimizer, so the projection cannot be trained; "
-                "set freeze_aligner=True"
-            )
         self._structural_loss = args.structural_loss()
         self._first_spread: dict[str, float] = {}
 

@@ -22,6 +22,7 @@ from unsloth_ext.latent.config import add_latent_tokens, remember_latent
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 
 from ..common.checkpointing import SafeCheckpointMixin
+from ..common.engines import check_engine
 from ..common.model_loading import (
     check_name,
     default_args,
@@ -30,6 +31,7 @@ from ..common.model_loading import (
     preparing_models,
     with_adapter,
 )
+from ..common.one_unit import OneUnitMixin
 from ..common.update_sizes import UpdateSizesMixin
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
@@ -41,7 +43,7 @@ from .preparation import Preparation, tokenizer_of
 COUNTED = ("ce_student", "ce_teacher", "codi", "kv")
 
 
-class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
+class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """Self-distillation of explicit reasoning into latent tokens. Same constructor as `SFTTrainer`.
 
     Rows have `question`, `steps` (a list) and `answer`. Latent tokens are attached before PEFT wraps the model, if it
@@ -86,6 +88,8 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             raise ValueError("data_collator: this trainer has its own; leave it out")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: has no rows")
+        adapted = keywords.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
+        check_engine(args, "Latent distillation", *(["Latent distillation with an adapter"] if adapted else []))
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)
@@ -158,17 +162,8 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             here = self._all_sum(self._counts(inputs, num_items_in_batch.device))
             share = dict(zip(COUNTED, here / num_items_in_batch.clamp(min=1), strict=True))
             steps = self.current_gradient_accumulation_steps
-        bare = unwrapped(model)  # DDP must see only the student's forward
         with self.accelerator.autocast():
-            question = inputs["question_ids"], inputs["question_mask"]
-            shared = None
-            if question[0].shape[1] > 1 and (args.w_teacher or args.w_codi or args.w_kv):
-                # Teacher and student share the pass over the question, except for its last token, whose prediction differs
-                shared = prefill(bare, *(x[:, :-1] for x in question))
-            teacher, kept = self._teacher(bare, inputs, None if shared is None else branch(shared))
-            state = latent_phase(bare, *question, past_key_values=shared)
-            latent_kv = state.latent_kv()  # before the answer extends the cache
-            outputs = self._student(model, state, inputs)
+            outputs, teacher, kept, latent_kv = self._within_forward(model, self._passes, inputs)
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
         }
@@ -200,6 +195,24 @@ class LatentTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             self._metrics[mode][f"loss/{name}"].append(logged)
         # Without cache and hidden states, because evaluation with `compute_metrics` would gather them
         return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
+
+    def _passes(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any, list | None, list]:
+        """Run all forwards of the loss.
+
+        Returns:
+            The student's output, the teacher's, the keys and values to keep of each layer, and those of the latent tokens;
+            the second and third are None if no loss needs them.
+        """
+        args, bare = self.args, unwrapped(model)  # DDP must see only the student's forward
+        question = inputs["question_ids"], inputs["question_mask"]
+        shared = None
+        if question[0].shape[1] > 1 and (args.w_teacher or args.w_codi or args.w_kv):
+            # Teacher and student share the pass over the question, except for its last token, whose prediction differs
+            shared = prefill(bare, *(x[:, :-1] for x in question))
+        teacher, kept = self._teacher(bare, inputs, None if shared is None else branch(shared))
+        state = latent_phase(bare, *question, past_key_values=shared)
+        latent_kv = state.latent_kv()  # before the answer extends the cache
+        return self._student(model, state, inputs), teacher, kept, latent_kv
 
     def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor], cache: DynamicCache | None):
         """The teacher's pass over the question's last token, trace and answer.

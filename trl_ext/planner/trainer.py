@@ -27,6 +27,7 @@ from unsloth_ext.planner.vocabulary import plan_lengths
 
 from ..common.all_reduce import all_reduce_sum
 from ..common.checkpointing import SafeCheckpointMixin
+from ..common.engines import check_engine
 from ..common.fingerprint import content_hash
 from ..common.gradients import average_gradients
 from ..common.metric_sums import Sums
@@ -100,6 +101,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
             super().__init__(model, args, *others, **keywords)
             return
+        check_engine(args, self._name)
         given = dict(
             zip(("data_collator", "train_dataset", "eval_dataset", "processing_class", "compute_loss_func"), others)
         )
@@ -115,11 +117,6 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, lora, args.seed)
         with preparing_models(self._stock_init, lambda x: attach(x, args)), keeping_master_weights(self, model):
             super().__init__(model, args, *others, **keywords)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "DeepSpeed and FSDP need the model's own forward, which the planner does not call; launch with "
-                "DDP (accelerate launch --multi_gpu) or in one process"
-            )
         no_router_loss(self, "planner and executor do not call the model's own forward")
         # Not a wrapper of the parent's collator, which may be another one under Unsloth
         self.data_collator = PlannerCollator(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from ..common.checkpointing import CheckpointError
+from ..common.engines import check_engine
 from ..common.gradients import average_gradients
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
 from ..common.metric_sums import ExactMeans
@@ -84,6 +85,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         given = (
             inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **keywords).arguments
         )
+        check_engine(args, self._name)
         adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
         if args.beta and not name_of(model) and not adapted:
             raise ValueError(
@@ -91,8 +93,6 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
                 "save it and pass the folder, or set beta=0"
             )
         super().__init__(model, reward_funcs, args, *others, **keywords)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("policy and critic share one optimizer, which DeepSpeed and FSDP would shard; use neither")
         if self._is_vlm:
             raise ValueError(
                 "processing_class is a processor, but PPO's critic reads text only; use a text model's tokenizer"

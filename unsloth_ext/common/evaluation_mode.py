@@ -5,15 +5,18 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .sharding import whole_weights
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode, then restore the mode."""
+    """Run the block in evaluation mode, then restore the mode. Weights that FSDP2 shards are whole in the block."""
     never_pack(model)
     was = model.training
     model.eval()
     try:
-        yield
+        with whole_weights(model):
+            yield
     finally:
         model.train(was)
 

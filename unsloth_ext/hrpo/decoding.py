@@ -26,6 +26,7 @@ from ..common.attaching import check_attached
 from ..common.delimiter import DelimiterMatcher
 from ..common.generation_arguments import check, check_context, refuse_empty, samplers_count, settle
 from ..common.padded_batches import check_batches
+from ..common.sharding import is_whole
 from ..common.unsloth_decoding import returning_hidden_states, without_decode_graphs
 from ..common.wrapping import backbone_of
 from .live_rows import LiveRows, can_drop_rows
@@ -155,6 +156,8 @@ class HybridSession:
             basis, count = self._pending
             self._thinking_states.append(self.live.widen(self._ablated(self._state(basis[self.live.rows], count))))
             self._pending = None
+        if not self._thinking_states:  # these texts have ended, and the forward only serves other processes
+            return None
         span = min(embeds.shape[1], len(self._masks))
         thinking_mask, thinking_states = (
             torch.stack([step[self.live.rows] for step in steps[-span:]], dim=1)
@@ -295,7 +298,7 @@ def _sample(model, input_ids, processors, criteria, generation_config, hybrid, *
     # `generate` drops these two for a callable `custom_generate`
     synced = hybrid.synced_gpus
     if synced is None:
-        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        sharded = is_deepspeed_zero3_enabled() or (is_fsdp_managed_module(model) and not is_whole(model))
         synced = sharded and _get_torch_distributed_world_size() > 1
     return type(model)._sample(
         model, input_ids, processors, criteria, generation_config, synced, hybrid.streamer, **kwargs

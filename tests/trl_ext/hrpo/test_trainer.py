@@ -382,16 +382,6 @@ def test_a_missing_vllm_is_an_error_before_anything_is_loaded(tmp_path):
         setups.hrpo(tmp_path, model="no/such-model", use_vllm=True)
 
 
-@pytest.mark.parametrize("how", ["accelerate's FSDP", "fsdp", "ZeRO-3"])
-def test_sharded_weights_are_refused_with_vllm(tmp_path, monkeypatch, how):
-    if how == "accelerate's FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    elif how == "ZeRO-3":
-        monkeypatch.setattr("trl_ext.hrpo.vllm_rollout.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="use_vllm=True: FSDP and DeepSpeed ZeRO-3 split the weights"):
-        setups.hrpo(tmp_path, model="no/such-model", use_vllm=True, **({"fsdp": True} if how == "fsdp" else {}))
-
-
 def test_a_model_that_thinks_in_vllm_is_refused_with_thinking_off(tmp_path):
     """vLLM's class of such a checkpoint thinks, and the trainer would not."""
     folder = tmp_path / "thinks"

@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
-from trl import SFTTrainer
 
 from tests import tiny
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
@@ -62,20 +61,6 @@ def test_models_that_cannot_plan(tmp_path):
     experts = AutoModelForCausalLM.from_config(MixtralConfig(**small, sliding_window=None))
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
         build(tmp_path, experts)
-
-
-@pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_training(tmp_path, monkeypatch, name):
-    """As if the launcher had asked for it, once transformers has built its side."""
-    build_accelerator = SFTTrainer.create_accelerator_and_postprocess
-
-    def built(self):
-        build_accelerator(self)
-        setattr(self, name, True)
-
-    monkeypatch.setattr(SFTTrainer, "create_accelerator_and_postprocess", built)
-    with pytest.raises(ValueError, match="DeepSpeed and FSDP need the model's own forward"):
-        build(tmp_path)
 
 
 def test_more_beams_than_plans(tmp_path):

@@ -350,19 +350,6 @@ def test_a_reference_that_cannot_be_loaded_is_named(tmp_path):
     setups.ppo(tmp_path, model=tiny.model(std=0.1), beta=0.0, max_steps=1).train()
 
 
-@pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
-def test_sharded_training_is_refused(tmp_path, name, monkeypatch):
-    parent = trl.GRPOTrainer.__init__
-
-    def sharded(self, *args, **kwargs):
-        parent(self, *args, **kwargs)
-        setattr(self, name, True)
-
-    monkeypatch.setattr(trl.GRPOTrainer, "__init__", sharded)
-    with pytest.raises(ValueError, match="DeepSpeed and FSDP"):
-        setups.ppo(tmp_path, beta=0.0)
-
-
 def test_unsloths_trainer_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "GRPOTrainer", type("UnslothGRPOTrainer", (trl.GRPOTrainer,), {}))
     with pytest.raises(RuntimeError, match="PPOTrainer needs TRL's own GRPOTrainer"):

@@ -1,0 +1,104 @@
+"""One of two ranks that train a few steps: ENGINE CASE FOLDER [evaluate]. Each writes losses, lengths and weights."""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+
+from tests import tiny
+from tests.processes import leave
+from tests.trl_ext.concept import setups as concept
+from tests.trl_ext.distill import setups as distill
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.kv_distill import setups as kv
+from tests.trl_ext.latent import setups as latent
+from trl_ext.tasks.evaluation import evaluate
+from unsloth_ext import LatentModel
+from unsloth_ext.common.sharding import full
+from unsloth_ext.common.wrapping import backbone_of
+from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
+
+
+CASES = {
+    "hrpo": functools.partial(hrpo.hrpo, peft=False),
+    "hrpo, LoRA": hrpo.hrpo,
+    **{
+        f"hrpo, {source}, {mode}": functools.partial(hrpo.hrpo, peft=False, thinking_source=source, recompute=mode)
+        for source in ("projection", "soft_embedding")
+        for mode in RECOMPUTE_MODES
+    },
+    "logits": lambda folder, **changes: distill.logits(folder, teacher_model=f"{folder}/teacher", **changes),
+    "kv, closed form": lambda folder, **changes: kv.trainer(
+        folder, given_teacher=f"{folder}/kv_teacher", **kv.CASES["closed form"], **changes
+    ),
+    "concept": functools.partial(concept.trainer, **concept.CASES["literal"]),
+    "hrpo, reference model": functools.partial(hrpo.hrpo, peft=False, beta=0.1),
+    **{f"latent, {name}": functools.partial(latent.trainer, peft=False, **case) for name, case in latent.CASES.items()},
+}
+
+
+def without_a_gpu() -> None:
+    """accelerate starts FSDP and DeepSpeed only where there are GPUs. Let it take gloo for NCCL, and the CPU for a GPU."""
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+
+def written(trainer, case: str) -> list[str]:
+    """What the trained model writes, as in the evaluation of a recipe."""
+    questions = ["1+2=", "3+4=", "5=", "1+1+1="]
+    if case == "concept":
+        return []
+    if case.startswith("latent"):
+        return LatentModel(trainer.model, trainer.processing_class).generate(questions, max_new_tokens=8)
+    rows = Dataset.from_list([{"prompt": question, "answer": "1"} for question in questions])
+    return evaluate(trainer.model, trainer.processing_class, rows, delimiter="#", max_new_tokens=8).completions
+
+
+def main() -> None:
+    engine, case, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    torch.set_num_threads(1)
+    if engine != "ddp":
+        without_a_gpu()
+    trainer = CASES[case](folder, per_device_train_batch_size=4, use_cpu=engine == "ddp")
+    lengths = []
+    if case.startswith("hrpo"):
+        with torch.random.fork_rng():  # each process samples its own
+            tiny.loud_gates(backbone_of(trainer.model))
+        # So many tokens end a text that the processes need different numbers of forwards
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = [1, *range(10, 25)]
+        generate = trainer._generate_single_turn
+
+        def seeing(*args, **kwargs):
+            out = generate(*args, **kwargs)
+            lengths.append(max(map(len, out[0])))
+            return out
+
+        trainer._generate_single_turn = seeing
+    if "evaluate" in sys.argv:
+        trainer.evaluate()
+    trainer.train()
+    texts = written(trainer, case)
+    weights = {name: full(value.detach()).clone() for name, value in trainer.model.named_parameters()}
+    rank = int(os.environ["RANK"])
+    logs = [
+        {
+            name: value
+            for name, value in entry.items()
+            if name in ("loss", "grad_norm", "kl", "thinking/ratio_deviation")
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    (folder / f"{engine}{rank}.json").write_text(json.dumps({"logs": logs, "lengths": lengths, "texts": texts}))
+    torch.save(weights, folder / f"{engine}{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
+    leave()

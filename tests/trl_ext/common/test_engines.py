@@ -1,0 +1,73 @@
+"""Each method on each engine: refused by name before anything is loaded, or not refused."""
+
+import types
+
+import pytest
+
+from tests.processes import ROOT
+from tests.trl_ext.concept import setups as concept
+from tests.trl_ext.distill import setups as distill
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.kv_distill import setups as kv
+from tests.trl_ext.latent import setups as latent
+from tests.trl_ext.planner import setups as planner
+from tests.trl_ext.ppo import setups as ppo
+from trl_ext.common import engines
+
+
+NOWHERE = "no-such-folder/model"
+# What a method, or a method with an option, constructs
+MAKE = {
+    "HRPO": lambda folder: hrpo.hrpo(folder, model=NOWHERE),
+    "HRPO with use_vllm=True": lambda folder: hrpo.hrpo(folder, model=NOWHERE, use_vllm=True),
+    "HRPO with recompute='soft_bptt'": lambda folder: hrpo.hrpo(
+        folder, model=NOWHERE, thinking_source="soft_embedding", recompute="soft_bptt"
+    ),
+    "Latent distillation": lambda folder: latent.trainer(folder, peft=False, model=NOWHERE),
+    "Latent distillation with an adapter": lambda folder: latent.trainer(folder, model=NOWHERE),
+    "Logits distillation": lambda folder: distill.logits(folder, model=NOWHERE),
+    "KV distillation": lambda folder: kv.trainer(folder, model=NOWHERE, **kv.CASES["closed form"]),
+    "KV distillation with freeze_aligner=False": lambda folder: kv.trainer(folder, model=NOWHERE),
+    "Concept tokens": lambda folder: concept.trainer(folder, model=NOWHERE),
+    "Planner-executor": lambda folder: planner.trainer(folder, model=NOWHERE),
+    "PPO": lambda folder: ppo.ppo(folder, model=NOWHERE),
+}
+
+
+def test_the_table_is_tested_whole():
+    assert MAKE.keys() == engines.REFUSED.keys()
+    assert all(cells.keys() <= engines.ENGINES.keys() for cells in engines.REFUSED.values())
+
+
+def test_the_page_has_the_table():
+    assert engines.table() in (ROOT / "docs" / "engines.md").read_text(), "run python -m trl_ext.common.engines"
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("method", MAKE)
+def test_a_cell(tmp_path, monkeypatch, method, engine):
+    monkeypatch.setattr(engines, "engine_of", lambda args: engine)
+    refused = next((m for m in (method.partition(" with ")[0], method) if engine in engines.REFUSED[m]), None)
+    with pytest.raises((ImportError, OSError, ValueError)) as error:  # the model is not there
+        MAKE[method](tmp_path)
+    if refused:
+        assert str(error.value).startswith(f"{refused} cannot train on {engines.ENGINES[engine]}: ")
+    else:
+        assert "cannot train on" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, environment, engine",
+    [
+        ({"deepspeed_plugin": types.SimpleNamespace(zero_stage=3)}, {}, "zero3"),
+        ({"fsdp_plugin_args": {"fsdp_version": 2}}, {}, "fsdp2"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "fsdp1"),
+        ({}, {}, None),
+    ],
+)
+def test_the_engine_of_a_launch(monkeypatch, given, environment, engine):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = types.SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin_args": None, **given})
+    assert engines.engine_of(args) == engine
