@@ -10,15 +10,12 @@ held-out rows. Results are kept in benchmarks/results/minimind_<device>.json: fi
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from benchmarks import setups
-from benchmarks.over_seeds import ROOT, arguments, in_order, seeds_of, spread
+from benchmarks.over_seeds import ROOT, arguments, in_order, run_recipe, seeds_of, spread
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.common.fingerprint import digest
@@ -62,16 +59,7 @@ def run(name: str, seed: int) -> dict:
     if recipe != "tokenizer":
         moved |= {"seed": str(seed), "disable_tqdm": "true"}
     given = [part for key, value in moved.items() for part in (f"--{key}", value)]
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), *given, *flags, "--overwrite", "true"],
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed}: {done.stderr[-2000:]}")
+    run_recipe(f"{name}, seed {seed}", f"recipes/minimind/{recipe}.py", [*given, *flags, "--overwrite", "true"])
     summary = json.loads(Path(moved["output_dir"], "summary.json").read_text())
     return {key: value for key, value in summary.items() if key != "history"}
 

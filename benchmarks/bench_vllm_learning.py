@@ -8,16 +8,14 @@ in benchmarks/results/vllm_learning_<device>.json: finished runs are not repeate
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from accelerate.utils.other import get_free_port
+
 from benchmarks import setups
-from benchmarks.over_seeds import ROOT, arguments, in_order, seeds_of, table
+from benchmarks.over_seeds import ROOT, arguments, in_order, run_recipe, seeds_of, table
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.common.fingerprint import digest
@@ -36,10 +34,7 @@ COLUMNS = (
 
 def run(name: str, seed: int, steps: int, base: str) -> dict:
     """Run the recipe once, and read what it found."""
-    with tempfile.TemporaryDirectory() as output, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as output:
         given = {
             "config": ROOT / "recipes/configs/hrpo_tiny.yaml",
             "model_name": base,
@@ -53,16 +48,8 @@ def run(name: str, seed: int, steps: int, base: str) -> dict:
             "disable_tqdm": "true",
         }
         flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "recipes/hrpo_gsm8k.py"), *flags, *RUNS[name]],
-            env={**os.environ, "MASTER_PORT": str(port), "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{name}, seed {seed}: {done.stderr[-2000:]}")
+        flags += RUNS[name]
+        run_recipe(f"{name}, seed {seed}", "recipes/hrpo_gsm8k.py", flags, MASTER_PORT=str(get_free_port()))
         summary = json.loads(Path(output, "summary.json").read_text())
         state = json.loads(Path(output, f"checkpoint-{steps}", "trainer_state.json").read_text())
     deviations = [entry["thinking/ratio_deviation"] for entry in state["log_history"] if "reward" in entry]

@@ -2,7 +2,10 @@
 
 import argparse
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -56,6 +59,30 @@ def compare(
     PlainConsole().print(table(in_order(results, names), columns))
     setups.write_table(path, page)
     print(path)
+
+
+def run_recipe(what: str, recipe: str, flags: list[str], **environment: str) -> None:
+    """Run a recipe in a process of its own.
+
+    Args:
+        what: the name of the run, for an error.
+        recipe: its path from the root of the project.
+        flags: of its command line.
+        **environment: further variables.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run(
+        [sys.executable, str(ROOT / recipe), *flags],
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{what}: {done.stderr[-2000:]}")
 
 
 def in_order(results: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
