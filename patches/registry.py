@@ -43,6 +43,7 @@ NAMES = (
     "vllm_checkpoints",
     "vllm_engine_settings",
     "vllm_pushed_weights",
+    "zero3_loading",
 )
 
 _lock = threading.RLock()

@@ -24,7 +24,7 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 
 from trl_ext import KVDistillConfig, KVDistillTrainer
 from trl_ext.cli.flags import chosen
@@ -37,7 +37,7 @@ from trl_ext.tasks import equations, warm_start
 from trl_ext.tasks.completions import completions
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback, evaluate
-from unsloth_ext.common.hub import load_tokenizer
+from unsloth_ext.common.hub import load_tokenizer, new_causal_lm
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -73,7 +73,7 @@ def load_tiny(script: ScriptArguments, args: KVDistillConfig):
     )
     tokenizer = load_tokenizer(teacher)
     set_seed(args.seed)
-    student = AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT))
+    student = new_causal_lm(equations.config(tokenizer, equations.STUDENT))
     train, held_out = (equations.explicit(rows) for rows in equations.split(script.eval_size, script.warm_start_seed))
     return student, teacher, tokenizer, train, held_out
 

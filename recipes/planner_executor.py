@@ -28,7 +28,7 @@ in_sentences()
 
 from accelerate.utils import is_peft_model
 from rich.table import Table
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.cli.console import PlainConsole
@@ -45,7 +45,7 @@ from trl_ext.tasks.completions import completions, plain
 from trl_ext.tasks.data import DataArguments
 from trl_ext.tasks.evaluation import AccuracyCallback
 from unsloth_ext import PlannerExecutorModel
-from unsloth_ext.common.hub import load_causal_lm, load_tokenizer, saved_settings
+from unsloth_ext.common.hub import load_causal_lm, load_tokenizer, new_causal_lm, saved_settings
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -84,7 +84,7 @@ def load(script: ScriptArguments, data: DataArguments, args: PlannerExecutorConf
     elif script.model_name == "tiny":
         tokenizer = facts.tokenizer()
         set_seed(args.seed)
-        model = AutoModelForCausalLM.from_config(facts.config(tokenizer, TINY))
+        model = new_causal_lm(facts.config(tokenizer, TINY))
     else:
         tokenizer = load_tokenizer(script.model_name, trust_remote_code=args.trust_remote_code)
         model = load_causal_lm(script.model_name, trust_remote_code=args.trust_remote_code)

@@ -12,13 +12,13 @@ from trl_ext.cli.user_errors import in_sentences
 
 in_sentences()
 
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_ext.minimind import metrics
 from trl_ext.minimind.stage import DataStageArguments, parse, resumable, run
 from unsloth_ext import minimind_config
-from unsloth_ext.common.hub import load_tokenizer
+from unsloth_ext.common.hub import load_tokenizer, new_causal_lm
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main() -> None:
     def make_trainer():
         set_seed(args.seed)
         return resumable(SFTTrainer)(
-            AutoModelForCausalLM.from_config(config),
+            new_causal_lm(config),
             args,
             train_dataset=train,
             eval_dataset=held_out,

@@ -4,23 +4,38 @@ from pathlib import Path
 
 import trl
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from tests import processes
 
 
-FILES = {"ddp": "multi_gpu", "fsdp1": "fsdp1", "fsdp2": "fsdp2"}
+FILES = {"ddp": "multi_gpu"} | {name: name for name in ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")}
 
 
 def launch(engine: str, *arguments: object) -> None:
-    """Run `tests.engines.worker ENGINE arguments...` in two ranks."""
-    processes.launch("tests.engines.worker", engine, *arguments, processes=2, env=environment(engine))
+    """Run `tests.engines.worker ENGINE arguments...` in two ranks; the engine "one": in one process."""
+    count = 1 if engine == "one" else 2
+    processes.launch("tests.engines.worker", engine, *arguments, processes=count, env=environment(engine))
 
 
 def environment(engine: str) -> dict[str, str]:
     """What `accelerate launch --config_file` of TRL's file sets, but in float32."""
+    if engine == "one":
+        return {}
     file = Path(trl.__file__).parent / "accelerate_configs" / f"{FILES[engine]}.yaml"
-    flags = ["--config_file", str(file), "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*flags, "script.py"]))
-    wanted = ("ACCELERATE_", "FSDP_")
-    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if name.startswith(wanted)}
+    return environment_of(file)
+
+
+def environment_of(file: Path, *flags: str) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE flags...` sets, but in float32 and with two processes."""
+    always = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    argv = ["--config_file", str(file), *always, *flags, "script.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        env = prepare_deepspeed_cmd_env(arguments)[1] | {"DS_ACCELERATOR": "cpu"}
+    else:
+        env = prepare_multi_gpu_env(arguments)
+    if env.get("FSDP_VERSION") == "1":  # accelerate looks for a GPU to send the weights of the first process
+        env |= {"FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    return {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_", "DS_"))}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from datasets import Dataset
 
 from tests import tiny
@@ -18,28 +18,50 @@ from tests.trl_ext.distill import setups as distill
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv
 from tests.trl_ext.latent import setups as latent
+from tests.trl_ext.planner import setups as planner
+from tests.trl_ext.ppo import setups as ppo
+from tests.trl_ext.spo import setups as spo
 from trl_ext.tasks.evaluation import evaluate
 from unsloth_ext import LatentModel
 from unsloth_ext.common.sharding import full
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
 
+from . import stock
+
 
 CASES = {
+    **stock.CASES,
     "hrpo": functools.partial(hrpo.hrpo, peft=False),
     "hrpo, LoRA": hrpo.hrpo,
     **{
         f"hrpo, {source}, {mode}": functools.partial(hrpo.hrpo, peft=False, thinking_source=source, recompute=mode)
         for source in ("projection", "soft_embedding")
         for mode in RECOMPUTE_MODES
+        if (source, mode) != ("projection", "soft_bptt")
     },
     "logits": lambda folder, **changes: distill.logits(folder, teacher_model=f"{folder}/teacher", **changes),
-    "kv, closed form": lambda folder, **changes: kv.trainer(
-        folder, given_teacher=f"{folder}/kv_teacher", **kv.CASES["closed form"], **changes
+    "logits, LoRA": lambda folder, **changes: distill.logits(
+        folder, teacher_model=f"{folder}/teacher", peft=True, **changes
     ),
-    "concept": functools.partial(concept.trainer, **concept.CASES["literal"]),
+    "reasoning": distill.reasoning,
+    **{
+        f"kv, {name}": lambda folder, case=case, **changes: kv.trainer(
+            folder, given_teacher=f"{folder}/kv_teacher", **case, **changes
+        )
+        for name, case in kv.CASES.items()
+    },
+    **{f"concept, {name}": functools.partial(concept.trainer, **case) for name, case in concept.CASES.items()},
+    "concept, LoRA": functools.partial(concept.trainer, peft=True),
     "hrpo, reference model": functools.partial(hrpo.hrpo, peft=False, beta=0.1),
     **{f"latent, {name}": functools.partial(latent.trainer, peft=False, **case) for name, case in latent.CASES.items()},
+    "latent, LoRA": functools.partial(latent.trainer, **latent.CASES["sequential"]),
+    "planner": planner.trainer,
+    "planner, LoRA": functools.partial(planner.trainer, peft=True),
+    "ppo": ppo.ppo,
+    "ppo, LoRA": lambda folder, **changes: ppo.ppo(folder, peft_config=ppo.lora(), **changes),
+    "spo": spo.spo,
+    "spo, LoRA": functools.partial(spo.spo, peft=True),
 }
 
 
@@ -47,15 +69,29 @@ def without_a_gpu() -> None:
     """accelerate starts FSDP and DeepSpeed only where there are GPUs. Let it take gloo for NCCL, and the CPU for a GPU."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    made = DeepSpeedPlugin.__post_init__
+
+    def splitting_all(plugin):  # ZeRO-3 would keep weights of less than 100,000 numbers whole, which here are all
+        made(plugin)
+        plugin.hf_ds_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = splitting_all
+
+
+def writes(case: str) -> bool:
+    """Whether the trained model of a case is asked for texts."""
+    return case.startswith(("hrpo", "latent", "logits", "kv"))
 
 
 def written(trainer, case: str) -> list[str]:
     """What the trained model writes, as in the evaluation of a recipe."""
     questions = ["1+2=", "3+4=", "5=", "1+1+1="]
-    if case == "concept":
+    if not writes(case):
         return []
     if case.startswith("latent"):
-        return LatentModel(trainer.model, trainer.processing_class).generate(questions, max_new_tokens=8)
+        return LatentModel(trainer.model, trainer.processing_class).generate(
+            questions, max_new_tokens=8, min_new_tokens=4
+        )
     rows = Dataset.from_list([{"prompt": question, "answer": "1"} for question in questions])
     return evaluate(trainer.model, trainer.processing_class, rows, delimiter="#", max_new_tokens=8).completions
 
@@ -63,9 +99,9 @@ def written(trainer, case: str) -> list[str]:
 def main() -> None:
     engine, case, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
-    if engine != "ddp":
+    if engine not in ("one", "ddp"):
         without_a_gpu()
-    trainer = CASES[case](folder, per_device_train_batch_size=4, use_cpu=engine == "ddp")
+    trainer = CASES[case](folder, per_device_train_batch_size=4, use_cpu=engine in ("one", "ddp"))
     lengths = []
     if case.startswith("hrpo"):
         with torch.random.fork_rng():  # each process samples its own
@@ -83,9 +119,10 @@ def main() -> None:
     if "evaluate" in sys.argv:
         trainer.evaluate()
     trainer.train()
-    texts = written(trainer, case)
-    weights = {name: full(value.detach()).clone() for name, value in trainer.model.named_parameters()}
-    rank = int(os.environ["RANK"])
+    texts = [] if engine == "fsdp1" else written(trainer, case)  # with FSDP1 no texts can be written
+    named = getattr(trainer, "_named_trained", lambda: dict(trainer.model.named_parameters()))()
+    weights = {name: full(value).detach().clone() for name, value in named.items()}
+    rank = int(os.environ.get("RANK", 0))
     logs = [
         {
             name: value

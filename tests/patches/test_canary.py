@@ -123,6 +123,8 @@ IMPORTED = {
     "peft.utils.other:ModulesToSaveWrapper": None,
     "torch.nn:Module._apply": "self, fn, recurse",
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "self",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init": "self",
+    "torch.distributed.fsdp._fully_shard._fsdp_common:TrainingState.PRE_BACKWARD": None,
     "trl.models.utils:_ForwardRedirection.__call__": "self, wrapper_module, original_module, method",
     HF + "_prepare_for_training": "self, max_steps, train_dataloader, resume_from_checkpoint",
     HF + "evaluation_loop": "self, dataloader, description",

@@ -140,8 +140,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         self._check_positions(self.accelerator.unwrap_model(self.model))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.args.world_size > 1 and self.model_wrapped is self.model and not sharded:
+        if self.args.world_size > 1 and self.model_wrapped is self.model and not self._sharded():
             # If an evaluation came first, transformers has prepared the model without DDP, and accelerate would not prepare
             # it again: each process would train its copy by itself
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)._is_accelerate_prepared = False
@@ -266,9 +265,13 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
     def _pickle_allowed(self) -> bool:
         return getattr(self.args, "allow_pickle_checkpoint", False)
 
+    def _sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed averages gradients and shards the optimizer."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
     def _own_format(self) -> bool:
         """Whether optimizer state is saved in our format. DeepSpeed and FSDP shard the state and use their own formats."""
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return not self._sharded()
 
     # -- saving -----------------------------------------------------------------------------------------------------
 

@@ -20,31 +20,23 @@ ENGINES = {
 SHARDED = tuple(ENGINES)
 
 _FLAT = "it has flat pieces of weights between the layers' forwards, and the method needs whole ones; use FSDP2"
-_SPLIT = "its weights are split before the method's modules are attached; use FSDP2"
-_FORWARD = "it needs the model's own forward, which the method does not call; use DDP (accelerate's multi_gpu)"
-_OPTIMIZER = "policy and critic share one optimizer, which it would split; use DDP (accelerate's multi_gpu)"
-_PROJECTION = "it splits the optimizer, so the projection cannot be trained; set freeze_aligner=True, or use DDP"
+_OUTSIDE = "it reads weights outside of the forwards that gather them; use FSDP2"
+_STEP = "DeepSpeed takes its step within the backward, before target_kl can skip it; set target_kl=None, or use FSDP2"
+_SCALED = "it scales float16 gradients for its own optimizer alone; use bf16=True"
+_PUSHED = "rollouts in vLLM need the weights of the thinking modules whole; set use_vllm=False, or use DDP"
 
 REFUSED: Mapping[str, Mapping[str, str]] = {
-    "HRPO": {"fsdp1": _FLAT, "zero3": _SPLIT},
-    "HRPO with use_vllm=True": {
-        "fsdp2": "rollouts in vLLM need the weights of the thinking modules whole; set use_vllm=False, or use DDP",
-    },
-    "HRPO with recompute='soft_bptt'": {
-        "fsdp2": "gradients pass from one forward to another outside of the model, where its weights are split; set "
-        "another recompute, or use DDP",
-    },
-    "Latent distillation": {"fsdp1": _FLAT, "zero3": _SPLIT},
-    "Latent distillation with an adapter": {
-        "fsdp2": "transformers cannot tie the embeddings that PEFT has wrapped for the latent tokens; leave peft_config "
-        "out, or use DDP",
-    },
-    "Logits distillation": {"zero3": "the teacher's weights would be split; use FSDP2"},
-    "KV distillation": {"zero3": "the teacher's weights would be split; use FSDP2"},
-    "KV distillation with freeze_aligner=False": dict.fromkeys(SHARDED, _PROJECTION),
-    "Concept tokens": {"zero3": _SPLIT},
-    "Planner-executor": dict.fromkeys(SHARDED, _FORWARD),
-    "PPO": dict.fromkeys(SHARDED, _OPTIMIZER),
+    "HRPO": {"fsdp1": _FLAT},
+    "HRPO with use_vllm=True": {"fsdp2": _PUSHED, "zero3": _PUSHED},
+    "Latent distillation": {"fsdp1": _FLAT},
+    "Latent distillation with an adapter": {"zero3": _OUTSIDE},
+    "KV distillation with fp16=True": dict.fromkeys(SHARDED, _SCALED),
+    "Concept tokens with an adapter": {"fsdp1": _FLAT},
+    "Concept tokens with codebook_init='kmeans'": {"fsdp1": _FLAT},
+    "Concept tokens with calibrate_null=True": {"fsdp1": _FLAT},
+    "Planner-executor": {"fsdp1": _FLAT, "zero3": _OUTSIDE},
+    "PPO with target_kl": {engine: _STEP for engine in ENGINES if engine.startswith("zero")},
+    "PPO with fp16=True": dict.fromkeys(SHARDED, _SCALED),
 }
 """By method, or by method and option: the engines that it cannot train on, with the reason and what to do."""
 
@@ -64,18 +56,21 @@ def engine_of(args: Any) -> str | None:
     return None
 
 
-def check_engine(args: Any, *methods: str) -> None:
+def check_engine(args: Any, method: str, options: Mapping[str, Any] | None = None) -> None:
     """Raise a ValueError, before anything is loaded, if a method cannot train on the engine of the launch.
 
     Args:
         args: the trainer's arguments.
-        *methods: keys of `REFUSED`: the method, and its options that are set.
+        method: the method.
+        options: by the text after "with" in `REFUSED`, whether the option is set.
     """
-    engine = engine_of(args)
-    for method in methods:
-        reason = REFUSED[method].get(engine or "")
+    engine = engine_of(args) or ""
+    chosen = {f"{method} with {option}": value for option, value in (options or {}).items()}
+    rows = [REFUSED.get(method, {}), *(REFUSED[name] for name in chosen)]
+    for name, row, asked in zip((method, *chosen), rows, (True, *chosen.values()), strict=True):
+        reason = row.get(engine) if asked else None
         if reason is not None:
-            raise ValueError(f"{method} cannot train on {ENGINES[engine or '']}: {reason}")
+            raise ValueError(f"{name} cannot train on {ENGINES[engine]}: {reason}")
 
 
 def table() -> str:

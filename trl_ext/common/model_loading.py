@@ -67,6 +67,7 @@ def preparing_models(
             return load_classifier(*args, **kwargs)
 
     with (
+        patches.applied("zero3_loading"),
         watching_models(init, check_and_prepare, lambda: next(loads, None) or _in_every_process()),
         loading_reward_models(init, reward_model, load_tokenizer),
     ):
@@ -309,6 +310,7 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
                 "result and name its folder; or pass PeftModel.from_pretrained(base_model, folder, is_trainable=True)"
             )
     elif isinstance(model, PreTrainedModel | PeftModel):
+        check_whole(model, "the model")
         saved_with, _ = method_of(model.config)
         if saved_with and saved_with.name != method and settings_of(model, saved_with) is None:
             raise ValueError(
@@ -318,6 +320,20 @@ def check_model_and_tokenizer(model: Any, tokenizer: Any, method: str | None) ->
             )
     if tokenizer is None and (isinstance(model, str) or hasattr(getattr(model, "config", None), "_name_or_path")):
         check_tokenizer(name_of(model))
+
+
+def is_adapted(model: PreTrainedModel | PeftModel | str, peft_config: PeftConfig | None) -> bool:
+    """Whether a trainer with these arguments trains an adapter."""
+    return peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+
+
+def check_whole(model: torch.nn.Module, what: str) -> None:
+    """Raise a ValueError if ZeRO-3 has split a model's weights already."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"ZeRO-3 has split the weights of {what}, because it was loaded after the trainer's arguments were made: give "
+            "its name, or load it before you make the arguments"
+        )
 
 
 def with_adapter(

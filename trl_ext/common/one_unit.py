@@ -1,10 +1,12 @@
 """For losses of several forwards: with FSDP2 the model is one unit, and the loss runs within its forward."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from trl.models.utils import _ForwardRedirection
 
 from patches.fsdp2_one_unit import one_unit
@@ -12,26 +14,64 @@ from patches.fsdp2_one_unit import one_unit
 from . import mixin_bases
 
 
+@contextlib.contextmanager
+def _keeping_ties(model: nn.Module) -> Iterator[None]:
+    """Let `model.tie_weights` tie what is tied now. transformers' own fails if PEFT has wrapped the embeddings.
+
+    accelerate calls it after it has moved the model to the meta device, which unties weights.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    tied = [some for some in names.values() if len(some) > 1]
+
+    def tie_weights() -> None:
+        for first, *others in tied:
+            for name in others:
+                module, _, own = name.rpartition(".")
+                setattr(model.get_submodule(module), own, model.get_parameter(first))
+
+    vars(model)["tie_weights"] = tie_weights
+    try:
+        yield
+    finally:
+        del vars(model)["tie_weights"]
+
+
 class OneUnitMixin(mixin_bases.Trainer):
     """Put it before a Trainer class. See `patches.fsdp2_one_unit` for the reason.
 
     Each process then holds all weights from the forward to the end of the backward. Optimizer states, and weights between
     steps, are sharded.
+
+    Attributes:
+        _one_unit: whether this run's loss needs it.
     """
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        with one_unit(self.model):
-            return super()._prepare_for_training(*args, **kwargs)
+    _one_unit = True
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:  # which prepares a model that was not trained
-        with one_unit(self.model):
-            return super().evaluation_loop(*args, **kwargs)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._one_unit:
+            return super()._prepare_for_training(*args, **kwargs)
+        with one_unit(self.model), _keeping_ties(self.model):
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _within_forward(self, model: nn.Module, work: Callable[..., Any], *args: Any) -> Any:
         """Call `work(model, *args)`; with FSDP2 within the model's forward, where the weights are gathered.
 
         Its result must have the tensors that gradients come from.
         """
-        if not isinstance(model, FSDPModule):
+        if not self._one_unit or not isinstance(model, FSDPModule):
             return work(model, *args)
-        return _ForwardRedirection()(model, model, lambda *rest: work(model, *rest), *args)
+
+        def inside(*rest: Any) -> Any:
+            # The forwards of the loss are part of this one. So FSDP2 shall do nothing for them, as when it recomputes a
+            # forward in the backward
+            state = model._get_fsdp_state()
+            before, state._training_state = state._training_state, TrainingState.PRE_BACKWARD
+            try:
+                return work(model, *rest)
+            finally:
+                state._training_state = before
+
+        return _ForwardRedirection()(model, model, inside, *args)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from unsloth_ext.common.sharding import full
+
 
 def split_by_role(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
     """Split the optimizer's parameter groups by role, in place. Other settings of a group are kept.
@@ -38,4 +40,6 @@ def clip_each_role(optimizer: torch.optim.Optimizer, max_norm: float) -> dict[st
     for group in optimizer.param_groups:
         by_role.setdefault(group["role"], []).extend(group["params"])
     # torch puts the norm of an empty list of gradients on the CPU
-    return {role: nn.utils.clip_grad_norm_(params, max_norm).to(params[0].device) for role, params in by_role.items()}
+    return {
+        role: full(nn.utils.clip_grad_norm_(params, max_norm)).to(params[0].device) for role, params in by_role.items()
+    }

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.fsdp import is_fsdp_enabled
 from trl import SFTConfig
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 
@@ -46,7 +48,7 @@ def load_teacher(
         teacher: a model, or its hub id or folder.
         given: `teacher_model_init_kwargs`, for `from_pretrained`.
         trust_remote_code: for `from_pretrained`.
-        device: where to put it, unless it has a device map or is quantised. Each process has all of it.
+        device: where to put it, unless it has a device map or is quantised.
 
     Raises:
         ValueError: `given` is set for a model that is already loaded.
@@ -63,6 +65,28 @@ def load_teacher(
             for tensor in (*teacher.parameters(), *teacher.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
     return teacher.eval().requires_grad_(False)
+
+
+def shard_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """Shard a teacher over processes as TRL shards a reference model, with FSDP2 and DeepSpeed ZeRO-3.
+
+    With other engines, and if it is quantised or has a device map, each process has all of it.
+
+    Args:
+        teacher: a loaded teacher.
+        accelerator: the trainer's.
+
+    Returns:
+        The same model.
+    """
+    if getattr(teacher, "hf_device_map", None) is not None or getattr(teacher, "is_quantized", False):
+        return teacher
+    if accelerator.is_fsdp2:
+        return prepare_fsdp(teacher, accelerator)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return prepare_deepspeed(teacher, accelerator).module
+    return teacher
 
 
 def for_teacher(teacher: PreTrainedModel, inputs: dict[str, Any], here: torch.device) -> dict[str, Any]:

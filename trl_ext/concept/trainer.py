@@ -21,6 +21,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from unsloth_ext.common.evaluation_mode import evaluating
+from unsloth_ext.common.sharding import changing_weights
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.concept.codebook import set_codebook
 from unsloth_ext.concept.forward import ConceptOutput
@@ -36,6 +37,7 @@ from ..common.model_loading import (
     attach_method,
     check_name,
     default_args,
+    is_adapted,
     keeping_master_weights,
     no_router_loss,
     preparing_models,
@@ -79,7 +81,12 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             model, keywords["peft_config"] = with_adapter(model, keywords.get("peft_config"), args.seed)
             super().__init__(model, args, *others, **keywords)
             return
-        check_engine(args, self._name)
+        options = {
+            "an adapter": is_adapted(model, keywords.get("peft_config")),
+            "codebook_init='kmeans'": args.codebook_init == "kmeans",
+            "calibrate_null=True": args.calibrate_null,
+        }
+        check_engine(args, self._name, options)
         lora = keywords["peft_config"] = copy.deepcopy(keywords.get("peft_config"))
         if lora is not None:
             vars(lora).update(with_concept_modules(lora))
@@ -148,9 +155,11 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
                 seen = self._look(self._prepare_inputs(self.data_collator(part)))
                 states.append(seen.shallow[seen.valid])
                 found += len(states[-1])
-        set_codebook(backbone, torch.cat(states)[:wanted], self.args.seed)
-        for parameter in [*backbone.concept_head.parameters(), *backbone.concept_embedding.parameters()]:
-            parameter.copy_(broadcast(parameter.data))
+        made = backbone.concept_head, backbone.concept_embedding
+        with changing_weights(self.model, *made):
+            set_codebook(backbone, torch.cat(states)[:wanted], self.args.seed)
+            for parameter in (parameter for module in made for parameter in module.parameters()):
+                parameter.copy_(broadcast(parameter.data))
 
     @torch.no_grad()
     def _calibrate(self, inputs: dict[str, Any]) -> None:
@@ -159,7 +168,9 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             seen = self._look(inputs)
         logit = seen.choice.logit[seen.valid].float()
         together = self.accelerator.gather(self.accelerator.pad_across_processes(logit, pad_index=torch.nan))
-        backbone_of(self.model).concept_head.bias[-1] += shift(together[~together.isnan()], self.args)
+        head = backbone_of(self.model).concept_head
+        with changing_weights(self.model, head):
+            head.bias[-1] += shift(together[~together.isnan()], self.args)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 

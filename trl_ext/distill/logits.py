@@ -10,8 +10,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from unsloth_ext.common.logits import logits_at
 
-from ..common.engines import check_engine
-from ..common.teacher import check_vocabularies, for_teacher, load_teacher
+from ..common.teacher import check_vocabularies, for_teacher, load_teacher, shard_teacher
 from .config import LogitsDistillConfig
 from .per_token import PerTokenTrainer
 
@@ -64,8 +63,6 @@ class LogitsDistillTrainer(PerTokenTrainer):
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if args.alpha < 1 and teacher_model is None:
             raise ValueError("teacher_model: pass a teacher, set teacher_model_name_or_path, or set alpha=1")
-        if args.alpha < 1:
-            check_engine(args, self._name)
         peft_config = keywords.get("peft_config")
         if args.alpha < 1 and peft_config is not None and peft_config.is_prompt_learning:
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens, which the teacher lacks; use LoRA")
@@ -78,6 +75,7 @@ class LogitsDistillTrainer(PerTokenTrainer):
         )
         check_vocabularies(self._tokenizer, self.teacher, teacher_processing_class)
         self._check_positions(self.teacher)
+        self.teacher = shard_teacher(self.teacher, self.accelerator)
         rows = self.model.get_input_embeddings().weight.shape[0]
         if rows < len(self._tokenizer):
             raise ValueError(

@@ -61,7 +61,7 @@ class GateMonitor:
 
     def projection_change(self) -> dict[str, float]:
         """The distance of W from W_0, the weight at construction: relative norm of W - W_0, and mean |W - W_0|."""
-        now = full(projection_weight(self.backbone).detach())
+        now = full(projection_weight(self.backbone)).detach()
         relative = (now - self._start.to(now.device)).norm() / self._start.norm().clamp(min=1e-12)
         return {
             "thinking/projection_change": relative.item(),

@@ -39,6 +39,7 @@ from ..common.engines import check_engine
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
 from ..common.metric_sums import ExactMeans
 from ..common.model_loading import attach_saved, keeping_master_weights, preparing_models
+from ..common.one_unit import OneUnitMixin
 from ..common.parameter_groups import clip_each_role, split_by_role
 from ..common.rollout_diagnostics import RolloutDiagnostics
 from ..common.sampling import check_generation_kwargs, check_vllm_rollouts, rollout_config, warn_of_truncation
@@ -51,7 +52,7 @@ from .monitors import GateMonitor, ratio_deviation
 logger = logging.get_logger(__name__)
 
 
-class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
+class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
 
     Constructor, callbacks, logging and files are the parent's, plus the fields of `HRPOConfig`. Any causal LM works.
@@ -91,6 +92,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
+        self._one_unit = self.thinking and self.hrpo.recompute == "soft_bptt"
         use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
             if use_vllm:
@@ -100,8 +102,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
-        options = {"use_vllm=True": use_vllm, "recompute='soft_bptt'": self.hrpo.recompute == "soft_bptt"}
-        check_engine(args, "HRPO", *(f"HRPO with {option}" for option, chosen in options.items() if chosen))
+        check_engine(args, "HRPO", {"use_vllm=True": use_vllm})
         if use_vllm:
             self._check_vllm(args)
         else:
@@ -117,6 +118,10 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         if is_peft_model(self.model):
             free_originals(backbone)
         self._freeze_projection()
+        if self.is_deepspeed_enabled and self.hrpo.clip_grad_per_group and args.max_grad_norm:
+            logger.warning(
+                "clip_grad_per_group=True has no effect with DeepSpeed, which clips the norm of all gradients together"
+            )
         self.matcher = DelimiterMatcher(
             self._tokenizer, self.hrpo.answer_delimiter, self.model.config.get_text_config().vocab_size
         )
@@ -199,9 +204,10 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             attach(self.hrpo.thinking_config())
 
     def _freeze_projection(self) -> None:
-        """Freeze the projection if it is not to be trained."""
+        """Freeze the projection if it is not to be trained, or gets no gradient, which DDP would wait for."""
         backbone = backbone_of(self.model)
-        if self.hrpo.lr_thinking_projection == 0 or backbone.thinking_config.thinking_source != "projection":
+        unused = backbone.thinking_config.thinking_source != "projection" or self.hrpo.recompute == "frozen"
+        if self.hrpo.lr_thinking_projection == 0 or unused:
             backbone.thinking_projection.requires_grad_(False)
 
     # -- rollout ----------------------------------------------------------------------------------------------------
@@ -220,13 +226,15 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         def hybrid(*args: Any, **kwargs: Any) -> Any:
             session = HybridSession(model, self.matcher, keep=(*self.fields, "log_probs"))
             out = generate(*args, custom_generate=hybrid_decode, hybrid=session, **kwargs)
-            self._trace = session.trace()
+            with whole_weights(model):  # FSDP2 takes `generate` for a forward, and shards the root's weights after it
+                self._trace = session.trace()
             return out
 
         # The parent's generation code runs; only the decoding loop inside `generate` is replaced
         model.generate = hybrid
         try:
-            with whole_weights(model):
+            # With ZeRO-3 the parent gathers them
+            with contextlib.nullcontext() if self.is_deepspeed_enabled else whole_weights(model):
                 return super()._generate_single_turn(*args, **kwargs)
         finally:
             if own:  # Unsloth sets its own `generate` on the instance
@@ -274,8 +282,37 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )
-        parts = []
         size = batch_size or len(input_ids)
+        logps, entropies, aux = self._within_forward(
+            model, self._thinking_log_probs, saved, size, input_ids, attention_mask, logits_to_keep, kwargs
+        )
+        self._new_logps = logps
+        return logps, entropies, aux
+
+    def _thinking_log_probs(
+        self,
+        model: nn.Module,
+        saved: ThinkingTrace,
+        size: int,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The parent's log-probs, entropies and load-balancing loss, with the thinking states of a rollout.
+
+        Args:
+            model: the model to call.
+            saved: the rollout's trace, for all rows.
+            size: number of rows of one forward.
+            input_ids, attention_mask (B, T): long.
+            logits_to_keep: number of completion tokens C.
+            options: further arguments of the parent.
+
+        Returns:
+            Log-probs (B, C), entropies (B, C) or None, and a scalar or None.
+        """
+        parts = []
         for start in range(0, len(input_ids), size):
             rows = slice(start, start + size)
             inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
@@ -288,13 +325,12 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
                 extra["position_ids"] = inputs["position_ids"]
             parts.append(
                 super()._get_per_token_logps_and_entropies(
-                    functools.partial(model, **extra), input_ids[rows], attention_mask[rows], logits_to_keep, **kwargs
+                    functools.partial(model, **extra), input_ids[rows], attention_mask[rows], logits_to_keep, **options
                 )
             )
         logps, entropies, aux = zip(*parts, strict=True)
-        self._new_logps = torch.cat(logps)
         return (
-            self._new_logps,
+            torch.cat(logps),
             None if entropies[0] is None else torch.cat(entropies),
             None if aux[0] is None else torch.stack(aux).mean(),
         )
@@ -372,7 +408,7 @@ class HRPOMixin(ExactMeans, GRPOCheckpointMixin):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        if not self.thinking or not self._own_format():
+        if not self.thinking or self.is_deepspeed_enabled:  # which clips all gradients together
             return super()._clip_grad_norm(model)
         bound = self.args.max_grad_norm
         if self.hrpo.clip_grad_per_group:

@@ -27,7 +27,8 @@ from ..common.checkpointing import CheckpointError, SafeCheckpointMixin
 from ..common.engines import check_engine
 from ..common.gradients import average_gradients
 from ..common.model_loading import check_left, check_name, default_args, with_adapter
-from ..common.teacher import check_vocabularies, for_teacher, load_teacher
+from ..common.modules_beside import OptimizerBeside
+from ..common.teacher import check_vocabularies, for_teacher, load_teacher, shard_teacher
 from ..common.update_sizes import UpdateSizesMixin
 from .config import KVDistillConfig
 from .segments import TEACHER, SegmentCollator, add_segments
@@ -67,6 +68,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     _tag_names = ["trl", "kv-distillation"]
     _name = "KV distillation"
+    _beside: OptimizerBeside | None = None
 
     def __init__(
         self,
@@ -89,8 +91,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
                 f"{type(peft_config).__name__} adds virtual tokens, for which the teacher has no keys; use LoRA"
             )
         if args.lambda_kv:
-            trained = [] if args.freeze_aligner else [f"{self._name} with freeze_aligner=False"]
-            check_engine(args, self._name, *trained)
+            check_engine(args, self._name, {"fp16=True": args.fp16 and not args.freeze_aligner})
         check_name(model)
         model, keywords["peft_config"] = with_adapter(model, peft_config, args.seed)
         if args.lambda_kv and args.n_gpu > 1:
@@ -129,6 +130,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
                 args.time_warper(),
                 args.freeze_aligner,
             ).to(self.accelerator.device)
+        self.teacher = shard_teacher(self.teacher, self.accelerator)
         self._structural_loss = args.structural_loss()
         self._first_spread: dict[str, float] = {}
 
@@ -204,7 +206,8 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _teacher_kvq(self, inputs: dict[str, torch.Tensor]) -> dict[int, tuple[torch.Tensor, ...]]:
         here = inputs["input_ids"].device
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with captured_kvq(self.teacher, self.aligner.layers, stop=True) as found:
+        # A forward that is left half-way would leave gathered weights behind
+        with captured_kvq(self.teacher, self.aligner.layers, stop=not self._sharded()) as found:
             self.teacher(**for_teacher(self.teacher, inputs, here), use_cache=False)
         return {layer: tuple(x.to(here) for x in kvq) for layer, kvq in found.items()}
 
@@ -257,11 +260,23 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         if learning and learning[0] not in known:
             rate = self.args.aligner_learning_rate
             rate = self.args.learning_rate if rate is None else rate
-            optimizer.add_param_group({"params": learning, "lr": rate, "weight_decay": 0.0})
+            group = {"params": learning, "lr": rate, "weight_decay": 0.0}
+            if self._sharded():
+                self._beside = self._beside or OptimizerBeside(self, [group])
+                return optimizer
+            optimizer.add_param_group(group)
             if self.accelerator.num_processes > 1:
-                mean = functools.partial(self.accelerator.reduce, reduction="mean")
-                optimizer.register_step_pre_hook(lambda *_: average_gradients(learning, mean))
+                optimizer.register_step_pre_hook(lambda *_: average_gradients(learning, self._mean))
         return optimizer
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(x, "mean")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._beside is not None and self.accelerator.sync_gradients:
+            self._beside.step(self._mean)
+        return loss
 
     def _modules_beside(self) -> dict[str, nn.Module]:
         return {} if self.aligner is None else {ALIGNER: self.aligner}

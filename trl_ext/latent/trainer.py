@@ -26,6 +26,7 @@ from ..common.engines import check_engine
 from ..common.model_loading import (
     check_name,
     default_args,
+    is_adapted,
     keeping_master_weights,
     no_router_loss,
     preparing_models,
@@ -88,8 +89,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             raise ValueError("data_collator: this trainer has its own; leave it out")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: has no rows")
-        adapted = keywords.get("peft_config") is not None or (not isinstance(model, str) and is_peft_model(model))
-        check_engine(args, "Latent distillation", *(["Latent distillation with an adapter"] if adapted else []))
+        check_engine(args, "Latent distillation", {"an adapter": is_adapted(model, keywords.get("peft_config"))})
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)

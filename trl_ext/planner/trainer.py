@@ -39,6 +39,7 @@ from ..common.model_loading import (
     preparing_models,
     with_adapter,
 )
+from ..common.one_unit import OneUnitMixin
 from ..common.parameter_groups import split_by_role
 from ..common.state_file import save_state
 from ..common.update_sizes import UpdateSizesMixin
@@ -67,7 +68,7 @@ Batch = dict[str, torch.Tensor]
 Logged = dict[str, torch.Tensor]
 
 
-class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
+class PlannerExecutorTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     """SFT of planner and executor. Ours. A planner is attached before PEFT wraps the model, if it has none.
 
     With `peft_config`, the base model, its embedding and its LM head are frozen. Without it, the whole model is
@@ -184,7 +185,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         scored = inputs["labels"][:, 1:] != -100
         if not self.model.training:
             with self.accelerator.autocast():
-                return self._evaluated(model, inputs, scored, return_outputs)
+                return self._within_forward(model, self._evaluated, inputs, scored, return_outputs)
         per_item, share = 1 / scored.sum().clamp(min=1), 1.0
         if num_items_in_batch is not None:  # scaled as a part of the whole step, for the mean over processes
             processes = self.accelerator.num_processes if self._across_processes() else 1
@@ -192,7 +193,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             share = len(scored) * processes / self._step_rows
         make = self._soft_loss if self.args.training == "soft" else self._em_loss
         with self.accelerator.autocast():
-            loss, parts = make(model, inputs, scored, per_item, share)
+            loss, parts = self._within_forward(model, make, inputs, scored, per_item, share)
         self._note(**parts, tokens=inputs["attention_mask"].sum())
         return (loss, CausalLMOutput()) if return_outputs else loss
 
@@ -358,7 +359,7 @@ class PlannerExecutorTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.args.use_planner and self.accelerator.sync_gradients:
-            if self.accelerator.num_processes > 1:
+            if self.accelerator.num_processes > 1 and not self._sharded():  # FSDP2 and DeepSpeed average them
                 trained = [p for p in self.model.parameters() if p.requires_grad]
                 average_gradients(trained, lambda x: self.accelerator.reduce(x, "mean"))
             self._end_step()

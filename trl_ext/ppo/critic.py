@@ -10,10 +10,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification, PreTrainedModel
 
+import patches
 from unsloth_ext.common.hub import check_finite, check_name
 from unsloth_ext.common.master_weights import MasterLinear
 
 
+@patches.applied("zero3_loading")
 def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Make a critic from the policy: a copy of its backbone, with adapters merged, and a head of zeros.
 
@@ -42,6 +44,7 @@ def critic_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return critic
 
 
+@patches.applied("zero3_loading")
 def load_critic(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """Load a critic from a folder or the hub. A head that is not among its weights starts at zero.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
@@ -23,7 +22,8 @@ from ..common.engines import check_engine
 from ..common.gradients import average_gradients
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
 from ..common.metric_sums import ExactMeans
-from ..common.model_loading import default_args, name_of
+from ..common.model_loading import default_args, is_adapted, name_of
+from ..common.modules_beside import OptimizerBeside
 from ..common.single_sample import OwnAdvantages
 from .advantages import clipped_value_loss, generalized_advantages, moments
 from .config import PPOConfig
@@ -60,6 +60,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     _unknown_as_nan = (*GRPOCheckpointMixin._unknown_as_nan, "returns")  # NaN at tokens that are not trained
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
+    _beside: OptimizerBeside | None = None
     _paper = {
         "title": "Proximal Policy Optimization Algorithms",
         "id": "1707.06347",
@@ -85,9 +86,8 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         given = (
             inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **keywords).arguments
         )
-        check_engine(args, self._name)
-        adapted = isinstance(model, PeftModel) or given.get("peft_config") is not None
-        if args.beta and not name_of(model) and not adapted:
+        check_engine(args, self._name, {"target_kl": args.target_kl is not None, "fp16=True": args.fp16})
+        if args.beta and not name_of(model) and not is_adapted(model, given.get("peft_config")):
             raise ValueError(
                 f"beta={args.beta}: the reference is loaded by the model's name, but this model has none; "
                 "save it and pass the folder, or set beta=0"
@@ -192,11 +192,18 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         self._metrics["train"]["ppo/stopped"].append(float(self._dropping))
         if self._dropping or not self.args.vf_coef or self.accelerator.num_processes == 1:
             return
-        average_gradients(list(self.critic.parameters()), lambda x: self.accelerator.reduce(x, "mean"))
+        if self._beside is not None:
+            self._beside.step(self._mean, self.args.max_grad_norm)
+        else:
+            average_gradients(list(self.critic.parameters()), self._mean)
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(x, "mean")
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
-        nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        if self._beside is None:
+            nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
         return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -207,10 +214,16 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         rate = self.args.critic_learning_rate
         rate = self.args.learning_rate if rate is None else rate
         decayed = set(self.get_decay_parameter_names(self.critic))
+        groups = []
         for decays in (True, False):
             params = [p for name, p in self.critic.named_parameters() if (name in decayed) == decays]
             decay = self.args.weight_decay if decays else 0.0
-            optimizer.add_param_group({"params": params, "lr": rate, "weight_decay": decay})
+            groups.append({"params": params, "lr": rate, "weight_decay": decay})
+        if self._sharded():
+            self._beside = self._beside or OptimizerBeside(self, groups)
+        else:
+            for group in groups:
+                optimizer.add_param_group(group)
         optimizer.register_step_pre_hook(self._drop)
         return optimizer
 

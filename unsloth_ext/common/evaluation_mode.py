@@ -10,7 +10,10 @@ from .sharding import whole_weights
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode, then restore the mode. Weights that FSDP2 shards are whole in the block."""
+    """Run the block in evaluation mode, then restore the mode.
+
+    Weights that FSDP2 or ZeRO-3 shards are whole in the block.
+    """
     never_pack(model)
     was = model.training
     model.eval()

@@ -29,9 +29,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+import patches
 
 from .log_filter import showing_only
 from .settings_file import ADAPTER, METHODS, TENSORS, held_by, read_json, read_saved, safetensors_keys
@@ -205,6 +208,7 @@ def check_causal_lm(name: str, method: str | None = None, token: str | None = No
         raise ValueError(f"{name} is a {config.model_type} model, which is no causal language model")
 
 
+@patches.applied("zero3_loading")
 def load_causal_lm(
     name: str, *, method: str | None = None, token: str | None = None, dtype: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
@@ -253,6 +257,20 @@ def load_causal_lm(
     return model
 
 
+@patches.applied("zero3_loading")
+def new_causal_lm(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Call `AutoModelForCausalLM.from_config`.
+
+    Args:
+        config: the model's configuration.
+        **kwargs: keywords for `from_config`, such as `dtype`.
+
+    Returns:
+        A model with random weights.
+    """
+    return AutoModelForCausalLM.from_config(config, **kwargs)
+
+
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add rows to the embeddings if the tokenizer has more tokens.
 
@@ -279,6 +297,7 @@ def check_missing(names: Iterable[str], name: str) -> None:
         raise ValueError(f"{name} lacks {lost[0]}" + f" and {len(lost) - 1} more tensors" * (len(lost) > 1))
 
 
+@patches.applied("zero3_loading")
 def load_classifier(name: str, flag: str = "reward_funcs: ", **kwargs: Any) -> PreTrainedModel:
     """Load a sequence classifier, such as a reward model, and check that every tensor is there.
 

@@ -1,23 +1,59 @@
-"""Weights that FSDP2 shards over processes (`torch.distributed.fsdp.fully_shard`)."""
+"""Weights that FSDP2 (`torch.distributed.fsdp.fully_shard`) or DeepSpeed ZeRO-3 shard over processes."""
 
 import contextlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a sharded tensor, and any other tensor itself. All processes have to call it."""
+    """Return the whole of a sharded tensor, and any other tensor itself. All processes have to call it.
+
+    The whole of a parameter of ZeRO-3 is a copy.
+    """
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Return whether FSDP2 shards a model, and all of its weights are gathered now."""
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    return sharded and not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Return whether a model is sharded by FSDP2 or ZeRO-3, and all of its weights are gathered now."""
+    units = any(isinstance(module, FSDPModule) for module in model.modules())
+    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    return bool(units or split) and is_gathered(model) and not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def within_forward(module: nn.Module, work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return `work(x)`, which reads the weights of a module.
+
+    If ZeRO-3 shards them, and they are not gathered now, it runs as the module's forward. DeepSpeed then gathers them for
+    it, and again for its backward.
+
+    Args:
+        module: a module without submodules.
+        work: a function of one tensor.
+        x: its argument, floating point.
+    """
+    if is_gathered(module):
+        return work(x)
+    vars(module)["forward"] = work
+    try:
+        return module(x)
+    finally:
+        del vars(module)["forward"]
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Return whether ZeRO-3 shards no parameter of a module, or all are gathered now."""
+    return all(p.ds_status.name == "AVAILABLE" for p in module.parameters() if hasattr(p, "ds_id"))
 
 
 @contextlib.contextmanager
@@ -25,12 +61,61 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     """Gather the weights of a model once, and keep them whole in the block. All processes have to enter it.
 
     No process waits for another one in the block, so each can run as many forwards as it needs. It does nothing for a model
-    that FSDP2 does not shard.
+    that is not sharded.
 
     Args:
-        model: the prepared model.
+        model: the prepared model, but not DeepSpeed's engine around it.
+
+    Raises:
+        RuntimeError: FSDP1 shards the model.
     """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise RuntimeError(
+            "FSDP1 keeps weights in flat pieces, so this model cannot generate: use FSDP2 (fsdp_version: 2)"
+        )
+    with _gathered_by_fsdp2(model), _gathered_by_zero3(model):
+        yield
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def changing_weights(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
+    """Let the block change weights in place, and then put the changes where FSDP2 or DeepSpeed keeps them.
+
+    DeepSpeed would otherwise undo them in its next step. All processes have to enter it and make the same changes.
+
+    Args:
+        model: the prepared model, but not DeepSpeed's engine around it.
+        *modules: parts of it. The block may change their weights.
+    """
+    with whole_weights(model):
+        yield
+        changed = [(module, dict(module.named_parameters())) for module in modules]
+        changed = [(module, {name: p.detach().clone() for name, p in found.items()}) for module, found in changed]
+    for module, values in changed:
+        for name, value in values.items():
+            _put(module.get_parameter(name), value)
+
+
+def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+    elif hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # of ZeRO-3; of ZeRO-1 and 2
+        import deepspeed
+
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+            deepspeed.utils.safe_set_local_fp32_param(parameter, parameter.ds_tensor)
+        else:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+
+
+@contextlib.contextmanager
+def _gathered_by_fsdp2(model: nn.Module) -> Iterator[None]:
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:  # from the root on: the block may call parts of the model first
+        unit._get_fsdp_state()._lazy_init()
     groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
     meshes = [group.post_forward_mesh_info for group in groups]  # None: whole after a forward
     for unit in units:
@@ -43,3 +128,30 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for unit in units:
             unit.reshard()
+
+
+@contextlib.contextmanager
+def _gathered_by_zero3(model: nn.Module) -> Iterator[None]:
+    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    # DeepSpeed's hooks would split each module's weights again after its forward
+    hooks = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [OrderedDict(some) for some in hooks]
+    with deepspeed.zero.GatheredParameters([p for p in split if p.ds_status.name != "AVAILABLE"]):
+        for some in hooks:
+            _keep(some, {key: hook for key, hook in some.items() if not hook.__module__.startswith("deepspeed.")})
+        try:
+            yield
+        finally:
+            for some, old in zip(hooks, before, strict=True):
+                _keep(some, old | some)
+
+
+def _keep(hooks: dict[int, Any], kept: dict[int, Any]) -> None:
+    """Leave `kept` in a module's own dictionary of hooks, in its order."""
+    hooks.clear()
+    hooks.update(kept)

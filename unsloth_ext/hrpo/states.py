@@ -22,6 +22,7 @@ from transformers.generation import (
 )
 
 from unsloth_ext.common.embeddings import embed_scale, embedding_norm
+from unsloth_ext.common.sharding import within_forward
 
 
 SOURCES = ("projection", "soft_embedding")
@@ -71,15 +72,18 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
     Returns:
         (..., d) in the dtype of the embedding.
     """
-    weight = embedding.weight
-    scale = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
-    if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering many rows costs more
-        mixed = probs.to(weight.dtype) @ weight
-    else:
+
+    def mix(probs: torch.Tensor) -> torch.Tensor:
+        weight = embedding.weight
+        if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering many rows costs more
+            return probs.to(weight.dtype) @ weight
         top, index = probs.topk(candidates, dim=-1)
         rows = nn.functional.embedding(index, weight)
-        mixed = (top.to(weight.dtype).unsqueeze(-2) @ rows).squeeze(-2)
-    return (mixed / scale).to(weight.dtype) * embed_scale(embedding)
+        return (top.to(weight.dtype).unsqueeze(-2) @ rows).squeeze(-2)
+
+    mixed = within_forward(embedding, mix, probs)
+    scale = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
+    return (mixed / scale).to(mixed.dtype) * embed_scale(embedding)
 
 
 class Warper:

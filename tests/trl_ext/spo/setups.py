@@ -30,12 +30,14 @@ def rollouts(prompts, trainer):
     }
 
 
-def spo(folder: Path, *, peft: bool = False, reward=reward_digits, dataset=None, rollout_func=None, **changes):
+def spo(
+    folder: Path, *, model=None, peft: bool = False, reward=reward_digits, dataset=None, rollout_func=None, **changes
+):
     from trl_ext import SPOConfig, SPOTrainer
 
     args = arguments(SPOConfig, folder / "out", **{"num_generations": 1, "per_device_train_batch_size": 4, **changes})
     return SPOTrainer(
-        base_folder(folder),
+        model or base_folder(folder),
         reward,
         args,
         train_dataset=dataset if dataset is not None else prompts(12),

@@ -1,0 +1,109 @@
+"""Trainers in two processes on each engine, with TRL's own files, against DDP; and DDP against one process."""
+
+import json
+
+import pytest
+import torch
+
+from tests.trl_ext.distill import setups as distill
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.kv_distill import setups as kv
+from trl_ext.common.engines import REFUSED
+
+from . import worker
+from .launch import launch
+
+
+# float32, sums in another order, through some steps of AdamW of 1e-3 each
+CLOSE = {"rtol": 1e-4, "atol": 5e-5}
+# DeepSpeed clips the gradients of all roles together, which changes the steps of the gates
+ONE_BOUND = {"rtol": 1e-3, "atol": 3e-4}
+FAST = [
+    ("hrpo", "fsdp2"),
+    ("hrpo, LoRA", "fsdp2"),
+    ("hrpo, soft_embedding, soft_bptt", "fsdp2"),
+    ("latent, sequential", "fsdp2"),
+    ("latent, LoRA", "fsdp2"),
+    ("kv, default", "fsdp2"),
+    ("concept, stable", "fsdp2"),
+    ("planner", "fsdp2"),
+    ("ppo", "fsdp2"),
+]
+# Cases that engines refuse
+METHODS = {
+    "latent, LoRA": "Latent distillation with an adapter",
+    "planner": "Planner-executor",
+    "planner, LoRA": "Planner-executor",
+}
+RUN = [
+    (case, engine)
+    for case in worker.CASES
+    for engine in ("fsdp2", "zero2", "zero3")
+    if engine not in REFUSED.get(METHODS.get(case, ""), {})
+]
+RUN += [(case, "zero1") for case in ("hrpo", "latent, sequential", "kv, default", "concept, stable", "planner", "ppo")]
+WORDLESS = ("latent, LoRA",)  # this model writes special tokens only
+FSDP1 = ("stock sft", "stock grpo", "logits", "reasoning", "kv, default", "concept, literal", "spo", "ppo")
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    """The folder in which a case ran on DDP."""
+    folders = {}
+
+    def run(case):
+        if case not in folders:
+            folders[case] = folder = tmp_path_factory.mktemp("case")
+            hrpo.base_folder(folder)
+            distill.teacher().save_pretrained(folder / "teacher")
+            kv.teacher().save_pretrained(folder / "kv_teacher")
+            launch("ddp", case, folder)
+        return folders[case]
+
+    return run
+
+
+def found(folder, engine, processes=2):
+    return [json.loads((folder / f"{engine}{rank}.json").read_text()) for rank in range(processes)]
+
+
+def check_equal(folder, one, other, close):
+    logs = [found(folder, engine, 1)[0]["logs"] for engine in (one, other)]
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    weights, ours = (torch.load(folder / f"{engine}0.pt") for engine in (one, other))
+    assert weights.keys() == ours.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(ours[name], value, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def against_ddp(folder, case, engine):
+    launch(engine, case, folder)
+    close = ONE_BOUND if case.startswith("hrpo") and engine.startswith("zero") else CLOSE
+    check_equal(folder, "ddp", engine, close)
+    theirs, ours = found(folder, "ddp"), found(folder, engine)
+    lengths = [rank["lengths"] for rank in ours]
+    assert lengths == [rank["lengths"] for rank in theirs]
+    assert lengths[0] == lengths[1] == [] or lengths[0] != lengths[1]  # no process waits for the longest completion
+    texts = [rank["texts"] for rank in theirs + ours]
+    assert texts == 4 * texts[:1] and (any(texts[0]) or not worker.writes(case) or case in WORDLESS)
+
+
+@pytest.mark.parametrize("case, engine", FAST)
+def test_the_weights_are_those_of_ddp(ddp, case, engine):
+    against_ddp(ddp(case), case, engine)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("case, engine", [cell for cell in RUN if cell not in FAST])
+def test_every_case_on_every_engine(ddp, case, engine):
+    against_ddp(ddp(case), case, engine)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("case", FSDP1)
+def test_fsdp1_has_ddps_losses(ddp, case):
+    folder = ddp(case)
+    launch("fsdp1", case, folder)
+    theirs, ours = (found(folder, engine, 1)[0]["logs"] for engine in ("ddp", "fsdp1"))
+    assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], rel=1e-4, abs=1e-5)
