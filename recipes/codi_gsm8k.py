@@ -31,7 +31,7 @@ from trl_ext.cli.recipe import finish, leave, start
 from trl_ext.cli.report import compact_progress, comparison_table
 from trl_ext.latent.evaluation import evaluate_answers
 from trl_ext.latent.method import METHOD
-from trl_ext.latent.recipe import EMBEDDED, evaluation_options, load_data, load_tokenizer, parse, tokenized
+from trl_ext.latent.recipe import evaluation_options, load_data, load_tokenizer, parse, tokenized
 from trl_ext.tasks.evaluation import AccuracyCallback
 from unsloth_ext.common.ablations import ABLATIONS
 
@@ -42,7 +42,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def main() -> None:
     script, args = parse(sys.argv[1:], "codi", CODIConfig, CONFIGS)
     started = time.time()
-    console, output, resume = start(args, script, EMBEDDED)
+    console, output, resume = start(args, script)
 
     # Data: rows of question, steps and answer
     train, held_out = load_data(script, console)

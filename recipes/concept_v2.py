@@ -32,7 +32,6 @@ from trl_ext.cli.report import compact_progress
 from trl_ext.concept.method import METHOD
 from trl_ext.concept.recipe import (
     BASE,
-    EMBEDDED,
     ScriptArguments,
     base_evaluation,
     comparison,
@@ -51,7 +50,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def main() -> None:
     script, data, args = parse(sys.argv[1:], ScriptArguments, CONFIGS)
     started = time.time()
-    console, output, resume = start(args, script, EMBEDDED)
+    console, output, resume = start(args, script)
 
     # Data, and an evaluation of the model before it has concepts
     task = load(script, data, args)
@@ -80,10 +79,10 @@ def main() -> None:
     # Evaluate, save and show
     after = evaluate_concepts(trainer.model, task.tokenizer, task.held_out, **how)
     trainer.save_model(str(output / "final"))
-    if not trainer.is_world_process_zero():
-        return
     if args.use_concepts:
         show_pieces(trainer, task, console, f"Concept tokens, {script.model_name}")
+    if not trainer.is_world_process_zero():
+        return
     finish(
         trainer,
         console,

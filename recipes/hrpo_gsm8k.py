@@ -160,7 +160,7 @@ def load_model(script: ScriptArguments, args: HRPOConfig, console: PlainConsole)
 def main() -> None:
     script, data, args = parse()
     started = time.time()
-    console, output, resume = start(args, script, ON_CPU)
+    console, output, resume = start(args, script)
     train, held_out = load_data(script, data, args)
     model, tokenizer = load_model(script, args, console)
     most = script.max_seq_length or min(2048, getattr(model.config, "max_position_embeddings", 2048))

@@ -92,7 +92,7 @@ def main() -> None:
     script, data, args = parser.parse_args_and_config(["--config", str(config), *others])
     check_tiny(script.model_name, data.dataset)
     started = time.time()
-    console, output, resume = start(args, script, EMBEDDED)
+    console, output, resume = start(args, script)
     if script.model_name == "tiny":
         model, teacher, tokenizer, train, held_out = load_tiny(script, args)
     else:

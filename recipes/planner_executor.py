@@ -146,7 +146,7 @@ def main() -> None:
             "PlannerExecutorTrainer accepts it"
         )
     started = time.time()
-    console, output, resume = start(args, script, EMBEDDED)
+    console, output, resume = start(args, script)
     model, tokenizer, train, held_out, delimiter = load(script, data, args)
     how = {
         "mode": args.mode,

@@ -1,6 +1,8 @@
 """Trainers in two processes on a CPU, on each engine of `accelerate launch`, with the files that TRL ships for it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import trl
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -12,10 +14,11 @@ from tests import processes
 FILES = {"ddp": "multi_gpu"} | {name: name for name in ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")}
 
 
-def launch(engine: str, *arguments: object) -> None:
-    """Run `tests.engines.worker ENGINE arguments...` in two ranks; the engine "one": in one process."""
+def launch(engine: str, case: str, folder: Path, **options: Any) -> None:
+    """Run `tests.engines.worker ENGINE CASE FOLDER OPTIONS` in two ranks; the engine "one": in one process."""
     count = 1 if engine == "one" else 2
-    processes.launch("tests.engines.worker", engine, *arguments, processes=count, env=environment(engine))
+    arguments = engine, case, folder, json.dumps(options)
+    processes.launch("tests.engines.worker", *arguments, processes=count, env=environment(engine))
 
 
 def environment(engine: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ from .launch import launch
 def test_it_changes_nothing(tmp_path):
     """Weights of both processes, bit for bit. On FSDP2 transformers refuses it ("a model and optimizer must be passed")."""
     found = []
-    for flags in ([], ["evaluate"]):
-        launch("ddp", "latent, sequential", tmp_path, *flags)
+    for evaluate in (False, True):
+        launch("ddp", "latent, sequential", tmp_path, evaluate=evaluate)
         found += [torch.load(tmp_path / f"ddp{rank}.pt") for rank in range(2)]
     first, *others = found
     for other in others:

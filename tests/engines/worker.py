@@ -1,4 +1,8 @@
-"""One of two ranks that train a few steps: ENGINE CASE FOLDER [evaluate]. Each writes losses, lengths and weights."""
+"""One of two ranks that train a few steps: ENGINE CASE FOLDER [OPTIONS]. Each writes losses, lengths and weights.
+
+OPTIONS is JSON with `settings` (of the configuration), `resume` (a checkpoint), `evaluate` (before training) and `name`
+(of the files).
+"""
 
 import functools
 import json
@@ -65,8 +69,10 @@ CASES = {
 }
 
 
-def without_a_gpu() -> None:
+def prepare(engine: str) -> None:
     """accelerate starts FSDP and DeepSpeed only where there are GPUs. Let it take gloo for NCCL, and the CPU for a GPU."""
+    if engine in ("one", "ddp"):
+        return
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     made = DeepSpeedPlugin.__post_init__
@@ -98,10 +104,16 @@ def written(trainer, case: str) -> list[str]:
 
 def main() -> None:
     engine, case, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
-    if engine not in ("one", "ddp"):
-        without_a_gpu()
-    trainer = CASES[case](folder, per_device_train_batch_size=4, use_cpu=engine in ("one", "ddp"))
+    prepare(engine)
+    trainer = CASES[case](
+        folder,
+        per_device_train_batch_size=8 // processes,
+        use_cpu=engine in ("one", "ddp"),
+        **options.get("settings", {}),
+    )
     lengths = []
     if case.startswith("hrpo"):
         with torch.random.fork_rng():  # each process samples its own
@@ -116,10 +128,11 @@ def main() -> None:
             return out
 
         trainer._generate_single_turn = seeing
-    if "evaluate" in sys.argv:
+    if options.get("evaluate"):
         trainer.evaluate()
-    trainer.train()
-    texts = [] if engine == "fsdp1" else written(trainer, case)  # with FSDP1 no texts can be written
+    trainer.train(options.get("resume"))
+    # With FSDP1 no texts can be written
+    texts = [] if engine == "fsdp1" or "resume" in options else written(trainer, case)
     named = getattr(trainer, "_named_trained", lambda: dict(trainer.model.named_parameters()))()
     weights = {name: full(value).detach().clone() for name, value in named.items()}
     rank = int(os.environ.get("RANK", 0))
@@ -132,8 +145,9 @@ def main() -> None:
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    (folder / f"{engine}{rank}.json").write_text(json.dumps({"logs": logs, "lengths": lengths, "texts": texts}))
-    torch.save(weights, folder / f"{engine}{rank}.pt")
+    name = options.get("name", engine)
+    (folder / f"{name}{rank}.json").write_text(json.dumps({"logs": logs, "lengths": lengths, "texts": texts}))
+    torch.save(weights, folder / f"{name}{rank}.pt")
 
 
 if __name__ == "__main__":

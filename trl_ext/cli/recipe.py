@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from trl_ext.cli.console import PlainConsole
 
 from ..common.config_checks import at_least
+from ..common.engines import check_engine
 from ..common.run_folder import check_apart, finished
 from ..common.sampling import check_vllm_rollouts
 from .report import plot_curves, write_summary
@@ -83,27 +84,22 @@ class RecipeArguments(LoraArguments):
         at_least(self, train_size=1, eval_size=1, eval_every=0, eval_batch=1)
 
 
-def start(args: TrainingArguments, script: Any, embedded: tuple[str, ...]) -> tuple[PlainConsole, Path, str | None]:
+def start(args: TrainingArguments, script: Any) -> tuple[PlainConsole, Path, str | None]:
     """Start or resume a run.
 
     Args:
         args: the trainer's configuration.
         script: the recipe's own arguments: `model_name`, `overwrite`, and `init_from` if the recipe has it.
-        embedded: names of the embedded models.
 
     Returns:
         The console, the output folder, which is now locked for this run, and the checkpoint to resume from.
 
     Raises:
         ImportError: `use_vllm` is set, and vLLM is not installed or not in a tested version.
-        ValueError: from `claim` or `check_vllm_rollouts`; for an embedded model in several processes; or if
-            `overwrite` would delete the model or data that the run starts from.
+        ValueError: from `claim` or `check_vllm_rollouts`; with FSDP1; or if `overwrite` would delete the model or data that
+            the run starts from.
     """
-    name = script.model_name
-    if args.world_size > 1 and name in embedded:
-        raise ValueError(
-            f"--model_name {name} can only train in one process; pass a hub id or a folder with accelerate launch"
-        )
+    check_engine(args, "A recipe")
     if getattr(args, "use_vllm", False):
         check_vllm_rollouts(args, thinks=getattr(args, "thinking", False))
     if script.overwrite:

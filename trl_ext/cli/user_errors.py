@@ -83,7 +83,8 @@ def in_sentences() -> None:
             time.sleep(PATIENCE)
             text = f"rank {rank}: {text}"
         sys.stdout.flush()
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+        # Not sys.stderr: with several processes, torch's hook collects what this one prints, and loses it at the exit
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.__stderr__, flush=True)
         sys.exit(status)
 
     hook.speaks = True  # type: ignore[attr-defined]  # read above

@@ -9,8 +9,8 @@ name.
 transformers saves some models, above all mixtures of experts, in another form than it trains them. They are read with
 `from_pretrained`, because Trainer would skip the tensors whose names it does not know.
 
-FSDP and DeepSpeed shard the optimizer. Its state keeps their formats there and is read only if the user allows it by
-name.
+FSDP2 and DeepSpeed shard the optimizer. Its state is gathered for the checkpoint, which has the same format on every engine
+and for any number of processes. FSDP1, and DeepSpeed with state on a disk, write their own formats, which are pickles.
 
 On resume, the learning rates of the command line are used: only the position of the scheduler is restored. Schedules
 that follow a metric keep the rates that they have reached. New parameters get fresh optimizer state, and the state of
@@ -30,14 +30,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from patches import fused_lm_head
 from patches.save_pretrained import describer
+from unsloth_ext.common.sharding import changing_weights, full
 
-from . import mixin_bases
+from . import mixin_bases, zero_state
 from .model_card import complete_run_card, read_card, write_card_of
 from .model_loading import (
     check_arguments,
@@ -48,6 +50,7 @@ from .model_loading import (
     give_head_a_bias,
     preparing_models,
 )
+from .modules_beside import OptimizerBeside
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
 from .trainable_parameters import check_trainable
@@ -122,6 +125,9 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             could not derive the reference model from its adapter.
     """
 
+    _optimizer_beside: OptimizerBeside | None = None
+    """The optimizer of modules beside a model that an engine shards."""
+
     _latent_method: str | None = None
     """The latent reasoning method whose modules the trainer attaches. Folders of another method are refused."""
 
@@ -139,12 +145,18 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         check_left(self.train_dataset, "train_dataset", getattr(self.args, "max_length", None))
         self._check_positions(self.accelerator.unwrap_model(self.model))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> Any:
         if self.args.world_size > 1 and self.model_wrapped is self.model and not self._sharded():
             # If an evaluation came first, transformers has prepared the model without DDP, and accelerate would not prepare
             # it again: each process would train its copy by itself
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)._is_accelerate_prepared = False
-        return super()._prepare_for_training(*args, **kwargs)
+        ours = self._sharded() and self._own_format() and checkpoint is not None and _holds_our_state(checkpoint)
+        if ours:  # before the weights are split
+            self._load_all(Path(checkpoint))
+        made = super()._prepare_for_training(max_steps, train_dataloader, None if ours else checkpoint)
+        if ours:
+            self._load_optimizer_and_scheduler(checkpoint)
+        return made
 
     def _check_positions(self, model: torch.nn.Module) -> None:
         for name in ("train_dataset", "eval_dataset"):
@@ -207,7 +219,9 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             check_weights(self.model, Path(folder))
             self._check_beside(Path(folder))
             warn_of_another_origin(self.model, Path(folder))
-        self._load_from_checkpoint(str(folder))
+            self._load_all(Path(folder))
+        else:
+            self._load_from_checkpoint(str(folder))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         made = super()._init_training_state(max_steps, *args, **kwargs)
@@ -270,8 +284,11 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _own_format(self) -> bool:
-        """Whether optimizer state is saved in our format. DeepSpeed and FSDP shard the state and use their own formats."""
-        return not self._sharded()
+        """Whether optimizer state is saved in our format. FSDP1, and DeepSpeed with state on a disk, use their own."""
+        if self.is_deepspeed_enabled:
+            made = getattr(self.optimizer, "optimizer", None)
+            return made is None or zero_state.flat_parts(made) is not None
+        return not self.is_fsdp_enabled or self.accelerator.is_fsdp2
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -306,8 +323,6 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         if not self._own_format():
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if not self.args.should_save:
-            return
         tensors, plain, written = {}, {}, set()
         for name, state in self._named_state().items():
             for key, value in state.items():
@@ -319,14 +334,27 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
                     written.add(value.untyped_storage().data_ptr())
                 else:
                     plain[f"{name}|{key}"] = value
+        if not self.args.should_save:
+            return
         save_file(tensors, Path(output_dir, "optimizer.safetensors"))
         _write_json(Path(output_dir, "optimizer.json"), plain)
         scheduler = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
         _write_json(Path(output_dir, "scheduler.json"), scheduler)
 
     def _named_state(self) -> dict[str, dict[str, Any]]:
-        names = {parameter: name for name, parameter in self._named_trained().items()}
-        return {names[parameter]: state for parameter, state in self._torch_optimizer().state.items() if state}
+        """The optimizer state of each parameter that has some, by name; empty in processes that save nothing.
+
+        Sharded state is gathered, one parameter after the other. All processes have to call it.
+        """
+        named, found = self._named_trained(), {}
+        if self.is_deepspeed_enabled:
+            for name, state in zero_state.whole_state(self._torch_optimizer(), named):
+                found |= {name: state} if self.args.should_save else {}
+        for optimizer in self._torch_optimizers():
+            for name, parameter in named.items():
+                state = {key: _gathered(value) for key, value in optimizer.state.get(parameter, {}).items()}
+                found |= {name: state} if state and self.args.should_save else {}
+        return found
 
     def _named_trained(self) -> dict[str, torch.nn.Parameter]:
         """All parameters that the optimizer may hold, by name."""
@@ -335,6 +363,11 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # unwrapped from accelerate
+
+    def _torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose state is by parameter: not DeepSpeed's."""
+        own = [] if self.is_deepspeed_enabled else [self._torch_optimizer()]
+        return own + ([] if self._optimizer_beside is None else [self._optimizer_beside.optimizer])
 
     def _save_rng_state(self, output_dir: str) -> None:
         version, internal, gauss = random.getstate()
@@ -363,7 +396,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
     # trained one), skips tensors whose names it does not know, and verifies nothing afterwards
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self._own_format():
+        if self._own_format() and not self._sharded():
             self._load_all(Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -375,12 +408,13 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             super()._load_best_model()
 
     def _load_all(self, checkpoint: Path) -> None:
-        load_weights(self.model, checkpoint)
+        with changing_weights(self.model, self.model):
+            load_weights(self.model, checkpoint)
         for name, module in self._modules_beside().items():
             load_weights(module, checkpoint / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._own_format() or not Path(checkpoint, "optimizer.safetensors").exists():
+        if checkpoint is None or not self._own_format() or not _holds_our_state(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         saved = load_file(Path(checkpoint, "optimizer.safetensors"))
@@ -389,15 +423,20 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         for key, value in saved.items():
             name, _, entry = key.rpartition("|")
             by_name.setdefault(name, {})[entry] = value
-        optimizer = self._torch_optimizer()
-        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        names = {name: parameter for name, parameter in self._named_trained().items() if parameter in trained}
-        for name, state in by_name.items():
-            if name in names:
-                optimizer.state[names[name]] = {
-                    entry: _beside(value, names[name]) if isinstance(value, torch.Tensor) and value.dim() else value
-                    for entry, value in state.items()
+        named, names = self._named_trained(), {}
+        for optimizer in self._torch_optimizers():
+            trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            of_this = {name: parameter for name, parameter in named.items() if parameter in trained}
+            for name in of_this.keys() & by_name.keys():
+                by_name[name].pop(zero_state.MASTER, None)
+                optimizer.state[of_this[name]] = {
+                    entry: _beside(value, of_this[name]) if isinstance(value, torch.Tensor) and value.dim() else value
+                    for entry, value in by_name[name].items()
                 }
+            names |= of_this
+        if self.is_deepspeed_enabled:
+            zero_state.put_state(self._torch_optimizer(), named, by_name)
+            names |= {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         for kind, left in (("fresh", names.keys() - by_name.keys()), ("dropped", by_name.keys() - names.keys())):
             if left:
                 logger.warning(
@@ -443,14 +482,26 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             self.accelerator.scaler.load_state_dict(json.loads(file.read_text()))
 
 
+def _holds_our_state(checkpoint: str | Path) -> bool:
+    return Path(checkpoint, OPTIMIZER[0]).exists()
+
+
+def _gathered(value: Any) -> Any:
+    """The whole of a sharded tensor, in the memory of the host."""
+    return full(value).cpu() if isinstance(value, DTensor) else value
+
+
 def _beside(state: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Move optimizer state to its parameter's device. State that was bf16 is widened if its parameter is now float32.
+    """Move optimizer state to its parameter's device and shards. State that was bf16 is widened if its parameter is now
+    float32.
 
     Checkpoints from before small modules had float32 weights hold such bf16 state.
     """
     floats = state.is_floating_point() and state.shape == parameter.shape
     dtype = torch.promote_types(state.dtype, parameter.dtype) if floats else state.dtype
-    return state.to(parameter.device, dtype)
+    state = state.to(parameter.device, dtype)
+    sharded = isinstance(parameter, DTensor) and state.shape == parameter.shape
+    return distribute_tensor(state, parameter.device_mesh, parameter.placements) if sharded else state
 
 
 def _state_of(optim: str) -> str:

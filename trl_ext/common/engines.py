@@ -26,6 +26,7 @@ _SCALED = "it scales float16 gradients for its own optimizer alone; use bf16=Tru
 _PUSHED = "rollouts in vLLM need the weights of the thinking modules whole; set use_vllm=False, or use DDP"
 
 REFUSED: Mapping[str, Mapping[str, str]] = {
+    "A recipe": {"fsdp1": "its evaluation writes texts, for which the weights must be whole; use FSDP2"},
     "HRPO": {"fsdp1": _FLAT},
     "HRPO with use_vllm=True": {"fsdp2": _PUSHED, "zero3": _PUSHED},
     "Latent distillation": {"fsdp1": _FLAT},

@@ -72,13 +72,21 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
         super()._check_checkpoint(checkpoint)
         if (checkpoint / OPTIMIZER[0]).exists() and not (checkpoint / ROLLOUT[1]).exists():
             raise CheckpointError(f"{checkpoint / ROLLOUT[1]} is missing: the position in the rollouts would be lost")
+        saved = sorted(checkpoint.glob("rollout_*.json"))
+        inside = any(json.loads(file.read_text())["batches"] for file in saved)
+        if saved and inside and len(saved) != self.accelerator.num_processes:
+            raise CheckpointError(
+                f"{checkpoint} was saved by {len(saved)} process(es) between two steps of one rollout, which cannot be "
+                f"split for {self.accelerator.num_processes}: resume with {len(saved)}, or from a checkpoint that was "
+                "saved after the last step of a rollout"
+            )
         for file in sorted(checkpoint.glob("rollout_*.safetensors")):
             names = set(safetensors_keys(file))
             check_finite([file], names, {name for name in names if name.endswith(self._unknown_as_nan)})
         if self._moving_reference() is None:
             self._compare_reference(checkpoint / ROLLOUT[1])
             return
-        if not self._own_format():
+        if self._sharded():
             raise CheckpointError(
                 "sync_ref_model=True: checkpoints of DeepSpeed and FSDP do not hold the moving reference model; "
                 "start a new run from the saved model, or set sync_ref_model=False"
@@ -96,7 +104,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
 
     def _reference_sum(self) -> str | None:
         """A checksum of a fixed reference model that is in memory; None if there is none."""
-        if self.ref_model is None or self.args.sync_ref_model or not self._own_format():
+        if self.ref_model is None or self.args.sync_ref_model or self._sharded():
             return None
         if self._reference is None:
             self._reference = checksum(self.accelerator.unwrap_model(self.ref_model))
@@ -105,7 +113,7 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have made it yet
-        if self._moving_reference() is not None and self._own_format() and self.args.should_save:
+        if self._moving_reference() is not None and not self._sharded() and self.args.should_save:
             self._moving_reference().save_pretrained(Path(output_dir, REFERENCE))
         rank = self.args.process_index
         tensors: dict[str, torch.Tensor] = {}
@@ -124,6 +132,8 @@ class GRPOCheckpointMixin(UpdateSizesMixin, SafeCheckpointMixin):
         if checkpoint is not None and self._moving_reference() is not None:
             load_weights(self._moving_reference(), Path(checkpoint, REFERENCE))
         file = Path(checkpoint or "", f"rollout_{self.args.process_index}.json")
+        if checkpoint is not None and not file.exists():  # more processes than before: all were at the same place
+            file = Path(checkpoint, ROLLOUT[1])
         if checkpoint is None or not file.exists():
             return
         plain = json.loads(file.read_text())

@@ -41,7 +41,7 @@ class UpdateSizesMixin(mixin_bases.Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args, **kwargs)
         optimizer = self._torch_optimizer()  # unwrapped: on a second train(), accelerate has wrapped it
-        if self._watched is not optimizer and self._own_format():
+        if self._watched is not optimizer and not self._sharded():
             self._watched, self._update_sizes, self._before_update = optimizer, {}, {}
             optimizer.register_step_pre_hook(self._keep_weights)
             optimizer.register_step_post_hook(self._measure_update)

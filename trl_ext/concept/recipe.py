@@ -27,7 +27,7 @@ from .config import PRESETS, ConceptConfig
 from .evaluation import ConceptEvaluation, evaluate_concepts
 from .method import METHOD
 from .trainer import ConceptTrainer
-from .visualization import write_page
+from .visualization import page_of
 
 
 EMBEDDED = ("tiny", "smollm2")
@@ -178,11 +178,16 @@ def evaluation_options(task: Task, script: ScriptArguments, args: ConceptConfig)
 
 
 def show_pieces(trainer: ConceptTrainer, task: Task, console: PlainConsole, title: str) -> None:
-    """Write `concepts.html` to the run's folder: held-out texts, split into the pieces that their concepts stand for."""
+    """Write `concepts.html` to the run's folder: held-out texts, split into the pieces that their concepts stand for.
+
+    All processes have to call it.
+    """
     rows = task.held_out.select(range(min(PAGE_TEXTS, len(task.held_out))))
     page = Path(trainer.args.output_dir) / "concepts.html"
     texts = [row["prompt"] + row["completion"] for row in rows]
-    write_page(page, ConceptModel(trainer.model, task.tokenizer), texts, title)
+    made = page_of(ConceptModel(trainer.model, task.tokenizer), texts, title)
+    if trainer.is_world_process_zero():
+        page.write_text(made)
     console.print(f"Written: {page}")
 
 
@@ -197,7 +202,7 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
     script, data, args = parser_result
     started = time.time()
     for config in runs.values():
-        console, _, resume = start(config, script, EMBEDDED)
+        console, _, resume = start(config, script)
     task = load(script, data, args)
     rows = {BASE: base_evaluation(task, script, args)}
     for name, config in runs.items():
@@ -205,10 +210,10 @@ def run(parser_result: tuple, runs: dict[str, ConceptConfig], title: str) -> Non
             console.print(f"Training {name}")
         trainer, after, accuracy = train(task, script, config, console, Path(config.output_dir), resume)
         rows[name] = after
-        if not trainer.is_world_process_zero():
-            continue
         if config.use_concepts:
             show_pieces(trainer, task, console, f"{title}: {name}, {script.model_name}")
+        if not trainer.is_world_process_zero():
+            continue
         finish(
             trainer,
             console,

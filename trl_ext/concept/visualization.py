@@ -1,7 +1,6 @@
 """An HTML page that shows texts split into the pieces that concepts stand for."""
 
 import html
-from pathlib import Path
 
 from unsloth_ext.concept.model import ConceptModel
 
@@ -23,8 +22,11 @@ def colour(codes: list[int]) -> str:
     return f"hsl({value * 137 % 360} 70% 86%)"
 
 
-def write_page(path: Path, model: ConceptModel, texts: list[str], title: str) -> None:
-    """Write an HTML page without scripts. Each piece has the colour of its concept and its codewords; a tail is dotted."""
+def page_of(model: ConceptModel, texts: list[str], title: str) -> str:
+    """Return an HTML page without scripts. Each piece has the colour of its concept and its codewords; a tail is dotted.
+
+    If the model is sharded, all processes have to call it.
+    """
     parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"]
     parts.append(
         f"<h1>{html.escape(title)}</h1><p>A piece ends where a token became a concept; its codewords are below it."
@@ -39,4 +41,4 @@ def write_page(path: Path, model: ConceptModel, texts: list[str], title: str) ->
             else:
                 shown.append(f"<span class='tail'>{words}</span>")
         parts.append(f"<p class='text'>{''.join(shown)}</p>")
-    path.write_text("\n".join(parts) + "\n")
+    return "\n".join(parts) + "\n"

@@ -226,8 +226,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
         def hybrid(*args: Any, **kwargs: Any) -> Any:
             session = HybridSession(model, self.matcher, keep=(*self.fields, "log_probs"))
             out = generate(*args, custom_generate=hybrid_decode, hybrid=session, **kwargs)
-            with whole_weights(model):  # FSDP2 takes `generate` for a forward, and shards the root's weights after it
-                self._trace = session.trace()
+            self._trace = session.trace()
             return out
 
         # The parent's generation code runs; only the decoding loop inside `generate` is replaced

@@ -68,7 +68,6 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     _tag_names = ["trl", "kv-distillation"]
     _name = "KV distillation"
-    _beside: OptimizerBeside | None = None
 
     def __init__(
         self,
@@ -262,7 +261,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
             rate = self.args.learning_rate if rate is None else rate
             group = {"params": learning, "lr": rate, "weight_decay": 0.0}
             if self._sharded():
-                self._beside = self._beside or OptimizerBeside(self, [group])
+                self._optimizer_beside = self._optimizer_beside or OptimizerBeside(self, [group])
                 return optimizer
             optimizer.add_param_group(group)
             if self.accelerator.num_processes > 1:
@@ -274,8 +273,8 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self._beside is not None and self.accelerator.sync_gradients:
-            self._beside.step(self._mean)
+        if self._optimizer_beside is not None and self.accelerator.sync_gradients:
+            self._optimizer_beside.step(self._mean)
         return loss
 
     def _modules_beside(self) -> dict[str, nn.Module]:

@@ -161,7 +161,7 @@ def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[An
     if getattr(parsed[-1], "use_vllm", False):
         require_vllm("use_vllm=True")
     if isinstance(parsed[-1], TrainingArguments):
-        parsed[0].begun = start(parsed[-1], parsed[0], ())
+        parsed[0].begun = start(parsed[-1], parsed[0])
     named = {"model_name": parsed[0], "teacher_model_name_or_path": parsed[-1]}
     named = {flag: getattr(arguments, flag, None) for flag, arguments in named.items()}
     models = list(named.values())

@@ -60,7 +60,6 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
     _unknown_as_nan = (*GRPOCheckpointMixin._unknown_as_nan, "returns")  # NaN at tokens that are not trained
     _tag_names = ["trl", "ppo"]
     _name = "PPO"
-    _beside: OptimizerBeside | None = None
     _paper = {
         "title": "Proximal Policy Optimization Algorithms",
         "id": "1707.06347",
@@ -192,8 +191,8 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         self._metrics["train"]["ppo/stopped"].append(float(self._dropping))
         if self._dropping or not self.args.vf_coef or self.accelerator.num_processes == 1:
             return
-        if self._beside is not None:
-            self._beside.step(self._mean, self.args.max_grad_norm)
+        if self._optimizer_beside is not None:
+            self._optimizer_beside.step(self._mean, self.args.max_grad_norm)
         else:
             average_gradients(list(self.critic.parameters()), self._mean)
 
@@ -202,7 +201,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
-        if self._beside is None:
+        if self._optimizer_beside is None:
             nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
         return norm
 
@@ -220,7 +219,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
             decay = self.args.weight_decay if decays else 0.0
             groups.append({"params": params, "lr": rate, "weight_decay": decay})
         if self._sharded():
-            self._beside = self._beside or OptimizerBeside(self, groups)
+            self._optimizer_beside = self._optimizer_beside or OptimizerBeside(self, groups)
         else:
             for group in groups:
                 optimizer.add_param_group(group)

