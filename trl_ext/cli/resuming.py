@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from trl_ext.cli import user_errors
 
 from ..common import run_folder
 from ..common.checkpointing import STATE_FILE, CheckpointError, broken_file, last_complete_checkpoint, no_steps_left
+
+
+# What gloo and NCCL say when a process at the other end is gone
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL error")
 
 
 def claim(args: TrainingArguments, overwrite: bool, second_stage: bool = False) -> tuple[str, Path | None]:
@@ -113,7 +118,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def explain_the_end(folder: Path) -> None:
-    """From now on, if Ctrl-C, SIGTERM or a full disk ends the run in this folder, print how to resume it."""
+    """From now on, if Ctrl-C, SIGTERM, a full disk or the end of another process ends the run in this folder, print how to
+    resume it."""
 
     def explain(error: BaseException) -> tuple[str, int] | None:
         found = _ending(error)
@@ -128,6 +134,8 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return "Ended by SIGTERM", 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", 128 + signal.SIGINT
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+        return "Another process of this run has ended, and its own message says why", 1
     full = user_errors.disk_is_full(error)
     return (full, user_errors.STATUS) if full else None
 
@@ -143,6 +151,8 @@ def how_to_go_on(folder: Path) -> str:
     if step >= state.get("max_steps", math.inf) and not more:  # no steps are left to resume
         return f"Training had ended: {last} holds the trained model and can be used like final/"
     command = run_folder.resume_command(run_folder.command_words())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the launcher's words are not known here
+        command = "the launch command that started the run, and --resume_from_checkpoint latest"
     return f"The last complete checkpoint is {last}; resume from it with: {command}"
 
 

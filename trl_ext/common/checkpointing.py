@@ -150,12 +150,11 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             # If an evaluation came first, transformers has prepared the model without DDP, and accelerate would not prepare
             # it again: each process would train its copy by itself
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)._is_accelerate_prepared = False
-        ours = self._sharded() and self._own_format() and checkpoint is not None and _holds_our_state(checkpoint)
-        if ours:  # before the weights are split
-            self._load_all(Path(checkpoint))
-        made = super()._prepare_for_training(max_steps, train_dataloader, None if ours else checkpoint)
-        if ours:
-            self._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not (self._sharded() and self._own_format() and _holds_our_state(checkpoint)):
+            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        self._load_all(Path(checkpoint))  # before the weights are split
+        made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(checkpoint)
         return made
 
     def _check_positions(self, model: torch.nn.Module) -> None:
@@ -346,7 +345,8 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
 
         Sharded state is gathered, one parameter after the other. All processes have to call it.
         """
-        named, found = self._named_trained(), {}
+        named = self._named_trained()
+        found: dict[str, dict[str, Any]] = {}
         if self.is_deepspeed_enabled:
             for name, state in zero_state.whole_state(self._torch_optimizer(), named):
                 found |= {name: state} if self.args.should_save else {}
@@ -423,7 +423,8 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         for key, value in saved.items():
             name, _, entry = key.rpartition("|")
             by_name.setdefault(name, {})[entry] = value
-        named, names = self._named_trained(), {}
+        named = self._named_trained()
+        names: dict[str, torch.nn.Parameter] = {}
         for optimizer in self._torch_optimizers():
             trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
             of_this = {name: parameter for name, parameter in named.items() if parameter in trained}

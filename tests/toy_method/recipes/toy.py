@@ -39,7 +39,7 @@ def main() -> None:
     _, config, others = chosen(sys.argv[1:], CONFIGS, "toy", EMBEDDED)
     script, args = parser.parse_args_and_config(["--config", str(config), *others])
     started = time.time()
-    console, output, resume = start(args, script, EMBEDDED)
+    console, output, resume = start(args, script)
     tokenizer = equations.tokenizer()
     set_seed(args.seed)
     base = output / "base"

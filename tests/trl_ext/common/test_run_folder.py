@@ -90,9 +90,7 @@ def test_overwrite_spares_what_the_run_begins_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flag, value in (("model_name", "out/final"), ("init_from", f"{tmp_path}/out/checkpoint-2/.")):
         with pytest.raises(FolderError, match=f"--overwrite deletes --{flag} {value}; choose another --output_dir"):
-            start(
-                arguments("out"), SimpleNamespace(**{"overwrite": True, "model_name": "tiny", flag: value}), ("tiny",)
-            )
+            start(arguments("out"), SimpleNamespace(**{"overwrite": True, "model_name": "tiny", flag: value}))
         assert Path(value).is_dir()
     check_apart(Path("out"), {"model_name": "out/mine", "output_dir": "out", "init_from": "final", "types": "x" * 5000})
 
