@@ -224,13 +224,12 @@ def memory(run: Run) -> dict[str, float]:
         found["teacher"] = 2 * parameters(config_of(run.teacher), dataclasses.replace(run, lora_r=0))[0] / share
     found["critic"] = 16.0 * count if run.method == "ppo" else 0.0
     stays = sum(found[name] for name in ("weights", "optimizer", "buckets", "rollout states", "teacher", "critic"))
-    # Activations leave while gradients come; the unsharded gradients of one part wait for their reduction
-    waiting = (
-        (half * (trained if run.method in ONE_UNIT else min(trained, unit))) if run.engine.startswith("fsdp") else 0
-    )
-    found["peak of training"] = (
-        stays + gathered + max(found["activations"] + found["logits"], found["gradients"] + waiting)
-    )
+    # Activations leave while gradients come. The unsharded gradients of one part wait for their reduction; those of one unit
+    # all come in the first backward of several, while the activations of the others are still there
+    part, together = (min(trained, unit), 0) if run.method not in ONE_UNIT else (trained, trained)
+    waiting, there = (half * part, half * together) if run.engine.startswith("fsdp") else (0, 0)
+    working = max(found["activations"] + found["logits"] + there, found["gradients"] + waiting)
+    found["peak of training"] = stays + gathered + working
     found["peak of rollouts"] = 0.0
     if run.method in SAMPLES:
         whole_weights = half * count if run.engine in ("fsdp1", "fsdp2", "zero3") else 0
