@@ -224,8 +224,8 @@ def memory(run: Run) -> dict[str, float]:
         found["teacher"] = 2 * parameters(config_of(run.teacher), dataclasses.replace(run, lora_r=0))[0] / share
     found["critic"] = 16.0 * count if run.method == "ppo" else 0.0
     stays = sum(found[name] for name in ("weights", "optimizer", "buckets", "rollout states", "teacher", "critic"))
-    # Activations leave while gradients come. The unsharded gradients of one part wait for their reduction; those of one unit
-    # all come in the first backward of several, while the activations of the others are still there
+    # Activations leave while gradients come. The unsharded gradients of one part wait for their reduction. Those of one
+    # unit all come in the first backward of several, while the activations of the others are still there
     part, together = (min(trained, unit), 0) if run.method not in ONE_UNIT else (trained, trained)
     waiting, there = (half * part, half * together) if run.engine.startswith("fsdp") else (0, 0)
     working = max(found["activations"] + found["logits"] + there, found["gradients"] + waiting)

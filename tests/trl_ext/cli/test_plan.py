@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.processes import fresh
+from tests.processes import ROOT, fresh
 from trl_ext.cli import plan
 
 
@@ -120,3 +120,10 @@ def test_wrong_flags(flags, said):
     with pytest.raises(ValueError) as error:
         plan.main(flags)
     assert said.split(",")[0] in str(error.value)
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (ROOT / "docs" / "scale.md").read_text()
+    command = page.split("python -m trl_ext.cli.plan ")[1].split("\n")[0]
+    assert plan.main(command.split()) == 0
+    assert capsys.readouterr().out.strip() in page
