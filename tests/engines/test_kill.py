@@ -13,10 +13,27 @@ from tests.processes import ROOT
 
 
 FLAGS = [
-    "--sft_steps", "10", "--max_steps", "40", "--eval_size", "8", "--eval_every", "0", "--dry_run_rows", "4",
-    "--max_completion_length", "8", "--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_steps", "1",
-    "--use_cpu", "true",
-]  # fmt: skip
+    "--sft_steps",
+    "10",
+    "--max_steps",
+    "40",
+    "--eval_size",
+    "8",
+    "--eval_every",
+    "0",
+    "--dry_run_rows",
+    "4",
+    "--max_completion_length",
+    "8",
+    "--per_device_train_batch_size",
+    "8",
+    "--logging_steps",
+    "1",
+    "--save_steps",
+    "1",
+    "--use_cpu",
+    "true",
+]
 
 
 def start(folder, *flags):

@@ -94,8 +94,10 @@ def test_ddp_sends_twice_its_gradients_and_one_process_nothing():
     config = plan.config_of("small")
     count, _, _ = plan.parameters(config, run())
     assert plan.traffic(run(engine="ddp", gpus=4)) == {
-        "gradients": pytest.approx(2 * 4 * count * 3 / 4), "weights": 0, "weights for a rollout": 0,
-    }  # fmt: skip
+        "gradients": pytest.approx(2 * 4 * count * 3 / 4),
+        "weights": 0,
+        "weights for a rollout": 0,
+    }
     assert not any(plan.traffic(run()).values())
     assert all(
         seconds >= 0 for seconds in plan.times(dataclasses.replace(run(), gpus=16, engine="fsdp2"), "h100").values()
