@@ -18,7 +18,8 @@ def launch(engine: str, case: str, folder: Path, **options: Any) -> None:
     """Run `tests.engines.worker ENGINE CASE FOLDER OPTIONS` in two ranks; the engine "one": in one process."""
     count = 1 if engine == "one" else 2
     arguments = engine, case, folder, json.dumps(options)
-    processes.launch("tests.engines.worker", *arguments, processes=count, env=environment(engine))
+    half = {"ACCELERATE_MIXED_PRECISION": "bf16"} if options.get("settings", {}).get("bf16") else {}
+    processes.launch("tests.engines.worker", *arguments, processes=count, env=environment(engine) | half)
 
 
 def environment(engine: str) -> dict[str, str]:

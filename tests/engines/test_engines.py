@@ -107,3 +107,67 @@ def test_fsdp1_has_ddps_losses(ddp, case):
     launch("fsdp1", case, folder)
     theirs, ours = (found(folder, engine, 1)[0]["logs"] for engine in ("ddp", "fsdp1"))
     assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "hrpo",
+        "hrpo, soft_embedding, soft_bptt",
+        "latent, sequential",
+        "latent, LoRA",
+        "kv, default",
+        "concept, fixed",
+        "planner",
+        "ppo",
+    ],
+)
+def test_mixed_precision(ddp, case, engine):
+    """bf16: the first loss is that of DDP within its rounding, and training goes on to its end."""
+    if engine in REFUSED.get(METHODS.get(case, ""), {}):
+        return
+    folder, half = ddp(case), {"settings": {"bf16": True}}
+    launch("ddp", case, folder, **half, name="ddp16")
+    launch(engine, case, folder, **half, name=f"{engine}16")
+    theirs, ours = (found(folder, name, 1)[0]["logs"] for name in ("ddp16", f"{engine}16"))
+    assert len(ours) == len(theirs) and ours[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=0.02)
+    assert ours[-1]["grad_norm"] == pytest.approx(theirs[-1]["grad_norm"], rel=0.3)
+
+
+PLATEAU = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "factor": 0.3},
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "max_steps": 5,
+}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=pytest.mark.engines)])
+def test_a_projection_follows_a_schedule_that_follows_a_metric(ddp, engine):
+    folder = ddp("kv, default")
+    for name in ("ddp", engine):
+        launch(name, "kv, default", folder, settings=PLATEAU, name=f"{name} on a plateau")
+    check_equal(folder, "ddp on a plateau", f"{engine} on a plateau", CLOSE)
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "learning_rate": 0.1,
+}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.engines) for e in ("zero2", "zero3"))])
+@pytest.mark.parametrize("case", ["latent, sequential", pytest.param("logits, LoRA", marks=pytest.mark.engines)])
+def test_the_best_model_is_loaded_at_the_end(ddp, case, engine):
+    """It is that of an early step: later ones are too long."""
+    folder = ddp(case)
+    for name in ("ddp", engine):
+        launch(name, case, folder, settings={**BEST, "output_dir": f"{folder}/{name}"}, name=f"best of {name}")
+    check_equal(folder, "best of ddp", f"best of {engine}", CLOSE)

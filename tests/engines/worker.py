@@ -14,6 +14,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from datasets import Dataset
+from transformers import training_args
 
 from tests import tiny
 from tests.processes import leave
@@ -73,6 +74,7 @@ def prepare(engine: str) -> None:
     """accelerate starts FSDP and DeepSpeed only where there are GPUs. Let it take gloo for NCCL, and the CPU for a GPU."""
     if engine in ("one", "ddp"):
         return
+    training_args.is_torch_bf16_gpu_available = lambda: True
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     made = DeepSpeedPlugin.__post_init__

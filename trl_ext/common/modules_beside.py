@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from .gradients import average_gradients
@@ -29,6 +30,7 @@ class OptimizerBeside:
         self._trainer = trainer
         self.optimizer: torch.optim.Optimizer = kind(list(groups), **settings)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._first = [group["lr"] for group in trainer.optimizer.param_groups]  # before the schedule begins
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -52,5 +54,8 @@ class OptimizerBeside:
 
     def _share(self) -> float:
         """This step's share of the initial learning rate."""
-        group = next((group for group in self._trainer.optimizer.param_groups if group.get("initial_lr")), None)
-        return 1.0 if group is None else group["lr"] / group["initial_lr"]
+        schedule = self._trainer.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            return schedule.lr_lambdas[0](schedule.last_epoch)
+        groups = zip(self._trainer.optimizer.param_groups, self._first)
+        return next((group["lr"] / first for group, first in groups if first), 1.0)

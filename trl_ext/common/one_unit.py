@@ -1,6 +1,7 @@
 """For losses of several forwards: with FSDP2 the model is one unit, and the loss runs within its forward."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,11 +68,16 @@ class OneUnitMixin(mixin_bases.Trainer):
         def inside(*rest: Any) -> Any:
             # The forwards of the loss are part of this one. So FSDP2 shall do nothing for them, as when it recomputes a
             # forward in the backward
-            state = model._get_fsdp_state()
             before, state._training_state = state._training_state, TrainingState.PRE_BACKWARD
             try:
                 return work(model, *rest)
             finally:
                 state._training_state = before
 
-        return _ForwardRedirection()(model, model, inside, *args)
+        # Losses and log-probabilities keep their dtype, which mixed precision would make that of the weights
+        state, policy = model._get_fsdp_state(), model._get_fsdp_state()._mp_policy
+        state._mp_policy = dataclasses.replace(policy, output_dtype=None)
+        try:
+            return _ForwardRedirection()(model, model, inside, *args)
+        finally:
+            state._mp_policy = policy

@@ -102,7 +102,8 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
-        check_engine(args, "HRPO", {"use_vllm=True": use_vllm})
+        alone = not getattr(args, "ds3_gather_for_generation", True)
+        check_engine(args, "HRPO", {"use_vllm=True": use_vllm, "ds3_gather_for_generation=False": alone})
         if use_vllm:
             self._check_vllm(args)
         else:

@@ -122,6 +122,14 @@ def _gathered_by_fsdp2(model: nn.Module) -> Iterator[None]:
         return
     for state in states:  # from the root on: the block may call parts of the model first
         state._lazy_init()
+    hooks = [
+        hooks
+        for part in model.modules()
+        for hooks in (part._state_dict_pre_hooks, part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks)
+    ]
+    kept = [OrderedDict(some) for some in hooks]
+    for some in hooks:  # FSDP2 would shard weights when a state dict is made or loaded
+        _keep(some, {key: hook for key, hook in some.items() if not _is_of(hook, "torch.distributed.fsdp.")})
     for unit, state in zip(units, states, strict=True):
         unit.unshard()
         # As in the backward, when FSDP2 does nothing for forwards: it would shard weights again after some
@@ -129,6 +137,8 @@ def _gathered_by_fsdp2(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for some, old in zip(hooks, kept, strict=True):
+            _keep(some, old | some)
         for unit, state, old in zip(units, states, before, strict=True):
             state._training_state = old
             unit.reshard()
@@ -147,12 +157,16 @@ def _gathered_by_zero3(model: nn.Module) -> Iterator[None]:
     before = [OrderedDict(some) for some in hooks]
     with deepspeed.zero.GatheredParameters([p for p in split if p.ds_status.name != "AVAILABLE"]):
         for some in hooks:
-            _keep(some, {key: hook for key, hook in some.items() if not hook.__module__.startswith("deepspeed.")})
+            _keep(some, {key: hook for key, hook in some.items() if not _is_of(hook, "deepspeed.")})
         try:
             yield
         finally:
             for some, old in zip(hooks, before, strict=True):
                 _keep(some, old | some)
+
+
+def _is_of(hook: Any, package: str) -> bool:
+    return getattr(getattr(hook, "hook", hook), "__module__", "").startswith(package)
 
 
 def _keep(hooks: dict[int, Any], kept: dict[int, Any]) -> None:

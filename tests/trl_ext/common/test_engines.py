@@ -21,6 +21,10 @@ NOWHERE = "no-such-folder/model"
 MAKE = {
     "HRPO": lambda folder: hrpo.hrpo(folder, model=NOWHERE),
     "HRPO with use_vllm=True": lambda folder: hrpo.hrpo(folder, model=NOWHERE, use_vllm=True),
+    "HRPO with ds3_gather_for_generation=False": lambda folder: hrpo.hrpo(
+        folder, model=NOWHERE, ds3_gather_for_generation=False
+    ),
+    "Adafactor": lambda folder: distill.logits(folder, model=NOWHERE, optim="adafactor"),
     "Latent distillation": lambda folder: latent.trainer(folder, peft=False, model=NOWHERE),
     "Latent distillation with an adapter": lambda folder: latent.trainer(folder, model=NOWHERE),
     "Logits distillation": lambda folder: distill.logits(folder, model=NOWHERE),
