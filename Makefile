@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor test coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -82,6 +82,9 @@ $(ENGINES)/.ready: $(READY) requirements/deepspeed.txt
 
 test-engines: $(ENGINES)/.ready  ## every trainer in two processes on DDP, FSDP2 and DeepSpeed, on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ENGINES)/bin/python -m pytest -m engines tests $(ARGS)
+
+bench-plan: $(ENGINES)/.ready  ## memory of short runs against the calculator of docs/scale.md
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(ENGINES)/bin/python benchmarks/bench_plan.py $(ARGS)
 
 # vLLM's build for CPUs
 VLLM := $(VENV)-vllm

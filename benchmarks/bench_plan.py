@@ -1,6 +1,6 @@
 """Memory that short runs take on a CPU, against `python -m trl_ext.cli.plan`: two sizes, several engines, in float32.
 
-    make test-engines ARGS="--co" && PYTHONPATH=. .venv-engines/bin/python benchmarks/bench_plan.py
+    make bench-plan
 
 The figure is by how much a process's peak of resident memory grows over what it has after the same run with a tiny model.
 So libraries and the engine's own start do not count.
@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from benchmarks.setups import RESULTS
+from benchmarks.setups import write, write_table
 from patches import fused_lm_head
 from tests import processes, tiny
 from tests.engines.launch import environment
@@ -103,7 +103,7 @@ def work(engine: str, size: str, method: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["small", "large"])
-    parser.add_argument("--engines", nargs="+", default=["one", "ddp", "fsdp2", "zero2"])
+    parser.add_argument("--engines", nargs="+", default=["one", "fsdp2"])
     parser.add_argument("--methods", nargs="+", default=["reasoning_distill", "hrpo", "codi"])
     args = parser.parse_args()
     plan.SIZES |= SIZES
@@ -130,7 +130,29 @@ def main() -> None:
             f"{peak / grown:.2f}",
             flush=True,
         )
-        (RESULTS / "plan.json").write_text(json.dumps({"torch": torch.__version__, "runs": results}, indent=1) + "\n")
+        path = write("plan", {"command": "make bench-plan", "runs": results})
+    write_table(path, page)
+
+
+def page(found: dict) -> str:
+    """The table of benchmarks/results/plan_<device>.md."""
+    lines = [
+        "# Memory against the calculator",
+        "",
+        f"Three steps in float32, {ROWS} rows of {PROMPT + COMPLETION} tokens, AdamW, without gradient checkpointing. Measured: "
+        "by how much a process's peak of resident memory grows over that of the same run with a tiny model.",
+        "",
+        "| method | size | engine | measured, MiB | planned, MiB | planned / measured |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for run in found["runs"]:
+        measured, planned = run["measured"] / 2**20, run["planned"] / 2**20
+        names = " | ".join(run[name] for name in ("method", "size", "engine"))
+        lines.append(f"| {names} | {measured:,.0f} | {planned:,.0f} | {planned / measured:.2f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"plan": page}
 
 
 if __name__ == "__main__":

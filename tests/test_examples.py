@@ -94,7 +94,9 @@ def check_flags(tmp_path, monkeypatch):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
 
     def check(command: str) -> None:
-        script, *flags = shlex.split("recipes/" + command.partition("recipes/")[2])
+        words = shlex.split(command)
+        at = next(i for i, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py"))
+        script, *flags = words[at:]
         for flag, value in pairwise(flags):
             if flag in MODELS and value not in ("tiny", "smollm2"):
                 tiny.model().save_pretrained(value)
