@@ -139,8 +139,8 @@ def page(found: dict) -> str:
     lines = [
         "# Memory against the calculator",
         "",
-        f"Three steps in float32, {ROWS} rows of {PROMPT + COMPLETION} tokens, AdamW, without gradient checkpointing. Measured: "
-        "by how much a process's peak of resident memory grows over that of the same run with a tiny model.",
+        f"Three steps in float32, {ROWS} rows of {PROMPT + COMPLETION} tokens, AdamW, without gradient checkpointing. "
+        "Measured: by how much a process's peak of resident memory grows over that of the same run with a tiny model.",
         "",
         "| method | size | engine | measured, MiB | planned, MiB | planned / measured |",
         "|---|---|---|---:|---:|---:|",
