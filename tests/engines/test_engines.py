@@ -118,6 +118,7 @@ def test_fsdp1_has_ddps_losses(ddp, case):
         "hrpo, soft_embedding, soft_bptt",
         "latent, sequential",
         "latent, LoRA",
+        "latent, half",
         "kv, default",
         "concept, fixed",
         "planner",
@@ -171,3 +172,11 @@ def test_the_best_model_is_loaded_at_the_end(ddp, case, engine):
     for name in ("ddp", engine):
         launch(name, case, folder, settings={**BEST, "output_dir": f"{folder}/{name}"}, name=f"best of {name}")
     check_equal(folder, "best of ddp", f"best of {engine}", CLOSE)
+
+
+def test_weights_of_two_dtypes_are_refused_by_name(ddp):
+    """Small modules stay in float32 beside weights in bfloat16. In mixed precision accelerate trains all in float32."""
+    with pytest.raises(
+        AssertionError, match=r"embed_tokens.weight is torch.bfloat16 and model.latent_projection.1.weight"
+    ):
+        launch("fsdp2", "latent, half", ddp("latent, sequential"))

@@ -69,6 +69,13 @@ CASES = {
     "spo, LoRA": functools.partial(spo.spo, peft=True),
 }
 
+# Not run against DDP in float32
+OTHERS = {
+    "latent, half": lambda folder, **changes: latent.trainer(
+        folder, peft=False, model=tiny.model(std=0.1, dtype=torch.bfloat16), **latent.CASES["sequential"], **changes
+    )
+}
+
 
 def prepare(engine: str) -> None:
     """accelerate starts FSDP and DeepSpeed only where there are GPUs. Let it take gloo for NCCL, and the CPU for a GPU."""
@@ -110,7 +117,7 @@ def main() -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     prepare(engine)
-    trainer = CASES[case](
+    trainer = (CASES | OTHERS)[case](
         folder,
         per_device_train_batch_size=8 // processes,
         use_cpu=engine in ("one", "ddp"),

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
@@ -13,6 +14,20 @@ from trl.models.utils import _ForwardRedirection
 from patches.fsdp2_one_unit import one_unit
 
 from . import mixin_bases
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    """Raise a ValueError if trained weights have several dtypes. Mixed precision would make all of them float32."""
+    first: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            first.setdefault(parameter.dtype, name)
+    if len(first) > 1:
+        (one, here), (other, there), *_ = first.items()
+        raise ValueError(
+            f"FSDP2 needs one dtype for all trained weights here, but {here} is {one} and {there} is {other}: set "
+            "mixed_precision: bf16 for accelerate (bf16=True), which trains in float32, or load the model in float32"
+        )
 
 
 @contextlib.contextmanager
@@ -54,6 +69,8 @@ class OneUnitMixin(mixin_bases.Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if not self._one_unit:
             return super()._prepare_for_training(*args, **kwargs)
+        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "no":
+            _check_dtypes(self.model)
         with one_unit(self.model), _keeping_ties(self.model):
             return super()._prepare_for_training(*args, **kwargs)
 
