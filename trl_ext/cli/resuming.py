@@ -122,6 +122,7 @@ def explain_the_end(folder: Path) -> None:
     resume it."""
 
     def explain(error: BaseException) -> tuple[str, int] | None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the other processes: not before the sentence
         found = _ending(error)
         return found and (f"{found[0]}. {how_to_go_on(folder)}", found[1])
 
