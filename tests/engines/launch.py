@@ -30,10 +30,10 @@ def environment(engine: str) -> dict[str, str]:
     return environment_of(file)
 
 
-def environment_of(file: Path, *flags: str) -> dict[str, str]:
-    """What `accelerate launch --config_file FILE flags...` sets, but in float32 and with two processes."""
+def environment_of(file: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE` sets, but in float32 and with two processes."""
     always = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    argv = ["--config_file", str(file), *always, *flags, "script.py"]
+    argv = ["--config_file", str(file), *always, "script.py"]
     arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

@@ -213,9 +213,7 @@ def memory(run: Run) -> dict[str, float]:
     # What the method keeps
     found["rollout states"] = found["KV cache"] = 0.0
     if run.method in SAMPLES:
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        found["KV cache"] = 2 * text.num_hidden_layers * heads * width * tokens * run.generated * half
+        found["KV cache"] = _kv_cache(config, run)
     if run.method == "hrpo":
         found["rollout states"] = run.generated * run.completion * text.hidden_size * half
     found["teacher"] = 0.0
@@ -235,6 +233,15 @@ def memory(run: Run) -> dict[str, float]:
         whole_weights = half * count if run.engine in ("fsdp1", "fsdp2", "zero3") else 0
         found["peak of rollouts"] = stays + whole_weights + found["KV cache"] + run.generated * text.vocab_size * 4 * 3
     return found
+
+
+def _kv_cache(config: PreTrainedConfig, run: Run) -> float:
+    """Bytes of the keys and values of a rollout in one process."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rows = run.generated * (run.prompt + run.completion)
+    return 2 * text.num_hidden_layers * heads * width * rows * (2 if run.mixed else 4)
 
 
 def _passes(run: Run) -> float:
@@ -274,7 +281,7 @@ def times(run: Run, gpu: str) -> dict[str, float]:
         "rollout": 0.0,
     }
     if run.method in SAMPLES:
-        step = (2 * count + memory(run)["KV cache"] / 2) / (speed * READ)
+        step = (2 * count + _kv_cache(config, run) / 2) / (speed * READ)
         found["rollout"] = run.completion * max(step, 2 * count * run.generated / (flops * USED))
     return found
 

@@ -290,6 +290,10 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         """Whether FSDP or DeepSpeed averages gradients and shards the optimizer."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over processes."""
+        return self.accelerator.reduce(x, "mean")
+
     def _own_format(self) -> bool:
         """Whether optimizer state is saved in our format. FSDP1, and DeepSpeed with state on a disk, use their own."""
         if self.is_deepspeed_enabled:

@@ -268,9 +268,6 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
                 optimizer.register_step_pre_hook(lambda *_: average_gradients(learning, self._mean))
         return optimizer
 
-    def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(x, "mean")
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self._optimizer_beside is not None and self.accelerator.sync_gradients:

@@ -361,7 +361,7 @@ class PlannerExecutorTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin
         if self.args.use_planner and self.accelerator.sync_gradients:
             if self.accelerator.num_processes > 1 and not self._sharded():  # FSDP2 and DeepSpeed average them
                 trained = [p for p in self.model.parameters() if p.requires_grad]
-                average_gradients(trained, lambda x: self.accelerator.reduce(x, "mean"))
+                average_gradients(trained, self._mean)
             self._end_step()
         return loss
 

@@ -196,9 +196,6 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         else:
             average_gradients(list(self.critic.parameters()), self._mean)
 
-    def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(x, "mean")
-
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
         if self._optimizer_beside is None:
