@@ -64,26 +64,38 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
     """Compute soft-embedding states of distributions (arXiv 2505.18454, eq. 2).
 
     Args:
-        embedding: the input embedding, with V rows.
+        embedding: the input embedding, with V rows. ZeRO-3 may shard it.
         probs (..., V): floating point.
-        candidates: an upper bound on the number of non-zero entries of a row (after top-k, top-p, min-p). Only that
-            many rows of the embedding are then read. None reads all.
+        candidates: as in `mix_rows`.
 
     Returns:
         (..., d) in the dtype of the embedding.
     """
 
     def mix(probs: torch.Tensor) -> torch.Tensor:
-        weight = embedding.weight
-        if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering many rows costs more
-            return probs.to(weight.dtype) @ weight
-        top, index = probs.topk(candidates, dim=-1)
-        rows = nn.functional.embedding(index, weight)
-        return (top.to(weight.dtype).unsqueeze(-2) @ rows).squeeze(-2)
+        return mix_rows(embedding.weight, probs, candidates)
 
-    mixed = within_forward(embedding, mix, probs)
-    scale = torch.linalg.vector_norm(probs, dim=-1, keepdim=True)
-    return (mixed / scale).to(mixed.dtype) * embed_scale(embedding)
+    return within_forward(embedding, mix, probs) * embed_scale(embedding)
+
+
+def mix_rows(rows: torch.Tensor, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:
+    """Compute the mean of rows under distributions, over the norms of the distributions (arXiv 2505.18454, eq. 2).
+
+    Args:
+        rows (V, d): floating point.
+        probs (..., V): floating point.
+        candidates: an upper bound on the number of non-zero entries of a distribution (after top-k, top-p, min-p). Only
+            that many rows are then read. None reads all.
+
+    Returns:
+        (..., d) in the dtype of the rows.
+    """
+    if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering many rows costs more
+        mixed = probs.to(rows.dtype) @ rows
+    else:
+        top, index = probs.topk(candidates, dim=-1)
+        mixed = (top.to(rows.dtype).unsqueeze(-2) @ nn.functional.embedding(index, rows)).squeeze(-2)
+    return (mixed / torch.linalg.vector_norm(probs, dim=-1, keepdim=True)).to(rows.dtype)
 
 
 class Warper:

@@ -1,7 +1,7 @@
 """vLLM's classes of causal LMs with thinking modules as weights of the model: `HybridQwen2ForCausalLM` and others."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,20 +9,13 @@ from torch import nn
 from ...common.delimiter import DelimiterMatcher
 from ..method import METHOD
 from ..residual import ThinkingConfig, thinking_modules
-from ..states import normalise
+from ..states import mix_rows, normalise
 
 
 PREFIX = "Hybrid"
 FAMILIES = ("GemmaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ARCHITECTURES = tuple(PREFIX + family for family in FAMILIES)
 DELIMITER = "####"  # as in HRPOConfig
-
-
-class EmbeddingRows(NamedTuple):
-    """The rows of an input embedding, as `soft_embedding` takes them."""
-
-    weight: torch.Tensor
-    embed_scale: torch.Tensor | float
 
 
 class HybridModel(nn.Module):
@@ -149,11 +142,10 @@ class HybridModel(nn.Module):
             hidden_states.dtype
         )
 
-    @property
-    def embedding_rows(self) -> EmbeddingRows:
-        """The input embedding (V, d), without vLLM's padding."""
+    def mix(self, probs: torch.Tensor, candidates: int | None) -> torch.Tensor:
+        """Make soft-embedding states (..., d) of distributions (..., V) over the tokens, without vLLM's padding."""
         embedding = self._embedding
-        return EmbeddingRows(embedding.weight[: embedding.org_vocab_size], self._embed_scale)
+        return mix_rows(embedding.weight[: embedding.org_vocab_size], probs, candidates) * self._embed_scale
 
     @property
     def _embedding(self) -> Any:

@@ -14,7 +14,6 @@ import torch
 
 from ...common.delimiter import advance
 from ..residual import fuse_thinking
-from ..states import soft_embedding
 
 
 TRACE = "thinking_trace"  # the key of `SamplingParams.extra_args` that asks for a request's trace
@@ -356,7 +355,7 @@ class ThinkingSlots:
         if scores is None:
             states = self.model.project(hidden_states)
         else:
-            states = soft_embedding(self.model.embedding_rows, scores.float().softmax(-1), candidates)
+            states = self.model.mix(scores.float().softmax(-1), candidates)
         self._states[batch.slots] = states
         length = batch.computed + batch.scheduled
         index = np.where(length >= self.known[batch.host_slots], length - self._prompt[batch.host_slots], -1)
