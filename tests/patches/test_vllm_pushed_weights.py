@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 
 import patches
+from patches.vllm_pushed_weights import pushed_weights
 from tests import tiny
 
 
@@ -91,3 +92,28 @@ def test_a_model_without_an_adapter_is_read_as_it_is():
     model = tiny.from_config(tiny.config("qwen2"), std=0.1)
     with patches.applied("vllm_pushed_weights"):
         assert list(pushed(model)) == [name for name, _ in model.named_parameters()]
+
+
+def test_a_name_that_fsdp2_sends_twice_is_sent_once(monkeypatch):
+    model = tiny.from_config(tiny.config("qwen2"), std=0.1)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    monkeypatch.setattr(VLLMGeneration, "_iter_named_params", lambda self: iter(self.model.state_dict().items()))
+    assert "lm_head.weight" in pushed(model)
+    with patches.applied("vllm_pushed_weights"):
+        assert list(pushed(model)) == [name for name, _ in model.named_parameters()]
+
+
+def test_the_weights_are_gathered_while_they_are_read():
+    model, events = adapted("LoRA", torch.float32), []
+
+    @contextlib.contextmanager
+    def gather(given):
+        assert given is model
+        events.append("gathered")
+        yield
+        events.append("split")
+
+    with pushed_weights(gather):
+        for _ in reading(model):
+            assert events == ["gathered"]
+    assert events == ["gathered", "split"]

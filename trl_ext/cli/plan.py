@@ -70,6 +70,8 @@ class Run:
         checkpointing: recompute the activations of each layer in the backward.
         teacher: a model, for methods with one.
         latents: number of latent tokens, for methods with them.
+        vllm_gpus: further GPUs, of a vLLM server with tensor parallelism that makes the rollouts; 0: the training GPUs
+            make them.
     """
 
     model: str = "7b"
@@ -85,6 +87,7 @@ class Run:
     checkpointing: bool = True
     teacher: str = "7b"
     latents: int = 6
+    vllm_gpus: int = 0
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -212,7 +215,7 @@ def memory(run: Run) -> dict[str, float]:
     found["logits"] = text.vocab_size * 4 * (2 * scored * passes if whole else 2 * min(scored, CHUNK))
     # What the method keeps
     found["rollout states"] = found["KV cache"] = 0.0
-    if run.method in SAMPLES:
+    if run.method in SAMPLES and not run.vllm_gpus:
         found["KV cache"] = _kv_cache(config, run)
     if run.method == "hrpo":
         found["rollout states"] = run.generated * run.completion * text.hidden_size * half
@@ -230,9 +233,26 @@ def memory(run: Run) -> dict[str, float]:
     found["peak of training"] = stays + gathered + working
     found["peak of rollouts"] = 0.0
     if run.method in SAMPLES:
-        whole_weights = half * count if run.engine in ("fsdp1", "fsdp2", "zero3") else 0
-        found["peak of rollouts"] = stays + whole_weights + found["KV cache"] + run.generated * text.vocab_size * 4 * 3
+        at_once = 0.0
+        if run.engine in ("fsdp1", "fsdp2", "zero3"):
+            # A push to vLLM gathers one weight after the other, and with LoRA all of them
+            at_once = 2 * unit if run.vllm_gpus and not run.lora_r else half * count
+        sampled = 0 if run.vllm_gpus else run.generated * text.vocab_size * 4 * 3
+        found["peak of rollouts"] = stays + at_once + found["KV cache"] + sampled
     return found
+
+
+def server_memory(run: Run) -> dict[str, float]:
+    """Bytes on each GPU of the vLLM server: its weights, and the KV cache of the whole rollout.
+
+    With less room for the cache, vLLM makes the rollout in parts.
+    """
+    config = config_of(run.model)
+    count, _, _ = parameters(config, dataclasses.replace(run, lora_r=0))
+    return {
+        "weights": 2 * count / run.vllm_gpus,
+        "KV cache": _kv_cache(config, run) * run.gpus / run.vllm_gpus,
+    }
 
 
 def _kv_cache(config: PreTrainedConfig, run: Run) -> float:
@@ -255,7 +275,7 @@ def traffic(run: Run) -> dict[str, float]:
     """Bytes that each GPU sends in one step, by cause."""
     count, trained, _ = parameters(config_of(run.model), run)
     half, share = 2 if run.mixed else 4, (run.gpus - 1) / run.gpus
-    found = {"gradients": 0.0, "weights": 0.0, "weights for a rollout": 0.0}
+    found = {"gradients": 0.0, "weights": 0.0, "weights for a rollout": 0.0, "rollout states": 0.0}
     if run.engine == "ddp":
         found["gradients"] = 2 * 4 * trained * share
     elif run.engine in ENGINES:
@@ -264,6 +284,11 @@ def traffic(run: Run) -> dict[str, float]:
         found["weights"] = half * (trained if gathers is None else gathers * count) * share
         if gathers and run.method in SAMPLES:
             found["weights for a rollout"] = half * count * share
+    if run.vllm_gpus:  # the first process sends them to the server
+        found["weights for a rollout"] += 2 * count
+    if run.vllm_gpus and run.method == "hrpo":  # and the thinking states of all rows to the other processes
+        width = config_of(run.model).get_text_config().hidden_size
+        found["rollout states"] = run.generated * run.gpus * run.completion * width * half
     return found
 
 
@@ -281,8 +306,9 @@ def times(run: Run, gpu: str) -> dict[str, float]:
         "rollout": 0.0,
     }
     if run.method in SAMPLES:
-        step = (2 * count + _kv_cache(config, run) / 2) / (speed * READ)
-        found["rollout"] = run.completion * max(step, 2 * count * run.generated / (flops * USED))
+        rows, by = (run.generated * run.gpus, run.vllm_gpus) if run.vllm_gpus else (run.generated, 1)
+        step = (2 * count + _kv_cache(config, run) * rows / run.generated / 2) / (speed * READ * by)
+        found["rollout"] = run.completion * max(step, 2 * count * rows / (flops * USED * by))
     return found
 
 
@@ -303,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("generated", "rows of a rollout on each GPU"),
         ("lora_r", "rank of LoRA; 0: all weights are trained"),
         ("latents", "number of latent tokens"),
+        ("vllm_gpus", "further GPUs, of a vLLM server that makes the rollouts; 0: the training GPUs make them"),
     ):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=what)
     parser.add_argument("--float32", action="store_true", help="no mixed precision")
@@ -315,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--{name} {getattr(run, name)}: must be at least 1")
     if run.engine == "one" and run.gpus > 1:
         raise ValueError(f"--engine one --gpus {run.gpus}: one process has one GPU; choose another engine")
+    if run.vllm_gpus and run.method not in SAMPLES:
+        raise ValueError(f"--vllm_gpus {run.vllm_gpus}: only {', '.join(SAMPLES)} have rollouts; leave it out")
     found = memory(run)
     console = PlainConsole()
     table = Table(title=f"{run.method} of {run.model} on {run.gpus} x {gpu} with {run.engine}", title_justify="left")
@@ -329,7 +358,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = "fits" if fits else "does not fit"
     room = f"a {gpu}, which has {holds} for tensors (4 are left for CUDA and gaps)"
     console.print(f"{peak / GIB:.1f} GiB {verdict} into {room}")
-    console.print(f"nodes of {PER_NODE} GPUs: {math.ceil(run.gpus / PER_NODE)}")
+    if run.vllm_gpus:
+        parts = server_memory(run)
+        fits = fits and parts["weights"] / GIB < holds
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        enough = "" if sum(parts.values()) / GIB <= holds else "; the rollout is made in parts"
+        if parts["weights"] / GIB >= holds:
+            enough = ": its weights do not fit"
+        console.print(f"GiB on each GPU of the vLLM server: {listed}{enough}")
+    nodes = math.ceil(run.gpus / PER_NODE) + math.ceil(run.vllm_gpus / PER_NODE)
+    console.print(f"nodes of {PER_NODE} GPUs: {nodes}")
     sent = ", ".join(f"{name} {size / GIB:.2f}" for name, size in traffic(run).items() if size)
     console.print(f"traffic of a step, GiB sent by each GPU: {sent or 'none'}")
     spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in times(run, gpu).items() if seconds)

@@ -23,7 +23,6 @@ _FLAT = "it has flat pieces of weights between the layers' forwards, and the met
 _OUTSIDE = "it reads weights outside of the forwards that gather them; use FSDP2"
 _STEP = "DeepSpeed takes its step within the backward, before target_kl can skip it; set target_kl=None, or use FSDP2"
 _SCALED = "it scales float16 gradients for its own optimizer alone; use bf16=True"
-_PUSHED = "rollouts in vLLM need the weights of the thinking modules whole; set use_vllm=False, or use DDP"
 
 _ROWS = "it needs the rows and columns of whole weights, and these are split or flattened; set another optim"
 _UNEVEN = "a process whose texts have ended gathers no thinking modules, and the others would wait; leave it out"
@@ -32,7 +31,6 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "Adafactor": dict.fromkeys(SHARDED, _ROWS),
     "A recipe": {"fsdp1": "its evaluation writes texts, for which the weights must be whole; use FSDP2"},
     "HRPO": {"fsdp1": _FLAT},
-    "HRPO with use_vllm=True": {"fsdp2": _PUSHED, "zero3": _PUSHED},
     "HRPO with ds3_gather_for_generation=False": {"zero3": _UNEVEN},
     "Latent distillation": {"fsdp1": _FLAT},
     "Latent distillation with an adapter": {"zero3": _OUTSIDE},

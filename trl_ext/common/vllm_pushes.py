@@ -4,8 +4,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import patches
+import torch
+import torch.distributed as dist
+
+from patches.vllm_pushed_weights import pushed_weights
 from unsloth_ext.common.checksum import checksum
+from unsloth_ext.common.sharding import whole_weights
 
 
 @contextlib.contextmanager
@@ -19,8 +23,12 @@ def pushing_weights(trainer: Any) -> Iterator[None]:
         trainer: one of TRL's `GRPOTrainer`s, with `use_vllm`.
     """
     found = checksum(trainer.model)
-    if found != getattr(trainer, "pushed_weights", None):
+    changed = torch.tensor([found != getattr(trainer, "pushed_weights", None)], dtype=torch.int64)
+    if dist.is_initialized():  # all processes push together, also if only the part of one changed
+        changed = changed.to(trainer.accelerator.device)
+        dist.all_reduce(changed, dist.ReduceOp.MAX)
+    if changed.item():
         trainer._last_loaded_step = -1
     trainer.pushed_weights = found
-    with patches.applied("vllm_pushed_weights"):
+    with pushed_weights(whole_weights):
         yield

@@ -103,7 +103,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             return
         _refuse(args)
         alone = not getattr(args, "ds3_gather_for_generation", True)
-        check_engine(args, "HRPO", {"use_vllm=True": use_vllm, "ds3_gather_for_generation=False": alone})
+        check_engine(args, "HRPO", {"ds3_gather_for_generation=False": alone})
         if use_vllm:
             self._check_vllm(args)
         else:

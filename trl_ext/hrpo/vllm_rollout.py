@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from patches.vllm_engine_settings import engine_settings
 from unsloth_ext.common.settings_file import read_json
+from unsloth_ext.common.sharding import whole_weights
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.hrpo.decoding import ThinkingTrace
 from unsloth_ext.hrpo.method import METHOD
@@ -294,7 +295,7 @@ def take_trace(
         source = "hidden_states" if made else field
         value = padded([row[source][:length] for row, length in zip(rows, lengths, strict=True)]).to(dtype)
         if made:
-            with torch.no_grad():
+            with torch.no_grad(), whole_weights(trainer.model):
                 value = project(backbone, value)
         setattr(trace, field, value)
     return trace

@@ -25,6 +25,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a sharded tensor, which may be empty, and any other tensor itself."""
+    if hasattr(tensor, "ds_id"):
+        return tensor.ds_tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_whole(model: nn.Module) -> bool:
     """Return whether a model is sharded by FSDP2 or ZeRO-3, and all of its weights are gathered now."""
     units = any(isinstance(module, FSDPModule) for module in model.modules())

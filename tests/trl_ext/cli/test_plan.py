@@ -97,11 +97,25 @@ def test_ddp_sends_twice_its_gradients_and_one_process_nothing():
         "gradients": pytest.approx(2 * 4 * count * 3 / 4),
         "weights": 0,
         "weights for a rollout": 0,
+        "rollout states": 0,
     }
     assert not any(plan.traffic(run()).values())
     assert all(
         seconds >= 0 for seconds in plan.times(dataclasses.replace(run(), gpus=16, engine="fsdp2"), "h100").values()
     )
+
+
+def test_a_server_takes_the_rollouts():
+    alone, served = (run(gpus=3, engine="fsdp2", vllm_gpus=gpus) for gpus in (0, 1))
+    count, _, _ = plan.parameters(plan.config_of("small"), run())
+    without, found = plan.memory(alone), plan.memory(served)
+    assert found["KV cache"] == 0 and found["peak of rollouts"] < without["peak of rollouts"]
+    assert found["peak of training"] == without["peak of training"]
+    # keys and values of 3 layers x 2 heads of 16, for 3 processes x 4 rows of 32 tokens, in float32
+    assert plan.server_memory(served) == {"weights": 2 * count, "KV cache": 2 * 3 * 2 * 16 * 12 * 32 * 4}
+    states = plan.traffic(served)["rollout states"]
+    assert states == 12 * 24 * 64 * 4
+    assert plan.times(served, "h100")["rollout"] > plan.times(alone, "h100")["rollout"]  # one GPU for the rows of three
 
 
 def test_the_command(monkeypatch):
@@ -114,6 +128,7 @@ def test_the_command(monkeypatch):
     "flags, said",
     [
         (["--engine", "one", "--gpus", "2"], "--engine one --gpus 2: one process has one GPU; choose another engine"),
+        (["--method", "kava", "--vllm_gpus", "8"], "--vllm_gpus 8: only hrpo, spo, ppo have rollouts; leave it out"),
         (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--modell", "7b"], "--modell: there is no such flag, did you mean --model?"),
     ],

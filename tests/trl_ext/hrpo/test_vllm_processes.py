@@ -9,30 +9,36 @@ import time
 
 import pytest
 
+from tests.engines.launch import environment as environment_of
 from tests.processes import ROOT, ranks
 
 from .test_vllm import FAST, RATIO, base
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 COLOCATE = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "vllm_max_model_length": 64}
 
 
-def two_ranks(folder, watched=False, **settings):
+def two_ranks(folder, engine="ddp", watched=False, **settings):
     """Run vllm_worker.py in two processes, and return what each found.
 
     At the end an engine fails. Both processes must end, with an error each. With `watched`, a process that fails ends the
     other one, as with torchrun.
     """
-    command = [sys.executable, "-m", "tests.trl_ext.hrpo.vllm_worker", str(folder), json.dumps(settings)]
+    command = [sys.executable, "-m", "tests.trl_ext.hrpo.vllm_worker", str(folder), engine, json.dumps(settings)]
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    of_engine = environment_of(engine) if engine != "ddp" else {}
     running = []
     try:
         for log, environment in zip(logs, ranks(2), strict=True):
             with log.open("w") as file:
                 running.append(
                     subprocess.Popen(
-                        command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+                        command,
+                        cwd=ROOT,
+                        env=os.environ | of_engine | environment,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
                     )
                 )
         end = time.monotonic() + 400
@@ -66,6 +72,7 @@ def check(found, steps):
     assert {text for _, text in found[0]["trained"]}.isdisjoint(text for _, text in found[1]["trained"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_two_processes(tmp_path, size):
     """Two processes with one engine cannot notice that the other is gone, while they wait for it in shared memory."""
@@ -73,3 +80,27 @@ def test_two_processes(tmp_path, size):
     found = two_ranks(tmp_path, watched=size == 2, vllm_tensor_parallel_size=size, **settings)
     check(found, steps=3)
     assert found[0]["changed"]
+
+
+LORA = {"peft": True, "recompute": "rollout"}
+STATES = {"peft": False, "recompute": "frozen"}  # a process makes them of its rows' hidden states
+SOFT = {"peft": False, "recompute": "rollout", "thinking_source": "soft_embedding"}
+SHARDED = [(engine, case) for engine in ("fsdp2", "zero3") for case in (LORA, STATES, SOFT)] + [("zero2", LORA)]
+
+
+def sharded(folder, engine, case):
+    """Weights are gathered for each push, adapters merged, so the ratio stays 1 while all weights change."""
+    settings = {**COLOCATE, **FAST, "model": base(folder), "max_steps": 3, **case}
+    found = two_ranks(folder, engine, watched=True, **settings)
+    check(found, steps=3)
+    assert found[0]["changed"]
+
+
+def test_sharded_weights_and_an_adapter(tmp_path):
+    sharded(tmp_path, *SHARDED[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, case", SHARDED[1:])
+def test_sharded_weights(tmp_path, engine, case):
+    sharded(tmp_path, engine, case)

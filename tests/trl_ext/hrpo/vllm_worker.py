@@ -1,4 +1,4 @@
-"""One rank of an HRPO run with rollouts in vLLM, whose engine fails at the end: FOLDER SETTINGS (JSON)."""
+"""One rank of an HRPO run with rollouts in vLLM, whose engine fails at the end: FOLDER ENGINE SETTINGS (JSON)."""
 
 import json
 import os
@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from tests import tiny
+from tests.engines.worker import prepare
 from tests.trl_ext.hrpo import setups
+from unsloth_ext.common.sharding import full
 from unsloth_ext.common.wrapping import backbone_of
 
 
 def main() -> None:
-    folder, settings, rank = Path(sys.argv[1]), json.loads(sys.argv[2]), int(os.environ["RANK"])
+    folder, engine, settings, rank = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(os.environ["RANK"])
+    prepare(engine)
     server = settings["vllm_mode"] == "server"
     if server:
         without_nccl()
@@ -28,7 +31,7 @@ def main() -> None:
         np.random.rand(rank)  # a reward may draw, and not as often in each process
         return setups.reward_digits(completions)
 
-    shared = {"use_vllm": True, "per_device_train_batch_size": 4, "num_generations": 8}
+    shared = {"use_cpu": engine == "ddp", "use_vllm": True, "per_device_train_batch_size": 4, "num_generations": 8}
     evaluation = {"per_device_eval_batch_size": 4, "num_generations_eval": 2}
     refused = None
     if server:
@@ -75,7 +78,7 @@ def without_nccl() -> None:
 
 
 def flat(trainer) -> torch.Tensor:
-    return torch.cat([value.detach().flatten() for value in trainer.model.parameters()])
+    return torch.cat([full(value).detach().flatten() for value in trainer.model.parameters()])
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def test_a_trainer_rolls_out_on_a_server(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_trainer_processes_roll_out_on_a_server(server, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_two_trainer_processes_roll_out_on_a_server(server, tmp_path, engine):
     rates = dict.fromkeys(
         ("learning_rate", "lr_residual_gate", "lr_residual_lambda", "lr_thinking_projection"), 0
     )  # the server keeps its weights
@@ -150,7 +151,7 @@ def test_two_trainer_processes_roll_out_on_a_server(server, tmp_path):
         "vllm_server_base_url": server,
         "max_steps": 2,
     }
-    found = two_ranks(tmp_path, **rates, **settings)
+    found = two_ranks(tmp_path, engine, **rates, **settings)
     check_processes(found, steps=2)
     assert all(
         "answer_delimiter is '#' in the trainer" in rank["refused"] for rank in found
