@@ -137,6 +137,16 @@ def test_mixed_precision(ddp, case, engine):
     assert ours[-1]["grad_norm"] == pytest.approx(theirs[-1]["grad_norm"], rel=0.3)
 
 
+@pytest.mark.parametrize("case", ["hrpo", pytest.param("hrpo, LoRA", marks=pytest.mark.engines)])
+def test_two_processes_are_one(ddp, case):
+    """Rollout, advantages, loss and each weight, if each row draws the same. tests/trl_ext has the other trainers."""
+    folder = ddp(case)
+    for engine in ("one", "ddp"):
+        launch(engine, case, folder, alike=True, name=f"alike {engine}")
+    assert all(entry["loss"] and entry["grad_norm"] > 0.01 for entry in found(folder, "alike ddp")[0]["logs"])
+    check_equal(folder, "alike one", "alike ddp", CLOSE)
+
+
 PLATEAU = {
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "factor": 0.3},

@@ -1,13 +1,16 @@
 """One of two ranks that train a few steps: ENGINE CASE FOLDER [OPTIONS]. Each writes losses, lengths and weights.
 
 OPTIONS is JSON with `settings` (of the configuration), `resume` (a checkpoint), `evaluate` (before training), `push`
-(what vLLM would get at the end) and `name` (of the files).
+(what vLLM would get at the end), `alike` (each row of HRPO draws the same in any number of processes) and `name` (of the
+files).
 """
 
 import functools
+import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,6 +117,21 @@ def written(trainer, case: str) -> list[str]:
     return evaluate(trainer.model, trainer.processing_class, rows, delimiter="#", max_new_tokens=8).completions
 
 
+def drawing_alike() -> Callable[..., torch.Tensor]:
+    """In place of `torch.multinomial`: a row draws by its place among the rows of all processes. No text ends."""
+    rank, step = int(os.environ.get("RANK", 0)), itertools.count()
+
+    def draw(probs: torch.Tensor, *_, **__) -> torch.Tensor:
+        row = torch.arange(len(probs)) + rank * len(probs)
+        place = ((row + 1) * 0.618034 + next(step) * 0.754878) % 1
+        probs = probs.double().clone()
+        probs[:, :3] = 0  # special tokens
+        sums = probs.cumsum(-1)
+        return (sums < place[:, None] * sums[:, -1:]).sum(-1, keepdim=True)
+
+    return draw
+
+
 def pushed(trainer) -> dict[str, torch.Tensor]:
     """What TRL sends to vLLM for a rollout, by name."""
     generation = VLLMGeneration.__new__(VLLMGeneration)
@@ -140,7 +158,8 @@ def main() -> None:
         with torch.random.fork_rng():  # each process samples its own
             tiny.loud_gates(backbone_of(trainer.model))
         # So many tokens end a text that the processes need different numbers of forwards
-        trainer.eos_token_ids = trainer.generation_config.eos_token_id = [1, *range(10, 25)]
+        ends = [1] if options.get("alike") else [1, *range(10, 25)]
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = ends
         generate = trainer._generate_single_turn
 
         def seeing(*args, **kwargs):
@@ -149,6 +168,8 @@ def main() -> None:
             return out
 
         trainer._generate_single_turn = seeing
+    if options.get("alike"):
+        torch.multinomial = drawing_alike()
     if options.get("evaluate"):
         trainer.evaluate()
     trainer.train(options.get("resume"))
