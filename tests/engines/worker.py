@@ -70,6 +70,7 @@ CASES = {
     "planner": planner.trainer,
     "planner, LoRA": functools.partial(planner.trainer, peft=True),
     "ppo": ppo.ppo,
+    "ppo, target_kl": functools.partial(ppo.ppo, target_kl=1e-4, num_iterations=4, max_steps=8),
     "ppo, LoRA": lambda folder, **changes: ppo.ppo(folder, peft_config=ppo.lora(), **changes),
     "spo": spo.spo,
     "spo, LoRA": functools.partial(spo.spo, peft=True),
@@ -182,7 +183,7 @@ def main() -> None:
         {
             name: value
             for name, value in entry.items()
-            if name in ("loss", "grad_norm", "kl", "thinking/ratio_deviation")
+            if name in ("loss", "grad_norm", "kl", "thinking/ratio_deviation", "ppo/stopped")
         }
         for entry in trainer.state.log_history
         if "loss" in entry

@@ -33,7 +33,6 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from patches import fused_lm_head
@@ -41,7 +40,7 @@ from patches.save_pretrained import describer
 from unsloth_ext.common.sharding import changing_weights, full
 
 from . import mixin_bases, zero_state
-from .engines import check_engine
+from .engines import check_optimizer
 from .model_card import complete_run_card, read_card, write_card_of
 from .model_loading import (
     check_arguments,
@@ -138,8 +137,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         named = {**named, **named.get("kwargs", {})}
         check_arguments(named)
-        if getattr(named.get("args"), "optim", None) == OptimizerNames.ADAFACTOR:
-            check_engine(named["args"], "Adafactor")
+        check_optimizer(named.get("args"))
         check_reference(named)
         check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)
         with preparing_models(self._stock_init, policy=named.get("model")):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.training_args import OptimizerNames
 from transformers.utils.generic import strtobool
 
 
@@ -21,14 +22,16 @@ SHARDED = tuple(ENGINES)
 
 _FLAT = "it has flat pieces of weights between the layers' forwards, and the method needs whole ones; use FSDP2"
 _OUTSIDE = "it reads weights outside of the forwards that gather them; use FSDP2"
-_STEP = "DeepSpeed takes its step within the backward, before target_kl can skip it; set target_kl=None, or use FSDP2"
 _SCALED = "it scales float16 gradients for its own optimizer alone; use bf16=True"
 
 _ROWS = "it needs the rows and columns of whole weights, and these are split or flattened; set another optim"
 _UNEVEN = "a process whose texts have ended gathers no thinking modules, and the others would wait; leave it out"
 
+_FILE = "trainers make their own, with a learning rate for each role; take it out of the file and set optim"
+
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "Adafactor": dict.fromkeys(SHARDED, _ROWS),
+    "An optimizer in DeepSpeed's file": {engine: _FILE for engine in ENGINES if engine.startswith("zero")},
     "A recipe": {"fsdp1": "its evaluation writes texts, for which the weights must be whole; use FSDP2"},
     "HRPO": {"fsdp1": _FLAT},
     "HRPO with ds3_gather_for_generation=False": {"zero3": _UNEVEN},
@@ -39,7 +42,6 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "Concept tokens with codebook_init='kmeans'": {"fsdp1": _FLAT},
     "Concept tokens with calibrate_null=True": {"fsdp1": _FLAT},
     "Planner-executor": {"fsdp1": _FLAT, "zero3": _OUTSIDE},
-    "PPO with target_kl": {engine: _STEP for engine in ENGINES if engine.startswith("zero")},
     "PPO with fp16=True": dict.fromkeys(SHARDED, _SCALED),
 }
 """By method, or by method and option: the engines that it cannot train on, with the reason and what to do."""
@@ -75,6 +77,19 @@ def check_engine(args: Any, method: str, options: Mapping[str, Any] | None = Non
         reason = row.get(engine) if asked else None
         if reason is not None:
             raise ValueError(f"{name} cannot train on {ENGINES[engine]}: {reason}")
+
+
+def check_optimizer(args: Any) -> None:
+    """Raise a ValueError, before anything is loaded, if the optimizer cannot train on the engine of the launch.
+
+    Args:
+        args: the trainer's arguments; None: the defaults.
+    """
+    if getattr(args, "optim", None) == OptimizerNames.ADAFACTOR:
+        check_engine(args, "Adafactor")
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and "optimizer" in plugin.deepspeed_config:
+        check_engine(args, "An optimizer in DeepSpeed's file")
 
 
 def table() -> str:

@@ -85,7 +85,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         given = (
             inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **keywords).arguments
         )
-        check_engine(args, self._name, {"target_kl": args.target_kl is not None, "fp16=True": args.fp16})
+        check_engine(args, self._name, {"fp16=True": args.fp16})
         if args.beta and not name_of(model) and not is_adapted(model, given.get("peft_config")):
             raise ValueError(
                 f"beta={args.beta}: the reference is loaded by the model's name, but this model has none; "
@@ -147,8 +147,8 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         return found
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        if STOPPED in inputs:  # a zero loss; from the critic, because DDP does not wait for it
-            return 0 * next(self.critic.parameters()).sum()
+        if STOPPED in inputs:
+            return self._zero_loss()
         loss = super()._compute_loss(model, inputs)
         if "returns" not in inputs:  # evaluation
             return loss
@@ -156,6 +156,11 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
         divergence = 0.5 * (self._log_probs - inputs.get("old_per_token_logps", self._log_probs)).square()
         self._divergences.append(torch.stack([(divergence * mask).sum(), mask.sum()]))
         return loss + self.args.vf_coef * self._value_loss(inputs) if self.args.vf_coef else loss
+
+    def _zero_loss(self) -> torch.Tensor:
+        """Zero, with a gradient that engines accept: of the critic, which DDP does not wait for; ZeRO-1 and 2 want one."""
+        found = (*(self.model.parameters() if self.is_deepspeed_enabled else ()), *self.critic.parameters())
+        return 0 * next(p for p in found if p.requires_grad and p.numel()).sum()
 
     def _value_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The value loss of this batch, scaled like the parent's loss as a part of the mean over the step's tokens."""
@@ -168,16 +173,14 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
 
     # -- step -------------------------------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self._divergences:  # Trainer clears only the policy's gradients
-            self.critic.zero_grad()
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._before_step()
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if "returns" in inputs and self.accelerator.sync_gradients:
+            self._decide()
         return loss
 
-    def _before_step(self) -> None:
-        """Decide whether to take the step, and average the critic's gradients over processes."""
+    def _decide(self) -> None:
+        """Decide whether to take the step, after its last forward. DeepSpeed takes it within the backward."""
         self._dropping = STOPPED in self._buffered_inputs[0]
         if self._divergences:
             total, tokens = self._total(torch.stack(self._divergences).sum(0))
@@ -189,6 +192,17 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
                 for batch in self._buffered_inputs:
                     batch[STOPPED] = True
         self._metrics["train"]["ppo/stopped"].append(float(self._dropping))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self._divergences:  # Trainer clears only the policy's gradients
+            self.critic.zero_grad()
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._step_critic()
+        return loss
+
+    def _step_critic(self) -> None:
+        """Average the critic's gradients over processes, and take its step if its optimizer is its own."""
         if self._dropping or not self.args.vf_coef or self.accelerator.num_processes == 1:
             return
         if self._optimizer_beside is not None:

@@ -3,7 +3,9 @@
 import types
 
 import pytest
+from datasets import Dataset
 
+from tests import tiny
 from tests.processes import ROOT
 from tests.trl_ext.concept import setups as concept
 from tests.trl_ext.distill import setups as distill
@@ -13,10 +15,19 @@ from tests.trl_ext.latent import setups as latent
 from tests.trl_ext.planner import setups as planner
 from tests.trl_ext.ppo import setups as ppo
 from tests.trl_ext.spo import setups as spo
+from trl_ext import ConceptConfig, ConceptTrainer
 from trl_ext.common import engines
 
 
 NOWHERE = "no-such-folder/model"
+
+
+def own_optimizer(folder):
+    args = ConceptConfig(**concept.settings(folder))
+    args.deepspeed_plugin = types.SimpleNamespace(zero_stage=2, deepspeed_config={"optimizer": {"type": "AdamW"}})
+    ConceptTrainer(NOWHERE, args, train_dataset=Dataset.from_list(concept.ROWS), processing_class=tiny.tokenizer(()))
+
+
 # What a method, or a method with an option, constructs
 MAKE = {
     "HRPO": lambda folder: hrpo.hrpo(folder, model=NOWHERE),
@@ -25,6 +36,7 @@ MAKE = {
         folder, model=NOWHERE, ds3_gather_for_generation=False
     ),
     "Adafactor": lambda folder: distill.logits(folder, model=NOWHERE, optim="adafactor"),
+    "An optimizer in DeepSpeed's file": lambda folder: own_optimizer(folder),
     "Latent distillation": lambda folder: latent.trainer(folder, peft=False, model=NOWHERE),
     "Latent distillation with an adapter": lambda folder: latent.trainer(folder, model=NOWHERE),
     "Logits distillation": lambda folder: distill.logits(folder, model=NOWHERE),
@@ -41,7 +53,6 @@ MAKE = {
     ),
     "Planner-executor": lambda folder: planner.trainer(folder, model=NOWHERE),
     "PPO": lambda folder: ppo.ppo(folder, model=NOWHERE),
-    "PPO with target_kl": lambda folder: ppo.ppo(folder, model=NOWHERE, target_kl=0.25),
     "PPO with fp16=True": lambda folder: ppo.ppo(folder, model=NOWHERE, fp16=True),
     "SPO": lambda folder: spo.spo(folder, model=NOWHERE),
 }
