@@ -22,6 +22,7 @@ FAST = [
     ("hrpo", "fsdp2"),
     ("hrpo, LoRA", "fsdp2"),
     ("hrpo, soft_embedding, soft_bptt", "fsdp2"),
+    ("hrpo, untied, two_pass", "fsdp2"),
     ("latent, sequential", "fsdp2"),
     ("latent, LoRA", "fsdp2"),
     ("kv, default", "fsdp2"),

@@ -41,6 +41,13 @@ from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
 from . import stock
 
 
+def untied():
+    """A model whose embedding and head are two matrices, which accelerate makes two units of FSDP2."""
+    config = tiny.config("llama")
+    config.tie_word_embeddings = False
+    return tiny.from_config(config, std=0.1)
+
+
 CASES = {
     **stock.CASES,
     "hrpo": functools.partial(hrpo.hrpo, peft=False),
@@ -50,6 +57,18 @@ CASES = {
         for source in ("projection", "soft_embedding")
         for mode in RECOMPUTE_MODES
         if (source, mode) != ("projection", "soft_bptt")
+    },
+    "hrpo, embedding_rms": functools.partial(hrpo.hrpo, peft=False, thinking_norm="embedding_rms"),
+    **{
+        f"hrpo, untied, {name}": lambda folder, case=case, **changes: hrpo.hrpo(
+            folder, peft=False, model=untied(), **case, **changes
+        )
+        for name, case in {
+            "rollout": {"thinking_source": "soft_embedding", "recompute": "rollout"},
+            "two_pass": {"thinking_source": "soft_embedding", "recompute": "two_pass"},
+            "jacobi": {"thinking_source": "soft_embedding", "recompute": "jacobi"},
+            "embedding_rms": {"thinking_norm": "embedding_rms"},
+        }.items()
     },
     "logits": lambda folder, **changes: distill.logits(folder, teacher_model=f"{folder}/teacher", **changes),
     "logits, LoRA": lambda folder, **changes: distill.logits(

@@ -3,17 +3,22 @@
 import torch
 from torch import nn
 
+from .sharding import mean_square
+
 
 def embedding_norm(backbone: nn.Module) -> torch.Tensor:
-    """Return the root mean square of the norms of the input embeddings: a scalar, fp32, without gradient."""
+    """Return the root mean square of the norms of the input embeddings: a scalar, fp32, without gradient.
+
+    If an engine shards them, all processes have to call it.
+    """
     embedding = backbone.get_input_embeddings()
-    weight = embedding.weight.detach()
-    return weight.float().pow(2).mean().mul(weight.shape[1]).sqrt() * embed_scale(embedding)
+    width = getattr(embedding.weight, "ds_shape", embedding.weight.shape)[1]  # ZeRO-3 shows no other shape
+    return mean_square(embedding.weight).mul(width).sqrt() * embed_scale(embedding)
 
 
 def embedding_rms(embedding: nn.Module) -> float:
     """Return the root mean square of the entries of an embedding, as the decoder gets them."""
-    return embedding.weight.detach().float().square().mean().sqrt().item() * float(embed_scale(embedding))
+    return mean_square(embedding.weight).sqrt().item() * float(embed_scale(embedding))
 
 
 def embed_scale(embedding: nn.Module) -> torch.Tensor | float:

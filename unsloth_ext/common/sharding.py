@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
@@ -35,15 +36,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def is_whole(model: nn.Module) -> bool:
     """Return whether a model is sharded by FSDP2 or ZeRO-3, and all of its weights are gathered now."""
     units = any(isinstance(module, FSDPModule) for module in model.modules())
-    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    return bool(units or split) and is_gathered(model) and not any(isinstance(p, DTensor) for p in model.parameters())
+    return (units or any(hasattr(p, "ds_id") for p in model.parameters())) and is_gathered(model)
 
 
 def within_forward(module: nn.Module, work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Return `work(x)`, which reads the weights of a module.
 
-    If ZeRO-3 shards them, and they are not gathered now, it runs as the module's forward. DeepSpeed then gathers them for
-    it, and again for its backward.
+    If FSDP2 or ZeRO-3 shards them, and they are not gathered now, it runs as the module's forward. They are then gathered
+    for it, and again for its backward.
 
     Args:
         module: a module without submodules.
@@ -60,8 +60,27 @@ def within_forward(module: nn.Module, work: Callable[[torch.Tensor], torch.Tenso
 
 
 def is_gathered(module: nn.Module) -> bool:
-    """Return whether ZeRO-3 shards no parameter of a module, or all are gathered now."""
-    return all(p.ds_status.name == "AVAILABLE" for p in module.parameters() if hasattr(p, "ds_id"))
+    """Return whether no engine shards a parameter of a module, or all are gathered now."""
+    return not any(isinstance(p, DTensor) or _is_split(p) for p in module.parameters())
+
+
+def mean_square(parameter: nn.Parameter) -> torch.Tensor:
+    """Return the mean of the squares of a parameter, also of a sharded one: a scalar, float32, without gradient.
+
+    All processes have to call it for a parameter that is sharded now.
+    """
+    if _is_split(parameter):
+        group, part = parameter.ds_process_group, parameter.ds_tensor.detach().flatten()
+        own = max(0, parameter.ds_numel - dist.get_rank(group) * part.numel())  # the rest is padding
+        total = part[:own].float().square().sum()
+        dist.all_reduce(total, group=group)
+        return total / parameter.ds_numel
+    found = parameter.detach().float().square().mean()
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+def _is_split(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE"
 
 
 @contextlib.contextmanager
@@ -162,7 +181,7 @@ def _gathered_by_zero3(model: nn.Module) -> Iterator[None]:
     # DeepSpeed's hooks would split each module's weights again after its forward
     hooks = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
     before = [OrderedDict(some) for some in hooks]
-    with deepspeed.zero.GatheredParameters([p for p in split if p.ds_status.name != "AVAILABLE"]):
+    with deepspeed.zero.GatheredParameters([p for p in split if _is_split(p)]):
         for some in hooks:
             _keep(some, {key: hook for key, hook in some.items() if not _is_of(hook, "deepspeed.")})
         try:
