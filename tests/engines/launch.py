@@ -1,6 +1,7 @@
 """Trainers in two processes on a CPU, on each engine of `accelerate launch`, with the files that TRL ships for it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ def environment_of(file: Path) -> dict[str, str]:
     arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        env = prepare_deepspeed_cmd_env(arguments)[1] | {"DS_ACCELERATOR": "cpu"}
+        # What DeepSpeed compiles is of this environment. In a shared cache, another one's killed build stops all others
+        own = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions"}
+        env = prepare_deepspeed_cmd_env(arguments)[1] | own
     else:
         env = prepare_multi_gpu_env(arguments)
     if env.get("FSDP_VERSION") == "1":  # accelerate looks for a GPU to send the weights of the first process
         env |= {"FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
-    return {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_", "DS_"))}
+    return {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_", "DS_", "TORCH_"))}

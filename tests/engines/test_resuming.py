@@ -120,3 +120,16 @@ def test_a_rollout_cannot_be_split_again(whole, tmp_path):
     (checkpoint,) = tmp_path.rglob("checkpoint-1")
     with pytest.raises(AssertionError, match="between two steps of one rollout"):
         launch("one", "hrpo", tmp_path, settings=inside, resume=str(checkpoint))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_run_that_begins_inside_a_rollout(tmp_path, engine):
+    """Bit for bit. Soft embeddings call the head before any forward of the whole model."""
+    worker_files(tmp_path)
+    inside, case = {**SAVING, "num_iterations": 2, "save_steps": 1}, "hrpo, soft_embedding, rollout"
+    launch(engine, case, tmp_path, settings=inside, name="whole")
+    (checkpoint,) = tmp_path.rglob("checkpoint-1")
+    launch(engine, case, tmp_path, settings=inside, resume=str(checkpoint), name="resumed")
+    before, after = weights(tmp_path, "whole"), weights(tmp_path, "resumed")
+    assert all(torch.equal(before[name], after[name]) for name in before)

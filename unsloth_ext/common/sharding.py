@@ -59,6 +59,12 @@ def within_forward(module: nn.Module, work: Callable[[torch.Tensor], torch.Tenso
         del vars(module)["forward"]
 
 
+def begin_at_root(model: nn.Module) -> None:
+    """Let FSDP2 take the whole model for its root, although parts of it may be called first."""
+    for state in _states(model):  # from the root on
+        state._lazy_init()
+
+
 def is_gathered(module: nn.Module) -> bool:
     """Return whether no engine shards a parameter of a module, or all are gathered now."""
     return not any(isinstance(p, DTensor) or _is_split(p) for p in module.parameters())
@@ -141,13 +147,12 @@ def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
 @contextlib.contextmanager
 def _gathered_by_fsdp2(model: nn.Module) -> Iterator[None]:
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    states = [unit._get_fsdp_state() for unit in units]
+    states = _states(model)
     before = [state._training_state for state in states]
     if all(state is TrainingState.PRE_BACKWARD for state in before):  # not sharded, or in such a block already
         yield
         return
-    for state in states:  # from the root on: the block may call parts of the model first
-        state._lazy_init()
+    begin_at_root(model)
     hooks = [
         hooks
         for part in model.modules()
@@ -189,6 +194,10 @@ def _gathered_by_zero3(model: nn.Module) -> Iterator[None]:
         finally:
             for some, old in zip(hooks, before, strict=True):
                 _keep(some, old | some)
+
+
+def _states(model: nn.Module) -> list[Any]:
+    return [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _is_of(hook: Any, package: str) -> bool:

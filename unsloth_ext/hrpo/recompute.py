@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.logits import logits_of
+from ..common.sharding import begin_at_root
 from ..common.wrapping import backbone_of, unwrapped
 from .decoding import ThinkingTrace
 from .forward import decoder_of
@@ -149,6 +150,7 @@ def soft_states(
     Returns:
         (B, C, d) in the dtype of `hidden_states`, zero where the mask is not set.
     """
+    begin_at_root(model)
     embedding = backbone_of(model).get_input_embeddings()
 
     def chunk(rows: torch.Tensor) -> torch.Tensor:
