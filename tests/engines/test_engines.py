@@ -73,6 +73,10 @@ def check_equal(folder, one, other, close):
     logs = [found(folder, engine, 1)[0]["logs"] for engine in (one, other)]
     for a, b in zip(*logs, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    check_weights(folder, one, other, close)
+
+
+def check_weights(folder, one, other, close):
     weights, ours = (torch.load(folder / f"{engine}0.pt") for engine in (one, other))
     assert weights.keys() == ours.keys()
     for name, value in weights.items():
@@ -158,9 +162,7 @@ def test_target_kl_drops_the_same_steps(ddp, engine):
     stopped = [entry["ppo/stopped"] for entry in theirs]
     assert stopped == [0, 1, 1, 1] * 2 == [entry["ppo/stopped"] for entry in ours]
     assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], rel=1e-4, abs=1e-5)
-    weights = [torch.load(folder / f"{name}0.pt") for name in ("ddp", engine)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, **CLOSE)
+    check_weights(folder, "ddp", engine, CLOSE)
 
 
 PLATEAU = {

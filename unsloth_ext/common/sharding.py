@@ -81,8 +81,7 @@ def mean_square(parameter: nn.Parameter) -> torch.Tensor:
         total = part[:own].float().square().sum()
         dist.all_reduce(total, group=group)
         return total / parameter.ds_numel
-    found = parameter.detach().float().square().mean()
-    return found.full_tensor() if isinstance(found, DTensor) else found
+    return full(parameter.detach().float().square().mean())
 
 
 def _is_split(parameter: nn.Parameter) -> bool:

@@ -64,7 +64,7 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
     """Compute soft-embedding states of distributions (arXiv 2505.18454, eq. 2).
 
     Args:
-        embedding: the input embedding, with V rows. ZeRO-3 may shard it.
+        embedding: the input embedding, with V rows. An engine may shard it.
         probs (..., V): floating point.
         candidates: as in `mix_rows`.
 
