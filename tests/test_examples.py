@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from unittest import SkipTest
@@ -21,6 +22,7 @@ from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import patches
+from trl_ext.cli.main import COMMANDS as COMMANDS_OF_PROGRAM
 
 from . import tiny
 
@@ -78,10 +80,19 @@ def commands() -> list[str]:
 
 COMMANDS = commands()
 MAKE = [line for line in COMMANDS if line.startswith("make ")]
+INSTALL = [line for line in COMMANDS if line.startswith("pip install ")]
+PROGRAM = [line for line in COMMANDS if "latent-reasoning " in line or " -m trl_ext " in line]
 SCRIPTS = [line for line in COMMANDS if "recipes/" in line]
-MODULES = [line for line in COMMANDS if line.startswith("python -m ")]
+MODULES = [line for line in COMMANDS if line.startswith("python -m ") and line not in PROGRAM]
 SERVE = [line for line in COMMANDS if "vllm serve " in line]  # looked at where vLLM is
 MODELS = ("--model_name", "--init_from", "--teacher", "--student")  # flags before the name of a model or a folder
+
+
+def make_models(flags: list[str]) -> None:
+    for flag, value in pairwise(flags):
+        if flag in MODELS and value not in ("tiny", "smollm2"):
+            tiny.model().save_pretrained(value)
+            tiny.tokenizer().save_pretrained(value)
 
 
 @pytest.fixture
@@ -97,10 +108,7 @@ def check_flags(tmp_path, monkeypatch):
         words = shlex.split(command)
         at = next(i for i, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py"))
         script, *flags = words[at:]
-        for flag, value in pairwise(flags):
-            if flag in MODELS and value not in ("tiny", "smollm2"):
-                tiny.model().save_pretrained(value)
-                tiny.tokenizer().save_pretrained(value)
+        make_models(flags)
         monkeypatch.setattr(sys, "argv", [script, *flags, "--check_flags"])
         with pytest.raises((SystemExit, ValueError)) as stopped:
             runpy.run_path(script, run_name="__main__")
@@ -128,6 +136,29 @@ def test_targets_and_their_flags(command, check_flags):
         check_flags(last)
 
 
+@pytest.mark.parametrize("command", PROGRAM)
+def test_our_program(command, tmp_path, monkeypatch):
+    """Training is run until it has parsed its flags, any other command is parsed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    words = shlex.split(command.removeprefix('eval "$(').removesuffix(')"'))
+    name, *flags = words[words.index("trl_ext" if "trl_ext" in words else "latent-reasoning") + 1 :]
+    module = importlib.import_module(COMMANDS_OF_PROGRAM[name][0])
+    if name != "train":
+        module.parser().parse_args(flags)
+        return
+    make_models(flags)
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        module.main([*flags, "--check_flags"])
+    said = str(stopped.value)
+    assert not getattr(stopped.value, "code", 1) or "bf16=True: no GPU" in said or "hub cannot be reached" in said
+
+
+def test_what_is_installed_is_this_package():
+    assert {line.split()[-1] for line in INSTALL} == {metadata.metadata("latent-reasoning-trl")["Name"]}
+
+
 @pytest.mark.parametrize("command", MODULES)
 def test_modules_and_the_files_that_they_are_given_are_there(command):
     _, _, module, *arguments = shlex.split(command)
@@ -137,4 +168,4 @@ def test_modules_and_the_files_that_they_are_given_are_there(command):
 
 def test_each_command_is_looked_at():
     assert len(MAKE) > 10 and len(SCRIPTS) > 5
-    assert set(COMMANDS) == {*MAKE, *SCRIPTS, *MODULES, *SERVE}
+    assert set(COMMANDS) == {*MAKE, *SCRIPTS, *PROGRAM, *INSTALL, *MODULES, *SERVE}

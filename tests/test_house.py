@@ -2,8 +2,10 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import distribution, version
 from pathlib import Path
 
@@ -78,6 +80,26 @@ def test_only_our_three_packages_are_installed():
     assert set(packages) == on_disk
     assert distribution("latent-reasoning-trl").version
     assert not (ROOT / "recipes" / "__init__.py").exists()
+
+
+def test_a_wheel_holds_the_recipes_and_their_configurations(tmp_path):
+    """And nothing else beside the packages. Another folder than this one, because a build leaves files behind."""
+    for name in (*PACKAGES, "recipes", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", "dist", "."]
+    done = subprocess.run(wheel, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(made) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "latent-reasoning = trl_ext.cli.main:main" in archive.read(entry_points).decode()
+    here = {str(f.relative_to(ROOT)) for p in (*PACKAGES, "recipes") for f in (ROOT / p).rglob("*.*") if f.is_file()}
+    here = {name for name in here if name.endswith((".py", ".yaml"))}
+    assert {f"trl_ext/{name}" if name.startswith("recipes/") else name for name in here} == {
+        name for name in names if not name.endswith((".pyi", "py.typed"))
+    }
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that make sets up")

@@ -25,6 +25,9 @@ HAND_ON = {"next", "iter", "zip", "enumerate", "nullcontext"}
 # A package's public way to be configured
 ALLOWED = {
     "sys.argv.remove('--traceback')": "a flag that is read before all others",
+    "sys.argv[0]": "what messages begin with",
+    "sys.argv": "a recipe that the command line runs sees its own flags",
+    "sys.modules['__main__']": "a recipe that the command line runs is the main module",
     "sys.path.insert(0, str(Path(__file__).parents[1]))": "a script that is started by its path",
     "matplotlib.rcParams['text.parse_math']": "documented by matplotlib",
     "sys.excepthook": "Python's hook for errors that nobody catches",

@@ -1,11 +1,11 @@
-"""`make doctor`: found and tested versions, the backend and the reason for it, and the patches that would apply.
+"""`latent-reasoning doctor`: versions found and tested, the backend and why it was chosen, and the patches that apply.
 
 The exit status is 1 if a version is untested, unless the override is set. Upstream code that differs from the code that
 a patch was written for gives a warning.
 """
 
 import importlib.util
-import sys
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -14,13 +14,19 @@ import patches
 from patches import versions
 from unsloth_ext.common.backend import unsloth_can_run
 
+from ..common.run_folder import PROGRAM
 from .command_line import CommandLine
 from .console import PlainConsole
-from .user_errors import in_sentences
 
 
-def main() -> int:
+def parser() -> CommandLine:
+    """The parser of this command."""
+    return CommandLine(prog=f"{PROGRAM} doctor", description=__doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Print versions, the backend and patches. Return 1 for an untested version without the override, else 0."""
+    parser().parse_args(argv)
     console = PlainConsole()
     problems = {package: problem for package in versions.TESTED if (problem := versions.version_problem(package))}
     _versions_table(console, problems)
@@ -62,9 +68,3 @@ def _patches_list(console: PlainConsole, use_unsloth: bool) -> None:
             if used == (applies and importlib.util.find_spec(patch.package) is not None):
                 console.print(f"  {name}{' (temporarily)' if patch.scoped else ''}: {patch.reason}")
                 console.print(f"    in {patch.target}")
-
-
-if __name__ == "__main__":
-    in_sentences()
-    CommandLine(description=__doc__).parse_args()
-    sys.exit(main())

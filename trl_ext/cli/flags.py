@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from trl_ext.cli.command_line import CommandLine
+from trl_ext.common.spelling import did_you_mean
 
 
 NAMES = ("model_name", "model_name_or_path", "student")  # flags that name the model
@@ -17,8 +18,8 @@ NAMES = ("model_name", "model_name_or_path", "student")  # flags that name the m
 def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
     """The model's name, the configuration file, and the other flags.
 
-    The file is the one that `--config` names. Otherwise it is `folder/<method>_<model>.yaml` for an embedded model
-    (without flags, the first of them), and `folder/<method>_gsm8k.yaml` for any other model.
+    The file is the one that `--config` names (`found_config`). Otherwise it is `folder/<method>_<model>.yaml` for an
+    embedded model (without flags, the first of them), and `folder/<method>_gsm8k.yaml` for any other model.
 
     Args:
         argv: the command line.
@@ -29,7 +30,7 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
     peek = CommandLine(add_help=False)
     peek.add_argument("--config", type=Path)
     given, others = peek.parse_known_args(argv)
-    config = given.config
+    config = given.config and found_config(given.config, folder)
     peek.add_argument(*(f"--{key}" for key in NAMES), dest="model_name")
     name = peek.parse_known_args(others)[0].model_name
     if name is None and config is not None:
@@ -37,6 +38,23 @@ def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]
         name = next((fields[key] for key in NAMES if key in fields), None)
     name = embedded[0] if name is None else name
     return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
+
+
+def found_config(config: Path, folder: Path) -> Path:
+    """A configuration file, or the one of that name, without `.yaml`, among those that come with the recipes.
+
+    Raises:
+        ValueError: a name without an ending is neither.
+    """
+    shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if config.exists() or config.suffix or len(config.parts) > 1:
+        return config
+    if config.name not in shipped:
+        raise ValueError(
+            f"--config {config}: there is no such file, and no configuration of that name comes with the recipe"
+            f"{did_you_mean(config.name, shipped)}"
+        )
+    return shipped[config.name]
 
 
 def wants_vllm(config: Path, flags: list[str]) -> bool:

@@ -34,6 +34,18 @@ OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dat
 MADE_HERE = ("tiny", "embedded")  # built-in datasets, which have their own held-out rows
 
 
+class FlagsListed(SystemExit):
+    """`--list_flags` was given.
+
+    Attributes:
+        parser: whose flags were listed.
+    """
+
+    def __init__(self, parser: "RecipeParser"):
+        super().__init__(0)
+        self.parser = parser
+
+
 NO_BF16 = "doesn't support bf16/gpu"  # part of the message of transformers 5.17
 
 
@@ -79,6 +91,12 @@ class RecipeParser(CommandLine, TrlParser):
             help="Check flags and configuration, and exit.",
         )
         general.add_argument(
+            "--list_flags",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="List the names of all flags, and exit.",
+        )
+        general.add_argument(
             "--traceback",
             action="store_true",
             default=argparse.SUPPRESS,
@@ -120,7 +138,11 @@ class RecipeParser(CommandLine, TrlParser):
         peek.add_argument("--config", type=Path)
         peek.add_argument("--traceback", action="store_true")
         peek.add_argument("--check_flags", action="store_true")
+        peek.add_argument("--list_flags", action="store_true")
         options, flags = peek.parse_known_args(self._our_names(given))
+        if options.list_flags:
+            print("\n".join(action.option_strings[-1] for action in self._actions if action.help != argparse.SUPPRESS))
+            raise FlagsListed(self)
         if options.config:
             self.config = options.config
             peek.add_argument("--dataset")

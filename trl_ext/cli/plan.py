@@ -1,4 +1,4 @@
-"""`python -m trl_ext.cli.plan --model 7b --gpus 16 --engine fsdp2 --method hrpo`: does it fit, and what does it cost?
+"""`latent-reasoning plan --model 7b --gpus 16 --engine fsdp2 --method hrpo`: does it fit, and what does it cost?
 
 It prints the memory of each GPU by part, the traffic of a step, and the times of rollout and training. Parameters are
 counted in the real model, and activations in its real forward, both without memory (meta and fake tensors). docs/scale.md
@@ -8,7 +8,6 @@ says which terms were measured, and which are estimates.
 import copy
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
 from ..common.engines import ENGINES
+from ..common.run_folder import PROGRAM
 from .command_line import CommandLine
 from .console import PlainConsole
-from .user_errors import in_sentences
 
 
 # hidden_size, intermediate_size, layers, heads, KV heads, vocabulary, tied embeddings: those of Qwen2.5
@@ -312,15 +311,15 @@ def times(run: Run, gpu: str) -> dict[str, float]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan of a run. Return 1 if it does not fit."""
-    parser = CommandLine(prog="python -m trl_ext.cli.plan", description=__doc__.partition("\n")[0])
+def parser() -> CommandLine:
+    """The parser of this command."""
+    made = CommandLine(prog=f"{PROGRAM} plan", description=__doc__.partition("\n")[0])
     default = Run()
-    parser.add_argument("--model", default=default.model, help=f"{', '.join(SIZES)}, a folder or a hub id")
-    parser.add_argument("--method", default=default.method, choices=METHODS)
-    parser.add_argument("--engine", default=default.engine, choices=("one", "ddp", *ENGINES))
-    parser.add_argument("--gpu", default="h100", choices=GPUS)
-    parser.add_argument("--teacher", default=default.teacher, help="the same, for methods with a teacher")
+    made.add_argument("--model", default=default.model, help=f"{', '.join(SIZES)}, a folder or a hub id")
+    made.add_argument("--method", default=default.method, choices=METHODS)
+    made.add_argument("--engine", default=default.engine, choices=("one", "ddp", *ENGINES))
+    made.add_argument("--gpu", default="h100", choices=GPUS)
+    made.add_argument("--teacher", default=default.teacher, help="the same, for methods with a teacher")
     for name, what in (
         ("gpus", "number of GPUs"),
         ("rows", "rows of one forward on each GPU (per_device_train_batch_size)"),
@@ -331,10 +330,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("latents", "number of latent tokens"),
         ("vllm_gpus", "further GPUs, of a vLLM server that makes the rollouts; 0: the training GPUs make them"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=what)
-    parser.add_argument("--float32", action="store_true", help="no mixed precision")
-    parser.add_argument("--no_checkpointing", action="store_true", help="keep all activations")
-    flags = vars(parser.parse_args(argv))
+        made.add_argument(f"--{name}", type=int, default=getattr(default, name), help=what)
+    made.add_argument("--float32", action="store_true", help="no mixed precision")
+    made.add_argument("--no_checkpointing", action="store_true", help="keep all activations")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan of a run. Return 1 if it does not fit."""
+    flags = vars(parser().parse_args(argv))
     gpu = flags.pop("gpu")
     run = Run(mixed=not flags.pop("float32"), checkpointing=not flags.pop("no_checkpointing"), **flags)
     for name in ("gpus", "rows", "prompt", "completion", "generated"):
@@ -373,8 +377,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in times(run, gpu).items() if seconds)
     console.print(f"seconds of a step, estimated from the speeds of a {gpu}: {spent}")
     return 0 if fits else 1
-
-
-if __name__ == "__main__":
-    in_sentences()
-    sys.exit(main())

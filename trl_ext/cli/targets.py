@@ -35,7 +35,7 @@ def command_lines(command: Command, gpu: bool, model: str, arguments: list[str])
     if command.configs and model:
         chosen = ["--model_name", model]
     elif command.configs and gpu:
-        chosen = ["--config", f"recipes/configs/{command.configs}_gsm8k.yaml"]
+        chosen = ["--config", f"{command.configs}_gsm8k"]
     asked = any(word.partition("=")[0] in ("--use_vllm", "--use-vllm") for word in arguments)
     if command.vllm and gpu and model not in EMBEDDED and not asked:
         problem = vllm_problem()
@@ -45,8 +45,11 @@ def command_lines(command: Command, gpu: bool, model: str, arguments: list[str])
             else "rollouts: vLLM (--use_vllm false: transformers)"
         )
         chosen += [] if problem else ["--use_vllm"]
+    given = [*chosen, *arguments]
+    if command.trains:
+        return [[sys.executable, "-m", "trl_ext", "train", command.trains, *given]]
     lines = [[sys.executable, script] for script in command.scripts]
-    lines[0] += [*command.arguments, *chosen, *arguments]
+    lines[0] += [*command.arguments, *given]
     return lines
 
 

@@ -22,19 +22,41 @@ class Command:
         configs: str = "",
         arguments: tuple[str, ...] = (),
         vllm: bool = False,
+        trainer: str = "",
+        parent: str = "",
+        paper: str = "",
+        what: str = "",
+        evidence: str = "",
+        data: tuple[str, ...] = (),
     ):
         """
         Args:
-            name: of the target, such as "train-hrpo".
+            name: of the target, such as "train-hrpo". `latent-reasoning train hrpo` runs it too.
             about: one line for `make help`.
              *scripts: files that run one after the other, from the project's root.
             configs: for recipes that take `--model_name`, the prefix of their files in recipes/configs. With a GPU and no
                 model name, `<prefix>_gsm8k.yaml` is used.
             arguments: further arguments of the first script.
             vllm: whether it trains with `--use_vllm` where there is a GPU and vLLM.
+            trainer: public name of the trainer. Targets with a trainer are the rows of `latent-reasoning methods`.
+            parent: the TRL trainer that it stands in for.
+            paper: the arXiv id of the method's paper; empty: ours.
+            what: what the method does, as in the README's table.
+            evidence: what was measured, as in the README's table.
+            data: "module:function" of what makes rows of a file usable, and its further arguments. It is called with the
+                name of the dataset, its columns, and these arguments, and returns a function of a row's place and the
+                row, which raises a ValueError for an unusable row. `latent-reasoning data check` uses it.
         """
         self.name, self.about, self.scripts = name, about, scripts
         self.configs, self.arguments, self.vllm = configs, arguments, vllm
+        self.trainer, self.parent, self.paper = trainer, parent, paper
+        self.what, self.evidence, self.data = what, evidence, data
+
+    @property
+    def trains(self) -> str:
+        """The name that `latent-reasoning train` knows it by; empty if it does not train."""
+        name = self.name.removeprefix("train-")
+        return name if name != self.name or self.name == "minimind" else ""
 
 
 @dataclass(frozen=True, kw_only=True)

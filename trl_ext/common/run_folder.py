@@ -23,6 +23,7 @@ from typing import Any
 from .spelling import underscored
 
 
+PROGRAM = "latent-reasoning"  # the command line of this package
 RUN_FILE, LOCK_FILE = "run.json", "run.lock"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Files that a recipe leaves beside checkpoints. RESULTS are the ones that must not be lost by accident
@@ -227,7 +228,7 @@ def _description(folder: Path) -> str:
 
 def command_words() -> list[str]:
     """The words of the command line, with secrets masked."""
-    words = list(sys.argv)
+    words = (sys.argv[0].split() if sys.argv[0].startswith(f"{PROGRAM} ") else sys.argv[:1]) + sys.argv[1:]
     for i, word in enumerate(words):
         if (flag := SECRET.match(word)) and flag[1]:
             words[i] = f"{flag[0]}***"
@@ -254,7 +255,16 @@ def resume_command(words: list[str]) -> str:
             skip = word.partition("=")[0] in ("--resume_from_checkpoint", "--overwrite")
         if not skip:
             kept.append(word)
-    return shlex.join([_python(), *kept, "--resume_from_checkpoint", "latest"])
+    return shlex.join([*_program(kept), "--resume_from_checkpoint", "latest"])
+
+
+def _program(words: list[str]) -> list[str]:
+    """A command line with what starts it: Python for a script, or our program where the shell finds it."""
+    if words[:1] != [PROGRAM]:
+        return [_python(), *words]
+    found = shutil.which(PROGRAM)
+    here = found and Path(found).parent == Path(sys.executable).parent
+    return words if here else [_python(), "-m", "trl_ext", *words[1:]]
 
 
 def _python() -> str:

@@ -42,6 +42,17 @@ class ConceptConfig(Presets, SFTConfig):
 
     flags_title = "Concept tokens"
     presets = PRESETS
+    default_sources = {
+        "design note": (
+            "n_shallow",
+            "n_deep",
+            "num_concepts",
+            "segmenter",
+            "gate",
+            "temperature",
+            "target_ratio",
+        )
+    }
 
     use_concepts: bool = field(default=True, metadata={"help": "False: plain SFT on the same rows."})
     n_shallow: int = field(default=4, metadata={"help": "Number of layers that run on every token."})

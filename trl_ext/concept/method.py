@@ -20,6 +20,16 @@ METHOD = TrainingMethod(
             "MODEL=smollm2",
             "recipes/concept_v2.py",
             configs="concept",
+            trainer="ConceptTrainer",
+            parent="SFTTrainer",
+            what="middle layers read discrete concepts made of the model's own tokens",
+            evidence="all texts kept at half the cost; on SmolLM2 not free",
+            data=("trl_ext.tasks.data:problem_reader",),
+        ),
+        Command(
+            "train-concept-v1",
+            "the baselines of concept tokens: plain LoRA, and a concept for every N tokens",
+            "recipes/concept_v1.py",
         ),
         Command(
             "bench-concept",

@@ -25,6 +25,7 @@ class LogitsDistillConfig(TeacherConfig):
     """
 
     flags_title = "Distillation of logits"
+    default_sources = {"MiniMind": ("alpha", "temperature")}
 
     alpha: float = field(
         default=0.5, metadata={"help": "Weight of cross-entropy, 0 to 1; the KL to the teacher has the rest."}
@@ -56,6 +57,7 @@ class ReasoningDistillConfig(SFTConfig):
     """
 
     flags_title = "Distillation of reasoning"
+    default_sources = {"MiniMind": ("tag_weight", "tags")}
 
     tag_weight: float = field(
         default=10.0, metadata={"help": "Weight of the cross-entropy of tags; other tokens have 1."}

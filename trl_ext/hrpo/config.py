@@ -23,6 +23,16 @@ class HRPOArguments(mixin_bases.GRPOConfig):
     """
 
     flags_title = "HRPO"
+    default_sources = {
+        "paper": (
+            "answer_delimiter",
+            "residual_r_min",
+            "residual_r_max",
+            "lr_residual_gate",
+            "lr_residual_lambda",
+        ),
+        "design note": ("thinking_source", "thinking_norm", "lr_thinking_projection"),
+    }
 
     thinking: bool = field(
         default=True, metadata={"help": "Use thinking states. If false, the trainer is TRL's GRPOTrainer, bit for bit."}

@@ -19,6 +19,12 @@ METHOD = TrainingMethod(
             "recipes/hrpo_gsm8k.py",
             configs="hrpo",
             vllm=True,
+            trainer="HRPOTrainer",
+            parent="GRPOTrainer",
+            paper="2505.18454",
+            what="GRPO whose thinking tokens mix their embedding with a state made from the position before",
+            evidence="87.7% to 88.5% by mode, GRPO 88.8%: no gain on this task",
+            data=("trl_ext.tasks.data:problem_reader",),
         ),
         Command(
             "train-hrpo-two-stage",

@@ -26,6 +26,18 @@ class KVDistillConfig(TeacherConfig):
     """
 
     flags_title = "KV distillation"
+    default_sources = {
+        "design note": (
+            "alpha_k",
+            "alpha_v",
+            "alpha_attn",
+            "temperature",
+            "kv_projection_mode",
+            "share_dim_proj",
+            "init_uniform",
+            "kv_init",
+        )
+    }
     _VALID_DICT_FIELDS = [*TeacherConfig._VALID_DICT_FIELDS, "ratio_map", "alpha_map"]
 
     lambda_kv: float = field(default=1.0, metadata={"help": "Weight of the structural loss; cross-entropy has 1."})

@@ -15,6 +15,11 @@ METHOD = TrainingMethod(
             'ARGS="--flag value"',
             "recipes/kv_distill.py",
             configs="kv_distill",
+            trainer="KVDistillTrainer",
+            parent="SFTTrainer",
+            what="a student follows a teacher of another shape: keys, values, attention",
+            evidence="100% in 500 steps, cross-entropy alone 38% to 77%",
+            data=("trl_ext.tasks.data:problem_reader",),
         ),
         Command(
             "profile-alignment",

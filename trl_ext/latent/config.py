@@ -26,6 +26,27 @@ class LatentArguments(mixin_bases.SFTConfig):
     """
 
     flags_title = "Latent tokens (CODI, PCCoT, KaVa)"
+    default_sources = {
+        "official code": (
+            "num_latents",
+            "iterations",
+            "projection",
+            "projection_dropout",
+            "projection_layer_norm",
+            "update",
+            "feedback_residual",
+            "answer_prompt",
+            "drop_last_step",
+            "w_student",
+            "w_teacher",
+            "w_codi",
+            "codi_loss",
+            "codi_std_mode",
+            "codi_std_scope",
+            "codi_skip_embeddings",
+        ),
+        "KaVa's paper": ("kv_loss", "kv_scorer", "kv_mix_lambda", "kv_score_norm"),
+    }
 
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Must stay off: with it, transformers drops the cache in training."}

@@ -33,6 +33,8 @@ class _Published(Presets):
 class CODIConfig(_Published, LatentArguments, SFTConfig):
     """CODI (arXiv 2502.21074): sequential latent tokens; hidden states are pulled together in every layer."""
 
+    default_sources = {"official code": ("projection_dim",)}
+
     num_latents: int = field(default=6, metadata={"help": "M, the number of latent tokens."})
     iterations: int | None = field(default=None, metadata={"help": "None: one pass per latent token."})
     projection_dim: int | None = field(
@@ -47,12 +49,16 @@ class PCCoTConfig(_Published, LatentArguments, SFTConfig):
     It uses no projection, and L_CODI excludes the embedding layer.
     """
 
+    default_sources = {"official code": ("projection_dim",)}
+
     codi_skip_embeddings: bool = field(default=True, metadata={"help": "Exclude the embedding layer from L_CODI."})
 
 
 @dataclass
 class KAVAConfig(_Published, LatentArguments, SFTConfig):
     """KaVa (arXiv 2510.02312): PCCoT whose latent keys and values also follow the teacher's compressed ones."""
+
+    default_sources = {"KaVa's paper": ("num_latents", "iterations", "w_codi", "w_kv", "kv_std_mode")}
 
     projection_dim: int | None = field(
         default=2048, metadata={"help": "Width of the projection from hidden state to latent input."}

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,32 @@ def load_rows(
         DataError: there is no such file, it has none of these formats, or no row is usable.
     """
     columns, found = read_rows(name, split=split, config=config, size=size)
+    read = step_reader(name, columns, need_steps)
+    rows = Rows(name)
+    for place, row in tqdm(found, f"Reading {name}", delay=2):
+        rows.read += 1
+        where = f"dataset {name}, {place}"
+        with rows.checking():
+            rows.usable.append({**read(where, row), "_where": where})
+    rows.need_one()
+    return rows
+
+
+def step_reader(
+    name: str, columns: Collection[str], need_steps: bool = True
+) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """What makes a question, its steps and its answer of a row: a function of the row's place and the row.
+
+    The function raises a `LatentDataError` for a row that cannot be used.
+
+    Args:
+        name: name of the dataset.
+        columns: its columns.
+        need_steps: as for `load_rows`.
+
+    Raises:
+        DataError: the columns are of none of the formats.
+    """
     shapes: tuple[tuple[set[str], Callable], ...] = (
         (set(COLUMNS), _row_of_columns),
         ({"question", "cot", "answer"}, _row_of_cot),
@@ -99,16 +125,13 @@ def load_rows(
     if make is None:
         wanted = "question and answer, with steps or cot, or text"
         raise DataError(f"dataset {name} has the columns {', '.join(columns)}, but it needs {wanted}")
-    rows = Rows(name)
-    for place, row in tqdm(found, f"Reading {name}", delay=2):
-        rows.read += 1
-        where = f"dataset {name}, {place}"
+
+    def read(where: str, row: dict[str, Any]) -> dict[str, Any]:
         if "answer" in row:
             row = {**row, "answer": answer_text(row["answer"])}
-        with rows.checking():
-            rows.usable.append({**make(row, where, need_steps), "_where": where})
-    rows.need_one()
-    return rows
+        return make(row, where, need_steps)
+
+    return read
 
 
 def row_of_aug(line: str, where: str, need_steps: bool = True) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """MiniMind's published JSONL files as the columns that TRL's trainers read."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,17 @@ def load_minimind_data(file: str | Path, kind: str) -> Dataset:
         raise
 
 
+def row_reader(name: str, columns: Collection[str], kind: str) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """What checks a row and makes its columns: a function of the row's place and the row.
+
+    Args:
+        name: name of the dataset. It and `columns` are not used: each row is looked at by itself.
+        columns: its columns.
+        kind: see `load_minimind_data`.
+    """
+    return lambda where, row: KINDS[kind][0](Place(where), row)
+
+
 def as_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Preferences as texts.
 
@@ -104,9 +115,9 @@ class Place:
 
 
 def _rows(name: str, kind: str) -> Iterator[dict[str, Any]]:
-    row_of = KINDS[kind][0]
+    read = row_reader(name, (), kind)
     for place, row in read_json_rows(name):
-        yield row_of(Place(f"dataset {name}, {place}"), row)
+        yield read(f"dataset {name}, {place}", row)
 
 
 def _pretrain(place: Place, row: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 from unsloth_ext.common.vllm_installed import require_vllm
 
+from ..cli.flags import found_config
 from ..cli.parser import RecipeParser
 from ..cli.recipe import start
 from ..cli.report import compact_progress, plot_curves, write_summary
@@ -157,6 +158,7 @@ def parse(recipe: str, stage: type[FolderArguments], *configs: type) -> tuple[An
     peek = CommandLine(add_help=False)
     peek.add_argument("--config", type=Path, default=path.parent / "configs" / f"{path.stem}_tiny.yaml")
     given, flags = peek.parse_known_args(sys.argv[1:])
+    given.config = found_config(given.config, path.parent / "configs")
     parsed = parser.parse_args_and_config(["--config", str(given.config), *flags])
     if getattr(parsed[-1], "use_vllm", False):
         require_vllm("use_vllm=True")

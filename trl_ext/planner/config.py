@@ -42,6 +42,7 @@ class PlannerExecutorConfig(SFTConfig):
     """
 
     flags_title = "Planner and executor"
+    default_sources = {"design note": ("types", "ordering", "mode", "training", "temperature", "num_candidates")}
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "types"]
 
     gradient_checkpointing: bool = field(

@@ -44,6 +44,11 @@ METHOD = TrainingMethod(
             "planner and executor: the embedded default on a CPU, Qwen3-0.6B on GSM8K with a GPU",
             "recipes/planner_executor.py",
             configs="planner",
+            trainer="PlannerExecutorTrainer",
+            parent="SFTTrainer",
+            what="a plan in typed concepts, and a text written from the plan alone",
+            evidence="100% of unseen facts, 0% from random plans",
+            data=("trl_ext.tasks.data:problem_reader",),
         ),
         Command(
             "bench-planner",

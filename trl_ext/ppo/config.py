@@ -20,6 +20,17 @@ class PPOConfig(SingleSampleConfig):
     """
 
     flags_title = "PPO"
+    default_sources = {
+        "MiniMind": (
+            "beta",
+            "num_iterations",
+            "gamma",
+            "gae_lambda",
+            "vf_coef",
+            "cliprange_value",
+            "target_kl",
+        )
+    }
 
     beta: float = field(default=0.02, metadata={"help": "Coefficient of the KL to the reference; 0: no reference."})
     num_iterations: int = field(default=2, metadata={"help": "Number of epochs over each rollout."})

@@ -22,6 +22,18 @@ class SPOConfig(SingleSampleConfig):
     """
 
     flags_title = "SPO"
+    default_sources = {
+        "paper": (
+            "num_generations",
+            "epsilon_high",
+            "value_tracker",
+            "rho_mode",
+            "D_half",
+            "rho_min",
+            "rho_max",
+            "sampling_epsilon",
+        )
+    }
 
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clipping range of the importance ratio."})
     value_tracker: str = field(

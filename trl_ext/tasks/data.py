@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,24 @@ def load_rows(
     if is_generator(name):
         return _generated(name, size or 1000, seed, options)
     columns, rows = read_rows(name, split=split, config=config, size=size)
+    read = problem_reader(name, columns)
+    return [read(f"dataset {name}, {place}", row) for place, row in rows]
+
+
+def problem_reader(name: str, columns: Collection[str]) -> Callable[[str, dict], dict]:
+    """What makes a problem of a row: a function of the row's place and the row.
+
+    Args:
+        name: name of the dataset.
+        columns: its columns.
+
+    Raises:
+        DataError: a column is missing.
+    """
     for column in ("question", "answer"):
         if column not in columns:
             raise DataError(f"dataset {name} has no column {column!r}; it has {', '.join(columns)}")
-    return [_gsm8k_row(f"dataset {name}, {place}", row) for place, row in rows]
+    return _gsm8k_row
 
 
 def is_generator(name: str) -> bool:

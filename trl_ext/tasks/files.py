@@ -84,26 +84,37 @@ def read_lines(name: str) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-def read_json_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_rows(name: str, bad: list[DataError] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a `.jsonl` or `.json` file (one object per line, or a list of objects), each with its place, such as
     "line 3".
 
     Unlike in a table, columns may mix types.
 
+    Args:
+        name: the file.
+        bad: collects the errors of lines that are not JSON objects. None means that the first is raised.
+
     Raises:
         DataError: there is no such file, it has no rows, or something in it is not a JSON object.
     """
     rows = 0
-    for place, row in _json_values(name):
+    for place, row in _json_values(name, bad):
         if not isinstance(row, dict):
-            raise DataError(f"dataset {name}, {place}: not a JSON object: {row!r:.100}")
+            _raise_or_keep(DataError(f"dataset {name}, {place}: not a JSON object: {row!r:.100}"), bad)
+            continue
         rows += 1
         yield place, row
-    if not rows:
+    if not rows and not bad:
         raise DataError(f"dataset {name} has no rows")
 
 
-def _json_values(name: str) -> Iterator[tuple[str, Any]]:
+def _raise_or_keep(error: DataError, bad: list[DataError] | None) -> None:
+    if bad is None:
+        raise error
+    bad.append(error)
+
+
+def _json_values(name: str, bad: list[DataError] | None) -> Iterator[tuple[str, Any]]:
     lines = read_lines(name)
     first = next(lines, None)
     if first is None:
@@ -124,10 +135,13 @@ def _json_values(name: str) -> Iterator[tuple[str, Any]]:
             one = ""
             if number == first[0] and line.lstrip().startswith("{") and not line.rstrip().endswith("}"):
                 one = "; write each object on one line, or a list in a .json file between [ and ]"
-            raise DataError(
-                f"dataset {name}, line {number}: not JSON: {error.msg} at character {error.pos + 1}{one}"
-            ) from error
-        yield f"line {number}", _encodable(line, value, f"dataset {name}, line {number}")
+            said = f"dataset {name}, line {number}: not JSON: {error.msg} at character {error.pos + 1}{one}"
+            _raise_or_keep(DataError(said), bad)
+            continue
+        try:
+            yield f"line {number}", _encodable(line, value, f"dataset {name}, line {number}")
+        except DataError as error:
+            _raise_or_keep(error, bad)
 
 
 def _encodable(text: str, value: Any, where: str) -> Any:
@@ -174,7 +188,12 @@ def read_table(name: str, *, split: str, config: str | None = None) -> Dataset:
 
 
 def read_rows(
-    name: str, *, split: str, config: str | None = None, size: int | None = None
+    name: str,
+    *,
+    split: str,
+    config: str | None = None,
+    size: int | None = None,
+    bad: list[DataError] | None = None,
 ) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:
     """The columns, and the first `size` rows (or all), each with its place in the file ("line 3", "row 2").
 
@@ -183,6 +202,7 @@ def read_rows(
         split: split of a hub dataset.
         config: configuration of a hub dataset.
         size: maximum number of rows; None: all.
+        bad: see `read_json_rows`.
 
     Raises:
         DataError: see `read_json_rows`, `read_lines` and `read_table`.
@@ -191,7 +211,7 @@ def read_rows(
         raise DataError("the dataset's name is empty: name a file or a hub id")
     suffix = Path(name).suffix
     if suffix in (".jsonl", ".json"):
-        rows = list(read_json_rows(name))[:size]
+        rows = list(read_json_rows(name, bad))[:size]
         return tuple(dict.fromkeys(column for _, row in rows for column in row)), rows
     if suffix == ".txt":
         columns, rows = ("text",), [(f"line {number}", {"text": line}) for number, line in read_lines(name)][:size]
@@ -199,6 +219,6 @@ def read_rows(
         table = read_table(name, split=split, config=config)
         table = table if size is None else table.select(range(min(size, len(table))))
         columns, rows = tuple(table.column_names), [(f"row {i}", row) for i, row in enumerate(table)]
-    if not rows:
+    if not rows and not bad:
         raise DataError(f"dataset {name} has no rows")
     return columns, rows

@@ -119,7 +119,7 @@ def test_a_server_takes_the_rollouts():
 
 
 def test_the_command(monkeypatch):
-    done = fresh("-m", "trl_ext.cli.plan", "--model", "0.5b", "--gpus", "2", "--engine", "zero2", "--method", "kava")
+    done = fresh("-m", "trl_ext", "plan", "--model", "0.5b", "--gpus", "2", "--engine", "zero2", "--method", "kava")
     assert done.returncode == 0, done.stderr
     assert "kava of 0.5b on 2 x h100 with zero2" in done.stdout and "fits into a h100" in done.stdout
 
@@ -141,6 +141,6 @@ def test_wrong_flags(flags, said):
 
 def test_the_page_shows_what_the_command_prints(capsys):
     page = (ROOT / "docs" / "scale.md").read_text()
-    command = page.split("python -m trl_ext.cli.plan ")[1].split("\n")[0]
+    command = page.split("latent-reasoning plan ")[1].split("\n")[0]
     assert plan.main(command.split()) == 0
     assert capsys.readouterr().out.strip() in page

@@ -14,8 +14,8 @@ from trl_ext.cli.targets import command_lines
 from trl_ext.common.method import Command, commands
 
 
-TRAIN = Command("train-x", "", "recipes/x.py", "recipes/y.py", configs="x")
-CONFIG = ["--config", "recipes/configs/x_gsm8k.yaml"]
+TRAIN = Command("train-x", "", "recipes/x.py", configs="x")
+CONFIG = ["--config", "x_gsm8k"]
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,15 @@ CONFIG = ["--config", "recipes/configs/x_gsm8k.yaml"]
     [(False, "", []), (True, "", CONFIG), (False, "m", ["--model_name", "m"]), (True, "m", ["--model_name", "m"])],
 )
 def test_a_model_wins_over_the_configuration_of_a_gpu(gpu, model, chosen):
-    first, second = command_lines(TRAIN, gpu, model, ["--flag", "a b"])
-    assert first == [sys.executable, "recipes/x.py", *chosen, "--flag", "a b"]
-    assert second == [sys.executable, "recipes/y.py"]
+    (line,) = command_lines(TRAIN, gpu, model, ["--flag", "a b"])
+    assert line == [sys.executable, "-m", "trl_ext", "train", "x", *chosen, "--flag", "a b"]
+
+
+def test_a_target_that_does_not_train_runs_its_scripts():
+    both = Command("bench-x", "", "benchmarks/x.py", "benchmarks/y.py", arguments=("--a",))
+    first, second = command_lines(both, True, "m", ["--flag", "a b"])
+    assert first == [sys.executable, "benchmarks/x.py", "--a", "--flag", "a b"]
+    assert second == [sys.executable, "benchmarks/y.py"]
 
 
 def test_what_takes_no_model_is_given_none():
