@@ -5,8 +5,8 @@
     python recipes/eval_gsm8k.py --checkpoint runs/hrpo_tiny/final --thinking zero shuffle noise off
 
 The table has a row for each value of --thinking: accuracy with its 95% interval, format rate, mean length, thinking
-share. `on` is the model as it was trained. `zero`, `shuffle` (another row's states) and `noise` (same norm) replace
-its states. `off` is plain decoding with the same weights.
+share. `on` is the model as it was trained. `zero`, `shuffle` (another row's states), `noise` (same norm) and
+`interpolate` (halfway to another row's) replace its states. `off` is plain decoding with the same weights.
 """
 
 import json
@@ -52,7 +52,7 @@ class EvalArguments:
     split: str = field(default="test", metadata={"help": "Split of a hub dataset."})
     limit: int | None = field(default=None, metadata={"help": "Use only this many of the first problems."})
     thinking: list[str] = field(
-        default_factory=lambda: ["on"], metadata={"help": "Any of: on, zero, shuffle, noise, off."}
+        default_factory=lambda: ["on"], metadata={"help": f"Any of: on, {', '.join(ABLATIONS)}, off."}
     )
     answer_delimiter: str = field(default="####", metadata={"help": "Text that ends the thinking."})
     max_new_tokens: int | None = field(

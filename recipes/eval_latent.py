@@ -5,10 +5,10 @@
     python recipes/eval_latent.py --checkpoint runs/codi_tiny/final --num_latents 1 2 4 6 --show 8
 
 Answers are generated, never teacher-forced. Rows of the first table: `on` is the trained model. `zero`, `shuffle`
-(another question's) and `noise` (same norm) replace the latent inputs. `off` is plain generation with the same
-weights: the teacher, which writes its steps. Then follow the accuracy with fewer latent tokens, the tokens that the LM
-head decodes from them, and a picture of their keys and values against the teacher's (`latent.png`). All results are in
-`eval.json` too.
+(another question's), `noise` (same norm) and `interpolate` (halfway to another question's) replace the latent inputs.
+`off` is plain generation with the same weights: the teacher, which writes its steps. Then follow the accuracy with fewer
+latent tokens, the tokens that the LM head decodes from them, and a picture of their keys and values against the
+teacher's (`latent.png`). All results are in `eval.json` too.
 """
 
 import json

@@ -37,7 +37,7 @@ def test_arrows_go_one_way(package, forbidden):
         assert not imported(file) & (forbidden | {"tests", "benchmarks", "recipes"}), file
 
 
-SHARED = {"common", "cli", "tasks"}
+SHARED = {"common", "cli", "tasks", "evaluation"}
 # Who builds on whom, and why
 BUILDS_ON = {
     ("latent", "kv_compression"),  # KaVa learns from the keys of a trace that R-KV's scores choose
@@ -60,7 +60,15 @@ def test_methods_import_what_is_shared_and_not_each_other():
     assert {(own, other) for own, other in found if own != other and other not in SHARED} == BUILDS_ON
 
 
-@pytest.mark.parametrize("folder, below", [("common", set()), ("cli", {"common"}), ("tasks", {"common", "cli"})])
+@pytest.mark.parametrize(
+    "folder, below",
+    [
+        ("common", set()),
+        ("cli", {"common"}),
+        ("tasks", {"common", "cli"}),
+        ("evaluation", {"common", "cli", "tasks"}),
+    ],
+)
 def test_what_methods_share_stands_in_layers(folder, below):
     """Each imports the ones below it, and no method."""
     for file in (ROOT / "trl_ext" / folder).glob("*.py"):

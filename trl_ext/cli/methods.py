@@ -27,5 +27,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.add_row(command.trains, command.what, paper, command.parent, command.evidence)
     console = PlainConsole()
     console.print(table)
-    console.print("Accuracy on the embedded tasks (in docs/, the page of each method). `latent-reasoning train METHOD` trains it.")
+    console.print("Evidence: accuracy on the embedded tasks. `latent-reasoning train METHOD` trains one.")
     return 0

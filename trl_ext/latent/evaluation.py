@@ -71,9 +71,9 @@ def evaluate_answers(
         answer_prompt: the text before the answer.
         max_new_tokens: maximum number of generated tokens.
         batch_size: questions per batch.
-        latents: `"on"`; an ablation that replaces every latent input: `"zero"`, `"shuffle"` (another row's) or
-            `"noise"` (same norm); or `"off"`: plain `generate` after the question, as for a model that writes explicit
-            steps.
+        latents: `"on"`; an ablation that replaces every latent input: `"zero"`, `"shuffle"` (another row's), `"noise"`
+            (same norm) or `"interpolate"` (halfway to another row's); or `"off"`: plain `generate` after the question, as
+            for a model that writes explicit steps.
         engine: a vLLM engine that decodes the answers (docs/vllm.md). None means transformers.
         progress: show a progress bar.
 

@@ -85,8 +85,8 @@ def evaluate(
         batch_size: rows per batch.
         temperature: of sampling, and of the thinking states even in greedy decoding (as in training).
         do_sample: sample instead of greedy decoding.
-        thinking: `"on"`; an ablation of `hybrid_generate` (`"zero"`, `"shuffle"`, `"noise"`); or `"off"`, which models
-            without thinking modules always use.
+        thinking: `"on"`; an ablation of `hybrid_generate` (`"zero"`, `"shuffle"`, `"noise"`, `"interpolate"`); or
+            `"off"`, which models without thinking modules always use.
         matcher: finds the delimiter in tokens; None: made here.
         progress: show a progress bar.
     """

@@ -10,6 +10,11 @@ def shuffled(x: torch.Tensor) -> torch.Tensor:
     return x.roll(1, dims=0)
 
 
+def halfway(x: torch.Tensor) -> torch.Tensor:
+    """Move each row's states halfway to those of another row. A single row keeps its own."""
+    return torch.lerp(x, shuffled(x), 0.5)
+
+
 def noise(x: torch.Tensor) -> torch.Tensor:
     """Draw Gaussian noise with the norm that `x` has at each position."""
     drawn = torch.randn_like(x)
@@ -20,4 +25,5 @@ ABLATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "zero": torch.zeros_like,
     "shuffle": shuffled,
     "noise": noise,
+    "interpolate": halfway,
 }

@@ -39,6 +39,13 @@ class Method:
             side, its title, a colon, and a sentence for the documentation's index.
         dropped: what a loader that does not know the method leaves out, for the model card.
         example: Python lines that open a saved folder and use it. `{where}` stands for the folder.
+        completion: "module:name" of the function that completes prompts, see `unsloth_ext.common.completions.complete`.
+            Empty means that `model.generate` does all by itself.
+        likelihood: "module:name" of the function that computes log-likelihoods of continuations, see
+            `unsloth_ext.common.completions.log_likelihood`, or "forward" if the model's own forward has them. Empty means
+            that they have no meaning.
+        states: what that function accepts as `state`: "on", and ablations of the model's latent steps. "off" decodes
+            without them.
         refused_arguments: arguments of `generate` that do not work with this method. Those that work with no method are
             in `unsloth_ext.common.generation_arguments`.
         without_vllm: why `generate` cannot decode with `engine="vllm"`, for the message that refuses it.
@@ -60,6 +67,9 @@ class Method:
     about: str = ""
     dropped: str = ""
     example: str = ""
+    completion: str = ""
+    likelihood: str = ""
+    states: tuple[str, ...] = ("on",)
     refused_arguments: tuple[str, ...] = ()
     without_vllm: str = "this method decodes with transformers only"
 
@@ -70,7 +80,7 @@ class Method:
             raise ValueError(
                 f"{file}: a method that adds modules to a model also needs the fields {', '.join(missing)}"
             )
-        check_tuples(self, "modules", "linear_modules", "refused_arguments")
+        check_tuples(self, "modules", "linear_modules", "states", "refused_arguments")
         public = {"attach": self.attach, "loader": self.loader}
         if ":" not in self.settings:
             public["settings"] = self.settings
@@ -85,6 +95,18 @@ class Method:
     def attach_function(self) -> Callable[..., Any]:
         """Return the function that gives a model the modules."""
         return self._find(self.attach)
+
+    def loader_class(self) -> Any:
+        """Return the class that opens saved folders."""
+        return self._find(self.loader)
+
+    def completion_function(self) -> Callable[..., Any]:
+        """Return the function that completes prompts. The record must name one."""
+        return self._find(self.completion)
+
+    def likelihood_function(self) -> Callable[..., Any]:
+        """Return the function that computes log-likelihoods. The record must name one."""
+        return self._find(self.likelihood)
 
     def _find(self, named: str) -> Any:
         """Return what is called by a public name or by "module:name"."""

@@ -198,6 +198,19 @@ def read_saved(name: str, expected: str | None = None, token: str | None = None)
     return Saved(name, adapter, method, settings)
 
 
+def saved_method(name: str, token: str | None = None) -> Method | None:
+    """Return the method whose modules a saved model has, or the base of a saved adapter; None for a plain model.
+
+    Args:
+        name: a folder or a hub id.
+        token: the access token for the hub.
+    """
+    adapter = read_json(name, "adapter_config.json", token)
+    method, _ = _settings(name, adapter, token)
+    base = (adapter or {}).get("base_model_name_or_path")
+    return saved_method(base, token) if method is None and base else method
+
+
 def missing_settings(name: str, method: Method, tensor: str) -> str:
     """Return the message for tensors of a method whose settings are missing."""
     return (

@@ -32,6 +32,7 @@ from unsloth_ext import ConceptModel
 
 model = ConceptModel.from_pretrained({where})
 print(model.generate("1+2=", max_new_tokens=32))""",
+    likelihood="forward",
     refused_arguments=(
         "cache_implementation",
         "prefill_chunk_size",

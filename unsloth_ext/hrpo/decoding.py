@@ -323,8 +323,8 @@ def hybrid_generate(
         input_ids (B, P): long, left-padded. Pass `attention_mask` as for `generate`.
         matcher: finds the delimiter that ends the thinking.
         keep: the tensors of `ThinkingTrace` to record: `"thinking_states"`, `"hidden_states"`, `"log_probs"`.
-        ablation: replaces the thinking states by `"zero"`, `"shuffle"` (another row's states) or `"noise"` (of the same
-            norm). `"off"` is plain `generate`.
+        ablation: replaces the thinking states: `"zero"`, `"shuffle"` (another row's states), `"noise"` (of the same
+            norm) or `"interpolate"` (halfway to another row's). `"off"` is plain `generate`.
         return_trace: also return the `ThinkingTrace`.
         streamer: as for `generate`.
         **generate_kwargs: as for `generate`. docs/generation.md lists what works.

@@ -47,6 +47,8 @@ inputs = tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False).t
 matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the text that ended the thinking in training
 out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
 print(tokenizer.decode(out[0], skip_special_tokens=True))""",
+    completion="completion:complete",
+    states=("on", "zero", "shuffle", "noise", "interpolate", "off"),
     refused_arguments=("num_beams",),
     without_vllm="thinking states are decoded by an engine of their own, which thinking_llm makes",
 )

@@ -31,6 +31,9 @@ from unsloth_ext import LatentModel
 
 model = LatentModel.from_pretrained({where})
 print(model.generate("1+2=", max_new_tokens=32))""",
+    completion="completion:complete",
+    likelihood="completion:log_likelihood",
+    states=("on", "zero", "shuffle", "noise", "interpolate", "off"),
     refused_arguments=(
         "num_beams",
         "cache_implementation",

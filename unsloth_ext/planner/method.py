@@ -38,6 +38,9 @@ from unsloth_ext import PlannerExecutorModel
 
 model = PlannerExecutorModel.from_pretrained({where})
 print(model.plan("1+2="), model.generate("1+2=", max_new_tokens=32))""",
+    completion="completion:complete",
+    likelihood="completion:log_likelihood",
+    states=("on", "shuffle"),
     refused_arguments=(
         "use_cache",
         "cache_implementation",

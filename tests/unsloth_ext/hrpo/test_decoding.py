@@ -198,7 +198,7 @@ def test_num_return_sequences_scores_streamer_and_stop_strings(capsys):
     assert stopped.shape[1] == 8
 
 
-@pytest.mark.parametrize("ablation", ["zero", "shuffle", "noise"])
+@pytest.mark.parametrize("ablation", ["zero", "shuffle", "noise", "interpolate"])
 def test_ablations_change_the_states_as_named(ablation):
     net, matcher = make()
     ids, attention = prompts()
@@ -210,6 +210,8 @@ def test_ablations_change_the_states_as_named(ablation):
         assert not changed.any()
     elif ablation == "shuffle":
         assert torch.equal(changed, states.roll(1, 0))
+    elif ablation == "interpolate":
+        torch.testing.assert_close(changed, (states + states.roll(1, 0)) / 2)
     else:
         assert not torch.equal(changed, states)
         torch.testing.assert_close(changed.norm(dim=-1), states.norm(dim=-1), rtol=1e-5, atol=0)

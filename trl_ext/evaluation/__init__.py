@@ -1,0 +1,1 @@
+"""Evaluation of every kind of model with lm-evaluation-harness, and reports."""

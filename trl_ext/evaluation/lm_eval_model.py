@@ -1,0 +1,179 @@
+"""The model class with which lm-evaluation-harness evaluates models of every kind.
+
+Importing this module registers it as "latent-reasoning":
+
+>>> import lm_eval
+>>> from trl_ext.evaluation import lm_eval_model
+>>> lm_eval.simple_evaluate(model="latent-reasoning", model_args={"pretrained": "runs/hrpo_tiny/final"}, tasks=["gsm8k"])
+"""
+
+import time
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from unsloth_ext.common.generation_arguments import left_padded
+from unsloth_ext.common.text_model import TextModel
+
+
+@register_model("latent-reasoning")
+class LatentReasoningLM(HFLM):
+    """lm-eval's transformers model, which writes and scores with the latent steps of the model's method.
+
+    Everything else is lm-eval's own: batches, chat templates, few-shot prompts, stop strings and caches of requests. It
+    runs in one process.
+
+    Args:
+        pretrained: a folder, a hub id, or an opened `TextModel`.
+        state: what is done to the latent steps: "on", or one of the kind's ablations, among them "off".
+        delimiter: the text that ends the thinking; None: the one of the training, else "####".
+        thinking_temperature: temperature of soft embeddings in greedy decoding (HRPO).
+        batch_size: prompts per batch; "auto" is lm-eval's search.
+        dtype: such as "bfloat16"; None: as the loader of the kind decides.
+        **kwargs: other keywords of lm-eval's `HFLM`, such as `max_length`.
+
+    Attributes:
+        opened: the `TextModel`.
+        costs: sums over all completions: `completions`, `tokens`, `forwards`, `latent` (see `Completions`), and `seconds`.
+
+    Raises:
+        ValueError: there is no such model, or it has no such state.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | TextModel,
+        state: str = "on",
+        delimiter: str | None = None,
+        thinking_temperature: float = 1.0,
+        batch_size: int | str = 64,
+        dtype: str | None = None,
+        **kwargs: Any,
+    ):
+        given = {} if dtype is None else {"dtype": dtype}
+        if isinstance(pretrained, str):
+            pretrained = TextModel.from_pretrained(pretrained, delimiter=delimiter, **given)
+            pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if state not in pretrained.states:
+            raise ValueError(f"state={state!r}: a {pretrained.kind} model has {', '.join(pretrained.states)}")
+        self.opened, self.state, self.thinking_temperature = pretrained, state, thinking_temperature
+        self.built = False
+        self.costs = dict.fromkeys(("completions", "tokens", "forwards", "latent", "seconds"), 0.0)
+        kwargs.pop("device", None)  # the model is where it is
+        super().__init__(
+            pretrained=pretrained.model,
+            tokenizer=pretrained.tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            **kwargs,
+        )
+        self.built = True
+        self.pretrained = getattr(pretrained.model, "name_or_path", "")  # for the record of a run, which is JSON
+
+    @property
+    def model(self) -> Any:
+        """The causal LM. None while lm-eval builds this object, when it would tie weights that the loader has tied.
+
+        PEFT 0.21 fails at that where single rows of an embedding are trained.
+        """
+        return self._model if self.built else None
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokenize prompts as in training: (B, P) ids and mask, padded on the left.
+
+        A chat template has written the token that begins a text already. Nothing is cut off: a prompt that is too long is
+        refused when it is completed.
+        """
+        rows = [prompt_ids(self.tokenizer, text) for text in strings]
+        batch = left_padded(self.tokenizer, rows)
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        greedy = not generation_kwargs.get("do_sample") and not generation_kwargs.get("temperature")
+        generation_kwargs["do_sample"] = not greedy
+        if greedy:
+            generation_kwargs.pop("temperature", None)
+            if self.opened.kind == "hrpo":
+                generation_kwargs.update(temperature=self.thinking_temperature, top_k=0, top_p=1.0)
+        ends = {self.tokenizer.eos_token, ""}
+        stops = [text for text in dict.fromkeys(stop) if text not in ends]
+        if stops:
+            generation_kwargs["stop_strings"] = stops
+        began = time.perf_counter()
+        written = self.opened.complete(
+            context,
+            generation_kwargs.pop("attention_mask"),
+            state=self.state,
+            max_new_tokens=max_length - context.shape[1],
+            **generation_kwargs,
+        )
+        self.costs["seconds"] += time.perf_counter() - began
+        self.costs["completions"] += len(context)
+        for name, counts in (("tokens", written.lengths), ("forwards", written.forwards), ("latent", written.latent)):
+            self.costs[name] += int(counts.sum())
+        return torch.cat([context, written.tokens.to(context.device)], dim=1)
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log p(continuation | context) of token ids, in batches of similar length."""
+        size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 64)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        found: list[Any] = [None] * len(requests)
+        for start in tqdm(range(0, len(order), size), "Scoring", disable=disable_tqdm):
+            part = order[start : start + size]
+            contexts, continuations = ([requests[i][k] for i in part] for k in (1, 2))
+            longest = max(len(a) + len(b) for a, b in zip(contexts, continuations, strict=True))
+            if longest > self.max_length:
+                raise ValueError(f"a row has {longest} tokens, more than the model's {self.max_length} positions")
+            scores = self.opened.log_likelihood(contexts, continuations, state=self.state)
+            for i, score in zip(part, scores, strict=True):
+                found[i] = score
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
+        return found
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations.
+
+        Raises:
+            ValueError: they have no meaning for this kind of model.
+        """
+        self._refuse(self.opened.no_likelihood(self.state), requests)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts.
+
+        Raises:
+            ValueError: they have no meaning for this kind of model.
+        """
+        why_not = self.opened.no_likelihood(self.state)
+        if self.opened.kind in ("latent", "planner") and self.state != "off":
+            why_not = f"a {self.opened.kind} model reads a question before it writes, and a whole text has none"
+        self._refuse(why_not, requests)
+        return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def _refuse(self, why_not: str | None, requests: list) -> None:
+        if why_not:
+            tasks = sorted({str(request.task_name) for request in requests})
+            raise ValueError(f"{', '.join(tasks)}: {why_not}")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt, with one token that begins a text where the tokenizer writes one, and none that ends it."""
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
