@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor test coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor eval test coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -131,6 +131,9 @@ lint: $(READY)  ## ruff, mypy, the stubs and the docstrings of public names, as 
 
 format: $(READY)  ## ruff in place, and what is written from the methods' records
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(PY) -m trl_ext.cli.stubs
+
+eval: $(READY)  ## evaluate a checkpoint of any kind: ARGS="runs/hrpo_tiny/final --ablations"
+	@$(RUN) -m trl_ext eval $(ARGS)
 
 # The methods' targets: trl_ext/*/method.py says what each runs. `make help` lists them
 TARGET = @$(RUN) -m trl_ext.cli.targets $@ $(if $(GPU),--gpu) $(if $(MODEL),--model "$(MODEL)") -- $(ARGS)

@@ -130,7 +130,9 @@ def sentence(error: BaseException) -> str | None:
     """
     if isinstance(error, ModuleNotFoundError) and _is_absent(error.name):
         package = _package(error.name or "")
-        return f"the package {package!r} is not installed in {sys.executable}; `make setup` makes .venv, which has it"
+        checkout = (ROOT / "Makefile").is_file()
+        remedy = "`make setup` makes .venv, which has it" if checkout else f"pip install {package}"
+        return f"the package {package!r} is not installed in {sys.executable}; {remedy}"
     frames = list(walk_tb(error.__traceback__))
     if not frames:
         return None

@@ -3,7 +3,7 @@
 Importing this module registers it as "latent-reasoning":
 
 >>> import lm_eval
->>> from trl_ext.evaluation import lm_eval_model
+>>> from trl_ext.evaluation.lm_eval_model import LatentReasoningLM
 >>> lm_eval.simple_evaluate(model="latent-reasoning", model_args={"pretrained": "runs/hrpo_tiny/final"}, tasks=["gsm8k"])
 """
 

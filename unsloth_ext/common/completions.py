@@ -44,9 +44,17 @@ def lengths_of(tokens: torch.Tensor, ends: list[int], pad: int | None) -> torch.
     """
     is_end = torch.isin(tokens, tokens.new_tensor(ends))
     over = (is_end.cumsum(1) - is_end.long()) > 0
-    if pad is not None and pad not in ends:
-        over |= tokens == pad
+    if pad is not None and pad not in ends:  # only at the end of a row, because a model may write this token too
+        over |= (tokens != pad).flip(1).cumsum(1).flip(1) == 0
     return (~over).sum(1)
+
+
+def written(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, generate_kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Count the tokens (B,) that `generate` wrote with these keywords. See `lengths_of`."""
+    stopped = generate_kwargs.get("stop_strings") or generate_kwargs.get("stopping_criteria")
+    return lengths_of(tokens, end_tokens(model, tokenizer), tokenizer.pad_token_id if stopped else None)
 
 
 def complete(
@@ -84,7 +92,7 @@ def complete(
         kwargs = with_tokenizer(tokenizer, generate_kwargs)
         out = model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     tokens = out[:, input_ids.shape[1] :]
-    lengths = lengths_of(tokens, end_tokens(model, tokenizer), tokenizer.pad_token_id)
+    lengths = written(model, tokenizer, tokens, generate_kwargs)
     return Completions(tokens, lengths, lengths, torch.zeros_like(lengths))
 
 

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..common import completions
-from ..common.completions import Completions, lengths_of
+from ..common.completions import Completions, written
 from ..common.delimiter import DelimiterMatcher
 from ..common.evaluation_mode import evaluating
-from ..common.generation_arguments import end_tokens, with_tokenizer
+from ..common.generation_arguments import with_tokenizer
 from .decoding import hybrid_generate
 
 
@@ -39,5 +39,5 @@ def complete(
             **with_tokenizer(tokenizer, generate_kwargs),
         )
     tokens = out[:, input_ids.shape[1] :]
-    lengths = lengths_of(tokens, end_tokens(model, tokenizer), tokenizer.pad_token_id)
+    lengths = written(model, tokenizer, tokens, generate_kwargs)
     return Completions(tokens, lengths, lengths, trace.thinking_mask.sum(1).to(lengths.device))

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common import completions
 from ..common.ablations import ABLATIONS
-from ..common.completions import Completions, lengths_of, scored
+from ..common.completions import Completions, scored, written
 from ..common.evaluation_mode import evaluating
-from ..common.generation_arguments import end_tokens, left_padded, with_tokenizer
+from ..common.generation_arguments import left_padded, with_tokenizer
 from ..common.wrapping import backbone_of
 from .model import latent_generate
 from .phase import latent_phase
@@ -39,7 +39,7 @@ def complete(
     )
     number = backbone_of(model).latent_config.num_latents
     tokens = out[:, input_ids.shape[1] + number + 2 :]
-    lengths = lengths_of(tokens, end_tokens(model, tokenizer), tokenizer.pad_token_id)
+    lengths = written(model, tokenizer, tokens, generate_kwargs)
     return Completions(tokens, lengths, lengths + thought.num_forwards, torch.full_like(lengths, number))
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..common.completions import Completions, lengths_of, scored
+from ..common.completions import Completions, scored, written
 from ..common.evaluation_mode import evaluating
-from ..common.generation_arguments import end_tokens, left_padded, refuse_empty, with_tokenizer
+from ..common.generation_arguments import left_padded, refuse_empty, with_tokenizer
 from ..common.logits import logits_of
 from ..common.wrapping import unwrapped
 from .executor import executor_forward, executor_prefix
@@ -34,9 +34,9 @@ def complete(
     """
     refuse_empty(attention_mask.sum(1).tolist())
     plans = plan(model, input_ids, attention_mask)
-    written_from = plans.roll(1, dims=0) if state == "shuffle" else plans
-    tokens = execute_plan(model, written_from, **with_tokenizer(tokenizer, generate_kwargs))
-    lengths = lengths_of(tokens, end_tokens(model, tokenizer), tokenizer.pad_token_id)
+    used = plans.roll(1, dims=0) if state == "shuffle" else plans
+    tokens = execute_plan(model, used, **with_tokenizer(tokenizer, generate_kwargs))
+    lengths = written(model, tokenizer, tokens, generate_kwargs)
     concepts = plan_lengths(plans).sum(1)
     return Completions(tokens, lengths, lengths + concepts, concepts)
 

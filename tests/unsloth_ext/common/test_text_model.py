@@ -128,6 +128,7 @@ def test_a_missing_folder_is_named():
         ([1, 0, 0], [1, 2], 0, 1),
         ([2, 5, 1], [1, 2], None, 1),
         ([5, 0, 5], [], None, 3),
+        ([5, 0, 6], [1], 0, 3),  # the model wrote it
     ],
 )
 def test_lengths(row, ends, pad, length):

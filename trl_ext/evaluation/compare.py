@@ -1,0 +1,121 @@
+"""`latent-reasoning compare A B`: two evaluations of the same questions, with a paired test.
+
+A and B are `eval.json` files, or the folders that hold them. With one text for each question the test is McNemar's exact
+one; with several it permutes the two models within each question.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ..cli.command_line import CommandLine
+from ..cli.console import PlainConsole
+from ..common.run_folder import PROGRAM
+
+
+def parser() -> CommandLine:
+    """The parser of this command."""
+    made = CommandLine(prog=f"{PROGRAM} compare", description=__doc__)
+    made.add_argument("first", help="an eval.json, or its folder")
+    made.add_argument("second", help="another one")
+    made.add_argument("--state", help="compare these latent steps (default: on)")
+    made.add_argument("--with_state", help="of the second (default: that of the first)")
+    return made
+
+
+def read_evaluation(name: str) -> dict[str, Any]:
+    """The content of an `eval.json`.
+
+    Raises:
+        ValueError: there is none, or `latent-reasoning eval` has not written it.
+    """
+    file = Path(name, "eval.json") if Path(name).is_dir() else Path(name)
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; latent-reasoning eval writes it")
+    try:
+        found = json.loads(file.read_text())
+        if {"checkpoint", "results"} <= found.keys():
+            return found
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{file}: not written by latent-reasoning eval")
+
+
+def result_in(found: dict[str, Any], task: str, state: str) -> dict[str, Any] | None:
+    """The result of a task and a state; None if there is none."""
+    return next((r for r in found["results"] if (r["task"], r["state"]) == (task, state)), None)
+
+
+def paired(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Compare two results on the same questions.
+
+    Args:
+        first, second: results of `eval.json`.
+
+    Returns:
+        The difference of the accuracies, second minus first; its 95% percentile bootstrap interval over questions; and
+        the two-sided p-value.
+
+    Raises:
+        ValueError: the questions differ, or the number of texts for each.
+    """
+    for name, what in (("n", "questions"), ("samples", "texts for each question"), ("answers", "answers")):
+        if first[name] != second[name]:
+            raise ValueError(
+                f"{first['task']}: the two evaluations have other {what} ({first[name]} and {second[name]}); evaluate both "
+                "with the same rows and flags"
+            )
+    from scipy import stats
+
+    before, after = (np.asarray(r["right"], dtype=float) / r["samples"] for r in (first, second))
+    gain = after - before
+    rng = np.random.default_rng(0)
+    drawn = gain[rng.integers(len(gain), size=(10_000, len(gain)))].mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+    if not better + worse:
+        p = 1.0
+    elif first["samples"] == 1:
+        p = stats.binomtest(better, better + worse, 0.5).pvalue
+    else:
+        p = stats.permutation_test(
+            (before, after),
+            lambda x, y, axis: np.mean(y - x, axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=9999,
+            rng=rng,
+        ).pvalue
+    return float(gain.mean()), float(low), float(high), float(p)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a row for each task of both. Return 0."""
+    flags = parser().parse_args(argv)
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("the test needs SciPy: pip install 'latent-reasoning-trl[eval]'")
+    first, second = read_evaluation(flags.first), read_evaluation(flags.second)
+    state = flags.state or "on"
+    other = flags.with_state or state
+    table = Table(
+        title=f"{first['checkpoint']} ({state}) against {second['checkpoint']} ({other})", title_justify="left"
+    )
+    for head in ("task", "n", "first", "second", "difference (95% interval)", "p"):
+        table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
+    tasks = dict.fromkeys(r["task"] for r in first["results"])
+    for task in tasks:
+        one, two = result_in(first, task, state), result_in(second, task, other)
+        if one and two:
+            gain, low, high, p = paired(one, two)
+            change = f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
+            table.add_row(task, str(one["n"]), f"{one['accuracy']:.1%}", f"{two['accuracy']:.1%}", change, f"{p:.3g}")
+    if not table.row_count:
+        there = [sorted({(r["task"], r["state"]) for r in found["results"]}) for found in (first, second)]
+        raise ValueError(f"no task is in both: {there[0]} with state {state}, and {there[1]} with state {other}")
+    PlainConsole().print(table)
+    return 0

@@ -1,0 +1,75 @@
+"""Runs the tasks of `latent-reasoning eval` with lm-evaluation-harness."""
+
+import logging
+from argparse import Namespace
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.tasks import TaskManager
+
+from unsloth_ext.common.text_model import TextModel
+
+from .command import EMBEDDED_TASKS, FILE_TASKS
+from .lm_eval_model import LatentReasoningLM
+from .results import Result, result_of
+from .tasks import EMBEDDED, EvaluationTask, embedded_task, file_task, trained_with
+
+
+def evaluate_tasks(
+    flags: Namespace, files: dict[str, str]
+) -> tuple[list[Result], dict[tuple[str, str], list[dict[str, Any]]]]:
+    """The results, and by task and state the texts.
+
+    Args:
+        flags: of `command.parser()`.
+        files: of tasks that need one.
+
+    Raises:
+        ValueError: a task or state is unknown, or a file or model cannot be read.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    kind = {} if flags.dtype is None else {"dtype": flags.dtype}
+    opened = TextModel.from_pretrained(flags.checkpoint, delimiter=flags.answer_delimiter, **kind)
+    opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    states = flags.states or (opened.states if flags.ablations else [s for s in opened.states if s in ("on", "off")])
+    for state in states:
+        if state not in opened.states:
+            raise ValueError(f"--states {state}: a {opened.kind} model has {', '.join(opened.states)}")
+    trained = trained_with(flags.checkpoint)
+    tasks = []
+    for name in flags.tasks or [EMBEDDED[opened.kind]]:
+        if name in EMBEDDED_TASKS:
+            tasks.append(shortened(embedded_task(name, flags.held_out, flags.seed), flags))
+        elif name in FILE_TASKS:
+            how = {"limit": flags.limit, "examples": flags.num_fewshot, "max_new_tokens": flags.max_new_tokens or 512}
+            tasks.append(file_task(name, files[name], opened, trained, **how))
+        else:
+            known = ", ".join((*EMBEDDED_TASKS, *FILE_TASKS))
+            raise ValueError(f"--tasks {name}: there is no such task; {known}")
+    results, samples = [], {}
+    manager = TaskManager(include_defaults=False)
+    for task in tasks:
+        for state in states:
+            lm = LatentReasoningLM(
+                opened, state=state, thinking_temperature=flags.temperature, batch_size=flags.batch_size
+            )
+            torch.manual_seed(flags.seed)
+            made = manager.load([task.for_lm_eval(flags.samples, flags.temperature)])
+            out = lm_eval.evaluate(lm=lm, task_dict=made, log_samples=True, bootstrap_iters=0)
+            found = sorted(out["samples"][task.name], key=lambda sample: sample["doc_id"])
+            texts = [sample["resps"][0] for sample in found]
+            results.append(result_of(task, state, texts, lm.costs))
+            samples[task.name, state] = [
+                {**row, "texts": some, "right": [task.is_right(text, row["answer"]) for text in some]}
+                for row, some in zip(task.rows, texts, strict=True)
+            ]
+    return results, samples
+
+
+def shortened(task: EvaluationTask, flags: Namespace) -> EvaluationTask:
+    """An embedded task with the length and number of rows that the flags give."""
+    if flags.num_fewshot:
+        raise ValueError(f"--num_fewshot {flags.num_fewshot}: {task.name} has no solved examples; leave it out")
+    longest = flags.max_new_tokens or task.max_new_tokens
+    return EvaluationTask(task.name, task.rows[: flags.limit], task.marker, task.numeric, longest)
