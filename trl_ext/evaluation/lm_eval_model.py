@@ -14,9 +14,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from unsloth_ext.common.generation_arguments import left_padded
 from unsloth_ext.common.text_model import TextModel
 
 
@@ -94,8 +92,7 @@ class LatentReasoningLM(HFLM):
         A chat template has written the token that begins a text already. Nothing is cut off: a prompt that is too long is
         refused when it is completed.
         """
-        rows = [prompt_ids(self.tokenizer, text) for text in strings]
-        batch = left_padded(self.tokenizer, rows)
+        batch = self.opened.tokenize(strings)
         return batch["input_ids"], batch["attention_mask"]
 
     def _model_generate(
@@ -170,10 +167,3 @@ class LatentReasoningLM(HFLM):
         if why_not:
             tasks = sorted({str(request.task_name) for request in requests})
             raise ValueError(f"{', '.join(tasks)}: {why_not}")
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt, with one token that begins a text where the tokenizer writes one, and none that ends it."""
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -81,6 +81,7 @@ METHOD = TrainingMethod(
         ("loss/ce_teacher", "teacher: cross-entropy"),
         ("loss/codi", "L_CODI: hidden states"),
         ("loss/kv", "L_KV: keys and values"),
+        ("latent/norm_ratio", "latent inputs: norm over that of embeddings"),
     ),
     gpu_check="gpu_latent.py",
 )

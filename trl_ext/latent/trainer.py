@@ -14,8 +14,10 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.utils import logging
 from trl import SFTTrainer
 
+from unsloth_ext.common.embeddings import embedding_norm
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent
@@ -40,6 +42,9 @@ from .losses import codi_loss, cross_entropy, kv_loss
 from .preparation import Preparation, tokenizer_of
 
 
+logger = logging.get_logger(__name__)
+
+LONG = 10.0  # latent inputs that are so many times as long as embeddings are warned of
 # Terms of the loss. They are means over the student's tokens, the teacher's tokens, rows, and kept trace tokens
 COUNTED = ("ce_student", "ce_teacher", "codi", "kv")
 
@@ -66,6 +71,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
     """
 
     _latent_method = "latent"
+    _warned_of_length = False
     _config_class: type[LatentArguments] | None = None  # set by each method
 
     def __init__(
@@ -163,7 +169,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             share = dict(zip(COUNTED, here / num_items_in_batch.clamp(min=1), strict=True))
             steps = self.current_gradient_accumulation_steps
         with self.accelerator.autocast():
-            outputs, teacher, kept, latent_kv = self._within_forward(model, self._passes, inputs)
+            outputs, teacher, kept, latent_kv, length = self._within_forward(model, self._passes, inputs)
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
         }
@@ -193,15 +199,29 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
                     "training diverged; earlier checkpoints are unchanged"
                 )
             self._metrics[mode][f"loss/{name}"].append(logged)
+        self._log_length(mode, length)
         # Without cache and hidden states, because evaluation with `compute_metrics` would gather them
         return (loss, type(outputs)(logits=outputs.logits)) if return_outputs else loss
 
-    def _passes(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any, list | None, list]:
+    def _log_length(self, mode: str, length: torch.Tensor) -> None:
+        """Log how long latent inputs are, and warn once if they are far from what the model has been trained to read."""
+        ratio = self.accelerator.gather(length).mean().item()
+        self._metrics[mode]["latent/norm_ratio"].append(ratio)
+        if ratio > LONG and not self._warned_of_length:
+            self._warned_of_length = True
+            logger.warning(
+                f"latent/norm_ratio is {ratio:.1f} after {self.state.global_step} steps: latent inputs are that many times "
+                "as long as the model's embeddings, which it seldom learns to read; set projection_layer_norm=True with a "
+                "projection_dim, or lower the learning rate"
+            )
+
+    def _passes(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, ...]:
         """Run all forwards of the loss.
 
         Returns:
-            The student's output, the teacher's, the keys and values to keep of each layer, and those of the latent tokens;
-            the second and third are None if no loss needs them.
+            The student's output, the teacher's, the keys and values to keep of each layer, those of the latent tokens, and
+            the mean norm of the latent inputs over that of the embeddings; the second and third are None if no loss needs
+            them.
         """
         args, bare = self.args, unwrapped(model)  # DDP must see only the student's forward
         question = inputs["question_ids"], inputs["question_mask"]
@@ -212,7 +232,8 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         teacher, kept = self._teacher(bare, inputs, None if shared is None else branch(shared))
         state = latent_phase(bare, *question, past_key_values=shared)
         latent_kv = state.latent_kv()  # before the answer extends the cache
-        return self._student(model, state, inputs), teacher, kept, latent_kv
+        length = state.latents.detach().float().norm(dim=-1).mean() / embedding_norm(backbone_of(bare))
+        return self._student(model, state, inputs), teacher, kept, latent_kv, length
 
     def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor], cache: DynamicCache | None):
         """The teacher's pass over the question's last token, trace and answer.

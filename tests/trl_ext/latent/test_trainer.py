@@ -11,6 +11,7 @@ from tests.marks import slow
 from unsloth_ext import backbone_of
 from unsloth_ext.common.attention_tap import attention_tap
 from unsloth_ext.kv_compression.compression import KVScoring, compress_kv
+from unsloth_ext.latent.phase import latent_phase
 
 from . import setups
 
@@ -229,3 +230,36 @@ def test_rows_are_shuffled_where_trl_would(tmp_path):
         plain = setups.trainer(tmp_path, dataset=each).train_dataset
         ids, wanted = ([row["question_ids"] for row in x] for x in (found, plain.shuffle(seed=3)))
         assert ids == wanted != [row["question_ids"] for row in plain]
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_the_length_of_latent_inputs_is_logged_against_that_of_embeddings(tmp_path, peft):
+    """By hand: each row's latents alone; root mean square of the embeddings' norms. 1e-4."""
+    trainer = setups.trainer(tmp_path, peft=peft, max_steps=1, logging_steps=1, **setups.CASES["sequential"])
+    batch = next(iter(trainer.get_train_dataloader()))
+    backbone = backbone_of(trainer.model)
+    norms = []
+    for ids, mask in zip(batch["question_ids"], batch["question_mask"]):
+        ids = ids[mask.bool()][None]
+        norms.append(latent_phase(trainer.model, ids, torch.ones_like(ids)).latents.norm(dim=-1))
+    rows = backbone.get_input_embeddings().weight.norm(dim=-1)
+    trainer.model.train()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    found = trainer._metrics["train"]["latent/norm_ratio"][-1]
+    assert found == pytest.approx((torch.cat(norms).mean() / rows.square().mean().sqrt()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("scale, warned", [(1.0, 0), (30.0, 1)])
+def test_latent_inputs_that_grow_too_long_are_warned_of_once(tmp_path, caplog, scale, warned):
+    trainer = setups.trainer(tmp_path, peft=False, max_steps=3, learning_rate=0.0, **setups.CASES["sequential"])
+    norm = next(m for m in backbone_of(trainer.model).latent_projection.modules() if isinstance(m, torch.nn.LayerNorm))
+    with torch.no_grad():
+        norm.weight.mul_(
+            scale * 2 * backbone_of(trainer.model).get_input_embeddings().weight.norm(dim=-1).mean() / 32**0.5
+        )
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    ratios = [entry["latent/norm_ratio"] for entry in trainer.state.log_history if "latent/norm_ratio" in entry]
+    assert len(ratios) == 3 and all((ratio > 10) == bool(warned) for ratio in ratios)
+    assert sum("latent inputs are that many times" in r.getMessage() for r in caplog.records) == warned
