@@ -5,7 +5,8 @@ paths are never broken across lines, so that they can be copied.
 """
 
 import os
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,12 @@ from rich.text import Text
 
 
 LOG_WIDTH = 160  # width of tables in a file, which has no width itself
+
+
+def leave_pipe() -> NoReturn:
+    """End the program after a pipe's reader has left. What is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 class PlainConsole(Console):
@@ -26,6 +33,10 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, quiet=quiet)
         if not self.is_terminal and "COLUMNS" not in os.environ:
             self.width = LOG_WIDTH
+
+    def on_broken_pipe(self) -> None:
+        """Leave without a word if the reader of a pipe has left, as `head` does."""
+        leave_pipe()
 
     def print(self, *objects: Any, **how: Any) -> None:
         """Print like rich, but keep each text and each title of a table on one line."""

@@ -16,6 +16,7 @@ from ..common.method import training_methods
 from ..common.run_folder import PROGRAM
 from .command_line import CommandLine
 from .console import PlainConsole
+from .train import method_name
 
 
 OURS = "ours"
@@ -49,7 +50,7 @@ def own_fields(config: type) -> Iterator[tuple[str, Any, str, str]]:
 def parser() -> CommandLine:
     """The parser of this command."""
     made = CommandLine(prog=f"{PROGRAM} defaults", description=__doc__.partition("\n")[0])
-    made.add_argument("method", choices=sorted(configs()), help="name of the method")
+    made.add_argument("method", type=method_name, choices=sorted(configs()), help="name of the method")
     return made
 
 

@@ -9,6 +9,7 @@ import sys
 
 from ..common.run_folder import PROGRAM
 from ..common.spelling import did_you_mean
+from .console import leave_pipe
 from .user_errors import in_sentences
 
 
@@ -40,6 +41,15 @@ def main() -> int:
     """Run the command that the command line names. Return its exit status."""
     sys.argv[0] = PROGRAM  # which messages begin with
     in_sentences()
+    try:
+        status = _run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        leave_pipe()
+
+
+def _run() -> int:
     name, *others = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(usage())

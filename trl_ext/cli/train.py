@@ -41,6 +41,11 @@ def run_recipe(command: Command, flags: Sequence[str]) -> None:
     exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), vars(main))
 
 
+def method_name(text: str) -> str:
+    """A method's name as `train` knows it: `KV_Distill` is `kv-distill`."""
+    return text.replace("_", "-").lower()
+
+
 def usage() -> str:
     """The text of `latent-reasoning train --help`."""
     lines = [f"usage: {PROGRAM} train METHOD [--config FILE] [--field value ...]", ""]
@@ -60,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
-    known, wanted = training_commands(), name.replace("_", "-").lower()
+    known, wanted = training_commands(), method_name(name)
     if wanted not in known:
         near = did_you_mean(wanted.replace("-", "_"), [each.replace("-", "_") for each in known]).replace("_", "-")
         raise ValueError(f"{name}: there is no such method{near}; `{PROGRAM} train --help` lists them")

@@ -45,7 +45,8 @@ class Command:
             evidence: what was measured, as in the README's table.
             data: "module:function" of what makes rows of a file usable, and its further arguments. It is called with the
                 name of the dataset, its columns, and these arguments, and returns a function of a row's place and the
-                row, which raises a ValueError for an unusable row. `latent-reasoning data check` uses it.
+                row, which raises a ValueError for an unusable row. `latent-reasoning data check` uses it. If the module has
+                `checked_rows(name, bad)`, that reads the file, else `trl_ext.tasks.files.read_rows`.
         """
         self.name, self.about, self.scripts = name, about, scripts
         self.configs, self.arguments, self.vllm = configs, arguments, vllm

@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser().parse_args(argv)
     at_least(flags, samples=1, limit=1, num_fewshot=0, max_new_tokens=1, batch_size=1, held_out=1)
     check_positive(temperature=flags.temperature)
+    if not 0 <= flags.seed < 2**32:
+        raise ValueError(f"--seed {flags.seed}: from 0 to {2**32 - 1}")
+    if flags.answer_delimiter == "":
+        raise ValueError("--answer_delimiter '': give the text before an answer, such as '####'")
+    if flags.states and flags.ablations:
+        raise ValueError("--states and --ablations: give one of them; --ablations is all states")
     files = files_of(flags.data, flags.tasks or ())
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("evaluation needs lm-evaluation-harness: pip install 'latent-reasoning-trl[eval]'")
@@ -95,7 +101,7 @@ def files_of(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: a word is not TASK=FILE, its task needs no file or is not evaluated, or a task has no file.
     """
-    files = {}
+    files: dict[str, str] = {}
     for word in data:
         name, equals, file = word.partition("=")
         if not equals or not file:
@@ -104,6 +110,8 @@ def files_of(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--data {word}: {name} reads no file{did_you_mean(name, FILE_TASKS)}")
         if name not in tasks:
             raise ValueError(f"--data {word}: {name} is not among --tasks; add it there")
+        if name in files:
+            raise ValueError(f"--data {word}: {name} has a file already, {files[name]}")
         files[name] = file
     for name in tasks:
         if name in FILE_TASKS and name not in files:
@@ -146,7 +154,8 @@ def draw(file: Path, title: str, results: list[Any]) -> None:
     for (left, right), task in zip(axes, tasks, strict=True):
         some = [result for result in results if result.task == task]
         values = [100 * r.accuracy for r in some]
-        spread = [[v - 100 * r.low for v, r in zip(values, some)], [100 * r.high - v for v, r in zip(values, some)]]
+        bounds = [[100 * (r.accuracy - r.low), 100 * (r.high - r.accuracy)] for r in some]
+        spread = [[max(0.0, pair[side]) for pair in bounds] for side in (0, 1)]  # rounding may leave -1e-16
         left.bar([r.state for r in some], values, color="#9db8d9", yerr=spread, capsize=3, ecolor="#2b5d9b")
         left.set_title(f"{task}: accuracy by what is done to latent steps, %", loc="left", fontsize=10)
         for r in some:

@@ -18,6 +18,10 @@ from ..cli.console import PlainConsole
 from ..common.run_folder import PROGRAM
 
 
+DECODING = ("temperature", "max_new_tokens", "num_fewshot", "answer_delimiter", "seed")
+FIELDS = {"task", "state", "n", "samples", "accuracy", "questions", "right"}  # of each result
+
+
 def parser() -> CommandLine:
     """The parser of this command."""
     made = CommandLine(prog=f"{PROGRAM} compare", description=__doc__)
@@ -39,11 +43,12 @@ def read_evaluation(name: str) -> dict[str, Any]:
         raise ValueError(f"{file}: there is no such file; latent-reasoning eval writes it")
     try:
         found = json.loads(file.read_text())
-        if {"checkpoint", "results"} <= found.keys():
-            return found
-    except (ValueError, AttributeError):
-        pass
-    raise ValueError(f"{file}: not written by latent-reasoning eval")
+    except ValueError:
+        found = None
+    results = found.get("results") if isinstance(found, dict) and "checkpoint" in found else None
+    if not isinstance(results, list) or not all(isinstance(r, dict) and r.keys() >= FIELDS for r in results):
+        raise ValueError(f"{file}: not written by latent-reasoning eval")
+    return found
 
 
 def result_in(found: dict[str, Any], task: str, state: str) -> dict[str, Any] | None:
@@ -64,7 +69,7 @@ def paired(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float,
     Raises:
         ValueError: the questions differ, or the number of texts for each.
     """
-    for name, what in (("n", "questions"), ("samples", "texts for each question"), ("answers", "answers")):
+    for name, what in (("n", "questions"), ("samples", "texts for each question"), ("questions", "questions")):
         if first[name] != second[name]:
             raise ValueError(
                 f"{first['task']}: the two evaluations have other {what} ({first[name]} and {second[name]}); evaluate both "
@@ -107,15 +112,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for head in ("task", "n", "first", "second", "difference (95% interval)", "p"):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
-    tasks = dict.fromkeys(r["task"] for r in first["results"])
+    tasks = dict.fromkeys(r["task"] for found in (first, second) for r in found["results"])
+    alone = []
     for task in tasks:
         one, two = result_in(first, task, state), result_in(second, task, other)
         if one and two:
             gain, low, high, p = paired(one, two)
             change = f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
             table.add_row(task, str(one["n"]), f"{one['accuracy']:.1%}", f"{two['accuracy']:.1%}", change, f"{p:.3g}")
+        else:
+            alone.append(task)
     if not table.row_count:
         there = [sorted({(r["task"], r["state"]) for r in found["results"]}) for found in (first, second)]
         raise ValueError(f"no task is in both: {there[0]} with state {state}, and {there[1]} with state {other}")
-    PlainConsole().print(table)
+    console = PlainConsole()
+    console.print(table)
+    if alone:
+        console.print(f"Only in one of them, with these latent steps: {', '.join(alone)}")
+    before, after = (found.get("flags", {}) for found in (first, second))
+    other_flags = [name for name in DECODING if before.get(name) != after.get(name)]
+    if other_flags:
+        said = ", ".join(f"{name} {before.get(name)} and {after.get(name)}" for name in other_flags)
+        console.print(f"The texts were decoded otherwise: {said}")
     return 0

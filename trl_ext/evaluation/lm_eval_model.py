@@ -7,15 +7,18 @@ Importing this module registers it as "latent-reasoning":
 >>> lm_eval.simple_evaluate(model="latent-reasoning", model_args={"pretrained": "runs/hrpo_tiny/final"}, tasks=["gsm8k"])
 """
 
+import sys
 import time
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm.auto import tqdm
 
-from unsloth_ext.common.text_model import TextModel
+from unsloth_ext.common.generation_arguments import context_of
+from unsloth_ext.common.text_model import OF_ANOTHER_ROW, TextModel
 
 
 @register_model("latent-reasoning")
@@ -59,7 +62,7 @@ class LatentReasoningLM(HFLM):
         if state not in pretrained.states:
             raise ValueError(f"state={state!r}: a {pretrained.kind} model has {', '.join(pretrained.states)}")
         self.opened, self.state, self.thinking_temperature = pretrained, state, thinking_temperature
-        self.built = False
+        self.built, self.strings, self.questions = False, list[str](), list[str]()
         self.costs = dict.fromkeys(("completions", "tokens", "forwards", "latent", "seconds"), 0.0)
         kwargs.pop("device", None)  # the model is where it is
         super().__init__(
@@ -92,7 +95,49 @@ class LatentReasoningLM(HFLM):
         A chat template has written the token that begins a text already. Nothing is cut off: a prompt that is too long is
         refused when it is completed.
         """
+        self.strings = strings
         batch = self.opened.tokenize(strings)
+        return batch["input_ids"], batch["attention_mask"]
+
+    @property
+    def max_length(self) -> int:
+        """The number of positions of the model, or what was given; a large number if the model has no limit."""
+        return self._max_length or context_of(self.opened.model) or 2**20
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokenize as lm-eval does, without a token that ends a text, which some tokenizers add."""
+        ids = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+        ended = bool(ids) and ids[-1] == self.tokenizer.eos_token_id and not string.endswith(self.tokenizer.eos_token)
+        return ids[:-1] if ended else ids
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Write a text for each request.
+
+        Raises:
+            ValueError: a text may be longer than the model; or the state takes latent steps of another question, and there
+                is one question.
+        """
+        for request in requests:
+            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if new >= self.max_length:
+                raise ValueError(
+                    f"{request.task_name}: answers of up to {new} tokens, and the model has {self.max_length} "
+                    "positions for question and answer; lower max_new_tokens (of a task: max_gen_toks)"
+                )
+        self.questions = list(dict.fromkeys(request.args[0] for request in requests))
+        if self.state in OF_ANOTHER_ROW and len(self.questions) < 2:
+            raise ValueError(f"state={self.state!r}: it takes the latent steps of another question, and there is one")
+        # In a file, bars would be one endless line
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def _beside_others(self, context: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put another question before each row, whose latent steps the row gets: (2 B, P) ids and mask.
+
+        The question is the next one of all requests. Its own latent steps are replaced by those of the row before it.
+        """
+        at = {question: i for i, question in enumerate(self.questions)}
+        others = [self.questions[(at[text] + 1) % len(self.questions)] for text in self.strings]
+        batch = self.opened.tokenize([text for pair in zip(others, self.strings, strict=True) for text in pair])
         return batch["input_ids"], batch["attention_mask"]
 
     def _model_generate(
@@ -108,19 +153,19 @@ class LatentReasoningLM(HFLM):
         stops = [text for text in dict.fromkeys(stop) if text not in ends]
         if stops:
             generation_kwargs["stop_strings"] = stops
+        ids, mask = context, generation_kwargs.pop("attention_mask")
+        each = 1
+        if self.state in OF_ANOTHER_ROW:
+            (ids, mask), each = self._beside_others(ids, mask), 2
         began = time.perf_counter()
         written = self.opened.complete(
-            context,
-            generation_kwargs.pop("attention_mask"),
-            state=self.state,
-            max_new_tokens=max_length - context.shape[1],
-            **generation_kwargs,
+            ids, mask, state=self.state, max_new_tokens=max_length - context.shape[1], **generation_kwargs
         )
-        self.costs["seconds"] += time.perf_counter() - began
+        self.costs["seconds"] += (time.perf_counter() - began) / each
         self.costs["completions"] += len(context)
         for name, counts in (("tokens", written.lengths), ("forwards", written.forwards), ("latent", written.latent)):
-            self.costs[name] += int(counts.sum())
-        return torch.cat([context, written.tokens.to(context.device)], dim=1)
+            self.costs[name] += int(counts[each - 1 :: each].sum())
+        return torch.cat([context, written.tokens[each - 1 :: each].to(context.device)], dim=1)
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
@@ -129,7 +174,7 @@ class LatentReasoningLM(HFLM):
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 64)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         found: list[Any] = [None] * len(requests)
-        for start in tqdm(range(0, len(order), size), "Scoring", disable=disable_tqdm):
+        for start in tqdm(range(0, len(order), size), "Scoring", disable=disable_tqdm or not sys.stderr.isatty()):
             part = order[start : start + size]
             contexts, continuations = ([requests[i][k] for i in part] for k in (1, 2))
             longest = max(len(a) + len(b) for a, b in zip(contexts, continuations, strict=True))

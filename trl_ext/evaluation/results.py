@@ -36,7 +36,7 @@ class Result:
         by_length: for quarters of the questions, from the shortest: characters of the longest, number, accuracy. Questions
             of one length are in one part, so there may be fewer.
         right: by question, the number of right texts.
-        answers: a hash of all right answers in order, by which the questions of two evaluations are known to be the same.
+        questions: a hash of all questions and answers in order, by which two evaluations are known to be of the same ones.
     """
 
     task: str
@@ -55,7 +55,7 @@ class Result:
     seconds: float
     by_length: list[tuple[int, int, float]]
     right: list[int]
-    answers: str
+    questions: str
 
     def numbers(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -88,11 +88,12 @@ def result_of(task: EvaluationTask, state: str, texts: list[list[str]], costs: d
         costs: sums over all texts, see `LatentReasoningLM.costs`.
     """
     answers = [row["answer"] for row in task.rows]
+    asked = [(row["question"], row["answer"]) for row in task.rows]
     right = [sum(task.is_right(text, answer) for text in some) for some, answer in zip(texts, answers, strict=True)]
     n, samples, count = len(texts), len(texts[0]), costs["completions"]
     share = sum(right) / (n * samples)
     interval = wilson_interval(share * n, n)  # type: ignore[arg-type]  # with several texts no whole number
-    powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    sizes = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
 
     def voted(k: int) -> float:
         found = [majority(task, some[:k]) for some in texts]
@@ -111,8 +112,8 @@ def result_of(task: EvaluationTask, state: str, texts: list[list[str]], costs: d
         low=interval[0],
         high=interval[1],
         answered=sum(task.answer_in(text) is not None for some in texts for text in some) / (n * samples),
-        pass_at={k: pass_at(right, samples, k) for k in powers},
-        maj_at={k: voted(k) for k in powers if k > 1},
+        pass_at={k: pass_at(right, samples, k) for k in sizes},
+        maj_at={k: voted(k) for k in sizes if k > 1},
         tokens=costs["tokens"] / count,
         forwards=costs["forwards"] / count,
         latent_share=costs["latent"] / max(costs["forwards"], 1),
@@ -122,5 +123,5 @@ def result_of(task: EvaluationTask, state: str, texts: list[list[str]], costs: d
             for longest, part in zip(bounds, parts, strict=True)
         ],
         right=right,
-        answers=hashlib.sha256("\n".join(answers).encode()).hexdigest()[:12],
+        questions=hashlib.sha256(repr(asked).encode()).hexdigest()[:12],
     )

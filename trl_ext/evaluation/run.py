@@ -8,12 +8,13 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from unsloth_ext.common.text_model import TextModel
+from unsloth_ext.common.text_model import TextModel, trained_with
 
+from ..tasks import equations
 from .command import EMBEDDED_TASKS, FILE_TASKS
 from .lm_eval_model import LatentReasoningLM
 from .results import Result, result_of
-from .tasks import EMBEDDED, EvaluationTask, embedded_task, file_task, trained_with
+from .tasks import EMBEDDED, EvaluationTask, embedded_task, file_task
 
 
 def evaluate_tasks(
@@ -33,14 +34,17 @@ def evaluate_tasks(
     opened = TextModel.from_pretrained(flags.checkpoint, delimiter=flags.answer_delimiter, **kind)
     opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
     states = flags.states or (opened.states if flags.ablations else [s for s in opened.states if s in ("on", "off")])
+    states = list(dict.fromkeys(states))
     for state in states:
         if state not in opened.states:
             raise ValueError(f"--states {state}: a {opened.kind} model has {', '.join(opened.states)}")
     trained = trained_with(flags.checkpoint)
     tasks = []
-    for name in flags.tasks or [EMBEDDED[opened.kind]]:
+    for name in dict.fromkeys(flags.tasks or [EMBEDDED[opened.kind]]):
         if name in EMBEDDED_TASKS:
-            tasks.append(shortened(embedded_task(name, flags.held_out, flags.seed), flags))
+            prompt = str(trained.get("answer_prompt", equations.ANSWER_PROMPT)).strip()
+            marker = prompt if name == "equations" else opened.delimiter
+            tasks.append(shortened(embedded_task(name, flags.held_out, flags.seed, marker), flags))
         elif name in FILE_TASKS:
             how = {"limit": flags.limit, "examples": flags.num_fewshot, "max_new_tokens": flags.max_new_tokens or 512}
             tasks.append(file_task(name, files[name], opened, trained, **how))

@@ -12,10 +12,9 @@ a hub id works too. Each task also reads rows with `question` and `answer`, a nu
 `#### number`.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -39,10 +38,12 @@ class EvaluationTask:
 
     Attributes:
         name: of the task.
-        rows: each with `prompt`, the text that the model gets, and `answer`.
+        rows: each with `question`, `prompt`, the text that the model gets, and `answer`.
         marker: the text before the answer; empty: the whole text is the answer.
         numeric: whether answers are compared as numbers, else as texts.
         max_new_tokens: maximum number of tokens of an answer.
+        goes_on: whether a model may go on with another question after its answer, as after solved examples without a chat
+            template. What follows the line of the first marker is not read then.
     """
 
     name: str
@@ -50,9 +51,13 @@ class EvaluationTask:
     marker: str
     numeric: bool
     max_new_tokens: int
+    goes_on: bool = False
 
     def answer_in(self, text: str) -> str | None:
         """The answer that a text gives; None if there is none."""
+        if self.goes_on:
+            before, marker, rest = text.partition(self.marker)
+            text = before + marker + rest.strip().partition("\n")[0]
         found = final_answer(text, self.marker) if self.marker else text.strip()
         return found or None
 
@@ -100,14 +105,18 @@ def _gsm_hard(row: dict[str, Any]) -> tuple[Any, Any]:
 def _svamp(row: dict[str, Any]) -> tuple[Any, Any]:
     if "question_concat" in row:
         return row["question_concat"], row["Answer"]
-    body = str(row["Body"]).strip()
-    return f"{body if body.endswith(('.', '?', '!')) else body + '.'} {row['Question']}", row["Answer"]
+    body, question = row["Body"], row["Question"]
+    if not isinstance(body, str) or not isinstance(question, str):
+        return None, row["Answer"]
+    body = body.strip()
+    return f"{body}{'' if not body or body.endswith(('.', '?', '!')) else '.'} {question}".strip(), row["Answer"]
 
 
 def _multiarith(row: dict[str, Any]) -> tuple[Any, Any]:
-    if "sQuestion" in row:
-        return row["sQuestion"], row["lSolutions"][0]
-    return row["question"], row["final_ans"]
+    if "sQuestion" not in row:
+        return row["question"], row["final_ans"]
+    found = row["lSolutions"]
+    return row["sQuestion"], found[0] if isinstance(found, list) and len(found) == 1 else found
 
 
 READERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
@@ -135,45 +144,50 @@ def read_questions(name: str, file: str, limit: int | None = None, split: str = 
         where = f"{name}: dataset {file}, {place}"
         try:
             question, answer = READERS[name](row)
-        except (KeyError, IndexError, TypeError):
+        except KeyError:
             if not {"question", "answer"} <= row.keys():
                 raise DataError(
                     f"{where}: has the columns {', '.join(row)}, which are not those of {name} (docs/evaluation.md)"
                 ) from None
             question, answer = row["question"], row["answer"]
-        solution, _, behind = str(answer_text(answer)).rpartition("####")
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{where}: the question is empty or not a text: {question!r:.100}")
+        text = answer_text(answer)
+        solution, _, behind = text.rpartition("####") if isinstance(text, str) else ("", "", "")
         number = number_in(behind)
         if number is None:
             raise DataError(f"{where}: there is not exactly one number in the answer {answer!r:.100}")
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{where}: the question is empty or not a text: {question!r:.100}")
-        found.append(
-            {"question": question.strip(), "answer": str(answer_text(float(number))) if "." in number else number}
-        )
-        found[-1]["solution"] = solution.strip()
+        plain = format(Decimal(number), "f")  # math-verify does not read 1e-07
+        plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+        found.append({"question": question.strip(), "answer": plain, "solution": solution.strip()})
     return found
 
 
-def embedded_task(name: str, held_out: int, seed: int) -> EvaluationTask:
+def embedded_task(name: str, held_out: int, seed: int, marker: str) -> EvaluationTask:
     """An embedded task with the held-out rows of a recipe.
 
     Args:
         name: `sums` (HRPO), `equations` (latent tokens), `facts` (concept tokens) or `sentences` (planner).
         held_out: number of rows, as `--eval_size` of the training.
         seed: `--warm_start_seed` of the training.
+        marker: the text before an answer of `sums` or `equations`.
     """
     if name == "sums":
-        rows = list(arithmetic.as_dataset(arithmetic.split_problems(held_out, seed)[1]))
-        return EvaluationTask(name, rows, "####", True, 36)
-    if name == "equations":
-        found = equations.split(held_out, seed)[1]
-        rows = [{"prompt": row["question"], "answer": row["answer"]} for row in found]
-        return EvaluationTask(name, rows, equations.ANSWER_PROMPT, True, equations.MAX_NEW_TOKENS)
-    if name == "facts":
-        rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in facts.split(held_out, seed)[1]]
+        pairs = [
+            (row["prompt"], row["answer"])
+            for row in arithmetic.as_dataset(arithmetic.split_problems(held_out, seed)[1])
+        ]
+        new = 36
+    elif name == "equations":
+        pairs = [(row["question"], row["answer"]) for row in equations.split(held_out, seed)[1]]
+        new = equations.MAX_NEW_TOKENS
+    elif name == "facts":
+        pairs, new = [(row["prompt"], row["answer"]) for row in facts.split(held_out, seed)[1]], 64
     else:  # the planner reads the text that is to be written from its plan
-        rows = [{"prompt": row["answer"], "answer": row["answer"]} for row in facts.sentences(held_out, seed, 1)[1]]
-    return EvaluationTask(name, rows, "", False, 64)
+        pairs, new = [(row["answer"], row["answer"]) for row in facts.sentences(held_out, seed, 1)[1]], 64
+    rows = [{"question": prompt, "prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    numeric = name in ("sums", "equations")
+    return EvaluationTask(name, rows, marker if numeric else "", numeric, new)
 
 
 def file_task(
@@ -214,11 +228,9 @@ def file_task(
         marker = opened.delimiter
         before = "".join(f"{row['question']}\n{solved(row, marker)}\n\n" for row in shown)
         prompts = [f"{before}{row['question']}\n" for row in asked]
-    pairs = [{"prompt": prompt, "answer": row["answer"]} for prompt, row in zip(prompts, asked, strict=True)]
-    return EvaluationTask(name, pairs, marker, True, max_new_tokens)
-
-
-def trained_with(checkpoint: str) -> dict[str, Any]:
-    """The arguments of the training that a trainer left in a folder; empty if there are none."""
-    file = Path(checkpoint, "training_args.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+    pairs = [
+        {"question": row["question"], "prompt": prompt, "answer": row["answer"]}
+        for prompt, row in zip(prompts, asked, strict=True)
+    ]
+    goes_on = opened.kind != "latent" and not opened.tokenizer.chat_template
+    return EvaluationTask(name, pairs, marker, True, max_new_tokens, goes_on)

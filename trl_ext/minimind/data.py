@@ -79,6 +79,17 @@ def load_minimind_data(file: str | Path, kind: str) -> Dataset:
         raise
 
 
+def checked_rows(name: str, bad: list[DataError]) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:
+    """The columns and rows of a file as `load_minimind_data` reads it: lines of JSON, whatever its name.
+
+    Args:
+        name: the file.
+        bad: collects the errors of lines that are not JSON objects.
+    """
+    rows = list(read_json_rows(name, bad))
+    return tuple(dict.fromkeys(column for _, row in rows for column in row)), rows
+
+
 def row_reader(name: str, columns: Collection[str], kind: str) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
     """What checks a row and makes its columns: a function of the row's place and the row.
 

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ..cli.command_line import CommandLine
 from ..cli.console import PlainConsole
-from ..cli.train import training_commands
+from ..cli.train import method_name, training_commands
 from ..common.config_checks import at_least
 from ..common.run_folder import PROGRAM
 from .files import DataError, read_rows
@@ -20,7 +20,7 @@ def parser() -> CommandLine:
     made.add_argument("what", choices=("check",), help="what to do with the data")
     made.add_argument("file", help="a .jsonl, .json, .parquet or .txt file, or a hub id")
     known = [name for name, command in training_commands().items() if command.data]
-    made.add_argument("--method", required=True, choices=known, help="the method that is to read it")
+    made.add_argument("--method", required=True, type=method_name, choices=known, help="the method that is to read it")
     made.add_argument("--dataset_config", help="configuration of a hub dataset")
     made.add_argument("--split", default="train", help="split of a hub dataset")
     made.add_argument("--show", type=int, default=20, help="show at most this many unusable rows (default: 20)")
@@ -47,10 +47,14 @@ def unusable_rows(
     reader, *options = training_commands()[method].data
     module, _, function = reader.partition(":")
     broken: list[DataError] = []
-    columns, rows = read_rows(name, split=split, config=config, bad=broken)
+    method_side = importlib.import_module(module)
+    if hasattr(method_side, "checked_rows"):
+        columns, rows = method_side.checked_rows(name, broken)
+    else:
+        columns, rows = read_rows(name, split=split, config=config, bad=broken)
     errors: list[ValueError] = list(broken)
     if rows:
-        read = getattr(importlib.import_module(module), function)(name, columns, *options)
+        read = getattr(method_side, function)(name, columns, *options)
         for place, row in tqdm(rows, f"Reading {name}", delay=2):
             try:
                 read(f"dataset {name}, {place}", row)

@@ -56,7 +56,8 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
     p, square = successes / n, z * z
     centre = (p + square / (2 * n)) / (1 + square / n)
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n * n)) / (1 + square / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact at both ends, where rounding would leave a bound inside the interval
+    return 0.0 if not successes else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half)
 
 
 @torch.no_grad()

@@ -57,11 +57,15 @@ def check_file(name: str) -> None:
         raise DataError(f"dataset {name}: the file is empty")
 
 
-def read_lines(name: str) -> Iterator[tuple[int, str]]:
+def read_lines(name: str, bad: list[DataError] | None = None) -> Iterator[tuple[int, str]]:
     """The number, from 1, and the text of each line that is not blank.
 
     Only a newline ends a line, because other characters that Python treats as line ends may occur in a text. The byte
     order mark of UTF-8 is removed.
+
+    Args:
+        name: the file.
+        bad: collects the errors of lines that are not UTF-8. None means that the first is raised.
 
     Raises:
         DataError: there is no such file, it is empty, or a line is not UTF-8.
@@ -76,10 +80,11 @@ def read_lines(name: str) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode().rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"dataset {name}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at position "
-                    f"{error.start + 1}); save the file as UTF-8"
-                ) from error
+                said = (
+                    f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1}); save the file as UTF-8"
+                )
+                _raise_or_keep(DataError(f"dataset {name}, line {number}: {said}"), bad)
+                continue
             if text.strip():
                 yield number, text
 
@@ -115,7 +120,7 @@ def _raise_or_keep(error: DataError, bad: list[DataError] | None) -> None:
 
 
 def _json_values(name: str, bad: list[DataError] | None) -> Iterator[tuple[str, Any]]:
-    lines = read_lines(name)
+    lines = read_lines(name, bad)
     first = next(lines, None)
     if first is None:
         return
@@ -123,7 +128,10 @@ def _json_values(name: str, bad: list[DataError] | None) -> Iterator[tuple[str, 
         text = "\n".join([first[1], *(line for _, line in lines)])
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # also numbers of thousands of digits, and lists in lists in lists
             raise DataError(f"dataset {name}: not JSON: {error}") from error
         for i, value in enumerate(values):
             yield f"row {i}", _encodable(text, value, f"dataset {name}, row {i}")
@@ -137,6 +145,9 @@ def _json_values(name: str, bad: list[DataError] | None) -> Iterator[tuple[str, 
                 one = "; write each object on one line, or a list in a .json file between [ and ]"
             said = f"dataset {name}, line {number}: not JSON: {error.msg} at character {error.pos + 1}{one}"
             _raise_or_keep(DataError(said), bad)
+            continue
+        except (ValueError, RecursionError) as error:
+            _raise_or_keep(DataError(f"dataset {name}, line {number}: cannot be read as JSON: {error}"), bad)
             continue
         try:
             yield f"line {number}", _encodable(line, value, f"dataset {name}, line {number}")
@@ -214,7 +225,7 @@ def read_rows(
         rows = list(read_json_rows(name, bad))[:size]
         return tuple(dict.fromkeys(column for _, row in rows for column in row)), rows
     if suffix == ".txt":
-        columns, rows = ("text",), [(f"line {number}", {"text": line}) for number, line in read_lines(name)][:size]
+        columns, rows = ("text",), [(f"line {number}", {"text": line}) for number, line in read_lines(name, bad)][:size]
     else:
         table = read_table(name, split=split, config=config)
         table = table if size is None else table.select(range(min(size, len(table))))

@@ -19,6 +19,10 @@ from .settings_file import method_of, read_json, saved_method
 from .wrapping import causal_lm_of
 
 
+OF_ANOTHER_ROW = ("shuffle", "interpolate")
+"""States in which each row of a batch gets latent steps of the row before it."""
+
+
 class TextModel:
     """A causal LM of any kind, its tokenizer, and how it completes texts.
 
@@ -78,7 +82,7 @@ class TextModel:
             model = load_causal_lm(name if adapter is None else base_of(adapter, name), token=token, **kwargs)
             if adapter is not None:
                 model = load_adapter(model, name, token=token)
-        return cls(model.eval(), tokenizer, delimiter or _trained_delimiter(name))
+        return cls(model.eval(), tokenizer, delimiter or trained_with(name).get("answer_delimiter") or "####")
 
     def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` of texts, both (B, P) long, padded on the left."""
@@ -101,6 +105,8 @@ class TextModel:
                 leaves no room for the answer.
         """
         self._check_state(state)
+        if state in OF_ANOTHER_ROW and len(input_ids) < 2:
+            raise ValueError(f"state={state!r}: it takes the latent steps of another row, and this batch has one row")
         write: Callable[..., Completions] = completions.complete
         if self.method is not None and self.method.completion:
             write = self.method.completion_function()
@@ -150,7 +156,19 @@ class TextModel:
         return self.tokenizer.batch_decode(written.tokens, skip_special_tokens=True)
 
 
-def _trained_delimiter(name: str) -> str:
-    """The `answer_delimiter` among the arguments that a trainer left in a folder, or the default."""
+def trained_with(name: str) -> dict[str, Any]:
+    """Return the arguments that a trainer left in a folder (`training_args.json`); empty if there are none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = Path(name, "training_args.json")
-    return (json.loads(file.read_text()).get("answer_delimiter") if file.is_file() else None) or "####"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("answer_delimiter", ""), str | None):
+        raise ValueError(f"{file} is damaged: it does not hold the arguments of a training")
+    return found

@@ -15,6 +15,7 @@ from tests.processes import ROOT, fresh
 from trl_ext.cli import completion, defaults, main, methods, train
 from trl_ext.common import run_folder
 from trl_ext.common.method import commands
+from trl_ext.minimind.data import load_minimind_data
 from trl_ext.tasks import check
 from trl_ext.tasks.data import load_rows
 
@@ -211,6 +212,33 @@ def test_rows_that_are_all_usable(file, tmp_path, capsys):
     assert "1 of 1 rows usable for distill (100.0%)" in capsys.readouterr().out
     assert check.main(["check", str(good), "--method", "reason"]) == 1
     assert "line 1, conversations[1].content: has <think> 0 times, not once" in capsys.readouterr().out
+
+
+def test_bytes_numbers_and_depths_that_cannot_be_read_are_rows_too(tmp_path):
+    good = json.dumps({"question": "1+1?", "answer": "#### 2"}).encode()
+    lines = [good, b"\xff", b'{"question": ' + b"1" * 5000 + b"}", b"[" * 100_000, good]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    count, errors = check.unusable_rows(str(tmp_path / "x.jsonl"), "hrpo")
+    assert count == 5 and [re.search(r"line (\d)", str(error))[1] for error in errors] == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.data"])
+def test_minimind_reads_lines_of_json_whatever_the_files_name(tmp_path, name):
+    row = json.dumps({"conversations": [{"content": "a"}, {"content": "b"}]})
+    (tmp_path / name).write_text(row + "\n")
+    assert check.unusable_rows(str(tmp_path / name), "spo") == (1, [])
+    assert len(load_minimind_data(tmp_path / name, "rl")) == 1
+
+
+def test_a_reader_that_leaves_is_no_error():
+    for words in ("-h", "methods"):
+        command = f"{sys.executable} -m trl_ext {words} | true; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.stdout.strip(), done.stderr) == ("0", "")
+
+
+def test_methods_may_be_written_in_other_ways(capsys):
+    assert defaults.main(["KV_Distill"]) == 0 and "KVDistillConfig" in capsys.readouterr().out
 
 
 def test_a_file_of_broken_lines_only(tmp_path, capsys):

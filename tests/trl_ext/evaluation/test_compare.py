@@ -11,7 +11,7 @@ from trl_ext.evaluation import compare
 def result(right, samples=1, **changes):
     share = sum(right) / len(right) / samples
     found = {"task": "sums", "state": "on", "n": len(right), "samples": samples, "accuracy": share, "right": right}
-    return {**found, "answers": "abc", **changes}
+    return {**found, "questions": "abc", **changes}
 
 
 def evaluation(folder, *results, checkpoint="a"):
@@ -43,7 +43,7 @@ def test_equal_evaluations_do_not_differ():
     [
         ({"right": [1, 0], "n": 2}, "other questions"),
         ({"samples": 2}, "other texts"),
-        ({"answers": "x"}, "other answers"),
+        ({"questions": "x"}, "other questions"),
     ],
 )
 def test_other_questions_are_refused(changes, said):
@@ -69,6 +69,18 @@ def test_what_cannot_be_compared_is_told(tmp_path):
         compare.main([one, two])
     with pytest.raises(ValueError, match="there is no such file; latent-reasoning eval writes it"):
         compare.main([one, str(tmp_path / "c")])
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"x.json: not written by latent-reasoning eval"):
-        compare.main([one, str(tmp_path / "x.json")])
+    for text in ("[]", "x", '{"checkpoint": 1, "results": [{}]}', '{"checkpoint": 1, "results": null}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=r"x.json: not written by latent-reasoning eval"):
+            compare.main([one, str(tmp_path / "x.json")])
+
+
+def test_what_is_in_one_only_and_decoded_otherwise_is_told(tmp_path, capsys):
+    one = evaluation(tmp_path / "a", result([0, 1]), result([0, 1], task="facts"))
+    two = evaluation(tmp_path / "b", result([0, 1]), result([0], task="svamp", n=1))
+    found = json.loads((tmp_path / "b" / "eval.json").read_text())
+    (tmp_path / "b" / "eval.json").write_text(json.dumps({**found, "flags": {"temperature": 0.5}}))
+    compare.main([one, two])
+    printed = capsys.readouterr().out
+    assert "Only in one of them, with these latent steps: facts, svamp" in printed
+    assert "The texts were decoded otherwise: temperature None and 0.5" in printed

@@ -7,6 +7,7 @@ import lm_eval
 import pytest
 from datasets import Dataset, DatasetDict
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 
 from tests.kinds import ALL, saved
 from trl_ext.evaluation.lm_eval_model import LatentReasoningLM
@@ -219,6 +220,21 @@ def test_a_chat_template_is_used_and_begins_a_text_once(opened):
         assert samples[0]["arguments"][0][0].endswith("#")
     finally:
         model.tokenizer.chat_template = None
+
+
+def test_a_tokenizer_that_ends_texts_does_not_move_the_continuation(opened):
+    """`12+3=` and `15`: the likelihood is of the two digits, and no token that ends a text is in between."""
+    model = opened("plain")
+    lm = LatentReasoningLM(model)
+    plain = lm._encode_pair("12+3=", "15")
+    backend = model.tokenizer.backend_tokenizer
+    before, ends = backend.post_processor, (model.tokenizer.eos_token, model.tokenizer.eos_token_id)
+    backend.post_processor = TemplateProcessing(single=f"$A {ends[0]}", special_tokens=[ends])
+    try:
+        assert model.tokenizer("12+3=")["input_ids"][-1] == ends[1]
+        assert lm._encode_pair("12+3=", "15") == plain
+    finally:
+        backend.post_processor = before
 
 
 def test_sampling_is_passed_on(opened):

@@ -9,9 +9,8 @@ from trl_ext.evaluation.tasks import EvaluationTask
 from trl_ext.tasks.evaluation import wilson_interval
 
 
-ROWS = [
-    {"prompt": "q" * length, "answer": answer} for length, answer in ((3, "1"), (5, "2"), (4, "3"), (9, "4"), (7, "5"))
-]
+LENGTHS = (3, 5, 4, 9, 7)
+ROWS = [{"question": "q", "prompt": "q" * n, "answer": str(i)} for i, n in enumerate(LENGTHS, start=1)]
 TASK = EvaluationTask("sums", ROWS, "#", True, 8)
 TEXTS = [
     ["x#1", "#1", "#2", "#1.0"],
@@ -55,7 +54,7 @@ def test_majority_counts_the_same_number_once(result):
 
 
 def test_lengths_are_in_quarters_from_the_shortest():
-    rows = [{"prompt": "q" * (i // 2), "answer": "1"} for i in range(8)]
+    rows = [{"question": "q", "prompt": "q" * (i // 2), "answer": "1"} for i in range(8)]
     texts = [["#1"] if i < 4 else ["#2"] for i in range(8)]
     one = {**COSTS, "completions": 8}
     found = result_of(EvaluationTask("sums", rows, "#", True, 8), "on", texts, one)
@@ -81,3 +80,22 @@ def test_lengths_are_in_quarters_from_the_shortest():
 )
 def test_right_answers(marker, numeric, text, answer, right):
     assert EvaluationTask("x", [], marker, numeric, 8).is_right(text, answer) is right
+
+
+def test_all_texts_count_where_their_number_is_no_power_of_two():
+    texts = [some[:3] for some in TEXTS]
+    found = result_of(TASK, "on", texts, {**COSTS, "completions": 15})
+    assert found.pass_at.keys() == {1, 2, 3} and found.maj_at.keys() == {2, 3}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("2+3=5\n#### 5\n\nQ2?\n2+2=4\n#### 4", "5"),
+        ("2+3=5\n####\n5\n\nA farmer has 7 cows.", "5"),
+        ("#### 5", "5"),
+        ("no", None),
+    ],
+)
+def test_what_follows_an_answer_is_not_read_without_a_chat_template(text, found):
+    assert EvaluationTask("x", [], "####", True, 8, goes_on=True).answer_in(text) == found

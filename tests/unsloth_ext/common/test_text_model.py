@@ -104,6 +104,13 @@ def test_a_state_that_a_kind_has_not_is_refused(opened, method):
         written(model, PROMPTS, "off")
 
 
+@pytest.mark.parametrize("method, state", [("latent", "shuffle"), ("hrpo", "interpolate"), ("planner", "shuffle")])
+def test_one_row_has_no_other(opened, method, state):
+    model, _ = opened(method, False)
+    with pytest.raises(ValueError, match="it takes the latent steps of another row, and this batch has one row"):
+        written(model, PROMPTS[:1], state)
+
+
 def test_the_delimiter_is_the_one_of_the_training(opened):
     _, folder = opened("hrpo", False)
     assert TextModel.from_pretrained(str(folder)).delimiter == "####"
