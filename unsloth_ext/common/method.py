@@ -38,6 +38,8 @@ class Method:
         about: what such a model does, one sentence for its model card. Of a method without modules and without a training
             side, its title, a colon, and a sentence for the documentation's index.
         dropped: what a loader that does not know the method leaves out, for the model card.
+        drop: "module:name" of the function that removes the modules from a model, so that a plain one remains. Empty if
+            what remains would be another model.
         example: Python lines that open a saved folder and use it. `{where}` stands for the folder.
         completion: "module:name" of the function that completes prompts, see `unsloth_ext.common.completions.complete`.
             Empty means that `model.generate` does all by itself.
@@ -66,6 +68,7 @@ class Method:
     loader: str = ""
     about: str = ""
     dropped: str = ""
+    drop: str = ""
     example: str = ""
     completion: str = ""
     likelihood: str = ""
@@ -103,6 +106,10 @@ class Method:
     def completion_function(self) -> Callable[..., Any]:
         """Return the function that completes prompts. The record must name one."""
         return self._find(self.completion)
+
+    def drop_function(self) -> Callable[..., Any]:
+        """Return the function that removes the modules. The record must name one."""
+        return self._find(self.drop)
 
     def likelihood_function(self) -> Callable[..., Any]:
         """Return the function that computes log-likelihoods. The record must name one."""

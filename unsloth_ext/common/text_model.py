@@ -1,5 +1,6 @@
 """`TextModel`: a saved model of any kind that completes texts, and what the completions cost."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,10 @@ class TextModel:
         check_name(name, token)
         method = saved_method(name, token)
         if method is not None:
-            opened = method.loader_class().from_pretrained(name, token=token, **kwargs)
+            load = method.loader_class().from_pretrained
+            if "load_in_4bit" in inspect.signature(load).parameters:  # on a GPU it would quantise without a word
+                kwargs.setdefault("load_in_4bit", False)
+            opened = load(name, token=token, **kwargs)
             model, tokenizer = opened if isinstance(opened, tuple) else (opened.model, opened.tokenizer)
         else:
             adapter = read_json(name, "adapter_config.json", token)

@@ -39,6 +39,7 @@ METHOD = Method(
     loader="FastThinkingModel",
     about="It thinks in hidden states until a delimiter ends the thinking (HRPO, arXiv 2505.18454).",
     dropped="the thinking modules: what is left decodes without thinking",
+    drop="residual:drop_thinking",
     example="""\
 from unsloth_ext import DelimiterMatcher, FastThinkingModel, hybrid_generate
 
