@@ -34,8 +34,8 @@ def parser() -> CommandLine:
     made.add_argument(
         "--tasks",
         nargs="+",
-        help=f"any of {', '.join(EMBEDDED_TASKS)} (embedded), {', '.join(FILE_TASKS)} (with --data), or a task of "
-        "lm-evaluation-harness (default: the embedded task of this kind of model)",
+        help=f"any of {', '.join(EMBEDDED_TASKS)} (embedded), {', '.join(FILE_TASKS)} (with --data) "
+        "(default: the embedded task of this kind of model)",
     )
     made.add_argument(
         "--data", nargs="+", default=[], metavar="TASK=FILE", help="the files of tasks (docs/evaluation.md)"

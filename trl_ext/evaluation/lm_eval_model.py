@@ -59,8 +59,7 @@ class LatentReasoningLM(HFLM):
         if isinstance(pretrained, str):
             pretrained = TextModel.from_pretrained(pretrained, delimiter=delimiter, **given)
             pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if state not in pretrained.states:
-            raise ValueError(f"state={state!r}: a {pretrained.kind} model has {', '.join(pretrained.states)}")
+        pretrained.check_state(state)
         self.opened, self.state, self.thinking_temperature = pretrained, state, thinking_temperature
         self.built, self.strings, self.questions = False, list[str](), list[str]()
         self.costs = dict.fromkeys(("completions", "tokens", "forwards", "latent", "seconds"), 0.0)
@@ -130,10 +129,11 @@ class LatentReasoningLM(HFLM):
         # In a file, bars would be one endless line
         return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
-    def _beside_others(self, context: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _beside_others(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Put another question before each row, whose latent steps the row gets: (2 B, P) ids and mask.
 
-        The question is the next one of all requests. Its own latent steps are replaced by those of the row before it.
+        The rows are those of the batch that was tokenized last. The question is the next one of all requests. Its own
+        latent steps are replaced by those of the row before it.
         """
         at = {question: i for i, question in enumerate(self.questions)}
         others = [self.questions[(at[text] + 1) % len(self.questions)] for text in self.strings]
@@ -156,7 +156,7 @@ class LatentReasoningLM(HFLM):
         ids, mask = context, generation_kwargs.pop("attention_mask")
         each = 1
         if self.state in OF_ANOTHER_ROW:
-            (ids, mask), each = self._beside_others(ids, mask), 2
+            (ids, mask), each = self._beside_others(), 2
         began = time.perf_counter()
         written = self.opened.complete(
             ids, mask, state=self.state, max_new_tokens=max_length - context.shape[1], **generation_kwargs

@@ -8,7 +8,6 @@ from math import comb
 from typing import Any
 
 from ..tasks.evaluation import wilson_interval
-from ..tasks.reward import same_number
 from .tasks import EvaluationTask
 
 
@@ -73,7 +72,7 @@ def majority(task: EvaluationTask, texts: list[str]) -> str | None:
     for text in texts:
         answer = task.answer_in(text)
         if answer is not None:
-            same = (known for known in votes if known == answer or (task.numeric and same_number(known, answer)))
+            same = (known for known in votes if task.is_same(known, answer))
             votes[next(same, answer)] += 1
     return votes.most_common(1)[0][0] if votes else None
 
@@ -97,8 +96,7 @@ def result_of(task: EvaluationTask, state: str, texts: list[list[str]], costs: d
 
     def voted(k: int) -> float:
         found = [majority(task, some[:k]) for some in texts]
-        pairs = zip(found, answers, strict=True)
-        return sum(f is not None and (same_number(a, f) if task.numeric else f == a.strip()) for f, a in pairs) / n
+        return sum(f is not None and task.is_same(a, f) for f, a in zip(found, answers, strict=True)) / n
 
     lengths = [len(row["prompt"]) for row in task.rows]
     bounds = sorted({sorted(lengths)[(i + 1) * n // BINS - 1] for i in range(BINS)} if n >= BINS else {max(lengths)})

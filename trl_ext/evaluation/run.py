@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import lm_eval
@@ -75,5 +76,4 @@ def shortened(task: EvaluationTask, flags: Namespace) -> EvaluationTask:
     """An embedded task with the length and number of rows that the flags give."""
     if flags.num_fewshot:
         raise ValueError(f"--num_fewshot {flags.num_fewshot}: {task.name} has no solved examples; leave it out")
-    longest = flags.max_new_tokens or task.max_new_tokens
-    return EvaluationTask(task.name, task.rows[: flags.limit], task.marker, task.numeric, longest)
+    return replace(task, rows=task.rows[: flags.limit], max_new_tokens=flags.max_new_tokens or task.max_new_tokens)

@@ -64,8 +64,10 @@ class EvaluationTask:
     def is_right(self, text: str, answer: str) -> bool:
         """Whether a text gives the answer."""
         found = self.answer_in(text)
-        if found is None:
-            return False
+        return found is not None and self.is_same(answer, found)
+
+    def is_same(self, answer: str, found: str) -> bool:
+        """Whether two answers are the same number, or text."""
         return same_number(answer, found) if self.numeric else found == answer.strip()
 
     def for_lm_eval(self, samples: int, temperature: float) -> dict[str, Any]:
@@ -173,11 +175,7 @@ def embedded_task(name: str, held_out: int, seed: int, marker: str) -> Evaluatio
         marker: the text before an answer of `sums` or `equations`.
     """
     if name == "sums":
-        pairs = [
-            (row["prompt"], row["answer"])
-            for row in arithmetic.as_dataset(arithmetic.split_problems(held_out, seed)[1])
-        ]
-        new = 36
+        pairs, new = [(row.prompt, str(row.answer)) for row in arithmetic.split_problems(held_out, seed)[1]], 36
     elif name == "equations":
         pairs = [(row["question"], row["answer"]) for row in equations.split(held_out, seed)[1]]
         new = equations.MAX_NEW_TOKENS

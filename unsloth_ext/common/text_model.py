@@ -108,7 +108,7 @@ class TextModel:
             ValueError: the state is unknown, an argument does not work with this kind of model, or a prompt is empty or
                 leaves no room for the answer.
         """
-        self._check_state(state)
+        self.check_state(state)
         if state in OF_ANOTHER_ROW and len(input_ids) < 2:
             raise ValueError(f"state={state!r}: it takes the latent steps of another row, and this batch has one row")
         write: Callable[..., Completions] = completions.complete
@@ -142,7 +142,7 @@ class TextModel:
 
     def no_likelihood(self, state: str) -> str | None:
         """Return why continuations have no likelihood in this state; None if they have one."""
-        self._check_state(state)
+        self.check_state(state)
         if self.method is None or state == "off" or (state == "on" and self.method.likelihood):
             return None
         off = "; state='off' measures the model without them" if "off" in self.states else ""
@@ -151,7 +151,8 @@ class TextModel:
             f"{self.method.what} are made while it writes{off}"
         )
 
-    def _check_state(self, state: str) -> None:
+    def check_state(self, state: str) -> None:
+        """Raise a ValueError that lists the states if this kind of model has no such one."""
         if state not in self.states:
             raise ValueError(f"state={state!r}: a {self.kind} model has {', '.join(self.states)}")
 

@@ -46,7 +46,7 @@ def log_likelihood(
 ) -> list[tuple[float, bool]]:
     """Compute log p(text | z) with the plan z that the planner takes greedily, from which `complete` writes too.
 
-    It is exact for that plan, and a lower bound of log p(text | prompt) only up to log p(z | prompt).
+    This is not log p(text | prompt), which would be a sum over all plans.
     """
     batch = {name: x.to(model.device) for name, x in left_padded(tokenizer, contexts).items()}
     lengths = torch.tensor([len(text) for text in continuations], device=model.device)
