@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor eval test coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor eval test test-latest coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -62,6 +62,14 @@ coverage: $(READY)  ## the test suite, and by package the share of lines that it
 	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report= $(ARGS)"
 	@for package in patches unsloth_ext trl_ext; do \
 		echo "$$package: $$($(PY) -m coverage report --include="$$package/*" --format=total)% of lines"; done
+
+LATEST := $(VENV)-latest
+$(LATEST)/.ready: $(READY) requirements/latest.txt
+	@echo "Setting up $(LATEST) (the newest tested releases)"
+	$(call BESIDE,,-r requirements/latest.txt)
+
+test-latest: $(LATEST)/.ready  ## the test suite on the newest tested releases, which Unsloth does not take
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(LATEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m "slow and not vllm and not engines" --timeout 3000 $(ARGS)

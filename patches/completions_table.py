@@ -48,9 +48,7 @@ PATCH = Patch(
     parameters=("prompts", "completions", "rewards", "advantages", "step", "num_samples", "extra"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "trl/trainer/utils.py:print_prompt_completions_sample": "10c3f997604b",
-    },
+    places=("trl/trainer/utils.py:print_prompt_completions_sample",),
     effect="The names of columns are printed as they are, and not read as rich's markup.",
     reason="GRPO, HRPO, PPO and SPO with `log_completions`: a name such as `[/x]` ends training",
     upstream="no upstream issue is known",

@@ -128,9 +128,7 @@ PATCH = Patch(
     signed=_signed,
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "trl/kernels/chunked_logprob.py:ChunkedLogProbFunction": "3df46a505054",
-    },
+    places=("trl/kernels/chunked_logprob.py:ChunkedLogProbFunction",),
     effect="On CPU tensors, a chunked PyTorch version computes what the Triton kernel would.",
     reason="training on a CPU: TRL's loss kernel is written in Triton, which needs a GPU",
     upstream="https://github.com/huggingface/trl/issues/7244",

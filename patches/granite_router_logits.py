@@ -1,4 +1,4 @@
-"""Patch of GraniteMoeShared's forward, which records no router logits in transformers 5.17.
+"""Patch of GraniteMoeShared's forward, which records no router logits before transformers 5.24.
 
 With `output_router_logits` its causal LM fails on an auxiliary loss that is the integer 0, and TRL's trainers find no
 loss.
@@ -13,9 +13,17 @@ from .registry import Patch, Site, apply
 NAME = "granite_router_logits"
 
 
+def needed() -> bool:
+    """Return whether transformers does not record router logits itself."""
+    from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedModel
+
+    return "router_logits" not in (GraniteMoeSharedModel._can_record_outputs or {})
+
+
 def ensure() -> None:
-    """Apply this patch."""
-    apply(NAME)
+    """Apply this patch where it is needed."""
+    if needed():
+        apply(NAME)
 
 
 def _sites(*owners: Any) -> list[Site]:
@@ -51,11 +59,9 @@ PATCH = Patch(
     parameters=("self", "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "transformers/models/granitemoeshared/modeling_granitemoeshared.py:GraniteMoeSharedModel": "8e1592652fe8",
-    },
+    places=("transformers/models/granitemoeshared/modeling_granitemoeshared.py:GraniteMoeSharedModel",),
     effect="The model's output has `router_logits`, which forward hooks on the routers record.",
     reason="MiniMind2-MoE: the auxiliary loss needs router logits and fails without them",
     upstream="no upstream issue is known for this model; for others https://github.com/huggingface/transformers/pull/46642",
-    removable="when transformers records GraniteMoeShared's router logits",
+    removable="when transformers 5.23 is no longer supported: 5.24 records GraniteMoeShared's router logits",
 )

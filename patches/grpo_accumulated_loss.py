@@ -208,9 +208,7 @@ PATCH = Patch(
     ),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "unsloth_zoo/rl_replacements.py:grpo_accumulated_loss": "350aa878d6f5",
-    },
+    places=("unsloth_zoo/rl_replacements.py:grpo_accumulated_loss",),
     effect="The forwards inside Unsloth's GRPO loss get the batch's thinking states, in the layout of each forward.",
     reason="HRPO on Unsloth: the loss must see the thinking states of the rollout",
     upstream="no upstream issue is known: the keywords belong to this project",

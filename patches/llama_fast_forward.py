@@ -82,9 +82,7 @@ PATCH = Patch(
     ),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "unsloth/models/llama.py:LlamaModel_fast_forward": "66e39ef38b71",
-    },
+    places=("unsloth/models/llama.py:LlamaModel_fast_forward",),
     effect="Unsloth's decoder forward takes thinking states, as the keywords in `patches/_thinking.py`.",
     reason="HRPO on Unsloth: the decoder's forward takes no thinking states",
     upstream="no upstream issue is known: the keywords belong to this project",

@@ -38,9 +38,7 @@ PATCH = Patch(
     parameters=("model", "name"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "unsloth/models/llama.py:_norm_modules_to_save": "307c2f21f747",
-    },
+    places=("unsloth/models/llama.py:_norm_modules_to_save",),
     effect="`get_peft_model` accepts modules of a model whose names begin with `thinking_` in `modules_to_save`.",
     reason="HRPO on Unsloth: thinking modules are trained and saved with a LoRA adapter",
     upstream="https://github.com/unslothai/unsloth/issues/3235",

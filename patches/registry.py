@@ -1,8 +1,8 @@
 """The registry of patches: what they change in other packages, for which versions, and how they are undone.
 
 There are two kinds of records. A `Patch` replaces a function or a class by one that calls the original; no upstream
-code is copied. A `Switch` sets an upstream flag to another value. Both have fingerprints of the upstream code they were
-written for, and `status` warns if the installed code differs.
+code is copied. A `Switch` sets an upstream flag to another value. Both name the upstream code they were written for, and
+`status` warns if the installed code differs from that of all tested versions.
 """
 
 import contextlib
@@ -112,8 +112,7 @@ class Record:
         package: the distribution whose tested range is checked first.
         target: the dotted name of the changed object, for messages.
         sites: `sites(*owners) -> list[Site]`. Without owners it returns all default places. It may import the package.
-        fingerprints: of the upstream code this was written for: `{"package/file.py:name": hash}`, with hashes by
-            `patches.fingerprints.installed`.
+        places: of the upstream code this was written for, `"package/file.py:name"`. `known_code.json` has the fingerprints.
         effect: what it changes, in one sentence.
         reason: when and why it is needed, for `make doctor`.
         upstream: the upstream issue or pull request, or that there is none.
@@ -125,7 +124,7 @@ class Record:
     package: str
     target: str
     sites: Callable[..., list[Site]]
-    fingerprints: Mapping[str, str]
+    places: tuple[str, ...]
     effect: str
     reason: str
     upstream: str
@@ -348,14 +347,10 @@ def status() -> dict[str, PatchStatus]:
 def _status(patch: Patch | Switch) -> PatchStatus:
     sites = [(change.owner, change.attribute) for change in patch.changes if change.owner is not None]
     live = bool(sites) and all(patch.is_ours(*site) for site in sites)
-    found = {place: fingerprints.installed(place) for place in patch.fingerprints}
-    warnings = tuple(
-        f"{patch.name} was written for {place} with fingerprint {patch.fingerprints[place]}, but "
-        + (f"the installed code has {now}" if now else "it is not there any more")
-        for place, now in found.items()
-        if now != patch.fingerprints[place] and versions.installed_version(patch.package) is not None
-    )
-    fingerprint = " ".join(dict.fromkeys(now for now in found.values() if now))
+    installed = versions.installed_version(patch.package) is not None
+    changes = [fingerprints.change(place) for place in patch.places] if installed else []
+    warnings = tuple(f"{patch.name}: {change}" for change in changes if change)
+    fingerprint = " ".join(dict.fromkeys(filter(None, map(fingerprints.installed, patch.places))))
     return PatchStatus(patch.name, patch.target, len(sites), live, fingerprint, warnings)
 
 

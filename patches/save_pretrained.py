@@ -47,10 +47,10 @@ PATCH = Patch(
     parameters=("self", "save_directory"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "transformers/modeling_utils.py:PreTrainedModel.save_pretrained": "49da9f436ae0",
-        "peft/peft_model.py:PeftModel.save_pretrained": "9f3bb891b8ba",
-    },
+    places=(
+        "transformers/modeling_utils.py:PreTrainedModel.save_pretrained",
+        "peft/peft_model.py:PeftModel.save_pretrained",
+    ),
     effect="After a model is saved, its decoder's `describe_saved` writes our settings and completes the model card.",
     reason="every method with modules: a saved folder holds `latent_reasoning.json` and a model card",
     upstream="no upstream issue is known",

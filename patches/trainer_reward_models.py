@@ -62,10 +62,10 @@ PATCH = Patch(
     signed=lambda owner, attribute: inspect.unwrap(owner[attribute].from_pretrained),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "transformers/models/auto/auto_factory.py:_BaseAutoModelClass.from_pretrained": "1d4989bbe43d",
-        "transformers/models/auto/tokenization_auto.py:AutoTokenizer.from_pretrained": "4ee22523e90f",
-    },
+    places=(
+        "transformers/models/auto/auto_factory.py:_BaseAutoModelClass.from_pretrained",
+        "transformers/models/auto/tokenization_auto.py:AutoTokenizer.from_pretrained",
+    ),
     effect="Functions of ours load reward models and their tokenizers.",
     reason="every trainer, while it is constructed: a reward model with incomplete files is an error",
     upstream="https://github.com/huggingface/transformers/issues/32067",

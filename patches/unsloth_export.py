@@ -62,9 +62,7 @@ PATCH = Patch(
     parameters=("model", "method"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "unsloth/models/_utils.py:_refuse_model_parallel_export": "08876f92bc0a",
-    },
+    places=("unsloth/models/_utils.py:_refuse_model_parallel_export",),
     effect="Unsloth's exports raise an error for a model whose thinking modules they would leave out.",
     reason="HRPO on Unsloth: an export would drop the thinking modules without a message",
     upstream="no upstream issue is known",

@@ -22,10 +22,10 @@ PATCH = Switch(
     target=f"the environment variable {VARIABLE}",
     sites=_sites,
     value=lambda: "1",
-    fingerprints={
-        "unsloth/models/llama.py:CausalLM_fast_forward": "17ce203428da",
-        "unsloth/models/mistral.py:MistralForCausalLM_fast_forward": "127b84654b04",
-    },
+    places=(
+        "unsloth/models/llama.py:CausalLM_fast_forward",
+        "unsloth/models/mistral.py:MistralForCausalLM_fast_forward",
+    ),
     effect="Unsloth's forwards return the last hidden state instead of the logits.",
     reason="hybrid decoding on Unsloth, while it runs: thinking states are made from the last hidden state",
     upstream="no upstream issue is known; the variable is Unsloth's own",

@@ -47,9 +47,7 @@ PATCH = Patch(
     parameters=("self", "save_directory", "tokenizer", "save_method", "push_to_hub"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "unsloth/save.py:unsloth_generic_save_pretrained_merged": "858596fe6c05",
-    },
+    places=("unsloth/save.py:unsloth_generic_save_pretrained_merged",),
     effect="`save_pretrained_merged` also writes thinking modules and settings; methods that cannot are errors.",
     reason="HRPO on Unsloth: a merged model keeps its thinking modules",
     upstream="no upstream issue is known; for modules of the model's class https://github.com/unslothai/unsloth-zoo/pull/369",

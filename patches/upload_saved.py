@@ -36,9 +36,7 @@ PATCH = Patch(
     parameters=("self", "working_dir", "repo_id"),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "transformers/utils/hub.py:PushToHubMixin._upload_modified_files": "33106b652244",
-    },
+    places=("transformers/utils/hub.py:PushToHubMixin._upload_modified_files",),
     effect="Before an upload, the decoder's `describe_saved` completes the folder again.",
     reason="every method with modules: `push_to_hub` writes a card of its own over ours",
     upstream="no upstream issue is known",

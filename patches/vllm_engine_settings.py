@@ -50,7 +50,7 @@ PATCH = Patch(
     parameters=("model",),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={"trl/generation/vllm_generation.py:VLLMGeneration._init_vllm": "0e584002e0f6"},
+    places=("trl/generation/vllm_generation.py:VLLMGeneration._init_vllm",),
     effect="The vLLM engine of a trainer gets the class that thinks, the delimiter, and the trainer's dtype and tokenizer.",
     reason="HRPO with `use_vllm=True`, while the trainer is constructed",
     upstream="no upstream issue is known",

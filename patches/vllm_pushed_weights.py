@@ -115,10 +115,10 @@ PATCH = Patch(
     parameters=("self",),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "trl/generation/vllm_generation.py:VLLMGeneration._iter_named_params": "baab615d5c7b",
-        "peft/tuners/tuners_utils.py:BaseTuner.merge_adapter": "46d3bb78f945",
-    },
+    places=(
+        "trl/generation/vllm_generation.py:VLLMGeneration._iter_named_params",
+        "peft/tuners/tuners_utils.py:BaseTuner.merge_adapter",
+    ),
     effect="Adapters are merged into copies, one layer at a time, also where FSDP2 or ZeRO-3 shards the model, and the "
     "base weights stay what they are. A tied head is not sent.",
     reason="HRPO, PPO and SPO with `use_vllm=True`, during a rollout",

@@ -37,10 +37,10 @@ PATCH = Patch(
     parameters=(),
     sites=_sites,
     wrap=_wrap,
-    fingerprints={
-        "transformers/modeling_utils.py:PreTrainedModel._from_config": "f2d2a227bd33",
-        "transformers/modeling_utils.py:PreTrainedModel.get_init_context": "85673c534063",
-    },
+    places=(
+        "transformers/modeling_utils.py:PreTrainedModel._from_config",
+        "transformers/modeling_utils.py:PreTrainedModel.get_init_context",
+    ),
     effect="With DeepSpeed ZeRO-3, models are made and loaded whole, and split when they are prepared.",
     reason="every trainer and loader of this package, while a model is made",
     upstream="no upstream issue is known",

@@ -104,7 +104,7 @@ def test_a_wheel_holds_the_recipes_and_their_configurations(tmp_path):
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "latent-reasoning = trl_ext.cli.main:main" in archive.read(entry_points).decode()
     here = {str(f.relative_to(ROOT)) for p in (*PACKAGES, "recipes") for f in (ROOT / p).rglob("*.*") if f.is_file()}
-    here = {name for name in here if name.endswith((".py", ".yaml"))}
+    here = {name for name in here if name.endswith((".py", ".yaml", ".json"))}
     assert {f"trl_ext/{name}" if name.startswith("recipes/") else name for name in here} == {
         name for name in names if not name.endswith((".pyi", "py.typed"))
     }
@@ -136,26 +136,44 @@ def test_importing_a_package_loads_nothing_heavy(tmp_path):
     assert python(code, cwd=tmp_path).strip() == "[]"
 
 
-def test_works_with_no_unsloth_installed(tmp_path):
-    """Unsloth hidden from the import system: names resolve, the backend is the stock one, patches of Unsloth say so."""
+NEEDS_VLLM = "unsloth_ext.hrpo.vllm."
+NEEDS_LM_EVAL = ("trl_ext.evaluation.lm_eval_model", "trl_ext.evaluation.run")
+
+
+def test_works_with_no_optional_package_installed(tmp_path):
+    """Unsloth, bitsandbytes, vLLM and lm-eval hidden from the import system: every module that is not for them imports."""
     code = """
 import sys
+hidden = ('unsloth', 'unsloth_zoo', 'bitsandbytes', 'vllm', 'lm_eval')
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('unsloth', 'unsloth_zoo'):
-            raise ModuleNotFoundError(name)
+        if name.split('.')[0] in hidden:
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Hide())
-import importlib.util
+import importlib.util, pkgutil
 real = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] in ('unsloth', 'unsloth_zoo') else real(name, *a)
-from trl_ext import HRPOConfig, HRPOTrainer
-from unsloth_ext import FastThinkingModel, hybrid_generate
+importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] in hidden else real(name, *a)
+import patches, trl_ext, unsloth_ext
+failed = []
+for package in (patches, unsloth_ext, trl_ext):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):
+        if module.name.startswith('trl_ext.recipes') or module.name.endswith('__main__'):
+            continue
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name.split('.')[0] in hidden, error
+            failed.append(module.name)
 from unsloth_ext.common.backend import unsloth_can_run
 assert unsloth_can_run() == (False, 'unsloth is not installed')
-assert 'unsloth' not in sys.modules
-print(HRPOTrainer.__mro__[2].__module__)
+assert not set(hidden) & set(sys.modules)
+import trl
+from trl_ext import HRPOTrainer
+assert issubclass(HRPOTrainer, trl.GRPOTrainer) and trl.GRPOTrainer.__module__.startswith('trl.')
+print(*failed)
 """
-    assert "trl" in python(code, cwd=tmp_path)
+    failed = python(code, cwd=tmp_path).split()
+    assert not [name for name in failed if not name.startswith(NEEDS_VLLM) and name not in NEEDS_LM_EVAL]
 
 
 def test_every_public_name_resolves():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
 
@@ -37,11 +38,22 @@ def ranges(*groups: list[str]) -> dict[str, str]:
 
 def test_pins_are_within_the_ranges_of_the_package():
     """The ranges stand in pyproject.toml, the versions in requirements/: one for each package, in whichever files."""
-    files = [pins(file.name) for file in (ROOT / "requirements").glob("*.txt")]
+    files = [pins(file.name) for file in (ROOT / "requirements").glob("*.txt") if file.name != "latest.txt"]
     pinned = {name: version for file in files for name, version in file.items()}
     assert all(pinned[name] == version for file in files for name, version in file.items())
     for name, allowed in ranges(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()).items():
         assert allowed.contains(pinned[name]), name
+
+
+def test_the_newest_tested_versions_are_the_ends_of_the_ranges():
+    """Each is in its range, newer than the other lane's, and no later minor release is in the range."""
+    ours = ranges(PROJECT["dependencies"])
+    for name, version in pins("latest.txt").items():
+        if name in ours:
+            newest = Version(version)
+            assert ours[name].contains(newest) and newest > Version(pins("core.txt")[name]), name
+            following = f"{newest.major}.{newest.minor + 1}" if name != "datasets" else f"{newest.major + 1}"
+            assert not ours[name].contains(following), name
 
 
 def test_patches_are_held_to_the_ranges_of_the_package():
@@ -101,4 +113,6 @@ def test_the_packages_say_that_they_have_types(package, monkeypatch):
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
     build.manifest_files = {}  # which would be asked of a source distribution
-    assert str(Path(package) / "py.typed") in build.find_data_files(package, package)
+    found = build.find_data_files(package, package)
+    assert str(Path(package) / "py.typed") in found
+    assert (str(Path(package) / "known_code.json") in found) == (package == "patches")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedModel
 
 import patches
+from patches import granite_router_logits
 from tests import moe
 
 
@@ -23,8 +24,19 @@ def unpatched():
         patches.apply(NAME)
 
 
+NEEDED = pytest.mark.skipif(not granite_router_logits.needed(), reason="since transformers 5.24 it is not needed")
+
+
+@pytest.mark.skipif(granite_router_logits.needed(), reason="before transformers 5.24 it is needed")
+def test_it_is_not_applied_where_transformers_records_them(unpatched):
+    inputs, net = moe.batch(), moe.model("minimind2-moe")
+    assert not patches.status()[NAME].applied
+    assert len(net(**inputs, output_router_logits=True).router_logits) == 2
+
+
+@NEEDED
 def test_without_it_there_is_no_auxiliary_loss(unpatched):
-    """A canary: where it fails, transformers records them by itself, and the patch can go."""
+    """A canary: where it fails, transformers records them by itself."""
     inputs = moe.batch()
     net = moe.model("minimind2-moe")
     patches.revert(NAME)  # the preset applied it
@@ -34,6 +46,7 @@ def test_without_it_there_is_no_auxiliary_loss(unpatched):
         net(**inputs, labels=inputs["input_ids"], output_router_logits=True)
 
 
+@NEEDED
 def test_it_changes_nothing_else_and_reverts(unpatched):
     """Logits, loss and, without names, the whole output: bit for bit."""
     before = GraniteMoeSharedModel.forward
@@ -60,7 +73,7 @@ def test_they_are_each_layers_router_times_what_it_reads():
     read = []
     for layer in net.model.layers:
         layer.post_attention_layernorm.register_forward_hook(lambda _, __, out: read.append(out.flatten(0, 1)))
-    found = net(**inputs).router_logits
+    found = net(**inputs, output_router_logits=True).router_logits
     for logits, x, weight in zip(found, read, moe.routers(net).values(), strict=True):
         assert (logits - x @ weight.T).abs().max() <= 1e-6 * logits.abs().max() and logits.dtype == torch.float32
 

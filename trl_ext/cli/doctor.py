@@ -1,7 +1,7 @@
 """`latent-reasoning doctor`: versions found and tested, the backend and why it was chosen, and the patches that apply.
 
-The exit status is 1 if a version is untested, unless the override is set. Upstream code that differs from the code that
-a patch was written for gives a warning.
+The exit status is 1 if a version is refused, unless the override is set: one that is older than the tested ones, or newer
+with other code where this project changes or relies on it. Upstream code that differs from tested code gives a warning.
 """
 
 import importlib.util
@@ -36,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for status in patches.status().values():
         for warning in status.warnings:
             console.print(f"warning: {warning}; read the upstream code and record its fingerprint", style="yellow")
+    notes = [note for package in versions.TESTED if (note := versions.newer_note(package))]
+    for note in notes:
+        console.print(note, style="yellow")
     if not problems:
-        console.print("all versions are tested together", style="green")
+        if not notes:
+            console.print("all versions are tested", style="green")
         return 0
     console.print(next(iter(problems.values())), style="red")
     if versions.untested_allowed():
@@ -53,7 +57,11 @@ def _versions_table(console: PlainConsole, problems: dict[str, str]) -> None:
         table.add_column(heading)
     for package, wanted in versions.TESTED.items():
         found = versions.installed_version(package)
-        state = Text("untested", style="red") if package in problems else "ok" if found else "not installed (optional)"
+        state: str | Text = "ok" if found else "not installed (optional)"
+        if package in problems:
+            state = Text("untested", style="red")
+        elif versions.is_newer(package):
+            state = Text("newer", style="yellow")
         table.add_row(package, str(found or "-"), str(wanted), state)
     console.print(table)
 

@@ -313,6 +313,8 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         folder = Path(output_dir or self.args.output_dir)
         kept = read_card(folder)
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # since transformers 5.23 every process comes here
+            return
         if (
             describer(self.accelerator.unwrap_model(self.model)) is None
         ):  # models with attached modules write their own card

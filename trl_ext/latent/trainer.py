@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from unsloth_ext.common.compat import CACHE
 from unsloth_ext.common.embeddings import embedding_norm
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
@@ -258,9 +259,9 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1)[:, -ids.shape[1] :],
-                past_key_values=cache,
                 output_hidden_states=bool(args.w_codi),
                 use_cache=cache is not None,
+                **{CACHE: cache},
             )
         return out, kept
 
@@ -271,9 +272,9 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             input_ids=inputs["input_ids"],
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1)[:, -inputs["input_ids"].shape[1] :],
-            past_key_values=state.cache,
             use_cache=True,
             output_hidden_states=bool(self.args.w_codi),
+            **{CACHE: state.cache},
         )
 
     def _kv_distance(self, latent_kv: list[tuple[torch.Tensor, torch.Tensor]], kept: list) -> torch.Tensor:

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
+from unsloth_ext.common.compat import enable_checkpointing
+
 from ..common.checkpointing import CheckpointError
 from ..common.engines import check_engine
 from ..common.gradients import average_gradients
@@ -104,7 +106,7 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
             self.critic = critic_model
         ready(self.critic, len(self._tokenizer), self.accelerator.device)
         if args.gradient_checkpointing:
-            self.critic.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            enable_checkpointing(self.critic, args.gradient_checkpointing_kwargs)
         self._divergences: list[torch.Tensor] = []  # (sum, tokens) for each batch of the current step
         self._dropping = False
 

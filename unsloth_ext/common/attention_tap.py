@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .backend import without_block_compile
+from .compat import CACHE
 from .evaluation_mode import evaluating
 from .layer_kinds import numbered
 from .wrapping import backbone_of, causal_lm_of
@@ -139,7 +140,7 @@ def check_look(model: nn.Module, what: str) -> None:
     cache = DynamicCache(config=backbone.config)
     ids = torch.zeros(1, 2, dtype=torch.long, device=backbone.get_input_embeddings().weight.device)
     with evaluating(model), attention_tap(model, lambda layer, _, key, value: seen.update({layer: (key, value)})):
-        backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+        backbone(input_ids=ids, use_cache=True, **{CACHE: cache})
     check_seen(model, seen, what)
     for layer, held in enumerate(cache.layers):
         ours, theirs = tuple(held.keys.shape), tuple(seen[layer][0].shape)

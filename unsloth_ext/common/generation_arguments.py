@@ -101,6 +101,7 @@ REFUSED_PARAMETERS = {
     "inputs_embeds": Refusal(False, _PROMPT),
     "position_ids": Refusal(False, _PROMPT),
     "past_key_values": Refusal(False, _CACHE),
+    "cache": Refusal(False, _CACHE),
 }
 
 

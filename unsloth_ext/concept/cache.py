@@ -117,6 +117,7 @@ class ConceptCache:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)
 
     def __init__(self):
         self.layers = (SlotCache(), SlotCache(), SlotCache())

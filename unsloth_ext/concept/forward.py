@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..common.compat import CACHE
 from ..common.layer_kinds import check_length
 from .cache import ConceptCache, SlotCache, used_first
 from .flex_attention import FLEX, flex_from
@@ -68,8 +69,8 @@ def run_layers(
                 attention_mask=mask,
                 position_ids=positions,
                 position_embeddings=rotary,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{CACHE: cache},
             )
     return hidden
 
@@ -94,6 +95,7 @@ def concept_forward(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     concepts: torch.Tensor | None = None,
+    cache: Any = None,
     **_: Any,
 ) -> ConceptOutput:
     """Run the decoder with concepts, in place of the forward of its class.
@@ -110,6 +112,7 @@ def concept_forward(
         use_cache: as in transformers.
         concepts (B, T): long, the concept of each token or `<NULL>`, instead of the head's decision. (B, T, C) for
             several codebooks.
+        cache: `past_key_values` under its name since transformers 5.24.
 
     Returns:
         The output, with hidden states (B, T, d) in the model's dtype.
@@ -125,9 +128,10 @@ def concept_forward(
     embeds = backbone.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     if backbone.concept_embed_scale != 1.0:
         embeds = embeds * backbone.concept_embed_scale
-    cache = past_key_values if isinstance(past_key_values, ConceptCache) else None
-    if cache is None and past_key_values is not None and past_key_values.get_seq_length():
-        raise ValueError(f"past_key_values: a {type(past_key_values).__name__} cannot hold concepts; leave it out")
+    given = past_key_values if cache is None else cache
+    cache = given if isinstance(given, ConceptCache) else None
+    if cache is None and given is not None and given.get_seq_length():
+        raise ValueError(f"{CACHE}: a {type(given).__name__} cannot hold concepts; leave it out")
     use_cache = not backbone.training and bool(backbone.config.use_cache if use_cache is None else use_cache)
     check_length(backbone, embeds.shape[1] + (cache.seen if cache is not None else 0), "a concept")
     if cache is not None and cache.seen and embeds.shape[1] == 1 and real_at_last(attention_mask):
@@ -215,7 +219,7 @@ def parallel(
         used = torch.cat([past[0], valid], 1), torch.cat([past[1], kept], 1), slots.valid & (slots.concept | tail)
         cache.keep(used, valid.shape[1], memory)
     deep = deep[:, -valid.shape[1] :]
-    return ConceptOutput(backbone.norm(deep), past_key_values=cache, shallow=shallow, choice=choice, valid=valid)
+    return ConceptOutput(backbone.norm(deep), shallow=shallow, choice=choice, valid=valid, **{CACHE: cache})
 
 
 def known(cache: ConceptCache) -> Memory:
@@ -316,4 +320,4 @@ def step(
         seen = deep.open(everyone, torch.where(choice.concept[:, 0], concepts_before, deep.lengths))
     hidden = run_layers(backbone, config.parts[2], hidden, seen, positions, deep)
     cache.seen += 1
-    return ConceptOutput(backbone.norm(hidden), past_key_values=cache, shallow=tokens, choice=choice, valid=valid)
+    return ConceptOutput(backbone.norm(hidden), shallow=tokens, choice=choice, valid=valid, **{CACHE: cache})

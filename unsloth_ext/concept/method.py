@@ -43,6 +43,7 @@ print(model.generate("1+2=", max_new_tokens=32))""",
         "inputs_embeds",
         "position_ids",
         "past_key_values",
+        "cache",
     ),
     without_vllm="vLLM keeps the same tokens in every layer, and the middle layers of a model with concepts hold fewer",
 )

@@ -23,6 +23,7 @@ from transformers.generation import (
 
 from ..common.ablations import ABLATIONS
 from ..common.attaching import check_attached
+from ..common.compat import CACHE
 from ..common.delimiter import DelimiterMatcher
 from ..common.generation_arguments import check, check_context, refuse_empty, samplers_count, settle
 from ..common.padded_batches import check_batches
@@ -273,7 +274,7 @@ def hybrid_decode(
     criteria = _SeeingCriteria(stopping_criteria, hybrid)
     handles = []
     # An ablation mixes rows, or draws noise for each
-    if hybrid.ablation is None and can_drop_rows(model, generation_config, kwargs.get("past_key_values")):
+    if hybrid.ablation is None and can_drop_rows(model, generation_config, kwargs.get(CACHE)):
         handles += hybrid.live.attach(model)
     handles.append(hybrid.embedding.register_forward_hook(hybrid.fuse))
     if hybrid.needs_hidden and from_logits is None:

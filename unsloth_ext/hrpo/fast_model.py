@@ -12,6 +12,7 @@ import patches
 
 from ..common.attaching import read_settings
 from ..common.backend import unsloth_can_run
+from ..common.compat import enable_checkpointing
 from ..common.hub import (
     adapter_keys,
     as_dtype,
@@ -201,7 +202,7 @@ class FastThinkingModel:
                 torch.manual_seed(random_state)
                 model = peft_get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
             if use_gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                enable_checkpointing(model, {"use_reentrant": False})
                 model.enable_input_require_grads()
         return model
 

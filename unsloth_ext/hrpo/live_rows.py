@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..common.compat import CACHE
 from ..common.unsloth_decoding import on_unsloth
 
 
@@ -45,7 +46,7 @@ class LiveRows:
         return tensor if self._places is None else tensor[self._places]
 
     def _narrow(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(CACHE)
         if self.ended is None or not _separable(args, kwargs, len(self.ended)):
             return None
         live = ~self.ended[self.rows]
@@ -64,10 +65,10 @@ class LiveRows:
 
 def _separable(args: tuple, kwargs: dict[str, Any], rows: int) -> bool:
     """Return whether the inputs of a forward can be cut to some of their rows."""
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = kwargs.get(CACHE)
     if args or type(cache) is not DynamicCache or any(type(layer) not in LAYERS for layer in cache.layers):
         return False
-    others = [x for name, x in kwargs.items() if name != "past_key_values" and not isinstance(x, (bool, int))]
+    others = [x for name, x in kwargs.items() if name != CACHE and not isinstance(x, (bool, int))]
     return all(x is None or (isinstance(x, torch.Tensor) and x.dim() == 2 and len(x) == rows) for x in others)
 
 

@@ -119,7 +119,7 @@ class CompressedLayer(DynamicLayer):
 
 class CompressedCache(Cache):
     """A cache that holds at most `budget + buffer` tokens: `model.generate(...,
-    past_key_values=CompressedCache(model))`.
+    past_key_values=CompressedCache(model))`, or `cache=` since transformers 5.24.
 
     Make a new cache for each call. The model's attention becomes SDPA with an observer, which is plain SDPA for other
     caches.

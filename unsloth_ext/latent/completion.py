@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common import completions
 from ..common.ablations import ABLATIONS
+from ..common.compat import CACHE
 from ..common.completions import Completions, scored, written
 from ..common.evaluation_mode import evaluating
 from ..common.generation_arguments import left_padded, with_tokenizer
@@ -57,5 +58,5 @@ def log_likelihood(
         ids = torch.tensor(rows, device=model.device)
         mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(ids.shape)], dim=1)
         positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-        out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=state.cache)
+        out = model(ids, attention_mask=mask, position_ids=positions, **{CACHE: state.cache})
     return scored(out.logits[:, :-1], ids[:, 1:], lengths, right=False)

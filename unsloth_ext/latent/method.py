@@ -41,5 +41,6 @@ print(model.generate("1+2=", max_new_tokens=32))""",
         "inputs_embeds",
         "position_ids",
         "past_key_values",
+        "cache",
     ),
 )

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..common.compat import CACHE
 from ..common.evaluation_mode import evaluating
 from ..common.generation_arguments import check_context, grouped, left_padded, refuse_empty, settle, with_tokenizer
 from ..common.method_model import MethodModel
@@ -96,7 +97,7 @@ def latent_generate(
             inputs["cache_implementation"] = None
         if settings.use_cache:
             state.cache.batch_repeat_interleave(copies)
-            out = model.generate(past_key_values=state.cache, **inputs)
+            out = model.generate(**{CACHE: state.cache}, **inputs)
         else:
             with thinking_again(model, state, copies):
                 out = model.generate(**inputs)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..common.compat import CACHE, CHECKPOINTING, is_checkpointing
 from ..common.evaluation_mode import evaluating
 from ..common.model_probe import same_states, trial_ids
 from ..common.wrapping import backbone_of, causal_lm_of
@@ -56,8 +57,8 @@ def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )
     return cache
 
@@ -89,8 +90,8 @@ def check_backbone(model: nn.Module) -> None:
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1)[:, first:],
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             ).last_hidden_state
             kept = torch.equal(embeds, embedding(ids[:, first:]))  # CTRL scales its input in place
             found = kept and hidden.shape == embeds.shape and same_states(hidden, plain)
@@ -135,10 +136,10 @@ def latent_phase(
     """
     backbone = backbone_of(model)
     config, (bot, latent, _) = backbone.latent_config, backbone.latent_token_ids
-    if backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
+    if backbone.training and is_checkpointing(backbone):
         raise ValueError(
             "gradient checkpointing is on: transformers then drops the cache in training, and the latent tokens would not "
-            "see the question. Call model.gradient_checkpointing_disable()"
+            f"see the question. Call model.{CHECKPOINTING}_disable()"
         )
     intervene = intervene or (lambda z: z)
     count = config.num_latents
@@ -158,8 +159,8 @@ def latent_phase(
             **inputs,
             attention_mask=seen[:, :until],
             position_ids=positions[:, until - length : until],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         ).last_hidden_state
 
     if config.iterations is None:

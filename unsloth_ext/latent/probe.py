@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from ..common.compat import CACHE
 from ..common.wrapping import backbone_of
 from ..kv_compression.compression import KVScoring
 from ..kv_compression.trace import compressed_trace
@@ -89,8 +90,8 @@ def kv_similarity(
             input_ids=torch.cat([question_ids, teacher_ids], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
     latent = latent_phase(model, question_ids, question_mask).latent_kv()
     length = int(trace_mask.any(0).sum())

@@ -52,6 +52,7 @@ print(model.plan("1+2="), model.generate("1+2=", max_new_tokens=32))""",
         "inputs_embeds",
         "position_ids",
         "past_key_values",
+        "cache",
     ),
     without_vllm="vLLM counts positions up from 0, and those of a plan begin again with each type of concept",
 )

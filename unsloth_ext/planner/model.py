@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from ..common.attaching import check_adapter
 from ..common.evaluation_mode import evaluating
@@ -65,6 +70,11 @@ def execute_plan(model: PreTrainedModel | PeftModel, plan: torch.Tensor, **gener
     prefix = executor_prefix(model, plan)
     positions = prefix.positions.clone()
     positions[:, -1] = backbone_of(model).planner_config.max_quota
+    if settings.repetition_penalty not in (None, 1.0):
+        # transformers 5.24 leaves as many new tokens unpenalised as a prompt of embeddings has padding
+        ours = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+        given = generate_kwargs.get("logits_processor") or ()
+        generate_kwargs |= {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([ours, *given])}
     with evaluating(model), writing_after(model, prefix):
         return model.generate(
             inputs_embeds=prefix.embeds, attention_mask=prefix.mask.long(), position_ids=positions, **generate_kwargs

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..common.compat import CACHE, CHECKPOINTING, is_checkpointing
 from ..common.layer_kinds import check_length
 
 
@@ -32,10 +33,10 @@ class SlotSequence:
     """
 
     def __init__(self, backbone: nn.Module, rows: int, device: torch.device, cached: bool = True):
-        if cached and backbone.training and getattr(backbone, "is_gradient_checkpointing", False):
+        if cached and backbone.training and is_checkpointing(backbone):
             raise ValueError(
                 "gradient checkpointing is on: transformers then drops the cache in training, and concepts would not see "
-                "the text. Call model.gradient_checkpointing_disable()"
+                f"the text. Call model.{CHECKPOINTING}_disable()"
             )
         self.backbone = backbone
         self.cache = DynamicCache(config=backbone.config) if cached else None
@@ -80,8 +81,8 @@ class SlotSequence:
             inputs_embeds=embeds.to(self.dtype),
             attention_mask=self._mask(positions.shape[1]),
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=self.cache is not None,
+            **{CACHE: self.cache},
         ).last_hidden_state
 
     def _mask(self, count: int) -> torch.Tensor:

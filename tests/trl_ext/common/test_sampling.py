@@ -119,6 +119,7 @@ def test_every_field_of_generation_that_makes_a_logits_processor_is_known():
         "temperature",  # compared with the loss's
         "max_length",
         "use_cache",
+        "num_return_sequences",
         "renormalize_logits",
         "remove_invalid_values",
         "eos_token_id",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.hub import PushToHubMixin
 
 from tests import families, tiny
+from tests.installed import OLD_NAMES
 from unsloth_ext import (
     ConceptModel,
     FastThinkingModel,
@@ -164,6 +165,7 @@ def test_folders_of_before_are_read(kept, tmp_path, method, peft):
         file.write_text(json.dumps(json.loads(file.read_text()) | old))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=OLD_NAMES)
         warnings.filterwarnings("ignore", message="You have passed exclude_modules")
         again = load(method, folder)
     same(again, model, method)
@@ -177,6 +179,7 @@ def test_stock_peft_opens_an_adapter_without_a_warning(kept, tmp_path, method):
     model, folder = kept(method, True, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=OLD_NAMES)
         base = AutoModelForCausalLM.from_pretrained(model.peft_config["default"].base_model_name_or_path)
         stock = PeftModel.from_pretrained(base, folder)
     assert not any(set(name.split(".")) & set(METHODS[method].modules) for name in stock.state_dict())

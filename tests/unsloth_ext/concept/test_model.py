@@ -78,7 +78,7 @@ def test_sampled_sequences_and_what_generate_cannot():
     torch.manual_seed(0)
     out = net.generate(ids, attention_mask=mask, do_sample=True, num_return_sequences=4, max_new_tokens=6, **PLAIN)
     assert out.shape == (12, 15) and len({tuple(row.tolist()) for row in out[:4]}) > 1
-    with pytest.raises(ValueError, match="assisted decoding does not work"):
+    with pytest.raises(ValueError, match=r"(?i)assisted decoding"):
         net.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=6, do_sample=False, **PLAIN)
     with pytest.raises(ValueError, match="cannot hold concepts"):
         plain = tiny.model("qwen3")

@@ -12,6 +12,7 @@ from tests.trl_ext.hrpo import setups
 from tests.trl_ext.hrpo.test_trainer import loud, one_batch
 from tests.unsloth_ext.hrpo.test_decoding import KEEP, SOURCES, make, prompts
 from unsloth_ext import hybrid_generate
+from unsloth_ext.common.compat import CACHE
 from unsloth_ext.hrpo import decoding, live_rows
 from unsloth_ext.hrpo.live_rows import LiveRows, can_drop_rows
 
@@ -188,8 +189,8 @@ def test_what_has_rows_that_cannot_be_told_apart_is_left_alone(monkeypatch):
     live = LiveRows()
     live.ended = torch.tensor([True, False, False])
     shared, nested = {"position_ids": torch.zeros(1, 3)}, {"position_ids": torch.zeros(3, 3, 1)}
-    for other in ({"past_key_values": recurrent}, shared, nested, {"token_types": [0, 0, 0]}):
-        inputs = {"input_ids": torch.zeros(3, 1), "past_key_values": DynamicCache(), **other}
+    for other in ({CACHE: recurrent}, shared, nested, {"token_types": [0, 0, 0]}):
+        inputs = {"input_ids": torch.zeros(3, 1), CACHE: DynamicCache(), **other}
         assert live._narrow(net, (), inputs) is None
     assert live.rows == slice(None)
 
@@ -198,7 +199,7 @@ def test_sharded_models_feed_their_last_rows_on():
     """Their loop does not stop before those of the other processes."""
     live = LiveRows()
     live.ended = torch.tensor([True, False])
-    inputs = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": DynamicCache()}
+    inputs = {"input_ids": torch.tensor([[5], [6]]), CACHE: DynamicCache()}
     for _ in range(2):
         _, narrowed = live._narrow(None, (), inputs)
         assert narrowed["input_ids"].tolist() == [[6]]

@@ -106,6 +106,7 @@ ASKED = ["1+2+3=", "7-4=", ""]
 SCRIPT = """
 import sys, json, torch, warnings
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing")  # PEFT's, since transformers 5.23
 from unsloth_ext import PlannerExecutorModel, backbone_of, plan_log_prob
 loaded = PlannerExecutorModel.from_pretrained(sys.argv[1])
 asked = json.loads(sys.argv[2])
