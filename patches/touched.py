@@ -113,7 +113,7 @@ RELIED_ON = (
     ("transformers/cache_utils.py", "self.record_past", "Jacobi iterations crop layers with a window"),
     (
         "transformers/cache_utils.py",
-        'getattr(config, "sliding_window", None) is not None',
+        '"sliding_window", None) is not None',
         "the rule of layer_kinds.py",
     ),
     (

@@ -137,7 +137,7 @@ def test_importing_a_package_loads_nothing_heavy(tmp_path):
 
 
 NEEDS_VLLM = "unsloth_ext.hrpo.vllm."
-NEEDS_LM_EVAL = ("trl_ext.evaluation.lm_eval_model", "trl_ext.evaluation.run")
+NEEDS_LM_EVAL = ("trl_ext.evaluation.harness", "trl_ext.evaluation.lm_eval_model", "trl_ext.evaluation.run")
 
 
 def test_works_with_no_optional_package_installed(tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.recipes.running import run_recipe
 from trl_ext.cli.console import PlainConsole
+from trl_ext.evaluation import command as evaluation
 from unsloth_ext import has_thinking
 
 
@@ -67,17 +68,10 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     )  # cosine of 2 steps, half way
     assert json.loads(Path("out_2/summary.json").read_text())["accuracy_before"] == again["accuracy_after"]
 
-    run_recipe(
-        monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--thinking", "on", "zero", "off"
-    )
-    found = json.loads(Path("out/final/eval.json").read_text())
-    assert found["on"]["accuracy"] == again["accuracy_after"] and found["off"]["thinking_share"] == 0
+    evaluation.main(["out/final", "--held_out", "20", "--states", "on", "zero", "off"])
+    found = {row["state"]: row for row in json.loads(Path("out/final/eval.json").read_text())["results"]}
+    assert found["on"]["accuracy"] == again["accuracy_after"] and found["off"]["latent_share"] == 0
 
-    run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--held_out", "20", "--max_new_tokens", "2")
-    assert json.loads(Path("out/final/eval.json").read_text())["on"]["mean_length"] <= 2
-
-    with pytest.raises(ValueError, match=r"max_seq_length=20: prompt \d+ has \d+ tokens, and max_new_tokens=36 may"):
-        run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", "out/final", "--max_seq_length", "20")
     with pytest.raises(ValueError, match=r"max_seq_length=20: .* and max_completion_length=\d+ may follow"):
         run("--max_seq_length", "20", "--output_dir", "out_3")
     with pytest.raises(ValueError, match=r"max_seq_length=128: .* and max_completion_length=200 may follow"):
@@ -86,28 +80,9 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
         run("--max_completion_length", "200", "--max_seq_length", "500", "--output_dir", "out_3")  # as that one said
 
     files = sorted(file.name for file in folder.iterdir())  # of the model that the run began with
-    run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", folder, "--held_out", "20", "--thinking", "off")
-    assert list(json.loads(Path("eval.json").read_text())) == ["off"]
+    evaluation.main([str(folder), "--held_out", "20", "--max_new_tokens", "2"])
+    assert [row["state"] for row in json.loads(Path("eval.json").read_text())["results"]] == ["on"]
     assert sorted(file.name for file in folder.iterdir()) == files, "nothing is written into a folder that is not ours"
-
-
-def test_evaluation_says_what_is_wrong_before_it_begins(monkeypatch, tmp_path):
-    tiny.model().save_pretrained(tmp_path / "base")
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
-    monkeypatch.setattr("unsloth_ext.FastThinkingModel.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=r"has no trained thinking modules.*--thinking off"):
-        run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base")
-    with pytest.raises(ValueError, match="--output"):
-        run_recipe(
-            monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", tmp_path
-        )
-    with pytest.raises(ValueError, match=r"--output .*config.json"):
-        out = tmp_path / "base" / "config.json" / "eval.json"
-        run_recipe(
-            monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "base", "--thinking", "off", "--output", out
-        )
-    with pytest.raises(ValueError, match="there is no folder"):
-        run_recipe(monkeypatch, "eval_gsm8k.py", "--checkpoint", tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer each turn. Return 0."""
     flags = parser().parse_args(argv)
     at_least(flags, max_new_tokens=1, temperature=0)
-    import torch
     from transformers import set_seed
 
     from unsloth_ext.common.text_model import TextModel
 
-    model = TextModel.from_pretrained(flags.checkpoint, delimiter=flags.answer_delimiter)
-    model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = TextModel.from_pretrained(flags.checkpoint, delimiter=flags.answer_delimiter).to_accelerator()
     if flags.state not in model.states:
         raise ValueError(f"--state {flags.state}: a {model.kind} model has {', '.join(model.states)}")
     remembers = bool(model.tokenizer.chat_template) and model.kind not in ("latent", "planner")

@@ -22,6 +22,7 @@ from ..common.spelling import did_you_mean
 
 
 EMBEDDED_TASKS = ("sums", "equations", "facts", "sentences")
+WRITTEN_BY_US = ("latent_reasoning.json", "training_args.json")
 FILE_TASKS = ("gsm8k", "gsm_hard", "svamp", "multiarith")
 
 
@@ -34,9 +35,10 @@ def parser() -> CommandLine:
     made.add_argument(
         "--tasks",
         nargs="+",
-        help=f"any of {', '.join(EMBEDDED_TASKS)} (embedded), {', '.join(FILE_TASKS)} (with --data) "
-        "(default: the embedded task of this kind of model)",
+        help=f"any of {', '.join(EMBEDDED_TASKS)} (embedded), {', '.join(FILE_TASKS)} (with --data), and tasks of "
+        "lm-evaluation-harness (default: the embedded task of this kind of model)",
     )
+    made.add_argument("--include_path", help="a folder with more tasks for lm-evaluation-harness, as YAML files")
     made.add_argument(
         "--data", nargs="+", default=[], metavar="TASK=FILE", help="the files of tasks (docs/evaluation.md)"
     )
@@ -54,11 +56,14 @@ def parser() -> CommandLine:
         "--max_new_tokens", type=int, help="longest answer in tokens (default: 512; embedded tasks have their own)"
     )
     made.add_argument("--batch_size", type=int, default=64, help="prompts per batch (default: 64)")
+    made.add_switch("--load_in_4bit", "load the base model in 4 bits")
     made.add_argument("--dtype", help="such as bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
     made.add_argument("--answer_delimiter", help="the text before an answer (default: that of the training, else ####)")
     made.add_argument("--held_out", type=int, default=400, help="rows of an embedded task (default: 400)")
     made.add_argument("--seed", type=int, default=0, help="of sampling, and of embedded tasks (default: 0)")
-    made.add_argument("--output", help="folder of the results (default: CHECKPOINT if it is a folder)")
+    made.add_argument(
+        "--output", help="folder of the results (default: CHECKPOINT if it is one of ours, else this one)"
+    )
     return made
 
 
@@ -73,25 +78,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--answer_delimiter '': give the text before an answer, such as '####'")
     if flags.states and flags.ablations:
         raise ValueError("--states and --ablations: give one of them; --ablations is all states")
+    if flags.include_path and not Path(flags.include_path).is_dir():
+        raise ValueError(f"--include_path {flags.include_path}: there is no such folder")
     files = files_of(flags.data, flags.tasks or ())
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("evaluation needs lm-evaluation-harness: pip install 'latent-reasoning-trl[eval]'")
-    here = flags.output or (flags.checkpoint if Path(flags.checkpoint).is_dir() else ".")
-    folder = writable_folder(here, "--output")
+    ours = any(Path(flags.checkpoint, name).is_file() for name in WRITTEN_BY_US)
+    folder = writable_folder(flags.output or (flags.checkpoint if ours else "."), "--output")
     console = PlainConsole()
     # lm-eval and torch, after all that can be wrong without them
     from .run import evaluate_tasks
 
-    results, samples = evaluate_tasks(flags, files)
-    show(console, flags.checkpoint, results)
+    results, harness, samples = evaluate_tasks(flags, files)
+    if results:
+        show(console, flags.checkpoint, results)
+    if harness:
+        show_harness(console, flags.checkpoint, harness)
     for (task, state), rows in samples.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         (folder / f"samples_{task}_{state}.jsonl").write_text(lines)
     given = {name: value for name, value in vars(flags).items() if value not in (None, [])}
     found = {"checkpoint": flags.checkpoint, "flags": given, "results": [result.numbers() for result in results]}
-    (folder / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(folder / "eval.png", flags.checkpoint, results)
-    console.print(f"Written: {folder / 'eval.json'}, {folder / 'eval.png'}, {folder}/samples_*.jsonl")
+    (folder / "eval.json").write_text(json.dumps(found | {"harness": harness}, indent=1) + "\n")
+    if results:
+        draw(folder / "eval.png", flags.checkpoint, results)
+    picture = f", {folder / 'eval.png'}" if results else ""
+    console.print(f"Written: {folder / 'eval.json'}{picture}, {folder}/samples_*.jsonl")
     return 0
 
 
@@ -142,6 +154,20 @@ def show(console: PlainConsole, title: str, results: list[Any]) -> None:
     console.print(found)
     console.print(cost)
     console.print("Latent: latent steps over forward passes. Milliseconds: of decoding, in batches.")
+
+
+def show_harness(console: PlainConsole, title: str, found: list[dict[str, Any]]) -> None:
+    """Print a row for each metric of the harness's tasks."""
+    table = Table(title=f"{title}: tasks of lm-evaluation-harness", title_justify="left")
+    for head in ("task", "latent steps", "metric", "filter"):
+        table.add_column(head)
+    for head in ("n", "value", "standard error"):
+        table.add_column(head, justify="right")
+    for row in found:
+        error = "-" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        cells = [row[name] for name in ("task", "state", "metric", "filter")]
+        table.add_row(*cells, str(row["n"]), f"{row['value']:.4f}", error)
+    console.print(table)
 
 
 def draw(file: Path, title: str, results: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """`latent-reasoning compare A B`: two evaluations of the same questions, with a paired test.
 
 A and B are `eval.json` files, or the folders that hold them. With one text for each question the test is McNemar's exact
-one; with several it permutes the two models within each question.
+one; with several, or with scores that are no 0 or 1, it permutes the two models within each question.
 """
 
 import importlib.util
@@ -48,7 +48,20 @@ def read_evaluation(name: str) -> dict[str, Any]:
     results = found.get("results") if isinstance(found, dict) and "checkpoint" in found else None
     if not isinstance(results, list) or not all(isinstance(r, dict) and r.keys() >= FIELDS for r in results):
         raise ValueError(f"{file}: not written by latent-reasoning eval")
-    return found
+    return found | {"results": [*results, *map(comparable, found.get("harness", ()))]}
+
+
+def comparable(row: dict[str, Any]) -> dict[str, Any]:
+    """What lm-evaluation-harness found in the form of our results. `right` is None if a question has no single score."""
+    return {
+        "task": f"{row['task']} ({row['metric']}, {row['filter']})",
+        "state": row["state"],
+        "n": row["n"],
+        "samples": 1,
+        "accuracy": row["value"],
+        "questions": row["questions"],
+        "right": row["scores"],
+    }
 
 
 def result_in(found: dict[str, Any], task: str, state: str) -> dict[str, Any] | None:
@@ -85,7 +98,7 @@ def paired(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float,
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     if not better + worse:
         p = 1.0
-    elif first["samples"] == 1:
+    elif first["samples"] == 1 and np.isin(gain, (-1, 0, 1)).all():
         p = stats.binomtest(better, better + worse, 0.5).pvalue
     else:
         p = stats.permutation_test(
@@ -112,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for head in ("task", "n", "first", "second", "difference (95% interval)", "p"):
         table.add_column(head, justify="left" if head == "task" else "right", no_wrap=True)
-    tasks = dict.fromkeys(r["task"] for found in (first, second) for r in found["results"])
+    tasks = dict.fromkeys(r["task"] for found in (first, second) for r in found["results"] if r["right"] is not None)
     alone = []
     for task in tasks:
         one, two = result_in(first, task, state), result_in(second, task, other)

@@ -57,12 +57,11 @@ class LatentReasoningLM(HFLM):
     ):
         given = {} if dtype is None else {"dtype": dtype}
         if isinstance(pretrained, str):
-            pretrained = TextModel.from_pretrained(pretrained, delimiter=delimiter, **given)
-            pretrained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            pretrained = TextModel.from_pretrained(pretrained, delimiter=delimiter, **given).to_accelerator()
         pretrained.check_state(state)
         self.opened, self.state, self.thinking_temperature = pretrained, state, thinking_temperature
         self.built, self.strings, self.questions = False, list[str](), list[str]()
-        self.costs = dict.fromkeys(("completions", "tokens", "forwards", "latent", "seconds"), 0.0)
+        self.forget_costs()
         kwargs.pop("device", None)  # the model is where it is
         super().__init__(
             pretrained=pretrained.model,
@@ -193,7 +192,7 @@ class LatentReasoningLM(HFLM):
         Raises:
             ValueError: they have no meaning for this kind of model.
         """
-        self._refuse(self.opened.no_likelihood(self.state), requests)
+        self._refuse("loglikelihood", requests)
         return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -202,13 +201,27 @@ class LatentReasoningLM(HFLM):
         Raises:
             ValueError: they have no meaning for this kind of model.
         """
-        why_not = self.opened.no_likelihood(self.state)
-        if self.opened.kind in ("latent", "planner") and self.state != "off":
-            why_not = f"a {self.opened.kind} model reads a question before it writes, and a whole text has none"
-        self._refuse(why_not, requests)
+        self._refuse("loglikelihood_rolling", requests)
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
-    def _refuse(self, why_not: str | None, requests: list) -> None:
-        if why_not:
+    def why_not(self, output_type: str) -> str | None:
+        """Why this model and state cannot do a kind of task, or None.
+
+        Args:
+            output_type: `generate_until`, `loglikelihood`, `multiple_choice` or `loglikelihood_rolling`, as lm-eval calls
+                them.
+        """
+        if output_type == "generate_until":
+            return None
+        if output_type == "loglikelihood_rolling" and self.opened.kind in ("latent", "planner") and self.state != "off":
+            return f"a {self.opened.kind} model reads a question before it writes, and a whole text has none"
+        return self.opened.no_likelihood(self.state)
+
+    def forget_costs(self) -> None:
+        """Set the sums of `costs` to zero."""
+        self.costs = dict.fromkeys(("completions", "tokens", "forwards", "latent", "seconds"), 0.0)
+
+    def _refuse(self, output_type: str, requests: list) -> None:
+        if why_not := self.why_not(output_type):
             tasks = sorted({str(request.task_name) for request in requests})
             raise ValueError(f"{', '.join(tasks)}: {why_not}")

@@ -13,6 +13,7 @@ from unsloth_ext.common.text_model import TextModel, trained_with
 
 from ..tasks import equations
 from .command import EMBEDDED_TASKS, FILE_TASKS
+from .harness import load_tasks, meaningful, run_tasks
 from .lm_eval_model import LatentReasoningLM
 from .results import Result, result_of
 from .tasks import EMBEDDED, EvaluationTask, embedded_task, file_task
@@ -20,28 +21,34 @@ from .tasks import EMBEDDED, EvaluationTask, embedded_task, file_task
 
 def evaluate_tasks(
     flags: Namespace, files: dict[str, str]
-) -> tuple[list[Result], dict[tuple[str, str], list[dict[str, Any]]]]:
-    """The results, and by task and state the texts.
+) -> tuple[list[Result], list[dict[str, Any]], dict[tuple[str, str], list[dict[str, Any]]]]:
+    """Evaluate a checkpoint.
 
     Args:
         flags: of `command.parser()`.
         files: of tasks that need one.
 
+    Returns:
+        The results of our tasks, those of the harness's (see `harness.run_tasks`), and by task and state the texts.
+
     Raises:
         ValueError: a task or state is unknown, or a file or model cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    others = [name for name in dict.fromkeys(flags.tasks or ()) if name not in (*EMBEDDED_TASKS, *FILE_TASKS)]
+    theirs = load_tasks(others, flags.include_path, flags.num_fewshot) if others else {}
     kind = {} if flags.dtype is None else {"dtype": flags.dtype}
-    opened = TextModel.from_pretrained(flags.checkpoint, delimiter=flags.answer_delimiter, **kind)
-    opened.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    kind |= {"load_in_4bit": True} if flags.load_in_4bit else {}
+    opened = TextModel.from_pretrained(flags.checkpoint, delimiter=flags.answer_delimiter, **kind).to_accelerator()
     states = flags.states or (opened.states if flags.ablations else [s for s in opened.states if s in ("on", "off")])
     states = list(dict.fromkeys(states))
     for state in states:
         if state not in opened.states:
             raise ValueError(f"--states {state}: a {opened.kind} model has {', '.join(opened.states)}")
     trained = trained_with(flags.checkpoint)
+    names = dict.fromkeys(flags.tasks or [EMBEDDED[opened.kind]])
     tasks = []
-    for name in dict.fromkeys(flags.tasks or [EMBEDDED[opened.kind]]):
+    for name in names:
         if name in EMBEDDED_TASKS:
             prompt = str(trained.get("answer_prompt", equations.ANSWER_PROMPT)).strip()
             marker = prompt if name == "equations" else opened.delimiter
@@ -49,27 +56,33 @@ def evaluate_tasks(
         elif name in FILE_TASKS:
             how = {"limit": flags.limit, "examples": flags.num_fewshot, "max_new_tokens": flags.max_new_tokens or 512}
             tasks.append(file_task(name, files[name], opened, trained, **how))
-        else:
-            known = ", ".join((*EMBEDDED_TASKS, *FILE_TASKS))
-            raise ValueError(f"--tasks {name}: there is no such task; {known}")
-    results, samples = [], {}
+    lms = [
+        LatentReasoningLM(opened, state=state, thinking_temperature=flags.temperature, batch_size=flags.batch_size)
+        for state in states
+    ]
+    for name in theirs:  # a state that was asked for must have a meaning; of the default ones, one must
+        if not any(name in meaningful(lm, theirs, refuse=bool(flags.states)) for lm in lms):
+            meaningful(lms[0], theirs, refuse=True)
+    results, found_by_harness, samples = [], [], {}
     manager = TaskManager(include_defaults=False)
     for task in tasks:
-        for state in states:
-            lm = LatentReasoningLM(
-                opened, state=state, thinking_temperature=flags.temperature, batch_size=flags.batch_size
-            )
+        for lm in lms:
+            lm.forget_costs()
             torch.manual_seed(flags.seed)
             made = manager.load([task.for_lm_eval(flags.samples, flags.temperature)])
             out = lm_eval.evaluate(lm=lm, task_dict=made, log_samples=True, bootstrap_iters=0)
             found = sorted(out["samples"][task.name], key=lambda sample: sample["doc_id"])
             texts = [sample["resps"][0] for sample in found]
-            results.append(result_of(task, state, texts, lm.costs))
-            samples[task.name, state] = [
+            results.append(result_of(task, lm.state, texts, lm.costs))
+            samples[task.name, lm.state] = [
                 {**row, "texts": some, "right": [task.is_right(text, row["answer"]) for text in some]}
                 for row, some in zip(task.rows, texts, strict=True)
             ]
-    return results, samples
+    for lm in lms if theirs else ():
+        found, asked = run_tasks(lm, meaningful(lm, theirs), flags)
+        found_by_harness += found
+        samples |= asked
+    return results, found_by_harness, samples
 
 
 def shortened(task: EvaluationTask, flags: Namespace) -> EvaluationTask:

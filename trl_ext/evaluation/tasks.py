@@ -129,6 +129,9 @@ READERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
 }
 
 
+HUB_CONFIGS = {"openai/gsm8k": "main"}  # hub data sets that have no default configuration
+
+
 def read_questions(name: str, file: str, limit: int | None = None, split: str = "test") -> list[dict[str, str]]:
     """Rows with `question`, `answer` (a number as text) and `solution` of a published file.
 
@@ -142,7 +145,7 @@ def read_questions(name: str, file: str, limit: int | None = None, split: str = 
         DataError: the file cannot be read, or a row has not the columns of the task or no number. The message names it.
     """
     found = []
-    for place, row in read_rows(file, split=split, size=limit)[1]:
+    for place, row in read_rows(file, split=split, config=HUB_CONFIGS.get(file), size=limit)[1]:
         where = f"{name}: dataset {file}, {place}"
         try:
             question, answer = READERS[name](row)

@@ -33,11 +33,6 @@ METHOD = TrainingMethod(
             configs="hrpo",
         ),
         Command(
-            "eval-hrpo",
-            'accuracy of a checkpoint: ARGS="--checkpoint runs/hrpo_gsm8k/final --thinking zero"',
-            "recipes/eval_gsm8k.py",
-        ),
-        Command(
             "bench-hrpo",
             "step time, decode rate and memory against stock TRL and transformers",
             "benchmarks/bench_hrpo.py",

@@ -29,6 +29,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -289,6 +290,18 @@ def _errors_only() -> AbstractContextManager[None]:
     every model.
     """
     return showing_only(MODELING, lambda record: record.levelno >= logging.ERROR)
+
+
+def nf4(dtype: torch.dtype | str | None) -> BitsAndBytesConfig:
+    """The settings of QLoRA's 4-bit weights (arXiv 2305.14314).
+
+    Args:
+        dtype: of the products. None or "auto" means bitsandbytes' default.
+    """
+    compute = None if dtype == "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
+    )
 
 
 def check_missing(names: Iterable[str], name: str) -> None:

@@ -1,6 +1,6 @@
 """The kind of attention of each decoder layer, decided here for all methods.
 
-transformers' rule is that of its caches (`get_layer_types_and_kwargs`, 5.17): `layer_types` if a configuration has
+transformers' rule is that of its caches (`get_layer_types_and_kwargs`): `layer_types` if a configuration has
 them, else `sliding_window`, else `attention_chunk_size`. Some models do not follow it: GPT-Neo uses another field, and
 RWKV has none, only a class that says it is recurrent. A window as long as the model's longest text hides nothing.
 """

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import completions
 from .completions import Completions
 from .generation_arguments import left_padded
-from .hub import base_of, check_name, load_adapter, load_causal_lm, load_tokenizer
+from .hub import base_of, check_name, load_adapter, load_causal_lm, load_tokenizer, nf4
 from .method import Method
 from .question_ids import question_ids
 from .settings_file import method_of, read_json, saved_method
@@ -53,9 +53,21 @@ class TextModel:
         """What `complete` accepts as `state`."""
         return self.method.states if self.method else ("on",)
 
+    def to_accelerator(self) -> Self:
+        """Move the model to the GPU, if there is one and the loader has not placed it."""
+        if torch.cuda.is_available() and self.model.device.type == "cpu":
+            self.model.to("cuda")
+        return self
+
     @classmethod
     def from_pretrained(
-        cls, name: str, *, delimiter: str | None = None, token: str | None = None, **kwargs: Any
+        cls,
+        name: str,
+        *,
+        delimiter: str | None = None,
+        token: str | None = None,
+        load_in_4bit: bool = False,
+        **kwargs: Any,
     ) -> Self:
         """Open a folder or hub id: a full model or an adapter, with the modules of a method or without.
 
@@ -64,6 +76,7 @@ class TextModel:
             delimiter: the text that ends the thinking. None means the one of the training, if the folder says it, else
                 "####".
             token: the access token for the hub.
+            load_in_4bit: load the base model in 4 bits (NF4, with bitsandbytes).
             **kwargs: keywords for `from_pretrained`, such as `dtype="bfloat16"`.
 
         Returns:
@@ -77,12 +90,16 @@ class TextModel:
         if method is not None:
             load = method.loader_class().from_pretrained
             if "load_in_4bit" in inspect.signature(load).parameters:  # on a GPU it would quantise without a word
-                kwargs.setdefault("load_in_4bit", False)
+                kwargs["load_in_4bit"] = load_in_4bit
+            elif load_in_4bit:
+                kwargs["quantization_config"] = nf4(kwargs.get("dtype"))
             opened = load(name, token=token, **kwargs)
             model, tokenizer = opened if isinstance(opened, tuple) else (opened.model, opened.tokenizer)
         else:
             adapter = read_json(name, "adapter_config.json", token)
             tokenizer = load_tokenizer(name, token, padding_side="left")
+            if load_in_4bit:
+                kwargs["quantization_config"] = nf4(kwargs.get("dtype"))
             model = load_causal_lm(name if adapter is None else base_of(adapter, name), token=token, **kwargs)
             if adapter is not None:
                 model = load_adapter(model, name, token=token)

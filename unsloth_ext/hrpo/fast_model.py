@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft import get_peft_model as peft_get_peft_model
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import patches
 
@@ -25,6 +25,7 @@ from ..common.hub import (
     load_causal_lm,
     load_modules,
     load_tokenizer,
+    nf4,
 )
 from ..common.settings_file import held_by, read_saved
 from .adapter import THINKING_MODULES
@@ -237,10 +238,7 @@ def _load_transformers(
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     if load_in_4bit:
-        compute = None if dtype == "auto" else dtype
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True
-        )
+        kwargs["quantization_config"] = nf4(dtype)
     if device_map is None and torch.cuda.is_available():
         device_map = {"": torch.cuda.current_device()}
     common = {"token": token, "trust_remote_code": trust_remote_code}

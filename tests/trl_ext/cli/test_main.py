@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def test_every_command_has_a_parser_and_says_what_it_does(name):
 
 def test_the_command_is_installed_and_light(tmp_path):
     """No torch for its help: it answers at once, outside of a checkout too."""
-    program = Path(sys.executable).with_name("latent-reasoning")
+    files = metadata.distribution("latent-reasoning-trl").files
+    (program,) = (file.locate().resolve() for file in files if file.name == "latent-reasoning")
     done = subprocess.run([program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == main.usage()
     done = subprocess.run([program, "trian"], cwd=tmp_path, capture_output=True, text=True, check=False)

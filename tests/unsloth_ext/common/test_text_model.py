@@ -190,3 +190,14 @@ def test_without_latent_steps_the_likelihood_is_that_of_the_plain_forward(opened
     with torch.no_grad():
         log_probs = model.model(torch.tensor([[*context, *text]])).logits.log_softmax(-1)[0]
     assert value == pytest.approx((log_probs[2, 8] + log_probs[3, 9]).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["hrpo", "latent", "plain"])
+def test_a_base_model_is_opened_in_4_bits(method, tmp_path):
+    """Its linear layers are bitsandbytes' and it still writes; without being asked none is."""
+    folder = str(saved(method, True, tmp_path))
+    for asked in (False, True):
+        opened = TextModel.from_pretrained(folder, load_in_4bit=asked)
+        assert any(type(module).__name__ == "Linear4bit" for module in opened.model.modules()) is asked
+        batch = opened.tokenize(["1+1=", "2+3="])
+        assert len(opened.complete(batch["input_ids"], batch["attention_mask"], max_new_tokens=3).tokens) == 2
