@@ -95,6 +95,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def says(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def make(folder: Path) -> None:
     """Everything below `folder/trl-internal-testing`."""
     root = folder / "trl-internal-testing"
@@ -108,8 +112,14 @@ def make(folder: Path) -> None:
     zen.mkdir(parents=True)
     kinds = {
         "standard_prompt_only": lambda p, _: {"prompt": p},
-        "conversational_prompt_only": lambda p, _: {"prompt": [{"role": "user", "content": p}]},
+        "conversational_prompt_only": lambda p, _: {"prompt": [says("user", p)]},
         "standard_prompt_completion": lambda p, c: {"prompt": p, "completion": c},
+        "conversational_prompt_completion": lambda p, c: {
+            "prompt": [says("user", p)],
+            "completion": [says("assistant", c)],
+        },
+        "standard_language_modeling": lambda p, c: {"text": p + c},
+        "conversational_language_modeling": lambda p, c: {"messages": [says("user", p), says("assistant", c)]},
     }
     lines = ["---", "configs:"]
     for kind, shape in kinds.items():

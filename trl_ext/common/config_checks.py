@@ -109,6 +109,12 @@ def check_values(arguments: Any) -> None:
         raise ValueError("num_train_epochs=0: nothing would be trained; use more than 0, or set max_steps")
     if hasattr(arguments, "scale_rewards"):
         one_of(arguments, **RL_CHOICES)
+        must_stay(arguments, "the policy loss has no labels to smooth; TRL ignores all but", label_smoothing_factor=0.0)
+        must_stay(
+            arguments,
+            "rollouts are drawn by TRL's own sampler, which knows only shuffle_dataset; leave it at",
+            train_sampling_strategy="random",
+        )
     for value in getattr(arguments, "reward_weights", None) or ():
         if not math.isfinite(value):
             raise ValueError(f"reward_weights={arguments.reward_weights}: finite numbers")

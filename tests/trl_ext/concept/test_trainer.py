@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
 
 from tests import families, tiny
 from tests.marks import slow
@@ -88,31 +86,6 @@ def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
     found, wanted = (backbone_of(m.eval())(ids, use_cache=False) for m in (loaded.model, whole.model))
     assert found.choice.ids.equal(wanted.choice.ids)
     assert (found.last_hidden_state - wanted.last_hidden_state).abs().max() <= 1e-6
-
-
-@pytest.mark.parametrize("peft", [True, False])
-def test_off_it_is_sft_bit_for_bit(tmp_path, peft):
-    changes = {"use_concepts": False, "gradient_accumulation_steps": 2}
-    ours = setups.trainer(tmp_path, peft, **changes)
-    torch.manual_seed(0)
-    stock = SFTTrainer(
-        setups.base(),
-        SFTConfig(**setups.settings(tmp_path), gradient_accumulation_steps=2),
-        train_dataset=Dataset.from_list(setups.ROWS),
-        eval_dataset=Dataset.from_list(setups.ROWS[:8]),
-        processing_class=tiny.tokenizer(()),
-        peft_config=setups.lora() if peft else None,
-    )
-    for trainer in (ours, stock):
-        trainer.train()
-    for (name, a), b in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    timed = ("runtime", "per_second")
-    a, b = (
-        [{k: v for k, v in e.items() if not any(t in k for t in timed)} for e in t.state.log_history]
-        for t in (ours, stock)
-    )
-    assert a == b
 
 
 @pytest.mark.parametrize("peft", [True, slow(False)])

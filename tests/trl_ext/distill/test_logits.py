@@ -147,20 +147,6 @@ def test_cross_entropy_and_metrics_are_sfts(tmp_path):
     assert mixed == pytest.approx(0.5 * a["loss/ce"][0] + 0.5 * 2.25 * a["loss/kl"][0] + aux, rel=1e-6)
 
 
-@pytest.mark.parametrize("peft", [True, False])
-def test_alpha_one_is_sft_bit_for_bit(tmp_path, peft):
-    changes = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    ours = setups.logits(tmp_path, teacher_model=None, peft=peft, alpha=1.0, **changes)
-    stock = SFTTrainer(
-        setups.student(),
-        SFTConfig(**setups.settings(tmp_path, **changes)),
-        **setups._common(setups.ROWS, tiny.tokenizer(()), peft),
-    )
-    a, b = setups.trained(ours), setups.trained(stock)
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert setups.losses(ours) == setups.losses(stock) and ours.teacher is None
-
-
 @pytest.mark.parametrize("rows", ["completions", "conversations"])
 def test_accumulated_steps_are_one_batch(tmp_path, rows):
     """Of unequal lengths, assistant-only too: weights 1e-6 (SGD), every figure logged but SFT's own means 1e-5."""

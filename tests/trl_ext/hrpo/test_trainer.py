@@ -212,35 +212,6 @@ def test_gradients_are_bounded_by_group_or_together_and_logged_by_group(tmp_path
         assert trainer._metrics["train"][name] == [pytest.approx(value, rel=1e-4)]
 
 
-@pytest.mark.parametrize("peft", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2, "beta": 0.05, "gradient_accumulation_steps": 2}])
-def test_feature_off_is_stock_grpo_bit_for_bit(tmp_path, peft, changes):
-    """Fact 5: every loss, every logged metric but time, every final parameter."""
-    runs = []
-    for config_class, trainer_class, extra in (
-        (trl.GRPOConfig, trl.GRPOTrainer, {}),
-        (HRPOConfig, HRPOTrainer, {"thinking": False}),
-    ):
-        args = setups.arguments(config_class, tmp_path / trainer_class.__name__, max_steps=4, **changes, **extra)
-        trainer = trainer_class(
-            setups.base_folder(tmp_path),
-            setups.reward_digits,
-            args,
-            train_dataset=setups.prompts(),
-            processing_class=tiny.tokenizer(),
-            peft_config=setups.lora() if peft else None,
-        )
-        trainer.train()
-        history = [
-            {k: v for k, v in entry.items() if "time" not in k and "per_second" not in k}
-            for entry in trainer.state.log_history
-        ]
-        runs.append((history, setups.parameters(trainer)))
-    (stock_history, stock), (history, ours) = runs
-    assert history == stock_history
-    assert stock.keys() == ours.keys() and all(torch.equal(stock[name], ours[name]) for name in stock)
-
-
 def test_the_reference_does_not_think(tmp_path):
     """beta > 0 with LoRA: the KL reference is the base model, adapter off, without states."""
     trainer = setups.hrpo(tmp_path, beta=0.1)
