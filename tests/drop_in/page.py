@@ -1,6 +1,6 @@
 """docs/dropin.md, from the tables that the tests hold the trainers to and from what `run_trl_tests` measured.
 
-    python -m tests.drop_in.page > docs/dropin.md
+python -m tests.drop_in.page > docs/dropin.md
 """
 
 import json
@@ -69,7 +69,9 @@ def page() -> str:
     parts.append(FEATURE)
     for parent in FILES:
         cases = [case for case in CASES if case.parent == parent]
-        parts.append(f"| in place of `{parent}` | {' | '.join(case.name.removesuffix('Trainer') for case in cases)} |\n")
+        parts.append(
+            f"| in place of `{parent}` | {' | '.join(case.name.removesuffix('Trainer') for case in cases)} |\n"
+        )
         parts.append(f"|---{'|---' * len(cases)}|\n")
         reasons: dict[str, str] = {}
         for feature in FEATURES:
@@ -87,9 +89,9 @@ def page() -> str:
         parts.append("\n")
         parts += [f"- ({mark}) `{why}`\n" for why, mark in reasons.items()]
         parts.append("\n")
-    parts.append("What \"works\" means:\n\n")
+    parts.append('What "works" means:\n\n')
     parts += [f"- {feature.name}: {feature.shown}\n" for feature in FEATURES if feature.name != LIGER]
-    parts.append(f"- {LIGER}: \"not run\" is {NOT_MEASURED}\n")
+    parts.append(f'- {LIGER}: "not run" is {NOT_MEASURED}\n')
     found = json.loads(RESULTS.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts.append(f"""
