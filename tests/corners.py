@@ -9,13 +9,14 @@ docs/versions.md.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from packaging.requirements import Requirement
 
 
@@ -51,6 +52,7 @@ def run(corner: str, python: str, torch_args: list[str], tests: list[str]) -> di
     pip = [inside, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(constraints)]
     subprocess.run([*pip, "torch", *torch_args], check=True)
     subprocess.run([*pip, f"{ROOT}[eval]", *TOOLS], check=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # which a later build would take files from
     report = folder / "report.xml"
     call = [inside, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", f"--junitxml={report}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -58,7 +60,11 @@ def run(corner: str, python: str, torch_args: list[str], tests: list[str]) -> di
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     total, failed, skipped = (int(suite.get(name, 0)) for name in ("tests", "failures", "skipped"))
     failed += int(suite.get("errors", 0))
-    ask = f"import json, sys; from importlib.metadata import version; print(json.dumps({{name: version(name) for name in {[*claimed(), 'huggingface_hub']}}} | {{'python': sys.version.split()[0]}}))"
+    ask = (
+        "import json, sys; from importlib.metadata import version; "
+        f"found = {{name: version(name) for name in {[*claimed(), 'huggingface_hub']}}}; "
+        "print(json.dumps({'python': sys.version.split()[0], **found}))"
+    )
     installed = json.loads(subprocess.run([inside, "-c", ask], check=True, capture_output=True, text=True).stdout)
     return {
         "versions": installed,
@@ -79,8 +85,8 @@ def page(found: dict[str, Any]) -> str:
         for name in names
     )
     counts = "".join(
-        f"- {corner}: {found[corner]['passed']} passed, {found[corner]['failed']} failed, {found[corner]['skipped']} skipped\n"
-        for corner in CORNERS
+        f"- {corner}: {one['passed']} passed, {one['failed']} failed, {one['skipped']} skipped\n"
+        for corner, one in ((corner, found[corner]) for corner in CORNERS)
     )
     tests = "".join(f"- `{name}`\n" for name in found["oldest"]["tests"])
     return f"""# Versions
@@ -100,8 +106,8 @@ These tests ran at both ends: the canary, golden tensors, and what takes the pla
 
 | lane | command | versions |
 |---|---|---|
-| `unsloth` | `make test` | `requirements/core.txt` and `requirements/unsloth.txt`: Unsloth takes no newer transformers and TRL |
-| `latest` | `make test-latest` | `requirements/latest.txt`: the newest transformers, TRL and datasets, with the torch of `.venv` |
+| `unsloth` | `make test` | `requirements/core.txt`, `unsloth.txt`: Unsloth takes no newer transformers and TRL |
+| `latest` | `make test-latest` | `requirements/latest.txt`: the newest transformers, TRL, datasets; torch of `.venv` |
 
 Continuous integration runs the whole test suite on both.
 
@@ -114,23 +120,23 @@ Continuous integration runs the whole test suite on both.
 | newer, and the code that this project changes or relies on is the same there | one warning, and it is used |
 | newer, and that code differs | refused: the error names the place |
 
-`LATENT_ALLOW_UNTESTED_VERSIONS=1` uses any version. `latent-reasoning doctor` shows all of them. Which code is compared stands in
-`patches/touched.py` ([patches](patches.md)).
+`LATENT_ALLOW_UNTESTED_VERSIONS=1` uses any version. `latent-reasoning doctor` shows all of them. Which code is compared
+stands in `patches/touched.py` ([patches](patches.md)).
 
-Unsloth, bitsandbytes, vLLM and lm-evaluation-harness are optional: every module that is not made for one of them can be imported
-without it.
+Unsloth, bitsandbytes, vLLM and lm-evaluation-harness are optional: every module that is not made for one of them can be
+imported without it.
 
 ## Differences between the tested versions
 
 `unsloth_ext/common/compat.py` has them, each with the version that brought it and when it can go:
 
 - transformers 5.24 calls the cache `cache` instead of `past_key_values`.
-- transformers 5.23 calls gradient checkpointing activation checkpointing. TRL 1.16 and PEFT 0.21 still use the old name, which
-  gives a FutureWarning.
+- transformers 5.23 calls gradient checkpointing activation checkpointing. TRL 1.16 and PEFT 0.21 still use the old name,
+  which gives a FutureWarning.
 
-`granite_router_logits` is a patch that transformers 5.24 does not need any more ([patches](patches.md)). Gemma2 has no SDPA since
-transformers 5.24, because SDPA cannot cap scores: methods that look into attention refuse it there. An adapter can be a reward
-model since 5.24.
+`granite_router_logits` is a patch that transformers 5.24 does not need any more ([patches](patches.md)). Gemma2 has no SDPA
+since transformers 5.24, because SDPA cannot cap scores: methods that look into attention refuse it there. An adapter can be
+a reward model since 5.24.
 """
 
 

@@ -16,22 +16,23 @@ This page is generated (`python -m tests.drop_in.page`) from tables that `tests/
 
 ## Two lines
 
-A trainer takes the place of its parent in TRL by its import. `trl.SFTConfig` and `trl.GRPOConfig` become the configuration of
-the method, which has all of their fields.
+A trainer takes the place of its parent in TRL by its import. `trl.SFTConfig` and `trl.GRPOConfig` become the configuration
+of the method, which has all of their fields.
 """
 OFF = """
 ## Turned off, it is its parent
 
-With the method turned off, four steps give the same losses, the same other figures and the same weights as the parent in TRL, bit
-for bit on a CPU: the whole model and LoRA, with gradient accumulation, evaluation, and for GRPO two iterations with a KL term
-([test](../tests/drop_in/test_off.py)).
+With the method turned off, four steps give the same losses, the same other figures and the same weights as the parent in
+TRL, bit for bit on a CPU: the whole model and LoRA, with gradient accumulation, evaluation, and for GRPO two iterations
+with a KL term ([test](../tests/drop_in/test_off.py)).
 
 """
 FEATURE = """
 ## Features of TRL's trainers
 
-"works" is shown by a test: two steps with the feature are compared with two steps without it, or with rows that were prepared
-by hand ([test](../tests/drop_in/test_features.py)). "refused" is a ValueError before training that names the field.
+"works" is shown by a test: two steps with the feature are compared with two steps without it, or with rows that were
+prepared by hand ([test](../tests/drop_in/test_features.py)). "refused" is a ValueError before training that names the
+field.
 
 """
 NOT_MEASURED = "not refused; its kernels need a GPU and were not run"
@@ -97,10 +98,10 @@ def page() -> str:
     parts.append(f"""
 ## TRL's own tests
 
-`python -m tests.drop_in.run_trl_tests PATH_TO_A_TRL_CHECKOUT` runs TRL's test files with the class rebound: `HRPOTrainer` with
-thinking on, the others turned off. It ran with {versions}. The test files are of TRL {found["tests"]}, the newest that were
-available. Tiny models in folders stand in for the hub's. What fails on stock TRL too needs vision models, remote code or other
-models that have no stand-in, or tests something that the installed TRL does differently.
+`python -m tests.drop_in.run_trl_tests PATH_TO_A_TRL_CHECKOUT` runs TRL's test files with the class rebound: `HRPOTrainer`
+with thinking on, the others turned off. It ran with {versions}. The test files are of TRL {found["tests"]}, the newest that
+were available. Tiny models in folders stand in for the hub's. What fails on stock TRL too needs vision models, remote code
+or other models that have no stand-in, or tests something that the installed TRL does differently.
 
 | class | passed | failed | skipped | passes on stock only | passes with ours only |
 |---|---|---|---|---|---|

@@ -45,7 +45,13 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys):
     shown = capsys.readouterr().out
     assert "without concepts, before" in shown and "tokens per concept" in shown and "with random concepts" in shown
     assert Path("out/curves.png").stat().st_size > 10_000
-    assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {
+        ".safetensors",
+        ".json",
+        ".md",
+        ".jinja",
+        ".png",
+    }
     page = Path("out/concepts.html").read_text()
     held_out = facts.split(12, 0)[1]
     plain = re.sub(r"<sub>[\d ]+</sub>|<[^>]+>", "", page)

@@ -42,7 +42,7 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     assert Path("out/curves.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "Dry run" in out and "accuracy (95% interval)" in out
-    assert {f.suffix for f in Path("out/final").iterdir()} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {f.suffix for f in Path("out/final").iterdir()} <= {".safetensors", ".json", ".md", ".jinja", ".png"}
 
     (folder,) = (tmp_path / "cache").iterdir()
     made = folder.stat().st_mtime_ns

@@ -41,7 +41,7 @@ def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, ca
     assert Path("out/curves.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "1,000 of 1,000 rows usable" in out and "explicit steps" in out and "noise" in out
-    assert {f.suffix for f in Path("out/final").iterdir()} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {f.suffix for f in Path("out/final").iterdir()} <= {".safetensors", ".json", ".md", ".jinja", ".png"}
     made = {folder: folder.stat().st_mtime_ns for folder in cache.iterdir()}
 
     run(method, "--max_steps", "3", "--resume_from_checkpoint", "latest")

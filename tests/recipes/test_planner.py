@@ -48,7 +48,13 @@ def test_whole_run_resume_and_what_it_leaves(run, capsys, training):
     shown = capsys.readouterr().out
     assert "from a random plan" in shown and "written from it" in shown and "bits of a plan" in shown
     assert Path("out/curves.png").stat().st_size > 10_000 and Path("out/monitors.png").stat().st_size > 10_000
-    assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {f.suffix for f in Path("out/final").rglob("*") if f.is_file()} <= {
+        ".safetensors",
+        ".json",
+        ".md",
+        ".jinja",
+        ".png",
+    }
     loaded = PlannerExecutorModel.from_pretrained("out/final")
     text, plan, written, _ = first["samples"][0]
     codes = [[code for code in row if code >= 0] for row in loaded.plan(text)[0].tolist()]

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": ("trl_ext.evaluation.command", "evaluate a checkpoint of any kind: accuracy, costs, ablations"),
     "compare": ("trl_ext.evaluation.compare", "compare two evaluations of the same questions, with a paired test"),
     "chat": ("trl_ext.cli.chat", "talk to a checkpoint of any kind"),
+    "card": ("trl_ext.cli.card", "complete a saved model's card with curves, evaluations and ablations"),
     "convert": ("trl_ext.cli.convert", "merge an adapter: one folder with all weights, with the method or plain"),
     "doctor": ("trl_ext.cli.doctor", "show versions, the backend and why, and the patches that apply"),
     "plan": ("trl_ext.cli.plan", "say whether a run fits into the memory of GPUs, and what it costs"),

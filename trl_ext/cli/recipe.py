@@ -16,6 +16,7 @@ from ..common.config_checks import at_least
 from ..common.engines import check_engine
 from ..common.run_folder import check_apart, finished
 from ..common.sampling import check_vllm_rollouts
+from .card import complete_card
 from .report import plot_curves, write_summary
 from .resuming import claim, explain_the_end
 
@@ -156,6 +157,7 @@ def finish(
         after=after.numbers(),
         **more,
     )
+    complete_card(output / "final", output)
     finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 

@@ -36,7 +36,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from patches import fused_lm_head
-from patches.save_pretrained import describer
 from unsloth_ext.common.sharding import changing_weights, full
 
 from . import mixin_bases, zero_state
@@ -315,10 +314,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # since transformers 5.23 every process comes here
             return
-        if (
-            describer(self.accelerator.unwrap_model(self.model)) is None
-        ):  # models with attached modules write their own card
-            write_card_of(self, folder, kept)
+        write_card_of(self, folder, kept)
         for name, module in self._modules_beside().items():
             module.save_pretrained(folder / name)
         (folder / "training_args.bin").unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Model cards of a run: the card of an ordinary trainer's model, and TRL's card in the output folder."""
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any
 from transformers import Trainer
 
 from patches.save_pretrained import describer
-from unsloth_ext.common.model_card import outside, write_model_card
+from patches.versions import installed_version
+from unsloth_ext.common.model_card import TRAINING, outside, write_model_card
 from unsloth_ext.common.settings_file import method_of
+
+from .method import training_methods
 
 
 QUICK_START = re.compile(r"## Quick start\n.*?(?=\n## Training procedure)", re.DOTALL)  # TRL 1.15 shows a pipeline here
@@ -32,12 +36,19 @@ def read_card(folder: str | Path) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-def write_card_of(trainer: Trainer, folder: str | Path, kept: str | None = None, repo_id: str | None = None) -> None:
+def write_card_of(
+    trainer: Trainer,
+    folder: str | Path,
+    kept: str | None = None,
+    repo_id: str | None = None,
+    training: bool = True,
+) -> None:
     """Write or update the model card in a folder that a trainer saves to.
 
     Args:
         kept: the card that was there before.
         repo_id: name of the repository on the hub.
+        training: whether to say how it was trained. TRL's card does so itself.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     method, settings = method_of(model.config) if describer(model) is not None else (None, None)
@@ -49,6 +60,7 @@ def write_card_of(trainer: Trainer, folder: str | Path, kept: str | None = None,
         trainer=type(trainer).__name__,
         kept=kept,
         repo_id=repo_id,
+        training=training_sections(trainer) if training else "",
     )
 
 
@@ -70,5 +82,60 @@ def complete_run_card(trainer: Trainer, before: str | None, last: str | None) ->
         file.write_text(before)
     else:
         file.write_text(QUICK_START.sub("", file.read_text().replace(NO_BASE, "")))
-    write_card_of(trainer, file.parent, repo_id=trainer.hub_model_id)
+    write_card_of(trainer, file.parent, repo_id=trainer.hub_model_id, training=False)
     return outside(file.read_text())
+
+
+VERSIONS = ("latent-reasoning-trl", "trl", "transformers", "peft", "torch", "datasets")
+# Of every trainer; those of the method come after them
+MAIN_FIELDS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "beta",
+    "max_length",
+)
+
+
+def training_sections(trainer: Trainer) -> str:
+    """What a card says about a training: the last figures, the settings, versions, and whom to cite. In Markdown."""
+    args, state = trainer.args, trainer.state
+    last: dict[str, Any] = {}
+    for entry in state.log_history:
+        last |= {name: value for name, value in entry.items() if isinstance(value, int | float)}
+    known = {"loss", "train_loss", "reward"} | {
+        name for method in training_methods().values() for name, _ in method.curves
+    }
+    shown = {name: value for name, value in last.items() if name in known or name.startswith("eval_")}
+    given = {name: getattr(args, name) for name in MAIN_FIELDS if hasattr(args, name)} | own_settings(args)
+    paper = getattr(trainer, "_paper", None)
+    by = f"`{type(trainer).__name__}`" + (
+        f", a method introduced in [{paper['title']}](https://huggingface.co/papers/{paper['id']})" if paper else ""
+    )
+    lines = [TRAINING, "", f"{state.global_step} steps of {by}, in {args.world_size} process(es)."]
+    if shown:
+        lines += ["", "### Last figures", "", "| figure | value |", "|---|---|"]
+        lines += [f"| `{name}` | {value:.4g} |" for name, value in sorted(shown.items())]
+    lines += ["", "### Settings of the training", "", "`training_args.json` has all of them.", ""]
+    lines += ["| field | value |", "|---|---|"]
+    lines += [f"| `{name}` | {_cell(value)} |" for name, value in given.items()]
+    lines += ["", "### Framework versions", ""]
+    lines += [f"- {name}: {version}" for name in VERSIONS if (version := installed_version(name)) is not None]
+    if paper:
+        lines += ["", "## Citation", "", "```bibtex", inspect.cleandoc(paper["citation"]), "```"]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    value = getattr(value, "value", value)
+    if isinstance(value, str) and Path(value).is_absolute():
+        value = Path(value).name  # no card tells where somebody's folders are
+    text = str(value).replace("|", "\\|").replace("\n", " ")
+    return f"`{text}`" if text else ""

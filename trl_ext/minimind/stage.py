@@ -29,6 +29,7 @@ from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common.hub import load_causal_lm, load_tokenizer
 from unsloth_ext.common.vllm_installed import require_vllm
 
+from ..cli.card import complete_card
 from ..cli.flags import found_config
 from ..cli.parser import RecipeParser
 from ..cli.recipe import start
@@ -249,6 +250,7 @@ def run(
         **{name: value() for name, value in more.items()},
         history=[entry for entry in state.log_history if "loss" in entry or "reward" in entry],
     )
+    complete_card(output / "final", output)
     finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 

@@ -31,6 +31,8 @@ PART = re.compile(
     re.escape(BEGIN).replace(re.escape("{}"), "([0-9a-f]{12})") + r"\n(.*?)\n" + re.escape(END), re.DOTALL
 )
 
+RESULTS, TRAINING = "## Results", "## Training"
+
 # How to open an ordinary model. tests/unsloth_ext/common/test_saved.py runs this and the examples of the records
 ORDINARY = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,6 +68,7 @@ def write_model_card(
     trainer: str | None = None,
     kept: str | None = None,
     repo_id: str | None = None,
+    training: str = "",
 ) -> None:
     """Write `README.md` into a folder that a model was saved to.
 
@@ -77,8 +80,10 @@ def write_model_card(
         trainer: the class that trained the model, if known.
         kept: the card that was there before the model was saved.
         repo_id: the hub repository that the folder is uploaded to, if any.
+        training: sections about the training, in Markdown.
     """
     part = model_part(folder, model, method, settings, trainer, repo_id)
+    part.text += f"\n\n{training}" if training else ""
     file = Path(folder, "README.md")
     found = kept if kept is not None else file.read_text() if file.is_file() else None
     card = ModelCard(found, ignore_metadata_errors=True) if found is not None and not is_template(found) else None
@@ -116,6 +121,25 @@ def with_part(text: str, part: Part, file: Path) -> str:
         )
         return text
     return f"{text[: found.start()]}{part}{text[found.end() :]}"
+
+
+def with_results(content: str, results: str, file: Path) -> str:
+    """Return a card with these results in our part, before what it says about the training, in the place of older ones.
+
+    Args:
+        content: the card, which has such a part.
+        results: a section in Markdown that begins with `RESULTS`.
+        file: its name, for the warning if somebody has changed the part.
+    """
+    card = ModelCard(content, ignore_metadata_errors=True)
+    found = PART.search(card.text)
+    assert found is not None
+    before, _, training = re.sub(rf"{RESULTS}\n.*?(?={TRAINING}\n|\Z)", "", found[2], flags=re.DOTALL).partition(
+        TRAINING
+    )
+    after = f"\n\n{TRAINING}{training}" if training else ""
+    card.text = with_part(card.text, Part(f"{before.rstrip()}\n\n{results}{after}", {}), file)
+    return str(card)
 
 
 def outside(content: str) -> str:

@@ -76,6 +76,7 @@ def test_every_mode_trains_and_saves_and_loads(tmp_path, source, mode):
 def test_beside_4_bit_weights_lambda_moves_by_less_than_bf16_can_tell(tmp_path, given):
     """TRL casts what trains beside them to bf16: Lambda, at about 4, would then move by 1/64 or not at all. What it was
     given with is kept to the bit."""
+    pytest.importorskip("bitsandbytes")
     four_bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.bfloat16}
     name = setups.base_folder(tmp_path)
     model = None if given == "name" else FastThinkingModel.from_pretrained(name, 128, load_in_4bit=True)[0]

@@ -1,0 +1,106 @@
+"""`latent-reasoning card`, and what a trainer writes into the card of what it saves."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.kv_distill import setups as kv
+from trl_ext.cli import card
+from unsloth_ext.common.model_card import PART
+
+
+RESULT = {"task": "sums", "n": 20, "accuracy": 0.75, "low": 0.5, "high": 0.9, "tokens": 7.5, "forwards": 9.0}
+EVALUATION = {
+    "results": [
+        {**RESULT, "state": "on", "latent_share": 0.5},
+        {**RESULT, "state": "zero", "accuracy": 0.25, "latent_share": 0.5},
+    ],
+    "harness": [
+        {"task": "arc", "state": "off", "metric": "acc", "filter": "none", "n": 3, "value": 0.5, "stderr": None},
+    ],
+}
+SUMMARY = {"before": {"n": 20, "accuracy": 0.1}, "after": {"n": 20, "accuracy": 0.75, "note": "text"}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run with a saved model in it."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = hrpo.hrpo(folder, max_steps=2)
+    trainer.train()
+    trainer.save_model(folder / "final")
+    return folder
+
+
+def text_of(folder: Path) -> str:
+    return (folder / "final" / "README.md").read_text()
+
+
+def test_a_trainer_writes_how_it_trained(trained):
+    """Steps, the last figures of the trainer's state, settings, versions, and the paper of the method."""
+    text = text_of(trained)
+    assert "2 steps of `HRPOTrainer`, a method introduced in [Hybrid Latent Reasoning via" in text
+    assert re.search(r"\| `loss` \| -?[\d.e-]+ \|", text) and "| `learning_rate` | `0.001` |" in text
+    assert "| `answer_delimiter` | `#` |" in text and "- transformers: 5." in text
+    assert "@article{yue2025hybrid" in text and text.index("## How to open it") < text.index("## Training")
+    assert str(Path.home()) not in text
+
+
+def test_an_ordinary_models_card_says_it_too(tmp_path):
+    trainer = kv.trainer(tmp_path, max_steps=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    assert "2 steps of `KVDistillTrainer`" in text_of(tmp_path) and "| `lambda_kv` |" in text_of(tmp_path)
+
+
+def test_results_come_into_the_card_and_replace_older_ones(trained, capsys):
+    """Beside what somebody wrote; the hub's metadata has the accuracy of the model as it was trained."""
+    final = trained / "final"
+    (trained / "summary.json").write_text(json.dumps(SUMMARY))
+    (trained / "curves.png").write_bytes(b"picture")
+    (final / "eval.json").write_text(json.dumps(EVALUATION))
+    (final / "eval.png").write_bytes(b"picture")
+    (final / "README.md").write_text(f"{text_of(trained)}\n## Mine\n")
+    assert card.main([str(final)]) == 0
+    assert "(summary.json, curves.png, eval.json)" in capsys.readouterr().out.replace("\n", " ")
+    text = text_of(trained)
+    assert "| accuracy | 0.1 | 0.75 |" in text and "![Curves of the training](curves.png)" in text
+    assert "| sums | zero | 20 | 25.0% (50.0% to 90.0%) | 7.5 | 9.0 | 50.0% |" in text
+    assert "| arc | off | acc (none) | 3 | 0.5000 |  |" in text and (final / "curves.png").read_bytes() == b"picture"
+    assert (
+        text.index("## How to open it") < text.index("## Results") < text.index("## Training") < text.index("## Mine")
+    )
+    index = ModelCard(text).data.to_dict()["model-index"]
+    assert index[0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.75}] and len(index[0]["results"]) == 1
+    (trained / "summary.json").write_text(json.dumps({**SUMMARY, "after": {"n": 20, "accuracy": 0.875}}))
+    card.main([str(final)])
+    again = text_of(trained)
+    assert again.count("## Results") == again.count("## Training") == again.count("## Mine") == 1
+    assert "| accuracy | 0.1 | 0.875 |" in again and PART.search(again)
+
+
+def test_what_cannot_be_is_told(trained, tmp_path):
+    for flags, said in (
+        (["nowhere"], "nowhere: there is no such folder"),
+        ([str(tmp_path)], "has no model card of this project"),
+        ([str(trained / "final"), "--run", "nowhere"], "--run nowhere: there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            card.main(flags)
+    (trained / "final" / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match=r"eval\.json: not JSON"):
+        card.main([str(trained / "final")])
+    (trained / "final" / "eval.json").unlink()
+
+
+def test_a_card_without_results_stays_as_it_is(tmp_path, capsys):
+    trainer = hrpo.hrpo(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    before = text_of(tmp_path)
+    assert card.main([str(tmp_path / "final")]) == 0 and text_of(tmp_path) == before
+    assert "no results found yet" in capsys.readouterr().out
