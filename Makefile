@@ -17,7 +17,7 @@ SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor eval test test-latest coverage test-slow test-engines test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
+.PHONY: help setup doctor eval test test-latest test-versions coverage test-slow test-engines test-trackers test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-24s %s\n", $$1, $$2}'
@@ -71,8 +71,16 @@ $(LATEST)/.ready: $(READY) requirements/latest.txt
 test-latest: $(LATEST)/.ready  ## the test suite on the newest tested releases, which Unsloth does not take
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(LATEST)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# Pythons of the two ends, such as OLDEST_PYTHON=python3.11 NEWEST_PYTHON=python3.13
+OLDEST_PYTHON ?= $(PYTHON)
+NEWEST_PYTHON ?= $(PYTHON)
+
+test-versions: $(READY)  ## tests on the oldest and the newest versions that are claimed; writes docs/versions.md
+	@$(PY) -m tests.corners --oldest_python $(OLDEST_PYTHON) --newest_python $(NEWEST_PYTHON) \
+		--torch_args="$(TORCH_ARGS)" $(ARGS)
+
 test-slow: $(READY)  ## the long tests: kill -9 and resume, the GPU suite rehearsed on a CPU
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m "slow and not vllm and not engines" --timeout 3000 $(ARGS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m "slow and not vllm and not engines and not trackers" --timeout 3000 $(ARGS)
 
 # An environment of its own that sees the packages of .venv and changes nothing there
 define BESIDE
@@ -90,6 +98,14 @@ $(ENGINES)/.ready: $(READY) requirements/deepspeed.txt
 
 test-engines: $(ENGINES)/.ready  ## every trainer in two processes on DDP, FSDP2 and DeepSpeed, on a CPU
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(ENGINES)/bin/python -m pytest -m engines tests $(ARGS)
+
+TRACKERS := $(VENV)-trackers
+$(TRACKERS)/.ready: $(READY) requirements/trackers.txt
+	@echo "Setting up $(TRACKERS) (TensorBoard, wandb, trackio)"
+	$(call BESIDE,,-r requirements/trackers.txt)
+
+test-trackers: $(TRACKERS)/.ready  ## what experiment trackers get of our figures, offline
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(TRACKERS)/bin/python -m pytest -m trackers tests/trl_ext/common $(ARGS)
 
 bench-plan: $(ENGINES)/.ready  ## memory of short runs against the calculator of docs/scale.md
 	@OMP_NUM_THREADS=1 PYTHONPATH=. $(ENGINES)/bin/python benchmarks/bench_plan.py $(ARGS)
@@ -175,8 +191,8 @@ docs: $(VENV)/.docs  ## the documentation site, in docs/_build/html; a warning i
 	@$(RUN) -m sphinx -W --keep-going -E -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-clean:  ## remove .venv and what was built; the runs stay
-	rm -rf $(VENV) $(VLLM) $(ENGINES) build docs/_build docs/results *.egg-info
+clean:  ## remove .venv, the other environments and what was built; the runs stay
+	rm -rf $(VENV) $(VLLM) $(ENGINES) $(LATEST) $(TRACKERS) $(VENV)-oldest $(VENV)-newest build docs/_build docs/results *.egg-info
 
 clean-runs:  ## remove runs/, with all that was trained there
 	rm -rf runs

@@ -1,9 +1,7 @@
 """`TextModel`: a saved model of any kind that completes texts, and what the completions cost."""
 
 import inspect
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -103,7 +101,7 @@ class TextModel:
             model = load_causal_lm(name if adapter is None else base_of(adapter, name), token=token, **kwargs)
             if adapter is not None:
                 model = load_adapter(model, name, token=token)
-        return cls(model.eval(), tokenizer, delimiter or trained_with(name).get("answer_delimiter") or "####")
+        return cls(model.eval(), tokenizer, delimiter or trained_with(name, token).get("answer_delimiter") or "####")
 
     def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` of texts, both (B, P) long, padded on the left."""
@@ -178,19 +176,17 @@ class TextModel:
         return self.tokenizer.batch_decode(written.tokens, skip_special_tokens=True)
 
 
-def trained_with(name: str) -> dict[str, Any]:
-    """Return the arguments that a trainer left in a folder (`training_args.json`); empty if there are none.
+def trained_with(name: str, token: str | None = None) -> dict[str, Any]:
+    """Return the arguments that a trainer left with a model (`training_args.json`); empty if there are none.
+
+    Args:
+        name: a folder or a hub id.
+        token: the access token for the hub.
 
     Raises:
         ValueError: the file is damaged.
     """
-    file = Path(name, "training_args.json")
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("answer_delimiter", ""), str | None):
-        raise ValueError(f"{file} is damaged: it does not hold the arguments of a training")
+    found = read_json(name, "training_args.json", token) or {}
+    if not isinstance(found.get("answer_delimiter", ""), str | None):
+        raise ValueError(f"{name}/training_args.json is damaged: it does not hold the arguments of a training")
     return found

@@ -168,7 +168,7 @@ def test_one_question_has_no_other(folders, tmp_path):
 def test_a_damaged_record_of_the_training_is_named(tmp_path, text):
     folder = saved("plain", False, tmp_path)
     (folder / "training_args.json").write_text(text)
-    with pytest.raises(ValueError, match=r"training_args\.json is damaged"):
+    with pytest.raises(ValueError, match=r"training_args\.json (is damaged|is not JSON|holds no JSON object)"):
         command.main([str(folder)])
 
 
