@@ -85,6 +85,7 @@ def rebind(name: str) -> None:
                 args = trl.SFTConfig(f"{getattr(model, 'name_or_path', model)}-SFT".split("/")[-1])
             super().__init__(model, turned_off(args), *rest, **kwargs)
 
+    Off.__name__ = Off.__qualname__ = "SFTTrainer"  # by another name it would be taken for Unsloth's
     trl.SFTTrainer = Off
 
 

@@ -39,7 +39,7 @@ from patches import fused_lm_head
 from unsloth_ext.common.sharding import changing_weights, full
 
 from . import mixin_bases, zero_state
-from .engines import check_optimizer
+from .engines import check_optimizer, check_torch
 from .model_card import complete_run_card, read_card, write_card_of
 from .model_loading import (
     check_arguments,
@@ -136,6 +136,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         named = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         named = {**named, **named.get("kwargs", {})}
         check_arguments(named)
+        check_torch(named.get("args"))
         check_optimizer(named.get("args"))
         check_reference(named)
         check_model_and_tokenizer(named.get("model"), named.get("processing_class"), self._latent_method)

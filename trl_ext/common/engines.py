@@ -7,8 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from packaging.version import Version
 from transformers.training_args import OptimizerNames
 from transformers.utils.generic import strtobool
+
+from patches.versions import installed_version
 
 
 ENGINES = {
@@ -77,6 +80,21 @@ def check_engine(args: Any, method: str, options: Mapping[str, Any] | None = Non
         reason = row.get(engine) if asked else None
         if reason is not None:
             raise ValueError(f"{name} cannot train on {ENGINES[engine]}: {reason}")
+
+
+def check_torch(args: Any) -> None:
+    """Raise a ValueError, before anything is loaded, for FSDP2 with a torch on which it fails.
+
+    With torch 2.11 and 2.12 the concept trainer's second forward of a step sees split weights.
+
+    Args:
+        args: the trainer's arguments; None: the defaults.
+    """
+    found = installed_version("torch")
+    if engine_of(args) == "fsdp2" and found is not None and found < Version("2.13"):
+        raise ValueError(
+            f"FSDP2 needs torch 2.13 or newer here, and torch {found} is installed; other engines work with it"
+        )
 
 
 def check_optimizer(args: Any) -> None:

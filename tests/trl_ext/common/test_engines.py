@@ -96,3 +96,17 @@ def test_the_engine_of_a_launch(monkeypatch, given, environment, engine):
         monkeypatch.setenv(name, value)
     args = types.SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin_args": None, **given})
     assert engines.engine_of(args) == engine
+
+
+@pytest.mark.parametrize(
+    "version, engine, refused", [("2.12.1", "fsdp2", True), ("2.13.0", "fsdp2", False), ("2.12.1", None, False)]
+)
+def test_fsdp2_needs_a_newer_torch(monkeypatch, tmp_path, version, engine, refused):
+    """It is refused before the model is looked at."""
+    monkeypatch.setattr(engines, "engine_of", lambda args: engine)
+    monkeypatch.setattr(engines, "installed_version", lambda name: engines.Version(version))
+    if refused:
+        with pytest.raises(ValueError, match="FSDP2 needs torch 2.13 or newer here, and torch 2.12.1 is installed"):
+            hrpo.hrpo(tmp_path, model="nowhere")
+    else:
+        engines.check_torch(None)
