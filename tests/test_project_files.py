@@ -1,6 +1,8 @@
 """The files that contributors and tools read agree with the packages."""
 
+import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -12,17 +14,19 @@ from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
 
 from patches import versions
+from tests import corners
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("patches", "unsloth_ext", "trl_ext")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = PROJECT["version"]
+LANES = ("latest", "oldest", "newest")
 
 
 def pins(file: str) -> dict[str, str]:
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements" / file).read_text().splitlines()]
-    return dict(line.split("==") for line in lines if line)
+    return dict(line.split("==") for line in lines if line and not line.startswith("-r "))
 
 
 def test_pre_commit_runs_the_ruff_that_make_lint_runs():
@@ -38,11 +42,33 @@ def ranges(*groups: list[str]) -> dict[str, str]:
 
 def test_pins_are_within_the_ranges_of_the_package():
     """The ranges stand in pyproject.toml, the versions in requirements/: one for each package, in whichever files."""
-    files = [pins(file.name) for file in (ROOT / "requirements").glob("*.txt") if file.name != "latest.txt"]
+    files = [pins(file.name) for file in (ROOT / "requirements").glob("*.txt") if file.stem not in LANES]
     pinned = {name: version for file in files for name, version in file.items()}
     assert all(pinned[name] == version for file in files for name, version in file.items())
     for name, allowed in ranges(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()).items():
         assert allowed.contains(pinned[name]), name
+
+
+def test_the_oldest_tested_versions_are_the_starts_of_the_ranges():
+    """And torch's newest end its own."""
+    ours = ranges(PROJECT["dependencies"])
+    for name, version in pins("oldest.txt").items():
+        oldest = Version(version)
+        before = f"{oldest.major}.{oldest.minor - 1}.99" if oldest.minor else f"{oldest.major - 1}.99"
+        assert ours[name].contains(oldest) and not ours[name].contains(before), name
+    newest = Version(pins("newest.txt")["torch"])
+    assert ours["torch"].contains(newest) and not ours["torch"].contains(f"{newest.major}.{newest.minor + 1}")
+
+
+def test_the_page_of_versions_is_what_was_found():
+    """And these are the versions that requirements/ asks for."""
+    found = json.loads(corners.RESULTS.read_text())
+    assert corners.PAGE.read_text() == corners.page(found), "run make test-versions"
+    for corner in corners.CORNERS:
+        assert found[corner]["failed"] == 0 and found[corner]["passed"] > 500
+        wanted = pins(f"{corner}.txt") | (pins("latest.txt") if corner == "newest" else {})
+        installed = found[corner]["versions"]
+        assert all(installed[name] == version for name, version in wanted.items() if name in installed)
 
 
 def test_the_newest_tested_versions_are_the_ends_of_the_ranges():
@@ -116,3 +142,15 @@ def test_the_packages_say_that_they_have_types(package, monkeypatch):
     found = build.find_data_files(package, package)
     assert str(Path(package) / "py.typed") in found
     assert (str(Path(package) / "known_code.json") in found) == (package == "patches")
+
+
+def test_the_image_is_set_up_as_a_checkout_is():
+    """A Python that the package takes, the same make target, and no environment of this machine copied in."""
+    text = (ROOT / "Dockerfile").read_text()
+    (base,) = re.findall(r"^ARG BASE=python:(\d+\.\d+)-", text, re.MULTILINE)
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(base)
+    assert "make setup GPU=" in text and 'ENTRYPOINT ["latent-reasoning"]' in text
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv*", "runs"} <= set(ignored)
+    done = subprocess.run(["make", "-n", "setup", "GPU=1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

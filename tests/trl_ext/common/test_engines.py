@@ -106,7 +106,7 @@ def test_fsdp2_needs_a_newer_torch(monkeypatch, tmp_path, version, engine, refus
     monkeypatch.setattr(engines, "engine_of", lambda args: engine)
     monkeypatch.setattr(engines, "installed_version", lambda name: engines.Version(version))
     if refused:
-        with pytest.raises(ValueError, match="FSDP2 needs torch 2.13 or newer here, and torch 2.12.1 is installed"):
+        with pytest.raises(ValueError, match=r"FSDP2 needs torch 2\.13 or newer here, and torch 2\.12\.1 is installed"):
             hrpo.hrpo(tmp_path, model="nowhere")
     else:
         engines.check_torch(None)
