@@ -124,7 +124,7 @@ VLLM_RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM)/bin/python
 
 VLLM_FAST := -m "vllm and not slow"
 VLLM_HRPO := tests/unsloth_ext/hrpo/vllm
-VLLM_REST := tests/trl_ext/hrpo tests/trl_ext/common/test_sampling.py tests/recipes/test_vllm.py tests/unsloth_ext/latent
+VLLM_REST := tests/trl_ext/hrpo tests/trl_ext/common/test_sampling.py tests/recipes/test_vllm.py tests/unsloth_ext/latent tests/trl_ext/evaluation
 VLLM_V2 := $(VLLM_HRPO)/test_requests.py $(VLLM_HRPO)/test_preemption.py
 
 # Two processes at a time: V1 of what is HRPO's, and beside it V2, whose kernels are interpreted, and V1 of the rest

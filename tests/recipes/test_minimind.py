@@ -104,13 +104,16 @@ IN_THEIR_OWN_TESTS = ("sft", "lora", "dpo", "grpo", "spo", "ppo", "distill", "re
 
 @pytest.mark.parametrize("name", ["pretrain", *(slow(name) for name in IN_THEIR_OWN_TESTS)])
 def test_a_stage_resumes_as_if_it_had_not_stopped(whole, monkeypatch, tmp_path, name):
-    """Weights after 4 steps, bit for bit, and after 2, a checkpoint, and 2 more."""
-    few = [*FEW[name], *QUIET, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    """Weights after 4 steps, bit for bit, and after 2, a checkpoint, and 2 more; and the held-out metric of each step."""
+    few = [*FEW[name], *QUIET, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval_every", "1"]
     ends = []
     for resume in ([], ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")]):
         run(monkeypatch, whole, name, [*few, "--output_dir", str(tmp_path / "out"), *resume])
         file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
-        ends.append((tmp_path / "out" / "final" / file).read_bytes())
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        curve, metric = summary["curve"], summary["curve_of"]
+        assert list(curve) == ["0", "1", "2", "3", "4"] and curve["4"] == summary["after"][metric]
+        ends.append(((tmp_path / "out" / "final" / file).read_bytes(), curve))
     assert ends[0] == ends[1]
     kinds = {file.suffix for file in (tmp_path / "out").rglob("*") if file.is_file()}
     assert kinds <= {".safetensors", ".json", ".md", ".jinja", ".png", ".parquet", ".lock"}

@@ -56,6 +56,9 @@ def parser() -> CommandLine:
         "--max_new_tokens", type=int, help="longest answer in tokens (default: 512; embedded tasks have their own)"
     )
     made.add_argument("--batch_size", type=int, default=64, help="prompts per batch (default: 64)")
+    made.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="what decodes (docs/vllm.md)"
+    )
     made.add_switch("--load_in_4bit", "load the base model in 4 bits")
     made.add_argument("--dtype", help="such as bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
     made.add_argument("--answer_delimiter", help="the text before an answer (default: that of the training, else ####)")

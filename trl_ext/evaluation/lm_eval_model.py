@@ -35,6 +35,7 @@ class LatentReasoningLM(HFLM):
         thinking_temperature: temperature of soft embeddings in greedy decoding (HRPO).
         batch_size: prompts per batch; "auto" is lm-eval's search.
         dtype: such as "bfloat16"; None: as the loader of the kind decides.
+        engine: decodes in its states, see `trl_ext.evaluation.engine.Engine`; None: transformers decodes in all.
         **kwargs: other keywords of lm-eval's `HFLM`, such as `max_length`.
 
     Attributes:
@@ -53,13 +54,19 @@ class LatentReasoningLM(HFLM):
         thinking_temperature: float = 1.0,
         batch_size: int | str = 64,
         dtype: str | None = None,
+        engine: Any = None,
         **kwargs: Any,
     ):
         given = {} if dtype is None else {"dtype": dtype}
         if isinstance(pretrained, str):
             pretrained = TextModel.from_pretrained(pretrained, delimiter=delimiter, **given).to_accelerator()
         pretrained.check_state(state)
-        self.opened, self.state, self.thinking_temperature = pretrained, state, thinking_temperature
+        self.opened, self.state, self.thinking_temperature, self.engine = (
+            pretrained,
+            state,
+            thinking_temperature,
+            engine,
+        )
         self.built, self.strings, self.questions = False, list[str](), list[str]()
         self.forget_costs()
         kwargs.pop("device", None)  # the model is where it is
@@ -157,7 +164,8 @@ class LatentReasoningLM(HFLM):
         if self.state in OF_ANOTHER_ROW:
             (ids, mask), each = self._beside_others(), 2
         began = time.perf_counter()
-        written = self.opened.complete(
+        decodes = self.opened if self.engine is None or self.state not in self.engine.states else self.engine
+        written = decodes.complete(
             ids, mask, state=self.state, max_new_tokens=max_length - context.shape[1], **generation_kwargs
         )
         self.costs["seconds"] += (time.perf_counter() - began) / each

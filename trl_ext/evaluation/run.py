@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from unsloth_ext.common.text_model import TextModel, trained_with
 
 from ..tasks import equations
 from .command import EMBEDDED_TASKS, FILE_TASKS
+from .engine import Engine
 from .harness import load_tasks, meaningful, run_tasks
 from .lm_eval_model import LatentReasoningLM
 from .results import Result, result_of
@@ -56,10 +58,15 @@ def evaluate_tasks(
         elif name in FILE_TASKS:
             how = {"limit": flags.limit, "examples": flags.num_fewshot, "max_new_tokens": flags.max_new_tokens or 512}
             tasks.append(file_task(name, files[name], opened, trained, **how))
-    lms = [
-        LatentReasoningLM(opened, state=state, thinking_temperature=flags.temperature, batch_size=flags.batch_size)
-        for state in states
-    ]
+    with Engine(opened, flags.checkpoint) if flags.engine == "vllm" else nullcontext() as engine:
+        how = {"thinking_temperature": flags.temperature, "batch_size": flags.batch_size, "engine": engine}
+        return measured([LatentReasoningLM(opened, state=state, **how) for state in states], tasks, theirs, flags)
+
+
+def measured(
+    lms: list[LatentReasoningLM], tasks: list[EvaluationTask], theirs: dict[str, Any], flags: Namespace
+) -> tuple[list[Result], list[dict[str, Any]], dict[tuple[str, str], list[dict[str, Any]]]]:
+    """Evaluate each state of a model on tasks of ours and of the harness. Returns what `evaluate_tasks` returns."""
     for name in theirs:  # a state that was asked for must have a meaning; of the default ones, one must
         if not any(name in meaningful(lm, theirs, refuse=bool(flags.states)) for lm in lms):
             meaningful(lms[0], theirs, refuse=True)

@@ -18,8 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from patches import fused_lm_head, granite_router_logits
@@ -84,11 +86,15 @@ class DataStageArguments(FolderArguments):
     )
     train_size: int | None = field(default=None, metadata={"help": "Use at most this many training rows."})
     eval_size: int = field(default=300, metadata={"help": "Number of held-out rows."})
+    eval_every: int = field(
+        default=0,
+        metadata={"help": "Number of steps between measurements of the held-out metric; 0: before and after."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir and start over."})
     embedded_seed: int = field(default=0, metadata={"help": "Seed of the built-in data."})
 
     def __post_init__(self) -> None:
-        at_least(self, train_size=1, eval_size=1)
+        at_least(self, train_size=1, eval_size=1, eval_every=0)
 
     def file(self, kind: str) -> Path:
         """The file with the built-in rows of a kind; it is written on first use."""
@@ -231,6 +237,9 @@ def run(
     granite_router_logits.ensure()
     trainer = make_trainer()
     compact_progress(trainer)
+    main_metric = next(iter(measures))
+    curve = MetricCurve(stage.eval_every, lambda: measured(trainer, {main_metric: measures[main_metric]})[main_metric])
+    trainer.add_callback(curve)
     before = measured(trainer, measures)
     trainer.train(resume_from_checkpoint=resume)
     after = measured(trainer, measures)
@@ -245,6 +254,8 @@ def run(
         stage=Path(recipe).stem,
         before=before,
         after=after,
+        curve_of=main_metric,
+        curve=dict([(0, before[main_metric]), *curve.points, (state.global_step, after[main_metric])]),
         steps=state.global_step,
         seconds=round(time.time() - started, 1),
         **{name: value() for name, value in more.items()},
@@ -253,6 +264,35 @@ def run(
     complete_card(output / "final", output)
     finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
+
+
+class MetricCurve(TrainerCallback, ExportableState):
+    """Measure a held-out metric every some steps. Checkpoints hold the values, so a resumed run shows all of them.
+
+    Args:
+        every: number of steps between measurements; 0: none.
+        measure: returns the metric.
+
+    Attributes:
+        points: (step, value) pairs.
+    """
+
+    def __init__(self, every: int, measure: Callable[[], float]):
+        self.every, self.measure = every, measure
+        self.points: list[tuple[int, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        """The state for trainer_state.json."""
+        return {"args": {}, "attributes": {"points": [list(point) for point in self.points]}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A checkpoint of an earlier version has no entry for it, but saving needs one
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        self.points = [(step, value) for step, value in saved["points"] if step <= state.global_step]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.points.append((state.global_step, self.measure()))
 
 
 def measured(trainer: Trainer, measures: dict[str, Callable[[Trainer], float]]) -> dict[str, float]:
