@@ -41,7 +41,7 @@ def contains(file: str, text: str) -> bool:
         text: on one line.
     """
     path = _path(file)
-    return path is not None and text in path.read_text(encoding="utf-8")
+    return path is not None and text in path.read_text(encoding="utf-8", errors="replace")
 
 
 @functools.cache
@@ -74,8 +74,11 @@ def _sources(file: str) -> dict[str, str]:
     path = _path(file)
     if path is None:
         return {}
-    text = path.read_text(encoding="utf-8")
-    module = ast.parse(text)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        module = ast.parse(text)
+    except (SyntaxError, UnicodeDecodeError):  # of a newer Python, or no source
+        return {}
     lines, found = _bare_lines(text, module), dict[str, str]()
 
     def read(body: list[ast.stmt], prefix: str) -> None:

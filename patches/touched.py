@@ -207,6 +207,16 @@ def changes(package: str) -> tuple[str, ...]:
     return tuple(sentence for sentence in found if sentence)
 
 
+def compared(package: str) -> int:
+    """Return how many places and texts of a package `changes` looks at.
+
+    Args:
+        package: the folder of the package, such as `trl`.
+    """
+    files = [*places(), *(file for file, _, _ in RELIED_ON)]
+    return sum(file.startswith(f"{package}/") for file in files)
+
+
 def record() -> list[str]:
     """Add the fingerprints of the installed packages to `known_code.json`. Return the places that were new."""
     table, new = {place: dict(fingerprints.known().get(place, {})) for place in places()}, []

@@ -1,13 +1,12 @@
 """The tested versions, and the check that every patch and `make doctor` run."""
 
-import contextlib
 import functools
 import logging
 import os
 from importlib import metadata
 
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 
 ALLOW_UNTESTED = "LATENT_ALLOW_UNTESTED_VERSIONS"
@@ -50,9 +49,13 @@ def installed_version(package: str) -> Version | None:
 
 @functools.cache
 def _version_of(distribution: str) -> Version | None:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return Version(metadata.version(distribution))
-    return None
+    try:
+        text = metadata.version(distribution)
+        return Version(text)
+    except metadata.PackageNotFoundError:
+        return None
+    except (InvalidVersion, TypeError) as error:
+        raise UntestedVersionError(f"{distribution} has no readable version ({error}): install it again") from error
 
 
 def untested_allowed() -> bool:
@@ -60,12 +63,19 @@ def untested_allowed() -> bool:
     return os.environ.get(ALLOW_UNTESTED, "0") == "1"
 
 
+def is_tested(package: str) -> bool:
+    """Return whether the installed `package` lies in the tested range. A pre-release does not."""
+    found = installed_version(package)
+    return found is not None and not found.is_prerelease and TESTED[package].contains(found)
+
+
 def is_newer(package: str) -> bool:
-    """Return whether the installed `package` is newer than the tested versions."""
+    """Return whether the installed `package` is newer than the tested versions, or a pre-release of one or of a newer."""
     found, wanted = installed_version(package), TESTED[package]
-    if found is None or wanted.contains(found, prereleases=True):
+    if found is None or is_tested(package):
         return False
-    return all(found >= Version(bound.version.removesuffix(".*")) for bound in wanted)
+    release = Version(found.base_version)
+    return wanted.contains(release) or all(release >= Version(bound.version.removesuffix(".*")) for bound in wanted)
 
 
 def version_problem(package: str) -> str | None:
@@ -79,9 +89,10 @@ def version_problem(package: str) -> str | None:
     fix = f"Run: pip install '{package}{wanted}'"
     if found is None:
         return None if package in OPTIONAL else f"{package} is not installed. {fix}"
-    if wanted.contains(found, prereleases=True):
+    if is_tested(package):
         return None
-    if not is_newer(package):
+    exact = any(bound.operator == "==" and not bound.version.endswith(".*") for bound in wanted)
+    if not is_newer(package) or (exact and not touched.compared(package)):
         return f"{package} {found} is not among the tested versions ({wanted}). {fix}"
     changes = touched.changes(package)
     if not changes:
@@ -97,10 +108,16 @@ def newer_note(package: str) -> str | None:
     """Return a sentence about a newer version than the tested ones that is not refused, or None."""
     if not is_newer(package) or version_problem(package):
         return None
-    return (
-        f"{package} {installed_version(package)} is newer than the tested versions ({TESTED[package]}). What this project "
-        "changes or relies on is the same there, so it goes on."
+    from . import touched
+
+    count = touched.compared(package)
+    same = (
+        f"The {count} places that this project changes or relies on are the same there"
+        if count
+        else "This project changes nothing in it, and nothing was compared"
     )
+    found = installed_version(package)
+    return f"{package} {found} is newer than the tested versions ({TESTED[package]}). {same}; it goes on."
 
 
 def require_tested(package: str) -> None:

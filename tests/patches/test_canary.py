@@ -66,7 +66,9 @@ def newer_trl(monkeypatch):
     [
         ("1.16.0", ">=1.15,<1.17", False),
         ("1.17.0", ">=1.15,<1.17", True),
-        ("1.17.0.dev0", ">=1.15,<1.17", False),  # packaging takes a pre-release for older than its release
+        ("1.17.0.dev0", ">=1.15,<1.17", True),
+        ("1.16.0.dev0", ">=1.15,<1.17", True),  # its code decides
+        ("1.15.0.dev0", ">=1.16,<1.17", False),
         ("1.14.9", ">=1.15,<1.17", False),
         ("0.33.0", "==0.31.*", True),
         ("0.30.2", "==0.31.*", False),
@@ -109,6 +111,28 @@ def test_a_newer_version_with_other_code_is_refused_by_name(newer_trl, monkeypat
     monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
     patches.apply("completions_table")
     patches.revert("completions_table")
+
+
+@pytest.mark.parametrize(
+    ("package", "wanted", "refused"),
+    [("datasets", ">=1,<1.1", False), ("math-verify", "==0.1.0", True), ("datasets", ">=99", True)],
+)
+def test_of_a_package_with_no_code_that_is_compared(monkeypatch, package, wanted, refused):
+    """A newer one goes on and says that nothing was compared; an exact pin, which fixes rewards or data, is kept."""
+    monkeypatch.setitem(versions.TESTED, package, SpecifierSet(wanted))
+    assert (versions.version_problem(package) is not None) is refused
+    if not refused:
+        assert "nothing was compared" in versions.newer_note(package)
+
+
+def test_a_version_that_cannot_be_read_is_named(monkeypatch):
+    for text in (None, "1.16-custom_build"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, text=text: text)
+        versions._version_of.cache_clear()
+        with pytest.raises(versions.UntestedVersionError, match=r"trl has no readable version .*install it again"):
+            versions.installed_version("trl")
+    monkeypatch.undo()
+    versions._version_of.cache_clear()
 
 
 def test_doctor_tells_a_newer_version(newer_trl, capsys):

@@ -8,7 +8,7 @@ recipes call it at their end.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from .command_line import CommandLine
 from .console import PlainConsole
 
 
+METRIC = "accuracy (latent-reasoning eval)"
+NOT_DECODING = ("checkpoint", "tasks", "data", "states", "ablations", "output", "include_path", "batch_size", "engine")
+
+
 def parser() -> CommandLine:
     """The parser of this command."""
     made = CommandLine(prog=f"{PROGRAM} card", description=__doc__)
     made.add_argument("checkpoint", help="the folder of a saved model, such as runs/hrpo_tiny/final")
-    made.add_argument("--run", help="the folder of its run (default: the folder that holds CHECKPOINT)")
+    made.add_argument("--run", help="the folder of its run (default: the folder that holds `final`)")
     return made
 
 
@@ -38,56 +42,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = folder.resolve().parent if flags.run is None else Path(flags.run)
     if not run.is_dir():
         raise ValueError(f"--run {flags.run}: there is no such folder")
-    found = complete_card(folder, run)
-    PlainConsole().print(f"Written: {folder / 'README.md'} ({', '.join(found) or 'no results found yet'})")
+    whole = flags.run is not None or folder.resolve().name == "final"
+    found, left_out = complete_card(folder, run if whole else None)
+    console = PlainConsole()
+    for sentence in left_out:
+        console.print(sentence, style="yellow")
+    console.print(f"{folder / 'README.md'}: {', '.join(found) or 'no results found'}")
     return 0
 
 
-def complete_card(folder: Path, run: Path) -> list[str]:
+def complete_card(folder: Path, run: Path | None) -> tuple[list[str], list[str]]:
     """Put results into the card of a saved model, and pictures beside it.
 
     Args:
         folder: of the saved model.
-        run: of its run.
+        run: of the run whose last model it is; None: only evaluations of the folder are put in.
 
     Returns:
-        The names of the files whose results are in the card now.
+        The names of the files whose results are in the card now, and sentences about what is not.
 
     Raises:
         ValueError: the folder has no card of this project, or a file is damaged.
     """
-    from huggingface_hub import ModelCard
-
     from unsloth_ext.common.model_card import PART, RESULTS, with_results
 
     card = folder / "README.md"
     if not card.is_file() or PART.search(card.read_text()) is None:
         raise ValueError(f"{folder} has no model card of this project: open the model and save it again")
-    lines, found = [RESULTS], []
-    summary = read_object(run / "summary.json")
-    if "after" in summary:
-        lines += ["", *before_after(summary), ""]
-        found.append("summary.json")
-    if (run / "curves.png").is_file():
-        if run.resolve() != folder.resolve():
-            shutil.copyfile(run / "curves.png", folder / "curves.png")
-        lines += ["", "![Curves of the training](curves.png)", ""]
-        found.append("curves.png")
-    evaluation = read_object(folder / "eval.json")
+    lines, found, left_out = [RESULTS], [], []
+    if run is not None:
+        summary = read_object(run / "summary.json")
+        if "after" in summary:
+            lines += ["", *_shown(run / "summary.json", before_after, summary), ""]
+            found.append("summary.json")
+        if (run / "curves.png").is_file():
+            if run.resolve() != folder.resolve():
+                shutil.copyfile(run / "curves.png", folder / "curves.png")
+            lines += ["", "![Curves of the training](curves.png)", ""]
+            found.append("curves.png")
+    file = folder / "eval.json"
+    evaluation = read_object(file)
+    if why := stale(folder, evaluation):
+        left_out.append(f"{file} is left out: {why}")
+        evaluation = {}
     if evaluation.get("results") or evaluation.get("harness"):
-        lines += ["", *evaluated(evaluation), ""]
+        lines += ["", *_shown(file, evaluated, evaluation), ""]
         found.append("eval.json")
         if evaluation.get("results") and (folder / "eval.png").is_file():
             lines += ["![Accuracy by what is done to the latent steps](eval.png)", ""]
-    if not found:
-        return []
-    text = with_results(card.read_text(), "\n".join(lines).strip(), card)
-    if evaluation.get("results"):
-        made = ModelCard(text, ignore_metadata_errors=True)
-        made.data["model-index"] = model_index(folder, evaluation["results"])
-        text = str(made)
-    card.write_text(text)
-    return found
+    before = card.read_text()
+    if not found and RESULTS not in before:
+        return [], left_out
+    text = with_results(before, "\n".join(lines).strip() if found else "", card)
+    if text == before and found and lines[-2] not in before:
+        return [], [*left_out, f"{card}: its part about the model was changed by hand, so no results were put in"]
+    card.write_text(with_index(text, folder, evaluation.get("results") or []))
+    return found, left_out
+
+
+def stale(folder: Path, evaluation: dict[str, Any]) -> str | None:
+    """Why an evaluation is not of the weights in a folder, or None."""
+    if not evaluation:
+        return None
+    of = Path(str(evaluation.get("checkpoint", ""))).parts
+    if folder.resolve().parts[-len(of) :] != of and Path(*of).resolve() != folder.resolve():
+        return f"it is an evaluation of {Path(*of)}"
+    weights = [*folder.glob("*.safetensors")]
+    if weights and max(file.stat().st_mtime for file in weights) > (folder / "eval.json").stat().st_mtime:
+        return "the weights are newer; evaluate them again"
+    return None
+
+
+def _shown(file: Path, show: Callable[[dict[str, Any]], list[str]], content: dict[str, Any]) -> list[str]:
+    try:
+        return show(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not what this project writes there ({type(error).__name__}: {error})") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -114,9 +144,13 @@ def before_after(summary: dict[str, Any]) -> list[str]:
 def evaluated(evaluation: dict[str, Any]) -> list[str]:
     """Tables of `latent-reasoning eval`."""
     lines = []
+    given = {k: v for k, v in evaluation.get("flags", {}).items() if k not in NOT_DECODING and v not in (None, False)}
+    how = ", ".join(f"`{name}` {value}" for name, value in given.items())
     if evaluation.get("results"):
         lines += [
             "`latent-reasoning eval` measured, by what is done to the latent steps (docs/evaluation.md):",
+            "",
+            f"With {how}.",
             "",
             "| task | latent steps | n | accuracy (95% interval) | tokens | forward passes | latent share |",
             "|---|---|---|---|---|---|---|",
@@ -142,22 +176,29 @@ def evaluated(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def model_index(folder: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The metadata by which the hub shows results: those of the model as it was trained."""
-    return [
-        {
-            "name": folder.resolve().parent.name if folder.name == "final" else folder.resolve().name,
-            "results": [
-                {
-                    "task": {"type": "text-generation"},
-                    "dataset": {"type": r["task"], "name": r["task"]},
-                    "metrics": [{"type": "accuracy", "value": r["accuracy"]}],
-                }
-                for r in results
-                if r["state"] == "on"
-            ],
-        }
+def with_index(text: str, folder: Path, results: list[dict[str, Any]]) -> str:
+    """A card with the metadata by which the hub shows results: those of the model as it was trained. Others' are kept."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    card = ModelCard(text, ignore_metadata_errors=True)
+    others = [one for one in card.data.eval_results or [] if one.metric_name != METRIC]
+    ours = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=r["task"],
+            dataset_name=r["task"],
+            metric_type="accuracy",
+            metric_name=METRIC,
+            metric_value=r["accuracy"],
+        )
+        for r in results
+        if r["state"] == "on"
     ]
+    card.data.eval_results = [*others, *ours] or None
+    if card.data.eval_results and not getattr(card.data, "model_name", None):
+        name = folder.resolve()
+        card.data.model_name = name.parent.name if name.name == "final" else name.name
+    return str(card)
 
 
 def _number(value: Any) -> str:

@@ -23,7 +23,7 @@ def parser() -> CommandLine:
     made.add_argument(
         "--state", default="on", help="what is done to the latent steps (docs/evaluation.md; default: on)"
     )
-    made.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
+    made.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: 256, or what is left)")
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default: 0)")
     made.add_argument("--answer_delimiter", help="the text that ends the thinking (default: that of the training)")
     made.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if remembers:
             messages.append({"role": "user", "content": text})
             prompt = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        written = model.complete(
-            **model.tokenize([prompt]), state=flags.state, max_new_tokens=flags.max_new_tokens, **how
-        )
+        asked = model.tokenize([prompt])
+        new = flags.max_new_tokens or min(256, max(1, model.room(asked["input_ids"].shape[1])))
+        written = model.complete(**asked, state=flags.state, max_new_tokens=new, **how)
         answer = model.decode(written)[0]
         messages.append({"role": "assistant", "content": answer})
         console.print(f"user: {text}\n{model.kind}: {answer}")

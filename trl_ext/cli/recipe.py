@@ -157,7 +157,8 @@ def finish(
         after=after.numbers(),
         **more,
     )
-    complete_card(output / "final", output)
+    for sentence in complete_card(output / "final", output)[1]:
+        console.print(sentence)
     finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 

@@ -91,7 +91,7 @@ def check_torch(args: Any) -> None:
         args: the trainer's arguments; None: the defaults.
     """
     found = installed_version("torch")
-    if engine_of(args) == "fsdp2" and found is not None and found < Version("2.13"):
+    if engine_of(args) == "fsdp2" and found is not None and Version(found.base_version) < Version("2.13"):
         raise ValueError(
             f"FSDP2 needs torch 2.13 or newer here, and torch {found} is installed; other engines work with it"
         )

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from patches.save_pretrained import describer
 from patches.versions import installed_version
-from unsloth_ext.common.model_card import TRAINING, outside, write_model_card
+from unsloth_ext.common.model_card import TRAINING, outside, without_folders, write_model_card
 from unsloth_ext.common.settings_file import method_of
 
 from .method import training_methods
@@ -134,8 +134,5 @@ def training_sections(trainer: Trainer) -> str:
 
 
 def _cell(value: Any) -> str:
-    value = getattr(value, "value", value)
-    if isinstance(value, str) and Path(value).is_absolute():
-        value = Path(value).name  # no card tells where somebody's folders are
-    text = str(value).replace("|", "\\|").replace("\n", " ")
+    text = str(without_folders(getattr(value, "value", value))).replace("|", "\\|").replace("\n", " ")
     return f"`{text}`" if text else ""

@@ -97,14 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(console, flags.checkpoint, results)
     if harness:
         show_harness(console, flags.checkpoint, harness)
-    for (task, state), rows in samples.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        (folder / f"samples_{task}_{state}.jsonl").write_text(lines)
     given = {name: value for name, value in vars(flags).items() if value not in (None, [])}
     found = {"checkpoint": flags.checkpoint, "flags": given, "results": [result.numbers() for result in results]}
     (folder / "eval.json").write_text(json.dumps(found | {"harness": harness}, indent=1) + "\n")
+    for (task, state), rows in samples.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        (folder / f"samples_{task.replace('/', '_')}_{state}.jsonl").write_text(lines)
     if results:
-        draw(folder / "eval.png", flags.checkpoint, results)
+        draw(folder / "eval.png", Path(flags.checkpoint).name, results)
     picture = f", {folder / 'eval.png'}" if results else ""
     console.print(f"Written: {folder / 'eval.json'}{picture}, {folder}/samples_*.jsonl")
     return 0

@@ -131,8 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         one, two = result_in(first, task, state), result_in(second, task, other)
         if one and two:
             gain, low, high, p = paired(one, two)
-            change = f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
-            table.add_row(task, str(one["n"]), f"{one['accuracy']:.1%}", f"{two['accuracy']:.1%}", change, f"{p:.3g}")
+            share = all(0 <= value <= 1 for value in (one["accuracy"], two["accuracy"]))
+            form = ".1%" if share else ".4g"
+            change = f"{gain:+{form}} ({low:+{form}} to {high:+{form}})"
+            figures = [f"{one['accuracy']:{form}}", f"{two['accuracy']:{form}}"]
+            table.add_row(task, str(one["n"]), *figures, change, f"{p:.3g}")
         else:
             alone.append(task)
     if not table.row_count:
@@ -140,6 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"no task is in both: {there[0]} with state {state}, and {there[1]} with state {other}")
     console = PlainConsole()
     console.print(table)
+    whole = dict.fromkeys(r["task"] for found in (first, second) for r in found["results"] if r["right"] is None)
+    if whole:
+        console.print(f"No single score of each question: {', '.join(whole)}")
     if alone:
         console.print(f"Only in one of them, with these latent steps: {', '.join(alone)}")
     before, after = (found.get("flags", {}) for found in (first, second))

@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm.auto import tqdm
+from transformers import StopStringCriteria
 
 from unsloth_ext.common.generation_arguments import context_of
 from unsloth_ext.common.text_model import OF_ANOTHER_ROW, TextModel
@@ -67,6 +68,7 @@ class LatentReasoningLM(HFLM):
             thinking_temperature,
             engine,
         )
+        self.searched: dict[tuple[str, ...], bool] = {}
         self.built, self.strings, self.questions = False, list[str](), list[str]()
         self.forget_costs()
         kwargs.pop("device", None)  # the model is where it is
@@ -157,7 +159,7 @@ class LatentReasoningLM(HFLM):
                 generation_kwargs.update(temperature=self.thinking_temperature, top_k=0, top_p=1.0)
         ends = {self.tokenizer.eos_token, ""}
         stops = [text for text in dict.fromkeys(stop) if text not in ends]
-        if stops:
+        if stops and self._can_search(tuple(stops)):
             generation_kwargs["stop_strings"] = stops
         ids, mask = context, generation_kwargs.pop("attention_mask")
         each = 1
@@ -224,6 +226,16 @@ class LatentReasoningLM(HFLM):
         if output_type == "loglikelihood_rolling" and self.opened.kind in ("latent", "planner") and self.state != "off":
             return f"a {self.opened.kind} model reads a question before it writes, and a whole text has none"
         return self.opened.no_likelihood(self.state)
+
+    def _can_search(self, stops: tuple[str, ...]) -> bool:
+        """Whether generation can stop at these texts. Where a tokenizer cannot spell them, lm-eval cuts the text later."""
+        if stops not in self.searched:
+            try:
+                StopStringCriteria(self.tokenizer, list(stops))
+                self.searched[stops] = True
+            except ValueError:
+                self.searched[stops] = False
+        return self.searched[stops]
 
     def forget_costs(self) -> None:
         """Set the sums of `costs` to zero."""

@@ -38,6 +38,9 @@ def evaluate_tasks(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     others = [name for name in dict.fromkeys(flags.tasks or ()) if name not in (*EMBEDDED_TASKS, *FILE_TASKS)]
+    for name, value in (("samples", flags.samples != 1), ("max_new_tokens", flags.max_new_tokens)):
+        if others and value:
+            raise ValueError(f"--{name} {getattr(flags, name)}: {others[0]} has its own in its YAML file; leave it out")
     theirs = load_tasks(others, flags.include_path, flags.num_fewshot) if others else {}
     kind = {} if flags.dtype is None else {"dtype": flags.dtype}
     kind |= {"load_in_4bit": True} if flags.load_in_4bit else {}

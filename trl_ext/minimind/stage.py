@@ -261,7 +261,8 @@ def run(
         **{name: value() for name, value in more.items()},
         history=[entry for entry in state.log_history if "loss" in entry or "reward" in entry],
     )
-    complete_card(output / "final", output)
+    for sentence in complete_card(output / "final", output)[1]:
+        console.print(sentence)
     finished(output, state.global_step)
     console.print(f"Written: {output / 'final'}, {output / 'summary.json'}, {output / 'curves.png'}")
 

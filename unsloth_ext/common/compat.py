@@ -14,7 +14,7 @@ from patches.versions import installed_version
 
 def _at_least(package: str, version: str) -> bool:
     found = installed_version(package)
-    return found is not None and found >= Version(version)
+    return found is not None and Version(found.base_version) >= Version(version)
 
 
 # transformers 5.24 calls the cache `cache` in every forward, output and `generate`, and takes the old name, with a warning,

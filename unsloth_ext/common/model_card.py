@@ -171,7 +171,7 @@ def model_part(
         f"# A model of the method {method}" if record else f"# A model trained by {method}",
         "",
         f"{record.about if record else 'It is an ordinary causal language model: every loader reads the whole of it.'} "
-        f"The folder holds {kind}{f', made from `{base}`' if base else ''}."
+        f"The folder holds {kind}{f', made from `{without_folders(base)}`' if base else ''}."
         + (f" Trained by `{trainer}`." if trainer else ""),
         "",
         "## How to open it",
@@ -191,7 +191,7 @@ def model_part(
             "nothing. Formats such as GGUF have no place for them. Figures measured that way are not this model's.",
         ]
     if settings:
-        lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2, default=str), "```"]
+        lines += ["", "## Settings", "", "```json", json.dumps(without_folders(settings), indent=2, default=str), "```"]
     tags = [method, *(["latent-reasoning"] if record else []), *(["peft"] if adapter is not None else [])]
     tags += [tag for tag in getattr(model, "model_tags", None) or [] if tag]
     library = LIBRARY if record else "peft" if adapter is not None else "transformers"
@@ -200,6 +200,15 @@ def model_part(
         {"base_model": hub_id(base), "library_name": library, "method": method, "pipeline_tag": "text-generation"},
         tags,
     )
+
+
+def without_folders(value: Any) -> Any:
+    """Return a setting in which absolute paths are only their last part. No card tells where somebody's folders are."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else value
 
 
 def place(folder: str | Path) -> str:

@@ -1,6 +1,7 @@
 """`TextModel`: a saved model of any kind that completes texts, and what the completions cost."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import completions
 from .completions import Completions
-from .generation_arguments import left_padded
+from .generation_arguments import context_of, left_padded
 from .hub import base_of, check_name, load_adapter, load_causal_lm, load_tokenizer, nf4
 from .method import Method
 from .question_ids import question_ids
 from .settings_file import method_of, read_json, saved_method
-from .wrapping import causal_lm_of
+from .wrapping import backbone_of, causal_lm_of
 
 
 OF_ANOTHER_ROW = ("shuffle", "interpolate")
@@ -107,6 +108,16 @@ class TextModel:
         """Return `input_ids` and `attention_mask` of texts, both (B, P) long, padded on the left."""
         rows = [question_ids(self.tokenizer, prompt) for prompt in prompts]
         return {name: x.to(self.model.device) for name, x in left_padded(self.tokenizer, rows).items()}
+
+    def room(self, prompt: int) -> float:
+        """Return how many tokens may follow a prompt of so many, before the model has no positions left."""
+        config = backbone_of(self.model)
+        beside = {
+            "latent": lambda: config.latent_config.num_latents + 2,
+            "planner": lambda: config.planner_config.max_quota + 1,
+        }
+        most = context_of(self.model)
+        return math.inf if most is None else most - prompt - beside.get(self.kind, lambda: 0)()
 
     def complete(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, state: str = "on", **generate_kwargs: Any

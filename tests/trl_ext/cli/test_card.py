@@ -1,11 +1,13 @@
 """`latent-reasoning card`, and what a trainer writes into the card of what it saves."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv
@@ -15,6 +17,8 @@ from unsloth_ext.common.model_card import PART
 
 RESULT = {"task": "sums", "n": 20, "accuracy": 0.75, "low": 0.5, "high": 0.9, "tokens": 7.5, "forwards": 9.0}
 EVALUATION = {
+    "checkpoint": "run/final",
+    "flags": {"limit": 3, "load_in_4bit": True, "data": ["gsm8k=/home/me/x"], "checkpoint": "run/final"},
     "results": [
         {**RESULT, "state": "on", "latent_share": 0.5},
         {**RESULT, "state": "zero", "accuracy": 0.25, "latent_share": 0.5},
@@ -29,7 +33,8 @@ SUMMARY = {"before": {"n": 20, "accuracy": 0.1}, "after": {"n": 20, "accuracy": 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run with a saved model in it."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("of") / "run"
+    folder.mkdir()
     trainer = hrpo.hrpo(folder, max_steps=2)
     trainer.train()
     trainer.save_model(folder / "final")
@@ -66,7 +71,7 @@ def test_results_come_into_the_card_and_replace_older_ones(trained, capsys):
     (final / "eval.png").write_bytes(b"picture")
     (final / "README.md").write_text(f"{text_of(trained)}\n## Mine\n")
     assert card.main([str(final)]) == 0
-    assert "(summary.json, curves.png, eval.json)" in capsys.readouterr().out.replace("\n", " ")
+    assert "summary.json, curves.png, eval.json" in capsys.readouterr().out.replace("\n", " ")
     text = text_of(trained)
     assert "| accuracy | 0.1 | 0.75 |" in text and "![Curves of the training](curves.png)" in text
     assert "| sums | zero | 20 | 25.0% (50.0% to 90.0%) | 7.5 | 9.0 | 50.0% |" in text
@@ -74,13 +79,93 @@ def test_results_come_into_the_card_and_replace_older_ones(trained, capsys):
     assert (
         text.index("## How to open it") < text.index("## Results") < text.index("## Training") < text.index("## Mine")
     )
-    index = ModelCard(text).data.to_dict()["model-index"]
-    assert index[0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.75}] and len(index[0]["results"]) == 1
+    assert "With `limit` 3, `load_in_4bit` True." in text and "/home/me" not in text
+    assert accuracies(text) == [("sums", 0.75)]
     (trained / "summary.json").write_text(json.dumps({**SUMMARY, "after": {"n": 20, "accuracy": 0.875}}))
     card.main([str(final)])
     again = text_of(trained)
     assert again.count("## Results") == again.count("## Training") == again.count("## Mine") == 1
     assert "| accuracy | 0.1 | 0.875 |" in again and PART.search(again)
+    card.main([str(final)])
+    assert text_of(trained) == again, "nothing changes without a change"
+
+
+def accuracies(text):
+    return [(one.dataset_type, one.metric_value) for one in ModelCard(text).data.eval_results or []]
+
+
+def evaluated(folder, **changes):
+    """The evaluation of other weights, or of these."""
+    (folder / "eval.json").write_text(json.dumps({**EVALUATION, **changes}))
+
+
+def test_the_hub_sees_what_the_table_says_beside_what_others_wrote(trained):
+    final = trained / "final"
+    other = EvalResult("text-generation", "gsm8k", "GSM8K", "exact_match", 0.25)
+    read = ModelCard(text_of(trained))
+    read.data.eval_results, read.data.model_name = [other], "mine"
+    (final / "README.md").write_text(str(read))
+    for share in (0.5, 0.875):
+        evaluated(final, results=[{**RESULT, "state": "on", "latent_share": 0.5, "accuracy": share}])
+        card.main([str(final)])
+        assert accuracies(text_of(trained)) == [("gsm8k", 0.25), ("sums", share)]
+    evaluated(final, results=[])
+    card.main([str(final)])
+    assert accuracies(text_of(trained)) == [("gsm8k", 0.25)]
+
+
+def test_results_of_other_weights_are_left_out(trained, capsys):
+    """Of another model; of before a later training; and those of the whole run for a checkpoint of it."""
+    final = trained / "final"
+    evaluated(final, checkpoint="some/other-model")
+    card.main([str(final)])
+    assert "is left out: it is an evaluation of some/other-model" in capsys.readouterr().out.replace("\n", " ")
+    evaluated(final)
+    (weights,) = final.glob("*.safetensors")
+    os.utime(weights, (2e9, 2e9))
+    card.main([str(final)])
+    assert "the weights are newer" in capsys.readouterr().out.replace("\n", " ")
+    assert "| sums |" not in text_of(trained) and "| accuracy |" in text_of(trained)
+    os.utime(weights, (1e9, 1e9))
+    shutil.copytree(final, trained / "checkpoint-1")
+    (trained / "checkpoint-1" / "eval.json").unlink()
+    card.main([str(trained / "checkpoint-1")])
+    assert "| accuracy |" not in (trained / "checkpoint-1" / "README.md").read_text()
+    shutil.rmtree(trained / "checkpoint-1")
+
+
+def test_a_part_that_was_changed_by_hand_is_told(trained, capsys):
+    final = trained / "final"
+    before = text_of(trained)
+    (final / "README.md").write_text(before.replace("## How to open it", "## How I open it"))
+    evaluated(final, results=[{**RESULT, "state": "on", "latent_share": 0.5, "accuracy": 0.125}])
+    card.main([str(final)])
+    assert "was changed by hand, so no results were put in" in capsys.readouterr().out.replace("\n", " ")
+    assert "12.5%" not in text_of(trained) and 0.125 not in [value for _, value in accuracies(text_of(trained))]
+    (final / "README.md").write_text(before)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("summary.json", {"after": None}),
+        ("summary.json", {"after": [1]}),
+        ("eval.json", {"checkpoint": "run/final", "results": [{"task": "sums"}]}),
+        ("eval.json", {"checkpoint": "run/final", "results": [{**RESULT, "state": "on", "accuracy": None}]}),
+        ("eval.json", {"checkpoint": "run/final", "results": "none"}),
+        ("eval.json", {"checkpoint": "run/final", "harness": [{"value": "N/A"}]}),
+    ],
+)
+def test_damaged_results_are_named(trained, name, content):
+    final = trained / "final"
+    kept = text_of(trained)
+    file = trained / name if name == "summary.json" else final / name
+    before = file.read_text() if file.is_file() else None
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{name}: not what this project writes there"):
+        card.main([str(final)])
+    assert text_of(trained) == kept
+    file.unlink() if before is None else file.write_text(before)
 
 
 def test_what_cannot_be_is_told(trained, tmp_path):
@@ -103,4 +188,4 @@ def test_a_card_without_results_stays_as_it_is(tmp_path, capsys):
     trainer.save_model(tmp_path / "final")
     before = text_of(tmp_path)
     assert card.main([str(tmp_path / "final")]) == 0 and text_of(tmp_path) == before
-    assert "no results found yet" in capsys.readouterr().out
+    assert "no results found" in capsys.readouterr().out

@@ -87,3 +87,14 @@ def test_wrong_flags(folders, flags, said):
     with pytest.raises(ValueError) as error:
         chat.main([folders("concept"), "--say", "1", *flags])
     assert str(error.value).startswith(said)
+
+
+def test_without_a_length_it_takes_what_is_left(tmp_path, capsys):
+    """A model with few positions answers; a length that was asked for is refused."""
+    folder = str(saved("latent", True, tmp_path))
+    opened = TextModel.from_pretrained(folder)
+    assert opened.room(10) == opened.model.config.max_position_embeddings - 10 - 4 - 2
+    assert chat.main([folder, "--say", "1+" * 80]) == 0
+    assert "tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="positions"):
+        chat.main([folder, "--say", "1+2=", "--max_new_tokens", "9999"])

@@ -104,6 +104,8 @@ def test_two_evaluations_are_compared(folders, tasks, tmp_path, capsys, monkeypa
             ["--tasks", "writen_sums"],
             "--tasks writen_sums: there is no such task; did you mean written_sums?; ours are",
         ),
+        (["--tasks", "written_sums", "--samples", "4"], "--samples 4: written_sums has its own in its YAML file"),
+        (["--tasks", "written_sums", "--max_new_tokens", "4"], "--max_new_tokens 4: written_sums has its own in"),
         (["--tasks", "written_sums", "--include_path", "nowhere"], "--include_path nowhere: there is no such folder"),
     ],
 )
@@ -117,3 +119,14 @@ def test_a_task_without_its_data_is_named(folders, tasks, tmp_path):
     (tmp_path / "tasks" / "rows.jsonl").unlink()
     with pytest.raises(ValueError, match="--tasks written_sums: cannot be loaded: "):
         run(folders["hrpo"], tmp_path, tasks, "--tasks", "written_sums")
+
+
+def test_a_stop_that_a_tokenizer_cannot_spell_is_cut_afterwards(folders, tasks, tmp_path):
+    """transformers cannot search a line break in the texts of a character tokenizer that has none."""
+    file = tmp_path / "tasks" / "written_sums.yaml"
+    task = yaml.safe_load(file.read_text())
+    task["generation_kwargs"]["until"] = ["\n", "1"]
+    file.write_text(yaml.safe_dump(task | {"task": "written/sums"}))
+    run(folders["hrpo"], tmp_path, tasks, "--tasks", "written/sums", "--states", "on")
+    lines = [json.loads(line) for line in (tmp_path / "samples_written_sums_on.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and not any("1" in line["filtered_resps"][0] for line in lines)
