@@ -43,15 +43,17 @@ def claimed() -> dict[str, str]:
     return {need.name: str(need.specifier) for need in needs if need.specifier}
 
 
-def run(corner: str, python: str, torch_args: list[str], tests: list[str]) -> dict[str, Any]:
+def run(corner: str, python: str, torch_args: list[str], tests: list[str], keep: bool) -> dict[str, Any]:
     """Make the environment of a corner, run tests there, and return what was installed and what passed."""
     folder = ROOT / f".venv-{corner}"
     constraints = ROOT / "requirements" / f"{corner}.txt"
-    subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
+    if not keep:
+        subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     inside = str(folder / "bin" / "python")
     pip = [inside, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(constraints)]
-    subprocess.run([*pip, "torch", *torch_args], check=True)
-    subprocess.run([*pip, f"{ROOT}[eval]", *TOOLS], check=True)
+    if not keep:
+        subprocess.run([*pip, "torch", *torch_args], check=True)
+        subprocess.run([*pip, f"{ROOT}[eval]", *TOOLS], check=True)
     shutil.rmtree(ROOT / "build", ignore_errors=True)  # which a later build would take files from
     report = folder / "report.xml"
     call = [inside, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -144,6 +146,7 @@ def main() -> int:
     """Run the corners, write what was found, and return 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CORNERS)
+    parser.add_argument("--keep", action="store_true", help="use the environments that are there")
     parser.add_argument("--oldest_python", default=sys.executable)
     parser.add_argument("--newest_python", default=sys.executable)
     parser.add_argument("--torch_args", default="", help="more arguments for installing torch")
@@ -153,7 +156,7 @@ def main() -> int:
     corners = [flags.only] if flags.only else CORNERS
     for corner in corners:
         python = getattr(flags, f"{corner}_python")
-        found[corner] = run(corner, python, flags.torch_args.split(), flags.tests or list(TESTS))
+        found[corner] = run(corner, python, flags.torch_args.split(), flags.tests or list(TESTS), flags.keep)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     if all(corner in found for corner in CORNERS):
         PAGE.write_text(page(found))
