@@ -181,7 +181,8 @@ def with_index(text: str, folder: Path, results: list[dict[str, Any]]) -> str:
     from huggingface_hub import EvalResult, ModelCard
 
     card = ModelCard(text, ignore_metadata_errors=True)
-    others = [one for one in card.data.eval_results or [] if one.metric_name != METRIC]
+    data: Any = card.data  # of `ModelCardData`, whose stub is that of all cards
+    others = [one for one in data.eval_results or [] if one.metric_name != METRIC]
     ours = [
         EvalResult(
             task_type="text-generation",
@@ -194,10 +195,10 @@ def with_index(text: str, folder: Path, results: list[dict[str, Any]]) -> str:
         for r in results
         if r["state"] == "on"
     ]
-    card.data.eval_results = [*others, *ours] or None
-    if card.data.eval_results and not getattr(card.data, "model_name", None):
+    data.eval_results = [*others, *ours] or None
+    if data.eval_results and not getattr(data, "model_name", None):
         name = folder.resolve()
-        card.data.model_name = name.parent.name if name.name == "final" else name.name
+        data.model_name = name.parent.name if name.name == "final" else name.name
     return str(card)
 
 

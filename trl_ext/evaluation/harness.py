@@ -38,7 +38,7 @@ def load_tasks(names: list[str], include_path: str | None, num_fewshot: int) -> 
                 f"{', '.join((*EMBEDDED_TASKS, *FILE_TASKS))}, and lm-evaluation-harness has {len(manager.all_tasks)} "
                 "(lm-eval ls tasks)"
             )
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for name in names:
         try:
             tasks |= manager.load([name])["tasks"]

@@ -58,7 +58,7 @@ class LatentReasoningLM(HFLM):
         engine: Any = None,
         **kwargs: Any,
     ):
-        given = {} if dtype is None else {"dtype": dtype}
+        given: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if isinstance(pretrained, str):
             pretrained = TextModel.from_pretrained(pretrained, delimiter=delimiter, **given).to_accelerator()
         pretrained.check_state(state)
