@@ -6,7 +6,6 @@ ablations (from `eval.json` and `eval.png`, which `latent-reasoning eval` writes
 recipes call it at their end.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,14 +63,15 @@ def complete_card(folder: Path, run: Path | None) -> tuple[list[str], list[str]]
     Raises:
         ValueError: the folder has no card of this project, or a file is damaged.
     """
-    from unsloth_ext.common.model_card import PART, RESULTS, with_results
+    from unsloth_ext.common.model_card import PART, RESULTS, changed_by_hand, with_results
+    from unsloth_ext.common.settings_file import read_json
 
     card = folder / "README.md"
     if not card.is_file() or PART.search(card.read_text()) is None:
         raise ValueError(f"{folder} has no model card of this project: open the model and save it again")
     lines, found, left_out = [RESULTS], [], []
     if run is not None:
-        summary = read_object(run / "summary.json")
+        summary = read_json(str(run), "summary.json", None) or {}
         if "after" in summary:
             lines += ["", *_shown(run / "summary.json", before_after, summary), ""]
             found.append("summary.json")
@@ -81,7 +81,7 @@ def complete_card(folder: Path, run: Path | None) -> tuple[list[str], list[str]]
             lines += ["", "![Curves of the training](curves.png)", ""]
             found.append("curves.png")
     file = folder / "eval.json"
-    evaluation = read_object(file)
+    evaluation = read_json(str(folder), file.name, None) or {}
     if why := stale(folder, evaluation):
         left_out.append(f"{file} is left out: {why}")
         evaluation = {}
@@ -93,9 +93,9 @@ def complete_card(folder: Path, run: Path | None) -> tuple[list[str], list[str]]
     before = card.read_text()
     if not found and RESULTS not in before:
         return [], left_out
-    text = with_results(before, "\n".join(lines).strip() if found else "", card)
-    if text == before and found and lines[-2] not in before:
+    if changed_by_hand(before):
         return [], [*left_out, f"{card}: its part about the model was changed by hand, so no results were put in"]
+    text = with_results(before, "\n".join(lines).strip() if found else "")
     card.write_text(with_index(text, folder, evaluation.get("results") or []))
     return found, left_out
 
@@ -118,19 +118,6 @@ def _shown(file: Path, show: Callable[[dict[str, Any]], list[str]], content: dic
         return show(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what this project writes there ({type(error).__name__}: {error})") from error
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return found
 
 
 def before_after(summary: dict[str, Any]) -> list[str]:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from packaging.version import Version
 from transformers.training_args import OptimizerNames
 from transformers.utils.generic import strtobool
 
 from patches.versions import installed_version
+from unsloth_ext.common.compat import at_least
 
 
 ENGINES = {
@@ -90,10 +90,10 @@ def check_torch(args: Any) -> None:
     Args:
         args: the trainer's arguments; None: the defaults.
     """
-    found = installed_version("torch")
-    if engine_of(args) == "fsdp2" and found is not None and Version(found.base_version) < Version("2.13"):
+    if engine_of(args) == "fsdp2" and not at_least("torch", "2.13"):
         raise ValueError(
-            f"FSDP2 needs torch 2.13 or newer here, and torch {found} is installed; other engines work with it"
+            f"FSDP2 needs torch 2.13 or newer here, and torch {installed_version('torch')} is installed; "
+            "other engines work with it"
         )
 
 

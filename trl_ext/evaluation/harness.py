@@ -2,11 +2,14 @@
 
 import hashlib
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import lm_eval
 import torch
+import yaml
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..common.spelling import did_you_mean
 from .command import EMBEDDED_TASKS, FILE_TASKS
@@ -25,13 +28,14 @@ def load_tasks(names: list[str], include_path: str | None, num_fewshot: int) -> 
         Tasks by name.
 
     Raises:
-        ValueError: there is no such task, or its data cannot be loaded.
+        ValueError: there is no such task, its data cannot be loaded, a metric of it is unknown, or it has too few examples.
     """
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # the harness's own are read only if they are needed: 6 seconds
         manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks:
+            check_files(include_path)
             known = (*EMBEDDED_TASKS, *FILE_TASKS, *manager.all_tasks)
             raise ValueError(
                 f"--tasks {name}: there is no such task{did_you_mean(name, known)}; ours are "
@@ -44,10 +48,39 @@ def load_tasks(names: list[str], include_path: str | None, num_fewshot: int) -> 
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # of whichever library reads its data
             raise ValueError(f"--tasks {name}: cannot be loaded: {str(error) or type(error).__name__}") from error
-    for task in tasks.values():
+    for name, task in tasks.items():
         if num_fewshot:
             task.set_config(key="num_fewshot", value=num_fewshot)
+        check_task(name, task)
     return tasks
+
+
+def check_files(include_path: str | None) -> None:
+    """Raise a ValueError for a YAML file of a folder that cannot be read. The harness passes over it in silence."""
+    for file in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"--include_path {include_path}: {file} cannot be read as a task: {error}") from error
+
+
+def check_task(name: str, task: Any) -> None:
+    """Raise a ValueError for what the harness would find out, in the middle of its work, by a traceback."""
+    if task.config.process_results is None:  # with it, metrics are names that it returns
+        for metric, function in getattr(task, "_metric_fn_list", {}).items():
+            if function is None:
+                raise ValueError(f"--tasks {name}: lm-evaluation-harness knows no metric {metric!r}")
+    for metric, function in task.aggregation().items():
+        if function is None:
+            raise ValueError(f"--tasks {name}: lm-evaluation-harness does not know the aggregation of {metric!r}")
+    wanted = task.get_config("num_fewshot") or 0
+    if wanted:
+        own = task.fewshot_cfg.split == task.config.test_split  # a question is not among its own examples
+        there = len(task.fewshot_docs()) - own
+        if wanted > there:
+            raise ValueError(
+                f"--tasks {name}: {wanted} examples before each question (num_fewshot), and it has {there}"
+            )
 
 
 def meaningful(lm: LatentReasoningLM, tasks: dict[str, Any], refuse: bool = False) -> dict[str, Any]:

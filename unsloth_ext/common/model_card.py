@@ -110,12 +110,18 @@ def _template() -> str:
     return ModelCard.from_template(ModelCardData()).text.strip()
 
 
+def changed_by_hand(text: str) -> bool:
+    """Return whether a card has our part, and somebody has changed it since."""
+    found = PART.search(text)
+    return found is not None and found[1] != digest(found[2])
+
+
 def with_part(text: str, part: Part, file: Path) -> str:
     """Return the text of a card with our part, in the place of the old part or at the end."""
     found = PART.search(text)
     if found is None:
         return f"{text.rstrip()}\n\n{part}\n"
-    if found[1] != digest(found[2]):
+    if changed_by_hand(text):
         logger.warning(
             f"{file} has a part about opening the model that was changed by hand and is kept; delete it to get a new one"
         )
@@ -123,13 +129,12 @@ def with_part(text: str, part: Part, file: Path) -> str:
     return f"{text[: found.start()]}{part}{text[found.end() :]}"
 
 
-def with_results(content: str, results: str, file: Path) -> str:
+def with_results(content: str, results: str) -> str:
     """Return a card with these results in our part, before what it says about the training, in the place of older ones.
 
     Args:
-        content: the card, which has such a part.
+        content: the card, which has such a part; see `changed_by_hand`.
         results: a section in Markdown that begins with `RESULTS`.
-        file: its name, for the warning if somebody has changed the part.
     """
     card = ModelCard(content, ignore_metadata_errors=True)
     found = PART.search(card.text)
@@ -138,7 +143,8 @@ def with_results(content: str, results: str, file: Path) -> str:
         TRAINING
     )
     after = f"\n\n{TRAINING}{training}" if training else ""
-    card.text = with_part(card.text, Part(f"{before.rstrip()}\n\n{results}{after}", {}), file)
+    part = Part(f"{before.rstrip()}\n\n{results}{after}", {})
+    card.text = f"{card.text[: found.start()]}{part}{card.text[found.end() :]}"
     return str(card)
 
 

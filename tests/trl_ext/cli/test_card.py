@@ -177,7 +177,7 @@ def test_what_cannot_be_is_told(trained, tmp_path):
         with pytest.raises(ValueError, match=said):
             card.main(flags)
     (trained / "final" / "eval.json").write_text("{")
-    with pytest.raises(ValueError, match=r"eval\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"eval\.json is not JSON"):
         card.main([str(trained / "final")])
     (trained / "final" / "eval.json").unlink()
 

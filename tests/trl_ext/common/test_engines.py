@@ -4,7 +4,9 @@ import types
 
 import pytest
 from datasets import Dataset
+from packaging.version import Version
 
+from patches import versions
 from tests import tiny
 from tests.processes import ROOT
 from tests.trl_ext.concept import setups as concept
@@ -104,7 +106,8 @@ def test_the_engine_of_a_launch(monkeypatch, given, environment, engine):
 def test_fsdp2_needs_a_newer_torch(monkeypatch, tmp_path, version, engine, refused):
     """It is refused before the model is looked at."""
     monkeypatch.setattr(engines, "engine_of", lambda args: engine)
-    monkeypatch.setattr(engines, "installed_version", lambda name: engines.Version(version))
+    real = versions._version_of
+    monkeypatch.setattr(versions, "_version_of", lambda name: Version(version) if name == "torch" else real(name))
     if refused:
         with pytest.raises(ValueError, match=r"FSDP2 needs torch 2\.13 or newer here, and torch 2\.12\.1 is installed"):
             hrpo.hrpo(tmp_path, model="nowhere")

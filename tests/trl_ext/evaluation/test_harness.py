@@ -121,6 +121,30 @@ def test_a_task_without_its_data_is_named(folders, tasks, tmp_path):
         run(folders["hrpo"], tmp_path, tasks, "--tasks", "written_sums")
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"metric_list": [{"metric": "exact_mach", "aggregation": "mean"}]}, "knows no metric 'exact_mach'"),
+        ({"metric_list": [{"metric": "exact_match", "aggregation": "men"}]}, "the aggregation of 'exact_match'"),
+        ({"num_fewshot": 4}, r"4 examples before each question \(num_fewshot\), and it has 3"),
+    ],
+)
+def test_a_wrong_task_is_told_before_it_runs(folders, tasks, tmp_path, change, said):
+    file = tmp_path / "tasks" / "written_sums.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"--tasks written_sums: .*{said}"):
+        run(folders["hrpo"], tmp_path, tasks, "--tasks", "written_sums")
+
+
+@pytest.mark.parametrize(
+    "text, said", [("task: mine\n x: [1", "mapping values"), ("task: mine\ninclude: no.yaml", "No such file")]
+)
+def test_a_file_that_cannot_be_read_is_told(folders, tasks, tmp_path, text, said):
+    (tmp_path / "tasks" / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"--include_path .*mine.yaml cannot be read as a task: .*{said}"):
+        run(folders["hrpo"], tmp_path, tasks, "--tasks", "mine")
+
+
 def test_a_stop_that_a_tokenizer_cannot_spell_is_cut_afterwards(folders, tasks, tmp_path):
     """transformers cannot search a line break in the texts of a character tokenizer that has none."""
     file = tmp_path / "tasks" / "written_sums.yaml"
