@@ -121,11 +121,17 @@ def _shown(file: Path, show: Callable[[dict[str, Any]], list[str]], content: dic
 
 
 def before_after(summary: dict[str, Any]) -> list[str]:
-    """A table of held-out figures before and after training."""
+    """A table of held-out figures before and after training, with what the recipe measured beside them."""
     before, after = summary.get("before") or {}, summary["after"]
+    beside = summary.get("results") or {"": (before, after)} if "low" in after else {}
     names = [name for name, value in after.items() if isinstance(value, int | float) and not isinstance(value, bool)]
-    lines = ["Held-out figures before and after training:", "", "| figure | before | after |", "|---|---|---|"]
-    return lines + [f"| {name} | {_number(before.get(name))} | {_number(after[name])} |" for name in names]
+    names = [name for name in names if name != "n" and not (beside and name in ("accuracy", "low", "high"))]
+    asked = f" ({after['n']} questions)" if after.get("n") else ""
+    lines = [f"Held-out figures before and after training{asked}:", "", "| figure | before | after |", "|---|---|---|"]
+    for name, (first, last) in beside.items():
+        what = f"accuracy{', ' if name else ''}{name} (95% interval)"
+        lines.append(f"| {what} | {_accuracy(first)} | {_accuracy(last)} |")
+    return lines + [f"| `{name}` | {_number(before.get(name))} | {_number(after[name])} |" for name in names]
 
 
 def evaluated(evaluation: dict[str, Any]) -> list[str]:
@@ -187,6 +193,10 @@ def with_index(text: str, folder: Path, results: list[dict[str, Any]]) -> str:
         name = folder.resolve()
         data.model_name = name.parent.name if name.name == "final" else name.name
     return str(card)
+
+
+def _accuracy(found: dict[str, Any] | None) -> str:
+    return f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%})" if found else ""
 
 
 def _number(value: Any) -> str:

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{folder} holds something already; name a new folder")
     from peft import PeftModel
 
+    from unsloth_ext.common.model_card import write_copy_card
+    from unsloth_ext.common.settings_file import method_of
     from unsloth_ext.common.text_model import TextModel
 
     opened = TextModel.from_pretrained(flags.checkpoint, **({"dtype": flags.dtype} if flags.dtype else {}))
@@ -46,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     writable_folder(str(folder), "OUTPUT")
     model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
+    card = Path(flags.checkpoint, "README.md")
+    if card.is_file() and not (flags.plain and method is not None):
+        write_copy_card(folder, model, card.read_text(), method_of(model.config)[1])
     trained = Path(flags.checkpoint, "training_args.json")
     if trained.is_file():  # delimiter and answer prompt, for evaluation
         shutil.copy(trained, folder)

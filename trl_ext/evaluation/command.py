@@ -61,6 +61,11 @@ def parser() -> CommandLine:
     )
     made.add_switch("--load_in_4bit", "load the base model in 4 bits")
     made.add_argument("--dtype", help="such as bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
+    made.add_argument(
+        "--system_prompt",
+        help="of a model with a chat template; '' for none (default: one that asks for reasoning and the delimiter; for "
+        "tasks of lm-evaluation-harness none)",
+    )
     made.add_argument("--answer_delimiter", help="the text before an answer (default: that of the training, else ####)")
     made.add_argument("--held_out", type=int, default=400, help="rows of an embedded task (default: 400)")
     made.add_argument("--seed", type=int, default=0, help="of sampling, and of embedded tasks (default: 0)")
@@ -156,7 +161,10 @@ def show(console: PlainConsole, title: str, results: list[Any]) -> None:
         )
     console.print(found)
     console.print(cost)
-    console.print("Latent: latent steps over forward passes. Milliseconds: of decoding, in batches.")
+    console.print(
+        "Latent: latent steps over forward passes, above 100% where one pass makes several. Milliseconds: of decoding, in "
+        "batches."
+    )
 
 
 def show_harness(console: PlainConsole, title: str, found: list[dict[str, Any]]) -> None:

@@ -129,6 +129,7 @@ def run_tasks(
             bootstrap_iters=1000,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
+            system_instruction=flags.system_prompt or None,
         )
         asked = sorted(out["samples"][name], key=lambda sample: sample["doc_id"])
         samples[name, lm.state] = [

@@ -30,7 +30,7 @@ class Result:
         maj_at: by k, the share of questions whose most frequent answer among the first k texts is right; among equally
             frequent ones the first counts.
         tokens, forwards: means over texts: new tokens, and forward passes for them and for latent steps.
-        latent_share: latent steps over forward passes.
+        latent_share: latent steps over forward passes; above 1 where one pass makes several, as in PCCoT and KaVa.
         seconds: wall time of decoding for each text, in batches.
         by_length: for quarters of the questions, from the shortest: characters of the longest, number, accuracy. Questions
             of one length are in one part, so there may be fewer.

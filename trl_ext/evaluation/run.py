@@ -50,6 +50,12 @@ def evaluate_tasks(
     for state in states:
         if state not in opened.states:
             raise ValueError(f"--states {state}: a {opened.kind} model has {', '.join(opened.states)}")
+    if flags.system_prompt and (opened.kind == "latent" or not opened.tokenizer.chat_template):
+        raise ValueError(
+            f"--system_prompt: {flags.checkpoint} "
+            + ("reads one question and answers it" if opened.kind == "latent" else "has no chat template")
+            + "; leave it out"
+        )
     trained = trained_with(flags.checkpoint)
     names = dict.fromkeys(flags.tasks or [EMBEDDED[opened.kind]])
     tasks = []
@@ -60,6 +66,7 @@ def evaluate_tasks(
             tasks.append(shortened(embedded_task(name, flags.held_out, flags.seed, marker), flags))
         elif name in FILE_TASKS:
             how = {"limit": flags.limit, "examples": flags.num_fewshot, "max_new_tokens": flags.max_new_tokens or 512}
+            how["system_prompt"] = flags.system_prompt
             tasks.append(file_task(name, files[name], opened, trained, **how))
     with Engine(opened, flags.checkpoint) if flags.engine == "vllm" else nullcontext() as engine:
         how = {"thinking_temperature": flags.temperature, "batch_size": flags.batch_size, "engine": engine}
@@ -99,4 +106,6 @@ def shortened(task: EvaluationTask, flags: Namespace) -> EvaluationTask:
     """An embedded task with the length and number of rows that the flags give."""
     if flags.num_fewshot:
         raise ValueError(f"--num_fewshot {flags.num_fewshot}: {task.name} has no solved examples; leave it out")
+    if flags.system_prompt:
+        raise ValueError(f"--system_prompt: {task.name} has none; leave it out")
     return replace(task, rows=task.rows[: flags.limit], max_new_tokens=flags.max_new_tokens or task.max_new_tokens)

@@ -200,6 +200,7 @@ def file_task(
     limit: int | None = None,
     examples: int = 0,
     max_new_tokens: int = 512,
+    system_prompt: str | None = None,
 ) -> EvaluationTask:
     """A task of a user's file, with prompts as the training of this kind of model writes them.
 
@@ -211,6 +212,7 @@ def file_task(
         limit: maximum number of rows; None: all.
         examples: so many of the first rows, solved, come before each question, and are not asked.
         max_new_tokens: maximum number of tokens of an answer.
+        system_prompt: of models with a chat template; None: that of the HRPO recipe; empty: none.
     """
     rows = read_questions(name, file, None if limit is None else limit + examples)
     shown, asked = rows[:examples], rows[examples:]
@@ -223,7 +225,7 @@ def file_task(
         prompts = [row["question"] for row in asked]
     elif opened.tokenizer.chat_template:
         marker = opened.delimiter
-        chats = chat_dataset(asked, marker, shown)["prompt"]
+        chats = chat_dataset(asked, marker, shown, system_prompt)["prompt"]
         prompts = [apply_chat_template({"prompt": chat}, opened.tokenizer)["prompt"] for chat in chats]
     else:
         marker = opened.delimiter

@@ -196,9 +196,19 @@ def solved(row: dict, delimiter: str) -> str:
     return f"{working}\n{delimiter} {row['answer']}".lstrip()
 
 
-def chat_dataset(rows: list[dict], delimiter: str, examples: Sequence[dict] = ()) -> Dataset:
-    """Conversational prompts: a system prompt that asks for the delimiter, solved examples, and the question."""
-    shown = [{"role": "system", "content": SYSTEM_PROMPT.format(delimiter=delimiter)}]
+def chat_dataset(
+    rows: list[dict], delimiter: str, examples: Sequence[dict] = (), system_prompt: str | None = None
+) -> Dataset:
+    """Conversational prompts: a system prompt, solved examples, and the question.
+
+    Args:
+        rows: the questions.
+        delimiter: the text before an answer.
+        examples: solved questions.
+        system_prompt: None: one that asks for the delimiter; empty: none.
+    """
+    said = SYSTEM_PROMPT.format(delimiter=delimiter) if system_prompt is None else system_prompt
+    shown = [{"role": "system", "content": said}] if said else []
     for row in examples:
         shown += [
             {"role": "user", "content": row["question"]},

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from .method import attaching_methods
 
@@ -32,6 +33,13 @@ PART = re.compile(
 )
 
 RESULTS, TRAINING = "## Results", "## Training"
+
+# How an example reads a question, and how it does where the tokenizer has a chat template
+ASKED = 'tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False)'
+SAID = """\
+tokenizer.apply_chat_template(
+    [[{"role": "user", "content": "1+2="}]], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
 
 # How to open an ordinary model. tests/unsloth_ext/common/test_saved.py runs this and the examples of the records
 ORDINARY = """\
@@ -148,6 +156,23 @@ def with_results(content: str, results: str) -> str:
     return str(card)
 
 
+def write_copy_card(folder: str | Path, model: nn.Module, content: str, settings: Any) -> None:
+    """Write the card of a copy of a model, in another form: what its own card says about the training is kept.
+
+    Args:
+        folder: of the copy, with its card if it has one.
+        model: the copy.
+        content: the card of the model; without our part, nothing is written.
+        settings: the settings of its method; None: of an ordinary model.
+    """
+    card = ModelCard(content, ignore_metadata_errors=True)
+    found = PART.search(card.text)
+    method = card.data.get("method")
+    if found is not None and method:
+        _, heading, training = found[2].partition(TRAINING)
+        write_model_card(folder, model, method=method, settings=settings, training=f"{heading}{training}")
+
+
 def outside(content: str) -> str:
     """Return what others wrote in a card: its text without our part and PEFT's note of its version."""
     text = PART.sub("", ModelCard(content, ignore_metadata_errors=True).text)
@@ -173,6 +198,9 @@ def model_part(
     base = adapter.base_model_name_or_path if adapter is not None else _name_of(model)
     where = repo_id or place(folder)
     kind = "an adapter (PEFT)" if adapter is not None else "a full model"
+    example = record.example if record else ORDINARY
+    if Path(folder, CHAT_TEMPLATE_FILE).is_file():
+        example = example.replace(ASKED, SAID)
     lines = [
         f"# A model of the method {method}" if record else f"# A model trained by {method}",
         "",
@@ -184,7 +212,7 @@ def model_part(
         "",
         *(["In the folder itself:", ""] if where == "." else []),
         "```python",
-        (record.example if record else ORDINARY).replace("{where}", json.dumps(where, ensure_ascii=False)),
+        example.replace("{where}", json.dumps(where, ensure_ascii=False)),
         "```",
     ]
     if record:

@@ -27,7 +27,7 @@ from ..common.hub import (
     load_tokenizer,
     nf4,
 )
-from ..common.settings_file import held_by, read_saved
+from ..common.settings_file import held_by, read_json, read_saved
 from .adapter import THINKING_MODULES
 from .method import METHOD
 from .residual import ThinkingConfig, attach_thinking, drop_thinking, has_thinking
@@ -72,7 +72,8 @@ class FastThinkingModel:
             **kwargs: for the `from_pretrained` that is called.
 
         Returns:
-            The model and its tokenizer. The model is a `PeftModel` if `model_name` is an adapter.
+            The model and its tokenizer. The model is a `PeftModel` if `model_name` is an adapter. The tokenizer is the one
+            saved with the adapter, with its chat template; without one, that of the base.
 
         Raises:
             ValueError: `fast_inference` is given; there is no such model; it is of another method; it has thinking
@@ -115,6 +116,8 @@ class FastThinkingModel:
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
+        if saved.adapter is not None and read_json(model_name, "tokenizer_config.json", token) is not None:
+            tokenizer = load_tokenizer(model_name, token, padding_side="left", trust_remote_code=trust_remote_code)
         if not base.settings:  # the files of a hub model are here only now
             read_saved(base_name, "hrpo", token)
         settings = saved.settings or base.settings

@@ -73,6 +73,13 @@ def _tiny() -> Qwen3Config:
     return config
 
 
+def _micro() -> Qwen3Config:
+    config = _third(128, 3, 320)
+    config.vocab_size = 512
+    config.initializer_range = 0.09  # 1 / sqrt(128)
+    return config
+
+
 def _third_moe() -> Qwen3MoeConfig:
     # If normalised, the weight of the one expert would always be 1, and the router would get no gradient of the LM loss
     return Qwen3MoeConfig(
@@ -109,6 +116,7 @@ PRESETS: dict[str, Callable[[], PreTrainedConfig]] = {
     "minimind3": lambda: _third(768, 8, 2432),
     "minimind3-moe": _third_moe,
     "tiny": _tiny,
+    "micro": _micro,
 }
 
 

@@ -27,7 +27,8 @@ EVALUATION = {
         {"task": "arc", "state": "off", "metric": "acc", "filter": "none", "n": 3, "value": 0.5, "stderr": None},
     ],
 }
-SUMMARY = {"before": {"n": 20, "accuracy": 0.1}, "after": {"n": 20, "accuracy": 0.75, "note": "text"}}
+BEFORE, AFTER = ({"n": 20, "accuracy": x, "low": x - 0.1, "high": x + 0.1, "nll": x} for x in (0.25, 0.75))
+SUMMARY = {"before": BEFORE, "after": AFTER | {"note": "text"}}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,9 @@ def test_results_come_into_the_card_and_replace_older_ones(trained, capsys):
     assert card.main([str(final)]) == 0
     assert "summary.json, curves.png, eval.json" in capsys.readouterr().out.replace("\n", " ")
     text = text_of(trained)
-    assert "| accuracy | 0.1 | 0.75 |" in text and "![Curves of the training](curves.png)" in text
+    assert "training (20 questions):" in text and "| `nll` | 0.25 | 0.75 |" in text and "| `low` |" not in text
+    assert "| accuracy (95% interval) | 25.0% (15.0% to 35.0%) | 75.0% (65.0% to 85.0%) |" in text
+    assert "![Curves of the training](curves.png)" in text
     assert "| sums | zero | 20 | 25.0% (50.0% to 90.0%) | 7.5 | 9.0 | 50.0% |" in text
     assert "| arc | off | acc (none) | 3 | 0.5000 |  |" in text and (final / "curves.png").read_bytes() == b"picture"
     assert (
@@ -81,11 +84,13 @@ def test_results_come_into_the_card_and_replace_older_ones(trained, capsys):
     )
     assert "With `limit` 3, `load_in_4bit` True." in text and "/home/me" not in text
     assert accuracies(text) == [("sums", 0.75)]
-    (trained / "summary.json").write_text(json.dumps({**SUMMARY, "after": {"n": 20, "accuracy": 0.875}}))
+    beside = {"latent tokens": [BEFORE, AFTER], "latent tokens: zero": [None, BEFORE]}
+    (trained / "summary.json").write_text(json.dumps({**SUMMARY, "results": beside}))
     card.main([str(final)])
     again = text_of(trained)
     assert again.count("## Results") == again.count("## Training") == again.count("## Mine") == 1
-    assert "| accuracy | 0.1 | 0.875 |" in again and PART.search(again)
+    assert "| accuracy, latent tokens (95% interval) | 25.0% (15.0%" in again and PART.search(again)
+    assert "| accuracy, latent tokens: zero (95% interval) |  | 25.0% (15.0% to 35.0%) |" in again
     card.main([str(final)])
     assert text_of(trained) == again, "nothing changes without a change"
 
@@ -125,12 +130,12 @@ def test_results_of_other_weights_are_left_out(trained, capsys):
     os.utime(weights, (2e9, 2e9))
     card.main([str(final)])
     assert "the weights are newer" in capsys.readouterr().out.replace("\n", " ")
-    assert "| sums |" not in text_of(trained) and "| accuracy |" in text_of(trained)
+    assert "| sums |" not in text_of(trained) and "| `nll` |" in text_of(trained)
     os.utime(weights, (1e9, 1e9))
     shutil.copytree(final, trained / "checkpoint-1")
     (trained / "checkpoint-1" / "eval.json").unlink()
     card.main([str(trained / "checkpoint-1")])
-    assert "| accuracy |" not in (trained / "checkpoint-1" / "README.md").read_text()
+    assert "| `nll` |" not in (trained / "checkpoint-1" / "README.md").read_text()
     shutil.rmtree(trained / "checkpoint-1")
 
 

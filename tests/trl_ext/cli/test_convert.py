@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.kinds import ALL, saved
+from tests.trl_ext.hrpo import setups as hrpo
+from tests.trl_ext.kv_distill import setups as kv
 from trl_ext.cli import convert
 from unsloth_ext.common.text_model import TextModel
 
@@ -57,6 +59,19 @@ def test_what_is_another_model_is_refused(tmp_path, method):
     with pytest.raises(ValueError, match=f"--plain: a {method} model without its .* is another model"):
         convert.main([str(folder), str(tmp_path / "plain"), "--plain"])
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize(
+    "setups, how", [(hrpo, "A model of the method hrpo"), (kv, "A model trained by KV distillation")]
+)
+def test_the_card_still_says_how_it_was_trained(tmp_path, setups, how):
+    trainer = setups.hrpo(tmp_path, max_steps=1) if setups is hrpo else setups.trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    convert.main([str(tmp_path / "final"), str(tmp_path / "whole")])
+    was, found = ((tmp_path / name / "README.md").read_text() for name in ("final", "whole"))
+    assert f"# {how}" in found and "The folder holds a full model" in found
+    assert found.count("## Training\n") == 1 and found.split("## Training\n")[1] == was.split("## Training\n")[1]
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -20,13 +20,13 @@ class Trainer(SafeCheckpointMixin, SFTTrainer):
     """The smallest there is."""
 
 
-def trained(model, folder="run", steps=1, resume=False, **more):
+def trained(model, folder="run", steps=1, resume=False, tokenizer=None, **more):
     fused_lm_head.ensure()
     args = SFTConfig(
         folder, max_steps=steps, save_steps=1, use_cpu=True, report_to="none", bf16=False, per_device_train_batch_size=1
     )
     rows = Dataset.from_dict({"text": ["1+2=3"] * 4})
-    trainer = Trainer(model, args, train_dataset=rows, processing_class=tiny.tokenizer(), **more)
+    trainer = Trainer(model, args, train_dataset=rows, processing_class=tokenizer or tiny.tokenizer(), **more)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model(f"{folder}/final")
     return trainer
@@ -46,6 +46,19 @@ def test_an_ordinary_model_has_a_card_that_opens_it(tmp_path, monkeypatch, lora,
         assert card.data.library_name == ("peft" if lora else "transformers")
     code = ModelCard.load(f"{run}/final/README.md").text.split("```python\n")[1].split("```")[0]
     exec(compile(code, "card", "exec"), {})
+
+
+@pytest.mark.parametrize("attach", [lambda model: model, attach_thinking])
+def test_a_model_with_a_chat_template_is_asked_in_it(tmp_path, monkeypatch, capsys, attach):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %};"
+    trained(attach(tiny.model()), tokenizer=tokenizer)
+    code = Path("run/final/README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'apply_chat_template(\n    [[{"role": "user", "content": "1+2="}]]' in code
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.startswith("1+2=;")
 
 
 def test_the_card_of_a_run_is_trls_with_our_way_to_open_it(tmp_path, monkeypatch):

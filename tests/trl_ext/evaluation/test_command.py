@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -108,6 +109,7 @@ def test_numbers_are_written_out(tmp_path, number, plain):
         (["--samples", "0"], "samples=0: must be at least 1"),
         (["--temperature", "0"], "temperature=0"),
         (["--num_fewshot", "2"], "--num_fewshot 2: sums has no solved examples"),
+        (["--system_prompt", "Add."], "--system_prompt: "),
     ],
 )
 def test_wrong_flags(folders, flags, said):
@@ -203,8 +205,36 @@ def test_prompts_of_a_chat_model_are_those_of_training(tmp_path, folders):
         row["prompt"].startswith("[system]Solve the problem step by step.") and "write #### followed" in row["prompt"]
     )
     assert row["prompt"].endswith("[user]1+1?[assistant]so 2\n#### 2[user]1+2?[assistant]") and row["answer"] == "3"
+    for system_prompt, start in (("", "[user]1+1?"), ("Add.", "[system]Add.[user]1+1?")):
+        (row,) = tasks.file_task("gsm8k", file, opened, {}, examples=1, system_prompt=system_prompt).rows
+        assert row["prompt"].startswith(start)
     with pytest.raises(ValueError, match="num_fewshot=2 leaves none to ask"):
         tasks.file_task("gsm8k", file, opened, {}, examples=2)
+
+
+@pytest.mark.parametrize(
+    "method, template, task, said",
+    [
+        ("plain", False, "gsm8k", "has no chat template; leave it out"),
+        ("latent", True, "gsm8k", "reads one question and answers it; leave it out"),
+        ("plain", True, "sums", "sums has none; leave it out"),
+        ("plain", True, "gsm8k", None),
+    ],
+)
+def test_a_system_prompt_is_given_or_refused(tmp_path, folders, method, template, task, said):
+    """It also comes into the prompts of the harness's tasks, see test_harness.py."""
+    folder = shutil.copytree(folders(method), tmp_path / "model")
+    if template:
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    flags = ["--system_prompt", "8", "--tasks", task, "--output", str(tmp_path), "--max_new_tokens", "2"]
+    flags += ["--data", f"gsm8k={write(tmp_path / 'x.jsonl', FILES['gsm8k'])}"] if task == "gsm8k" else []
+    if said:
+        with pytest.raises(ValueError, match=f"--system_prompt: .*{said}"):
+            command.main([str(folder), *flags])
+    else:
+        command.main([str(folder), *flags])
+        line = json.loads((tmp_path / "samples_gsm8k_on.jsonl").read_text().splitlines()[0])
+        assert line["prompt"] == "8;1+1?;"
 
 
 def test_latent_models_take_no_examples(tmp_path, folders):

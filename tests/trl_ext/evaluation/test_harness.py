@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness in `latent-reasoning eval`: a user's YAML files, which need no hub."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -77,6 +78,16 @@ def test_states_without_a_likelihood_are_left_out_or_refused(folders, tasks, tmp
     assert sorted(states) == [("chosen_sums", "off"), ("written_sums", "off"), ("written_sums", "on")]
     with pytest.raises(ValueError, match="--tasks chosen_sums with latent steps 'on': "):
         run(folders["hrpo"], tmp_path, tasks, "--tasks", "chosen_sums", "--states", "on")
+
+
+def test_a_system_prompt_comes_first(folders, tasks, tmp_path):
+    folder = shutil.copytree(folders["hrpo"], tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    flags = ["--tasks", "written_sums", "--states", "on"]
+    for prompt, first in ((["--system_prompt", "8"], "8;1+2=;"), ([], "1+2=;")):
+        run(str(folder), tmp_path, tasks, *flags, *prompt)
+        line = json.loads((tmp_path / "samples_written_sums_on.jsonl").read_text().splitlines()[0])
+        assert line["arguments"][0][0] == first
 
 
 def test_two_evaluations_are_compared(folders, tasks, tmp_path, capsys, monkeypatch):

@@ -81,6 +81,17 @@ def test_an_adapter_comes_back_whole_in_a_fresh_process(tmp_path, family):
     assert any(p.requires_grad for n, p in again.named_parameters() if "lora" in n)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_an_adapter_has_the_tokenizer_that_was_saved_with_it(tmp_path, own):
+    model, tokenizer = load(base(tmp_path))
+    trained(FastThinkingModel.get_peft_model(model, r=4)).save_pretrained(tmp_path / "adapter")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    if own:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    _, again = load(str(tmp_path / "adapter"))
+    assert again.chat_template == (tokenizer.chat_template if own else None) and again.padding_side == "left"
+
+
 def test_a_full_model_comes_back_whole_in_a_fresh_process(tmp_path):
     model, tokenizer = load(base(tmp_path), thinking=ThinkingConfig("projection", "none", 0.8, 0.9))
     trained(model).eval().save_pretrained(tmp_path / "full")
