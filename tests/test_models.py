@@ -13,6 +13,7 @@ from trl_ext.evaluation import command
 from trl_ext.evaluation.compare import read_evaluation
 from trl_ext.minimind import embedded
 from trl_ext.tasks.arithmetic import split_problems
+from unsloth_ext.common.model_card import changed_by_hand
 from unsloth_ext.common.text_model import TextModel
 
 
@@ -58,7 +59,6 @@ def test_it_answers_held_out_questions(name, tmp_path):
             "--system_prompt",
             "",
         ]
-        flags += ["--answer_delimiter", "<answer>"] if name == "reason_dialogue" else []
     else:
         flags = ["--held_out", "40", *(["--tasks", TASKS[name]] if name in TASKS else [])]
     command.main([str(MODELS / name), "--output", str(tmp_path), "--states", *bounds, *flags])
@@ -88,4 +88,5 @@ def test_its_page_is_right(name, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script))
     assert capsys.readouterr().out.strip()
     assert sum(file.stat().st_size for file in (MODELS / name).iterdir()) < 1.6e6
+    assert not changed_by_hand(page), "make it by `latent-reasoning convert` and `card`"
     assert "## Results" in page and "## Training" in page and str(Path.home()) not in page

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.run_folder import PROGRAM
+from ..common.spelling import in_cell
 from .command_line import CommandLine
 from .console import PlainConsole
 
 
 METRIC = "accuracy (latent-reasoning eval)"
+EVALUATION = "### Evaluation"
 NOT_DECODING = ("checkpoint", "tasks", "data", "states", "ablations", "output", "include_path", "batch_size", "engine")
 
 
@@ -63,47 +65,52 @@ def complete_card(folder: Path, run: Path | None) -> tuple[list[str], list[str]]
     Raises:
         ValueError: the folder has no card of this project, or a file is damaged.
     """
-    from unsloth_ext.common.model_card import PART, RESULTS, changed_by_hand, with_results
+    from unsloth_ext.common.model_card import PART, RESULTS, changed_by_hand, read_card, results_in, with_results
     from unsloth_ext.common.settings_file import read_json
 
     card = folder / "README.md"
-    if not card.is_file() or PART.search(card.read_text()) is None:
+    before = read_card(card)
+    if before is None or PART.search(before) is None:
         raise ValueError(f"{folder} has no model card of this project: open the model and save it again")
-    lines, found, left_out = [RESULTS], [], []
+    if changed_by_hand(before):
+        return [], [f"{card}: its part about the model was changed by hand, so no results were put in"]
+    training, found, left_out = list[str](), list[str](), list[str]()
     if run is not None:
         summary = read_json(str(run), "summary.json", None) or {}
         if "after" in summary:
-            lines += ["", *_shown(run / "summary.json", before_after, summary), ""]
-            found.append("summary.json")
-        if (run / "curves.png").is_file():
+            training += _shown(run / "summary.json", before_after, summary)
+            found += ["summary.json"] if training else []
+        if training and (run / "curves.png").is_file():
             if run.resolve() != folder.resolve():
                 shutil.copyfile(run / "curves.png", folder / "curves.png")
-            lines += ["", "![Curves of the training](curves.png)", ""]
+            training += ["", "![Curves of the training](curves.png)"]
             found.append("curves.png")
+    # What stands there is of these weights: the trainer writes the part anew when it saves others
+    older_training, heading, older_evaluation = results_in(before).partition(EVALUATION)
+    measured = f"{heading}{older_evaluation}"
     file = folder / "eval.json"
-    evaluation = read_json(str(folder), file.name, None) or {}
-    if why := stale(folder, evaluation):
-        left_out.append(f"{file} is left out: {why}")
-        evaluation = {}
-    if evaluation.get("results") or evaluation.get("harness"):
-        lines += ["", *_shown(file, evaluated, evaluation), ""]
-        found.append("eval.json")
-        if evaluation.get("results") and (folder / "eval.png").is_file():
-            lines += ["![Accuracy by what is done to the latent steps](eval.png)", ""]
-    before = card.read_text()
-    if not found and RESULTS not in before:
-        return [], left_out
-    if changed_by_hand(before):
-        return [], [*left_out, f"{card}: its part about the model was changed by hand, so no results were put in"]
-    text = with_results(before, "\n".join(lines).strip() if found else "")
-    card.write_text(with_index(text, folder, evaluation.get("results") or []))
+    evaluation = read_json(str(folder), file.name, None)
+    if evaluation is not None:
+        measured = ""
+        if why := stale(folder, evaluation):
+            left_out.append(f"{file} is left out: {why}")
+            evaluation = {}
+        elif evaluation.get("results") or evaluation.get("harness"):
+            picture = ["", "![Accuracy by what is done to the latent steps](eval.png)"]
+            drawn = evaluation.get("results") and (folder / "eval.png").is_file()
+            measured = "\n".join([EVALUATION, "", *_shown(file, evaluated, evaluation), *(picture if drawn else ())])
+            found.append("eval.json")
+    if not found and not left_out:
+        return [], []
+    both = "\n".join(training) or older_training, measured
+    results = "\n\n".join(text.strip() for text in both if text.strip())
+    text = with_results(before, f"{RESULTS}\n\n{results}" if results else "")
+    card.write_text(text if evaluation is None else with_index(text, folder, evaluation.get("results") or []))
     return found, left_out
 
 
 def stale(folder: Path, evaluation: dict[str, Any]) -> str | None:
     """Why an evaluation is not of the weights in a folder, or None."""
-    if not evaluation:
-        return None
     of = Path(str(evaluation.get("checkpoint", ""))).parts
     if folder.resolve().parts[-len(of) :] != of and Path(*of).resolve() != folder.resolve():
         return f"it is an evaluation of {Path(*of)}"
@@ -121,17 +128,19 @@ def _shown(file: Path, show: Callable[[dict[str, Any]], list[str]], content: dic
 
 
 def before_after(summary: dict[str, Any]) -> list[str]:
-    """A table of held-out figures before and after training, with what the recipe measured beside them."""
+    """A table of held-out figures before and after training, and of what was measured beside them; empty without any."""
     before, after = summary.get("before") or {}, summary["after"]
     beside = summary.get("results") or {"": (before, after)} if "low" in after else {}
     names = [name for name, value in after.items() if isinstance(value, int | float) and not isinstance(value, bool)]
     names = [name for name in names if name != "n" and not (beside and name in ("accuracy", "low", "high"))]
+    if not beside and not names:
+        return []
     asked = f" ({after['n']} questions)" if after.get("n") else ""
     lines = [f"Held-out figures before and after training{asked}:", "", "| figure | before | after |", "|---|---|---|"]
     for name, (first, last) in beside.items():
-        what = f"accuracy{', ' if name else ''}{name} (95% interval)"
+        what = f"accuracy{', ' if name else ''}{in_cell(name)} (95% interval)"
         lines.append(f"| {what} | {_accuracy(first)} | {_accuracy(last)} |")
-    return lines + [f"| `{name}` | {_number(before.get(name))} | {_number(after[name])} |" for name in names]
+    return lines + [f"| `{in_cell(name)}` | {_number(before.get(name))} | {_number(after[name])} |" for name in names]
 
 
 def evaluated(evaluation: dict[str, Any]) -> list[str]:

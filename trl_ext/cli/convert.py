@@ -18,7 +18,9 @@ def parser() -> CommandLine:
     made.add_argument("checkpoint", help="a folder or hub id: an adapter or a whole model of any kind")
     made.add_argument("output", help="a new folder")
     made.add_switch("--plain", "leave the modules of the method out (HRPO): a plain model, which every program reads")
-    made.add_argument("--dtype", help="such as bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
+    made.add_argument(
+        "--dtype", help="such as bfloat16 (default: that of the weights; HRPO: float32 on a CPU, bfloat16 on a GPU)"
+    )
     return made
 
 
@@ -34,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{folder} holds something already; name a new folder")
     from peft import PeftModel
 
-    from unsloth_ext.common.model_card import write_copy_card
+    from unsloth_ext.common.model_card import read_card, results_in, trained_by, with_results, write_copy_card
     from unsloth_ext.common.settings_file import method_of
     from unsloth_ext.common.text_model import TextModel
 
+    card = read_card(Path(flags.checkpoint, "README.md"))  # before anything is written
     opened = TextModel.from_pretrained(flags.checkpoint, **({"dtype": flags.dtype} if flags.dtype else {}))
     method = opened.method
     if flags.plain and method is not None and not method.drop:
@@ -48,12 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     writable_folder(str(folder), "OUTPUT")
     model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
-    card = Path(flags.checkpoint, "README.md")
-    if card.is_file() and not (flags.plain and method is not None):
-        write_copy_card(folder, model, card.read_text(), method_of(model.config)[1])
-    trained = Path(flags.checkpoint, "training_args.json")
-    if trained.is_file():  # delimiter and answer prompt, for evaluation
-        shutil.copy(trained, folder)
+    # Delimiter and answer prompt, for evaluation; the pictures of the card
+    for file in (Path(flags.checkpoint, name) for name in ("training_args.json", "curves.png", "eval.png")):
+        if file.is_file():
+            shutil.copy(file, folder)
+    if card is not None:
+        left, settings = method_of(model.config)
+        if left is None and method is not None and results_in(card):
+            card = with_results(card, "")  # they are of the model that thinks
+        by = left.name if left is not None else method.name.upper() if method is not None else trained_by(card)
+        if by is None:
+            (folder / "README.md").write_text(card)
+        else:
+            write_copy_card(folder, model, card, by, settings)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     kind = "plain" if flags.plain else opened.kind
     PlainConsole().print(f"Written: {folder}, a {kind} model of {model.num_parameters():,} parameters, {size:.1f} MB")

@@ -10,10 +10,12 @@ from transformers import Trainer
 
 from patches.save_pretrained import describer
 from patches.versions import installed_version
+from unsloth_ext.common import model_card
 from unsloth_ext.common.model_card import TRAINING, outside, without_folders, write_model_card
 from unsloth_ext.common.settings_file import method_of
 
 from .method import training_methods
+from .spelling import in_cell
 
 
 QUICK_START = re.compile(r"## Quick start\n.*?(?=\n## Training procedure)", re.DOTALL)  # TRL 1.15 shows a pipeline here
@@ -32,8 +34,7 @@ def own_settings(args: Any) -> dict[str, Any]:
 
 def read_card(folder: str | Path) -> str | None:
     """The model card in a folder; None if there is none."""
-    file = Path(folder, "README.md")
-    return file.read_text() if file.is_file() else None
+    return model_card.read_card(Path(folder, "README.md"))
 
 
 def write_card_of(
@@ -134,5 +135,5 @@ def training_sections(trainer: Trainer) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = str(without_folders(getattr(value, "value", value))).replace("|", "\\|").replace("\n", " ")
+    text = in_cell(str(without_folders(getattr(value, "value", value))))
     return f"`{text}`" if text else ""

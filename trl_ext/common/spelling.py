@@ -8,6 +8,11 @@ from collections.abc import Iterable
 FLAG = re.compile(r"--[\w-]+")
 
 
+def in_cell(text: str) -> str:
+    """Return a text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def underscored(argv: Iterable[str]) -> list[str]:
     """Command line words with flags spelt like fields: `--model-name=a-b` becomes `--model_name=a-b`."""
     found = []

@@ -60,7 +60,9 @@ def parser() -> CommandLine:
         "--engine", choices=("transformers", "vllm"), default="transformers", help="what decodes (docs/vllm.md)"
     )
     made.add_switch("--load_in_4bit", "load the base model in 4 bits")
-    made.add_argument("--dtype", help="such as bfloat16 (default: float32 on a CPU, bfloat16 on a GPU)")
+    made.add_argument(
+        "--dtype", help="such as bfloat16 (default: that of the weights; HRPO: float32 on a CPU, bfloat16 on a GPU)"
+    )
     made.add_argument(
         "--system_prompt",
         help="of a model with a chat template; '' for none (default: one that asks for reasoning and the delimiter; for "
@@ -95,11 +97,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = writable_folder(flags.output or (flags.checkpoint if ours else "."), "--output")
     console = PlainConsole()
     # lm-eval and torch, after all that can be wrong without them
-    from .run import evaluate_tasks
+    from .run import ASKS_FOR_STEPS, evaluate_tasks
 
     results, harness, samples = evaluate_tasks(flags, files)
     if results:
         show(console, flags.checkpoint, results)
+        if flags.system_prompt is None and any(
+            ASKS_FOR_STEPS in rows[0].get("prompt", "") for rows in samples.values()
+        ):
+            console.print(
+                "Questions come after a system prompt that asks for steps; --system_prompt changes it, '' omits it."
+            )
     if harness:
         show_harness(console, flags.checkpoint, harness)
     given = {name: value for name, value in vars(flags).items() if value not in (None, [])}

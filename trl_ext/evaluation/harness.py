@@ -47,7 +47,7 @@ def load_tasks(names: list[str], include_path: str | None, num_fewshot: int) -> 
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # of whichever library reads its data
-            raise ValueError(f"--tasks {name}: cannot be loaded: {str(error) or type(error).__name__}") from error
+            raise ValueError(f"--tasks {name}: cannot be loaded: {type(error).__name__}: {error}") from error
     for name, task in tasks.items():
         if num_fewshot:
             task.set_config(key="num_fewshot", value=num_fewshot)
@@ -73,10 +73,28 @@ def check_task(name: str, task: Any) -> None:
     for metric, function in task.aggregation().items():
         if function is None:
             raise ValueError(f"--tasks {name}: lm-evaluation-harness does not know the aggregation of {metric!r}")
+    given = task.config.generation_kwargs or {}
+    until, most = given.get("until") or [], given.get("max_gen_toks", 1)
+    if not all(
+        isinstance(text, str)
+        for text in ([until] if isinstance(until, str) else until if isinstance(until, list) else [0])
+    ):
+        raise ValueError(f"--tasks {name}: until={until!r} in generation_kwargs: must be a text or a list of texts")
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"--tasks {name}: max_gen_toks={most!r} in generation_kwargs: must be at least 1")
     wanted = task.get_config("num_fewshot") or 0
     if wanted:
-        own = task.fewshot_cfg.split == task.config.test_split  # a question is not among its own examples
-        there = len(task.fewshot_docs()) - own
+        shown = task.fewshot_cfg
+        if (
+            shown.split is None
+            and shown.samples is None
+            and not task.has_training_docs()
+            and not task.has_validation_docs()
+        ):
+            shown.split = (
+                task.config.test_split
+            )  # as the harness does, but a question is then not among its own examples
+        there = len(task.fewshot_docs()) - (shown.split == task.config.test_split)
         if wanted > there:
             raise ValueError(
                 f"--tasks {name}: {wanted} examples before each question (num_fewshot), and it has {there}"

@@ -13,12 +13,16 @@ from lm_eval.tasks import TaskManager
 from unsloth_ext.common.text_model import TextModel, trained_with
 
 from ..tasks import equations
+from ..tasks.data import SYSTEM_PROMPT
 from .command import EMBEDDED_TASKS, FILE_TASKS
 from .engine import Engine
 from .harness import load_tasks, meaningful, run_tasks
 from .lm_eval_model import LatentReasoningLM
 from .results import Result, result_of
 from .tasks import EMBEDDED, EvaluationTask, embedded_task, file_task
+
+
+ASKS_FOR_STEPS = SYSTEM_PROMPT.partition(".")[0]  # how the system prompt begins that questions get if none is given
 
 
 def evaluate_tasks(
@@ -63,7 +67,9 @@ def evaluate_tasks(
         if name in EMBEDDED_TASKS:
             prompt = str(trained.get("answer_prompt", equations.ANSWER_PROMPT)).strip()
             marker = prompt if name == "equations" else opened.delimiter
-            tasks.append(shortened(embedded_task(name, flags.held_out, flags.seed, marker), flags))
+            tasks.append(
+                shortened(embedded_task(name, flags.held_out, flags.seed, marker, opened, flags.system_prompt), flags)
+            )
         elif name in FILE_TASKS:
             how = {"limit": flags.limit, "examples": flags.num_fewshot, "max_new_tokens": flags.max_new_tokens or 512}
             how["system_prompt"] = flags.system_prompt
@@ -106,6 +112,6 @@ def shortened(task: EvaluationTask, flags: Namespace) -> EvaluationTask:
     """An embedded task with the length and number of rows that the flags give."""
     if flags.num_fewshot:
         raise ValueError(f"--num_fewshot {flags.num_fewshot}: {task.name} has no solved examples; leave it out")
-    if flags.system_prompt:
+    if flags.system_prompt and task.name != "sums":
         raise ValueError(f"--system_prompt: {task.name} has none; leave it out")
     return replace(task, rows=task.rows[: flags.limit], max_new_tokens=flags.max_new_tokens or task.max_new_tokens)

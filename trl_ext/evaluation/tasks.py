@@ -12,7 +12,7 @@ a hub id works too. Each task also reads rows with `question` and `answer`, a nu
 `#### number`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -168,7 +168,9 @@ def read_questions(name: str, file: str, limit: int | None = None, split: str = 
     return found
 
 
-def embedded_task(name: str, held_out: int, seed: int, marker: str) -> EvaluationTask:
+def embedded_task(
+    name: str, held_out: int, seed: int, marker: str, opened: TextModel | None = None, system_prompt: str | None = None
+) -> EvaluationTask:
     """An embedded task with the held-out rows of a recipe.
 
     Args:
@@ -176,6 +178,8 @@ def embedded_task(name: str, held_out: int, seed: int, marker: str) -> Evaluatio
         held_out: number of rows, as `--eval_size` of the training.
         seed: `--warm_start_seed` of the training.
         marker: the text before an answer of `sums` or `equations`.
+        opened: the model. With a chat template, `sums` are asked as the questions of a file.
+        system_prompt: as for `file_task`.
     """
     if name == "sums":
         pairs, new = [(row.prompt, str(row.answer)) for row in arithmetic.split_problems(held_out, seed)[1]], 36
@@ -187,8 +191,23 @@ def embedded_task(name: str, held_out: int, seed: int, marker: str) -> Evaluatio
     else:  # the planner reads the text that is to be written from its plan
         pairs, new = [(row["answer"], row["answer"]) for row in facts.sentences(held_out, seed, 1)[1]], 64
     rows = [{"question": prompt, "prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    if name == "sums" and opened is not None and opened.tokenizer.chat_template:
+        for row, prompt in zip(rows, chat_prompts(rows, marker, (), system_prompt, opened), strict=True):
+            row["prompt"] = prompt
     numeric = name in ("sums", "equations")
     return EvaluationTask(name, rows, marker if numeric else "", numeric, new)
+
+
+def chat_prompts(
+    rows: list[dict[str, Any]],
+    marker: str,
+    shown: Sequence[dict[str, Any]],
+    system_prompt: str | None,
+    opened: TextModel,
+) -> list[str]:
+    """Questions in the chat template of a model, with a system prompt and solved examples (see `chat_dataset`)."""
+    chats = chat_dataset(rows, marker, shown, system_prompt)["prompt"]
+    return [apply_chat_template({"prompt": chat}, opened.tokenizer)["prompt"] for chat in chats]
 
 
 def file_task(
@@ -225,8 +244,7 @@ def file_task(
         prompts = [row["question"] for row in asked]
     elif opened.tokenizer.chat_template:
         marker = opened.delimiter
-        chats = chat_dataset(asked, marker, shown, system_prompt)["prompt"]
-        prompts = [apply_chat_template({"prompt": chat}, opened.tokenizer)["prompt"] for chat in chats]
+        prompts = chat_prompts(asked, marker, shown, system_prompt, opened)
     else:
         marker = opened.delimiter
         before = "".join(f"{row['question']}\n{solved(row, marker)}\n\n" for row in shown)

@@ -137,12 +137,29 @@ def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTra
         check_name(name, token, ("config.json", "adapter_config.json", "tokenizer_config.json"))
     check_tokenizer(name)
     try:
-        return AutoTokenizer.from_pretrained(name, token=token, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, token=token, **kwargs)
     except StrictDataclassError as error:
         raise ValueError(_wrong_config(name, error)) from error
     except Exception as error:  # errors of many kinds, few of which name the folder
         why = " ".join(str(error).split())
         raise ValueError(f"{name}: its tokenizer.json or tokenizer_config.json cannot be read: {why:.200}") from error
+    # For some classes transformers makes one of special tokens alone, and of the class's own unknown token
+    if len({*tokenizer.get_vocab()} - {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}) <= 1:
+        raise ValueError(f"{name}: its tokenizer has no vocabulary: is tokenizer.json missing?")
+    return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise a ValueError if a tokenizer makes ids that a model has no embeddings for.
+
+    Added tokens are not counted: some published models have one more than embeddings, which texts do not use.
+    """
+    rows = model.config.get_text_config().vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, and the model has embeddings for {rows}: they "
+            "belong to different models"
+        )
 
 
 def _wrong_config(name: str, error: StrictDataclassError) -> str:

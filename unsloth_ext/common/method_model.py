@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attaching import attached_modules, check_attached, read_settings
-from .hub import base_of, check_name, load_adapter, load_causal_lm, load_modules, load_tokenizer
+from .hub import base_of, check_name, check_vocabulary, load_adapter, load_causal_lm, load_modules, load_tokenizer
 from .method import Method
 from .settings_file import read_saved
 
@@ -56,6 +56,7 @@ class MethodModel:
         if not saved.settings:
             raise ValueError(f"{name} has no settings of the method {cls.method.name}: it was not saved by its trainer")
         model = load_causal_lm(base, method=cls.method.name, token=token, **kwargs)
+        check_vocabulary(model, tokenizer, name)
         cls._attach(model, tokenizer, saved.settings, name)
         if saved.adapter is not None:
             model = load_adapter(model, name, is_trainable=True, token=token)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers.utils import CHAT_TEMPLATE_FILE
+from yaml import YAMLError
 
 from .method import attaching_methods
 
@@ -33,6 +34,7 @@ PART = re.compile(
 )
 
 RESULTS, TRAINING = "## Results", "## Training"
+SECTION = rf"{RESULTS}\n(.*?)(?={TRAINING}\n|\Z)"  # the results, up to what was said about the training
 
 # How an example reads a question, and how it does where the tokenizer has a chat template
 ASKED = 'tokenizer(["1+2="], return_tensors="pt", return_token_type_ids=False)'
@@ -76,6 +78,7 @@ def write_model_card(
     trainer: str | None = None,
     kept: str | None = None,
     repo_id: str | None = None,
+    base: str | None = None,
     training: str = "",
 ) -> None:
     """Write `README.md` into a folder that a model was saved to.
@@ -88,9 +91,10 @@ def write_model_card(
         trainer: the class that trained the model, if known.
         kept: the card that was there before the model was saved.
         repo_id: the hub repository that the folder is uploaded to, if any.
+        base: the model that it was made from; None: as the model says.
         training: sections about the training, in Markdown.
     """
-    part = model_part(folder, model, method, settings, trainer, repo_id)
+    part = model_part(folder, model, method, settings, trainer, repo_id, base)
     part.text += f"\n\n{training}" if training else ""
     file = Path(folder, "README.md")
     found = kept if kept is not None else file.read_text() if file.is_file() else None
@@ -116,6 +120,38 @@ def is_template(content: str) -> bool:
 @functools.cache
 def _template() -> str:
     return ModelCard.from_template(ModelCardData()).text.strip()
+
+
+def read_card(file: Path) -> str | None:
+    """Return the text of a card; None if there is none.
+
+    Raises:
+        ValueError: it is not UTF-8, or its metadata cannot be read.
+    """
+    if not file.is_file():
+        return None
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a model card ({' '.join(str(error).split())}): repair it, or delete it"
+        ) from error
+    return text
+
+
+def trained_by(content: str) -> str | None:
+    """Return the training method of an ordinary model, as our part of its card names it; None if it does not."""
+    found = PART.search(content)
+    title = found and re.search(r"\A# A model trained by (.+)", found[2])
+    return title[1] if title else None
+
+
+def results_in(content: str) -> str:
+    """Return the results in our part of a card, without their heading; empty if there are none."""
+    found = PART.search(content)
+    results = found and re.search(SECTION, found[2], re.DOTALL)
+    return results[1].strip() if results else ""
 
 
 def changed_by_hand(text: str) -> bool:
@@ -147,30 +183,42 @@ def with_results(content: str, results: str) -> str:
     card = ModelCard(content, ignore_metadata_errors=True)
     found = PART.search(card.text)
     assert found is not None
-    before, _, training = re.sub(rf"{RESULTS}\n.*?(?={TRAINING}\n|\Z)", "", found[2], flags=re.DOTALL).partition(
-        TRAINING
-    )
-    after = f"\n\n{TRAINING}{training}" if training else ""
-    part = Part(f"{before.rstrip()}\n\n{results}{after}", {})
+    before, _, training = re.sub(SECTION, "", found[2], flags=re.DOTALL).partition(TRAINING)
+    part = Part("\n\n".join([before.rstrip(), *filter(None, [results, training and f"{TRAINING}{training}"])]), {})
     card.text = f"{card.text[: found.start()]}{part}{card.text[found.end() :]}"
     return str(card)
 
 
-def write_copy_card(folder: str | Path, model: nn.Module, content: str, settings: Any) -> None:
-    """Write the card of a copy of a model, in another form: what its own card says about the training is kept.
+def write_copy_card(folder: str | Path, model: nn.Module, content: str, method: str, settings: Any) -> None:
+    """Write the card of a copy of a model in another form.
+
+    It says how to open the copy, and keeps the results and the training, the base, and what others wrote.
 
     Args:
-        folder: of the copy, with its card if it has one.
+        folder: of the copy.
         model: the copy.
-        content: the card of the model; without our part, nothing is written.
-        settings: the settings of its method; None: of an ordinary model.
+        content: the card of the model.
+        method: as for `write_model_card`.
+        settings: the settings of the method; None: of an ordinary model.
     """
+    found = PART.search(content)
+    results, training = results_in(content), "".join(found[2].partition(TRAINING)[1:]) if found else ""
+    was = re.search("made from `([^`]+)`", found[2]) if found else None
     card = ModelCard(content, ignore_metadata_errors=True)
-    found = PART.search(card.text)
-    method = card.data.get("method")
-    if found is not None and method:
-        _, heading, training = found[2].partition(TRAINING)
-        write_model_card(folder, model, method=method, settings=settings, training=f"{heading}{training}")
+    base, tags = card.data.get("base_model"), card.data.get("tags") or []
+    card.data["tags"] = [
+        tag for tag in tags if tag not in ("peft", "lora") and not tag.startswith("base_model:adapter")
+    ]
+    card.text = PART.sub(lambda _: str(Part("", {})), card.text)
+    write_model_card(
+        folder,
+        model,
+        method=method,
+        settings=settings,
+        kept=str(card),
+        base=base if isinstance(base, str) else was and was[1],
+        training="\n\n".join(filter(None, [results and f"{RESULTS}\n\n{results}", training])),
+    )
 
 
 def outside(content: str) -> str:
@@ -191,11 +239,12 @@ def model_part(
     settings: Any,
     trainer: str | None,
     repo_id: str | None,
+    base: str | None = None,
 ) -> Part:
     """Build our part of a model's card. The arguments are those of `write_model_card`."""
     record = attaching_methods().get(method)
     adapter = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
-    base = adapter.base_model_name_or_path if adapter is not None else _name_of(model)
+    base = base or (adapter.base_model_name_or_path if adapter is not None else _name_of(model))
     where = repo_id or place(folder)
     kind = "an adapter (PEFT)" if adapter is not None else "a full model"
     example = record.example if record else ORDINARY

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import completions
 from .completions import Completions
 from .generation_arguments import context_of, left_padded
-from .hub import base_of, check_name, load_adapter, load_causal_lm, load_tokenizer, nf4
+from .hub import base_of, check_name, check_vocabulary, load_adapter, load_causal_lm, load_tokenizer, nf4
 from .method import Method
 from .question_ids import question_ids
 from .settings_file import method_of, read_json, saved_method
@@ -100,9 +100,13 @@ class TextModel:
             if load_in_4bit:
                 kwargs["quantization_config"] = nf4(kwargs.get("dtype"))
             model = load_causal_lm(name if adapter is None else base_of(adapter, name), token=token, **kwargs)
+            check_vocabulary(model, tokenizer, name)
             if adapter is not None:
                 model = load_adapter(model, name, token=token)
-        return cls(model.eval(), tokenizer, delimiter or trained_with(name, token).get("answer_delimiter") or "####")
+        trained = trained_with(name, token)
+        tags = trained.get("tags") or []  # of reasoning distillation: the answer stands between the last two
+        found = trained.get("answer_delimiter") or (tags[2] if len(tags) == 4 else "####")
+        return cls(model.eval(), tokenizer, delimiter or found)
 
     def tokenize(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` of texts, both (B, P) long, padded on the left."""

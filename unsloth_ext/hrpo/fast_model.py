@@ -21,6 +21,7 @@ from ..common.hub import (
     check_model,
     check_name,
     check_tokenizer,
+    check_vocabulary,
     load_adapter,
     load_causal_lm,
     load_modules,
@@ -116,7 +117,8 @@ class FastThinkingModel:
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-        if saved.adapter is not None and read_json(model_name, "tokenizer_config.json", token) is not None:
+        names = ("tokenizer_config.json", "tokenizer.json")
+        if saved.adapter is not None and any(read_json(model_name, name, token) is not None for name in names):
             tokenizer = load_tokenizer(model_name, token, padding_side="left", trust_remote_code=trust_remote_code)
         if not base.settings:  # the files of a hub model are here only now
             read_saved(base_name, "hrpo", token)
@@ -135,6 +137,7 @@ class FastThinkingModel:
                 model = FastLanguageModel.patch_peft_model(model, kwargs.get("use_gradient_checkpointing", "unsloth"))
             if not before:
                 attach_thinking(model, thinking)
+        check_vocabulary(model, tokenizer, model_name)
         return model, tokenizer
 
     @staticmethod

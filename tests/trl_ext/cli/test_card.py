@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv
 from trl_ext.cli import card
-from unsloth_ext.common.model_card import PART
+from unsloth_ext.common.model_card import PART, with_results
 
 
 RESULT = {"task": "sums", "n": 20, "accuracy": 0.75, "low": 0.5, "high": 0.9, "tokens": 7.5, "forwards": 9.0}
@@ -134,9 +134,47 @@ def test_results_of_other_weights_are_left_out(trained, capsys):
     os.utime(weights, (1e9, 1e9))
     shutil.copytree(final, trained / "checkpoint-1")
     (trained / "checkpoint-1" / "eval.json").unlink()
+    page = trained / "checkpoint-1" / "README.md"
+    page.write_text(with_results(page.read_text(), ""))  # as the trainer wrote it
     card.main([str(trained / "checkpoint-1")])
-    assert "| `nll` |" not in (trained / "checkpoint-1" / "README.md").read_text()
+    assert "| `nll` |" not in page.read_text()
     shutil.rmtree(trained / "checkpoint-1")
+
+
+def test_results_stay_where_they_cannot_be_measured_again(trained, tmp_path, capsys):
+    """In a copy of the model without its run, and beside a new evaluation of it."""
+    (trained / "summary.json").write_text(json.dumps(SUMMARY))
+    evaluated(trained / "final")
+    card.main([str(trained / "final")])
+    copy = shutil.copytree(trained / "final", tmp_path / "copy")
+    before = (copy / "README.md").read_text()
+    (copy / "eval.json").unlink()
+    card.main([str(copy)])
+    assert "no results found" in capsys.readouterr().out and (copy / "README.md").read_text() == before
+    (copy / "eval.json").write_text(json.dumps({**EVALUATION, "checkpoint": "copy", "harness": []}))
+    card.main([str(copy)])
+    again = (copy / "README.md").read_text()
+    assert "| `nll` | 0.25 | 0.75 |" in again and "| arc |" not in again and "| sums | on |" in again
+    (copy / "eval.json").unlink()
+    (tmp_path / "summary.json").write_text(json.dumps({"after": {"n": 3, "a|b\n## Training\n": 1.0}}))
+    card.main([str(copy), "--run", str(tmp_path)])
+    page = (copy / "README.md").read_text()
+    assert "| `a\\|b ## Training ` |  | 1 |" in page and "| sums | on |" in page and page.count("\n## Training\n") == 1
+
+
+@pytest.mark.parametrize("after", [{}, {"note": "text"}])
+def test_a_summary_without_figures_is_no_result(trained, after):
+    before = text_of(trained)
+    (trained / "summary.json").write_text(json.dumps({"after": after}))
+    card.main([str(trained / "final")])
+    assert text_of(trained) == before
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"---\na: [\n---\n", b"---\n- a\n---\n"])
+def test_a_card_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=r"README\.md cannot be read as a model card"):
+        card.main([str(tmp_path)])
 
 
 def test_a_part_that_was_changed_by_hand_is_told(trained, capsys):

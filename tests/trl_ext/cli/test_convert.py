@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from tests.kinds import ALL, saved
 from tests.trl_ext.hrpo import setups as hrpo
 from tests.trl_ext.kv_distill import setups as kv
 from trl_ext.cli import convert
+from unsloth_ext.common.model_card import with_results
 from unsloth_ext.common.text_model import TextModel
 
 
@@ -72,6 +74,45 @@ def test_the_card_still_says_how_it_was_trained(tmp_path, setups, how):
     was, found = ((tmp_path / name / "README.md").read_text() for name in ("final", "whole"))
     assert f"# {how}" in found and "The folder holds a full model" in found
     assert found.count("## Training\n") == 1 and found.split("## Training\n")[1] == was.split("## Training\n")[1]
+
+
+def test_the_card_keeps_what_others_wrote(tmp_path):
+    """License, base, notes, results, pictures. The tags of an adapter go, and a plain model has no results of another."""
+    folder = saved("hrpo", True, tmp_path)
+    page = ModelCard(with_results((folder / "README.md").read_text(), "## Results\n\n75% ![c](curves.png)"))
+    page.data["license"], page.data["base_model"], page.data["tags"] = (
+        "mit",
+        "some/base",
+        ["peft", "lora", "hrpo", "mine"],
+    )
+    page.text = f"\nMy notes.\n{page.text}"
+    (folder / "README.md").write_text(str(page))
+    (folder / "curves.png").write_bytes(b"picture")
+    convert.main([str(folder), str(tmp_path / "whole")])
+    found = ModelCard.load(tmp_path / "whole" / "README.md")
+    assert "My notes." in found.text and "75% ![c](curves.png)" in found.text and "`some/base`" in found.text
+    assert (found.data.license, found.data.base_model) == ("mit", "some/base")
+    assert {"hrpo", "mine"} <= set(found.data.tags) and not {"peft", "lora"} & set(found.data.tags)
+    assert (tmp_path / "whole" / "curves.png").read_bytes() == b"picture"
+    convert.main([str(folder), str(tmp_path / "plain"), "--plain"])
+    plain = (tmp_path / "plain" / "README.md").read_text()
+    assert "# A model trained by HRPO" in plain and "AutoModelForCausalLM" in plain and "75%" not in plain
+    assert "What other loaders leave out" not in plain and "My notes." in plain
+
+
+def test_a_card_of_somebody_else_is_copied(tmp_path):
+    folder = saved("plain", False, tmp_path)
+    (folder / "README.md").write_text("# Mine\n")
+    convert.main([str(folder), str(tmp_path / "whole")])
+    assert (tmp_path / "whole" / "README.md").read_text() == "# Mine\n"
+
+
+def test_a_damaged_card_is_told_before_anything_is_written(tmp_path):
+    folder = saved("plain", False, tmp_path)
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"README\.md cannot be read as a model card"):
+        convert.main([str(folder), str(tmp_path / "whole")])
+    assert not (tmp_path / "whole").exists()
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -46,7 +46,8 @@ def test_every_command_has_a_parser_and_says_what_it_does(name):
 
 def test_the_command_is_installed_and_light(tmp_path):
     """No torch for its help: it answers at once, outside of a checkout too."""
-    files = metadata.distribution("latent-reasoning-trl").files
+    # A wheel that was built here has left metadata without a program
+    files = [file for one in metadata.distributions(name="latent-reasoning-trl") for file in one.files or ()]
     (program,) = (file.locate().resolve() for file in files if file.name == "latent-reasoning")
     done = subprocess.run([program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == main.usage()

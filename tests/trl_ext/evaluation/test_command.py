@@ -217,8 +217,9 @@ def test_prompts_of_a_chat_model_are_those_of_training(tmp_path, folders):
     [
         ("plain", False, "gsm8k", "has no chat template; leave it out"),
         ("latent", True, "gsm8k", "reads one question and answers it; leave it out"),
-        ("plain", True, "sums", "sums has none; leave it out"),
+        ("concept", True, "facts", "facts has none; leave it out"),
         ("plain", True, "gsm8k", None),
+        ("plain", True, "sums", None),
     ],
 )
 def test_a_system_prompt_is_given_or_refused(tmp_path, folders, method, template, task, said):
@@ -233,8 +234,8 @@ def test_a_system_prompt_is_given_or_refused(tmp_path, folders, method, template
             command.main([str(folder), *flags])
     else:
         command.main([str(folder), *flags])
-        line = json.loads((tmp_path / "samples_gsm8k_on.jsonl").read_text().splitlines()[0])
-        assert line["prompt"] == "8;1+1?;"
+        line = json.loads((tmp_path / f"samples_{task}_on.jsonl").read_text().splitlines()[0])
+        assert line["prompt"] == f"8;{line['question']};"
 
 
 def test_latent_models_take_no_examples(tmp_path, folders):

@@ -137,7 +137,13 @@ def test_a_task_without_its_data_is_named(folders, tasks, tmp_path):
     [
         ({"metric_list": [{"metric": "exact_mach", "aggregation": "mean"}]}, "knows no metric 'exact_mach'"),
         ({"metric_list": [{"metric": "exact_match", "aggregation": "men"}]}, "the aggregation of 'exact_match'"),
-        ({"num_fewshot": 4}, r"4 examples before each question \(num_fewshot\), and it has 3"),
+        ({"num_fewshot": 3}, r"3 examples before each question \(num_fewshot\), and it has 2"),
+        ({"generation_kwargs": {"until": 5}}, "until=5 in generation_kwargs: must be a text or a list of texts"),
+        (
+            {"generation_kwargs": {"max_gen_toks": "many"}},
+            "max_gen_toks='many' in generation_kwargs: must be at least 1",
+        ),
+        ({"test_split": "tests"}, "cannot be loaded: KeyError: 'tests'"),
     ],
 )
 def test_a_wrong_task_is_told_before_it_runs(folders, tasks, tmp_path, change, said):
@@ -145,6 +151,17 @@ def test_a_wrong_task_is_told_before_it_runs(folders, tasks, tmp_path, change, s
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
     with pytest.raises(ValueError, match=f"--tasks written_sums: .*{said}"):
         run(folders["hrpo"], tmp_path, tasks, "--tasks", "written_sums")
+
+
+def test_a_question_is_not_among_its_own_examples(folders, tasks, tmp_path):
+    """The harness shows rows of the test split where a task names none for it."""
+    run(folders["hrpo"], tmp_path, tasks, "--tasks", "written_sums", "--states", "on", "--num_fewshot", "2")
+    lines = [json.loads(line) for line in (tmp_path / "samples_written_sums_on.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert sorted(row["question"] for row in ROWS if row["question"] in line["arguments"][0][0]) == sorted(
+            row["question"] for row in ROWS
+        )
+        assert line["arguments"][0][0].count(line["doc"]["question"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,18 @@ def test_a_folder_without_a_tokenizer(base, lost):
             load(str(base))
 
 
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_a_folder_with_half_a_tokenizer(base, kind):
+    """transformers refuses one class, and makes a tokenizer of special tokens alone for the other."""
+    (base / "tokenizer.json").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": kind}))
+    said = "its tokenizer has no vocabulary" if kind == "Qwen2Tokenizer" else "its tokenizer.json or .* cannot be read"
+    for load in (fast, hub.load_tokenizer):
+        with pytest.raises(ValueError, match=said):
+            load(str(base))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "half", 16, torch.int8, "cuda"])
 def test_dtypes_go_by_torchs_names(base, dtype):
     with pytest.raises(ValueError, match=f"dtype={dtype!r}: choose one of 'float32', 'float16', 'bfloat16'"):

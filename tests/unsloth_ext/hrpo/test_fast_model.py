@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.processes import fresh
-from unsloth_ext import FastThinkingModel, ThinkingConfig, attach_thinking, backbone_of, has_thinking
+from unsloth_ext import (
+    FastThinkingModel,
+    ThinkingConfig,
+    attach_thinking,
+    backbone_of,
+    has_thinking,
+    train_tokenizer,
+)
 from unsloth_ext.common.backend import unsloth_can_run
 from unsloth_ext.hrpo import fast_model
 from unsloth_ext.hrpo.adapter import THINKING_MODULES
@@ -90,6 +98,14 @@ def test_an_adapter_has_the_tokenizer_that_was_saved_with_it(tmp_path, own):
         tokenizer.save_pretrained(tmp_path / "adapter")
     _, again = load(str(tmp_path / "adapter"))
     assert again.chat_template == (tokenizer.chat_template if own else None) and again.padding_side == "left"
+    if own:
+        larger = train_tokenizer(["1+2="], 300)
+        larger.save_pretrained(tmp_path / "larger")
+        shutil.copy(tmp_path / "larger" / "tokenizer.json", tmp_path / "adapter")
+        with pytest.raises(
+            ValueError, match=r"its tokenizer has \d+ tokens, and the model has embeddings for \d+: they"
+        ):
+            load(str(tmp_path / "adapter"))
 
 
 def test_a_full_model_comes_back_whole_in_a_fresh_process(tmp_path):
