@@ -15,14 +15,17 @@ from ..common.config_checks import (
     must_stay,
     one_of,
 )
-from .losses import LOSSES, STD_MODES, STD_SCOPES
+from .losses import LATENT_PASSES, LATENT_TOKENS, LOSSES, STD_MODES, STD_SCOPES
+
+
+WEIGHTS = ("w_student", "w_teacher", "w_codi", "w_kv", "w_latent_ce")
 
 
 @dataclass
 class LatentArguments(mixin_bases.SFTConfig):
     """Fields of `CODIConfig`, `PCCoTConfig` and `KAVAConfig` beyond those of TRL's `SFTConfig`.
 
-    loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV
+    loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV + w_latent_ce CE_latent
     """
 
     flags_title = "Latent tokens (CODI, PCCoT, KaVa)"
@@ -84,6 +87,17 @@ class LatentArguments(mixin_bases.SFTConfig):
     w_teacher: float = field(default=1.0, metadata={"help": "Weight of the teacher's cross-entropy."})
     w_codi: float = field(default=1.0, metadata={"help": "Weight of the hidden-state distance L_CODI."})
     w_kv: float = field(default=0.0, metadata={"help": "Weight of the key-value distance L_KV."})
+    w_latent_ce: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy of the steps' tokens on the latent tokens (LOTUS)."},
+    )
+    latent_ce_tokens: str = field(
+        default="spread",
+        metadata={"help": "Which tokens of longer steps the latent tokens stand for: 'spread' evenly, or the 'first'."},
+    )
+    latent_ce_passes: str = field(
+        default="all", metadata={"help": "Which passes of Jacobi iterations CE_latent is a mean over: 'all' or 'last'."}
+    )
     codi_loss: str = field(default="smooth_l1", metadata={"help": "Distance of L_CODI: 'smooth_l1', 'l1' or 'mse'."})
     codi_std_mode: str = field(
         default="divide_loss",
@@ -138,10 +152,12 @@ class LatentArguments(mixin_bases.SFTConfig):
         except ValueError as error:  # its message names its own fields
             raise ValueError(f"kv_{error}") from None
         one_of(self, codi_loss=LOSSES, kv_loss=LOSSES)
+        one_of(self, latent_ce_tokens=LATENT_TOKENS, latent_ce_passes=LATENT_PASSES)
         one_of(self, codi_std_mode=STD_MODES, kv_std_mode=STD_MODES, codi_std_scope=STD_SCOPES)
-        check_weights(w_student=self.w_student, w_teacher=self.w_teacher, w_codi=self.w_codi, w_kv=self.w_kv)
-        if not (self.w_student or self.w_teacher or self.w_codi or self.w_kv):
-            raise ValueError("w_student, w_teacher, w_codi and w_kv are all 0: nothing would be trained")
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        check_weights(**weights)
+        if not any(weights.values()):
+            raise ValueError(f"{', '.join(WEIGHTS)} are all 0: nothing would be trained")
         if self.w_kv and self.kv_scorer == "rkv" and self.num_latents <= KVScoring.window:
             raise ValueError(
                 f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys; use at "

@@ -1,4 +1,4 @@
-"""The losses of latent distillation: `w_student CE + w_teacher CE + w_codi L_CODI + w_kv L_KV`.
+"""The losses of latent distillation: `w_student CE + w_teacher CE + w_codi L_CODI + w_kv L_KV + w_latent_ce CE_latent`.
 
 L_CODI (arXiv 2502.21074; PCCoT uses it too) pulls the student's hidden state at the token that predicts the first
 answer token towards the teacher's, in every layer. L_KV (KaVa, arXiv 2510.02312) pulls the keys and values of latent
@@ -12,11 +12,14 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
 STD_MODES = ("divide_loss", "normalize_states", "none")
 STD_SCOPES = ("layer", "global", "token")
+LATENT_TOKENS = ("spread", "first")
+LATENT_PASSES = ("all", "last")
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -46,6 +49,62 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, all_sum: AllSum = 
     targets = labels[:, 1:]
     loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none", ignore_index=-100)
     return masked_mean(loss, targets != -100, all_sum)
+
+
+def latent_targets(trace: torch.Tensor, mask: torch.Tensor, count: int, which: str) -> torch.Tensor:
+    """The token of the written steps that each latent token stands for (LOTUS, arXiv 2606.31779).
+
+    Args:
+        trace (B, S): long, tokens of the steps from the first on.
+        mask (B, S): which of them there are, from the first on.
+        count: M, the number of latent tokens.
+        which: where the steps have more tokens than M, `"spread"`: token floor(j K / M) of K for the j-th latent token;
+            `"first"`: the first M. Shorter steps leave the last latent tokens without one.
+
+    Returns:
+        (B, M) long; -100 where there is none.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    at = torch.arange(count, device=trace.device).expand(len(trace), count)
+    if which == "spread":
+        at = torch.where(lengths > count, at * lengths // count, at)
+    there = at < lengths
+    padded = F.pad(trace, (0, max(count - trace.shape[1], 0)))
+    return padded.gather(1, at.clamp(max=padded.shape[1] - 1)).masked_fill(~there, -100)
+
+
+def latent_cross_entropy(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    before: torch.Tensor,
+    targets: torch.Tensor,
+    all_sum: AllSum = alone,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the tokens that latent tokens stand for, read by the LM head (LOTUS, arXiv 2606.31779).
+
+    The state one position before a latent token predicts its token, as in a written text. Logits of one pass are held at a
+    time: they are computed again in the backward.
+
+    Args:
+        head: from hidden states (..., d) to logits (..., V).
+        before (P, B, M, d): floating point, see `LatentState`.
+        targets (B, M): long, -100 where there is none.
+        all_sum: sums a tensor over processes.
+
+    Returns:
+        The mean over passes and targets in nats, and the share of targets that the last pass ranks first, over all
+        processes; scalars, float32. The second has no gradient.
+    """
+    there = targets != -100
+
+    def of(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(hidden).float()
+        loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        return loss, (logits.argmax(-1) == targets).float()
+
+    found = [checkpoint(of, hidden, use_reentrant=False) for hidden in before]
+    loss = masked_mean(torch.stack([loss for loss, _ in found]), there, all_sum)
+    right, count = all_sum(torch.stack([(found[-1][1] * there).sum(), there.sum().float()]).detach())
+    return loss, right / count.clamp(min=1)
 
 
 def std_of(values: torch.Tensor, mask: torch.Tensor, all_sum: AllSum = alone) -> torch.Tensor:

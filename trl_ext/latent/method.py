@@ -73,7 +73,13 @@ METHOD = TrainingMethod(
             "benchmarks/bench_kv_compression.py",
         ),
     ),
-    progress={"loss/ce_student": "student", "loss/ce_teacher": "teacher", "loss/codi": "codi", "loss/kv": "kv"},
+    progress={
+        "loss/ce_student": "student",
+        "loss/ce_teacher": "teacher",
+        "loss/codi": "codi",
+        "loss/kv": "kv",
+        "loss/latent_ce": "latent",
+    },
     curves=(
         ("accuracy", "held-out accuracy, latent tokens"),
         ("loss", "loss"),
@@ -81,6 +87,8 @@ METHOD = TrainingMethod(
         ("loss/ce_teacher", "teacher: cross-entropy"),
         ("loss/codi", "L_CODI: hidden states"),
         ("loss/kv", "L_KV: keys and values"),
+        ("loss/latent_ce", "latent tokens: cross-entropy"),
+        ("latent/right_tokens", "latent tokens that say the steps' token"),
         ("latent/norm_ratio", "latent inputs: norm over that of embeddings"),
     ),
     gpu_check="gpu_latent.py",

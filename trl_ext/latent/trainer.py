@@ -6,6 +6,7 @@ latent phase and the answer with the same weights. Everything else is the parent
 
 import contextlib
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from trl import SFTTrainer
 
 from unsloth_ext.common.compat import CACHE
 from unsloth_ext.common.embeddings import embedding_norm
-from unsloth_ext.common.wrapping import backbone_of, unwrapped
+from unsloth_ext.common.logits import logits_of
+from unsloth_ext.common.wrapping import backbone_of, causal_lm_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
@@ -39,15 +41,16 @@ from ..common.one_unit import OneUnitMixin
 from ..common.update_sizes import UpdateSizesMixin
 from .config import LatentArguments
 from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
-from .losses import codi_loss, cross_entropy, kv_loss
+from .losses import codi_loss, cross_entropy, kv_loss, latent_cross_entropy, latent_targets
 from .preparation import Preparation, tokenizer_of
 
 
 logger = logging.get_logger(__name__)
 
 LONG = 10.0  # latent inputs that are so many times as long as embeddings are warned of
-# Terms of the loss. They are means over the student's tokens, the teacher's tokens, rows, and kept trace tokens
-COUNTED = ("ce_student", "ce_teacher", "codi", "kv")
+# Terms of the loss. They are means over the student's tokens, the teacher's tokens, rows, kept trace tokens, and latent
+# tokens that stand for one
+COUNTED = ("ce_student", "ce_teacher", "codi", "kv", "latent_ce")
 
 
 class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
@@ -132,7 +135,9 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             dataset = dataset.map(
                 lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
             )
-        taught = isinstance(dataset, Dataset) and dataset_name == "train" and (args.w_codi or args.w_kv)
+        taught = (
+            isinstance(dataset, Dataset) and dataset_name == "train" and (args.w_codi or args.w_kv or args.w_latent_ce)
+        )
         if taught and not any(map(len, dataset["trace_ids"])):
             raise ValueError(
                 "train dataset: no row has a reasoning trace for the teacher. drop_last_step=True removes the last step of "
@@ -152,7 +157,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         return samples, self._get_num_items_in_batch(samples, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """The number of items that each term of the loss is a mean over, in all micro-batches and processes: (4,)
+        """The number of items that each term of the loss is a mean over, in all micro-batches and processes: (5,)
         float32, by `COUNTED`."""
         counts = [self._counts(batch, device) for batch in batch_samples]
         return self._all_sum(torch.stack(counts).sum(0)) if counts else None
@@ -160,7 +165,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
     def _counts(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
         traces = batch["trace_mask"].sum(1).clamp(max=self._prepared.settings.num_latents)
         asked = [(batch[labels][:, at:] != -100).sum() for labels, at in (("labels", 1), ("teacher_labels", 0))]
-        return torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum()]).to(device, torch.float32)
+        return torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum(), traces.sum()]).to(device, torch.float32)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
@@ -170,10 +175,13 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             share = dict(zip(COUNTED, here / num_items_in_batch.clamp(min=1), strict=True))
             steps = self.current_gradient_accumulation_steps
         with self.accelerator.autocast():
-            outputs, teacher, kept, latent_kv, length = self._within_forward(model, self._passes, inputs)
+            outputs, teacher, kept, latent_kv, length, read = self._within_forward(model, self._passes, inputs)
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
         }
+        if read is not None:
+            terms["latent_ce"] = (args.w_latent_ce, read[0])
+            self._metrics[mode]["latent/right_tokens"].append(read[1].item())
         if teacher is not None:
             labels = F.pad(inputs["teacher_labels"], (1, 0), value=-100)
             if args.w_teacher:
@@ -220,9 +228,9 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         """Run all forwards of the loss.
 
         Returns:
-            The student's output, the teacher's, the keys and values to keep of each layer, those of the latent tokens, and
-            the mean norm of the latent inputs over that of the embeddings; the second and third are None if no loss needs
-            them.
+            The student's output, the teacher's, the keys and values to keep of each layer, those of the latent tokens, the
+            mean norm of the latent inputs over that of the embeddings, and what `latent_cross_entropy` returns; the second,
+            third and last are None if no loss needs them.
         """
         args, bare = self.args, unwrapped(model)  # DDP must see only the student's forward
         question = inputs["question_ids"], inputs["question_mask"]
@@ -234,7 +242,13 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         state = latent_phase(bare, *question, past_key_values=shared)
         latent_kv = state.latent_kv()  # before the answer extends the cache
         length = state.latents.detach().float().norm(dim=-1).mean() / embedding_norm(backbone_of(bare))
-        return self._student(model, state, inputs), teacher, kept, latent_kv, length
+        read = None
+        if args.w_latent_ce:
+            before = state.before if args.latent_ce_passes == "all" else state.before[-1:]
+            trace = inputs["teacher_ids"], inputs["trace_mask"]
+            targets = latent_targets(*trace, state.latents.shape[1], args.latent_ce_tokens)
+            read = latent_cross_entropy(partial(logits_of, causal_lm_of(bare)), before, targets, self._all_sum)
+        return self._student(model, state, inputs), teacher, kept, latent_kv, length, read
 
     def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor], cache: DynamicCache | None):
         """The teacher's pass over the question's last token, trace and answer.

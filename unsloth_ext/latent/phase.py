@@ -33,6 +33,9 @@ class LatentState:
         attention_mask (B, Q + 1 + M): long.
         latents (B, M, d): in the model's dtype, the inputs of the last pass.
         hidden_states (B, M, d): in the model's dtype, the last hidden states of that pass at the latent tokens.
+        before (P, B, M, d): in the model's dtype, the last hidden states one position before each latent token, of <bot>
+            for the first: those that predict what the token stands for. Of all passes in order: P = T + 1 in Jacobi
+            iterations (the first reads question and <latent>), else 1.
         num_forwards: the number of passes so far.
     """
 
@@ -40,6 +43,7 @@ class LatentState:
     attention_mask: torch.Tensor
     latents: torch.Tensor
     hidden_states: torch.Tensor
+    before: torch.Tensor
     num_forwards: int
 
     def latent_kv(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -165,28 +169,32 @@ def latent_phase(
 
     if config.iterations is None:
         hidden, inputs, outputs = forward(question, input_ids=ids), [], []
+        at_bot = hidden[:, -1:]
         for j in range(count):
             inputs.append(intervene(project_latent(backbone, hidden[:, -1:])))
             hidden = forward(question + j + 1, inputs_embeds=inputs[-1])
             outputs.append(hidden)
-        return LatentState(cache, mask, torch.cat(inputs, dim=1), torch.cat(outputs, dim=1), 1 + count)
+        before = torch.cat([at_bot, *outputs[:-1]], dim=1)[None]
+        return LatentState(cache, mask, torch.cat(inputs, dim=1), torch.cat(outputs, dim=1), before, 1 + count)
 
     embeds = backbone.get_input_embeddings()(ids.new_full((rows, count), latent))
     if config.iterations == 0:
         embeds = intervene(embeds)
         prompt = backbone.get_input_embeddings()(ids)
         hidden = forward(question + count, inputs_embeds=torch.cat([prompt, embeds], dim=1))
-        return LatentState(cache, mask, embeds, hidden[:, -count:], 1)
+        return LatentState(cache, mask, embeds, hidden[:, -count:], hidden[None, :, -count - 1 : -1], 1)
     ids = torch.cat([ids, ids.new_full((rows, count), latent)], dim=1)
     cache.activate_past_recording()  # otherwise a layer with a window forgets what `crop` returns to
     hidden = forward(question + count, input_ids=ids)
     shift = 1 if config.update == "shifted" else 0
     first = question - done - shift
     outputs = project_latent(backbone, hidden[:, first : first + count])
+    at_bot, before = hidden[:, -count - 1 : -count], [hidden[:, -count - 1 : -1]]
     z = intervene(outputs + embeds if config.feedback_residual else outputs)
     for t in range(config.iterations):
         cache.crop(-count)  # back to the question
         hidden = forward(question + count, inputs_embeds=z)
+        before.append(torch.cat([at_bot, hidden[:, :-1]], dim=1))
         if t == config.iterations - 1:
             break
         outputs = project_latent(backbone, hidden)[:, : count - shift]
@@ -197,7 +205,7 @@ def latent_phase(
     for layer in cache.layers:
         if getattr(layer, "record_past", False):
             layer.record_past = False  # the answer is decoded as after any prompt
-    return LatentState(cache, mask, z, hidden, 1 + config.iterations)
+    return LatentState(cache, mask, z, hidden, torch.stack(before), 1 + config.iterations)
 
 
 def project_latent(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

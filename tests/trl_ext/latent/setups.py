@@ -22,6 +22,15 @@ CASES = {
     "sequential": {"num_latents": 3, "iterations": None, "projection_dim": 16},
     "jacobi": {"num_latents": 5, "iterations": 3, "codi_skip_embeddings": True},
     "kv": {"num_latents": 6, "iterations": 2, "projection_dim": 16, "w_kv": 1.0, "kv_std_mode": "divide_loss"},
+    "sequential, read": {"num_latents": 3, "iterations": None, "projection_dim": 16, "w_latent_ce": 1.0},
+    "jacobi, read": {"num_latents": 5, "iterations": 3, "w_latent_ce": 1.0},
+    "last pass, read": {
+        "num_latents": 20,
+        "iterations": 2,
+        "w_latent_ce": 1.0,
+        "latent_ce_passes": "last",
+        "latent_ce_tokens": "first",
+    },
     "kv by rkv": {"num_latents": 10, "iterations": 2, "w_kv": 1.0, "kv_scorer": "rkv"},
 }
 

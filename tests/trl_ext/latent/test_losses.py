@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.golden.load import load, model_of
-from trl_ext.latent.losses import codi_loss, cross_entropy, kv_loss, masked_mean, std_of
+from trl_ext.latent.losses import codi_loss, cross_entropy, kv_loss, latent_targets, masked_mean, std_of
 from unsloth_ext import backbone_of
 from unsloth_ext.latent.config import LatentConfig, LatentProjection
 from unsloth_ext.latent.phase import latent_phase
@@ -247,3 +247,18 @@ def test_codi_is_divided_by_the_unit_of_its_loss(loss, scope):
                 each = torch.where(apart.abs() < 1, apart**2 / 2, apart.abs() - 0.5) / of
             total += each.sum().item()
     assert found.item() == pytest.approx(total / student.numel(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "which, lengths, wanted",
+    [
+        ("spread", (7, 3, 0), [[10, 11, 13, 15], [20, 21, 22, -100], [-100] * 4]),
+        ("first", (7, 3, 0), [[10, 11, 12, 13], [20, 21, 22, -100], [-100] * 4]),
+        ("spread", (2, 3, 0), [[10, 11, -100, -100], [20, 21, 22, -100], [-100] * 4]),
+    ],
+)
+def test_which_token_a_latent_token_stands_for(which, lengths, wanted):
+    """Steps of seven, three and no tokens, and four latent tokens: floor(7 j / 4) is 0, 1, 3, 5."""
+    trace = torch.arange(max(lengths)) + torch.tensor([[10], [20], [30]])
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    assert latent_targets(trace, mask.long(), 4, which).tolist() == wanted

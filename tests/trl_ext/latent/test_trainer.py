@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from tests import tiny
+from tests import families, tiny
 from tests.marks import slow
 from unsloth_ext import backbone_of
 from unsloth_ext.common.attention_tap import attention_tap
@@ -23,7 +23,7 @@ def plain_terms(trainer, batch):
     bot, latent, _ = backbone.latent_token_ids
     embed, head = backbone.get_input_embeddings(), model.get_output_embeddings()
     project = getattr(backbone, "latent_projection", lambda h: h)
-    sums = {"student": [], "teacher": [], "codi": [], "kv": []}
+    sums = {"student": [], "teacher": [], "codi": [], "kv": [], "read": []}
     for i in range(len(batch["input_ids"])):
 
         def row(ids, mask, i=i):
@@ -49,6 +49,11 @@ def plain_terms(trainer, batch):
         ]
         front = embed(torch.cat([question, question.new_tensor([[bot]])], dim=1))
         count = config.num_latents
+        steps = batch["teacher_ids"][i][batch["trace_mask"][i].bool()]
+        if len(steps) > count:
+            spread = [j * len(steps) // count for j in range(count)]
+            steps = steps[:count] if args.latent_ce_tokens == "first" else steps[spread]
+        passes = []
         if config.iterations is None:
             z = front[:, :0]
             for _ in range(count):
@@ -58,8 +63,13 @@ def plain_terms(trainer, batch):
             z = embed(question.new_full((1, count), latent))
             for t in range(config.iterations):
                 last = backbone(inputs_embeds=torch.cat([front, z], dim=1)).last_hidden_state
+                passes.append(last)
                 new = project(last[:, -count - 1 : -1])
                 z = new if t == 0 else torch.cat([z[:, :1], new[:, 1:]], dim=1)
+        passes.append(backbone(inputs_embeds=torch.cat([front, z], dim=1)).last_hidden_state)
+        for last in passes if args.latent_ce_passes == "all" else passes[-1:]:
+            read = head(last[0, -count - 1 : -1])[: len(steps)]
+            sums["read"].append(F.cross_entropy(read, steps, reduction="none"))
         answer = row("input_ids", "attention_mask")
         whole = torch.cat([front, z, embed(answer)], dim=1)
         student_seen = []
@@ -86,6 +96,7 @@ def plain_terms(trainer, batch):
         "ce_teacher": torch.cat(sums["teacher"]).mean(),
         "codi": torch.stack(sums["codi"]).mean(),
         **({"kv": torch.cat(sums["kv"]).mean()} if args.w_kv else {}),
+        **({"latent_ce": torch.cat(sums["read"]).mean()} if args.w_latent_ce else {}),
     }
 
 
@@ -108,8 +119,50 @@ def test_every_term_is_the_plain_one(tmp_path, case, family):
     assert abs(loss - sum(wanted.values())) <= 3e-5
     trainer.args.w_student, trainer.args.w_teacher, trainer.args.w_codi = 2.0, 3.0, 5.0
     weighted = trainer.compute_loss(trainer.model, dict(batch))
-    weights = {"ce_student": 2, "ce_teacher": 3, "codi": 5, "kv": 1}
+    weights = {"ce_student": 2, "ce_teacher": 3, "codi": 5, "kv": 1, "latent_ce": 1}
     assert abs(weighted - sum(weights[name] * value for name, value in wanted.items())) <= 1e-4
+
+
+@pytest.mark.parametrize("case", [name for name in setups.CASES if "read" in name])
+def test_reading_the_latent_tokens_has_the_plain_gradient(tmp_path, case):
+    """Of the term alone, through every pass: each trained weight to 1e-5 of the largest (fp32)."""
+    trainer = setups.trainer(tmp_path, w_student=0.0, w_teacher=0.0, w_codi=0.0, **setups.CASES[case])
+    model = trainer.model.eval()
+    with torch.no_grad():  # LoRA starts at zero, where half of its gradients are
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    batch = trainer.data_collator([trainer._rows(setups.ROWS[i], i, "test") for i in (0, 7, 19)])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(trainer.compute_loss(model, dict(batch)), trained.values(), allow_unused=True)
+    wanted = torch.autograd.grad(plain_terms(trainer, batch)["latent_ce"], trained.values(), allow_unused=True)
+    largest = max(g.abs().max() for g in wanted if g is not None)
+    assert largest > 1e-2
+    for name, ours, theirs in zip(trained, found, wanted, strict=True):
+        ours, theirs = (torch.zeros(()) if g is None else g for g in (ours, theirs))
+        assert (ours - theirs).abs().max() <= 1e-5 * largest, name
+
+
+def test_the_head_is_the_models_own(tmp_path):
+    """Gemma 2 caps its logits. 1e-5 (fp32)."""
+    model = families.model("gemma2, window", sliding_window=64, final_logit_softcapping=2.0)
+    trainer = setups.trainer(tmp_path, model=model, max_length=64, **setups.CASES["sequential, read"])
+    model = trainer.model.eval()
+    batch = trainer.data_collator([trainer._rows(setups.ROWS[0], 0, "test")])
+    with torch.no_grad():
+        trainer.compute_loss(model, dict(batch))
+        bot = backbone_of(model).latent_token_ids[0]
+        front = torch.cat([batch["question_ids"], batch["question_ids"].new_tensor([[bot]])], dim=1)
+        state = latent_phase(model, batch["question_ids"], batch["question_mask"])
+        whole = torch.cat([backbone_of(model).get_input_embeddings()(front), state.latents], dim=1)
+        logits = model(inputs_embeds=whole).logits[0, -4:-1]
+    steps = batch["teacher_ids"][0][batch["trace_mask"][0].bool()]
+    steps = steps[[j * len(steps) // 3 for j in range(3)]]
+    assert logits.abs().max() <= 2
+    wanted = F.cross_entropy(logits, steps)
+    assert trainer._metrics["eval"]["loss/latent_ce"][-1] == pytest.approx(wanted.item(), rel=1e-5)
+    right = (logits.argmax(-1) == steps).float().mean().item()
+    assert trainer._metrics["eval"]["latent/right_tokens"][-1] == pytest.approx(right)
 
 
 @pytest.mark.parametrize("peft", [True, slow(False)])
@@ -206,7 +259,7 @@ def step_of(folder, case: dict, size: int) -> tuple[dict[str, torch.Tensor], dic
     return found, {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}
 
 
-@pytest.mark.parametrize("case", ["sequential", "jacobi", slow("kv")])
+@pytest.mark.parametrize("case", ["sequential", "jacobi", "jacobi, read", slow("kv")])
 def test_micro_batches_add_up_to_the_batch(tmp_path, case):
     """Answers of 1 to 24 tokens, traces of 1 to 22: a step on eight rows, eight at once or one or two at a time. Gradients
     to 1e-4 of the largest, losses to 1e-5. Without standard deviations, which are a micro-batch's own."""
