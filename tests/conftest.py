@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from xdist.scheduler import LoadFileScheduling
-from xdist.workermanage import WorkerController
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
@@ -42,29 +41,12 @@ def transformers_warnings(caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
 
 
-# Few tests that take long. xdist begins with the files that have the most tests; these would come last, on one process
-LONG = (
-    UNSLOTH := "on Unsloth",
-    "tests/test_toy_method.py",
-    "tests/test_notebooks.py",
-    "tests/recipes/test_minimind.py",
-    "tests/test_hub.py",
-    "tests/engines/test_recipes.py",
-    "tests/recipes/test_hrpo_gsm8k.py",
-)
-
-
 class TogetherOnUnsloth(LoadFileScheduling):
     """A process takes whole files, and all that run scripts on Unsloth go to one, since its import takes half a minute."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return UNSLOTH if _runs_on_unsloth(file) else file
-
-    def _assign_work_unit(self, node: WorkerController) -> None:
-        if first := next((scope for scope in LONG if scope in self.workqueue), None):
-            self.workqueue.move_to_end(first, last=False)
-        super()._assign_work_unit(node)
+        return "on Unsloth" if _runs_on_unsloth(file) else file
 
 
 @functools.cache

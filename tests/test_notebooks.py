@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.marks import slow
-
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -30,9 +28,8 @@ def run(file: Path, folder: Path, code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "file", [slow(file) if "kava" in file.stem else file for file in NOTEBOOKS], ids=lambda file: file.stem
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_every_cell_runs(tmp_path, file):
     code = "\n\n".join(cells(file, "code"))
     for name, few in FEW.items():

@@ -70,6 +70,7 @@ def test_it_trains_and_reports(trained):
     assert (output / "summary.json").is_file() and (output / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(project, trained):
     _, run = project
     output, _ = trained

@@ -46,6 +46,7 @@ def run(tmp_path, cache, recipe, file):
     assert (tmp_path / "out" / "final").is_dir() and (tmp_path / "out" / "curves.png").exists()
 
 
+@pytest.mark.engines
 def test_the_default_trains_in_two_processes(tmp_path, cache):
     run(tmp_path, cache, "hrpo_gsm8k", "ddp")
 

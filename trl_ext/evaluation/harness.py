@@ -32,10 +32,10 @@ def load_tasks(names: list[str], include_path: str | None, num_fewshot: int) -> 
     """
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # the harness's own are read only if they are needed: 6 seconds
+        check_files(include_path)
         manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks:
-            check_files(include_path)
             known = (*EMBEDDED_TASKS, *FILE_TASKS, *manager.all_tasks)
             raise ValueError(
                 f"--tasks {name}: there is no such task{did_you_mean(name, known)}; ours are "
