@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         left, settings = method_of(model.config)
         if left is None and method is not None and results_in(card):
             card = with_results(card, "")  # they are of the model that thinks
-        by = left.name if left is not None else method.name.upper() if method is not None else trained_by(card)
+        if left is not None:
+            by: str | None = left.name
+        else:  # an ordinary model: its card names the training
+            by = trained_by(card) if method is None else method.name.upper()
         if by is None:
             (folder / "README.md").write_text(card)
         else:

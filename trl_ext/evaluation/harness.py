@@ -51,6 +51,8 @@ def load_tasks(names: list[str], include_path: str | None, num_fewshot: int) -> 
     for name, task in tasks.items():
         if num_fewshot:
             task.set_config(key="num_fewshot", value=num_fewshot)
+        if task.get_config("num_fewshot"):
+            choose_examples(task)
         check_task(name, task)
     return tasks
 
@@ -62,6 +64,16 @@ def check_files(include_path: str | None) -> None:
             load_yaml(file, resolve_func=False)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"--include_path {include_path}: {file} cannot be read as a task: {error}") from error
+
+
+def choose_examples(task: Any) -> None:
+    """Let a task without other rows take its examples from its test rows.
+
+    The harness does so too, but then a question may be among its own examples. With a named split it is not.
+    """
+    shown = task.fewshot_cfg
+    if shown.split is None and shown.samples is None and not (task.has_training_docs() or task.has_validation_docs()):
+        shown.split = task.config.test_split
 
 
 def check_task(name: str, task: Any) -> None:
@@ -84,17 +96,7 @@ def check_task(name: str, task: Any) -> None:
         raise ValueError(f"--tasks {name}: max_gen_toks={most!r} in generation_kwargs: must be at least 1")
     wanted = task.get_config("num_fewshot") or 0
     if wanted:
-        shown = task.fewshot_cfg
-        if (
-            shown.split is None
-            and shown.samples is None
-            and not task.has_training_docs()
-            and not task.has_validation_docs()
-        ):
-            shown.split = (
-                task.config.test_split
-            )  # as the harness does, but a question is then not among its own examples
-        there = len(task.fewshot_docs()) - (shown.split == task.config.test_split)
+        there = len(task.fewshot_docs()) - (task.fewshot_cfg.split == task.config.test_split)
         if wanted > there:
             raise ValueError(
                 f"--tasks {name}: {wanted} examples before each question (num_fewshot), and it has {there}"

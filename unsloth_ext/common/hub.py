@@ -149,6 +149,13 @@ def load_tokenizer(name: str, token: str | None = None, **kwargs: Any) -> PreTra
     return tokenizer
 
 
+def has_tokenizer(name: str, token: str | None = None) -> bool:
+    """Return whether a tokenizer was saved with a model or adapter, a folder or a hub id."""
+    if os.path.isdir(name):
+        return any(Path(name, file).exists() for file in (*TOKENIZERS, "tokenizer.json"))
+    return read_json(name, "tokenizer_config.json", token) is not None
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise a ValueError if a tokenizer makes ids that a model has no embeddings for.
 

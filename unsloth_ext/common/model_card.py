@@ -170,7 +170,12 @@ def with_part(text: str, part: Part, file: Path) -> str:
             f"{file} has a part about opening the model that was changed by hand and is kept; delete it to get a new one"
         )
         return text
-    return f"{text[: found.start()]}{part}{text[found.end() :]}"
+    return _with(text, part)
+
+
+def _with(text: str, part: Part) -> str:
+    """Return a text with `part` in the place of the part that it has."""
+    return PART.sub(lambda _: str(part), text, count=1)
 
 
 def with_results(content: str, results: str) -> str:
@@ -185,7 +190,7 @@ def with_results(content: str, results: str) -> str:
     assert found is not None
     before, _, training = re.sub(SECTION, "", found[2], flags=re.DOTALL).partition(TRAINING)
     part = Part("\n\n".join([before.rstrip(), *filter(None, [results, training and f"{TRAINING}{training}"])]), {})
-    card.text = f"{card.text[: found.start()]}{part}{card.text[found.end() :]}"
+    card.text = _with(card.text, part)
     return str(card)
 
 
@@ -202,14 +207,15 @@ def write_copy_card(folder: str | Path, model: nn.Module, content: str, method: 
         settings: the settings of the method; None: of an ordinary model.
     """
     found = PART.search(content)
-    results, training = results_in(content), "".join(found[2].partition(TRAINING)[1:]) if found else ""
-    was = re.search("made from `([^`]+)`", found[2]) if found else None
+    text = found[2] if found else ""
+    results, training = results_in(content), "".join(text.partition(TRAINING)[1:])
+    was = re.search("made from `([^`]+)`", text)
     card = ModelCard(content, ignore_metadata_errors=True)
     base, tags = card.data.get("base_model"), card.data.get("tags") or []
     card.data["tags"] = [
         tag for tag in tags if tag not in ("peft", "lora") and not tag.startswith("base_model:adapter")
     ]
-    card.text = PART.sub(lambda _: str(Part("", {})), card.text)
+    card.text = _with(card.text, Part("", {}))
     write_model_card(
         folder,
         model,

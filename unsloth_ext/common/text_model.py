@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import completions
 from .completions import Completions
 from .generation_arguments import context_of, left_padded
-from .hub import base_of, check_name, check_vocabulary, load_adapter, load_causal_lm, load_tokenizer, nf4
+from .hub import base_of, check_name, check_vocabulary, has_tokenizer, load_adapter, load_causal_lm, load_tokenizer, nf4
 from .method import Method
 from .question_ids import question_ids
 from .settings_file import method_of, read_json, saved_method
@@ -96,10 +96,11 @@ class TextModel:
             model, tokenizer = opened if isinstance(opened, tuple) else (opened.model, opened.tokenizer)
         else:
             adapter = read_json(name, "adapter_config.json", token)
-            tokenizer = load_tokenizer(name, token, padding_side="left")
+            base = name if adapter is None else base_of(adapter, name)
+            tokenizer = load_tokenizer(name if has_tokenizer(name, token) else base, token, padding_side="left")
             if load_in_4bit:
                 kwargs["quantization_config"] = nf4(kwargs.get("dtype"))
-            model = load_causal_lm(name if adapter is None else base_of(adapter, name), token=token, **kwargs)
+            model = load_causal_lm(base, token=token, **kwargs)
             check_vocabulary(model, tokenizer, name)
             if adapter is not None:
                 model = load_adapter(model, name, token=token)

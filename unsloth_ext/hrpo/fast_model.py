@@ -22,13 +22,14 @@ from ..common.hub import (
     check_name,
     check_tokenizer,
     check_vocabulary,
+    has_tokenizer,
     load_adapter,
     load_causal_lm,
     load_modules,
     load_tokenizer,
     nf4,
 )
-from ..common.settings_file import held_by, read_json, read_saved
+from ..common.settings_file import held_by, read_saved
 from .adapter import THINKING_MODULES
 from .method import METHOD
 from .residual import ThinkingConfig, attach_thinking, drop_thinking, has_thinking
@@ -117,9 +118,10 @@ class FastThinkingModel:
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-        names = ("tokenizer_config.json", "tokenizer.json")
-        if saved.adapter is not None and any(read_json(model_name, name, token) is not None for name in names):
-            tokenizer = load_tokenizer(model_name, token, padding_side="left", trust_remote_code=trust_remote_code)
+        own_tokenizer = saved.adapter is not None and has_tokenizer(model_name, token)
+        if own_tokenizer or tokenizer is None:
+            named = model_name if own_tokenizer else base_name
+            tokenizer = load_tokenizer(named, token, padding_side="left", trust_remote_code=trust_remote_code)
         if not base.settings:  # the files of a hub model are here only now
             read_saved(base_name, "hrpo", token)
         settings = saved.settings or base.settings
@@ -254,8 +256,7 @@ def _load_transformers(
         raise ValueError(
             f"max_seq_length={max_seq_length} is more than {name} supports (max_position_embeddings={most})"
         )
-    model = load_causal_lm(name, method="hrpo", dtype=dtype, device_map=device_map, **common, **kwargs)
-    return model, load_tokenizer(name, padding_side="left", **common)
+    return load_causal_lm(name, method="hrpo", dtype=dtype, device_map=device_map, **common, **kwargs), None
 
 
 def _load_unsloth(name: str, **kwargs):

@@ -120,6 +120,16 @@ def test_the_delimiter_is_the_one_of_the_training(opened):
     (folder / "training_args.json").unlink()
 
 
+def test_an_ordinary_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
+    folder = saved("plain", True, tmp_path)
+    own = TextModel.from_pretrained(str(folder))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    again = TextModel.from_pretrained(str(folder))
+    assert again.tokenizer.get_vocab() == own.tokenizer.get_vocab() and again.tokenizer.padding_side == "left"
+    assert written(again, PROMPTS)[1] == written(own, PROMPTS)[1]
+
+
 def test_a_missing_folder_is_named():
     with pytest.raises(ValueError, match="no/such"):
         TextModel.from_pretrained("./no/such")
