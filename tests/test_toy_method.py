@@ -1,15 +1,13 @@
 """A method is added by its folders and its records alone: a copy of the project, with the files of tests/toy_method beside
 it and nothing edited, lists, trains, saves, loads and resumes it."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import fresh
 from tests.test_house import ROOT
 
 
@@ -28,14 +26,7 @@ def project(tmp_path_factory):
     shutil.copytree(ROOT / "tests" / "toy_method", folder, dirs_exist_ok=True)
 
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return fresh(*arguments, cwd=folder, env={"PYTHONPATH": str(folder)})
 
     return folder, run
 
@@ -70,7 +61,6 @@ def test_it_trains_and_reports(trained):
     assert (output / "summary.json").is_file() and (output / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_it_resumes_bit_for_bit(project, trained):
     _, run = project
     output, _ = trained
@@ -80,7 +70,7 @@ def test_it_resumes_bit_for_bit(project, trained):
     shutil.rmtree(other / "final")
     (other / "summary.json").unlink()  # as if it had been stopped at step 3
     resumed = ("--resume_from_checkpoint", str(other / "checkpoint-3"), "--output_dir", str(other), "--lora_r", "4")
-    ok(run("recipes/toy.py", *resumed))
+    ok(run("-m", "recipes.toy", *resumed))
     whole, again = (load_file(folder / "final" / "adapter_model.safetensors") for folder in (output, other))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     assert any("toy_shift" in name for name in whole)

@@ -125,7 +125,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             raise ValueError("formatting_func: rows are question, steps and answer; map the dataset to these columns")
         columns = dataset.column_names
         if columns is None:  # columns of an iterable dataset are unknown before its first row
-            dataset = dataset.map(lambda row, index: self._rows(row, index, dataset_name), with_indices=True)
+            dataset = dataset.map(self._rows, with_indices=True, fn_kwargs={"dataset": dataset_name})
             return _shuffled(dataset, args)
         tokenized = "question_ids" in columns
         missing = [name for name in (TOKENS if tokenized else COLUMNS) if name not in columns]
@@ -133,7 +133,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             raise ValueError(f"{dataset_name} dataset: column {missing[0]!r} is missing; it has {', '.join(columns)}")
         if not tokenized:
             dataset = dataset.map(
-                lambda row, index: self._rows(row, index, dataset_name), with_indices=True, remove_columns=columns
+                self._rows, with_indices=True, remove_columns=columns, fn_kwargs={"dataset": dataset_name}
             )
         taught = (
             isinstance(dataset, Dataset) and dataset_name == "train" and (args.w_codi or args.w_kv or args.w_latent_ce)

@@ -5,6 +5,7 @@ others sometimes forget a carry. A model that imitates them can reason but seldo
 improve it. (After clean demonstrations there is nothing left to improve, and GRPO makes the model worse.)
 """
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -59,13 +60,18 @@ def problems(size: int, seed: int) -> Iterator[Problem]:
             yield Problem(f"{text}=", terms, sum(terms))
 
 
+@functools.lru_cache(maxsize=2)  # a second to make, and training and evaluation ask for the same
+def _pool(size: int, seed: int) -> tuple[Problem, ...]:
+    return tuple(problems(size, seed))
+
+
 def split_problems(held_out: int, seed: int, pool: int = 20_000) -> tuple[list[Problem], list[Problem]]:
     """(training, held-out) problems from one shuffled pool, so both have the same mix and share no problem.
 
     Raises:
         ValueError: more than half of the pool would be held out.
     """
-    found = list(problems(pool, seed))
+    found = [*_pool(pool, seed)]
     if not 1 <= held_out <= len(found) // 2:
         raise ValueError(f"{held_out} held-out problems: choose 1 to {len(found) // 2} of {len(found)}")
     random.Random(seed).shuffle(found)

@@ -46,6 +46,7 @@ def main() -> None:
     AutoModelForCausalLM.from_config(equations.config(tokenizer, equations.STUDENT)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     train, held_out = (equations.explicit(rows) for rows in equations.split(script.eval_size, 0))
+    train = train.select(range(args.max_steps * args.per_device_train_batch_size))  # what it is trained on
     how = {"delimiter": "#", "max_new_tokens": 8, "batch_size": script.eval_batch, "thinking": "off"}
     accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate(model, tokenizer, held_out, **how))
     trainer = ToyTrainer(

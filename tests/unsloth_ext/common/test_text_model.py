@@ -171,18 +171,22 @@ def test_the_likelihood_of_a_batch_is_that_of_each_row(opened, method, peft):
 def test_what_greedy_decoding_writes_has_the_likelihood_of_its_choices(opened, method, peft):
     """By `generate`: the sum of the largest log-probabilities, and greedy; one changed token is not greedy. 1e-4."""
     model, _ = opened(method, peft)
-    context = [model.tokenizer("3+4=")["input_ids"]]
+    context = model.tokenizer("3+4=")["input_ids"]
+
+    def likelihoods(texts):
+        return [value for value, _ in model.log_likelihood([context] * len(texts), texts)]
+
     _, (text,) = written(model, ["3+4="])
-    ((value, greedy),) = model.log_likelihood(context, [text])
+    ((value, greedy),) = model.log_likelihood([context], [text])
     assert greedy
-    steps = [model.log_likelihood(context, [text[: n + 1]])[0][0] for n in range(len(text))]
+    first, whole = likelihoods([text[:1], text])
     others = [
-        max(model.log_likelihood(context, [[*text[:n], token]])[0][0] for token in range(2, 64) if token != text[n])
+        max(likelihoods([[*text[:n], token] for token in range(2, 64) if token != text[n]]))
         for n in (0, len(text) - 1)
     ]
-    assert value == pytest.approx(steps[-1], abs=1e-4)
-    assert others[0] < steps[0] + 1e-4 and others[1] < steps[-1] + 1e-4
-    assert not model.log_likelihood(context, [[*text[:-1], (text[-1] + 1) % 60 + 2]])[0][1]
+    assert value == pytest.approx(whole, abs=1e-4)
+    assert others[0] < first + 1e-4 and others[1] < whole + 1e-4
+    assert not model.log_likelihood([context], [[*text[:-1], (text[-1] + 1) % 60 + 2]])[0][1]
 
 
 @pytest.mark.parametrize("method, state", [("hrpo", "on"), ("hrpo", "zero"), ("latent", "noise")])
