@@ -181,8 +181,7 @@ def test_what_greedy_decoding_writes_has_the_likelihood_of_its_choices(opened, m
     assert greedy
     first, whole = likelihoods([text[:1], text])
     others = [
-        max(likelihoods([[*text[:n], token] for token in range(2, 64) if token != text[n]]))
-        for n in (0, len(text) - 1)
+        max(likelihoods([[*text[:n], token] for token in range(2, 64) if token != text[n]])) for n in (0, len(text) - 1)
     ]
     assert value == pytest.approx(whole, abs=1e-4)
     assert others[0] < first + 1e-4 and others[1] < whole + 1e-4
