@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.kinds import saved
+from tests.marks import slow
 from trl_ext.evaluation import command, compare
 
 
@@ -111,7 +112,7 @@ def test_two_evaluations_are_compared(folders, tasks, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (
+        slow(  # reads the thousands of files of the harness's own tasks
             ["--tasks", "writen_sums"],
             "--tasks writen_sums: there is no such task; did you mean written_sums?; ours are",
         ),
