@@ -21,8 +21,12 @@ from .latent.loss_modules import LatentReasoningModule as LatentReasoningModule
 from .latent.loss_modules import RKVCompressor as RKVCompressor
 from .latent.methods import CODIConfig as CODIConfig
 from .latent.methods import CODITrainer as CODITrainer
+from .latent.methods import CoconutConfig as CoconutConfig
+from .latent.methods import CoconutTrainer as CoconutTrainer
 from .latent.methods import KAVAConfig as KAVAConfig
 from .latent.methods import KAVATrainer as KAVATrainer
+from .latent.methods import LOTUSConfig as LOTUSConfig
+from .latent.methods import LOTUSTrainer as LOTUSTrainer
 from .latent.methods import PCCoTConfig as PCCoTConfig
 from .latent.methods import PCCoTTrainer as PCCoTTrainer
 from .minimind.data import load_minimind_data as load_minimind_data

@@ -85,6 +85,7 @@ CASES = {
     "concept, LoRA": functools.partial(concept.trainer, peft=True),
     "hrpo, reference model": functools.partial(hrpo.hrpo, peft=False, beta=0.1),
     **{f"latent, {name}": functools.partial(latent.trainer, peft=False, **case) for name, case in latent.CASES.items()},
+    "latent, staged": functools.partial(latent.trainer, peft=False, **latent.STAGED),
     "latent, LoRA": functools.partial(latent.trainer, **latent.CASES["sequential"]),
     "planner": planner.trainer,
     "planner, LoRA": functools.partial(planner.trainer, peft=True),

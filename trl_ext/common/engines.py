@@ -32,6 +32,8 @@ _UNEVEN = "a process whose texts have ended gathers no thinking modules, and the
 
 _FILE = "trainers make their own, with a learning rate for each role; take it out of the file and set optim"
 
+_MOMENTS = "it keeps the moments of weights in pieces of its own; leave it out, or use FSDP2"
+
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "Adafactor": dict.fromkeys(SHARDED, _ROWS),
     "An optimizer in DeepSpeed's file": {engine: _FILE for engine in ENGINES if engine.startswith("zero")},
@@ -40,6 +42,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "HRPO with ds3_gather_for_generation=False": {"zero3": _UNEVEN},
     "Latent distillation": {"fsdp1": _FLAT},
     "Latent distillation with an adapter": {"zero3": _OUTSIDE},
+    "Latent distillation with reset_optimizer=True": {engine: _MOMENTS for engine in ENGINES if engine.startswith("zero")},
     "KV distillation with fp16=True": dict.fromkeys(SHARDED, _SCALED),
     "Concept tokens with an adapter": {"fsdp1": _FLAT},
     "Concept tokens with codebook_init='kmeans'": {"fsdp1": _FLAT},

@@ -16,6 +16,7 @@ from ..common.config_checks import (
     one_of,
 )
 from .losses import LATENT_PASSES, LATENT_TOKENS, LOSSES, STD_MODES, STD_SCOPES
+from .stages import Stages
 
 
 WEIGHTS = ("w_student", "w_teacher", "w_codi", "w_kv", "w_latent_ce")
@@ -78,7 +79,27 @@ class LatentArguments(mixin_bases.SFTConfig):
         metadata={"help": "'shifted': the output of a slot is the input of the next; 'own': of the same slot."},
     )
     feedback_residual: bool = field(
-        default=False, metadata={"help": "Add each new latent input to the previous one instead of replacing it."}
+        default=False, metadata={"help": "Add each new latent input to an earlier one instead of replacing it."}
+    )
+    feedback_onto: str = field(
+        default="previous",
+        metadata={"help": "What feedback_residual adds to: the 'previous' input, or the 'embedding' of <latent>."},
+    )
+    latents_per_step: int | None = field(
+        default=None, metadata={"help": "c, the number of latent tokens of each step; None: they belong to no step."}
+    )
+    stage_epochs: float = field(
+        default=0.0,
+        metadata={
+            "help": "Epochs until one more step becomes latent, and with iterations one more iteration is made; the steps "
+            "after it are written. 0: latent tokens stand for all steps from the start."
+        },
+    )
+    drop_later_steps: bool = field(
+        default=False, metadata={"help": "After the stages, leave out the steps that have no latent tokens (Coconut)."}
+    )
+    reset_optimizer: bool = field(
+        default=False, metadata={"help": "Forget the optimizer's moments at each stage, as Coconut does."}
     )
     answer_prompt: str = field(default="The answer is:", metadata={"help": "Text before each answer."})
     step_separator: str = field(default=" ", metadata={"help": "Text after each step of the teacher's trace."})
@@ -93,7 +114,10 @@ class LatentArguments(mixin_bases.SFTConfig):
     )
     latent_ce_tokens: str = field(
         default="spread",
-        metadata={"help": "Which tokens of longer steps the latent tokens stand for: 'spread' evenly, or the 'first'."},
+        metadata={
+            "help": "Which tokens of longer steps the latent tokens stand for: 'spread' evenly, the 'first', or of each of "
+            "the 'steps' the first latents_per_step."
+        },
     )
     latent_ce_passes: str = field(
         default="all", metadata={"help": "Which passes of Jacobi iterations CE_latent is a mean over: 'all' or 'last'."}
@@ -153,6 +177,7 @@ class LatentArguments(mixin_bases.SFTConfig):
             raise ValueError(f"kv_{error}") from None
         one_of(self, codi_loss=LOSSES, kv_loss=LOSSES)
         one_of(self, latent_ce_tokens=LATENT_TOKENS, latent_ce_passes=LATENT_PASSES)
+        self._check_steps()
         one_of(self, codi_std_mode=STD_MODES, kv_std_mode=STD_MODES, codi_std_scope=STD_SCOPES)
         weights = {name: getattr(self, name) for name in WEIGHTS}
         check_weights(**weights)
@@ -179,6 +204,35 @@ class LatentArguments(mixin_bases.SFTConfig):
         must_prepare(self, "leaves rows untokenized; tokenized rows are used unchanged")
         must_stay(self, "the loss of latent distillation supports only", loss_type="nll", label_smoothing_factor=0.0)
 
+    def _check_steps(self) -> None:
+        if self.latents_per_step is not None and (
+            self.latents_per_step < 1 or self.num_latents % self.latents_per_step
+        ):
+            raise ValueError(
+                f"latents_per_step={self.latents_per_step}: must be at least 1, and divide num_latents={self.num_latents}"
+            )
+        if not self.stage_epochs >= 0:
+            raise ValueError(f"stage_epochs={self.stage_epochs}: must be 0 or more")
+        of_steps = {"latent_ce_tokens='steps'": self.latent_ce_tokens == "steps", "stage_epochs": self.stage_epochs}
+        for name, asked in of_steps.items():
+            if asked and self.latents_per_step is None:
+                raise ValueError(f"{name}: latent tokens must belong to steps; set latents_per_step")
+        for name in ("drop_later_steps", "reset_optimizer"):
+            if getattr(self, name) and not self.stage_epochs:
+                raise ValueError(f"{name}=True: there are no stages; set stage_epochs")
+        if self.stage_epochs and self.w_kv:
+            raise ValueError(
+                f"stage_epochs={self.stage_epochs} with w_kv={self.w_kv}: L_KV compresses all steps into the latent tokens; "
+                "set one of them to 0"
+            )
+
+    def stages(self) -> Stages | None:
+        """The curriculum; None: there is none."""
+        if not self.stage_epochs or self.latents_per_step is None:
+            return None
+        steps = self.num_latents // self.latents_per_step
+        return Stages(steps, self.latents_per_step, self.iterations, self.stage_epochs, self.drop_later_steps)
+
     def latent_config(self) -> LatentConfig:
         """The settings of the model's latent tokens."""
         return LatentConfig(
@@ -192,6 +246,7 @@ class LatentArguments(mixin_bases.SFTConfig):
             projection=self.projection,
             kv_projection=self.kv_projection,
             kv_layer_norm=self.kv_layer_norm,
+            feedback_onto=self.feedback_onto,
         )
 
     def kv_scoring(self) -> KVScoring:

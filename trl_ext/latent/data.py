@@ -4,6 +4,7 @@ teacher:  question | steps without the last | answer prompt | answer | EOS stude
 answer prompt | answer | EOS
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from unsloth_ext.common.question_ids import question_ids
 
 COLUMNS = ("question", "steps", "answer")
 TOKENS = ("question_ids", "trace_ids", "prompt_ids", "answer_ids")
+STEP_ENDS = "step_ends"  # a further column, where latent tokens belong to steps
 
 
 class LatentDataError(ValueError):
@@ -42,6 +44,7 @@ class LatentTokenizer:
         step_separator: text after each step.
         drop_last_step: remove the last step from the teacher's trace, as it mostly repeats the answer.
         max_length: maximum number of tokens of question, trace and answer together; None: no limit.
+        step_ends: also say where each step of the trace ends.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,9 +52,11 @@ class LatentTokenizer:
     step_separator: str
     drop_last_step: bool
     max_length: int | None
+    step_ends: bool = False
 
     def __call__(self, row: dict[str, Any], index: int, dataset: str) -> dict[str, list[int]]:
-        """The ids of each column of `TOKENS`. The answer ends with EOS.
+        """The ids of each column of `TOKENS`. The answer ends with EOS. With `step_ends`, also that column: the number of
+        tokens of the trace up to the end of each step.
 
         Raises:
             LatentDataError: a column is missing or of the wrong type, there is no answer, or the row is too long.
@@ -75,7 +80,14 @@ class LatentTokenizer:
         if self.max_length is not None and length > self.max_length:
             reason = f"more tokens than max_length={self.max_length}; raise it, or leave the row out"
             raise LatentDataError(where, reason, length)
-        return out
+        return out | ({STEP_ENDS: self._step_ends(steps)} if self.step_ends else {})
+
+    def _step_ends(self, steps: list[str]) -> list[int]:
+        """A token belongs to the step of its last character: it may begin with the separator before."""
+        texts = [step + self.step_separator for step in steps]
+        offsets = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        lasts = [max(end - 1, start) for start, end in offsets]
+        return np.searchsorted(lasts, np.cumsum([len(text) for text in texts])).tolist()
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -92,6 +104,8 @@ class LatentCollator:
             answer token (-1: the last token of the question).
         input_ids, attention_mask (B, A): <eot>, answer prompt, answer. labels are -100 at pads and <eot>. student_at
             (B).
+        step_ends (B, K): only if the rows have it: the number of trace tokens up to the end of each step; all of them
+            where there are fewer than K steps.
     """
 
     pad_token_id: int
@@ -105,6 +119,11 @@ class LatentCollator:
         input_ids, attention_mask = self._pad(student)
         trace_length = torch.tensor([len(r["trace_ids"]) for r in rows])
         prompt_length = torch.tensor([len(r["prompt_ids"]) for r in rows])
+        steps = {}
+        if STEP_ENDS in rows[0]:
+            most = max(len(r[STEP_ENDS]) for r in rows)
+            ends = [r[STEP_ENDS] + [len(r["trace_ids"])] * (most - len(r[STEP_ENDS])) for r in rows]
+            steps[STEP_ENDS] = torch.tensor(ends, dtype=torch.long).reshape(len(rows), most)
         trace_mask = (torch.arange(teacher_ids.shape[1]) < trace_length[:, None]).long()
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, 0] = -100
@@ -121,6 +140,7 @@ class LatentCollator:
             "attention_mask": attention_mask,
             "labels": labels,
             "student_at": prompt_length,
+            **steps,
         }
 
     def _pad(self, rows: list[list[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,12 +153,23 @@ class LatentCollator:
         return ids, mask
 
 
-def check_lengths(dataset: Dataset, name: str, num_latents: int, positions: int) -> None:
-    """Raise a LatentDataError at the first tokenized row for which teacher or student needs more than `positions`
-    positions."""
+def check_lengths(
+    dataset: Dataset, name: str, positions: int, thought: Callable[[list[list[int]], np.ndarray], np.ndarray] | int
+) -> None:
+    """Raise a LatentDataError at the first tokenized row for which teacher or student needs too many positions.
+
+    Args:
+        dataset: tokenized rows.
+        name: of the dataset.
+        positions: the most that the model has.
+        thought: the number of latent tokens; or a function from the ends of steps and the lengths of traces to the most
+            tokens, latent and written, between question and answer.
+    """
     lengths = {column: np.array([len(ids) for ids in dataset[column]]) for column in TOKENS}
+    if not isinstance(thought, int):
+        thought = thought(dataset[STEP_ENDS], lengths["trace_ids"])
     both = lengths["question_ids"] + lengths["prompt_ids"] + lengths["answer_ids"]
-    longest = both + np.maximum(lengths["trace_ids"], num_latents + 2)  # <bot>, latent tokens, <eot>
+    longest = both + np.maximum(lengths["trace_ids"], thought + 2)  # <bot>, latent tokens, <eot>
     bad = np.flatnonzero(longest > positions)
     if len(bad):
         reason = f"more tokens, latent tokens included, than the model's {positions} positions"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
 STD_MODES = ("divide_loss", "normalize_states", "none")
 STD_SCOPES = ("layer", "global", "token")
-LATENT_TOKENS = ("spread", "first")
+LATENT_TOKENS = ("spread", "first", "steps")
 LATENT_PASSES = ("all", "last")
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,7 +51,14 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, all_sum: AllSum = 
     return masked_mean(loss, targets != -100, all_sum)
 
 
-def latent_targets(trace: torch.Tensor, mask: torch.Tensor, count: int, which: str) -> torch.Tensor:
+def latent_targets(
+    trace: torch.Tensor,
+    mask: torch.Tensor,
+    count: int,
+    which: str,
+    step_ends: torch.Tensor | None = None,
+    per_step: int | None = None,
+) -> torch.Tensor:
     """The token of the written steps that each latent token stands for (LOTUS, arXiv 2606.31779).
 
     Args:
@@ -59,16 +66,26 @@ def latent_targets(trace: torch.Tensor, mask: torch.Tensor, count: int, which: s
         mask (B, S): which of them there are, from the first on.
         count: M, the number of latent tokens.
         which: where the steps have more tokens than M, `"spread"`: token floor(j K / M) of K for the j-th latent token;
-            `"first"`: the first M. Shorter steps leave the last latent tokens without one.
+            `"first"`: the first M. Shorter steps leave the last latent tokens without one. `"steps"`: each step has its own
+            latent tokens, which stand for its first tokens.
+        step_ends (B, K): long, for `"steps"`: the number of tokens up to the end of each step; the last number is
+            repeated for rows with fewer steps.
+        per_step: for `"steps"`: the number of latent tokens of each step.
 
     Returns:
         (B, M) long; -100 where there is none.
     """
     lengths = mask.sum(1, keepdim=True)
     at = torch.arange(count, device=trace.device).expand(len(trace), count)
+    there = at < lengths
     if which == "spread":
         at = torch.where(lengths > count, at * lengths // count, at)
-    there = at < lengths
+    elif which == "steps":
+        ends = F.pad(step_ends, (1, max(count // per_step - step_ends.shape[1], 0)), value=0)
+        ends = ends.cummax(1).values  # of steps that no row has: the last end
+        step = torch.arange(count, device=trace.device) // per_step
+        at = ends[:, step] + torch.arange(count, device=trace.device) % per_step
+        there = at < ends[:, step + 1]
     padded = F.pad(trace, (0, max(count - trace.shape[1], 0)))
     return padded.gather(1, at.clamp(max=padded.shape[1] - 1)).masked_fill(~there, -100)
 

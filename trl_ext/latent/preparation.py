@@ -116,7 +116,7 @@ class Preparation:
             vars(self.peft_config).update(with_latent_modules(self.peft_config, model))
         elif is_peft_model(model):
             check_adapter(model)
-        elif model.num_parameters() >= NOT_A_TOY:
+        elif model.num_parameters() >= NOT_A_TOY and (self.args.w_codi or self.args.w_kv):
             logger.warning(
                 "All weights are trained, because LoRA was not requested. A pretrained model lost its accuracy so (from "
                 "56.5% to 7.0% in KaVa's ablation): pass a peft_config, or --lora_r 128 to a recipe"

@@ -31,6 +31,12 @@ def _kava(lr, decay, epochs, loss, std, mix=0.1, projection=2048, w_codi=10.0, w
     return "KAVAConfig", _run(lr, decay, epochs, **fields)
 
 
+def _staged(lr: float, epochs: int, **method) -> dict:
+    """All weights are trained at a constant rate, in batches of 128 on one device."""
+    batch = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 4, "weight_decay": 0.01}
+    return {**batch, "learning_rate": lr, "lr_scheduler_type": "constant", "num_train_epochs": epochs, **method}
+
+
 PRESETS: dict[str, tuple[str, dict]] = {
     "codi-gpt2": ("CODIConfig", _run(3e-3, 0.1, 40, w_codi=1.0, projection_dim=768)),
     "codi-llama-1b": ("CODIConfig", _run(8e-4, 0.1, 10, w_codi=20.0, projection_dim=2048)),
@@ -42,4 +48,9 @@ PRESETS: dict[str, tuple[str, dict]] = {
     "kava-qwen-0.5b-nl": _kava(8e-4, 0.1, 10, "mse", True, projection=896),
     "kava-llama-3b-aug": _kava(2e-4, 0.1, 5, "smooth_l1", False, projection=3072, w_codi=20.0, w_kv=2.0),
     "kava-llama-3b-nl": _kava(2e-4, 0.1, 5, "smooth_l1", False, mix=0.0, projection=None, w_codi=20.0, w_kv=2.0),
+    # The official runs begin with a stage without latent tokens on a model that writes its steps already
+    "lotus-gpt2": ("LOTUSConfig", _staged(1e-4, 29, max_grad_norm=1.0)),
+    "lotus-llama-1b": ("LOTUSConfig", _staged(1e-4, 99, max_grad_norm=1.0, num_latents=150, latents_per_step=25)),
+    "lotus-llama-3b": ("LOTUSConfig", _staged(5e-5, 29, max_grad_norm=1.0, num_latents=150, latents_per_step=25)),
+    "coconut-gpt2": ("CoconutConfig", _staged(1e-4, 22, max_grad_norm=0.0)),
 }

@@ -139,7 +139,14 @@ def tokenized(
 
     The evaluation loss includes the teacher's, so `eval_dataset` has only rows with steps.
     """
-    tokenize = LatentTokenizer(tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length)
+    tokenize = LatentTokenizer(
+        tokenizer,
+        args.answer_prompt,
+        args.step_separator,
+        args.drop_last_step,
+        args.max_length,
+        step_ends=args.latents_per_step is not None,
+    )
     datasets = {"train_dataset": Dataset.from_list(train.map(tokenize))}
     if args.eval_strategy != "no":
         with_steps = Rows("held-out", [row for row in held_out if row["steps"]])

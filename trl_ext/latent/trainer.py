@@ -23,7 +23,7 @@ from unsloth_ext.common.embeddings import embedding_norm
 from unsloth_ext.common.logits import logits_of
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
-from unsloth_ext.latent.config import add_latent_tokens, remember_latent
+from unsloth_ext.latent.config import add_latent_tokens, remember_latent, think_from_now_on
 from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
 
 from ..common.checkpointing import SafeCheckpointMixin
@@ -40,9 +40,10 @@ from ..common.model_loading import (
 from ..common.one_unit import OneUnitMixin
 from ..common.update_sizes import UpdateSizesMixin
 from .config import LatentArguments
-from .data import COLUMNS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
+from .data import COLUMNS, STEP_ENDS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss, latent_cross_entropy, latent_targets
 from .preparation import Preparation, tokenizer_of
+from .stages import in_stage
 
 
 logger = logging.get_logger(__name__)
@@ -99,7 +100,10 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             raise ValueError("data_collator: this trainer has its own; leave it out")
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: has no rows")
-        check_engine(args, "Latent distillation", {"an adapter": is_adapted(model, keywords.get("peft_config"))})
+        adapted = is_adapted(model, keywords.get("peft_config"))
+        check_engine(
+            args, "Latent distillation", {"an adapter": adapted, "reset_optimizer=True": args.reset_optimizer}
+        )
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)
@@ -108,8 +112,15 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             prepare(model)
             model, keywords["peft_config"] = with_adapter(model, prepare.peft_config, args.seed)
         collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, prepare.settings)[2])
+        self._stages, self._stage = args.stages(), 0
+        self._columns = (*TOKENS, STEP_ENDS) if args.latents_per_step else TOKENS
         self._rows = LatentTokenizer(
-            tokenizer, args.answer_prompt, args.step_separator, args.drop_last_step, args.max_length
+            tokenizer,
+            args.answer_prompt,
+            args.step_separator,
+            args.drop_last_step,
+            args.max_length,
+            step_ends=STEP_ENDS in self._columns,
         )
         with preparing_models(self._stock_init, prepare), keeping_master_weights(self, model):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
@@ -117,6 +128,30 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         self.model_accepts_loss_kwargs = True  # the loss is scaled as a part of the whole step
         if is_peft_model(self.model):
             remember_latent(self.model)
+        self._enter_stage(0.0)
+
+    # -- curriculum -------------------------------------------------------------------------------------------------
+
+    def _enter_stage(self, epoch: float) -> bool:
+        """Change to the stage of so many epochs, and say whether training was in another one before. Checkpoints hold the
+        stage, so a resumed run says the same."""
+        if self._stages is None:
+            return False
+        empty: dict[str, Any] = {"args": {}, "attributes": {"stage": 0}}
+        saved = self.state.stateful_callbacks.setdefault("LatentStage", empty)["attributes"]
+        stage = self._stages.at(epoch)
+        if stage != self._stage:
+            think_from_now_on(self.model, **self._stages.thinking(stage))
+        changed = saved["stage"] not in (0, stage)
+        self._stage = saved["stage"] = stage
+        return changed
+
+    def _in_stage(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return batch if self._stages is None else in_stage(batch, self._stages, self._stage)
+
+    @property
+    def _num_latents(self) -> int:
+        return backbone_of(self.model).latent_config.num_latents
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -128,7 +163,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             dataset = dataset.map(self._rows, with_indices=True, fn_kwargs={"dataset": dataset_name})
             return _shuffled(dataset, args)
         tokenized = "question_ids" in columns
-        missing = [name for name in (TOKENS if tokenized else COLUMNS) if name not in columns]
+        missing = [name for name in (self._columns if tokenized else COLUMNS) if name not in columns]
         if missing:
             raise ValueError(f"{dataset_name} dataset: column {missing[0]!r} is missing; it has {', '.join(columns)}")
         if not tokenized:
@@ -144,31 +179,42 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
                 "each row, so rows need two steps; drop_last_step=False keeps it"
             )
         if self._prepared.positions and isinstance(dataset, Dataset):
-            check_lengths(dataset, dataset_name, self._prepared.settings.num_latents, self._prepared.positions)
+            thought = self._prepared.settings.num_latents if self._stages is None else self._stages.longest
+            check_lengths(dataset, dataset_name, self._prepared.positions, thought)
         return _shuffled(dataset, args)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(TOKENS)
+        self._signature_columns = list(self._columns)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self._enter_stage(self.state.epoch or 0.0) and self.args.reset_optimizer:
+            forget_moments(self.optimizer)
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # Unsloth's count has labels only
         return samples, self._get_num_items_in_batch(samples, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The number of items that each term of the loss is a mean over, in all micro-batches and processes: (5,)
         float32, by `COUNTED`."""
-        counts = [self._counts(batch, device) for batch in batch_samples]
+        counts = [self._counts(self._in_stage(batch), device) for batch in batch_samples]
         return self._all_sum(torch.stack(counts).sum(0)) if counts else None
 
     def _counts(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-        traces = batch["trace_mask"].sum(1).clamp(max=self._prepared.settings.num_latents)
+        traces = batch["trace_mask"].sum(1).clamp(max=self._num_latents)
         asked = [(batch[labels][:, at:] != -100).sum() for labels, at in (("labels", 1), ("teacher_labels", 0))]
-        return torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum(), traces.sum()]).to(device, torch.float32)
+        read = (self._targets(batch) != -100).sum() if self.args.w_latent_ce else torch.zeros_like(traces.sum())
+        return torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum(), read]).to(device, torch.float32)
+
+    def _targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the latent tokens stand for: (B, M), see `latent_targets`."""
+        trace, args = (batch["teacher_ids"], batch["trace_mask"]), self.args
+        steps = batch.get(STEP_ENDS), args.latents_per_step
+        return latent_targets(*trace, self._num_latents, args.latent_ce_tokens, *steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
+        inputs = self._in_stage(inputs)
         share, steps = dict.fromkeys(COUNTED, 1.0), 1
         if mode == "train" and num_items_in_batch is not None:
             here = self._all_sum(self._counts(inputs, num_items_in_batch.device))
@@ -245,8 +291,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         read = None
         if args.w_latent_ce:
             before = state.before if args.latent_ce_passes == "all" else state.before[-1:]
-            trace = inputs["teacher_ids"], inputs["trace_mask"]
-            targets = latent_targets(*trace, state.latents.shape[1], args.latent_ce_tokens)
+            targets = self._targets(inputs)
             read = latent_cross_entropy(partial(logits_of, causal_lm_of(bare)), before, targets, self._all_sum)
         return self._student(model, state, inputs), teacher, kept, latent_kv, length, read
 
@@ -267,7 +312,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         if args.w_kv:
             keys = F.pad(inputs["trace_mask"], (inputs["question_mask"].shape[1], 0))
             queries = F.pad(inputs["answer_mask"], (1, 0))
-            tap = compressed_trace(model, keys, queries, self._prepared.settings.num_latents, args.kv_scoring())
+            tap = compressed_trace(model, keys, queries, self._num_latents, args.kv_scoring())
         with tap as kept:
             out = model(
                 input_ids=ids,
@@ -311,6 +356,13 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
 
     def _all_sum(self, x: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(x, "sum")
+
+
+def forget_moments(optimizer: Any) -> None:
+    """Empty the state of an optimizer, wrapped by accelerate or not, as a new one has it. Rates stay."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    optimizer.state.clear()
 
 
 def _at(hidden_states: tuple[torch.Tensor, ...], positions: torch.Tensor) -> torch.Tensor:

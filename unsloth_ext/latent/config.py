@@ -20,15 +20,16 @@ from ..common.layer_kinds import CHUNKED, SLIDING, check_layers, check_length
 from ..common.master_weights import MasterWeights, beside, without_autocast
 from ..common.settings_file import read_json
 from ..common.unsloth_decoding import on_unsloth
-from ..common.wrapping import backbone_of
+from ..common.wrapping import backbone_of, causal_lm_of
 from .kv_projection import KVProjection
 from .method import METHOD
 from .phase import check_backbone
 
 
 UPDATES = ("shifted", "own")
+FEEDBACK = ("previous", "embedding")
 PROJECTIONS = ("mlp", "linear")
-SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm")  # newer settings, which older folders lack
+SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm", "feedback_onto")  # newer settings, which older folders lack
 
 
 @dataclass
@@ -46,7 +47,9 @@ class LatentConfig:
         projection_layer_norm: whether it ends in a LayerNorm.
         update: `"shifted"`: the output at a slot is the input of the next slot, as in the official methods. `"own"`: it
             is the input of the same slot (Jacobi only).
-        feedback_residual: add the projection to the previous input instead of replacing it (Jacobi only).
+        feedback_residual: add the projection to an input instead of replacing it (Jacobi only).
+        feedback_onto: the input that `feedback_residual` adds to: `"previous"`, that of the pass before, or `"embedding"`,
+            that of `<latent>`, in every pass (LOTUS, arXiv 2606.31779).
         bot_token: begins the latent tokens.
         latent_token: stands for a latent token.
         eot_token: ends the latent tokens.
@@ -71,6 +74,7 @@ class LatentConfig:
     projection: str = field(default="mlp")
     kv_projection: bool = field(default=False)
     kv_layer_norm: bool = field(default=False)
+    feedback_onto: str = field(default="previous")
 
     def __post_init__(self) -> None:
         for name in ("num_latents", "iterations", "projection_dim"):
@@ -91,6 +95,10 @@ class LatentConfig:
             raise ValueError(f"update={self.update!r}: choose one of {', '.join(UPDATES)}")
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection={self.projection!r}: choose one of {', '.join(PROJECTIONS)}")
+        if self.feedback_onto not in FEEDBACK:
+            raise ValueError(f"feedback_onto={self.feedback_onto!r}: choose one of {', '.join(FEEDBACK)}")
+        if self.feedback_onto != "previous" and not self.feedback_residual:
+            raise ValueError(f"feedback_onto={self.feedback_onto!r}: nothing is added; set feedback_residual=True")
         if self.kv_layer_norm and not self.kv_projection:
             raise ValueError("kv_layer_norm=True: the LayerNorm comes after the projection; set kv_projection=True")
         if self.iterations is None and (self.update != "shifted" or self.feedback_residual):
@@ -275,6 +283,13 @@ def remember_latent(model: PeftModel) -> None:
     grown = set(range(base.get("vocab_size", 0), model.config.vocab_size))
     if model.config.tie_word_embeddings and grown <= trained_rows(adapter):
         model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+
+def think_from_now_on(model: nn.Module, **changes: Any) -> None:
+    """Change settings of `LatentConfig` for good, also in what is saved. See `thinking_with`."""
+    backbone = backbone_of(model)
+    backbone.latent_config = replace(backbone.latent_config, **changes)
+    getattr(causal_lm_of(model).config, METHOD.key).update(changes)
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ def latent_phase(
             break
         outputs = project_latent(backbone, hidden)[:, : count - shift]
         if config.feedback_residual:
-            outputs = outputs + z[:, shift:]
+            outputs = outputs + (embeds if config.feedback_onto == "embedding" else z)[:, shift:]
         z = intervene(torch.cat([z[:, :shift], outputs], dim=1))
     cache.crop(0)  # drop what was recorded beyond the window
     for layer in cache.layers:

@@ -41,6 +41,9 @@ MAKE = {
     "An optimizer in DeepSpeed's file": lambda folder: own_optimizer(folder),
     "Latent distillation": lambda folder: latent.trainer(folder, peft=False, model=NOWHERE),
     "Latent distillation with an adapter": lambda folder: latent.trainer(folder, model=NOWHERE),
+    "Latent distillation with reset_optimizer=True": lambda folder: latent.trainer(
+        folder, peft=False, model=NOWHERE, **latent.STAGED, reset_optimizer=True
+    ),
     "Logits distillation": lambda folder: distill.logits(folder, model=NOWHERE),
     "Reasoning distillation": lambda folder: distill.reasoning(folder, model=NOWHERE),
     "KV distillation": lambda folder: kv.trainer(folder, model=NOWHERE),

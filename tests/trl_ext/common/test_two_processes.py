@@ -21,6 +21,7 @@ def start(method, folder, case, processes):
     "method,case,term",
     [
         ("latent", "sequential", "loss/codi"),
+        ("latent", "staged", "loss/latent_ce"),
         slow("latent", "kv", "loss/kv"),
         ("kv", "default", "kv/attn"),
         slow("kv", "note", "kv/k"),

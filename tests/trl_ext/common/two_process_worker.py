@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
     if method == "latent":
-        trainer = latent.trainer(folder, **sizes, **latent.CASES[case])
+        trainer = latent.trainer(folder, **sizes, **(latent.STAGED if case == "staged" else latent.CASES[case]))
         named = dict(trainer.model.named_parameters())
     elif method == "concept":
         # One codeword: what each process would sample is its own

@@ -35,6 +35,22 @@ CASES = {
 }
 
 
+# A fifth of the 20 rows in each stage: a step of four
+STAGED = {
+    "num_latents": 4,
+    "latents_per_step": 2,
+    "iterations": 2,
+    "update": "own",
+    "feedback_residual": True,
+    "feedback_onto": "embedding",
+    "drop_last_step": False,
+    "w_latent_ce": 1.0,
+    "latent_ce_tokens": "steps",
+    "stage_epochs": 0.2,
+    "drop_later_steps": True,
+}
+
+
 @dataclass
 class Config(LatentArguments, SFTConfig):
     pass
