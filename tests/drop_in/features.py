@@ -140,6 +140,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "CODITrainer": LATENT,
     "PCCoTTrainer": LATENT,
     "KAVATrainer": LATENT,
+    "LOTUSTrainer": LATENT,
+    "CoconutTrainer": LATENT,
     "KVDistillTrainer": {
         "`completion_only_loss=False`": "completion_only_loss=False: labels tell the prompt from the completion",
         "`packing`": "packing=True: segments belong to single rows",

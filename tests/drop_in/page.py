@@ -40,6 +40,8 @@ NEEDS = {
     "CODITrainer": "rows with `question`, `steps`, `answer`",
     "PCCoTTrainer": "rows with `question`, `steps`, `answer`",
     "KAVATrainer": "rows with `question`, `steps`, `answer`",
+    "LOTUSTrainer": "rows with `question`, `steps`, `answer`",
+    "CoconutTrainer": "rows with `question`, `steps`, `answer`",
     "KVDistillTrainer": "`teacher_model=...`",
     "LogitsDistillTrainer": "`teacher_model=...`",
     "PlannerExecutorTrainer": "`types=[...]`, the types of concepts; rows with `prompt` and `completion`",

@@ -123,6 +123,8 @@ CASES = [
             "CODI": LATENT,
             "PCCoT": LATENT | {"iterations": 2},
             "KAVA": LATENT | {"iterations": 2},
+            "LOTUS": LATENT | {"iterations": 2, "latents_per_step": 1},
+            "Coconut": LATENT | {"latents_per_step": 1},
         }.items()
     ),
     Case(

@@ -22,6 +22,8 @@ RECIPES = {
     "codi_gsm8k": "--sft_steps 10",
     "kava_gsm8k": "--sft_steps 10",
     "pccot_gsm8k": "--sft_steps 10",
+    "lotus_gsm8k": "--sft_steps 10",
+    "coconut_gsm8k": "--sft_steps 10 --reset_optimizer false",
     "kv_distill": "--teacher_steps 10",
     "concept_v2": "--base_steps 5",
     "planner_executor": "",

@@ -20,13 +20,15 @@ TRAIN = (
     "codi_gsm8k",
     "pccot_gsm8k",
     "kava_gsm8k",
+    "lotus_gsm8k",
+    "coconut_gsm8k",
     "kv_distill",
     "concept_v1",
     "concept_v2",
     "planner_executor",
 )
 STAGES = ("pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
-LATENT, RL = TRAIN[1:4], ("ppo", "grpo", "spo")
+LATENT, RL = TRAIN[1:6], ("ppo", "grpo", "spo")
 EVERY = (*TRAIN, "eval_latent", "profile_alignment")
 MINIMIND = tuple(f"minimind/{name}" for name in (*STAGES, "tokenizer", "chat", "report"))
 CHECKPOINT = ("--checkpoint", "nowhere")
@@ -44,7 +46,7 @@ TRIES = [
     *((name, ["--model_name", "large"], "large holds no model") for name in TRAIN[:2]),
     *(
         (name, ["--model_name", "some"], "does not say use_cpu: true; to train on the CPU: --use_cpu true --bf16 false")
-        for name in (TRAIN[0], *TRAIN[4:])
+        for name in (TRAIN[0], *TRAIN[6:])
     ),
     *((name, ["--model_name", ""], "name is empty") for name in LATENT),
     *((name, ["--learning_rate", "inf"], "learning_rate=inf: must be a finite number") for name in TRAIN[:2]),

@@ -14,9 +14,11 @@ CHAINS = ("all", "hrpo_two_stage")  # which run others
 # The first title of each, where it is not the shared one
 FIRST = {
     "hrpo_gsm8k": "HRPO",
-    "codi_gsm8k": "Latent tokens (CODI, PCCoT, KaVa)",
-    "pccot_gsm8k": "Latent tokens (CODI, PCCoT, KaVa)",
-    "kava_gsm8k": "Latent tokens (CODI, PCCoT, KaVa)",
+    "codi_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
+    "pccot_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
+    "kava_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
+    "lotus_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
+    "coconut_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
     "concept_v1": "Concept tokens",
     "concept_v2": "Concept tokens",
     "kv_distill": "KV distillation",

@@ -16,7 +16,7 @@ from trl_ext.tasks import equations
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
-METHODS = ("codi", "pccot", "kava")
+METHODS = ("codi", "pccot", "kava", "lotus", "coconut")
 SMALL = shlex.split(
     "--sft_steps 30 --max_steps 2 --eval_size 12 --eval_every 1 "
     "--disable_tqdm true --per_device_train_batch_size 8 --save_steps 1 --logging_steps 1"
@@ -32,7 +32,7 @@ def run(monkeypatch, tmp_path, cache):
     )
 
 
-@pytest.mark.parametrize("method", [slow("codi"), slow("pccot"), "kava"])
+@pytest.mark.parametrize("method", [slow("codi"), slow("pccot"), "kava", slow("lotus"), slow("coconut")])
 def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, cache):
     run(method)
     summary = json.loads(Path("out/summary.json").read_text())

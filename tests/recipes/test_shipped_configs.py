@@ -45,6 +45,8 @@ CONFIGS = {
     "codi": ("codi_gsm8k", GPT2Config, [], LatentModel),
     "pccot": ("pccot_gsm8k", GPT2Config, [], LatentModel),
     "kava": ("kava_gsm8k", Qwen2Config, [], LatentModel),
+    "lotus": ("lotus_gsm8k", GPT2Config, [], LatentModel),
+    "coconut": ("coconut_gsm8k", GPT2Config, [], LatentModel),
     "kv_distill": ("kv_distill", Qwen2Config, ["--teacher_model_name_or_path", "teacher"], AutoModelForCausalLM),
     "concept": ("concept_v2", Qwen3Config, ["--num_concepts", "256"], ConceptModel),
     "planner": ("planner_executor", Qwen3Config, [], PlannerExecutorModel),
@@ -81,7 +83,7 @@ def write_rows():
         Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in ("kava", "concept", "planner") else name for name in CONFIGS])
+@pytest.mark.parametrize("name", [slow(name) if name in ("kava", "coconut", "concept", "planner") else name for name in CONFIGS])
 def test_it_trains_is_resumed_and_opens(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     recipe, kind, more, loader = CONFIGS[name]

@@ -24,12 +24,12 @@ WEIGHTS = ("w_student", "w_teacher", "w_codi", "w_kv", "w_latent_ce")
 
 @dataclass
 class LatentArguments(mixin_bases.SFTConfig):
-    """Fields of `CODIConfig`, `PCCoTConfig` and `KAVAConfig` beyond those of TRL's `SFTConfig`.
+    """Fields of `CODIConfig`, `PCCoTConfig`, `KAVAConfig`, `LOTUSConfig` and `CoconutConfig` beyond those of TRL's `SFTConfig`.
 
     loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV + w_latent_ce CE_latent
     """
 
-    flags_title = "Latent tokens (CODI, PCCoT, KaVa)"
+    flags_title = "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)"
     default_sources = {
         "official code": (
             "num_latents",

@@ -1,11 +1,11 @@
-"""The record of latent tokens: CODI, PCCoT and KaVa."""
+"""The record of latent tokens: CODI, PCCoT, KaVa, LOTUS and Coconut."""
 
 from ..common.method import Command, TrainingMethod
 
 
 METHOD = TrainingMethod(
     name="latent",
-    about="CODI, PCCoT, KaVa: a student answers after a few latent tokens instead of written steps.",
+    about="CODI, PCCoT, KaVa, LOTUS, Coconut: a student answers after a few latent tokens instead of written steps.",
     trainers={
         "CODITrainer": "CODIConfig",
         "PCCoTTrainer": "PCCoTConfig",
@@ -65,6 +65,30 @@ METHOD = TrainingMethod(
             paper="2510.02312",
             what="latent tokens instead of written steps, taught by the steps' compressed keys and values",
             evidence="89%, without steps 26%",
+            data=("trl_ext.latent.sources:step_reader",),
+        ),
+        Command(
+            "train-lotus",
+            "LOTUS: the embedded default on a CPU, GPT-2 on GSM8K-Aug with a GPU",
+            "recipes/lotus_gsm8k.py",
+            configs="lotus",
+            trainer="LOTUSTrainer",
+            parent="SFTTrainer",
+            paper="2606.31779",
+            what="a block of latent tokens for each step, read by the LM head as the step",
+            evidence="",
+            data=("trl_ext.latent.sources:step_reader",),
+        ),
+        Command(
+            "train-coconut",
+            "Coconut: the embedded default on a CPU, GPT-2 on GSM8K-Aug with a GPU",
+            "recipes/coconut_gsm8k.py",
+            configs="coconut",
+            trainer="CoconutTrainer",
+            parent="SFTTrainer",
+            paper="2412.06769",
+            what="latent tokens take the place of one written step after the other",
+            evidence="",
             data=("trl_ext.latent.sources:step_reader",),
         ),
         Command(

@@ -24,7 +24,7 @@ METHOD = Method(
     modules=("latent_projection", "latent_kv_projection"),
     attach="attach_latent",
     loader="LatentModel",
-    about="It thinks in latent tokens between question and answer (CODI, PCCoT, KaVa).",
+    about="It thinks in latent tokens between question and answer (CODI, PCCoT, KaVa, LOTUS, Coconut).",
     dropped="the latent tokens and their projection: what is left answers without thinking",
     example="""\
 from unsloth_ext import LatentModel
