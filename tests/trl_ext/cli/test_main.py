@@ -69,7 +69,7 @@ def test_the_command_is_installed_and_light(tmp_path):
         (["train", "hrpo", "--config", "hrpo_gsm9k"], "there is no such file, and no configuration of that name comes"),
         (["train", "spo", "--config", "nothing"], "there is no such file, and no configuration of that name comes"),
         (["train", "hrpo", "--config", "nothing.yaml"], "--config nothing.yaml: there is no such file"),
-        (["defaults", "hrp"], "method: invalid choice: 'hrp' (choose from 'codi'"),
+        (["defaults", "hrp"], "method: invalid choice: 'hrp' (choose from 'coconut', 'codi'"),
         (["data", "check", "nothing.jsonl", "--method", "hrpo"], "dataset nothing.jsonl: there is no such file"),
         (["data", "check", "x.jsonl"], "the following arguments are required: --method"),
         (["methods", "--nothing"], "--nothing: there is no such flag"),
