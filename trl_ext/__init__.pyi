@@ -19,10 +19,10 @@ from .latent.loss_modules import KAVALoss as KAVALoss
 from .latent.loss_modules import KVDistillationLoss as KVDistillationLoss
 from .latent.loss_modules import LatentReasoningModule as LatentReasoningModule
 from .latent.loss_modules import RKVCompressor as RKVCompressor
-from .latent.methods import CODIConfig as CODIConfig
-from .latent.methods import CODITrainer as CODITrainer
 from .latent.methods import CoconutConfig as CoconutConfig
 from .latent.methods import CoconutTrainer as CoconutTrainer
+from .latent.methods import CODIConfig as CODIConfig
+from .latent.methods import CODITrainer as CODITrainer
 from .latent.methods import KAVAConfig as KAVAConfig
 from .latent.methods import KAVATrainer as KAVATrainer
 from .latent.methods import LOTUSConfig as LOTUSConfig

@@ -55,7 +55,9 @@ def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, ca
     )
     found = json.loads(Path("out/final/eval.json").read_text())
     assert found["latents"]["on"]["accuracy"] == again["accuracy_after"]
-    assert len(found["num_latents"]) == (2 if method == "coconut" else 4)  # it is in its first stage, of two latent tokens
+    assert len(found["num_latents"]) == (
+        2 if method == "coconut" else 4
+    )  # it is in its first stage, of two latent tokens
     assert 0 <= found["probe"]["found"] <= 1
     assert Path("out/final/latent.png").stat().st_size > 10_000
     Path("one.jsonl").write_text(json.dumps({"question": "1+2=", "steps": ["1+2=3"], "answer": "3"}) + "\n")

@@ -83,7 +83,9 @@ def write_rows():
         Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in ("kava", "coconut", "concept", "planner") else name for name in CONFIGS])
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("kava", "coconut", "concept", "planner") else name for name in CONFIGS]
+)
 def test_it_trains_is_resumed_and_opens(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     recipe, kind, more, loader = CONFIGS[name]

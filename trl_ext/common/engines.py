@@ -42,7 +42,9 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "HRPO with ds3_gather_for_generation=False": {"zero3": _UNEVEN},
     "Latent distillation": {"fsdp1": _FLAT},
     "Latent distillation with an adapter": {"zero3": _OUTSIDE},
-    "Latent distillation with reset_optimizer=True": {engine: _MOMENTS for engine in ENGINES if engine.startswith("zero")},
+    "Latent distillation with reset_optimizer=True": {
+        engine: _MOMENTS for engine in ENGINES if engine.startswith("zero")
+    },
     "KV distillation with fp16=True": dict.fromkeys(SHARDED, _SCALED),
     "Concept tokens with an adapter": {"fsdp1": _FLAT},
     "Concept tokens with codebook_init='kmeans'": {"fsdp1": _FLAT},

@@ -24,7 +24,7 @@ WEIGHTS = ("w_student", "w_teacher", "w_codi", "w_kv", "w_latent_ce")
 
 @dataclass
 class LatentArguments(mixin_bases.SFTConfig):
-    """Fields of `CODIConfig`, `PCCoTConfig`, `KAVAConfig`, `LOTUSConfig` and `CoconutConfig` beyond those of TRL's `SFTConfig`.
+    """Fields of the configurations of latent distillation beyond those of TRL's `SFTConfig`.
 
     loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV + w_latent_ce CE_latent
     """
@@ -222,8 +222,8 @@ class LatentArguments(mixin_bases.SFTConfig):
                 raise ValueError(f"{name}=True: there are no stages; set stage_epochs")
         if self.stage_epochs and self.w_kv:
             raise ValueError(
-                f"stage_epochs={self.stage_epochs} with w_kv={self.w_kv}: L_KV compresses all steps into the latent tokens; "
-                "set one of them to 0"
+                f"stage_epochs={self.stage_epochs} with w_kv={self.w_kv}: L_KV compresses all steps into the latent "
+                "tokens; set one of them to 0"
             )
 
     def stages(self) -> Stages | None:

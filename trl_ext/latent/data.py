@@ -85,7 +85,9 @@ class LatentTokenizer:
     def _step_ends(self, steps: list[str]) -> list[int]:
         """A token belongs to the step of its last character: it may begin with the separator before."""
         texts = [step + self.step_separator for step in steps]
-        offsets = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         lasts = [max(end - 1, start) for start, end in offsets]
         return np.searchsorted(lasts, np.cumsum([len(text) for text in texts])).tolist()
 

@@ -101,9 +101,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: has no rows")
         adapted = is_adapted(model, keywords.get("peft_config"))
-        check_engine(
-            args, "Latent distillation", {"an adapter": adapted, "reset_optimizer=True": args.reset_optimizer}
-        )
+        check_engine(args, "Latent distillation", {"an adapter": adapted, "reset_optimizer=True": args.reset_optimizer})
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)

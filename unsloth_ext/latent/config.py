@@ -29,7 +29,8 @@ from .phase import check_backbone
 UPDATES = ("shifted", "own")
 FEEDBACK = ("previous", "embedding")
 PROJECTIONS = ("mlp", "linear")
-SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm", "feedback_onto")  # newer settings, which older folders lack
+# Newer settings, which older folders lack
+SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm", "feedback_onto")
 
 
 @dataclass

@@ -87,7 +87,9 @@ def plain_losses(trainer, rows, stage):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
-@pytest.mark.parametrize("kind, stage", [("LOTUS", 1), ("LOTUS", 2), ("LOTUS", 3), *(("Coconut", n) for n in (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    "kind, stage", [("LOTUS", 1), ("LOTUS", 2), ("LOTUS", 3), *(("Coconut", n) for n in (1, 2, 3, 4))]
+)
 def test_each_stage_has_the_plain_loss_and_gradient(tmp_path, kind, family, stage):
     """Ragged, padded and cached, against single rows without either: 1e-5, gradients to 1e-5 of the largest (fp32)."""
     trainer = trainer_of(tmp_path, kind, family)
@@ -112,7 +114,15 @@ def test_each_stage_has_the_plain_loss_and_gradient(tmp_path, kind, family, stag
 @pytest.mark.parametrize("drop", [False, True])
 def test_stages_come_with_epochs(drop):
     stages = Stages(3, 2, 2, 0.5, drop)
-    assert [stages.at(epoch) for epoch in (0, 0.49, 0.5 - 1e-9, 0.5, 1.0, 1.4, 1.5, 9)] == [1, 1, 2, 2, 3, 3, *[3 + drop] * 2]
+    assert [stages.at(epoch) for epoch in (0, 0.49, 0.5 - 1e-9, 0.5, 1.0, 1.4, 1.5, 9)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        *[3 + drop] * 2,
+    ]
     thinking = [stages.thinking(stage) for stage in (1, 2, 3, 4)]
     assert [found["num_latents"] for found in thinking] == [2, 4, 6, 6]
     assert [found["iterations"] for found in thinking] == [1, 2, 2, 2]
@@ -211,7 +221,10 @@ def test_a_token_belongs_to_the_step_of_its_last_character():
     "changes, said",
     [
         ({"latents_per_step": 5}, "latents_per_step=5: must be at least 1, and divide num_latents=12"),
-        ({"latents_per_step": None}, "latent_ce_tokens='steps': latent tokens must belong to steps; set latents_per_step"),
+        (
+            {"latents_per_step": None},
+            "latent_ce_tokens='steps': latent tokens must belong to steps; set latents_per_step",
+        ),
         ({"stage_epochs": -1.0}, "stage_epochs=-1.0: must be 0 or more"),
         ({"stage_epochs": 0.0, "reset_optimizer": True}, "reset_optimizer=True: there are no stages; set stage_epochs"),
         ({"w_kv": 1.0}, "w_kv=1.0: L_KV compresses all steps into the latent tokens; set one of them to 0"),
@@ -227,5 +240,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path, changes, said):
 def test_rows_that_fit_no_position_table_are_named(tmp_path):
     """gpt2's has 128: row 1 has 42 tokens of steps, and 72 latent tokens beside a part of them."""
     trainer_of(tmp_path, "LOTUS", "gpt2", num_latents=72, latents_per_step=24)
-    with pytest.raises(ValueError, match=r"row \d+: more tokens, latent tokens included, than the model's 128 positions"):
+    with pytest.raises(
+        ValueError, match=r"row \d+: more tokens, latent tokens included, than the model's 128 positions"
+    ):
         trainer_of(tmp_path, "LOTUS", "gpt2", num_latents=120, latents_per_step=40)
