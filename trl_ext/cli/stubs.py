@@ -20,8 +20,10 @@ HEAD = "# Written by `make format` from the methods' records (*/method.py), for 
 def stub(package: str) -> str:
     """The text of a package's stub: one import for each public name."""
     where = importlib.import_module(package)._WHERE
-    lines = [f"from .{module} import {name} as {name}" for name, module in where.items()]
-    return HEAD + "\n".join(sorted(lines)) + "\n\n__all__: list[str]\n"
+    # In the order of ruff: classes before functions
+    names = sorted(where, key=lambda name: (where[name], name[0].islower(), name.lower()))
+    lines = [f"from .{where[name]} import {name} as {name}" for name in names]
+    return HEAD + "\n".join(lines) + "\n\n__all__: list[str]\n"
 
 
 def generation_page() -> str:

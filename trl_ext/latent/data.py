@@ -168,10 +168,9 @@ def check_lengths(
             tokens, latent and written, between question and answer.
     """
     lengths = {column: np.array([len(ids) for ids in dataset[column]]) for column in TOKENS}
-    if not isinstance(thought, int):
-        thought = thought(dataset[STEP_ENDS], lengths["trace_ids"])
+    between = thought if isinstance(thought, int) else thought(dataset[STEP_ENDS], lengths["trace_ids"])
     both = lengths["question_ids"] + lengths["prompt_ids"] + lengths["answer_ids"]
-    longest = both + np.maximum(lengths["trace_ids"], thought + 2)  # <bot>, latent tokens, <eot>
+    longest = both + np.maximum(lengths["trace_ids"], between + 2)  # <bot>, latent tokens, <eot>
     bad = np.flatnonzero(longest > positions)
     if len(bad):
         reason = f"more tokens, latent tokens included, than the model's {positions} positions"

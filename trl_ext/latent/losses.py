@@ -81,6 +81,7 @@ def latent_targets(
     if which == "spread":
         at = torch.where(lengths > count, at * lengths // count, at)
     elif which == "steps":
+        assert step_ends is not None and per_step is not None
         ends = F.pad(step_ends, (1, max(count // per_step - step_ends.shape[1], 0)), value=0)
         ends = ends.cummax(1).values  # of steps that no row has: the last end
         step = torch.arange(count, device=trace.device) // per_step

@@ -76,7 +76,7 @@ METHOD = TrainingMethod(
             parent="SFTTrainer",
             paper="2606.31779",
             what="a block of latent tokens for each step, read by the LM head as the step",
-            evidence="three seeds: 100%, without steps 26%",
+            evidence="93% to 100% over three seeds, without its term 22%",
             data=("trl_ext.latent.sources:step_reader",),
         ),
         Command(
