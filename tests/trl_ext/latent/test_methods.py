@@ -55,6 +55,12 @@ def test_every_preset_makes_a_config(tmp_path, name):
     made = config.preset(name, output_dir=str(tmp_path), use_cpu=True, bf16=False, num_train_epochs=1)
     assert made.num_train_epochs == 1 and made.learning_rate == PRESETS[name][1]["learning_rate"]
     assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 128
+    if made.stages() is not None:  # all weights are trained
+        assert not hasattr(config, "preset_lora") and made.lr_scheduler_type == "constant"
+        per_step = {"lotus-gpt2": 13, "coconut-gpt2": 2}.get(name, 25)
+        sizes = (3, None) if config is trl_ext.CoconutConfig else (6, 6)
+        assert (made.latents_per_step, made.stages().steps, made.iterations) == (per_step, *sizes)
+        return
     lora = config.preset_lora()
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (128, 32, 0.1, "all-linear")
     assert (made.num_latents, made.iterations) == ((6, None) if config is trl_ext.CODIConfig else (24, 3))
