@@ -22,6 +22,7 @@ ENGINES = {
     "zero3": "DeepSpeed ZeRO-3",
 }
 SHARDED = tuple(ENGINES)
+DEEPSPEED = tuple(engine for engine in ENGINES if engine.startswith("zero"))
 
 _FLAT = "it has flat pieces of weights between the layers' forwards, and the method needs whole ones; use FSDP2"
 _OUTSIDE = "it reads weights outside of the forwards that gather them; use FSDP2"
@@ -36,15 +37,13 @@ _MOMENTS = "it keeps the moments of weights in pieces of its own; leave it out, 
 
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "Adafactor": dict.fromkeys(SHARDED, _ROWS),
-    "An optimizer in DeepSpeed's file": {engine: _FILE for engine in ENGINES if engine.startswith("zero")},
+    "An optimizer in DeepSpeed's file": dict.fromkeys(DEEPSPEED, _FILE),
     "A recipe": {"fsdp1": "its evaluation writes texts, for which the weights must be whole; use FSDP2"},
     "HRPO": {"fsdp1": _FLAT},
     "HRPO with ds3_gather_for_generation=False": {"zero3": _UNEVEN},
     "Latent distillation": {"fsdp1": _FLAT},
     "Latent distillation with an adapter": {"zero3": _OUTSIDE},
-    "Latent distillation with reset_optimizer=True": {
-        engine: _MOMENTS for engine in ENGINES if engine.startswith("zero")
-    },
+    "Latent distillation with reset_optimizer=True": dict.fromkeys(DEEPSPEED, _MOMENTS),
     "KV distillation with fp16=True": dict.fromkeys(SHARDED, _SCALED),
     "Concept tokens with an adapter": {"fsdp1": _FLAT},
     "Concept tokens with codebook_init='kmeans'": {"fsdp1": _FLAT},

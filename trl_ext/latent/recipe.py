@@ -1,28 +1,35 @@
-"""Shared parts of recipes/codi_gsm8k.py, pccot_gsm8k.py and kava_gsm8k.py: flags, data and the base model."""
+"""What the recipes of latent distillation (`recipes/codi_gsm8k.py` and others) do: flags, data, training, evaluation."""
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common import hub
+from unsloth_ext.common.ablations import ABLATIONS
 from unsloth_ext.common.vllm_installed import require_vllm
 from unsloth_ext.latent.engine import LatentEngine
 
 from ..cli.flags import chosen, chosen_preset
 from ..cli.parser import RecipeParser
-from ..cli.recipe import RecipeArguments, check_tiny
+from ..cli.recipe import RecipeArguments, check_tiny, finish, start
+from ..cli.report import compact_progress, comparison_table
 from ..common.config_checks import at_least
 from ..tasks import equations, warm_start
 from ..tasks.data import without
+from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
 from .data import LatentTokenizer
+from .evaluation import evaluate_answers
+from .method import METHOD
 from .presets import LORA
 from .sources import Rows, load_rows
+from .trainer import LatentTrainer
 
 
 EMBEDDED = ("tiny",)
@@ -163,3 +170,78 @@ def evaluation_options(script: ScriptArguments, args: LatentArguments, model: nn
         "batch_size": script.eval_batch,
         "progress": not args.disable_tqdm and args.process_index == 0,
     }
+
+
+def train(
+    argv: list[str],
+    method: str,
+    config_class: type[LatentArguments],
+    trainer_class: type[LatentTrainer],
+    configs: Path,
+) -> None:
+    """What the recipes do: train, evaluate with and without latent tokens, and write the run's files.
+
+    Args:
+        argv: the flags.
+        method: name of the recipe's configurations.
+        config_class: the configuration of the method.
+        trainer_class: the trainer of the method.
+        configs: the folder of the configurations.
+
+    Raises:
+        ValueError: flags, data or model are unusable.
+    """
+    script, args = parse(argv, method, config_class, configs)
+    started = time.time()
+    console, output, resume = start(args, script)
+
+    # Data: rows of question, steps and answer
+    to_train, held_out = load_data(script, console)
+    base, tokenizer = load_tokenizer(script, args)
+    datasets = tokenized(to_train, held_out, tokenizer, args)
+    console.print(to_train.report())
+
+    # Model and trainer: the trainer loads the model and attaches the latent tokens before LoRA wraps it
+    accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate_answers(model, tokenizer, held_out, **how))
+    set_seed(args.seed)
+    trainer = trainer_class(
+        base,
+        args,
+        **datasets,
+        processing_class=tokenizer,
+        peft_config=script.lora(),
+        callbacks=[accuracy],
+    )
+    compact_progress(trainer)
+    model = trainer.model
+    how = evaluation_options(script, args, model)
+    explicit = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
+
+    # Train
+    trainer.train(resume_from_checkpoint=resume)
+
+    # Evaluate: with latent tokens, with replaced latent tokens, and with explicit steps
+    after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
+    explicit_after = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
+    trainer.save_model(str(output / "final"))
+    if not trainer.is_world_process_zero():
+        return
+    rows = {
+        "latent tokens": (accuracy.before, after["on"]),
+        **{f"latent tokens: {name}": (None, after[name]) for name in ABLATIONS},
+        "explicit steps": (explicit, explicit_after),
+    }
+    comparison_table(rows, console)
+    finish(
+        trainer,
+        console,
+        started,
+        (trainer_class._name, script.model_name, script.dataset),
+        accuracy,
+        after["on"],
+        METHOD.curves,
+        method=method,
+        results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
+        data=to_train.report(),
+        script=asdict(script),
+    )
