@@ -41,7 +41,8 @@ def alive(completion):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_decode_log_probs_equal_training_log_probs(family, source):
-    """fp32, max |difference| <= 1e-5 of the logits (about 10); the plain forward differs by more than 0.1, so the states matter."""
+    """fp32, max |difference| <= 1e-5 of the logits (about 10); the plain forward differs by more than 0.1, so the states
+    matter."""
     net, matcher = make(family, source)
     ids, attention = prompts()
     torch.manual_seed(1)
