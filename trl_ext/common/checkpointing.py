@@ -38,7 +38,7 @@ from transformers.utils import logging
 from patches import fused_lm_head
 from unsloth_ext.common.sharding import changing_weights, full
 
-from . import mixin_bases, zero_state
+from . import zero_state
 from .engines import check_optimizer, check_torch
 from .model_card import complete_run_card, read_card, write_card_of
 from .model_loading import (
@@ -50,7 +50,7 @@ from .model_loading import (
     give_head_a_bias,
     preparing_models,
 )
-from .modules_beside import OptimizerBeside
+from .modules_beside import ModulesBesideMixin
 from .run_folder import checkpoints, run_id, stamp
 from .saved_weights import CheckpointError, check_finite, check_weights, load_weights, warn_of_another_origin
 from .trainable_parameters import check_trainable
@@ -115,7 +115,7 @@ def no_steps_left(step: int, of: int) -> str:
     )
 
 
-class SafeCheckpointMixin(mixin_bases.Trainer):
+class SafeCheckpointMixin(ModulesBesideMixin):
     """Save and resume without pickle. Put it before a Trainer class.
 
     Reads `args.allow_pickle_checkpoint` if the configuration has this field.
@@ -125,8 +125,8 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
             could not derive the reference model from its adapter.
     """
 
-    _optimizer_beside: OptimizerBeside | None = None
-    """The optimizer of modules beside a model that an engine shards."""
+    _only_in_checkpoints: tuple[str, ...] = ()
+    """The names of those modules beside the model that a saved model does not have."""
 
     _latent_method: str | None = None
     """The latent reasoning method whose modules the trainer attaches. Folders of another method are refused."""
@@ -168,13 +168,10 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         """The constructor of the trainer that this mixin was put before."""
         return super().__init__
 
-    def _modules_beside(self) -> dict[str, torch.nn.Module]:
-        """Modules that are trained beside the model, such as a critic, by the name of their folder in a checkpoint.
-
-        Each has `save_pretrained` and writes files that `saved_weights` can read. Modules attached to the model are not
-        listed.
-        """
-        return {}
+    def _modules_in(self, folder: Path) -> dict[str, torch.nn.Module]:
+        """The modules beside the model that belong into a folder."""
+        left_out = () if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else self._only_in_checkpoints
+        return {name: module for name, module in self._modules_beside().items() if name not in left_out}
 
     # -- which checkpoint -------------------------------------------------------------------------------------------
 
@@ -278,19 +275,11 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
                 )
 
     def _check_beside(self, checkpoint: Path) -> None:
-        for name, module in self._modules_beside().items():
+        for name, module in self._modules_in(checkpoint).items():
             check_weights(module, checkpoint / name)
 
     def _pickle_allowed(self) -> bool:
         return getattr(self.args, "allow_pickle_checkpoint", False)
-
-    def _sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed averages gradients and shards the optimizer."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
-
-    def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over processes."""
-        return self.accelerator.reduce(x, "mean")
 
     def _own_format(self) -> bool:
         """Whether optimizer state is saved in our format. FSDP1, and DeepSpeed with state on a disk, use their own."""
@@ -316,7 +305,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
         if not self.args.should_save:  # since transformers 5.23 every process comes here
             return
         write_card_of(self, folder, kept)
-        for name, module in self._modules_beside().items():
+        for name, module in self._modules_in(folder).items():
             module.save_pretrained(folder / name)
         (folder / "training_args.bin").unlink(missing_ok=True)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
@@ -419,7 +408,7 @@ class SafeCheckpointMixin(mixin_bases.Trainer):
     def _load_all(self, checkpoint: Path) -> None:
         with changing_weights(self.model, self.model):
             load_weights(self.model, checkpoint)
-        for name, module in self._modules_beside().items():
+        for name, module in self._modules_in(checkpoint).items():
             load_weights(module, checkpoint / name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

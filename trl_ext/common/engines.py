@@ -35,6 +35,8 @@ _FILE = "trainers make their own, with a learning rate for each role; take it ou
 
 _MOMENTS = "it keeps the moments of weights in pieces of its own; leave it out, or use FSDP2"
 
+_COPIED = "the decoder is a copy of the model, whose weights are already split when it is loaded; use FSDP2 or ZeRO-2"
+
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "Adafactor": dict.fromkeys(SHARDED, _ROWS),
     "An optimizer in DeepSpeed's file": dict.fromkeys(DEEPSPEED, _FILE),
@@ -44,6 +46,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "Latent distillation": {"fsdp1": _FLAT},
     "Latent distillation with an adapter": {"zero3": _OUTSIDE},
     "Latent distillation with reset_optimizer=True": dict.fromkeys(DEEPSPEED, _MOMENTS),
+    "Latent distillation with w_step_decoder": {"zero3": _COPIED},
+    "Latent distillation with w_step_decoder and fp16=True": dict.fromkeys(SHARDED, _SCALED),
     "KV distillation with fp16=True": dict.fromkeys(SHARDED, _SCALED),
     "Concept tokens with an adapter": {"fsdp1": _FLAT},
     "Concept tokens with codebook_init='kmeans'": {"fsdp1": _FLAT},

@@ -25,9 +25,7 @@ from unsloth_ext.kv_distill.capture import captured_kvq, stacked
 
 from ..common.checkpointing import CheckpointError, SafeCheckpointMixin
 from ..common.engines import check_engine
-from ..common.gradients import average_gradients
 from ..common.model_loading import check_left, check_name, default_args, with_adapter
-from ..common.modules_beside import OptimizerBeside
 from ..common.teacher import check_vocabularies, for_teacher, load_teacher, shard_teacher
 from ..common.update_sizes import UpdateSizesMixin
 from .config import KVDistillConfig
@@ -254,25 +252,21 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        learning = [] if self.aligner is None else [p for p in self.aligner.parameters() if p.requires_grad]
-        known = {p for group in optimizer.param_groups for p in group["params"]}
-        if learning and learning[0] not in known:
+        if learning := self._learning():
             rate = self.args.aligner_learning_rate
             rate = self.args.learning_rate if rate is None else rate
-            group = {"params": learning, "lr": rate, "weight_decay": 0.0}
-            if self._sharded():
-                self._optimizer_beside = self._optimizer_beside or OptimizerBeside(self, [group])
-                return optimizer
-            optimizer.add_param_group(group)
-            if self.accelerator.num_processes > 1:
-                optimizer.register_step_pre_hook(lambda *_: average_gradients(learning, self._mean))
+            self._train_beside(optimizer, [{"params": learning, "lr": rate, "weight_decay": 0.0}])
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self._optimizer_beside is not None and self.accelerator.sync_gradients:
-            self._optimizer_beside.step(self._mean)
+        if self.accelerator.sync_gradients and (learning := self._learning()):
+            self._end_step_beside(learning)
         return loss
+
+    def _learning(self) -> list[nn.Parameter]:
+        """The parameters of the projection that are trained."""
+        return [] if self.aligner is None else [p for p in self.aligner.parameters() if p.requires_grad]
 
     def _modules_beside(self) -> dict[str, nn.Module]:
         return {} if self.aligner is None else {ALIGNER: self.aligner}

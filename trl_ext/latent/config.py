@@ -19,7 +19,7 @@ from .losses import LATENT_PASSES, LATENT_TOKENS, LOSSES, STD_MODES, STD_SCOPES
 from .stages import Stages
 
 
-WEIGHTS = ("w_student", "w_teacher", "w_codi", "w_kv", "w_latent_ce")
+WEIGHTS = ("w_student", "w_teacher", "w_codi", "w_kv", "w_latent_ce", "w_step_decoder")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class LatentArguments(mixin_bases.SFTConfig):
     """Fields of the configurations of latent distillation beyond those of TRL's `SFTConfig`.
 
     loss = w_student CE_student + w_teacher CE_teacher + w_codi L_CODI + w_kv L_KV + w_latent_ce CE_latent
+        + w_step_decoder L_step
     """
 
     flags_title = "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)"
@@ -122,6 +123,13 @@ class LatentArguments(mixin_bases.SFTConfig):
     latent_ce_passes: str = field(
         default="all", metadata={"help": "Which passes of Jacobi iterations CE_latent is a mean over: 'all' or 'last'."}
     )
+    w_step_decoder: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy of each step, written from its latent tokens by a decoder: a copy of the "
+            "model that is trained beside it and then dropped (SIM-CoT)."
+        },
+    )
     codi_loss: str = field(default="smooth_l1", metadata={"help": "Distance of L_CODI: 'smooth_l1', 'l1' or 'mse'."})
     codi_std_mode: str = field(
         default="divide_loss",
@@ -187,6 +195,11 @@ class LatentArguments(mixin_bases.SFTConfig):
             raise ValueError(
                 f"num_latents={self.num_latents}: kv_scorer='rkv' keeps the {KVScoring.window} most recent keys; use at "
                 f"least {KVScoring.window + 1}"
+            )
+        if self.w_step_decoder and self.iterations == 0:
+            raise ValueError(
+                f"w_step_decoder={self.w_step_decoder} with iterations=0: pause tokens are the same for all questions, "
+                "so no step can be written from them; set iterations"
             )
         if self.kv_projection and not self.w_kv:
             raise ValueError("kv_projection=True with w_kv=0: only L_KV trains it; set w_kv or leave it out")

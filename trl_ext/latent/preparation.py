@@ -28,6 +28,7 @@ from unsloth_ext.latent.method import METHOD
 
 from ..common.model_loading import name_of, warn_of_kept_settings
 from .config import LatentArguments
+from .step_decoder import step_decoder_of
 
 
 logger = logging.get_logger(__name__)
@@ -69,6 +70,7 @@ class Preparation:
         peft_config: a copy of the trainer's, which is changed to train the latent tokens too.
         settings: the latent settings in use: the ones asked for, or the ones that the model was made with.
         positions: size of the model's table of positions; None if it has none.
+        step_decoder: SIM-CoT's decoder; None if it has no weight.
     """
 
     model: Any
@@ -77,6 +79,7 @@ class Preparation:
     peft_config: PeftConfig | None
     settings: LatentConfig = field(init=False)
     positions: int | None = field(init=False, default=None)
+    step_decoder: PreTrainedModel | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.peft_config = copy.deepcopy(self.peft_config)
@@ -106,6 +109,8 @@ class Preparation:
             raise ValueError(
                 "the model is wrapped by PEFT and has no latent tokens: pass the unwrapped model with peft_config"
             )
+        if self.args.w_step_decoder:
+            self.step_decoder = step_decoder_of(model)
         if self._saved is not None:
             attach_saved(model, self.tokenizer, self._saved, self.model)
             if modules := attached_modules(model, METHOD):

@@ -37,9 +37,17 @@ def _staged(lr: float, epochs: int, **method) -> dict:
     return {**batch, "learning_rate": lr, "lr_scheduler_type": "constant", "num_train_epochs": epochs, **method}
 
 
+def _sim_cot_coconut() -> dict:
+    """Batches of 64 on one device. The official run begins with a model that was trained by Coconut."""
+    batch = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 2}
+    return _staged(1e-4, 32, max_grad_norm=0.0, num_latents=10, w_step_decoder=1.0) | batch
+
+
 PRESETS: dict[str, tuple[str, dict]] = {
     "codi-gpt2": ("CODIConfig", _run(3e-3, 0.1, 40, w_codi=1.0, projection_dim=768)),
     "codi-llama-1b": ("CODIConfig", _run(8e-4, 0.1, 10, w_codi=20.0, projection_dim=2048)),
+    "sim-cot-gpt2": ("CODIConfig", _run(3e-3, 0.1, 40, w_codi=1.0, projection_dim=768, w_step_decoder=1.0)),
+    "sim-cot-llama-1b": ("CODIConfig", _run(8e-4, 0.1, 10, w_codi=20.0, projection_dim=2048, w_step_decoder=1.0)),
     "pccot-gpt2": ("PCCoTConfig", _run(3e-3, 0.01, 40, w_codi=1.0, codi_std_scope="layer")),
     "pccot-llama-1b": ("PCCoTConfig", _run(8e-4, 0.1, 10, w_codi=20.0, codi_std_scope="global")),
     "kava-llama-1b-aug": _kava(8e-4, 0.1, 10, "smooth_l1", True),
@@ -53,4 +61,5 @@ PRESETS: dict[str, tuple[str, dict]] = {
     "lotus-llama-1b": ("LOTUSConfig", _staged(1e-4, 99, max_grad_norm=1.0, num_latents=150, latents_per_step=25)),
     "lotus-llama-3b": ("LOTUSConfig", _staged(5e-5, 29, max_grad_norm=1.0, num_latents=150, latents_per_step=25)),
     "coconut-gpt2": ("CoconutConfig", _staged(1e-4, 22, max_grad_norm=0.0)),
+    "sim-cot-coconut-gpt2": ("CoconutConfig", _sim_cot_coconut()),
 }

@@ -5,6 +5,7 @@ latent phase and the answer with the same weights. Everything else is the parent
 """
 
 import contextlib
+import itertools
 import math
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from unsloth_ext.common.logits import logits_of
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent, think_from_now_on
-from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill
+from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill, project_latent
 
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.engines import check_engine
@@ -37,6 +38,7 @@ from ..common.model_loading import (
     preparing_models,
     with_adapter,
 )
+from ..common.modules_beside import parameter_groups
 from ..common.one_unit import OneUnitMixin
 from ..common.update_sizes import UpdateSizesMixin
 from .config import LatentArguments
@@ -44,6 +46,7 @@ from .data import COLUMNS, STEP_ENDS, TOKENS, LatentCollator, LatentTokenizer, c
 from .losses import codi_loss, cross_entropy, kv_loss, latent_cross_entropy, latent_targets
 from .preparation import Preparation, tokenizer_of
 from .stages import in_stage
+from .step_decoder import STEP_DECODER, same_everywhere, step_counts, step_losses, steps_of
 
 
 logger = logging.get_logger(__name__)
@@ -76,6 +79,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
     """
 
     _latent_method = "latent"
+    _only_in_checkpoints = (STEP_DECODER,)
     _warned_of_length = False
     _config_class: type[LatentArguments] | None = None  # set by each method
 
@@ -101,7 +105,13 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("train dataset: has no rows")
         adapted = is_adapted(model, keywords.get("peft_config"))
-        check_engine(args, "Latent distillation", {"an adapter": adapted, "reset_optimizer=True": args.reset_optimizer})
+        options = {
+            "an adapter": adapted,
+            "reset_optimizer=True": args.reset_optimizer,
+            "w_step_decoder": args.w_step_decoder,
+            "w_step_decoder and fp16=True": args.w_step_decoder and args.fp16,
+        }
+        check_engine(args, "Latent distillation", options)
         tokenizer = tokenizer_of(model, args, processing_class)
         self._prepared = prepare = Preparation(model, args, tokenizer, keywords.get("peft_config"))
         check_name(model)
@@ -111,7 +121,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             model, keywords["peft_config"] = with_adapter(model, prepare.peft_config, args.seed)
         collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, prepare.settings)[2])
         self._stages, self._stage = args.stages(), 0
-        self._columns = (*TOKENS, STEP_ENDS) if args.latents_per_step else TOKENS
+        self._columns = (*TOKENS, STEP_ENDS) if args.latents_per_step or args.w_step_decoder else TOKENS
         self._rows = LatentTokenizer(
             tokenizer,
             args.answer_prompt,
@@ -124,6 +134,10 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
         no_router_loss(self, "question, latent tokens and answer are separate forward passes")
         self.model_accepts_loss_kwargs = True  # the loss is scaled as a part of the whole step
+        self._step_decoder = prepare.step_decoder
+        if self._step_decoder is not None:
+            self._eos = tokenizer.eos_token_id
+            self._step_decoder = same_everywhere(self._step_decoder, self.accelerator.device)
         if is_peft_model(self.model):
             remember_latent(self.model)
         self._enter_stage(0.0)
@@ -169,7 +183,9 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
                 self._rows, with_indices=True, remove_columns=columns, fn_kwargs={"dataset": dataset_name}
             )
         taught = (
-            isinstance(dataset, Dataset) and dataset_name == "train" and (args.w_codi or args.w_kv or args.w_latent_ce)
+            isinstance(dataset, Dataset)
+            and dataset_name == "train"
+            and (args.w_codi or args.w_kv or args.w_latent_ce or args.w_step_decoder)
         )
         if taught and not any(map(len, dataset["trace_ids"])):
             raise ValueError(
@@ -190,11 +206,13 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         if self._enter_stage(self.state.epoch or 0.0) and self.args.reset_optimizer:
             forget_moments(self.optimizer)
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # Unsloth's count has labels only
+        if self._step_decoder is not None:  # Trainer clears only the model's gradients
+            self._step_decoder.zero_grad()
         return samples, self._get_num_items_in_batch(samples, device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """The number of items that each term of the loss is a mean over, in all micro-batches and processes: (5,)
-        float32, by `COUNTED`."""
+        """The number of items that each term of the loss is a mean over, in all micro-batches and processes: (5 + G,)
+        float32, by `COUNTED`; with a step decoder also by its G groups of latent tokens."""
         counts = [self._counts(self._in_stage(batch), device) for batch in batch_samples]
         return self._all_sum(torch.stack(counts).sum(0)) if counts else None
 
@@ -202,7 +220,10 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         traces = batch["trace_mask"].sum(1).clamp(max=self._num_latents)
         asked = [(batch[labels][:, at:] != -100).sum() for labels, at in (("labels", 1), ("teacher_labels", 0))]
         read = (self._targets(batch) != -100).sum() if self.args.w_latent_ce else torch.zeros_like(traces.sum())
-        return torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum(), read]).to(device, torch.float32)
+        counts = torch.stack([*asked, torch.as_tensor(len(traces)), traces.sum(), read]).to(device, torch.float32)
+        if self._step_decoder is None:
+            return counts
+        return torch.cat([counts, step_counts(self._steps(batch)).to(device)])
 
     def _targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the latent tokens stand for: (B, M), see `latent_targets`."""
@@ -210,16 +231,35 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         steps = batch.get(STEP_ENDS), args.latents_per_step
         return latent_targets(*trace, self._num_latents, args.latent_ce_tokens, *steps)
 
+    def _groups(self) -> tuple[int, int]:
+        """The number of groups of latent tokens that stand for a step each, and that of latent tokens in each.
+
+        Where they belong to no step, each is a group, and sequential ones have one more: what the next input would be.
+        """
+        count, per_step = self._num_latents, self.args.latents_per_step
+        if per_step is not None:
+            return count // per_step, per_step
+        sequential = backbone_of(self.model).latent_config.iterations is None
+        return count + sequential, 1
+
+    def _steps(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the step decoder writes: (B, G, L), see `steps_of`. The last group stands for all steps left, unless the
+        student writes these."""
+        merge = self._stages is None or self._stage > self._stages.steps
+        return steps_of(batch["teacher_ids"], batch[STEP_ENDS], self._groups()[0], self._eos, merge)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
         inputs = self._in_stage(inputs)
-        share, steps = dict.fromkeys(COUNTED, 1.0), 1
+        whole = here = self._all_sum(self._counts(inputs, inputs["labels"].device))
+        steps = 1
         if mode == "train" and num_items_in_batch is not None:
-            here = self._all_sum(self._counts(inputs, num_items_in_batch.device))
-            share = dict(zip(COUNTED, here / num_items_in_batch.clamp(min=1), strict=True))
-            steps = self.current_gradient_accumulation_steps
+            whole, steps = num_items_in_batch.to(here.device), self.current_gradient_accumulation_steps
+        shares = here / whole.clamp(min=1)
+        share = dict(zip(COUNTED, shares[: len(COUNTED)], strict=True))
         with self.accelerator.autocast():
-            outputs, teacher, kept, latent_kv, length, read = self._within_forward(model, self._passes, inputs)
+            passes = self._within_forward(model, self._passes, inputs)
+        outputs, teacher, kept, latent_kv, length, read, written = passes
         terms = {
             "ce_student": (args.w_student, cross_entropy(outputs.logits, inputs["labels"], self._all_sum)),
         }
@@ -243,6 +283,9 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
                 terms["codi"] = (args.w_codi, distance)
         if kept:
             terms["kv"] = (args.w_kv, self._kv_distance(latent_kv, kept))
+        if written is not None:  # a mean over the groups that have steps
+            groups, share["step_decoder"] = (whole[len(COUNTED) :] > 0).sum().clamp(min=1), 1.0
+            terms["step_decoder"] = (args.w_step_decoder, (written * shares[len(COUNTED) :]).sum() / groups)
         loss = sum(weight * share[name] * value for name, (weight, value) in terms.items() if weight)
         for name, (_, value) in terms.items():
             logged = (self.accelerator.gather(value.detach()).mean() * share[name] * steps).item()
@@ -273,8 +316,8 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
 
         Returns:
             The student's output, the teacher's, the keys and values to keep of each layer, those of the latent tokens, the
-            mean norm of the latent inputs over that of the embeddings, and what `latent_cross_entropy` returns; the second,
-            third and last are None if no loss needs them.
+            mean norm of the latent inputs over that of the embeddings, and what `latent_cross_entropy` and `step_losses`
+            return; the second, third and last two are None if no loss needs them.
         """
         args, bare = self.args, unwrapped(model)  # DDP must see only the student's forward
         question = inputs["question_ids"], inputs["question_mask"]
@@ -291,7 +334,20 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             before = state.before if args.latent_ce_passes == "all" else state.before[-1:]
             targets = self._targets(inputs)
             read = latent_cross_entropy(partial(logits_of, causal_lm_of(bare)), before, targets, self._all_sum)
-        return self._student(model, state, inputs), teacher, kept, latent_kv, length, read
+        decoder = self._step_decoder
+        written = None if decoder is None else self._write_steps(decoder, bare, state, inputs)
+        return self._student(model, state, inputs), teacher, kept, latent_kv, length, read, written
+
+    def _write_steps(
+        self, decoder: nn.Module, model: nn.Module, state: LatentState, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The loss of the step decoder by group of latent tokens: (G,)."""
+        backbone, (groups, size), latents = backbone_of(model), self._groups(), state.latents
+        if groups * size > latents.shape[1]:
+            latents = torch.cat([latents, project_latent(backbone, state.hidden_states[:, -1:])], dim=1)
+        latents = latents.unflatten(1, (groups, size))
+        decoder.train(backbone.training)
+        return step_losses(decoder, backbone.get_input_embeddings(), latents, self._steps(inputs), self._all_sum)
 
     def _teacher(self, model: nn.Module, inputs: dict[str, torch.Tensor], cache: DynamicCache | None):
         """The teacher's pass over the question's last token, trace and answer.
@@ -351,6 +407,30 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             for ours, theirs in pairs
         ]
         return sum(distances) / 2
+
+    # -- optimizer and checkpoints of the step decoder ----------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self._step_decoder is not None:
+            self._train_beside(optimizer, parameter_groups(self, self._step_decoder))
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._step_decoder is not None and self.accelerator.sync_gradients:
+            self._end_step_beside(self._step_decoder.parameters(), self.args.max_grad_norm)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if self._step_decoder is None or self._sharded():
+            return super()._clip_grad_norm(model)
+        both = itertools.chain(model.parameters(), self._step_decoder.parameters())  # one norm, as in the official code
+        return self.accelerator.clip_grad_norm_(list(both), self.args.max_grad_norm)
+
+    def _modules_beside(self) -> dict[str, nn.Module]:
+        beside = super()._modules_beside()
+        return beside if self._step_decoder is None else {**beside, STEP_DECODER: self._step_decoder}
 
     def _all_sum(self, x: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(x, "sum")

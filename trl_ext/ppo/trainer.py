@@ -21,11 +21,10 @@ from unsloth_ext.common.compat import enable_checkpointing
 
 from ..common.checkpointing import CheckpointError
 from ..common.engines import check_engine
-from ..common.gradients import average_gradients
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
 from ..common.metric_sums import ExactMeans
 from ..common.model_loading import default_args, is_adapted, name_of
-from ..common.modules_beside import OptimizerBeside
+from ..common.modules_beside import parameter_groups
 from ..common.single_sample import OwnAdvantages
 from .advantages import clipped_value_loss, generalized_advantages, moments
 from .config import PPOConfig
@@ -205,12 +204,8 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
 
     def _step_critic(self) -> None:
         """Average the critic's gradients over processes, and take its step if its optimizer is its own."""
-        if self._dropping or not self.args.vf_coef or self.accelerator.num_processes == 1:
-            return
-        if self._optimizer_beside is not None:
-            self._optimizer_beside.step(self._mean, self.args.max_grad_norm)
-        else:
-            average_gradients(list(self.critic.parameters()), self._mean)
+        if not self._dropping and self.args.vf_coef:
+            self._end_step_beside(self.critic.parameters(), self.args.max_grad_norm)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
@@ -220,23 +215,9 @@ class PPOTrainer(ExactMeans, OwnAdvantages, GRPOCheckpointMixin, GRPOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        known = {p for group in optimizer.param_groups for p in group["params"]}
-        if next(self.critic.parameters()) in known:
-            return optimizer
-        rate = self.args.critic_learning_rate
-        rate = self.args.learning_rate if rate is None else rate
-        decayed = set(self.get_decay_parameter_names(self.critic))
-        groups = []
-        for decays in (True, False):
-            params = [p for name, p in self.critic.named_parameters() if (name in decayed) == decays]
-            decay = self.args.weight_decay if decays else 0.0
-            groups.append({"params": params, "lr": rate, "weight_decay": decay})
-        if self._sharded():
-            self._optimizer_beside = self._optimizer_beside or OptimizerBeside(self, groups)
-        else:
-            for group in groups:
-                optimizer.add_param_group(group)
-        optimizer.register_step_pre_hook(self._drop)
+        groups = parameter_groups(self, self.critic, self.args.critic_learning_rate)
+        if self._train_beside(optimizer, groups):
+            optimizer.register_step_pre_hook(self._drop)
         return optimizer
 
     def _drop(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -44,6 +44,12 @@ MAKE = {
     "Latent distillation with reset_optimizer=True": lambda folder: latent.trainer(
         folder, peft=False, model=NOWHERE, **latent.STAGED, reset_optimizer=True
     ),
+    "Latent distillation with w_step_decoder": lambda folder: latent.trainer(
+        folder, peft=False, model=NOWHERE, w_step_decoder=1.0
+    ),
+    "Latent distillation with w_step_decoder and fp16=True": lambda folder: latent.trainer(
+        folder, peft=False, model=NOWHERE, w_step_decoder=1.0, fp16=True
+    ),
     "Logits distillation": lambda folder: distill.logits(folder, model=NOWHERE),
     "Reasoning distillation": lambda folder: distill.reasoning(folder, model=NOWHERE),
     "KV distillation": lambda folder: kv.trainer(folder, model=NOWHERE),
@@ -76,7 +82,8 @@ def test_the_page_has_the_table():
 @pytest.mark.parametrize("method", MAKE)
 def test_a_cell(tmp_path, monkeypatch, method, engine):
     monkeypatch.setattr(engines, "engine_of", lambda args: engine)
-    rows = (row for row in (method.partition(" with ")[0], method) if engine in engines.REFUSED.get(row, {}))
+    parts = method.split(" and ")[0], method  # an option with another one
+    rows = (row for row in (method.partition(" with ")[0], *parts) if engine in engines.REFUSED.get(row, {}))
     refused = next(rows, None)
     with pytest.raises((ImportError, OSError, ValueError)) as error:  # the model is not there
         MAKE[method](tmp_path)

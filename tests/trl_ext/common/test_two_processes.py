@@ -22,6 +22,7 @@ def start(method, folder, case, processes):
     [
         ("latent", "sequential", "loss/codi"),
         ("latent", "staged", "loss/latent_ce"),
+        ("latent", "sequential, written", "loss/step_decoder"),
         slow("latent", "kv", "loss/kv"),
         ("kv", "default", "kv/attn"),
         slow("kv", "note", "kv/k"),

@@ -34,7 +34,7 @@ def main() -> None:
     sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
     if method == "latent":
         trainer = latent.trainer(folder, **sizes, **(latent.STAGED if case == "staged" else latent.CASES[case]))
-        named = dict(trainer.model.named_parameters())
+        named = trainer._named_trained()
     elif method == "concept":
         # One codeword: what each process would sample is its own
         cases = {**concept.CASES, "codebook": {"codebook_init": "kmeans", "num_concepts": 8}}

@@ -31,6 +31,8 @@ CASES = {
         "latent_ce_passes": "last",
         "latent_ce_tokens": "first",
     },
+    "sequential, written": {"num_latents": 1, "iterations": None, "projection_dim": 16, "w_step_decoder": 1.0},
+    "jacobi, written": {"num_latents": 1, "iterations": 2, "w_step_decoder": 1.0},
     "kv by rkv": {"num_latents": 10, "iterations": 2, "w_kv": 1.0, "kv_scorer": "rkv"},
 }
 

@@ -49,17 +49,20 @@ def test_a_run_from_the_public_names(tmp_path, method):
     assert run._name in card and "latent-cot" in card and run._paper["title"] in card
 
 
+BATCHES = {"sim-cot-coconut-gpt2": 64}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_config(tmp_path, name):
     config = getattr(trl_ext, PRESETS[name][0])
     made = config.preset(name, output_dir=str(tmp_path), use_cpu=True, bf16=False, num_train_epochs=1)
     assert made.num_train_epochs == 1 and made.learning_rate == PRESETS[name][1]["learning_rate"]
-    assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 128
+    assert made.per_device_train_batch_size * made.gradient_accumulation_steps == BATCHES.get(name, 128)
+    assert made.w_step_decoder == name.startswith("sim-cot")
     if made.stages() is not None:  # all weights are trained
         assert not hasattr(config, "preset_lora") and made.lr_scheduler_type == "constant"
-        per_step = {"lotus-gpt2": 13, "coconut-gpt2": 2}.get(name, 25)
-        sizes = (3, None) if config is trl_ext.CoconutConfig else (6, 6)
-        assert (made.latents_per_step, made.stages().steps, made.iterations) == (per_step, *sizes)
+        sizes = {"lotus-gpt2": (13, 6, 6), "coconut-gpt2": (2, 3, None), "sim-cot-coconut-gpt2": (2, 5, None)}
+        assert (made.latents_per_step, made.stages().steps, made.iterations) == sizes.get(name, (25, 6, 6))
         return
     lora = config.preset_lora()
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (128, 32, 0.1, "all-linear")

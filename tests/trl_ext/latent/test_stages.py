@@ -31,6 +31,7 @@ ROWS = [
 KINDS = {
     "LOTUS": (LOTUSTrainer, LOTUSConfig, {"num_latents": 12, "latents_per_step": 4, "iterations": 2}),
     "Coconut": (CoconutTrainer, CoconutConfig, {"num_latents": 6, "latents_per_step": 2}),
+    "SIM-CoT": (CoconutTrainer, CoconutConfig, {"num_latents": 6, "latents_per_step": 2, "w_step_decoder": 1.0}),
 }
 
 
@@ -49,7 +50,7 @@ def trainer_of(folder, kind, family="qwen3", rows=ROWS, **changes):
 
 def plain_losses(trainer, rows, stage):
     """Row by row from the texts, unpadded and without a cache: cross-entropy of what is written, and of the steps' tokens
-    on the latent tokens."""
+    on the latent tokens, or of the steps on the step decoder's."""
     model, args, tokenizer = trainer.model, trainer.args, trainer.processing_class
     backbone = backbone_of(model)
     bot, latent, eot = backbone.latent_token_ids
@@ -58,7 +59,7 @@ def plain_losses(trainer, rows, stage):
     most = args.num_latents // per_step
     latent_steps = min(stage, most)
     count = latent_steps * per_step
-    said, read = [], []
+    said, read, step_means = [], [], {}
     for row in rows:
         question = tokenizer(row["question"])["input_ids"]
         steps = [tokenizer(step + args.step_separator)["input_ids"] for step in row["steps"]]
@@ -79,16 +80,27 @@ def plain_losses(trainer, rows, stage):
         start = front.shape[1]
         logits = head(hidden[start + count :])
         said.append(F.cross_entropy(logits[:-1], answer[0, 1:], reduction="none"))
+        if args.w_step_decoder:
+            rest = [token for step in steps[most - 1 :] for token in step]
+            spans = [*steps[: most - 1], rest] if stage > most and rest else steps
+            for k, step in enumerate(spans[:latent_steps]):
+                labels = torch.tensor([*step, tokenizer.eos_token_id])
+                given = torch.cat([z[0, k * per_step : (k + 1) * per_step], embed(labels)[:-1]])
+                written = trainer._step_decoder(inputs_embeds=given[None]).logits[0, per_step - 1 :]
+                step_means.setdefault(k, []).append(F.cross_entropy(written, labels, reduction="none"))
         for k, step in enumerate(steps[:latent_steps]):
             for i, token in enumerate(step[:per_step]):
                 before = head(hidden[start + k * per_step + i - 1])
                 read.append(F.cross_entropy(before, torch.tensor(token), reduction="none"))
+    if args.w_step_decoder:  # a mean over steps of the means over their tokens
+        return torch.cat(said).mean(), torch.stack([torch.cat(losses).mean() for losses in step_means.values()]).mean()
     return torch.cat(said).mean(), torch.stack(read).mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 @pytest.mark.parametrize(
-    "kind, stage", [("LOTUS", 1), ("LOTUS", 2), ("LOTUS", 3), *(("Coconut", n) for n in (1, 2, 3, 4))]
+    "kind, stage",
+    [*(("LOTUS", n) for n in (1, 2, 3)), *(("Coconut", n) for n in (1, 2, 3, 4)), ("SIM-CoT", 2), ("SIM-CoT", 4)],
 )
 def test_each_stage_has_the_plain_loss_and_gradient(tmp_path, kind, family, stage):
     """Ragged, padded and cached, against single rows without either: 1e-5, gradients to 1e-5 of the largest (fp32)."""
@@ -101,12 +113,15 @@ def test_each_stage_has_the_plain_loss_and_gradient(tmp_path, kind, family, stag
     at = staged["input_ids"].gather(1, staged["student_at"][:, None] + torch.arange(2))  # what L_CODI compares
     assert trainer.processing_class.batch_decode(at) == [f"#{row['answer'][0]}" for row in ROWS[:4]]
     said, read = plain_losses(trainer, ROWS[:4], stage)
-    wanted = said + trainer.args.w_latent_ce * read
+    weight = trainer.args.w_step_decoder or trainer.args.w_latent_ce
+    wanted = said + weight * read
     assert abs(loss - wanted) <= 1e-5
     assert trainer._metrics["eval"]["loss/ce_student"][-1] == pytest.approx(said.item(), abs=1e-5)
     assert ("loss/latent_ce" in trainer._metrics["eval"]) == (kind == "LOTUS")
-    parameters = list(model.parameters())
-    ours, plain = (torch.autograd.grad(x, parameters, retain_graph=True) for x in (loss, wanted))
+    parameters = [p for p in trainer._named_trained().values() if p.requires_grad]
+    ours, plain = (
+        torch.autograd.grad(x, parameters, retain_graph=True, materialize_grads=True) for x in (loss, wanted)
+    )
     largest = max(g.abs().max() for g in plain)
     assert largest > 1e-2 and all((a - b).abs().max() <= 1e-5 * largest for a, b in zip(ours, plain, strict=True))
 
@@ -163,8 +178,9 @@ def test_a_run_goes_through_its_stages_and_resumes_exactly(tmp_path, kind):
     for step in (3, 4):
         again = trainer_of(tmp_path, kind, **settings)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-            assert torch.equal(a, b), (step, name)
+        there = again._named_trained()
+        for name, parameter in whole._named_trained().items():
+            assert torch.equal(parameter, there[name]), (step, name)
         losses = [[e["loss"] for e in x.state.log_history if "loss" in e] for x in (whole, again)]
         assert losses[0] == losses[1]
 

@@ -1,5 +1,7 @@
 """The shared trainer: its loss against a plain one, resume, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -23,7 +25,7 @@ def plain_terms(trainer, batch):
     bot, latent, _ = backbone.latent_token_ids
     embed, head = backbone.get_input_embeddings(), model.get_output_embeddings()
     project = getattr(backbone, "latent_projection", lambda h: h)
-    sums = {"student": [], "teacher": [], "codi": [], "kv": [], "read": []}
+    sums = {"student": [], "teacher": [], "codi": [], "kv": [], "read": [], "written": {}}
     for i in range(len(batch["input_ids"])):
 
         def row(ids, mask, i=i):
@@ -70,6 +72,20 @@ def plain_terms(trainer, batch):
         for last in passes if args.latent_ce_passes == "all" else passes[-1:]:
             read = head(last[0, -count - 1 : -1])[: len(steps)]
             sums["read"].append(F.cross_entropy(read, steps, reduction="none"))
+        if args.w_step_decoder:
+            after = [project(passes[-1][:, -1:])] if config.iterations is None else []
+            inputs = torch.cat([z, *after], dim=1)[0]
+            trace_ids = batch["teacher_ids"][i][: batch["trace_mask"][i].sum()].tolist()
+            ends = [0, *batch["step_ends"][i].tolist()]
+            ends = [*ends[: len(inputs)], ends[-1]]  # the last writes all steps left
+            spans = [trace_ids[a:b] for a, b in itertools.pairwise(ends)]
+            for k, span in enumerate(spans[: len(inputs)]):
+                if not span:
+                    continue
+                labels = torch.tensor([*span, trainer.processing_class.eos_token_id])
+                given = torch.cat([inputs[k : k + 1], embed(labels)[:-1]])
+                logits = trainer._step_decoder(inputs_embeds=given[None]).logits[0]
+                sums["written"].setdefault(k, []).append(F.cross_entropy(logits, labels, reduction="none"))
         answer = row("input_ids", "attention_mask")
         whole = torch.cat([front, z, embed(answer)], dim=1)
         student_seen = []
@@ -97,7 +113,13 @@ def plain_terms(trainer, batch):
         "codi": torch.stack(sums["codi"]).mean(),
         **({"kv": torch.cat(sums["kv"]).mean()} if args.w_kv else {}),
         **({"latent_ce": torch.cat(sums["read"]).mean()} if args.w_latent_ce else {}),
+        **({"step_decoder": steps_mean(sums["written"])} if args.w_step_decoder else {}),
     }
+
+
+def steps_mean(losses):
+    """The mean over latent tokens of the mean over the tokens of their steps."""
+    return torch.stack([torch.cat(of_step).mean() for of_step in losses.values()]).mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
@@ -119,13 +141,16 @@ def test_every_term_is_the_plain_one(tmp_path, case, family):
     assert abs(loss - sum(wanted.values())) <= 3e-5
     trainer.args.w_student, trainer.args.w_teacher, trainer.args.w_codi = 2.0, 3.0, 5.0
     weighted = trainer.compute_loss(trainer.model, dict(batch))
-    weights = {"ce_student": 2, "ce_teacher": 3, "codi": 5, "kv": 1, "latent_ce": 1}
+    weights = {"ce_student": 2, "ce_teacher": 3, "codi": 5, "kv": 1, "latent_ce": 1, "step_decoder": 1}
     assert abs(weighted - sum(weights[name] * value for name, value in wanted.items())) <= 1e-4
 
 
-@pytest.mark.parametrize("case", [name for name in setups.CASES if "read" in name])
+READ_OR_WRITTEN = [name for name in setups.CASES if name.endswith(("read", "written"))]
+
+
+@pytest.mark.parametrize("case", READ_OR_WRITTEN)
 def test_reading_the_latent_tokens_has_the_plain_gradient(tmp_path, case):
-    """Of the term alone, through every pass: each trained weight to 1e-5 of the largest (fp32)."""
+    """Of the term alone, through every pass: each trained weight, also the decoder's, to 1e-5 of the largest (fp32)."""
     trainer = setups.trainer(tmp_path, w_student=0.0, w_teacher=0.0, w_codi=0.0, **setups.CASES[case])
     model = trainer.model.eval()
     with torch.no_grad():  # LoRA starts at zero, where half of its gradients are
@@ -133,9 +158,11 @@ def test_reading_the_latent_tokens_has_the_plain_gradient(tmp_path, case):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     batch = trainer.data_collator([trainer._rows(setups.ROWS[i], i, "test") for i in (0, 7, 19)])
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in trainer._named_trained().items() if p.requires_grad}
     found = torch.autograd.grad(trainer.compute_loss(model, dict(batch)), trained.values(), allow_unused=True)
-    wanted = torch.autograd.grad(plain_terms(trainer, batch)["latent_ce"], trained.values(), allow_unused=True)
+    plain = plain_terms(trainer, batch)
+    term = plain["step_decoder" if "written" in case else "latent_ce"]
+    wanted = torch.autograd.grad(term, trained.values(), allow_unused=True)
     largest = max(g.abs().max() for g in wanted if g is not None)
     assert largest > 1e-2
     for name, ours, theirs in zip(trained, found, wanted, strict=True):
@@ -180,8 +207,9 @@ def test_it_trains_what_it_should_and_resumes_exactly(tmp_path, case, peft):
     assert any("latent_projection" in n for n in moved) == ("projection_dim" in settings)
     again = setups.trainer(tmp_path, peft, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for (n, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b), n
+    there = again._named_trained()
+    for name, parameter in whole._named_trained().items():
+        assert torch.equal(parameter, there[name]), name
 
 
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("qwen3", False), ("gpt2", True)])
@@ -251,15 +279,15 @@ def step_of(folder, case: dict, size: int) -> tuple[dict[str, torch.Tensor], dic
     found = {}
 
     class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, *_, model, **__):
-            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        def on_pre_optimizer_step(self, *_, **__):
+            found.update({n: p.grad.clone() for n, p in trainer._named_trained().items() if p.grad is not None})
 
     trainer.add_callback(Keep())
     trainer.train()
     return found, {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}
 
 
-@pytest.mark.parametrize("case", ["sequential", "jacobi", "jacobi, read", slow("kv")])
+@pytest.mark.parametrize("case", ["sequential", "jacobi", "jacobi, read", "sequential, written", slow("kv")])
 def test_micro_batches_add_up_to_the_batch(tmp_path, case):
     """Answers of 1 to 24 tokens, traces of 1 to 22: a step on eight rows, eight at once or one or two at a time. Gradients
     to 1e-4 of the largest, losses to 1e-5. Without standard deviations, which are a micro-batch's own."""

@@ -413,3 +413,17 @@ def test_explained_variance_is_of_the_returns(tmp_path):
     wanted = 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)
     logged = trainer.state.log_history[0]["ppo/explained_variance"]
     assert logged == pytest.approx(wanted.item(), abs=1e-4)
+
+
+def test_one_process_of_an_engine_trains_its_critic_too(tmp_path, monkeypatch):
+    """DeepSpeed with one GPU: the critic has an optimizer of its own, which takes the steps of the trainer's, bit for bit
+    but for the order of its groups (1e-6)."""
+    plain = setups.ppo(tmp_path / "plain", max_steps=2)
+    plain.train()
+    trainer = setups.ppo(tmp_path / "engine", max_steps=2)
+    monkeypatch.setattr(trainer, "_sharded", lambda: True)
+    before = {name: p.clone() for name, p in trainer.critic.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.critic.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+        assert (parameter - plain.critic.get_parameter(name)).abs().max() <= 1e-6, name
