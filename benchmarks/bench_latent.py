@@ -1,12 +1,13 @@
 """Latent tokens over seeds: held-out accuracy of generated answers, after the same number of steps from one warm start.
 
-It compares plain SFT with and without steps, pause tokens, CODI, PCCoT, and KaVa with each choice of keys.
+It compares plain SFT with and without steps, pause tokens, CODI, PCCoT and KaVa without and with the LM head reading
+their latent tokens, KaVa with each choice of keys, LOTUS, SIM-CoT and Coconut.
 
     python -m benchmarks.bench_latent [--seeds 0 1 2] [--steps N] [--size small|large]
 
-Settings are those of recipes/configs/*_tiny.yaml; with a GPU the task and the model are larger (`LARGE`). Writes
-benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and at the end the table
-beside it. Finished runs are not repeated without `--fresh`.
+Settings are those of recipes/configs/*_tiny.yaml with the changes of `VARIANTS`; with a GPU the task and the model are
+larger (`LARGE`). Writes benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and at
+the end the table beside it. Finished runs with the same settings are not repeated without `--fresh`.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import Dataset, disable_progress_bars
@@ -25,7 +27,18 @@ from trl import SFTConfig, SFTTrainer
 import patches
 from benchmarks import setups
 from benchmarks.over_seeds import in_order, seeds_of
-from trl_ext import CODIConfig, CODITrainer, KAVAConfig, KAVATrainer, PCCoTConfig, PCCoTTrainer
+from trl_ext import (
+    CoconutConfig,
+    CoconutTrainer,
+    CODIConfig,
+    CODITrainer,
+    KAVAConfig,
+    KAVATrainer,
+    LOTUSConfig,
+    LOTUSTrainer,
+    PCCoTConfig,
+    PCCoTTrainer,
+)
 from trl_ext.cli.command_line import CommandLine
 from trl_ext.cli.console import PlainConsole
 from trl_ext.cli.user_errors import in_sentences
@@ -37,23 +50,33 @@ from unsloth_ext.common.ablations import ABLATIONS
 
 
 ALONE = 50  # questions answered one by one, to measure the time of a single question
-TERMS = ("ce_student", "ce_teacher", "codi", "kv")
+TERMS = ("ce_student", "ce_teacher", "codi", "kv", "latent_ce", "step_decoder")
 ROOT = Path(__file__).parents[1]
 TRAINERS = {
     "codi": (CODITrainer, CODIConfig),
     "pccot": (PCCoTTrainer, PCCoTConfig),
     "kava": (KAVATrainer, KAVAConfig),
+    "lotus": (LOTUSTrainer, LOTUSConfig),
+    "coconut": (CoconutTrainer, CoconutConfig),
 }
 FEWER = 9  # fewer than the trace's 12 or more tokens, so that scorers choose; rkv needs more than its window of 8
 SCORERS = ("kava", "rkv", "random", "uniform")
+LONG = {"max_steps": 2500, "w_latent_ce": 0.0}
 VARIANTS: dict[str, tuple[str, dict]] = {
     "SFT without steps": ("sft", {"steps": False}),
     "SFT with steps": ("sft", {"steps": True}),
-    "pause tokens": ("pccot", {"iterations": 0, "w_teacher": 0.0, "w_codi": 0.0}),
-    "CODI": ("codi", {}),
-    "PCCoT": ("pccot", {}),
-    "KaVa": ("kava", {}),
-    **{f"KaVa, {FEWER} by {s}": ("kava", {"num_latents": FEWER, "kv_scorer": s}) for s in SCORERS},
+    "pause tokens": ("pccot", {"iterations": 0, "w_teacher": 0.0, "w_codi": 0.0, **LONG}),
+    "CODI": ("codi", LONG),
+    "PCCoT": ("pccot", LONG),
+    "KaVa": ("kava", LONG),
+    **{f"KaVa, {FEWER} by {s}": ("kava", {"num_latents": FEWER, "kv_scorer": s, **LONG}) for s in SCORERS},
+    "Coconut": ("coconut", {}),
+    "CODI, SIM-CoT": ("codi", {"w_step_decoder": 1.0, **LONG}),
+    "Coconut, SIM-CoT": ("coconut", {"w_step_decoder": 1.0}),
+    "CODI, read": ("codi", {}),
+    "PCCoT, read": ("pccot", {}),
+    "KaVa, read": ("kava", {}),
+    "LOTUS": ("lotus", {}),
 }
 
 
@@ -62,6 +85,8 @@ LARGE = {
     "codi": {"projection_dim": 256},
     "pccot": {"num_latents": 24},
     "kava": {"num_latents": 24, "projection_dim": 256},
+    "lotus": {"num_latents": 30, "iterations": 5, "stage_epochs": 3.84},  # 600 steps
+    "coconut": {"num_latents": 10, "stage_epochs": 3.84},
     "all": {"per_device_train_batch_size": 256, "max_steps": 5000, "learning_rate": 1e-3, "warmup_steps": 200},
 }
 SIZES = {"small": equations.SMALL, "large": equations.LARGE}
@@ -73,23 +98,34 @@ def settings(method: str, size: str, changes: dict, seed: int, steps: int | None
     names = {f.name for f in dataclasses.fields(ScriptArguments)}
     script = ScriptArguments(**{k: v for k, v in found.items() if k in names})
     args = {k: v for k, v in found.items() if k not in names}
-    if size == "large":
-        script.max_new_tokens *= 2
-        args |= LARGE["all"] | LARGE[method]
-    args |= changes | {"use_cpu": not setups.CUDA}
-    args |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "save_strategy": "no", "disable_tqdm": True}
+    large = size == "large"
+    script.max_new_tokens *= 2 if large else 1
+    args |= (LARGE[method] if large else {}) | changes | (LARGE["all"] if large else {})
+    args |= {"use_cpu": not setups.CUDA, "seed": seed, "save_strategy": "no", "disable_tqdm": True}
     return script, args | ({"max_steps": steps} if steps else {})
+
+
+def settings_of(variant: str, size: str, seed: int, steps: int | None) -> tuple[str, ScriptArguments, dict]:
+    """The method of a variant, and what `settings` returns for it. Plain SFT has PCCoT's settings."""
+    method, changes = VARIANTS[variant]
+    script, args = (
+        settings("pccot", size, LONG, seed, steps) if method == "sft" else settings(method, size, changes, seed, steps)
+    )
+    return method, script, args
+
+
+def made_with(variant: str, size: str, seed: int, options: Any) -> str:
+    """A digest of all that a run depends on."""
+    _, script, args = settings_of(variant, size, seed, options.steps)
+    return digest([VARIANTS[variant], dataclasses.asdict(script), args, options.sft_steps, options.held_out])
 
 
 def run(
     variant: str, size: str, seed: int, steps: int | None, base: str, train: list[dict], held_out: list[dict]
 ) -> dict:
     """Train one run from the warm start `base`, and evaluate it."""
-    method, changes = VARIANTS[variant]
-    if method == "sft":
-        script, args = settings("pccot", size, {}, seed, steps)
-    else:
-        script, args = settings(method, size, changes, seed, steps)
+    method, script, args = settings_of(variant, size, seed, steps)
+    args["output_dir"] = tempfile.mkdtemp()
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     common = {"processing_class": tokenizer, "peft_config": script.lora()}
@@ -98,7 +134,7 @@ def run(
         config = SFTConfig(
             **{k: v for k, v in args.items() if k in known}, max_length=None, gradient_checkpointing=False
         )
-        data = equations.explicit(train, changes["steps"])
+        data = equations.explicit(train, VARIANTS[variant][1]["steps"])
         trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(base), config, train_dataset=data, **common)
     else:
         trainer_class, config_class = TRAINERS[method]
@@ -117,7 +153,7 @@ def run(
     measured[first]["seconds_alone"] = alone.seconds
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     curve = [[entry["step"], *(entry.get(f"loss/{name}") for name in TERMS)] for entry in logged[4::5]]
-    return {"seconds": seconds, "losses": curve, **measured}
+    return {"steps": args["max_steps"], "seconds": seconds, "losses": curve, **measured}
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
@@ -132,6 +168,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
         "",
         "accuracy (95% interval)",
         "of each seed",
+        "steps",
         *ablations,
         "passes",
         "ms in batches",
@@ -150,6 +187,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             name,
             f"{mean('accuracy', main):.1%} ({low:.1%} to {high:.1%})",
             ", ".join(f"{m['accuracy']:.0%}" for m in main),
+            f"{mean('steps', runs):,.0f}",
             *ablated,
             f"{mean('forward_passes', main):.1f}",
             f"{least('seconds', main) * 1000:.2f}",
@@ -179,10 +217,7 @@ def main() -> None:
     patches.apply("fused_lm_head")
     disable_progress_bars()
     name = "latent" if options.size == "small" else "latent_large"
-    configs = [(ROOT / f"recipes/configs/{method}_tiny.yaml").read_text() for method in TRAINERS]
-    made_with = {k: getattr(options, k) for k in ("steps", "sft_steps", "held_out")}
-    made_with["runs"] = digest([VARIANTS, LARGE, configs])
-    path, _ = setups.so_far(name, options.fresh, made_with)
+    path, _ = setups.so_far(name, options.fresh, {})
     size = SIZES[options.size]
     note = f"{options.held_out} held-out questions of {size.operations} operations"
     for seed in options.seeds:
@@ -196,16 +231,15 @@ def main() -> None:
         )
         train, held_out = equations.split(options.held_out, seed, size)
         for variant in options.only:
-            if str(seed) in read(path).get(variant, {}):
+            wanted = made_with(variant, options.size, seed, options)
+            if read(path).get(variant, {}).get(str(seed), {}).get("made_with") == wanted:
                 continue
-            last = run(variant, options.size, seed, options.steps, base, train, held_out)
+            last = run(variant, options.size, seed, options.steps, base, train, held_out) | {"made_with": wanted}
             accuracy = (last.get("on") or last["off"])["accuracy"]
             print(f"seed {seed}  {variant}: {accuracy:.3f} in {last['seconds']} s", flush=True)
             results = read(path)
             results.setdefault(variant, {})[str(seed)] = last
-            setups.write(
-                name, {"command": "make bench-latent", "setting": note, "made_with": made_with, "results": results}
-            )
+            setups.write(name, {"command": "make bench-latent", "setting": note, "results": results})
             gc.collect()
     PlainConsole().print(table(in_order(read(path), VARIANTS)))
     setups.write_table(path, page)
@@ -217,11 +251,11 @@ def page(found: dict) -> str:
     results = in_order(found["results"], VARIANTS)
     return f"""# Latent tokens over seeds
 
-{seeds_of(results)} seeds, {found["setting"]}. Every method starts from the same warm start and trains for the same
-number of steps.
+{seeds_of(results)} seeds, {found["setting"]}. Every method starts from the same warm start.
 
 - SFT without steps answers at once; SFT with steps writes the steps out. Pause tokens are PCCoT with T = 0, without
-  distillation. "9 by ..." keeps nine of the twelve tokens of the teacher's trace, chosen by that scorer.
+  distillation. "9 by ..." keeps nine of the twelve tokens of the teacher's trace, chosen by that scorer. "read": the LM
+  head reads the latent tokens as tokens of the steps (`w_latent_ce=1`).
 - zero, shuffle, noise: accuracy when the latent tokens are replaced by zeros, by another question's, or by noise.
 - passes: forward passes for a question. Milliseconds are for a question, in batches of 250 and alone; times are the
   fastest of the seeds, on one thread, with other work on the machine.
