@@ -20,12 +20,11 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from unsloth_ext.common.compat import CACHE
-from unsloth_ext.common.embeddings import embedding_norm
 from unsloth_ext.common.logits import logits_of
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of, unwrapped
 from unsloth_ext.kv_compression.trace import compressed_trace
 from unsloth_ext.latent.config import add_latent_tokens, remember_latent, think_from_now_on
-from unsloth_ext.latent.phase import LatentState, branch, latent_phase, prefill, project_latent
+from unsloth_ext.latent.phase import LatentState, branch, latent_phase, norm_ratio, prefill, project_latent
 
 from ..common.checkpointing import SafeCheckpointMixin
 from ..common.engines import check_engine
@@ -328,7 +327,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         teacher, kept = self._teacher(bare, inputs, None if shared is None else branch(shared))
         state = latent_phase(bare, *question, past_key_values=shared)
         latent_kv = state.latent_kv()  # before the answer extends the cache
-        length = state.latents.detach().float().norm(dim=-1).mean() / embedding_norm(backbone_of(bare))
+        length = norm_ratio(bare, state)
         read = None
         if args.w_latent_ce:
             before = state.before if args.latent_ce_passes == "all" else state.before[-1:]

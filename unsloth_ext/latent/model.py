@@ -1,6 +1,7 @@
 """Generation after latent tokens, and `LatentModel` (CODI, arXiv 2502.21074; PCCoT, arXiv 2506.18582)."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,7 +92,13 @@ def latent_generate(
             return (out, state) if return_state else out
         if copies > 1:
             ids, mask = (x.repeat_interleave(copies, dim=0) for x in (ids, mask))
-            generate_kwargs["num_return_sequences"] = 1  # the copies are in the batch
+            # The copies are in the batch. `generate` warns of a setting beside a configuration
+            generate_kwargs.pop("num_return_sequences", None)
+            if generate_kwargs.get("generation_config") is None:
+                generate_kwargs["num_return_sequences"] = 1
+            else:
+                generate_kwargs["generation_config"] = config = copy.deepcopy(generate_kwargs["generation_config"])
+                config.num_return_sequences = 1
         inputs = {"input_ids": ids, "attention_mask": mask, **generate_kwargs}
         if settings.cache_implementation is not None:  # `generate` refuses a kind of cache together with a cache
             inputs["cache_implementation"] = None

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..common.compat import CACHE, CHECKPOINTING, is_checkpointing
+from ..common.embeddings import embedding_norm
 from ..common.evaluation_mode import evaluating
 from ..common.model_probe import same_states, trial_ids
 from ..common.wrapping import backbone_of, causal_lm_of
@@ -206,6 +207,11 @@ def latent_phase(
         if getattr(layer, "record_past", False):
             layer.record_past = False  # the answer is decoded as after any prompt
     return LatentState(cache, mask, z, hidden, torch.stack(before), 1 + config.iterations)
+
+
+def norm_ratio(model: nn.Module, state: LatentState) -> torch.Tensor:
+    """Return the mean norm of the latent inputs over that of the model's embeddings: a float32 scalar, no gradient."""
+    return state.latents.detach().float().norm(dim=-1).mean() / embedding_norm(backbone_of(model))
 
 
 def project_latent(backbone: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
