@@ -22,6 +22,8 @@ FAST = [("hrpo", "fsdp2"), ("planner", "fsdp2")]  # the others run with `make te
 # Cases that engines refuse
 METHODS = {
     "latent, LoRA": "Latent distillation with an adapter",
+    "latent, sequential, written": "Latent distillation with w_step_decoder",
+    "latent, jacobi, written": "Latent distillation with w_step_decoder",
     "planner": "Planner-executor",
     "planner, LoRA": "Planner-executor",
 }

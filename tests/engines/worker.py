@@ -85,6 +85,10 @@ CASES = {
     "concept, LoRA": functools.partial(concept.trainer, peft=True),
     "hrpo, reference model": functools.partial(hrpo.hrpo, peft=False, beta=0.1),
     **{f"latent, {name}": functools.partial(latent.trainer, peft=False, **case) for name, case in latent.CASES.items()},
+    **{  # engines clip the step decoder by itself
+        f"latent, {name}": functools.partial(latent.trainer, peft=False, max_grad_norm=0.0, **latent.CASES[name])
+        for name in ("sequential, written", "jacobi, written")
+    },
     "latent, staged": functools.partial(latent.trainer, peft=False, **latent.STAGED),
     "latent, LoRA": functools.partial(latent.trainer, **latent.CASES["sequential"]),
     "planner": planner.trainer,
