@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -164,9 +165,15 @@ TRAINERS = {
     "PCCoT, M=24, T=3": (PCCoTTrainer, PCCoTConfig, {}),
     "KaVa, M=24, T=3": (KAVATrainer, KAVAConfig, {"projection_dim": 384}),
 }
+# What a further term of the loss adds to a step
+TERMS = {
+    "CODI, M=6, the LM head reads the latent tokens": ("CODI, M=6", {"w_latent_ce": 1.0}),
+    "CODI, M=6, a decoder writes the steps": ("CODI, M=6", {"w_step_decoder": 1.0}),
+    "PCCoT, M=24, T=3, the LM head reads the latent tokens": ("PCCoT, M=24, T=3", {"w_latent_ce": 1.0}),
+}
 
 
-def trainer(name: str, size: str, rows: int):
+def trainer(name: str, size: str, rows: int, **changes: Any):
     """A trainer on `rows` equal rows. SFT reads question, steps and answer, the same tokens as the teacher."""
     tokenizer = setups.tokenizer(8192 if size == "cpu" else 151936)
     common = {
@@ -194,7 +201,11 @@ def trainer(name: str, size: str, rows: int):
         cls, config, settings = TRAINERS[name]
         data = Dataset.from_list([ROW] * rows)
         made = cls(
-            model, config(**common, **settings), train_dataset=data, processing_class=tokenizer, peft_config=lora
+            model,
+            config(**common, **settings, **changes),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora,
         )
     made.create_optimizer()
     return made, made.data_collator([made.train_dataset[i] for i in range(rows)])
@@ -215,6 +226,13 @@ def bench_steps(size: str, rows: int, repeats: int) -> dict:
     times = setups.interleaved({name: lambda m=m: one_step(*m) for name, m in made.items()}, repeats)
     found: dict = {name: {"time_over_sft": setups.quotient(times[name], times["SFT"])} for name in TRAINERS}
     return {"tokens_a_row": tokens // rows, **found}
+
+
+def bench_terms(size: str, rows: int, repeats: int) -> dict:
+    made = {name: trainer(name, size, rows) for name in {base for base, _ in TERMS.values()}}
+    made |= {name: trainer(base, size, rows, **changes) for name, (base, changes) in TERMS.items()}
+    times = setups.interleaved({name: lambda m=m: one_step(*m) for name, m in made.items()}, repeats)
+    return {name: {"time_over_without": setups.quotient(times[name], times[base])} for name, (base, _) in TERMS.items()}
 
 
 # -- latent tokens, and decoding --------------------------------------------------------------------------------------
@@ -304,6 +322,7 @@ def main() -> None:
         "scoring the trace": lambda: bench_scoring(size, options.rows, options.repeats),
         "redundancy": lambda: bench_redundancy(options.repeats),
         "training step": lambda: bench_steps(size, options.rows, options.repeats),
+        "further terms": lambda: bench_terms(size, options.rows, options.repeats),
         "latent phase": lambda: bench_jacobi(size, options.rows, options.repeats),
         f"decoding {length} tokens": lambda: bench_decoding(size, options.rows, length, 1 if options.quick else 3),
     }
@@ -356,6 +375,8 @@ def page(found: dict) -> str:
             lines.append(
                 f"| a step of {name} over SFTTrainer on the same {tokens} tokens a row | {text(part['time_over_sft'])} |"
             )
+    for name, part in found.get("further terms", {}).items():
+        lines.append(f"| a step of {name}, over the step without | {text(part['time_over_without'])} |")
     for name, part in found.get("latent phase", {}).items():
         what = name.replace("and", "forward and")
         label = f"latent phase, Jacobi T = 3 over 24 sequential tokens (question of 64), {what}"
