@@ -42,6 +42,11 @@ def main() -> None:
         trainer = planner.trainer(folder / "out", peft=True, **saving, target_length=[2, 1], word_dropout=0.2)
     elif method == "planner_em":
         trainer = planner.trainer(folder / "out", peft=True, **saving, training="hard_em", e_step_every=3)
+    elif method == "latent_staged":  # three stages of 13 steps
+        staged = {**latent.STAGED, "stage_epochs": 5.0, "reset_optimizer": True}
+        trainer = latent.trainer(folder / "out", **saving, **staged)
+    elif method == "latent_written":
+        trainer = latent.trainer(folder / "out", **saving, **latent.CASES["sequential, written"])
     else:
         trainer = latent.trainer(folder / "out", **saving, projection_dropout=0.1, **latent.CASES["kv"])
     trainer.add_callback(Announce())

@@ -26,8 +26,11 @@ def start(method, folder):
     )
 
 
+METHODS = ["hrpo", "latent", "latent_staged", "latent_written", "kv", "concept", "planner", "planner_em"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["hrpo", "latent", "kv", "concept", "planner", "planner_em"])
+@pytest.mark.parametrize("method", METHODS)
 def test_ten_kills_change_nothing(tmp_path, method):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
