@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.recipes.running import holds_no_pickle, run_recipe
 from trl_ext.cli.console import PlainConsole
 from trl_ext.evaluation import command as evaluation
-from unsloth_ext import has_thinking
+from unsloth_ext import FastThinkingModel, has_thinking
+from unsloth_ext.common.wrapping import backbone_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +87,45 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     assert sorted(file.name for file in folder.iterdir()) == files, "nothing is written into a folder that is not ours"
 
 
+def test_reachability_as_it_is_shipped_and_resumed(run, tmp_path, capsys):
+    """A whole run with few steps. The same one, stopped half way and resumed, gives the same model and figures."""
+
+    def train(folder, *argv):
+        run("--dataset", "reachability", "--output_dir", folder, *argv)
+        summary = json.loads(Path(folder, "summary.json").read_text())
+        return summary, load_file(Path(folder, "final", "model.safetensors"))
+
+    summary, weights = train("whole", "--max_steps", "4", "--sft_steps", "100")
+    assert {"zero", "shuffle", "noise"} == summary["ablations"].keys()
+    assert all(found["n"] == 20 for found in (summary["before"], summary["after"], *summary["ablations"].values()))
+    assert all(len(steps) == 2 for steps in summary["frontier"].values())
+    assert all(sum(step.values()) == pytest.approx(1) for steps in summary["frontier"].values() for step in steps)
+    assert Path("whole/frontier.png").stat().st_size > 5_000 < Path("whole/curves.png").stat().st_size
+    out = capsys.readouterr().out
+    assert "Dry run" in out and "as trained" in out and re.search(r"shuffle .*%", out)
+    assert holds_no_pickle("whole/final")
+    # The whole model is trained, without LoRA, with the shipped settings
+    (base,) = (tmp_path / "cache").iterdir()
+    assert base.name.startswith("tiny-reachability-")
+    start = load_file(base / "model.safetensors")
+    moved = {name for name, tensor in start.items() if not (weights[name] == tensor).all()}
+    assert any("q_proj" in name for name in moved) and any("embed_tokens" in name for name in moved)
+    model, tokenizer = FastThinkingModel.from_pretrained("whole/final")
+    settings = backbone_of(model).thinking_config
+    assert (settings.thinking_source, settings.residual_r_min, settings.residual_r_max) == ("soft_embedding", 0.1, 0.5)
+    assert len(tokenizer(" AB CD ? E")["input_ids"]) == 4
+
+    evaluation.main(["whole/final", "--tasks", "reachability", "--held_out", "20", "--states", "on", "zero"])
+    found = json.loads(Path("whole/final/eval.json").read_text())["results"]
+    assert [row["accuracy"] for row in found] == [summary["accuracy_after"], summary["ablations"]["zero"]["accuracy"]]
+
+    run("--dataset", "reachability", "--output_dir", "half", "--max_steps", "2", "--sft_steps", "100")
+    again, resumed = train("half", "--max_steps", "4", "--sft_steps", "100", "--resume_from_checkpoint", "latest")
+    assert resumed.keys() == weights.keys() and all((resumed[name] == weights[name]).all() for name in weights)
+    for figures in ("before", "after", "accuracy_curve", "ablations", "frontier"):
+        assert again[figures] == summary[figures]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -143,8 +184,8 @@ def test_an_adapter_goes_on_as_it_is(monkeypatch, tmp_path, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["hrpo_gsm8k.py", *argv])
     recipe = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"))
-    script, _, args = recipe["parse"]()
-    model, _ = recipe["load_model"](script, args, PlainConsole())
+    script, data, args = recipe["parse"]()
+    model, _ = recipe["load_model"](script, data, args, PlainConsole())
     assert model.peft_config["default"].r == 2 and has_thinking(model)
     assert "adapter is an adapter: its LoRA" in capsys.readouterr().out.replace("\n", " ")
 
