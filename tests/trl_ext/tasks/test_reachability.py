@@ -77,6 +77,8 @@ def test_demonstrations_walk_along_edges_and_guess_when_they_miss():
     n = len(PROBLEMS)
     assert abs(hits / n - 1 / 4) < 0.028 and abs(right / n - 7 / 16) < 0.032  # four standard deviations
     assert all(abs(guesses[place] / (n - hits) - 1 / 4) < 0.032 for place in range(4))
+    walks = Counter(demonstration(PROBLEMS[0], rng, "#").split()[1] for _ in range(n))
+    assert walks.keys() == {*PROBLEMS[0].tree[3:]} and all(abs(share / n - 1 / 4) < 0.028 for share in walks.values())
 
 
 def test_split_shares_no_question_and_is_seeded(monkeypatch):
