@@ -218,7 +218,6 @@ def main() -> None:
     after = evaluate(trainer.model, tokenizer, held_out, **decoding)
     more = {}
     if data.dataset == "reachability" and args.thinking:  # whether it is the states that help, and what they hold
-        set_seed(args.seed)
         ablated = {
             name: evaluate(trainer.model, tokenizer, held_out, **decoding | {"thinking": name})
             for name in ("zero", "shuffle", "noise")
