@@ -47,6 +47,11 @@ METHOD = TrainingMethod(
             "held-out accuracy over seeds: warm start, GRPO, HRPO in each mode",
             "benchmarks/bench_learning.py",
         ),
+        Command(
+            "bench-states",
+            "what thinking states add on graphs, over seeds: HRPO with its states replaced, and GRPO",
+            "benchmarks/bench_states.py",
+        ),
     ),
     progress={"thinking/fraction": "thinking"},
     curves=(
