@@ -238,6 +238,7 @@ def main() -> None:
         ablations_table(after, ablated, console)
     if "frontier" in more:
         plot_frontier(output / "frontier.png", more["frontier"], "What the soft embeddings hold, by thinking step")
+        console.print(f"Written: {output / 'frontier.png'}, the shares of what the soft embeddings hold")
     finish(
         trainer,
         console,
