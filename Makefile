@@ -15,6 +15,8 @@ RUN    := OMP_NUM_THREADS=$(CORES) TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED
 SMOLLM2 = $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 # Of the methods' targets; none: the embedded default, or with a GPU the GSM8K configuration's
 MODEL  ?=
+# Another embedded task than the default's, such as TASK=reachability of train-hrpo
+TASK   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor eval test test-latest test-versions coverage test-slow test-engines test-trackers test-vllm test-vllm-slow vllm-env bench-plan bench-vllm bench-vllm-learning mutants lint format minimind minimind-gpu chat gpu-check docs clean clean-runs
@@ -160,7 +162,7 @@ eval: $(READY)  ## evaluate a checkpoint of any kind: ARGS="runs/hrpo_tiny/final
 	@$(RUN) -m trl_ext eval $(ARGS)
 
 # The methods' targets: trl_ext/*/method.py says what each runs. `make help` lists them
-TARGET = @$(RUN) -m trl_ext.cli.targets $@ $(if $(GPU),--gpu) $(if $(MODEL),--model "$(MODEL)") -- $(ARGS)
+TARGET = @$(RUN) -m trl_ext.cli.targets $@ $(if $(GPU),--gpu) $(if $(MODEL),--model "$(MODEL)") $(if $(TASK),--task "$(TASK)") -- $(ARGS)
 
 train-% eval-% profile-%: $(READY) $(SMOLLM2)
 	$(TARGET)

@@ -29,6 +29,7 @@ def compare(
     columns: Columns,
     held_out: str,
     page: Callable[[dict], str],
+    prepare: Callable[[int], object] | None = None,
 ) -> None:
     """A command line that runs what is missing in benchmarks/results/<name>_<device>.json and writes the table beside
     it.
@@ -42,6 +43,7 @@ def compare(
         columns: columns of the table.
         held_out: number and kind of held-out rows, for the page.
         page: makes a Markdown page from the content of the JSON file.
+        prepare: called with each seed before the runs, to make once what they share.
     """
     names = list(runs)
     options = arguments(about, names, steps, [0, 1, 2]).parse_args()
@@ -49,6 +51,8 @@ def compare(
     path, results = setups.so_far(name, options.fresh, made_with)
     workers = 1 if setups.CUDA else 2  # small models gain more from a second process than from a second thread
     jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
+    for seed in sorted({s for _, s in jobs}) if prepare else ():
+        prepare(seed)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(run, n, s, options.steps): (n, s) for n, s in jobs}
         for done in as_completed(running):
@@ -101,7 +105,7 @@ def arguments(about: str, names: list[str], steps: int | None, seeds: list[int])
     parser.add_argument("--seeds", type=int, nargs="*", default=seeds)
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--only", nargs="*", default=names, choices=names)
+    parser.add_argument("--only", "--arms", nargs="*", default=names, choices=names)
     parser.add_argument("--fresh", action="store_true", help="ignore earlier results")
     return parser
 

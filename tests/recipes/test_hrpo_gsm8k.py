@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.recipes.running import holds_no_pickle, run_recipe
 from trl_ext.cli.console import PlainConsole
 from trl_ext.evaluation import command as evaluation
-from unsloth_ext import has_thinking
+from trl_ext.tasks import evaluation as task_evaluation
+from unsloth_ext import FastThinkingModel, has_thinking
+from unsloth_ext.common.wrapping import backbone_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +88,55 @@ def test_whole_run_two_stages_and_evaluation(run, monkeypatch, tmp_path, capsys)
     assert sorted(file.name for file in folder.iterdir()) == files, "nothing is written into a folder that is not ours"
 
 
+def test_reachability_as_it_is_shipped_and_resumed(run, monkeypatch, tmp_path, capsys):
+    """A whole run with few steps. Resumed half way, it ends with the same model and figures."""
+
+    def train(*argv):
+        run("--dataset", "reachability", "--sft_steps", "100", "--max_steps", "4", *argv)
+        return json.loads(Path("out/summary.json").read_text()), load_file("out/final/model.safetensors")
+
+    evaluate, states = task_evaluation.evaluate, []
+
+    def watched(*args, thinking, **options):
+        states.append(thinking)
+        return evaluate(*args, thinking=thinking, **options)
+
+    monkeypatch.setattr(task_evaluation, "evaluate", watched)
+    summary, weights = train()
+    assert states[-4:] == ["on", "zero", "shuffle", "noise"]
+    assert {"zero", "shuffle", "noise"} == summary["ablations"].keys()
+    assert all(found["n"] == 20 for found in (summary["before"], summary["after"], *summary["ablations"].values()))
+    trained, zeroed = summary["frontier"].values()
+    assert (
+        len(trained) == 2 and trained[0] == zeroed[0] and trained[1] != zeroed[1]
+    )  # no state comes before the first step
+    assert all(sum(step.values()) == pytest.approx(1) for steps in summary["frontier"].values() for step in steps)
+    assert Path("out/frontier.png").stat().st_size > 5_000 < Path("out/curves.png").stat().st_size
+    out = capsys.readouterr().out
+    assert "Dry run" in out and "as trained" in out and re.search(r"shuffle .*%", out)
+    assert holds_no_pickle("out/final")
+
+    # The whole model was trained, without LoRA, with the shipped settings
+    (base,) = (tmp_path / "cache").iterdir()
+    start = load_file(base / "model.safetensors")
+    moved = {name for name, tensor in start.items() if not (weights[name] == tensor).all()}
+    assert any("q_proj" in name for name in moved) and any("embed_tokens" in name for name in moved)
+    model, tokenizer = FastThinkingModel.from_pretrained("out/final")
+    settings = backbone_of(model).thinking_config
+    assert (settings.thinking_source, settings.residual_r_min, settings.residual_r_max) == ("soft_embedding", 0.1, 0.5)
+    assert len(tokenizer(" AB CD ? E")["input_ids"]) == 4
+
+    evaluation.main(["out/final", "--tasks", "reachability", "--held_out", "20", "--states", "on", "zero"])
+    found = json.loads(Path("out/final/eval.json").read_text())["results"]
+    assert [row["accuracy"] for row in found] == [summary["accuracy_after"], summary["ablations"]["zero"]["accuracy"]]
+
+    Path("out/final").rename("whole")  # `weights` may still be read from its file
+    again, resumed = train("--resume_from_checkpoint", "checkpoint-2")
+    assert resumed.keys() == weights.keys() and all((resumed[name] == weights[name]).all() for name in weights)
+    for figures in ("before", "after", "accuracy_curve", "ablations", "frontier"):
+        assert again[figures] == summary[figures]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -143,8 +195,8 @@ def test_an_adapter_goes_on_as_it_is(monkeypatch, tmp_path, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["hrpo_gsm8k.py", *argv])
     recipe = runpy.run_path(str(RECIPES / "hrpo_gsm8k.py"))
-    script, _, args = recipe["parse"]()
-    model, _ = recipe["load_model"](script, args, PlainConsole())
+    script, data, args = recipe["parse"]()
+    model, _ = recipe["load_model"](script, data, args, PlainConsole())
     assert model.peft_config["default"].r == 2 and has_thinking(model)
     assert "adapter is an adapter: its LoRA" in capsys.readouterr().out.replace("\n", " ")
 

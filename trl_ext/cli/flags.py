@@ -12,32 +12,40 @@ from trl_ext.cli.command_line import CommandLine
 from trl_ext.common.spelling import did_you_mean
 
 
+TASKS = ("tiny", "reachability")  # embedded tasks: values of --dataset
 NAMES = ("model_name", "model_name_or_path", "student")  # flags that name the model
 
 
-def chosen(argv: list[str], folder: Path, method: str, embedded: tuple[str, ...]) -> tuple[str, Path, list[str]]:
+def chosen(
+    argv: list[str], folder: Path, method: str, embedded: tuple[str, ...], tasks: tuple[str, ...] = ()
+) -> tuple[str, Path, list[str]]:
     """The model's name, the configuration file, and the other flags.
 
-    The file is the one that `--config` names (`found_config`). Otherwise it is `folder/<method>_<model>.yaml` for an
-    embedded model (without flags, the first of them), and `folder/<method>_gsm8k.yaml` for any other model.
+    The file is the one that `--config` names (`found_config`). Otherwise it is `folder/<method>_<task>.yaml` if
+    `--dataset` names one of `tasks`, `folder/<method>_<model>.yaml` for an embedded model (without flags, the first of
+    them), and `folder/<method>_gsm8k.yaml` for any other model.
 
     Args:
         argv: the command line.
         folder: folder of the configuration files.
         method: first part of their names.
         embedded: names of the embedded models.
+        tasks: names of the embedded tasks that have a file of their own.
     """
     peek = CommandLine(add_help=False)
     peek.add_argument("--config", type=Path)
     given, others = peek.parse_known_args(argv)
     config = given.config and found_config(given.config, folder)
     peek.add_argument(*(f"--{key}" for key in NAMES), dest="model_name")
-    name = peek.parse_known_args(others)[0].model_name
+    peek.add_argument("--dataset")
+    named = peek.parse_known_args(others)[0]
+    name = named.model_name
     if name is None and config is not None:
         fields = read_config(config)
         name = next((fields[key] for key in NAMES if key in fields), None)
     name = embedded[0] if name is None else name
-    return name, config or folder / f"{method}_{name if name in embedded else 'gsm8k'}.yaml", others
+    of = named.dataset if named.dataset in tasks else name if name in embedded else "gsm8k"
+    return name, config or folder / f"{method}_{of}.yaml", others
 
 
 def found_config(config: Path, folder: Path) -> Path:

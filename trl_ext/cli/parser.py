@@ -26,12 +26,12 @@ from unsloth_ext.common.hub import check_name
 from ..common.config_checks import check_values
 from .aliases import flattened, renamed
 from .flag_help import GENERAL, METAVARS, REST, USUAL, USUAL_TITLE, FlagsHelp, plain_type, title_of
-from .flags import read_config
+from .flags import TASKS, read_config
 
 
 # These settings of a configuration file apply only to its own dataset
 OF_THE_DATASET = ("dataset_config", "dataset_options", "eval_dataset", "eval_dataset_config")
-MADE_HERE = ("tiny", "embedded")  # built-in datasets, which have their own held-out rows
+MADE_HERE = (*TASKS, "embedded")  # built-in datasets, which have their own held-out rows
 
 
 class FlagsListed(SystemExit):
@@ -166,10 +166,10 @@ class RecipeParser(CommandLine, TrlParser):
                 f"eval_dataset={found.eval_dataset}: dataset={found.dataset} has its own held-out rows, so this would not "
                 "be read; name a file to train on with --dataset, or leave it out"
             )
-        if getattr(found, "train_size", None) and found.dataset == "tiny":
+        if getattr(found, "train_size", None) and found.dataset in TASKS:
             raise ValueError(
-                f"train_size={found.train_size}: the tiny task makes its own rows and trains on all of them; leave it out, "
-                "or name a file to train on with --dataset"
+                f"train_size={found.train_size}: the {found.dataset} task makes its own rows and trains on all of them; "
+                "leave it out, or name a file to train on with --dataset"
             )
         if "resume_from_checkpoint" in self.types:
             found.resume_from_checkpoint = _resume(found.resume_from_checkpoint)

@@ -59,6 +59,16 @@ def before_after_table(before: Any, after: Any, console: PlainConsole) -> None:
     console.print(table)
 
 
+def ablations_table(after: Any, ablated: dict[str, Any], console: PlainConsole) -> None:
+    """Print the accuracy of `Evaluation`s after training: with thinking states as trained, and with replaced ones."""
+    table = Table(title="After training, with thinking states", title_justify="left")
+    for heading in ("", "accuracy (95% interval)"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, e in {"as trained": after, **ablated}.items():
+        table.add_row(name, f"{e.accuracy:.1%} ({e.low:.1%} to {e.high:.1%})")
+    console.print(table)
+
+
 def comparison_table(rows: dict[str, tuple[Any, Any]], console: PlainConsole) -> None:
     """Print `LatentEvaluation`s before and after training, by name. The first may be None."""
     n = next(after.n for _, after in rows.values())

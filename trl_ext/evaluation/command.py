@@ -21,7 +21,7 @@ from ..common.run_folder import PROGRAM, writable_folder
 from ..common.spelling import did_you_mean
 
 
-EMBEDDED_TASKS = ("sums", "equations", "facts", "sentences")
+EMBEDDED_TASKS = ("sums", "reachability", "equations", "facts", "sentences")
 WRITTEN_BY_US = ("latent_reasoning.json", "training_args.json")
 FILE_TASKS = ("gsm8k", "gsm_hard", "svamp", "multiarith")
 

@@ -22,7 +22,7 @@ from trl.data_utils import apply_chat_template
 
 from unsloth_ext.common.text_model import TextModel
 
-from ..tasks import arithmetic, equations, facts
+from ..tasks import arithmetic, equations, facts, reachability
 from ..tasks.data import chat_dataset, solved
 from ..tasks.files import DataError, answer_text, number_in, read_rows
 from ..tasks.reward import final_answer, same_number
@@ -174,15 +174,19 @@ def embedded_task(
     """An embedded task with the held-out rows of a recipe.
 
     Args:
-        name: `sums` (HRPO), `equations` (latent tokens), `facts` (concept tokens) or `sentences` (planner).
+        name: `sums` or `reachability` (HRPO), `equations` (latent tokens), `facts` (concept tokens) or `sentences`
+            (planner).
         held_out: number of rows, as `--eval_size` of the training.
         seed: `--warm_start_seed` of the training.
-        marker: the text before an answer of `sums` or `equations`.
+        marker: the text before an answer of `sums`, `reachability` or `equations`.
         opened: the model. With a chat template, `sums` are asked as the questions of a file.
         system_prompt: as for `file_task`.
     """
     if name == "sums":
         pairs, new = [(row.prompt, str(row.answer)) for row in arithmetic.split_problems(held_out, seed)[1]], 36
+    elif name == "reachability":
+        pairs = [(row.prompt, row.answer) for row in reachability.split_problems(held_out, seed)[1]]
+        new = reachability.MAX_NEW_TOKENS
     elif name == "equations":
         pairs = [(row["question"], row["answer"]) for row in equations.split(held_out, seed)[1]]
         new = equations.MAX_NEW_TOKENS
@@ -195,7 +199,7 @@ def embedded_task(
         for row, prompt in zip(rows, chat_prompts(rows, marker, (), system_prompt, opened), strict=True):
             row["prompt"] = prompt
     numeric = name in ("sums", "equations")
-    return EvaluationTask(name, rows, marker if numeric else "", numeric, new)
+    return EvaluationTask(name, rows, marker if numeric or name == "reachability" else "", numeric, new)
 
 
 def chat_prompts(

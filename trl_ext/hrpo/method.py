@@ -23,7 +23,7 @@ METHOD = TrainingMethod(
             parent="GRPOTrainer",
             paper="2505.18454",
             what="GRPO whose thinking tokens mix their embedding with a state made from the position before",
-            evidence="87.7% to 88.5% by mode, GRPO 88.8%: no gain on this task",
+            evidence="sums: 87.7% to 88.5% by mode, GRPO 88.8%: no gain; graphs: 61%, GRPO 44%",
             data=("trl_ext.tasks.data:problem_reader",),
         ),
         Command(
@@ -46,6 +46,11 @@ METHOD = TrainingMethod(
             "bench-learning",
             "held-out accuracy over seeds: warm start, GRPO, HRPO in each mode",
             "benchmarks/bench_learning.py",
+        ),
+        Command(
+            "bench-states",
+            "what thinking states add on graphs, over seeds: HRPO with its states replaced, and GRPO",
+            "benchmarks/bench_states.py",
         ),
     ),
     progress={"thinking/fraction": "thinking"},

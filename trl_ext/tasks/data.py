@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..cli.flags import TASKS
 from .files import FORMATS, DataError, answer_text, number_in, read_rows
 
 
@@ -32,7 +33,7 @@ class DataArguments:
         default="tiny",
         metadata={
             "help": "A hub id, a .jsonl or .parquet file with question and answer, or a reasoning-gym name; 'tiny' is "
-            "the built-in task."
+            "the built-in task, and HRPO has 'reachability' too."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
@@ -49,7 +50,7 @@ class DataArguments:
                 self.dataset_options = json.loads(self.dataset_options)
             except json.JSONDecodeError as error:
                 raise ValueError(f"dataset_options={self.dataset_options!r} is not JSON: {error}") from error
-        if self.num_fewshot < 0 or (self.num_fewshot and self.dataset == "tiny"):
+        if self.num_fewshot < 0 or (self.num_fewshot and self.dataset in TASKS):
             raise ValueError(f"num_fewshot={self.num_fewshot}: must be 0 or more, and 0 for the built-in tasks")
         if not isinstance(self.dataset_options or {}, dict):
             raise ValueError(f"dataset_options={self.dataset_options!r}: a JSON object, such as '{{\"max_terms\": 2}}'")

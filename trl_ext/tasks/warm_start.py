@@ -27,7 +27,7 @@ from trl_ext.cli.console import PlainConsole
 
 from ..cli.report import compact_progress
 from ..common.fingerprint import digest
-from . import arithmetic, equations, facts
+from . import arithmetic, equations, facts, reachability
 from . import data as task_data
 
 
@@ -90,6 +90,22 @@ def tiny_warm_start(
 
 
 @in_one_process
+def tiny_reachability(cache: Path, *, seed: int, held_out: int, steps: int, delimiter: str, progress: bool) -> str:
+    """The folder of the tiny model after `steps` of SFT on random walks in graphs; cached like `tiny_warm_start`."""
+    batch = 64
+
+    def rows() -> Dataset:
+        training, _ = reachability.split_problems(held_out, seed, max(batch * steps, held_out))
+        return reachability.demonstrations(training, seed, delimiter)
+
+    tokenizer = reachability.tokenizer()
+    # Looking up edges is learnt late, so the rate stays high for longer than a cosine's
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 0.5, "lr_end": 0.0}}
+    taught = Taught(reachability.config(tokenizer), tokenizer, sft_settings(steps, batch, 3e-3, seed, schedule))
+    return taught.folder(cache, "tiny-reachability", [held_out, seed, steps, delimiter], rows, progress)
+
+
+@in_one_process
 def tiny_with_steps(
     cache: Path, *, seed: int, held_out: int, steps: int, progress: bool, size: equations.Size | None = None
 ) -> str:
@@ -120,8 +136,10 @@ def tiny_with_facts(
     return taught.folder(cache, "tiny-facts", [held_out, seed, asdict(size)], rows, progress)
 
 
-def sft_settings(steps: int, batch: int, learning_rate: float, seed: int) -> dict[str, Any]:
-    """The trainer's settings that affect the trained model."""
+def sft_settings(
+    steps: int, batch: int, learning_rate: float, seed: int, schedule: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The trainer's settings that affect the trained model. `schedule` replaces the cosine of the learning rate."""
     return {
         "max_steps": steps,
         "per_device_train_batch_size": batch,
@@ -135,6 +153,7 @@ def sft_settings(steps: int, batch: int, learning_rate: float, seed: int) -> dic
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
         "gradient_checkpointing": False,
+        **(schedule or {}),
     }
 
 
@@ -156,7 +175,7 @@ class Taught:
             rows: makes rows with `prompt` and `completion`, or with `text`.
             progress: show a progress bar.
         """
-        tasks = [inspect.getsource(module) for module in (arithmetic, equations, facts, task_data)]
+        tasks = [inspect.getsource(module) for module in (arithmetic, equations, facts, reachability, task_data)]
         versions = [str(installed_version(name)) for name in ("torch", "transformers", "trl", "reasoning-gym")]
         tokens = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map]
         parts = [self.config.to_dict(), tokens, self.settings, data, tasks, versions, platform.python_version()]

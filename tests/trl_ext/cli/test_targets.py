@@ -34,9 +34,19 @@ def test_a_target_that_does_not_train_runs_its_scripts():
     assert second == [sys.executable, "benchmarks/y.py"]
 
 
+@pytest.mark.parametrize("gpu, chosen", [(False, []), (True, CONFIG)])
+def test_a_task_is_the_dataset_and_an_embedded_one_needs_no_gpu(gpu, chosen):
+    (line,) = command_lines(TRAIN, gpu, "", ["--x"], "reachability")
+    assert line[4:] == ["x", "--dataset", "reachability", "--x"]
+    (line,) = command_lines(TRAIN, gpu, "", ["--x"], "openai/gsm8k")
+    assert line[4:] == ["x", *chosen, "--dataset", "openai/gsm8k", "--x"]
+    (line,) = command_lines(TRAIN, gpu, "m", ["--x"], "rows.jsonl")
+    assert line[4:] == ["x", "--model_name", "m", "--dataset", "rows.jsonl", "--x"]
+
+
 def test_what_takes_no_model_is_given_none():
     command = commands()["minimind-gpu"]
-    assert command_lines(command, True, "m", ["--x"]) == [
+    assert command_lines(command, True, "m", ["--x"], "reachability") == [
         [sys.executable, "recipes/minimind/all.py", "--published", "--x"]
     ]
 
@@ -83,6 +93,7 @@ def test_rollouts_in_vllm_where_there_are_a_gpu_and_vllm(
 ):
     monkeypatch.setattr(targets, "vllm_problem", lambda: problem)
     ((_, _, *found),) = command_lines(commands()["train-hrpo"], gpu, model, arguments)
+    assert "--use_vllm" not in command_lines(commands()["train-hrpo"], gpu, model, [], "reachability")[0]
     assert found[len(found) - len(added) - len(arguments) :] == [*added, *arguments]
     assert ("--use_vllm" in found) == bool(added) or arguments
     assert capsys.readouterr().out.startswith(said) if said else not capsys.readouterr().out

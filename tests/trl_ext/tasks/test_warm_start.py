@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from patches.versions import installed_version
 from tests import tiny
-from trl_ext.tasks import arithmetic, equations, facts, warm_start
+from trl_ext.tasks import arithmetic, equations, facts, reachability, warm_start
 from trl_ext.tasks.warm_start import publish
 
 
@@ -35,6 +35,7 @@ MADE = {
     "tiny": (warm_start.tiny_warm_start, {"delimiter": "####"}),
     "steps": (warm_start.tiny_with_steps, {}),
     "facts": (warm_start.tiny_with_facts, {}),
+    "reachability": (warm_start.tiny_reachability, {"delimiter": "#"}),
 }
 
 
@@ -70,15 +71,18 @@ def test_nothing_that_changes_the_model_is_left_out_of_its_name(where, monkeypat
             changed.add(where(kind))
     with monkeypatch.context() as patch:  # rates and batches in the code that calls it
         patch.setattr(
-            warm_start, "sft_settings", lambda steps, batch, rate, seed: original(steps, batch, 2 * rate, seed)
+            warm_start, "sft_settings", lambda steps, batch, rate, *more: original(steps, batch, 2 * rate, *more)
         )
         changed.add(where(kind))
     with monkeypatch.context() as patch:
         patch.setattr(warm_start, "installed_version", lambda name: "0" if name == "trl" else installed_version(name))
         changed.add(where(kind))
-    module, name = {"tiny": (arithmetic, "tiny_config"), "steps": (equations, "config"), "facts": (facts, "config")}[
-        kind
-    ]
+    module, name = {
+        "tiny": (arithmetic, "tiny_config"),
+        "steps": (equations, "config"),
+        "facts": (facts, "config"),
+        "reachability": (reachability, "config"),
+    }[kind]
     config = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *how, **more: _wider(config(*how, **more)))
     changed.add(where(kind))
@@ -92,6 +96,7 @@ def _wider(config):
 
 def test_the_delimiter_and_the_size_count(where):
     assert len({where(), where(delimiter="##"), where(kind="steps"), where(kind="facts")}) == 4
+    assert where(kind="reachability", delimiter="##") != where(kind="reachability")
     assert where(heads=3) != where()
     assert where(kind="steps", size=equations.TEACHER) != where(kind="steps")
     assert where(kind="facts", size=facts.Size(width=32)) != where(kind="facts")
