@@ -24,8 +24,8 @@ FOLDERS = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
 BOUNDS = {
     "hrpo_sums": {"on": (0.8, 1), "zero": (0.8, 1), "off": (0.8, 1)},  # its states carry nothing
     "kava_equations": {"on": (0.8, 1), "zero": (0, 0.2), "shuffle": (0, 0.3), "off": (0.95, 1)},
-    "pccot_equations": {"on": (0.3, 0.65), "zero": (0, 0.25), "off": (0.95, 1)},
-    "codi_equations": {"on": (0.2, 0.55), "zero": (0.2, 0.55), "off": (0.95, 1)},  # it has not learnt to use them
+    "pccot_equations": {"on": (0.95, 1), "zero": (0, 0.25), "off": (0.95, 1)},
+    "codi_equations": {"on": (0.95, 1), "zero": (0, 0.3), "shuffle": (0, 0.35), "off": (0.95, 1)},
     "kv_distill_equations": {"on": (0.95, 1)},
     "concept_facts": {"on": (0.9, 1)},
     "planner_facts": {"on": (0.95, 1), "shuffle": (0, 0.1)},
