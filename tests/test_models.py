@@ -26,6 +26,7 @@ BOUNDS = {
     "kava_equations": {"on": (0.8, 1), "zero": (0, 0.2), "shuffle": (0, 0.3), "off": (0.95, 1)},
     "pccot_equations": {"on": (0.95, 1), "zero": (0, 0.25), "off": (0.95, 1)},
     "codi_equations": {"on": (0.95, 1), "zero": (0, 0.3), "shuffle": (0, 0.35), "off": (0.95, 1)},
+    "lotus_equations": {"on": (0.95, 1), "zero": (0, 0.3), "shuffle": (0, 0.35)},
     "kv_distill_equations": {"on": (0.95, 1)},
     "concept_facts": {"on": (0.9, 1)},
     "planner_facts": {"on": (0.95, 1), "shuffle": (0, 0.1)},
