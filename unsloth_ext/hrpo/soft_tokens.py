@@ -8,8 +8,8 @@
 
     g = log p + Gumbel(0, 1),  softmax(g / tau_g) E is fed      log pi(g) = sum_i -(z_i + exp(-z_i)),  z = g - log p
 
-`p` is the distribution of the next token at `soft_temperature`, `E` the input embedding, tau_g `gumbel_temperature`. The sum
-is over the tokens within `gumbel_top_k` and `gumbel_top_p`, and `p` is then the distribution among these.
+`p` is the distribution of the next token at `soft_temperature`, `E` the input embedding, tau_g `gumbel_temperature`. The
+sum is over the tokens within `gumbel_top_k` and `gumbel_top_p`, and `p` is then the distribution among these.
 
 Each soft token has a token: the most likely one of p (`soft_gaussian`) or of g (`soft_gumbel`). The thinking ends with the
 token that completes the delimiter, or with EOS. This token is fed as it is. With `soft_gumbel` its probability is p, since
