@@ -56,6 +56,28 @@ from .monitors import GateMonitor, log_ratio, ratio_deviation
 logger = logging.get_logger(__name__)
 
 
+SOFT_PAPERS = {
+    "soft_gaussian": {
+        "title": "Soft Tokens, Hard Truths",
+        "id": "2509.19170",
+        "citation": (
+            "@article{butt2025soft,\n  title = {Soft Tokens, Hard Truths},\n  author = {Natasha Butt and Ariel Kwiatkowski "
+            "and Ismail Labiad and Julia Kempe and Yann Ollivier},\n  year = 2025,\n  eprint = {arXiv:2509.19170},\n}"
+        ),
+    },
+    "soft_gumbel": {
+        "title": "SofT-GRPO: Surpassing Discrete-Token LLM Reinforcement Learning via Gumbel-Reparameterized "
+        "Soft-Thinking Policy Optimization",
+        "id": "2511.06411",
+        "citation": (
+            "@article{zheng2025softgrpo,\n  title = {SofT-GRPO: Surpassing Discrete-Token LLM Reinforcement Learning via "
+            "Gumbel-Reparameterized Soft-Thinking Policy Optimization},\n  author = {Zhi Zheng and Yu Gu and Wei Liu and "
+            "Yee Whye Teh and Wee Sun Lee},\n  year = 2025,\n  eprint = {arXiv:2511.06411},\n}"
+        ),
+    },
+}
+
+
 class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
     """GRPO with hybrid latent reasoning (HRPO, arXiv 2505.18454): a drop-in for TRL's `GRPOTrainer`.
 
@@ -109,6 +131,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
         _refuse(args)
         if self.soft:
             self._check_soft()
+            self._paper = SOFT_PAPERS[self.hrpo.thinking_source]
         alone = not getattr(args, "ds3_gather_for_generation", True)
         check_engine(args, "HRPO", {"ds3_gather_for_generation=False": alone})
         if use_vllm:

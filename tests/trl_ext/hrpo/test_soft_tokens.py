@@ -122,6 +122,11 @@ def test_it_trains_saves_and_loads(tmp_path, source):
     settings = json.loads((tmp_path / "saved" / "latent_reasoning.json").read_text())["settings"]
     assert settings["thinking_source"] == source and settings["gumbel_top_k"] == 4 and settings["noise_scale"] == 0.2
     assert any("lora_" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
+    cited = {"soft_gaussian": "2509.19170", "soft_gumbel": "2511.06411"}
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert [number for number in ("2505.18454", *cited.values()) if f"eprint = {{arXiv:{number}}}" in card] == [
+        cited[source]
+    ]
     loaded, tokenizer = FastThinkingModel.from_pretrained(str(tmp_path / "saved"), load_in_4bit=False)
     matcher = DelimiterMatcher(tokenizer, "#", 64)
     ids = torch.tensor([[9, 12, 8, 30]])
