@@ -255,6 +255,11 @@ def test_a_stock_model_fed_with_the_trace_finds_the_same_tokens_and_likelihoods(
             chance = p[completion[row, t]] / p[kept].sum()
             assert trace.log_probs[row, t].item() == pytest.approx(chance.log().item(), abs=1e-4)
     answer = ~mask & ~ends & live
+    if source == "soft_gaussian":
+        softly = logits.argmax(-1)
+    else:
+        softly = trace.candidates.gather(-1, trace.gumbels.argmax(-1, keepdim=True)).squeeze(-1)
+    assert (completion != softly)[answer].any(), "answers are sampled, and not made of soft tokens"
     plain = (logits / 0.7).log_softmax(-1).gather(-1, completion[..., None]).squeeze(-1)
     torch.testing.assert_close(trace.log_probs[answer], plain[answer], rtol=1e-4, atol=1e-4)
     found = scored(net, out, full, trace, plain)
