@@ -194,7 +194,7 @@ def main() -> None:
         "max_new_tokens": args.max_completion_length,
         "temperature": args.temperature,
         "batch_size": script.eval_batch,
-        "thinking": "on" if args.thinking else "off",
+        "thinking": "on" if args.thinking and not args.soft_tokens else "off",  # soft tokens train, hard ones answer
         "progress": not args.disable_tqdm and args.process_index == 0,
     }
     accuracy = AccuracyCallback(script.eval_every, lambda model: evaluate(model, tokenizer, held_out, **decoding))
@@ -211,7 +211,8 @@ def main() -> None:
         trainer.begin_with(script.init_from)
 
     looked_at = train.select(range(min(script.dry_run_rows, len(train))))
-    sampled = evaluate(trainer.model, tokenizer, looked_at, do_sample=True, **decoding)
+    as_rollouts = {**decoding, "do_sample": True, "thinking": "on" if args.thinking else "off"}
+    sampled = evaluate(trainer.model, tokenizer, looked_at, **as_rollouts)
     dry_run(looked_at, sampled, reward, args.answer_delimiter, console)
 
     trainer.train(resume_from_checkpoint=resume)

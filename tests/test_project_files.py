@@ -112,8 +112,9 @@ def test_the_version_is_the_same_everywhere():
 
 def test_every_paper_of_a_trainer_is_cited():
     import trl_ext
+    from trl_ext.hrpo.trainer import SOFT_PAPERS
 
-    papers = {}
+    papers = {f"arXiv:{paper['id']}": (paper["title"], paper["citation"]) for paper in SOFT_PAPERS.values()}
     for name in trl_ext.__all__:
         if name.endswith("Trainer"):
             for part in getattr(trl_ext, name).__mro__:

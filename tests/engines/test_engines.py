@@ -18,6 +18,8 @@ from .launch import launch
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 # DeepSpeed clips the gradients of all roles together, which changes the steps of the gates
 ONE_BOUND = {"rtol": 1e-3, "atol": 3e-4}
+# Squares over sigma^2 round more, and AdamW makes whole steps of small gradients
+SQUARES = {"rtol": 1e-3, "atol": 3e-4}
 FAST = [("hrpo", "fsdp2"), ("planner", "fsdp2")]  # the others run with `make test-engines`
 # Cases that engines refuse
 METHODS = {
@@ -134,14 +136,23 @@ def test_mixed_precision(ddp, case, engine):
     assert ours[-1]["grad_norm"] == pytest.approx(theirs[-1]["grad_norm"], rel=0.3)
 
 
-@pytest.mark.parametrize("case", ["hrpo", pytest.param("hrpo, LoRA", marks=pytest.mark.engines)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "hrpo",
+        *(
+            pytest.param(case, marks=pytest.mark.engines)
+            for case in ("hrpo, LoRA", "hrpo, soft_gaussian", "hrpo, soft_gumbel")
+        ),
+    ],
+)
 def test_two_processes_are_one(ddp, case):
     """Rollout, advantages, loss and each weight, if each row draws the same. tests/trl_ext has the other trainers."""
     folder = ddp(case)
     for engine in ("one", "ddp"):
         launch(engine, case, folder, alike=True, name=f"alike {engine}")
     assert all(entry["loss"] and entry["grad_norm"] > 0.01 for entry in found(folder, "alike ddp")[0]["logs"])
-    check_equal(folder, "alike one", "alike ddp", CLOSE)
+    check_equal(folder, "alike one", "alike ddp", SQUARES if case == "hrpo, soft_gaussian" else CLOSE)
 
 
 @pytest.mark.engines

@@ -37,6 +37,7 @@ from unsloth_ext import LatentModel
 from unsloth_ext.common.sharding import full
 from unsloth_ext.common.wrapping import backbone_of
 from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
+from unsloth_ext.hrpo.states import SOFT_SOURCES
 
 from . import stock
 
@@ -57,6 +58,10 @@ CASES = {
         for source in ("projection", "soft_embedding")
         for mode in RECOMPUTE_MODES
         if (source, mode) != ("projection", "soft_bptt")
+    },
+    **{
+        f"hrpo, {source}": functools.partial(hrpo.hrpo, peft=False, thinking_source=source, recompute="frozen")
+        for source in SOFT_SOURCES
     },
     "hrpo, embedding_rms": functools.partial(hrpo.hrpo, peft=False, thinking_norm="embedding_rms"),
     **{
@@ -157,6 +162,19 @@ def drawing_alike() -> Callable[..., torch.Tensor]:
     return draw
 
 
+def noise_alike() -> None:
+    """Let the noise of soft tokens depend on the place of a row among the rows of all processes, and not on a seed."""
+    rank, step = int(os.environ.get("RANK", 0)), itertools.count(1)
+
+    def uniform(like: torch.Tensor) -> torch.Tensor:
+        row = torch.arange(len(like))[:, None] + rank * len(like) + 1
+        place = row * 0.618034 + torch.arange(like.shape[1]) * 0.569840 + next(step) * 0.754878
+        return (place % 1).clamp(0.01, 0.99).to(like.dtype)
+
+    torch.randn_like = lambda like: torch.special.ndtri(uniform(like))
+    torch.Tensor.exponential_ = lambda like: like.copy_(-uniform(like).log())
+
+
 def pushed(trainer) -> dict[str, torch.Tensor]:
     """What TRL sends to vLLM for a rollout, by name."""
     generation = VLLMGeneration.__new__(VLLMGeneration)
@@ -195,6 +213,7 @@ def main() -> None:
         trainer._generate_single_turn = seeing
     if options.get("alike"):
         torch.multinomial = drawing_alike()
+        noise_alike()
     if options.get("evaluate"):
         trainer.evaluate()
     trainer.train(options.get("resume"))

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 WINDOW = 10  # consecutive logs
+MOST_LOG_RATIO = 10.0  # of a soft token: a ratio of 22,000, far outside any clipping range
 
 
 class RolloutDiagnostics(TrainerCallback):
@@ -90,6 +91,13 @@ class RolloutDiagnostics(TrainerCallback):
             found["thinking"] = (
                 f"the share of thinking tokens fell from {first:.1%} to {now:.1%}: the model writes the delimiter at once; "
                 "reward the reasoning too, lower the learning rate, or set beta above 0"
+            )
+        ratios = self._series("thinking/log_ratio")
+        if min(ratios) > MOST_LOG_RATIO:
+            found["log_ratio"] = (
+                f"the largest log-ratio of a soft token was {_mean(ratios):.3g} on average over the last {count} logs, so "
+                "its importance ratio is clipped or overflows; lower learning_rate or num_iterations, or set "
+                "noise_likelihood='mean'"
             )
         return found
 

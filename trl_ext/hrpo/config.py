@@ -1,9 +1,10 @@
 """The fields that HRPO adds to GRPO's configuration."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES
+from unsloth_ext.hrpo.recompute import RECOMPUTE_MODES, trace_fields
 from unsloth_ext.hrpo.residual import ThinkingConfig
+from unsloth_ext.hrpo.states import SOFT_SOURCES
 
 from ..common import mixin_bases
 from ..common.config_checks import at_least, check_values, one_of
@@ -31,6 +32,8 @@ class HRPOArguments(mixin_bases.GRPOConfig):
             "lr_residual_gate",
             "lr_residual_lambda",
         ),
+        "arXiv 2509.19170": ("noise_scale", "noise_likelihood"),
+        "the code of arXiv 2511.06411": ("gumbel_temperature", "gumbel_top_k", "gumbel_top_p"),
         "design note": ("thinking_source", "thinking_norm", "lr_thinking_projection"),
     }
 
@@ -43,9 +46,9 @@ class HRPOArguments(mixin_bases.GRPOConfig):
     thinking_source: str = field(
         default="projection",
         metadata={
-            "help": "How a thinking state is made: 'projection' (of the previous hidden state) or "
-            "'soft_embedding' (the paper's probability-weighted embedding). A model with thinking modules keeps "
-            "the one it was made with."
+            "help": "How a thinking state is made: 'projection' (of the previous hidden state), "
+            "'soft_embedding' (the paper's probability-weighted embedding), or 'soft_gaussian' or 'soft_gumbel' (soft "
+            "tokens, see docs/soft_tokens.md). A model with thinking modules keeps the one it was made with."
         },
     )
     thinking_norm: str = field(
@@ -62,6 +65,32 @@ class HRPOArguments(mixin_bases.GRPOConfig):
     )
     jacobi_iterations: int = field(
         default=1, metadata={"help": "No-gradient refinement passes of recompute='jacobi' (K)."}
+    )
+    soft_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of the distribution that a soft token mixes; default: 0.5 for 'soft_gaussian', 1 for "
+            "'soft_gumbel'."
+        },
+    )
+    noise_scale: float = field(
+        default=0.33,
+        metadata={
+            "help": "Standard deviation of the noise of 'soft_gaussian', as a share of the root mean square of the "
+            "embedding's entries."
+        },
+    )
+    gumbel_temperature: float = field(default=0.1, metadata={"help": "Temperature of the mixture of 'soft_gumbel'."})
+    gumbel_top_k: int = field(default=5, metadata={"help": "Number of tokens that 'soft_gumbel' keeps at most."})
+    gumbel_top_p: float = field(
+        default=0.95, metadata={"help": "Probability of the tokens that 'soft_gumbel' keeps at most, in total."}
+    )
+    noise_likelihood: str = field(
+        default="sum",
+        metadata={
+            "help": "Log-likelihood of a soft token: 'sum' over its dimensions or kept tokens (both papers), or their "
+            "'mean' (the code of arXiv 2511.06411)."
+        },
     )
     lr_residual_gate: float = field(default=1e-4, metadata={"help": "Learning rate of the two residual gates."})
     lr_residual_lambda: float = field(default=1e-3, metadata={"help": "Learning rate of Lambda."})
@@ -86,8 +115,10 @@ class HRPOArguments(mixin_bases.GRPOConfig):
             super().__post_init__()
         if not self.answer_delimiter:
             raise ValueError("answer_delimiter='': give the text that ends the thinking, such as '####'")
-        self.thinking_config()  # checks thinking_source, thinking_norm, residual_r_min, residual_r_max
+        self.thinking_config()  # checks its fields
         one_of(self, recompute=RECOMPUTE_MODES)
+        if self.soft_tokens:
+            self._check_soft_tokens()
         if self.recompute == "soft_bptt" and self.thinking_source != "soft_embedding":
             raise ValueError(
                 f"recompute='soft_bptt' needs thinking_source='soft_embedding', got {self.thinking_source!r}; the "
@@ -95,6 +126,22 @@ class HRPOArguments(mixin_bases.GRPOConfig):
             )
         at_least(self, jacobi_iterations=1, lr_residual_gate=0, lr_residual_lambda=0, lr_thinking_projection=0)
 
+    @property
+    def soft_tokens(self) -> bool:
+        """Whether soft tokens are the thinking."""
+        return self.thinking and self.thinking_source in SOFT_SOURCES
+
     def thinking_config(self) -> ThinkingConfig:
         """The settings of the model's thinking modules."""
-        return ThinkingConfig(self.thinking_source, self.thinking_norm, self.residual_r_min, self.residual_r_max)
+        return ThinkingConfig(**{f.name: getattr(self, f.name) for f in fields(ThinkingConfig)})
+
+    def _check_soft_tokens(self) -> None:
+        trace_fields(self.recompute, self.thinking_source)  # checks recompute
+        source = f"thinking_source={self.thinking_source!r}"
+        if getattr(self, "beta", 0.0):
+            raise ValueError(
+                f"beta={self.beta} with {source}: the KL term of GRPO compares probabilities of tokens, and a soft token "
+                "has a density; set beta=0"
+            )
+        if getattr(self, "use_vllm", False):
+            raise ValueError(f"use_vllm=True with {source}: vLLM cannot draw soft tokens; set use_vllm=False")

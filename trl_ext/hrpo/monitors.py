@@ -133,3 +133,17 @@ def ratio_deviation(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor
         A scalar in the dtype of `new`.
     """
     return ((new - rollout).exp() - 1).abs().masked_fill(mask == 0, 0).max()  # unscored log-probs may be infinite
+
+
+def log_ratio(new: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Largest |log p_train - log p_rollout| over the soft tokens. Both p may be too large or small to compare.
+
+    Args:
+        new (B, C): float; log-likelihoods of the training forward.
+        rollout (B, C): float; log-likelihoods of the rollout.
+        mask (B, C): bool, the scored soft tokens.
+
+    Returns:
+        A scalar in the dtype of `new`.
+    """
+    return (new - rollout).abs().masked_fill(~mask, 0).max()

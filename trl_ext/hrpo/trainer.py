@@ -5,6 +5,7 @@
 - The batch: `_generate_and_score_completions` adds these tensors, and the parent shuffles and splits them.
 - Log-probabilities: `_get_per_token_logps_and_entropies` passes the thinking states to the model. The old policy and
   the loss use the same code, so the importance ratio is 1 at the first inner step. The KL reference does not think.
+- Soft tokens: the log-probability of a thinking token is the likelihood of its mixture (`unsloth_ext.hrpo.soft_tokens`).
 - Optimizer: `create_optimizer` splits the parent's groups by learning rate, `_clip_grad_norm` clips each group
   separately.
 
@@ -15,6 +16,7 @@ import contextlib
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,13 +29,15 @@ from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
 from unsloth_ext.common.sharding import whole_weights
-from unsloth_ext.common.wrapping import backbone_of
+from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.hrpo.adapter import free_originals, with_thinking_modules
-from unsloth_ext.hrpo.decoding import HybridSession, ThinkingTrace, hybrid_decode
+from unsloth_ext.hrpo.decoding import SOFT_KEPT, HybridSession, ThinkingTrace, hybrid_decode
+from unsloth_ext.hrpo.forward import decoder_of
 from unsloth_ext.hrpo.method import METHOD
 from unsloth_ext.hrpo.recompute import thinking_keywords, trace_fields
 from unsloth_ext.hrpo.residual import attach_thinking, has_thinking
-from unsloth_ext.hrpo.states import Warper
+from unsloth_ext.hrpo.soft_tokens import soft_log_probs
+from unsloth_ext.hrpo.states import SOFT_SOURCES, Warper
 
 from ..common.engines import check_engine
 from ..common.grpo_checkpointing import GRPOCheckpointMixin
@@ -46,10 +50,32 @@ from ..common.sampling import check_generation_kwargs, check_vllm_rollouts, roll
 from ..common.vllm_pushes import pushing_weights
 from . import vllm_rollout
 from .config import HRPOArguments
-from .monitors import GateMonitor, ratio_deviation
+from .monitors import GateMonitor, log_ratio, ratio_deviation
 
 
 logger = logging.get_logger(__name__)
+
+
+SOFT_PAPERS = {
+    "soft_gaussian": {
+        "title": "Soft Tokens, Hard Truths",
+        "id": "2509.19170",
+        "citation": (
+            "@article{butt2025soft,\n  title = {Soft Tokens, Hard Truths},\n  author = {Natasha Butt and Ariel Kwiatkowski "
+            "and Ismail Labiad and Julia Kempe and Yann Ollivier},\n  year = 2025,\n  eprint = {arXiv:2509.19170},\n}"
+        ),
+    },
+    "soft_gumbel": {
+        "title": "SofT-GRPO: Surpassing Discrete-Token LLM Reinforcement Learning via Gumbel-Reparameterized "
+        "Soft-Thinking Policy Optimization",
+        "id": "2511.06411",
+        "citation": (
+            "@article{zheng2025softgrpo,\n  title = {SofT-GRPO: Surpassing Discrete-Token LLM Reinforcement Learning via "
+            "Gumbel-Reparameterized Soft-Thinking Policy Optimization},\n  author = {Zhi Zheng and Yu Gu and Wei Liu and "
+            "Yee Whye Teh and Wee Sun Lee},\n  year = 2025,\n  eprint = {arXiv:2511.06411},\n}"
+        ),
+    },
+}
 
 
 class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
@@ -92,7 +118,8 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
         self._trace: ThinkingTrace | None = None
         self._new_logps: torch.Tensor | None = None
         self.thinking = self.hrpo.thinking and not self._cannot_think(given)
-        self._one_unit = self.thinking and self.hrpo.recompute == "soft_bptt"
+        self.soft = self.thinking and self.hrpo.soft_tokens
+        self._one_unit = self.soft or (self.thinking and self.hrpo.recompute == "soft_bptt")
         use_vllm = getattr(args, "use_vllm", False)
         if not self.thinking:
             if use_vllm:
@@ -102,6 +129,9 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             self.add_callback(RolloutDiagnostics())
             return
         _refuse(args)
+        if self.soft:
+            self._check_soft()
+            self._paper = SOFT_PAPERS[self.hrpo.thinking_source]
         alone = not getattr(args, "ds3_gather_for_generation", True)
         check_engine(args, "HRPO", {"ds3_gather_for_generation=False": alone})
         if use_vllm:
@@ -116,9 +146,15 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             super().__init__(**given)
         check_batches(self.model)
         backbone = backbone_of(self.model)
+        source = backbone.thinking_config.thinking_source
+        if source != self.hrpo.thinking_source and (self.soft or source in SOFT_SOURCES):
+            raise ValueError(
+                f"thinking_source={self.hrpo.thinking_source!r}: the model has thinking modules that were made with "
+                f"{source!r}; set thinking_source to this, or remove them (unsloth_ext.drop_thinking)"
+            )
         if is_peft_model(self.model):
             free_originals(backbone)
-        self._freeze_projection()
+        self._freeze_unused()
         if self.is_deepspeed_enabled and self.hrpo.clip_grad_per_group and args.max_grad_norm:
             logger.warning(
                 "clip_grad_per_group=True has no effect with DeepSpeed, which clips the norm of all gradients together"
@@ -131,7 +167,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
         decoding = rollout_config(self)
         warn_of_truncation(decoding, self.temperature)
         self.warper = Warper.of(decoding)
-        self.fields = trace_fields(self.hrpo.recompute, backbone.thinking_config.thinking_source)
+        self.fields = trace_fields(self.hrpo.recompute, source)
         self.monitor = GateMonitor(backbone)
         self.add_callback(RolloutDiagnostics(self.hrpo.answer_delimiter))
 
@@ -140,6 +176,9 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
     def _check_vllm(self, args: Any) -> None:
         """Raise an error, before anything is loaded, if vLLM cannot make the rollouts."""
         vllm_rollout.check_vllm(args)
+
+    def _check_soft(self) -> None:
+        """Raise an error if this trainer cannot use soft tokens."""
 
     def _check_plain_vllm(self, args: Any) -> None:
         """The same for rollouts that do not think."""
@@ -204,9 +243,12 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
         if not has_thinking(model) and not attach_saved(model, METHOD, attach, token):
             attach(self.hrpo.thinking_config())
 
-    def _freeze_projection(self) -> None:
-        """Freeze the projection if it is not to be trained, or gets no gradient, which DDP would wait for."""
+    def _freeze_unused(self) -> None:
+        """Freeze modules that get no gradient, which DDP would wait for, and the projection if it is not to be trained."""
         backbone = backbone_of(self.model)
+        if self.soft:
+            for name in METHOD.modules:
+                getattr(backbone, name).requires_grad_(False)
         unused = backbone.thinking_config.thinking_source != "projection" or self.hrpo.recompute == "frozen"
         if self.hrpo.lr_thinking_projection == 0 or unused:
             backbone.thinking_projection.requires_grad_(False)
@@ -262,7 +304,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             thinking, total, with_delimiter, rows = self.accelerator.gather(counts).view(-1, 4).sum(0).tolist()
             self._metrics[mode]["thinking/fraction"].append(thinking / max(total, 1))
             self._metrics[mode]["completions/delimiter_rate"].append(with_delimiter / rows)
-            self._freeze_projection()  # TRL's `use_adapter` makes all weights of the adapter it activates trainable
+            self._freeze_unused()  # TRL's `use_adapter` makes all weights of the adapter it activates trainable
             return out
         finally:
             self._trace = None
@@ -323,17 +365,35 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             extra = self._keywords(model, part, **inputs)
             if self._takes_position_ids:
                 extra["position_ids"] = inputs["position_ids"]
-            parts.append(
-                super()._get_per_token_logps_and_entropies(
+            with self._seeing_hidden(model) as seen:
+                found = super()._get_per_token_logps_and_entropies(
                     functools.partial(model, **extra), input_ids[rows], attention_mask[rows], logits_to_keep, **options
                 )
-            )
+            if self.soft:
+                with self._autocast():
+                    hidden_states = seen[0][:, -logits_to_keep - 1 : -1]
+                    found = (soft_log_probs(unwrapped(model), hidden_states, part, found[0]), *found[1:])
+            parts.append(found)
         logps, entropies, aux = zip(*parts, strict=True)
         return (
             torch.cat(logps),
             None if entropies[0] is None else torch.cat(entropies),
             None if aux[0] is None else torch.stack(aux).mean(),
         )
+
+    @contextlib.contextmanager
+    def _seeing_hidden(self, model: nn.Module) -> Iterator[list[torch.Tensor]]:
+        """Collect the hidden states that the LM head is given, of each forward in the block, if soft tokens need them."""
+        seen: list[torch.Tensor] = []
+        if not self.soft:
+            yield seen
+            return
+        decoder = decoder_of(unwrapped(model), backbone_of(model))
+        hook = decoder.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     def _keywords(self, model: nn.Module, trace: ThinkingTrace, **inputs: torch.Tensor) -> dict[str, Any]:
         """Further arguments of the model's forward, so that it thinks.
@@ -392,6 +452,10 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
         deviation = self.accelerator.gather(ratio_deviation(new_logps, inputs["rollout_logps"], scored)).max().item()
         # Keep the maximum since the last log, because the parent would average
         metrics["thinking/ratio_deviation"] = [max([deviation, *metrics["thinking/ratio_deviation"]])]
+        if self.soft:
+            largest = log_ratio(new_logps, inputs["rollout_logps"], inputs["thinking_mask"] & scored.bool())
+            largest = self.accelerator.gather(largest).max().item()
+            metrics["thinking/log_ratio"] = [max([largest, *metrics["thinking/log_ratio"]])]
 
     # -- optimizer --------------------------------------------------------------------------------------------------
 
@@ -428,7 +492,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the metrics, and in training how far the projection has moved."""
-        if self.thinking and self.model.training:
+        if self.thinking and not self.soft and self.model.training:
             for name, value in self.monitor.projection_change().items():
                 self._metrics["train"][name].append(value)
         super().log(logs, *args, **kwargs)
@@ -437,7 +501,8 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
 def _trace_in(inputs: dict[str, Any]) -> ThinkingTrace:
     """The rollout's trace in a batch. Rollouts in checkpoints from before 0.1 call hidden states "thinking_hidden"."""
     hidden_states = inputs.get("hidden_states", inputs.get("thinking_hidden"))
-    return ThinkingTrace(inputs["thinking_mask"], inputs.get("thinking_states"), hidden_states)
+    soft = {name: inputs.get(name) for name in SOFT_KEPT}
+    return ThinkingTrace(inputs["thinking_mask"], inputs.get("thinking_states"), hidden_states, **soft)
 
 
 def _refuse(args: Any) -> None:

@@ -57,6 +57,12 @@ class UnslothHRPOMixin(HRPOMixin):
             "think; set use_vllm=False, or train without importing unsloth"
         )
 
+    def _check_soft(self) -> None:
+        raise ValueError(
+            f"thinking_source={self.hrpo.thinking_source!r}: Unsloth's loss computes log-probabilities of tokens only; "
+            "train soft tokens without importing unsloth"
+        )
+
     def _check_plain_vllm(self, args: Any) -> None:
         """Unsloth makes the engine, and checks it."""
 

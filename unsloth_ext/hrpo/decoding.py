@@ -6,6 +6,9 @@ LM head reads the hidden state, the last logits processor reads the warped distr
 sampled token, and a hook on the input embedding fuses the state into the next forward. So greedy and sampled decoding,
 EOS, `num_return_sequences`, streamers, stopping criteria and scores are transformers' own. Rows that have ended leave
 the forwards where this changes nothing that is returned (`live_rows`).
+
+Soft tokens (`soft_tokens`) are drawn by a logits processor before all others, from the model's own logits. The last one
+then leaves one token to each row that thinks: the one that stands for the soft token.
 """
 
 from dataclasses import dataclass
@@ -32,10 +35,12 @@ from ..common.unsloth_decoding import returning_hidden_states, without_decode_gr
 from ..common.wrapping import backbone_of
 from .live_rows import LiveRows, can_drop_rows
 from .method import METHOD
-from .states import Warper, project, soft_embedding
+from .soft_tokens import SOFT_FIELDS, SoftToken, SoftTokens
+from .states import SOFT_SOURCES, Warper, project, soft_embedding
 
 
-KEPT = ("thinking_states", "hidden_states", "log_probs")  # recorded on request; the mask always is
+SOFT_KEPT = tuple(name for names in SOFT_FIELDS.values() for name in names)
+KEPT = ("thinking_states", "hidden_states", "log_probs", *SOFT_KEPT)  # recorded on request; the mask always is
 
 
 @dataclass
@@ -49,13 +54,21 @@ class ThinkingTrace:
         thinking_states (B, C, d): the state fused into each token, in the model's dtype, and zero for other tokens.
             None unless requested.
         hidden_states (B, C, d): the hidden state that produced each token, in the model's dtype. None unless requested.
-        log_probs (B, C): fp32, of each token under the distribution it was drawn from. None unless requested.
+        log_probs (B, C): fp32, of each token under the distribution it was drawn from, and the log-likelihood of each soft
+            token. None unless requested.
+        noise_std (B, C): fp32, the standard deviation of the noise of Gaussian soft tokens. None unless requested.
+        candidates (B, C, k): long, the tokens that Gumbel soft tokens mix. None unless requested.
+        gumbels (B, C, k): fp32, their noised log-probabilities, minus infinity for tokens that top-p drops. None unless
+            requested.
     """
 
     thinking_mask: torch.Tensor
     thinking_states: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
+    noise_std: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
+    gumbels: torch.Tensor | None = None
 
 
 class HybridSession:
@@ -94,24 +107,44 @@ class HybridSession:
         self.lm_head = model.get_output_embeddings()
         self.source = self.backbone.thinking_config.thinking_source
         self.needs_hidden = self.source == "projection" or "hidden_states" in keep
+        self.soft = self.source in SOFT_SOURCES
+        if other := [name for name in keep if name in SOFT_KEPT and name not in SOFT_FIELDS.get(self.source, ())]:
+            raise ValueError(f"keep: {other[0]!r}: a model with thinking_source={self.source!r} has none")
         self._masks: list[torch.Tensor] = []
         self._thinking_states: list[torch.Tensor] = []
         self._hidden_states: list[torch.Tensor] = []
         self._log_probs: list[torch.Tensor] = []
+        self._soft_kept: list[dict[str, torch.Tensor]] = []
+        self._soft_token: SoftToken | None = None
         self._last_hidden: torch.Tensor | None = None
         self._pending: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._matched: torch.Tensor | None = None
         self.live = LiveRows()
 
-    # -- the four hooks, in the order of one step -------------------------------------------------------------------
+    # -- the hooks, in the order of one step ------------------------------------------------------------------------
 
     def see_hidden(self, _: nn.Module, args: tuple) -> None:
         """Pre-hook of the LM head: store the last of the hidden states (B, T, d) in `args`, of the live rows."""
         self._last_hidden = self.live.widen(args[0][:, -1].clone())  # a view would keep the whole prefill alive
 
-    def see_scores(self, scores: torch.Tensor) -> None:
-        """Store the warped scores (B, V), fp32, of the token to be chosen."""
+    def see_logits(self, logits: torch.Tensor) -> None:
+        """Draw soft tokens from the model's logits (B, V), fp32."""
+        self._soft_token = self._soft_tokens.draw(logits)
+
+    def see_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Store the warped scores of the token to be chosen.
+
+        Args:
+            scores (B, V): fp32.
+
+        Returns:
+            (B, V) fp32, the scores that it is chosen by. Where a row thinks in soft tokens, only their token is possible.
+        """
         self._scores = scores
+        if self._soft_token is None:
+            return scores
+        only = torch.full_like(scores, -torch.inf).scatter(-1, self._soft_token.token[:, None], 0.0)
+        return only if not self._masks else torch.where(self._masks[-1][:, None], only, scores)
 
     def see_token(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
         """Record the chosen tokens and prepare their thinking states. Nothing here waits for the device.
@@ -133,6 +166,9 @@ class HybridSession:
             self._log_probs.append(self._scores.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1))
         if "hidden_states" in self.keep:
             self._hidden_states.append(self._last_hidden)
+        if self._soft_token is not None:
+            self._take_soft_token(self._soft_token)
+            return
         if self.source == "projection":
             self._pending = (self._last_hidden, None)
             return
@@ -170,7 +206,18 @@ class HybridSession:
 
     # -- the thinking state ---------------------------------------------------------------------------------------
 
+    def _take_soft_token(self, soft: SoftToken) -> None:
+        self._pending = (soft.state, None)
+        self._soft_kept.append(soft.kept)
+        if "log_probs" in self.keep:
+            thinks = self._masks[-1]
+            ends = ~thinks & self._masks[-2] if len(self._masks) > 1 else ~thinks
+            found = torch.where(ends, soft.end_log_prob, self._log_probs[-1])
+            self._log_probs[-1] = torch.where(thinks, soft.log_prob, found).float()
+
     def _state(self, basis: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+        if self.soft:
+            return basis
         if self.source == "projection":
             return project(self.backbone, basis)
         return soft_embedding(self.embedding, basis, None if count is None else int(count))
@@ -183,20 +230,24 @@ class HybridSession:
         self.eos = getattr(config, "_eos_token_tensor", None)
         self.warper = Warper.of(config)
         self.warp = not config.do_sample  # sampling warps in the loop, greedy decoding does not
+        if self.soft:
+            self._soft_tokens = SoftTokens(self.backbone, noisy=bool(config.do_sample))
 
     def trace(self) -> ThinkingTrace:
         """Return the record so far. Its tensors are not inference tensors, so training may use them."""
         thinking_states = None
         if "thinking_states" in self.keep:
-            # The last token is never fed, so its state is zero
+            # The last token is never fed, so its state is zero. A soft token has been drawn, and has a likelihood
             unfed = len(self._masks) - len(self._thinking_states)
-            thinking_states = [*self._thinking_states, *[torch.zeros_like(self._empty_state())] * unfed]
+            last = self._pending[0] if self.soft and self._pending else self._empty_state()
+            thinking_states = [*self._thinking_states, *[last] * unfed]
         stack = lambda steps: torch.stack(steps, dim=1).clone()  # noqa: E731
         return ThinkingTrace(
             thinking_mask=stack(self._masks),
             thinking_states=None if thinking_states is None else stack(thinking_states),
             hidden_states=stack(self._hidden_states) if "hidden_states" in self.keep else None,
             log_probs=stack(self._log_probs) if "log_probs" in self.keep else None,
+            **{name: stack([kept[name] for kept in self._soft_kept]) for name in SOFT_KEPT if name in self.keep},
         )
 
     def _empty_state(self) -> torch.Tensor:
@@ -209,7 +260,15 @@ class _SeeScores(LogitsProcessor):
         self.session = session
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.session.see_scores(scores)
+        return self.session.see_scores(scores)
+
+
+class _SeeLogits(LogitsProcessor):
+    def __init__(self, session: HybridSession):
+        self.session = session
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.session.see_logits(scores)
         return scores
 
 
@@ -270,7 +329,8 @@ def hybrid_decode(
         raise ValueError(
             "output_logits=True: under Unsloth the raw logits are replaced by hidden states; use output_scores"
         )
-    processors = LogitsProcessorList([*logits_processor, _SeeScores(hybrid)])
+    first = [_SeeLogits(hybrid)] if hybrid.soft else []
+    processors = LogitsProcessorList([*first, *logits_processor, _SeeScores(hybrid)])
     criteria = _SeeingCriteria(stopping_criteria, hybrid)
     handles = []
     # An ablation mixes rows, or draws noise for each

@@ -99,9 +99,9 @@ def _check_hidden(model: PreTrainedModel, backbone: nn.Module, source: str) -> N
             "training would make thinking states from different hidden states. Choose a causal LM whose head is one "
             "linear layer"
         )
-    if source == "soft_embedding" and not _alike(logits_of(model, seen[1]), logits):
+    if source != "projection" and not _alike(logits_of(model, seen[1]), logits):
         raise ValueError(
-            f"{type(model).__name__} cannot think in soft embeddings: it scales its logits in a way that "
+            f"{type(model).__name__} cannot think in embeddings of several tokens: it scales its logits in a way that "
             'unsloth_ext.common.logits.logits_of does not know. Choose thinking_source="projection"'
         )
 

@@ -22,11 +22,11 @@ from ..common.sharding import begin_at_root
 from ..common.wrapping import backbone_of, unwrapped
 from .decoding import ThinkingTrace
 from .forward import decoder_of
-from .states import Warper, soft_embedding
+from .soft_tokens import SOFT_FIELDS
+from .states import SOFT_SOURCES, TOKENS_PER_CHUNK, Warper, soft_embedding
 
 
 RECOMPUTE_MODES = ("frozen", "rollout", "two_pass", "soft_bptt", "jacobi")
-TOKENS_PER_CHUNK = 512  # bounds the (tokens, V) distributions of soft embeddings
 
 
 def trace_fields(mode: str, source: str) -> tuple[str, ...]:
@@ -39,8 +39,18 @@ def trace_fields(mode: str, source: str) -> tuple[str, ...]:
 
     Returns:
         Nothing for `two_pass`; `"hidden_states"` for `rollout`, and for `jacobi` with the projection; else
-        `"thinking_states"`.
+        `"thinking_states"`, and for soft tokens what their likelihood needs.
+
+    Raises:
+        ValueError: `mode` is not `frozen`, and the source is one of soft tokens.
     """
+    if source in SOFT_SOURCES:
+        if mode != "frozen":
+            raise ValueError(
+                f"recompute={mode!r} with thinking_source={source!r}: a soft token is fed as it was drawn, and its "
+                "likelihood is recomputed; set recompute='frozen'"
+            )
+        return ("thinking_states", *SOFT_FIELDS[source])
     if mode == "two_pass":
         return ()
     if mode == "rollout" or (mode == "jacobi" and source == "projection"):

@@ -9,6 +9,7 @@ submodules of the decoder (`model.base_model`). So optimizers, PEFT and safetens
 `thinking_residual_gate_r`, `thinking_residual_gate_i`, `thinking_residual_Lambda` and `thinking_projection`.
 """
 
+import math
 import types
 from dataclasses import dataclass, field
 
@@ -24,7 +25,8 @@ from ..common.wrapping import backbone_of, causal_lm_of
 from .adapter import THINKING_MODULES, join_adapter
 from .forward import teach_forward
 from .method import METHOD
-from .states import NORMS, SOURCES, project
+from .soft_tokens import LIKELIHOODS
+from .states import NORMS, SOFT_SOURCES, SOURCES, project
 
 
 GATE_SCALE = 8.0  # c
@@ -38,10 +40,17 @@ class ThinkingConfig:
 
     Attributes:
         thinking_source: `"projection"`, `s = W h / |W h|` of the previous hidden state h; or `"soft_embedding"`, the
-            probability-weighted input embedding of the paper.
+            probability-weighted input embedding of the paper; or `"soft_gaussian"` or `"soft_gumbel"`, the soft tokens of
+            `unsloth_ext.hrpo.soft_tokens`, which take the place of the token and use none of the modules.
         thinking_norm: the norm of projected states: `"unit"`, `"embedding_rms"` (the mean norm of an input embedding)
             or `"none"`.
         residual_r_min, residual_r_max: at r = 1 the initial `a` is uniform between these two.
+        soft_temperature: of the distribution that a soft token mixes. None means 0.5 for `"soft_gaussian"` (arXiv
+            2509.19170, sec. 4; 0.0001 gives its "fuzzy" tokens) and else 1 (the code of arXiv 2511.06411).
+        noise_scale: of `"soft_gaussian"`: sigma over the root mean square of the embedding's entries (arXiv 2509.19170).
+        gumbel_temperature, gumbel_top_k, gumbel_top_p: of `"soft_gumbel"` (the code of arXiv 2511.06411).
+        noise_likelihood: the log-likelihood of a soft token is the `"sum"` over its dimensions or kept tokens (both
+            papers' equations), or their `"mean"` (the code of arXiv 2511.06411).
 
     Raises:
         ValueError: a value is unknown or out of range.
@@ -51,8 +60,25 @@ class ThinkingConfig:
     thinking_norm: str = field(default="unit")
     residual_r_min: float = field(default=0.99)
     residual_r_max: float = field(default=0.999)
+    soft_temperature: float | None = field(default=None)
+    noise_scale: float = field(default=0.33)
+    gumbel_temperature: float = field(default=0.1)
+    gumbel_top_k: int = field(default=5)
+    gumbel_top_p: float = field(default=0.95)
+    noise_likelihood: str = field(default="sum")
 
     def __post_init__(self) -> None:
+        if self.soft_temperature is None:
+            self.soft_temperature = 0.5 if self.thinking_source == "soft_gaussian" else 1.0
+        for name in ("soft_temperature", "noise_scale", "gumbel_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0")
+        if self.gumbel_top_k < 2:
+            raise ValueError(f"gumbel_top_k={self.gumbel_top_k}: must be at least 2, or there is nothing to mix")
+        if not 0 < self.gumbel_top_p <= 1:
+            raise ValueError(f"gumbel_top_p={self.gumbel_top_p}: must be more than 0 and at most 1")
+        if self.noise_likelihood not in LIKELIHOODS:
+            raise ValueError(f"noise_likelihood={self.noise_likelihood!r}: choose one of {', '.join(LIKELIHOODS)}")
         if self.thinking_source not in SOURCES:
             raise ValueError(f"thinking_source={self.thinking_source!r}: choose one of {', '.join(SOURCES)}")
         if self.thinking_norm not in NORMS:
@@ -100,6 +126,8 @@ def fuse_thinking(
 ) -> torch.Tensor:
     """Fuse thinking states into input embeddings where the mask is set (arXiv 2505.18454, eq. 3-5).
 
+    Soft tokens replace the embeddings instead.
+
     Args:
         backbone: the decoder with the thinking modules.
         inputs_embeds (B, T, d): floating point, token embeddings.
@@ -108,6 +136,7 @@ def fuse_thinking(
             before it.
         hidden_states (B, S, d): floating point. Thinking states are made from these instead, with gradients into
             `thinking_projection`. [:, t] is the hidden state that *produced* the token at t, that of position t-1.
+            Soft tokens cannot be made from them.
 
     Returns:
         (B, T, d) in the dtype of `inputs_embeds`, a new tensor (in-place writes would break gradient checkpointing).
@@ -115,6 +144,9 @@ def fuse_thinking(
     Raises:
         ValueError: not exactly one of the two is given, or it does not fit the mask and `inputs_embeds`.
     """
+    soft = backbone.thinking_config.thinking_source in SOFT_SOURCES
+    if soft and hidden_states is not None:
+        raise ValueError("hidden_states cannot be made soft tokens, which are drawn; pass thinking_states")
     if (thinking_states is None) == (hidden_states is None):
         raise ValueError("thinking_mask needs either thinking_states or the hidden_states that they are made from")
     if hidden_states is not None:
@@ -129,8 +161,11 @@ def fuse_thinking(
         inputs_embeds[:, : inputs_embeds.shape[1] - span],
         inputs_embeds[:, inputs_embeds.shape[1] - span :],
     )
-    a, b, i = gate(backbone, embeds)
-    fused = (a * embeds + b * (i * thinking_states.to(embeds.dtype))).to(embeds.dtype)
+    if soft:  # they take the place of the token
+        fused = thinking_states.to(embeds.dtype)
+    else:
+        a, b, i = gate(backbone, embeds)
+        fused = (a * embeds + b * (i * thinking_states.to(embeds.dtype))).to(embeds.dtype)
     fused = torch.where(thinking_mask[..., None].bool(), fused, embeds)
     return fused if span == inputs_embeds.shape[1] else torch.cat([before, fused], dim=1)
 

@@ -25,8 +25,10 @@ from unsloth_ext.common.embeddings import embed_scale, embedding_norm
 from unsloth_ext.common.sharding import within_forward
 
 
-SOURCES = ("projection", "soft_embedding")
+SOFT_SOURCES = ("soft_gaussian", "soft_gumbel")  # see `soft_tokens`
+SOURCES = ("projection", "soft_embedding", *SOFT_SOURCES)
 NORMS = ("unit", "embedding_rms", "none")
+TOKENS_PER_CHUNK = 512  # bounds the (tokens, V) distributions of thinking states
 
 
 def project(backbone: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -84,6 +86,21 @@ def mix_rows(rows: torch.Tensor, probs: torch.Tensor, candidates: int | None = N
     Args:
         rows (V, d): floating point.
         probs (..., V): floating point.
+        candidates: as in `mean_rows`.
+
+    Returns:
+        (..., d) in the dtype of the rows.
+    """
+    mixed = mean_rows(rows, probs, candidates)
+    return (mixed / torch.linalg.vector_norm(probs, dim=-1, keepdim=True)).to(rows.dtype)
+
+
+def mean_rows(rows: torch.Tensor, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:
+    """Compute the mean of rows under distributions.
+
+    Args:
+        rows (V, d): floating point.
+        probs (..., V): floating point.
         candidates: an upper bound on the number of non-zero entries of a distribution (after top-k, top-p, min-p). Only
             that many rows are then read. None reads all.
 
@@ -91,11 +108,9 @@ def mix_rows(rows: torch.Tensor, probs: torch.Tensor, candidates: int | None = N
         (..., d) in the dtype of the rows.
     """
     if candidates is None or candidates * 4 >= probs.shape[-1]:  # gathering many rows costs more
-        mixed = probs.to(rows.dtype) @ rows
-    else:
-        top, index = probs.topk(candidates, dim=-1)
-        mixed = (top.to(rows.dtype).unsqueeze(-2) @ nn.functional.embedding(index, rows)).squeeze(-2)
-    return (mixed / torch.linalg.vector_norm(probs, dim=-1, keepdim=True)).to(rows.dtype)
+        return probs.to(rows.dtype) @ rows
+    top, index = probs.topk(candidates, dim=-1)
+    return (top.to(rows.dtype).unsqueeze(-2) @ nn.functional.embedding(index, rows)).squeeze(-2)
 
 
 class Warper:

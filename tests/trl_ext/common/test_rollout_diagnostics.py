@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("transformers_warnings")
         ({"frac_reward_zero_std": 1.0, "reward": 0.0}, ("same reward (mean 0)", "num_generations")),
         ({"reward": 0.0, "frac_reward_zero_std": None}, ("the reward was 0", "reward_funcs")),
         ({"completions/delimiter_rate": 0.0}, ("'####'", "max_completion_length", "answer_delimiter")),
+        ({"thinking/log_ratio": 12.0}, ("log-ratio of a soft token was 12", "noise_likelihood='mean'")),
     ],
 )
 def test_ten_sick_logs_in_a_row_are_one_sentence(caplog, changes, words):

@@ -9,10 +9,12 @@ import torch.distributed as dist
 
 from tests.processes import leave
 from tests.trl_ext.hrpo import setups
+from unsloth_ext.hrpo.states import SOFT_SOURCES
 
 
 def main() -> None:
     folder, mode, source = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    beta = 0.0 if source in SOFT_SOURCES else 0.02
     torch.set_num_threads(1)
     trainer = setups.hrpo(
         folder,
@@ -20,7 +22,7 @@ def main() -> None:
         thinking_source=source,
         per_device_train_batch_size=4,
         num_iterations=2,
-        beta=0.02,
+        beta=beta,
         max_steps=4,
         save_strategy="steps",
         save_steps=2,
@@ -35,7 +37,7 @@ def main() -> None:
         thinking_source=source,
         per_device_train_batch_size=4,
         num_iterations=2,
-        beta=0.02,
+        beta=beta,
         max_steps=4,
     )
     resumed.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))

@@ -6,6 +6,7 @@ from typing import Any
 import patches
 from patches.versions import untested_allowed, version_problem
 
+from ..states import SOFT_SOURCES
 from .models import ARCHITECTURES, PREFIX
 
 
@@ -70,6 +71,7 @@ def check_engine(vllm_config: Any) -> None:
     cache = vllm_config.cache_config
     refused = {
         f"runner={model.runner_type!r}": model.runner_type != "generate",
+        f"thinking_source={settings.get('thinking_source')!r}": settings.get("thinking_source") in SOFT_SOURCES,
         "enable_prompt_embeds=True": model.enable_prompt_embeds,
         "speculative_config": vllm_config.speculative_config is not None,
         f"pipeline_parallel_size={parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
