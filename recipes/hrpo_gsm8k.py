@@ -193,7 +193,7 @@ def main() -> None:
 
     looked_at = train.select(range(min(script.dry_run_rows, len(train))))
     sampled = evaluate(trainer.model, tokenizer, looked_at, do_sample=True, **decoding)
-    dry_run(looked_at, sampled, reward, args.answer_delimiter, console)
+    dry_run(looked_at, sampled.completions, reward, args.answer_delimiter, console)
 
     trainer.train(resume_from_checkpoint=resume)
     after = evaluate(trainer.model, tokenizer, held_out, **decoding)

@@ -22,6 +22,7 @@ FAST = [("hrpo", "fsdp2"), ("planner", "fsdp2")]  # the others run with `make te
 # Cases that engines refuse
 METHODS = {
     "latent, LoRA": "Latent distillation with an adapter",
+    "latent grpo, LoRA": "Latent distillation with an adapter",
     "planner": "Planner-executor",
     "planner, LoRA": "Planner-executor",
 }
@@ -114,6 +115,7 @@ def test_fsdp1_has_ddps_losses(ddp, case):
         "latent, sequential",
         "latent, LoRA",
         "latent, half",
+        "latent grpo",
         "kv, default",
         "concept, fixed",
         "planner",

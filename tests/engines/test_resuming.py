@@ -15,7 +15,7 @@ from .launch import launch
 # With a last batch that is not full, accelerate would repeat rows in two processes
 SETTINGS = {"max_steps": 4, "dataloader_drop_last": True}
 SAVING = {"save_strategy": "steps", "save_steps": 2, **SETTINGS}
-CASES = ("hrpo, LoRA", "latent, sequential", "kv, default", "ppo", "planner", "concept, stable")
+CASES = ("hrpo, LoRA", "latent, sequential", "latent grpo", "kv, default", "ppo", "planner", "concept, stable")
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 RUN = [(case, engine) for case in CASES for engine in ENGINES if (case, engine) != ("planner", "zero3")]
 FAST = [("hrpo, LoRA", "fsdp2")]

@@ -85,6 +85,8 @@ CASES = {
     "concept, LoRA": functools.partial(concept.trainer, peft=True),
     "hrpo, reference model": functools.partial(hrpo.hrpo, peft=False, beta=0.1),
     **{f"latent, {name}": functools.partial(latent.trainer, peft=False, **case) for name, case in latent.CASES.items()},
+    "latent grpo": latent.grpo,
+    "latent grpo, LoRA": functools.partial(latent.grpo, peft=True),
     "latent, staged": functools.partial(latent.trainer, peft=False, **latent.STAGED),
     "latent, LoRA": functools.partial(latent.trainer, **latent.CASES["sequential"]),
     "planner": planner.trainer,

@@ -27,7 +27,7 @@ def start(method, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["hrpo", "latent", "kv", "concept", "planner", "planner_em"])
+@pytest.mark.parametrize("method", ["hrpo", "latent", "latent_grpo", "kv", "concept", "planner", "planner_em"])
 def test_ten_kills_change_nothing(tmp_path, method):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
