@@ -213,7 +213,7 @@ def main() -> None:
     looked_at = train.select(range(min(script.dry_run_rows, len(train))))
     as_rollouts = {**decoding, "do_sample": True, "thinking": "on" if args.thinking else "off"}
     sampled = evaluate(trainer.model, tokenizer, looked_at, **as_rollouts)
-    dry_run(looked_at, sampled, reward, args.answer_delimiter, console)
+    dry_run(looked_at, sampled.completions, reward, args.answer_delimiter, console)
 
     trainer.train(resume_from_checkpoint=resume)
     after = evaluate(trainer.model, tokenizer, held_out, **decoding)

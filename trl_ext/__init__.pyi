@@ -14,6 +14,8 @@ from .hrpo.classes import HRPOTrainer as HRPOTrainer
 from .hrpo.monitors import ThinkingProjectionMonitor as ThinkingProjectionMonitor
 from .kv_distill.config import KVDistillConfig as KVDistillConfig
 from .kv_distill.trainer import KVDistillTrainer as KVDistillTrainer
+from .latent.grpo import LatentGRPOConfig as LatentGRPOConfig
+from .latent.grpo import LatentGRPOTrainer as LatentGRPOTrainer
 from .latent.loss_modules import CODILoss as CODILoss
 from .latent.loss_modules import KAVALoss as KAVALoss
 from .latent.loss_modules import KVDistillationLoss as KVDistillationLoss

@@ -91,7 +91,7 @@ def formatted(case: Case) -> dict[str, Any]:
 SFT = ("SFTTrainer",)
 FEATURES = [
     Feature("`label_smoothing_factor`", "the loss changes", {"label_smoothing_factor": 0.3}),
-    Feature("NEFTune (`neftune_noise_alpha`)", "the loss changes", {"neftune_noise_alpha": 20.0}),
+    Feature("NEFTune (`neftune_noise_alpha`)", "the gradient changes", {"neftune_noise_alpha": 20.0}),
     Feature("`completion_only_loss=False`", "the loss changes", {"completion_only_loss": False}, parents=SFT),
     Feature(
         "`assistant_only_loss`",
@@ -137,6 +137,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "HRPOTrainer": RL,
     "PPOTrainer": RL,
     "SPOTrainer": RL | {"iterable datasets": "train_dataset is a IterableDataset, but SPO tracks every row"},
+    "LatentGRPOTrainer": RL,
     "CODITrainer": LATENT,
     "PCCoTTrainer": LATENT,
     "KAVATrainer": LATENT,

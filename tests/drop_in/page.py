@@ -37,6 +37,7 @@ field.
 """
 NOT_MEASURED = "not refused; its kernels need a GPU and were not run"
 NEEDS = {
+    "LatentGRPOTrainer": "a model with latent tokens, which CODI, PCCoT, KaVa, LOTUS or Coconut has trained",
     "CODITrainer": "rows with `question`, `steps`, `answer`",
     "PCCoTTrainer": "rows with `question`, `steps`, `answer`",
     "KAVATrainer": "rows with `question`, `steps`, `answer`",

@@ -2,16 +2,17 @@
 
     python -m tests.drop_in.run_trl_tests PATH_TO_TRL_CHECKOUT [pytest arguments]
 
-`HRPOTrainer` (thinking on) takes the place of `GRPOTrainer`, and each trainer that can be turned off that of `SFTTrainer`.
-The tests are not in TRL's wheel: bring a checkout. They load models from a hub; folders of the same names stand in for
-them, and what has no stand-in (vision models) fails on both sides alike. `trl_tests.json` beside this file gets the
-counts, which docs/dropin.md shows.
+`HRPOTrainer` (thinking on) takes the place of `GRPOTrainer`, and each other trainer that can be turned off that of its
+parent. The tests are not in TRL's wheel: bring a checkout. They load models from a hub; folders of the same names stand
+in for them, and what has no stand-in (vision models) fails on both sides alike. `trl_tests.json` beside this file gets
+the counts, which docs/dropin.md shows.
 """
 
 import ast
 import copy
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -79,14 +80,20 @@ def rebind(name: str) -> None:
             setattr(made, field_name, value)
         return made
 
-    class Off(ours):  # type: ignore[misc, valid-type]
-        def __init__(self, model: Any, args: Any = None, *rest: Any, **kwargs: Any):
-            if args is None:
-                args = trl.SFTConfig(f"{getattr(model, 'name_or_path', model)}-SFT".split("/")[-1])
-            super().__init__(model, turned_off(args), *rest, **kwargs)
+    kind = case.parent.removesuffix("Trainer")
+    stock, signature = getattr(trl, f"{kind}Config"), inspect.signature(getattr(trl, case.parent))
 
-    Off.__name__ = Off.__qualname__ = "SFTTrainer"  # by another name it would be taken for Unsloth's
-    trl.SFTTrainer = Off
+    class Off(ours):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any):
+            given = signature.bind(*args, **kwargs).arguments
+            given |= given.pop("kwargs", {})
+            if given.get("args") is None:
+                model = given["model"]
+                given["args"] = stock(f"{getattr(model, 'name_or_path', model)}-{kind}".split("/")[-1])
+            super().__init__(**given | {"args": turned_off(given["args"])})
+
+    Off.__name__ = Off.__qualname__ = case.parent  # by another name it would be taken for Unsloth's
+    setattr(trl, case.parent, Off)
 
 
 def outcomes(checkout: Path, folder: Path, parent: str, name: str, extra: list[str]) -> dict[str, str]:

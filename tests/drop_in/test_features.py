@@ -21,6 +21,10 @@ def losses(trainer):
     return found
 
 
+def norms(trainer):
+    return [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def of(feature, *, refused):
     for case in CASES:
         if case.parent in feature.parents and (feature.name in REFUSED[case.name]) is refused:
@@ -61,8 +65,12 @@ def test_works(tmp_path, case, feature):
     found = losses(trainer)
     plain = {"train_dataset": own_rows(case)}
     match feature.name.strip("`"):
-        case "label_smoothing_factor" | "completion_only_loss=False" | "NEFTune (`neftune_noise_alpha`)":
+        case "label_smoothing_factor" | "completion_only_loss=False":
             assert all(a != b for a, b in zip(found, run(**plain), strict=True))
+        case "NEFTune (`neftune_noise_alpha`)":  # a policy loss is the mean advantage, whatever the probabilities
+            without = case.make(tmp_path, max_steps=2, **plain)
+            losses(without)
+            assert all(a != pytest.approx(b, rel=1e-3) for a, b in zip(norms(trainer), norms(without), strict=True))
         case "assistant_only_loss":
             assert found == pytest.approx(run(**chats(case)), rel=1e-6)
             assert found != pytest.approx(run(**messages(case)), rel=1e-3)
@@ -83,7 +91,9 @@ def test_works(tmp_path, case, feature):
             pytest.fail(f"nothing shows that {other} works")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("HRPOTrainer", "PPOTrainer")], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("HRPOTrainer", "LatentGRPOTrainer", "PPOTrainer")], ids=name_of
+)
 def test_rollouts_of_an_iterable_dataset_are_of_its_rows_in_order(tmp_path, case):
     """Each prompt is seen as often as it is sampled; no row is skipped."""
     seen = []

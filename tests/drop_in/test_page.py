@@ -30,7 +30,7 @@ def test_two_lines_take_the_place_of_trls(tmp_path, case):
     if case.parent == "GRPOTrainer":
         args = hrpo.arguments(config, tmp_path / "out", **case.settings)
         made = trainer(
-            model=hrpo.base_folder(tmp_path),
+            model=case.base(tmp_path),
             args=args,
             reward_funcs=hrpo.reward_digits,
             train_dataset=own_rows(case),

@@ -44,6 +44,7 @@ class Case:
         more: further keywords of the trainer.
         model: makes the model.
         tags: whether the tokenizer knows the tags of reasoning.
+        base: makes the model's folder, for GRPO.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     more: Callable[[], dict[str, Any]] = dict
     model: Callable[[], Any] = lambda: tiny.model("qwen3", std=0.1)
     tags: bool = False
+    base: Callable[[Path], str] = hrpo.base_folder
 
     def tokenizer(self) -> Any:
         """With a chat template whose answers are marked, and with the method's own tokens, which TRL does not add."""
@@ -83,7 +85,7 @@ class Case:
             shared["reward_funcs"] = hrpo.reward_digits
         parts = shared | of_trainer
         torch.manual_seed(0)
-        model = parts.pop("model", None) or (hrpo.base_folder(Path(folder)) if rl else self.model())
+        model = parts.pop("model", None) or (self.base(Path(folder)) if rl else self.model())
         config = getattr(trl, self.parent.replace("Trainer", "Config")) if stock else getattr(trl_ext, self.config)
         fields = {} if stock else self.settings | (self.off or {} if turned_off else {})
         if rl:
@@ -117,6 +119,15 @@ CASES = [
         {"num_generations": 1, "per_device_train_batch_size": 4, "target_kl": None},
     ),
     Case("SPOTrainer", "GRPOTrainer", "SPOConfig", [], {"num_generations": 1, "per_device_train_batch_size": 4}),
+    Case(
+        "LatentGRPOTrainer",
+        "GRPOTrainer",
+        "LatentGRPOConfig",
+        [],
+        {},
+        {"thinking": False},
+        base=latent.thinking_folder,
+    ),
     *(
         Case(f"{method}Trainer", "SFTTrainer", f"{method}Config", latent.ROWS, settings)
         for method, settings in {

@@ -26,6 +26,7 @@ METHODS = {
     "latent, LoRA": "Latent distillation with an adapter",
     "latent, sequential, written": "Latent distillation with w_step_decoder",
     "latent, jacobi, written": "Latent distillation with w_step_decoder",
+    "latent grpo, LoRA": "Latent distillation with an adapter",
     "planner": "Planner-executor",
     "planner, LoRA": "Planner-executor",
 }
@@ -118,6 +119,7 @@ def test_fsdp1_has_ddps_losses(ddp, case):
         "latent, sequential",
         "latent, LoRA",
         "latent, half",
+        "latent grpo",
         "kv, default",
         "concept, fixed",
         "planner",

@@ -24,6 +24,7 @@ RECIPES = {
     "pccot_gsm8k": "--sft_steps 10",
     "lotus_gsm8k": "--sft_steps 10",
     "coconut_gsm8k": "--sft_steps 10 --reset_optimizer false",
+    "latent_grpo": "--sft_steps 10 --codi_steps 2 --dry_run_rows 4",
     "kv_distill": "--teacher_steps 10",
     "concept_v2": "--base_steps 5",
     "planner_executor": "",

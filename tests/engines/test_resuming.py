@@ -19,6 +19,7 @@ CASES = (
     "hrpo, LoRA",
     "latent, sequential",
     "latent, sequential, written",
+    "latent grpo",
     "kv, default",
     "ppo",
     "planner",

@@ -94,6 +94,8 @@ CASES = {
         f"latent, {name}": functools.partial(latent.trainer, peft=False, max_grad_norm=0.0, **latent.CASES[name])
         for name in ("sequential, written", "jacobi, written")
     },
+    "latent grpo": latent.grpo,
+    "latent grpo, LoRA": functools.partial(latent.grpo, peft=True),
     "latent, staged": functools.partial(latent.trainer, peft=False, **latent.STAGED),
     "latent, LoRA": functools.partial(latent.trainer, **latent.CASES["sequential"]),
     "planner": planner.trainer,

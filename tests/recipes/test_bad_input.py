@@ -26,6 +26,7 @@ TRAIN = (
     "concept_v1",
     "concept_v2",
     "planner_executor",
+    "latent_grpo",
 )
 STAGES = ("pretrain", "sft", "lora", "dpo", "ppo", "grpo", "spo", "distill", "reason")
 LATENT, RL = TRAIN[1:6], ("ppo", "grpo", "spo")
@@ -67,7 +68,10 @@ TRIES = [
     ("codi_gsm8k", ["--num_latents", "0"], "num_latents=0"),
     ("kava_gsm8k", ["--w_codi", "-1"], "w_codi=-1.0"),
     *((name, ["--preset", "nope"], "no preset 'nope'") for name in (*LATENT, "concept_v2")),
-    *((name, ["--eval_size", "10000000"], "10000000") for name in (*LATENT, "hrpo_gsm8k", "planner_executor")),
+    *(
+        (name, ["--eval_size", "10000000"], "10000000")
+        for name in (*LATENT, "hrpo_gsm8k", "planner_executor", "latent_grpo")
+    ),
     *((name, ["--dataset", "nowhere.jsonl"], "can only be used together") for name in LATENT),
     *((f"minimind/{name}", ["--num_generations", "0"], "num_generations=0: must be at least 1") for name in RL),
     ("hrpo_gsm8k", ["--dataset", "nonsense"], "only read the built-in tasks, tiny or reachability"),
@@ -84,6 +88,11 @@ TRIES = [
     ("hrpo_gsm8k", ["--model_name", "smollm2", "--dataset", "none.jsonl"], "none.jsonl: there is no such file"),
     ("hrpo_gsm8k", ["--lr_residual_gate", "-1"], "lr_residual_gate=-1.0"),
     ("hrpo_gsm8k", ["--eval_strategy", "sometimes"], "--eval_strategy: invalid choice: 'sometimes'"),
+    ("latent_grpo", ["--dataset", "nowhere.jsonl"], "the tiny model can only read the built-in equations"),
+    ("latent_grpo", ["--answer_prompt", " "], "answer_prompt=' ': the reward looks for the answer after it"),
+    ("latent_grpo", ["--thinking", "false"], "thinking=False: this recipe trains latent tokens"),
+    ("latent_grpo", ["--beta", "0.1"], "beta=0.1: the reference model of the KL term would answer without latent"),
+    ("latent_grpo", ["--codi_steps", "0"], "codi_steps=0: must be at least 1"),
     ("kv_distill", ["--kv_projection_mode", "round"], "kv_projection_mode='round'"),
     ("kv_distill", ["--ratio_map", "{"], "ratio_map='{': a JSON object"),
     ("kv_distill", ["--T_s", "1"], "T_s=1: must be at least 3"),

@@ -19,6 +19,7 @@ FIRST = {
     "kava_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
     "lotus_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
     "coconut_gsm8k": "Latent tokens (CODI, PCCoT, KaVa, LOTUS, Coconut)",
+    "latent_grpo": "GRPO after latent tokens",
     "concept_v1": "Concept tokens",
     "concept_v2": "Concept tokens",
     "kv_distill": "KV distillation",

@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 
 from tests import tiny
 from tests.marks import slow
-from unsloth_ext import ConceptModel, FastThinkingModel, LatentModel, PlannerExecutorModel
+from unsloth_ext import (
+    ConceptModel,
+    FastThinkingModel,
+    LatentConfig,
+    LatentModel,
+    PlannerExecutorModel,
+    attach_latent,
+)
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -47,6 +54,12 @@ CONFIGS = {
     "kava": ("kava_gsm8k", Qwen2Config, [], LatentModel),
     "lotus": ("lotus_gsm8k", GPT2Config, [], LatentModel),
     "coconut": ("coconut_gsm8k", GPT2Config, [], LatentModel),
+    "latent_grpo": (
+        "latent_grpo",
+        GPT2Config,
+        ["--max_completion_length", "8", "--dry_run_rows", "4", "--num_generations", "2"],
+        LatentModel,
+    ),
     "kv_distill": ("kv_distill", Qwen2Config, ["--teacher_model_name_or_path", "teacher"], AutoModelForCausalLM),
     "concept": ("concept_v2", Qwen3Config, ["--num_concepts", "256"], ConceptModel),
     "planner": ("planner_executor", Qwen3Config, [], PlannerExecutorModel),
@@ -73,6 +86,13 @@ def save(folder, kind, layers, width):
     tokenizer.save_pretrained(folder)
 
 
+def thinking(folder):
+    """Give the model in a folder latent tokens."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    attach_latent(model, tokenizer, LatentConfig(num_latents=2))
+    LatentModel(model, tokenizer).save_pretrained(folder)
+
+
 def write_rows():
     """Rows to train on and to hold out, in this folder."""
     for file, first in (("train", 10), ("test", 40)):
@@ -91,6 +111,8 @@ def test_it_trains_is_resumed_and_opens(monkeypatch, tmp_path, name):
     recipe, kind, more, loader = CONFIGS[name]
     save("model", kind, 10 if kind is Qwen3Config else 2, 32)
     save("teacher", kind, 3, 48)
+    if name == "latent_grpo":
+        thinking("model")
     write_rows()
 
     def run(*argv):

@@ -7,6 +7,7 @@ bars, curves, the GPU check and the documentation's index read these records. Re
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from unsloth_ext.common.method import Method, all_methods, check_tuples, file_of, records
 
@@ -27,7 +28,7 @@ class Command:
         paper: str = "",
         what: str = "",
         evidence: str = "",
-        data: tuple[str, ...] = (),
+        data: tuple[Any, ...] = (),
     ):
         """
         Args:

@@ -1,6 +1,7 @@
 """GRPO of a model that thinks in latent tokens. The differences from TRL's GRPOTrainer:
 
-- Rollouts: `_generate_single_turn` lets the parent generate, but after latent tokens.
+- Rollouts: `_generate_single_turn` lets the parent generate, but after latent tokens. `_tokenize_prompts` reads a question
+  as in the training of these.
 - Log-probabilities: the parent calls the model through `_after_thinking`, which runs the latent phase of the questions with
   gradient, then the completions on its cache. The old policy and the loss use the same code, so the importance ratio is
   1 at the first inner step.
@@ -22,9 +23,11 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
 
 from unsloth_ext.common.attaching import settings_of
 from unsloth_ext.common.compat import CACHE
+from unsloth_ext.common.question_ids import question_ids
 from unsloth_ext.common.sharding import whole_weights
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.latent.config import check_adapter, remember_latent, with_latent_modules
@@ -150,6 +153,12 @@ class LatentGRPOTrainer(OneUnitMixin, ExactMeans, GRPOCheckpointMixin, GRPOTrain
             check_adapter(model)
 
     # -- rollout ----------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        found = super()._tokenize_prompts(prompts)
+        if not self._thinks or is_conversational({"prompt": prompts[0]}):
+            return found
+        return ([question_ids(self.processing_class, prompt) for prompt in prompts], *found[1:])
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if not self._thinks:

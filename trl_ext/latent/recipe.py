@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from trl_ext.cli.console import PlainConsole
 from unsloth_ext.common import hub
@@ -25,7 +25,7 @@ from ..tasks.data import without
 from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
 from .data import LatentTokenizer
-from .evaluation import evaluate_answers
+from .evaluation import LatentEvaluation, evaluate_answers
 from .method import METHOD
 from .presets import LORA
 from .sources import Rows, load_rows
@@ -36,10 +36,9 @@ EMBEDDED = ("tiny",)
 
 
 @dataclass
-class ScriptArguments(RecipeArguments):
-    """The recipes' own flags, besides the trainer's configuration."""
+class LatentRecipeArguments(RecipeArguments):
+    """Flags of every recipe that trains latent tokens, besides the trainer's configuration."""
 
-    preset: str | None = field(default=None, metadata={"help": "Name of published settings (docs/latent.md)."})
     dataset: str = field(
         default="tiny",
         metadata={
@@ -49,14 +48,25 @@ class ScriptArguments(RecipeArguments):
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset ('main')."})
     eval_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the held-out dataset."})
+    sft_steps: int = field(
+        default=equations.SMALL.warm_start_steps, metadata={"help": "Steps of the tiny model's warm start."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, sft_steps=1)
+
+
+@dataclass
+class ScriptArguments(LatentRecipeArguments):
+    """The flags of distillation, besides the trainer's configuration."""
+
+    preset: str | None = field(default=None, metadata={"help": "Name of published settings (docs/latent.md)."})
     max_new_tokens: int = field(
         default=256, metadata={"help": "Maximum number of tokens of an answer in evaluation, explicit steps included."}
     )
     engine: Literal["transformers", "vllm"] = field(
         default="transformers", metadata={"help": "What decodes the answers of evaluation (docs/vllm.md)."}
-    )
-    sft_steps: int = field(
-        default=equations.SMALL.warm_start_steps, metadata={"help": "Steps of the tiny model's warm start."}
     )
     lora_r: int = field(default=LORA["r"], metadata={"help": "Rank of LoRA on all linear layers; 0: no LoRA."})
     lora_alpha: int = field(default=LORA["lora_alpha"], metadata={"help": "Scale of LoRA."})
@@ -64,7 +74,7 @@ class ScriptArguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, max_new_tokens=1, sft_steps=1)
+        at_least(self, max_new_tokens=1)
         if self.engine == "vllm":
             require_vllm("engine='vllm'")
 
@@ -87,13 +97,14 @@ def parse(
     return script, args
 
 
-def load_data(script: ScriptArguments, console: PlainConsole) -> tuple[Rows, list[dict[str, Any]]]:
+def load_data(
+    script: LatentRecipeArguments, console: PlainConsole, need_steps: bool = True
+) -> tuple[Rows, list[dict[str, Any]]]:
     """The training rows and the held-out rows. Held-out rows need no steps. Unusable rows are counted on the screen."""
-    check_tiny(script.model_name, script.dataset)
     if script.dataset == "tiny":
         made, held_out = equations.split(script.eval_size, script.warm_start_seed)
         return Rows("tiny", made, len(made)), held_out
-    train = load_rows(script.dataset, config=script.dataset_config, size=script.train_size)
+    train = load_rows(script.dataset, config=script.dataset_config, size=script.train_size, need_steps=need_steps)
     if script.eval_dataset:
         found = load_rows(
             script.eval_dataset,
@@ -172,6 +183,49 @@ def evaluation_options(script: ScriptArguments, args: LatentArguments, model: nn
     }
 
 
+def ablated(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], how: dict[str, Any]
+) -> dict[str, LatentEvaluation]:
+    """Evaluations with the latent tokens and with each ablation of them, by their names in the report."""
+    names = {"latent tokens": "on"} | {f"latent tokens: {name}": name for name in ABLATIONS}
+    return {name: evaluate_answers(model, tokenizer, rows, latents=latents, **how) for name, latents in names.items()}
+
+
+def report(
+    trainer: Trainer,
+    console: PlainConsole,
+    started: float,
+    script: LatentRecipeArguments,
+    accuracy: AccuracyCallback,
+    rows: dict[str, tuple[Any, LatentEvaluation]],
+    **more: Any,
+) -> None:
+    """Print the table and write the run's files.
+
+    Args:
+        trainer: the trainer.
+        console: where to print.
+        started: `time.time()` at the start.
+        script: the recipe's own flags.
+        accuracy: what measured during training.
+        rows: evaluations before and after training, by name; before may be None.
+        **more: further values for the summary.
+    """
+    comparison_table(rows, console)
+    finish(
+        trainer,
+        console,
+        started,
+        (trainer._name, script.model_name, script.dataset),
+        accuracy,
+        rows["latent tokens"][1],
+        METHOD.curves,
+        results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
+        script=asdict(script),
+        **more,
+    )
+
+
 def train(
     argv: list[str],
     method: str,
@@ -196,6 +250,7 @@ def train(
     console, output, resume = start(args, script)
 
     # Data: rows of question, steps and answer
+    check_tiny(script.model_name, script.dataset)
     to_train, held_out = load_data(script, console)
     base, tokenizer = load_tokenizer(script, args)
     datasets = tokenized(to_train, held_out, tokenizer, args)
@@ -221,27 +276,12 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
 
     # Evaluate: with latent tokens, with replaced latent tokens, and with explicit steps
-    after = {name: evaluate_answers(model, tokenizer, held_out, latents=name, **how) for name in ("on", *ABLATIONS)}
+    after = ablated(model, tokenizer, held_out, how)
     explicit_after = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
     trainer.save_model(str(output / "final"))
     if not trainer.is_world_process_zero():
         return
-    rows = {
-        "latent tokens": (accuracy.before, after["on"]),
-        **{f"latent tokens: {name}": (None, after[name]) for name in ABLATIONS},
-        "explicit steps": (explicit, explicit_after),
-    }
-    comparison_table(rows, console)
-    finish(
-        trainer,
-        console,
-        started,
-        (trainer_class._name, script.model_name, script.dataset),
-        accuracy,
-        after["on"],
-        METHOD.curves,
-        method=method,
-        results={name: [found and found.numbers() for found in pair] for name, pair in rows.items()},
-        data=to_train.report(),
-        script=asdict(script),
-    )
+    before = dict.fromkeys(after) | {"latent tokens": accuracy.before}
+    rows = {name: (before[name], found) for name, found in after.items()}
+    rows["explicit steps"] = (explicit, explicit_after)
+    report(trainer, console, started, script, accuracy, rows, method=method, data=to_train.report())

@@ -75,7 +75,8 @@ def load_rows(
 
     - columns `question`, `steps` (a list of texts), `answer`: used as they are;
     - columns `question`, `cot` (a text of `<<a*b=c>>` steps, or of sentences), `answer`: GSM8K-Aug and -NL on the hub;
-    - columns `question`, `answer` (solution with `<<a*b=c>>` annotations, `####`, number): GSM8K;
+    - columns `question`, `answer` (solution with `<<a*b=c>>` annotations, `####`, number): GSM8K; if no steps are needed,
+      the answer may be the number alone;
     - column `text`, as of a `.txt` file: GSM8K-Aug lines `question||<<a*b=c>> <<..>> #### number`.
 
     Args:
@@ -118,7 +119,7 @@ def step_reader(
     shapes: tuple[tuple[set[str], Callable], ...] = (
         (set(COLUMNS), _row_of_columns),
         ({"question", "cot", "answer"}, _row_of_cot),
-        ({"question", "answer"}, row_of_gsm8k),
+        ({"question", "answer"}, _row_of_answer),
         ({"text"}, _row_of_text),
     )
     make = next((make for needed, make in shapes if needed <= set(columns)), None)
@@ -165,6 +166,12 @@ def _row_of_cot(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, 
 def _row_of_text(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, Any]:
     _texts(row, ("text",), where)
     return row_of_aug(row["text"], where, need_steps)
+
+
+def _row_of_answer(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, Any]:
+    """GSM8K's answer with its solution, or, if no steps are needed, the answer alone."""
+    alone = not need_steps and "####" not in str(row.get("answer"))
+    return (_row_of_columns if alone else row_of_gsm8k)(row, where, need_steps)
 
 
 def _row_of_columns(row: dict[str, Any], where: str, need_steps: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from trl_ext.cli.console import PlainConsole
 
 from .data import DataError
-from .evaluation import Evaluation
+from .reward import final_answer
 
 
 @dataclass
@@ -46,13 +46,13 @@ def check_rewards(name: str, rewards: list) -> list[float]:
 
 
 def dry_run(
-    rows: Dataset, sampled: Evaluation, reward: Callable[..., list[float]], delimiter: str, console: PlainConsole
+    rows: Dataset, sampled: list[str], reward: Callable[..., list[float]], delimiter: str, console: PlainConsole
 ) -> DryRun:
     """Score the correct answers and the sampled completions, and print a summary with one sample.
 
     Args:
         rows: the columns `prompt` and `answer`.
-        sampled: an evaluation with completions of the first rows.
+        sampled: completions of the first rows.
         reward: the reward function.
         delimiter: the text before the answer.
         console: where to print.
@@ -60,7 +60,7 @@ def dry_run(
     Raises:
         DataError: no correct answer earns a reward (the reward does not fit the data), or a reward is not a number.
     """
-    n = len(sampled.completions)
+    n = len(sampled)
     answers = rows["answer"][:n]
     name = reward.__name__
     gold = check_rewards(name, reward([f"{delimiter} {answer}" for answer in answers], answer=answers))
@@ -69,15 +69,16 @@ def dry_run(
             f"no reward can ever be earned: {name} returns 0 even for {delimiter + ' ' + answers[0]!r}, the correct answer "
             "of the first row. Check the delimiter and the answers of the dataset"
         )
-    rewards = check_rewards(name, reward(sampled.completions, answer=answers))
-    result = DryRun(sampled.format_rate, dict(sorted(Counter(rewards).items())), sum(gold) / n)
+    rewards = check_rewards(name, reward(sampled, answer=answers))
+    parsed = sum(final_answer(text, delimiter) is not None for text in sampled) / n
+    result = DryRun(parsed, dict(sorted(Counter(rewards).items())), sum(gold) / n)
     table = Table(title=f"Dry run on {n} sampled completions", title_justify="left")
     for heading in ("parse rate", "rewards (value: count)", "reward of the gold answers"):
         table.add_column(heading)
     histogram = ", ".join(f"{value:g}: {count}" for value, count in result.rewards.items())
     table.add_row(f"{result.parse_rate:.1%}", histogram, f"{result.gold_reward:.2f}")
     console.print(table)
-    sample = Text(f"{_shown(rows[0]['prompt'])}\n").append(sampled.completions[0], style="bold")
+    sample = Text(f"{_shown(rows[0]['prompt'])}\n").append(sampled[0], style="bold")
     title = Text(f"sample (answer {answers[0]}, reward {rewards[0]:g})")  # a plain string would be read as markup
     console.print(Panel(sample, title=title, title_align="left", expand=False))
     if len(result.rewards) == 1:

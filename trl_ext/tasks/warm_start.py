@@ -36,7 +36,7 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORC
 
 
 def in_one_process(make: Callable[..., str]) -> Callable[..., str]:
-    """Let a function of this module, which fills the cache, run in a process of its own if there are several here.
+    """Let a function that fills the cache run in a process of its own if there are several here.
 
     There, its trainer would take part in the training of all.
     """
@@ -46,19 +46,21 @@ def in_one_process(make: Callable[..., str]) -> Callable[..., str]:
         state = PartialState()
         if state.num_processes > 1:
             if state.is_local_main_process:
-                _run_alone(make.__name__, cache, settings)
+                _run_alone(made, cache, settings)
             state.wait_for_everyone()
         return make(cache, **settings)
 
     return made
 
 
-def _run_alone(name: str, cache: Path, settings: dict[str, Any]) -> None:
+def _run_alone(make: Callable[..., str], cache: Path, settings: dict[str, Any]) -> None:
     alone = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
-    work = pickle.dumps((name, cache, settings))
+    work = pickle.dumps((make, cache, settings))
     done = subprocess.run([sys.executable, "-m", __name__], input=work, env=alone)
     if done.returncode:
-        raise RuntimeError(f"{name} failed in its own process (exit status {done.returncode}); its message is above")
+        raise RuntimeError(
+            f"{make.__name__} failed in its own process (exit status {done.returncode}); its message is above"
+        )
 
 
 @in_one_process
@@ -267,7 +269,5 @@ def publish(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 if __name__ == "__main__":  # from `_run_alone`
-    from trl_ext.tasks import warm_start
-
-    _name, _cache, _settings = pickle.load(sys.stdin.buffer)
-    getattr(warm_start, _name)(_cache, **_settings)
+    _make, _cache, _settings = pickle.load(sys.stdin.buffer)
+    _make(_cache, **_settings)

@@ -1,6 +1,6 @@
 """A run that saves at every step and resumes from the newest whole checkpoint, for test_kill.py to kill.
 
-python -m tests.trl_ext.common.kill_worker hrpo|latent|kv|concept|planner|planner_em FOLDER
+python -m tests.trl_ext.common.kill_worker hrpo|latent|latent_grpo|kv|concept|planner|planner_em FOLDER
 """
 
 import sys
@@ -34,6 +34,8 @@ def main() -> None:
     }
     if method == "hrpo":
         trainer = hrpo.hrpo(folder, **saving, num_iterations=2, beta=0.02)
+    elif method == "latent_grpo":
+        trainer = latent.grpo(folder, peft=True, **saving, num_iterations=2)
     elif method == "kv":
         trainer = kv.trainer(folder / "out", peft=True, **saving)
     elif method == "concept":

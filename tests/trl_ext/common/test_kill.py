@@ -26,7 +26,7 @@ def start(method, folder):
     )
 
 
-METHODS = ["hrpo", "latent", "latent_staged", "latent_written", "kv", "concept", "planner", "planner_em"]
+METHODS = ["hrpo", "latent", "latent_staged", "latent_written", "latent_grpo", "kv", "concept", "planner", "planner_em"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Rows, models and trainers that the latent tests share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -8,8 +9,11 @@ from peft import LoraConfig
 from trl import SFTConfig
 
 from tests import tiny
+from tests.trl_ext.hrpo import setups as hrpo
 from trl_ext.latent.config import LatentArguments
+from trl_ext.latent.grpo import LatentGRPOConfig, LatentGRPOTrainer
 from trl_ext.latent.trainer import LatentTrainer
+from unsloth_ext import LatentConfig, attach_latent
 
 
 ROWS = [
@@ -68,6 +72,52 @@ def trainer(folder, peft=True, family="qwen3", rows=ROWS, model=None, dataset=No
         train_dataset=Dataset.from_list(rows) if dataset is None else dataset,
         eval_dataset=Dataset.from_list(rows[:8]),
         processing_class=tiny.tokenizer(()),
+        peft_config=lora,
+    )
+
+
+# How models think that GRPO trains
+THINKING = {
+    "CODI": {"num_latents": 3, "iterations": None, "projection_dim": 16},
+    "PCCoT": {"num_latents": 4, "iterations": 2},
+    "LOTUS": {
+        "num_latents": 4,
+        "iterations": 2,
+        "update": "own",
+        "feedback_residual": True,
+        "feedback_onto": "embedding",
+    },
+}
+
+
+def thinking_model(family="qwen3", kind="CODI"):
+    """A model with latent tokens, and its tokenizer."""
+    model, tokenizer = tiny.model(family, std=0.1), tiny.tokenizer(())
+    attach_latent(model, tokenizer, LatentConfig(**THINKING[kind]))
+    return model, tokenizer
+
+
+def thinking_folder(tmp_path: Path) -> str:
+    """The folder of such a model."""
+    folder = tmp_path / "thinks"
+    if not folder.exists():
+        torch.manual_seed(0)
+        for part in thinking_model():
+            part.save_pretrained(folder)
+    return str(folder)
+
+
+def grpo(folder, family="qwen3", kind="CODI", peft=False, model=None, **changes):
+    torch.manual_seed(0)
+    made, tokenizer = thinking_model(family, kind)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
+    torch.manual_seed(0)
+    return LatentGRPOTrainer(
+        made if model is None else model,
+        hrpo.reward_digits,
+        hrpo.arguments(LatentGRPOConfig, folder / "out", **changes),
+        train_dataset=hrpo.prompts(),
+        processing_class=tokenizer,
         peft_config=lora,
     )
 

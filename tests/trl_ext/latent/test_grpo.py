@@ -3,47 +3,16 @@
 import pytest
 import torch
 import trl
-from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 
 from tests import tiny
 from tests.trl_ext.hrpo.setups import arguments, base_folder, losses, parameters, prompts, reward_digits
-from trl_ext.latent import grpo
+from trl_ext.latent import grpo as grpo_module
 from trl_ext.latent.grpo import LatentGRPOConfig, LatentGRPOTrainer, alike
-from unsloth_ext import LatentConfig, LatentModel, attach_latent, backbone_of
+from unsloth_ext import LatentModel, backbone_of
+from unsloth_ext.latent.model import question_batch
 
-
-THINKING = {
-    "CODI": {"num_latents": 3, "iterations": None, "projection_dim": 16},
-    "PCCoT": {"num_latents": 4, "iterations": 2},
-    "LOTUS": {
-        "num_latents": 4,
-        "iterations": 2,
-        "update": "own",
-        "feedback_residual": True,
-        "feedback_onto": "embedding",
-    },
-}
-
-
-def model_of(family="qwen3", kind="CODI"):
-    model, tokenizer = tiny.model(family, std=0.1), tiny.tokenizer(())
-    attach_latent(model, tokenizer, LatentConfig(**THINKING[kind]))
-    return model, tokenizer
-
-
-def trainer_of(folder, family="qwen3", kind="CODI", peft=False, model=None, **changes):
-    torch.manual_seed(0)
-    made, tokenizer = model_of(family, kind)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
-    torch.manual_seed(0)
-    return LatentGRPOTrainer(
-        made if model is None else model,
-        reward_digits,
-        arguments(LatentGRPOConfig, folder / "out", **changes),
-        train_dataset=prompts(),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
+from .setups import THINKING, grpo, thinking_model
 
 
 def batch_of(trainer):
@@ -95,7 +64,7 @@ def plain_log_probs(trainer, rows):
 def test_log_probs_and_gradients_are_the_plain_ones(tmp_path, kind, family):
     """Ragged, padded, cached, each question thought about once, against single rows: 1e-4 (logits of about 10, fp32),
     gradients to 1e-4 of the largest."""
-    trainer = trainer_of(tmp_path, family, kind, temperature=0.7)
+    trainer = grpo(tmp_path, family, kind, temperature=0.7)
     model = trainer.model.eval()
     rows, ids, mask, length = batch_of(trainer)
     real = mask[:, -length:].bool()
@@ -119,8 +88,8 @@ def test_log_probs_and_gradients_are_the_plain_ones(tmp_path, kind, family):
 
 def test_a_completion_has_the_probability_it_was_drawn_with(tmp_path, monkeypatch):
     """What `generate` scored is what the loss computes: 1e-4 (logits of about 10, fp32)."""
-    trainer, drawn, seen = trainer_of(tmp_path, max_steps=1, learning_rate=0.0), [], {}
-    stock, loss = grpo.latent_generate, trainer._compute_loss
+    trainer, drawn, seen = grpo(tmp_path, max_steps=1, learning_rate=0.0), [], {}
+    stock, loss = grpo_module.latent_generate, trainer._compute_loss
 
     def scoring(*args, **kwargs):
         out = stock(*args, **kwargs, return_dict_in_generate=True, output_logits=True)
@@ -133,7 +102,7 @@ def test_a_completion_has_the_probability_it_was_drawn_with(tmp_path, monkeypatc
         seen.update(inputs)
         return loss(model, inputs)
 
-    monkeypatch.setattr(grpo, "latent_generate", scoring)
+    monkeypatch.setattr(grpo_module, "latent_generate", scoring)
     trainer._compute_loss = keep
     trainer.train()
     ids = torch.cat([seen["prompt_ids"], seen["completion_ids"]], dim=1)
@@ -147,10 +116,29 @@ def test_a_completion_has_the_probability_it_was_drawn_with(tmp_path, monkeypatc
         assert (found[real] - scores[: len(written)]).abs().max() <= 1e-4
 
 
+def test_a_question_has_the_tokens_of_evaluation(tmp_path, monkeypatch):
+    """Also with a tokenizer that ends each text with EOS."""
+    trainer, seen = grpo(tmp_path, max_steps=1), []
+    tokenizer, generate = trainer.processing_class, trainer._generate_single_turn
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+
+    def keep(prompt_ids, *args, **kwargs):
+        seen.extend(prompt_ids)
+        return generate(prompt_ids, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", keep)
+    trainer.train()
+    batch = question_batch(tokenizer, tokenizer.batch_decode(seen))
+    ids = [row[real].tolist() for row, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
+    assert len(seen) == 8 and seen == ids and all(row[-1] != tokenizer.eos_token_id for row in seen)
+
+
 @pytest.mark.parametrize("kind", THINKING)
 def test_the_ratio_is_one_at_the_first_inner_step(tmp_path, kind):
     """Exactly; at the second it is not."""
-    trainer = trainer_of(tmp_path, kind=kind, num_iterations=2, max_steps=2)
+    trainer = grpo(tmp_path, kind=kind, num_iterations=2, max_steps=2)
     ratios = []
     loss = trainer._compute_loss
 
@@ -172,12 +160,12 @@ def test_the_ratio_is_one_at_the_first_inner_step(tmp_path, kind):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft):
     """Resumed at step 3 of 6, inside a rollout: bit for bit."""
     settings = {"max_steps": 6, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3, "peft": peft}
-    whole = trainer_of(tmp_path, **settings)
+    whole = grpo(tmp_path, **settings)
     start = parameters(whole)
     whole.train()
     moved = {name for name, p in parameters(whole).items() if not torch.equal(p, start[name])}
     assert any("latent_projection" in name for name in moved)
-    again = trainer_of(tmp_path, **settings)
+    again = grpo(tmp_path, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert losses(whole) == losses(again)
     there = parameters(again)
@@ -201,18 +189,18 @@ def test_off_it_is_trls_trainer_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("peft", [True, False])
 def test_a_trained_model_is_loaded_by_name_and_trained_further(tmp_path, peft):
-    model, tokenizer = model_of()
+    model, tokenizer = thinking_model()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     name = str(tmp_path / "base")
-    first = trainer_of(tmp_path / "first", model=name, peft=peft, max_steps=2)
+    first = grpo(tmp_path / "first", model=name, peft=peft, max_steps=2)
     first.train()
     first.save_model(str(tmp_path / "final"))
     saved = LatentModel.from_pretrained(str(tmp_path / "final"))
     questions = ["1+2=", "3+4+5="]
     ours = LatentModel(first.model, first.processing_class).generate(questions, max_new_tokens=6)
     assert saved.generate(questions, max_new_tokens=6) == ours
-    again = trainer_of(tmp_path / "second", model=saved.model, max_steps=1)
+    again = grpo(tmp_path / "second", model=saved.model, max_steps=1)
     before = parameters(again)
     again.train()
     assert any(not torch.equal(p, before[name]) for name, p in parameters(again).items())
@@ -240,21 +228,23 @@ def test_equal_neighbours_are_found():
 )
 def test_what_does_not_work_is_refused(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
-        trainer_of(tmp_path, **changes).train()
+        grpo(tmp_path, **changes).train()
 
 
 def test_models_and_arguments_that_cannot_think_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="has no latent tokens: train it with CODI, PCCoT, KaVa, LOTUS or Coconut first"
     ):
-        trainer_of(tmp_path, model=tiny.model())
+        grpo(tmp_path, model=tiny.model())
     with pytest.raises(ValueError, match="has no settings of the method latent"):
-        trainer_of(tmp_path, model=base_folder(tmp_path))
+        grpo(tmp_path, model=base_folder(tmp_path))
     with pytest.raises(ValueError, match="args is a GRPOConfig; GRPO after latent tokens needs a LatentGRPOConfig"):
-        LatentGRPOTrainer(model_of()[0], reward_digits, arguments(trl.GRPOConfig, tmp_path), train_dataset=prompts())
+        LatentGRPOTrainer(
+            thinking_model()[0], reward_digits, arguments(trl.GRPOConfig, tmp_path), train_dataset=prompts()
+        )
     with pytest.raises(ValueError, match="rollout_func: a completion is one text after latent tokens; leave it out"):
         LatentGRPOTrainer(
-            model_of()[0],
+            thinking_model()[0],
             reward_digits,
             arguments(LatentGRPOConfig, tmp_path),
             train_dataset=prompts(),

@@ -94,16 +94,12 @@ def test_the_temperature_is_of_sampling_and_of_thinking_states(monkeypatch, thin
     assert seen
 
 
-def made_up(texts):
-    return Evaluation(len(texts), 0, 0, 1, 0.5, 3, 0.5, texts)
-
-
 def test_dry_run_counts_and_warns(capsys):
     rows = ROWS.select(range(2))
     answers = rows["answer"]
-    found = dry_run(rows, made_up([f"## {answers[0]}", "nothing"]), make_reward("##"), "##", PlainConsole())
-    assert found.rewards == {0.0: 1, 1.0: 1} and found.gold_reward == 1.0
-    dry_run(rows, made_up(["x", "y"]), make_reward("##"), "##", PlainConsole())
+    found = dry_run(rows, [f"## {answers[0]}", "nothing"], make_reward("##"), "##", PlainConsole())
+    assert (found.parse_rate, found.rewards, found.gold_reward) == (0.5, {0.0: 1, 1.0: 1}, 1.0)
+    dry_run(rows, ["x", "y"], make_reward("##"), "##", PlainConsole())
     assert "Every sampled reward is 0" in capsys.readouterr().out
 
 
@@ -112,7 +108,7 @@ def test_dry_run_stops_where_nothing_can_be_earned():
         return [0.0] * len(completions)
 
     with pytest.raises(DataError, match="no reward can ever be earned: never"):
-        dry_run(ROWS.select(range(2)), made_up(["x", "y"]), never, "##", PlainConsole())
+        dry_run(ROWS.select(range(2)), ["x", "y"], never, "##", PlainConsole())
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
