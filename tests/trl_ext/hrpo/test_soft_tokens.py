@@ -40,6 +40,10 @@ def test_the_ratio_is_1_at_the_first_inner_step(tmp_path, source, likelihood):
     trainer._compute_loss(trainer.model, inputs)
     found = trainer._metrics["train"]
     assert found["thinking/log_ratio"][0] <= 1e-5 and found["thinking/ratio_deviation"][0] <= 1e-5
+    # Tokens do not count
+    shifted = {**inputs, "rollout_logps": inputs["rollout_logps"] + (~mask).float()}
+    trainer._compute_loss(trainer.model, shifted)
+    assert found["thinking/log_ratio"][0] <= 1e-5 and found["thinking/ratio_deviation"][0] > 0.1
     # Other noise is another action
     name = "thinking_states" if source == "soft_gaussian" else "gumbels"
     trainer._compute_loss(trainer.model, {**inputs, name: inputs[name] + 0.1 * mask[..., None]})
