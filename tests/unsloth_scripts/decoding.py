@@ -80,7 +80,7 @@ def compare(model, stock, source: str) -> dict:
         "thinking": trace.thinking_mask.float().mean().item(),
         "same_tokens": torch.equal(out, stock_out),
         "switches_restored": before == after and not left,
-        "is_inference": any(x.is_inference() for x in vars(trace).values()),
+        "is_inference": any(x.is_inference() for x in vars(trace).values() if x is not None),
     }
 
 

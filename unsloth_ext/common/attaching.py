@@ -79,16 +79,13 @@ def remember(model: nn.Module, method: Method, settings: Any, **more: Any) -> No
     describe_when_saved(model, backbone)
 
 
-def read_settings(
-    saved: Any, name: str, method: Method, newer: tuple[str, ...] = (), beside: tuple[str, ...] = ()
-) -> Any:
+def read_settings(saved: Any, name: str, method: Method, beside: tuple[str, ...] = ()) -> Any:
     """Rebuild the settings of a method from the JSON that `remember` wrote.
 
     Args:
         saved: what the JSON holds.
         name: the folder or hub repository, for messages.
         method: the record of the method.
-        newer: fields that older folders may lack. They get their defaults.
         beside: values that must also be there and are no settings.
 
     Returns:
@@ -100,7 +97,7 @@ def read_settings(
     cls = method.settings_class()
     known = {f.name for f in fields(cls)} | set(beside)
     if isinstance(saved, dict):
-        saved = {f.name: f.default for f in fields(cls) if f.name in newer} | saved
+        saved = {f.name: f.default for f in fields(cls) if f.name in method.newer} | saved
     if not isinstance(saved, dict) or saved.keys() != known:
         wrong = ", ".join(sorted(known ^ saved.keys())) if isinstance(saved, dict) else repr(saved)
         raise ValueError(f"{name}: its {method.name} settings are not those of this version: {wrong}")

@@ -48,6 +48,7 @@ class Method:
             that they have no meaning.
         states: what that function accepts as `state`: "on", and ablations of the model's latent steps. "off" decodes
             without them.
+        newer: settings that folders of earlier versions lack; they get their defaults.
         refused_arguments: arguments of `generate` that do not work with this method. Those that work with no method are
             in `unsloth_ext.common.generation_arguments`.
         without_vllm: why `generate` cannot decode with `engine="vllm"`, for the message that refuses it.
@@ -73,6 +74,7 @@ class Method:
     completion: str = ""
     likelihood: str = ""
     states: tuple[str, ...] = ("on",)
+    newer: tuple[str, ...] = ()
     refused_arguments: tuple[str, ...] = ()
     without_vllm: str = "this method decodes with transformers only"
 
@@ -83,7 +85,7 @@ class Method:
             raise ValueError(
                 f"{file}: a method that adds modules to a model also needs the fields {', '.join(missing)}"
             )
-        check_tuples(self, "modules", "linear_modules", "states", "refused_arguments")
+        check_tuples(self, "modules", "linear_modules", "states", "newer", "refused_arguments")
         public = {"attach": self.attach, "loader": self.loader}
         if ":" not in self.settings:
             public["settings"] = self.settings

@@ -49,6 +49,14 @@ matcher = DelimiterMatcher(tokenizer, "####", model.config.vocab_size)  # the te
 out = hybrid_generate(model, matcher=matcher, max_new_tokens=32, **inputs)
 print(tokenizer.decode(out[0], skip_special_tokens=True))""",
     completion="completion:complete",
+    newer=(
+        "soft_temperature",
+        "noise_scale",
+        "gumbel_temperature",
+        "gumbel_top_k",
+        "gumbel_top_p",
+        "noise_likelihood",
+    ),
     states=("on", "zero", "shuffle", "noise", "interpolate", "off"),
     refused_arguments=("num_beams",),
     without_vllm="thinking states are decoded by an engine of their own, which thinking_llm makes",

@@ -29,8 +29,6 @@ from .phase import check_backbone
 UPDATES = ("shifted", "own")
 FEEDBACK = ("previous", "embedding")
 PROJECTIONS = ("mlp", "linear")
-# Newer settings, which older folders lack
-SINCE_THEN = ("projection", "kv_projection", "kv_layer_norm", "feedback_onto")
 
 
 @dataclass
@@ -224,7 +222,7 @@ def read_settings(saved: Any, name: str) -> tuple[LatentConfig, list[int]]:
     Raises:
         ValueError: a value is missing, unknown or of the wrong type.
     """
-    settings = settings_from_json(saved, name, METHOD, newer=SINCE_THEN, beside=("token_ids",))
+    settings = settings_from_json(saved, name, METHOD, beside=("token_ids",))
     if not isinstance(saved["token_ids"], list):
         raise ValueError(f"{name}: its latent settings: token_ids={saved['token_ids']!r}: must be a list of ids")
     return settings, saved["token_ids"]

@@ -34,6 +34,7 @@ print(model.generate("1+2=", max_new_tokens=32))""",
     completion="completion:complete",
     likelihood="completion:log_likelihood",
     states=("on", "zero", "shuffle", "noise", "interpolate", "off"),
+    newer=("projection", "kv_projection", "kv_layer_norm", "feedback_onto"),
     refused_arguments=(
         "num_beams",
         "cache_implementation",

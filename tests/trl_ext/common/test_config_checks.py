@@ -17,7 +17,7 @@ from trl_ext.minimind.stage import DataStageArguments
 
 
 CONFIGS = [name for name in trl_ext.__all__ if name.endswith("Config")]
-RL = ("HRPOConfig", "PPOConfig", "SPOConfig")
+RL = ("HRPOConfig", "LatentGRPOConfig", "PPOConfig", "SPOConfig")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
