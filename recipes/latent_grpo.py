@@ -159,11 +159,12 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
 
     # With latent tokens, and with replaced ones
-    after = ablated(trainer.model, tokenizer, held_out, how)
+    after = {"latent tokens": evaluate_answers(trainer.model, tokenizer, held_out, **how)}
+    after |= ablated(trainer.model, tokenizer, held_out, how)
     trainer.save_model(str(output / "final"))
     if not trainer.is_world_process_zero():
         return
-    before["latent tokens"] = accuracy.before  # of a resumed run, the first one's
+    before["latent tokens"] = accuracy.before
     results = {name: (before[name], after[name]) for name in after}
     report(trainer, console, started, script, accuracy, results, data=to_train.report())
 

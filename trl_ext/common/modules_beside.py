@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
@@ -28,6 +29,13 @@ def parameter_groups(trainer: Trainer, module: nn.Module, rate: float | None = N
         params = [p for name, p in module.named_parameters() if (name in decayed) == decays]
         groups.append({"params": params, "lr": rate, "weight_decay": trainer.args.weight_decay if decays else 0.0})
     return groups
+
+
+@torch.no_grad()
+def from_first_process(tensors: Iterable[torch.Tensor]) -> None:
+    """Give parameters or buffers the values that they have in the first process, as DDP does for a model's."""
+    for tensor in tensors:
+        tensor.copy_(broadcast(tensor.data))
 
 
 class OptimizerBeside:

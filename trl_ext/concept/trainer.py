@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -43,6 +42,7 @@ from ..common.model_loading import (
     preparing_models,
     with_adapter,
 )
+from ..common.modules_beside import from_first_process
 from ..common.parameter_groups import split_by_role
 from ..common.update_sizes import UpdateSizesMixin
 from .config import ConceptConfig
@@ -158,8 +158,7 @@ class ConceptTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
         made = backbone.concept_head, backbone.concept_embedding
         with changing_weights(self.model, *made):
             set_codebook(backbone, torch.cat(states)[:wanted], self.args.seed)
-            for parameter in (parameter for module in made for parameter in module.parameters()):
-                parameter.copy_(broadcast(parameter.data))
+            from_first_process(parameter for module in made for parameter in module.parameters())
 
     @torch.no_grad()
     def _calibrate(self, inputs: dict[str, Any]) -> None:

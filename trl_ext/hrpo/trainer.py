@@ -28,7 +28,6 @@ from transformers.utils import logging
 from unsloth_ext.common.delimiter import DelimiterMatcher
 from unsloth_ext.common.padded_batches import check_batches
 from unsloth_ext.common.settings_file import read_json
-from unsloth_ext.common.sharding import whole_weights
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.hrpo.adapter import free_originals, with_thinking_modules
 from unsloth_ext.hrpo.decoding import SOFT_KEPT, HybridSession, ThinkingTrace, hybrid_decode
@@ -46,6 +45,7 @@ from ..common.model_loading import attach_saved, keeping_master_weights, prepari
 from ..common.one_unit import OneUnitMixin
 from ..common.parameter_groups import clip_each_role, split_by_role
 from ..common.rollout_diagnostics import RolloutDiagnostics
+from ..common.rollouts import rollouts_by
 from ..common.sampling import check_generation_kwargs, check_vllm_rollouts, rollout_config, warn_of_truncation
 from ..common.vllm_pushes import pushing_weights
 from . import vllm_rollout
@@ -264,7 +264,7 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
                 self._trace = vllm_rollout.take_trace(self, name, completions, log_probs)
             return completions, log_probs
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        generate, own = model.generate, "generate" in vars(model)
+        generate = model.generate
 
         def hybrid(*args: Any, **kwargs: Any) -> Any:
             session = HybridSession(model, self.matcher, keep=(*self.fields, "log_probs"))
@@ -272,17 +272,8 @@ class HRPOMixin(OneUnitMixin, ExactMeans, GRPOCheckpointMixin):
             self._trace = session.trace()
             return out
 
-        # The parent's generation code runs; only the decoding loop inside `generate` is replaced
-        model.generate = hybrid
-        try:
-            # With ZeRO-3 the parent gathers them
-            with contextlib.nullcontext() if self.is_deepspeed_enabled else whole_weights(model):
-                return super()._generate_single_turn(*args, **kwargs)
-        finally:
-            if own:  # Unsloth sets its own `generate` on the instance
-                model.generate = generate
-            else:
-                del model.generate
+        with rollouts_by(self, model, hybrid):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.thinking:

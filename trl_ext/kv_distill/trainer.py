@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from unsloth_ext.kv_distill.capture import captured_kvq, stacked
 from ..common.checkpointing import CheckpointError, SafeCheckpointMixin
 from ..common.engines import check_engine
 from ..common.model_loading import check_left, check_name, default_args, with_adapter
+from ..common.modules_beside import from_first_process
 from ..common.teacher import check_vocabularies, for_teacher, load_teacher, shard_teacher
 from ..common.update_sizes import UpdateSizesMixin
 from .config import KVDistillConfig
@@ -231,8 +231,7 @@ class KVDistillTrainer(UpdateSizesMixin, SafeCheckpointMixin, SFTTrainer):
     def _fit(self, student: dict, teacher: dict, segments: tuple) -> None:
         layers = self.aligner.layers
         self.aligner.fit(stacked(student, range(len(layers))), stacked(teacher, layers), *segments, T_s=self.args.T_s)
-        for parameter in self.aligner.parameters():  # each process has fitted on another batch
-            parameter.copy_(broadcast(parameter.data))
+        from_first_process(self.aligner.parameters())  # each process has fitted on another batch
 
     def _watch_target(self) -> None:
         """Warn once if a trained target loses its spread."""

@@ -10,11 +10,10 @@ Latent tokens are a function of the question, so the policy's only random choice
 advantages, logging and the training loop are the parent's.
 """
 
-import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,6 @@ from trl.data_utils import is_conversational
 from unsloth_ext.common.attaching import settings_of
 from unsloth_ext.common.compat import CACHE
 from unsloth_ext.common.question_ids import question_ids
-from unsloth_ext.common.sharding import whole_weights
 from unsloth_ext.common.wrapping import backbone_of, unwrapped
 from unsloth_ext.latent.config import check_adapter, remember_latent, with_latent_modules
 from unsloth_ext.latent.method import METHOD
@@ -42,6 +40,7 @@ from ..common.metric_sums import ExactMeans
 from ..common.model_loading import default_args, is_adapted, keeping_master_weights, no_router_loss
 from ..common.one_unit import OneUnitMixin
 from ..common.rollout_diagnostics import RolloutDiagnostics
+from ..common.rollouts import generating_by, rollouts_by
 from ..common.sampling import check_generation_kwargs, rollout_config, warn_of_truncation
 
 
@@ -110,8 +109,8 @@ class LatentGRPOTrainer(OneUnitMixin, ExactMeans, GRPOCheckpointMixin, GRPOTrain
         args = given["args"]
         if not isinstance(args, LatentGRPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; GRPO after latent tokens needs a LatentGRPOConfig")
-        self._one_unit = self._thinks = args.thinking
-        if not self._thinks:
+        self._one_unit = args.thinking
+        if not args.thinking:
             super().__init__(**given)
             return
         for name in ("tools", "environment_factory", "rollout_func"):
@@ -156,17 +155,15 @@ class LatentGRPOTrainer(OneUnitMixin, ExactMeans, GRPOCheckpointMixin, GRPOTrain
 
     def _tokenize_prompts(self, prompts: list) -> Any:
         found = super()._tokenize_prompts(prompts)
-        if not self._thinks or is_conversational({"prompt": prompts[0]}):
+        if not self.args.thinking or is_conversational({"prompt": prompts[0]}):
             return found
         return ([question_ids(self.processing_class, prompt) for prompt in prompts], *found[1:])
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._thinks:
+        if not self.args.thinking:
             return super()._generate_single_turn(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        # With ZeRO-3 the parent gathers the weights
-        gathered = contextlib.nullcontext() if self.is_deepspeed_enabled else whole_weights(model)
-        with gathered, thinking_first(model):
+        with rollouts_by(self, model, thinking_first(model)):
             return super()._generate_single_turn(*args, **kwargs)
 
     # -- log-probs --------------------------------------------------------------------------------------------------
@@ -175,7 +172,7 @@ class LatentGRPOTrainer(OneUnitMixin, ExactMeans, GRPOCheckpointMixin, GRPOTrain
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
         parents = super()._get_per_token_logps_and_entropies
-        if not self._thinks:
+        if not self.args.thinking:
             return parents(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
 
         def work(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any:
@@ -231,37 +228,24 @@ class LatentGRPOTrainer(OneUnitMixin, ExactMeans, GRPOCheckpointMixin, GRPOTrain
         )
 
 
-@contextlib.contextmanager
-def thinking_first(model: nn.Module) -> Iterator[None]:
-    """Let `model.generate` think before it writes. It returns prompts and completions without the latent tokens."""
-    before = vars(model).get("generate")
+def thinking_first(model: nn.Module) -> Callable[..., torch.Tensor]:
+    """What takes the place of `model.generate`: it thinks before it writes, and returns prompts and completions without the
+    latent tokens."""
+    own = model.generate
 
     def generate(
         input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: GenerationConfig, **settings: Any
     ) -> torch.Tensor:
-        restore()
-        try:
-            prompts, copies = alike(input_ids, attention_mask)
-            settings["generation_config"] = each = copy.deepcopy(generation_config)
-            each.num_return_sequences = copies
+        prompts, copies = alike(input_ids, attention_mask)
+        settings["generation_config"] = each = copy.deepcopy(generation_config)
+        each.num_return_sequences = copies
+        with generating_by(model, own):
             out = latent_generate(model, input_ids[prompts], attention_mask[prompts], **settings)
-        finally:
-            model.generate = generate
         thought = backbone_of(model).latent_config.num_latents + 2
         width = input_ids.shape[1]
         return torch.cat([out[:, :width], out[:, width + thought :]], dim=1)
 
-    def restore() -> None:
-        if before is None:
-            del model.generate
-        else:
-            model.generate = before
-
-    model.generate = generate
-    try:
-        yield
-    finally:
-        restore()
+    return generate
 
 
 def alike(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:

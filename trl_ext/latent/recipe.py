@@ -186,9 +186,10 @@ def evaluation_options(script: ScriptArguments, args: LatentArguments, model: nn
 def ablated(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], how: dict[str, Any]
 ) -> dict[str, LatentEvaluation]:
-    """Evaluations with the latent tokens and with each ablation of them, by their names in the report."""
-    names = {"latent tokens": "on"} | {f"latent tokens: {name}": name for name in ABLATIONS}
-    return {name: evaluate_answers(model, tokenizer, rows, latents=latents, **how) for name, latents in names.items()}
+    """Evaluations with each ablation of the latent tokens, by their names in the report."""
+    return {
+        f"latent tokens: {name}": evaluate_answers(model, tokenizer, rows, latents=name, **how) for name in ABLATIONS
+    }
 
 
 def report(
@@ -276,7 +277,8 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
 
     # Evaluate: with latent tokens, with replaced latent tokens, and with explicit steps
-    after = ablated(model, tokenizer, held_out, how)
+    after = {"latent tokens": evaluate_answers(model, tokenizer, held_out, **how)}
+    after |= ablated(model, tokenizer, held_out, how)
     explicit_after = evaluate_answers(model, tokenizer, held_out, latents="off", **how)
     trainer.save_model(str(output / "final"))
     if not trainer.is_world_process_zero():

@@ -6,7 +6,7 @@ It reads latent inputs, then the step, but not the question. So what it needs to
 import copy
 
 import torch
-from accelerate.utils import broadcast, is_peft_model
+from accelerate.utils import is_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from unsloth_ext.common.attaching import attached_modules, settings_of
 from unsloth_ext.common.wrapping import backbone_of, causal_lm_of
 from unsloth_ext.latent.method import METHOD
 
+from ..common.modules_beside import from_first_process
 from .losses import AllSum, alone
 
 
@@ -48,8 +49,7 @@ def same_everywhere(decoder: nn.Module, device: torch.device) -> nn.Module:
     if any(p.is_meta for p in decoder.parameters()):
         decoder.to_empty(device=device)
     decoder.to(device)
-    for tensor in (*decoder.parameters(), *decoder.buffers()):
-        tensor.data.copy_(broadcast(tensor.data))
+    from_first_process((*decoder.parameters(), *decoder.buffers()))
     return decoder
 
 

@@ -5,7 +5,6 @@ import inspect
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification, PreTrainedModel
@@ -13,6 +12,8 @@ from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTok
 import patches
 from unsloth_ext.common.hub import check_finite, check_name
 from unsloth_ext.common.master_weights import MasterLinear
+
+from ..common.modules_beside import from_first_process
 
 
 @patches.applied("zero3_loading")
@@ -113,9 +114,7 @@ def ready(critic: PreTrainedModel, tokens: int, device: torch.device) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    with torch.no_grad():
-        for parameter in critic.parameters():  # all processes use the first one's weights, as DDP does for the policy
-            parameter.copy_(broadcast(parameter.data))
+    from_first_process(critic.parameters())
 
 
 def values_before(critic: PreTrainedModel, ids: torch.Tensor, attention: torch.Tensor, length: int) -> torch.Tensor:

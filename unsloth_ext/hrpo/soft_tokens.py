@@ -24,11 +24,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.embeddings import embed_scale, embedding_rms
+from ..common.embeddings import embedding_rms
 from ..common.logits import logits_of
-from ..common.sharding import begin_at_root, within_forward
+from ..common.sharding import begin_at_root
 from ..common.wrapping import backbone_of
-from .states import SOFT_SOURCES, TOKENS_PER_CHUNK, Warper, mean_rows
+from .states import SOFT_SOURCES, TOKENS_PER_CHUNK, Warper, mean_rows, mix_embeddings
 
 
 # What the likelihood needs of a rollout, beside the inputs that were fed: tensors of `ThinkingTrace`
@@ -83,10 +83,7 @@ def mixture(embedding: nn.Module, probs: torch.Tensor, candidates: int | None = 
         (..., d) in the dtype of the embedding.
     """
 
-    def mix(probs: torch.Tensor) -> torch.Tensor:
-        return mean_rows(embedding.weight, probs, candidates)
-
-    return within_forward(embedding, mix, probs) * embed_scale(embedding)
+    return mix_embeddings(embedding, probs, lambda rows, probs: mean_rows(rows, probs, candidates))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

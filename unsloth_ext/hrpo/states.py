@@ -74,10 +74,23 @@ def soft_embedding(embedding: nn.Module, probs: torch.Tensor, candidates: int | 
         (..., d) in the dtype of the embedding.
     """
 
-    def mix(probs: torch.Tensor) -> torch.Tensor:
-        return mix_rows(embedding.weight, probs, candidates)
+    return mix_embeddings(embedding, probs, lambda rows, probs: mix_rows(rows, probs, candidates))
 
-    return within_forward(embedding, mix, probs) * embed_scale(embedding)
+
+def mix_embeddings(
+    embedding: nn.Module, probs: torch.Tensor, mix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Mix the rows of an input embedding, and scale as the model scales its embeddings.
+
+    Args:
+        embedding: the input embedding, with V rows. An engine may shard it.
+        probs (..., V): floating point.
+        mix: makes (..., d) of the rows (V, d) and `probs`.
+
+    Returns:
+        (..., d) in the dtype of the embedding.
+    """
+    return within_forward(embedding, lambda probs: mix(embedding.weight, probs), probs) * embed_scale(embedding)
 
 
 def mix_rows(rows: torch.Tensor, probs: torch.Tensor, candidates: int | None = None) -> torch.Tensor:
