@@ -32,6 +32,19 @@ def run(monkeypatch, tmp_path, cache):
     )
 
 
+@pytest.mark.parametrize(
+    "flags, term",
+    [
+        ("--w_step_decoder 1", "loss/step_decoder"),
+        ("--latents_per_step 2 --latent_ce_tokens results", "loss/latent_ce"),
+    ],
+)
+def test_terms_that_need_more_of_a_row_than_its_tokens(run, flags, term):
+    run("codi", *flags.split(), "--max_steps", "1", "--eval_every", "0")
+    log = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    assert any(term in entry for entry in log)
+
+
 @pytest.mark.parametrize("method", [slow("codi"), slow("pccot"), "kava", slow("lotus"), slow("coconut")])
 def test_whole_run_resume_and_a_closer_look(run, monkeypatch, capsys, method, cache):
     run(method)

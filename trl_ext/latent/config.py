@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
 from unsloth_ext.kv_compression.compression import KVScoring
 from unsloth_ext.latent.config import LatentConfig
 
@@ -15,7 +17,8 @@ from ..common.config_checks import (
     must_stay,
     one_of,
 )
-from .losses import LATENT_PASSES, LATENT_TOKENS, LOSSES, STD_MODES, STD_SCOPES
+from .data import LatentTokenizer
+from .losses import LATENT_PASSES, LATENT_TOKENS, LOSSES, OF_STEPS, STD_MODES, STD_SCOPES
 from .stages import Stages
 
 
@@ -116,8 +119,8 @@ class LatentArguments(mixin_bases.SFTConfig):
     latent_ce_tokens: str = field(
         default="spread",
         metadata={
-            "help": "Which tokens of longer steps the latent tokens stand for: 'spread' evenly, the 'first', or of each of "
-            "the 'steps' the first latents_per_step."
+            "help": "Which tokens of longer steps the latent tokens stand for: 'spread' evenly, the 'first', or the first "
+            "latents_per_step of each of the 'steps', or of their 'results', which stand after '='."
         },
     )
     latent_ce_passes: str = field(
@@ -226,7 +229,8 @@ class LatentArguments(mixin_bases.SFTConfig):
             )
         if not self.stage_epochs >= 0:
             raise ValueError(f"stage_epochs={self.stage_epochs}: must be 0 or more")
-        of_steps = {"latent_ce_tokens='steps'": self.latent_ce_tokens == "steps", "stage_epochs": self.stage_epochs}
+        tokens = self.latent_ce_tokens
+        of_steps = {f"latent_ce_tokens={tokens!r}": tokens in OF_STEPS, "stage_epochs": self.stage_epochs}
         for name, asked in of_steps.items():
             if asked and self.latents_per_step is None:
                 raise ValueError(f"{name}: latent tokens must belong to steps; set latents_per_step")
@@ -238,6 +242,18 @@ class LatentArguments(mixin_bases.SFTConfig):
                 f"stage_epochs={self.stage_epochs} with w_kv={self.w_kv}: L_KV compresses all steps into the latent "
                 "tokens; set one of them to 0"
             )
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase) -> LatentTokenizer:
+        """What tokenizes the rows that a trainer with these arguments reads."""
+        return LatentTokenizer(
+            tokenizer,
+            self.answer_prompt,
+            self.step_separator,
+            self.drop_last_step,
+            self.max_length,
+            step_ends=self.latents_per_step is not None or self.w_step_decoder > 0,
+            results=self.w_latent_ce > 0 and self.latent_ce_tokens == "results",
+        )
 
     def stages(self) -> Stages | None:
         """The curriculum; None: there is none."""

@@ -18,7 +18,8 @@ from unsloth_ext.common.question_ids import question_ids
 
 COLUMNS = ("question", "steps", "answer")
 TOKENS = ("question_ids", "trace_ids", "prompt_ids", "answer_ids")
-STEP_ENDS = "step_ends"  # a further column, where latent tokens belong to steps
+STEP_ENDS = "step_ends"  # further columns, where latent tokens belong to steps, and where they stand for results
+RESULTS = "result_starts"
 
 
 class LatentDataError(ValueError):
@@ -45,6 +46,7 @@ class LatentTokenizer:
         drop_last_step: remove the last step from the teacher's trace, as it mostly repeats the answer.
         max_length: maximum number of tokens of question, trace and answer together; None: no limit.
         step_ends: also say where each step of the trace ends.
+        results: also say where the result of each step begins, which stands after its last `=`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,13 +55,20 @@ class LatentTokenizer:
     drop_last_step: bool
     max_length: int | None
     step_ends: bool = False
+    results: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a tokenized row."""
+        return (*TOKENS, *((STEP_ENDS,) if self.step_ends else ()), *((RESULTS,) if self.results else ()))
 
     def __call__(self, row: dict[str, Any], index: int, dataset: str) -> dict[str, list[int]]:
-        """The ids of each column of `TOKENS`. The answer ends with EOS. With `step_ends`, also that column: the number of
-        tokens of the trace up to the end of each step.
+        """The ids of each column of `TOKENS`. The answer ends with EOS. With `step_ends` and `results` also these columns:
+        the number of tokens of the trace up to the end of each step, and up to its result.
 
         Raises:
-            LatentDataError: a column is missing or of the wrong type, there is no answer, or the row is too long.
+            LatentDataError: a column is missing or of the wrong type, there is no answer, a step has no result, or the
+                row is too long.
         """
         where = row.get("_where") or f"{dataset} dataset, row {index}"
         question, steps, answer = (row.get(column) for column in COLUMNS)
@@ -80,16 +89,28 @@ class LatentTokenizer:
         if self.max_length is not None and length > self.max_length:
             reason = f"more tokens than max_length={self.max_length}; raise it, or leave the row out"
             raise LatentDataError(where, reason, length)
-        return out | ({STEP_ENDS: self._step_ends(steps)} if self.step_ends else {})
+        if self.step_ends or self.results:
+            texts = [step + self.step_separator for step in steps]
+            ends = np.cumsum([len(text) for text in texts])
+        if self.step_ends:
+            out[STEP_ENDS] = self._tokens_before(texts, ends)
+        if self.results:
+            for step in steps:
+                if "=" not in step:
+                    reason = "a step has no '=' before a result; choose other latent_ce_tokens"
+                    raise LatentDataError(where, reason, step)
+            results = [len(step) - step.rindex("=") - 1 + len(self.step_separator) for step in steps]
+            out[RESULTS] = self._tokens_before(texts, ends - np.array(results, dtype=int))
+        return out
 
-    def _step_ends(self, steps: list[str]) -> list[int]:
-        """A token belongs to the step of its last character: it may begin with the separator before."""
-        texts = [step + self.step_separator for step in steps]
+    def _tokens_before(self, texts: list[str], places: np.ndarray) -> list[int]:
+        """How many tokens there are before each of these characters of the trace. What counts is a token's last character:
+        its first one may be the separator of the step before."""
         offsets = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)[
             "offset_mapping"
         ]
         lasts = [max(end - 1, start) for start, end in offsets]
-        return np.searchsorted(lasts, np.cumsum([len(text) for text in texts])).tolist()
+        return np.searchsorted(lasts, places).tolist()
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -106,8 +127,8 @@ class LatentCollator:
             answer token (-1: the last token of the question).
         input_ids, attention_mask (B, A): <eot>, answer prompt, answer. labels are -100 at pads and <eot>. student_at
             (B).
-        step_ends (B, K): only if the rows have it: the number of trace tokens up to the end of each step; all of them
-            where there are fewer than K steps.
+        step_ends, result_starts (B, K): only if the rows have them: the number of trace tokens up to the end of each step,
+            and up to its result; all of them where there are fewer than K steps.
     """
 
     pad_token_id: int
@@ -122,10 +143,11 @@ class LatentCollator:
         trace_length = torch.tensor([len(r["trace_ids"]) for r in rows])
         prompt_length = torch.tensor([len(r["prompt_ids"]) for r in rows])
         steps = {}
-        if STEP_ENDS in rows[0]:
-            most = max(len(r[STEP_ENDS]) for r in rows)
-            ends = [r[STEP_ENDS] + [len(r["trace_ids"])] * (most - len(r[STEP_ENDS])) for r in rows]
-            steps[STEP_ENDS] = torch.tensor(ends, dtype=torch.long).reshape(len(rows), most)
+        for name in (STEP_ENDS, RESULTS):
+            if name in rows[0]:
+                most = max(len(r[name]) for r in rows)
+                places = [r[name] + [len(r["trace_ids"])] * (most - len(r[name])) for r in rows]
+                steps[name] = torch.tensor(places, dtype=torch.long).reshape(len(rows), most)
         trace_mask = (torch.arange(teacher_ids.shape[1]) < trace_length[:, None]).long()
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, 0] = -100

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}
 STD_MODES = ("divide_loss", "normalize_states", "none")
 STD_SCOPES = ("layer", "global", "token")
-LATENT_TOKENS = ("spread", "first", "steps")
+LATENT_TOKENS = ("spread", "first", "steps", "results")
+OF_STEPS = LATENT_TOKENS[2:]  # with these, latent tokens belong to steps
 LATENT_PASSES = ("all", "last")
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 
@@ -58,6 +59,7 @@ def latent_targets(
     which: str,
     step_ends: torch.Tensor | None = None,
     per_step: int | None = None,
+    result_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The token of the written steps that each latent token stands for (LOTUS, arXiv 2606.31779).
 
@@ -67,10 +69,12 @@ def latent_targets(
         count: M, the number of latent tokens.
         which: where the steps have more tokens than M, `"spread"`: token floor(j K / M) of K for the j-th latent token;
             `"first"`: the first M. Shorter steps leave the last latent tokens without one. `"steps"`: each step has its own
-            latent tokens, which stand for its first tokens.
-        step_ends (B, K): long, for `"steps"`: the number of tokens up to the end of each step; the last number is
-            repeated for rows with fewer steps.
-        per_step: for `"steps"`: the number of latent tokens of each step.
+            latent tokens, which stand for its first tokens. `"results"`: they stand for the first tokens of its result.
+        step_ends (B, K): long, for `"steps"` and `"results"`: the number of tokens up to the end of each step; the last
+            number is repeated for rows with fewer steps.
+        per_step: for these two: the number of latent tokens of each step.
+        result_starts (B, K): long, for `"results"`: the number of tokens up to the result of each step; that of all tokens
+            for rows with fewer steps.
 
     Returns:
         (B, M) long; -100 where there is none.
@@ -80,12 +84,17 @@ def latent_targets(
     there = at < lengths
     if which == "spread":
         at = torch.where(lengths > count, at * lengths // count, at)
-    elif which == "steps":
+    elif which in OF_STEPS:
         assert step_ends is not None and per_step is not None
-        ends = F.pad(step_ends, (1, max(count // per_step - step_ends.shape[1], 0)), value=0)
-        ends = ends.cummax(1).values  # of steps that no row has: the last end
+        more = max(count // per_step - step_ends.shape[1], 0)  # steps that no row has
+        ends = F.pad(step_ends, (1, more), value=0).cummax(1).values  # of these: the last end
+        if which == "steps":
+            starts = ends
+        else:
+            assert result_starts is not None
+            starts = F.pad(result_starts, (0, more), value=trace.shape[1])
         step = torch.arange(count, device=trace.device) // per_step
-        at = ends[:, step] + torch.arange(count, device=trace.device) % per_step
+        at = starts[:, step] + torch.arange(count, device=trace.device) % per_step
         there = at < ends[:, step + 1]
     padded = F.pad(trace, (0, max(count - trace.shape[1], 0)))
     return padded.gather(1, at.clamp(max=padded.shape[1] - 1)).masked_fill(~there, -100)

@@ -24,7 +24,6 @@ from ..tasks import equations, warm_start
 from ..tasks.data import without
 from ..tasks.evaluation import AccuracyCallback
 from .config import LatentArguments
-from .data import LatentTokenizer
 from .evaluation import LatentEvaluation, evaluate_answers
 from .method import METHOD
 from .presets import LORA
@@ -157,14 +156,7 @@ def tokenized(
 
     The evaluation loss includes the teacher's, so `eval_dataset` has only rows with steps.
     """
-    tokenize = LatentTokenizer(
-        tokenizer,
-        args.answer_prompt,
-        args.step_separator,
-        args.drop_last_step,
-        args.max_length,
-        step_ends=args.latents_per_step is not None,
-    )
+    tokenize = args.rows(tokenizer)
     datasets = {"train_dataset": Dataset.from_list(train.map(tokenize))}
     if args.eval_strategy != "no":
         with_steps = Rows("held-out", [row for row in held_out if row["steps"]])

@@ -41,7 +41,7 @@ from ..common.modules_beside import parameter_groups
 from ..common.one_unit import OneUnitMixin
 from ..common.update_sizes import UpdateSizesMixin
 from .config import LatentArguments
-from .data import COLUMNS, STEP_ENDS, TOKENS, LatentCollator, LatentTokenizer, check_lengths
+from .data import COLUMNS, RESULTS, STEP_ENDS, LatentCollator, check_lengths
 from .losses import codi_loss, cross_entropy, kv_loss, latent_cross_entropy, latent_targets
 from .preparation import Preparation, tokenizer_of
 from .stages import in_stage
@@ -120,15 +120,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             model, keywords["peft_config"] = with_adapter(model, prepare.peft_config, args.seed)
         collator = LatentCollator(tokenizer.pad_token_id, add_latent_tokens(tokenizer, prepare.settings)[2])
         self._stages, self._stage = args.stages(), 0
-        self._columns = (*TOKENS, STEP_ENDS) if args.latents_per_step or args.w_step_decoder else TOKENS
-        self._rows = LatentTokenizer(
-            tokenizer,
-            args.answer_prompt,
-            args.step_separator,
-            args.drop_last_step,
-            args.max_length,
-            step_ends=STEP_ENDS in self._columns,
-        )
+        self._rows = args.rows(tokenizer)
         with preparing_models(self._stock_init, prepare), keeping_master_weights(self, model):
             super().__init__(model, args, collator, train_dataset, eval_dataset, tokenizer, *others, **keywords)
         no_router_loss(self, "question, latent tokens and answer are separate forward passes")
@@ -174,7 +166,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
             dataset = dataset.map(self._rows, with_indices=True, fn_kwargs={"dataset": dataset_name})
             return _shuffled(dataset, args)
         tokenized = "question_ids" in columns
-        missing = [name for name in (self._columns if tokenized else COLUMNS) if name not in columns]
+        missing = [name for name in (self._rows.columns if tokenized else COLUMNS) if name not in columns]
         if missing:
             raise ValueError(f"{dataset_name} dataset: column {missing[0]!r} is missing; it has {', '.join(columns)}")
         if not tokenized:
@@ -197,7 +189,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
         return _shuffled(dataset, args)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(self._columns)
+        self._signature_columns = list(self._rows.columns)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -227,7 +219,7 @@ class LatentTrainer(OneUnitMixin, UpdateSizesMixin, SafeCheckpointMixin, SFTTrai
     def _targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the latent tokens stand for: (B, M), see `latent_targets`."""
         trace, args = (batch["teacher_ids"], batch["trace_mask"]), self.args
-        steps = batch.get(STEP_ENDS), args.latents_per_step
+        steps = batch.get(STEP_ENDS), args.latents_per_step, batch.get(RESULTS)
         return latent_targets(*trace, self._num_latents, args.latent_ce_tokens, *steps)
 
     def _groups(self) -> tuple[int, int]:

@@ -233,9 +233,29 @@ def test_a_token_belongs_to_the_step_of_its_last_character():
     assert found["step_ends"] == [3, 6, 10]
 
 
+def test_latent_tokens_of_results_stand_for_what_follows_the_last_equals_sign(tmp_path):
+    """Two latent tokens for each of two steps: `1=1+9=10` has the result `10`, and `;` ends a shorter one."""
+    rows = [
+        {"question": "1+1=", "steps": ["1+1=2", "1=1+9=10", "3=3"], "answer": "3"},
+        {"question": "12+3=", "steps": ["12+3=150"], "answer": "5"},
+        {"question": "1-5=", "steps": ["=7", "1+1=", "4=4", "5=5"], "answer": "4"},
+    ]
+    settings = {"stage_epochs": 0.0, "num_latents": 4, "latents_per_step": 2, "latent_ce_tokens": "results"}
+    trainer = trainer_of(tmp_path, "LOTUS", rows=rows, drop_last_step=False, **settings)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    asked = trainer._targets(batch)
+    read = [
+        [tiny.tokenizer(()).decode([i for i in block if i >= 0]) for block in row.view(2, 2).tolist()] for row in asked
+    ]
+    assert read == [["2;", "10"], ["15", ""], ["7;", ";"]]
+    trainer.train()
+    assert any("loss/latent_ce" in entry for entry in trainer.state.log_history)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
+        ({"stage_epochs": 0.0, "latents_per_step": None, "latent_ce_tokens": "results"}, "latent_ce_tokens='results'"),
         ({"latents_per_step": 5}, "latents_per_step=5: must be at least 1, and divide num_latents=12"),
         (
             {"latents_per_step": None},
