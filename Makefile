@@ -170,7 +170,7 @@ train-% eval-% profile-%: $(READY) $(SMOLLM2)
 bench-%: $(READY)
 	$(TARGET)
 
-bench-concept-pretrained: $(VENV)/.smollm2
+bench-concept-pretrained bench-real: $(VENV)/.smollm2
 
 # Where there is a GPU, HRPO rolls out in vLLM; without it, in transformers. The target says which and why
 $(VENV)/.vllm: $(READY) requirements/vllm.txt

@@ -116,6 +116,11 @@ METHOD = TrainingMethod(
             "benchmarks/bench_latent.py",
         ),
         Command(
+            "bench-real",
+            "every method against its control on SmolLM2-135M, at an equal budget; ARGS='--minutes 50' for a piece",
+            "benchmarks/bench_real.py",
+        ),
+        Command(
             "bench-kv-compression",
             "scoring, redundancy, steps, latent tokens and decoding against what one would use instead",
             "benchmarks/bench_kv_compression.py",
