@@ -1,4 +1,5 @@
-"""What thinking states add on the reachability task, over seeds: GRPO and HRPO with the same budget, states replaced.
+"""What thinking states add on the reachability task, over seeds: GRPO, HRPO, soft tokens and latent tokens with the same
+number of rewards, states replaced.
 
     make bench-states [ARGS="--seeds 0 1 2 --steps 200 --arms NAME NAME"]
 
@@ -17,14 +18,16 @@ from typing import Any
 import torch
 import trl
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import patches
 from benchmarks import setups
 from benchmarks.over_seeds import ROOT, compare, in_order, seeds_of, table
-from trl_ext import HRPOConfig, HRPOTrainer
+from trl_ext import CODIConfig, CODITrainer, HRPOConfig, HRPOTrainer, LatentGRPOConfig, LatentGRPOTrainer
 from trl_ext.cli.user_errors import in_sentences
 from trl_ext.hrpo.frontier import frontier_shares, plot_frontier
+from trl_ext.latent.evaluation import evaluate_answers
 from trl_ext.tasks import reachability, warm_start
 from trl_ext.tasks.evaluation import evaluate
 from trl_ext.tasks.reward import make_reward
@@ -32,7 +35,9 @@ from trl_ext.tasks.reward import make_reward
 
 STEPS, HELD_OUT, SAMPLES = 200, 500, 4
 STATES = {"on": "", "zero": "_zero", "shuffle": "_shuffle", "noise": "_noise"}  # with the endings of their results
+HARD = {"off": "_hard"}  # soft tokens train, tokens answer
 SOFT = "HRPO soft_embedding, rollout"
+LATENTS, TAUGHT = "latent tokens", 1000  # steps on demonstrations, as the warm start's
 PROJECTION = {"thinking_source": "projection", "lr_thinking_projection": 1e-3, "thinking_norm": "embedding_rms"}
 PROJECTION |= {"residual_r_min": 0.3, "residual_r_max": 0.7}
 COMPARED: dict[str, dict[str, Any] | None] = {
@@ -41,10 +46,17 @@ COMPARED: dict[str, dict[str, Any] | None] = {
     "GRPO, learning rate 6e-4": {"thinking": False, "learning_rate": 6e-4},
     SOFT: {},
     "HRPO soft_embedding, soft_bptt": {"recompute": "soft_bptt"},
+    "HRPO soft_embedding, two_pass": {"recompute": "two_pass"},
+    "HRPO soft_embedding, jacobi": {"recompute": "jacobi"},
     "HRPO soft_embedding, frozen": {"recompute": "frozen"},
     "HRPO projection, rollout": PROJECTION,
     "HRPO projection, two_pass": PROJECTION | {"recompute": "two_pass"},
+    "HRPO projection, jacobi": PROJECTION | {"recompute": "jacobi"},
     "HRPO projection, frozen": PROJECTION | {"recompute": "frozen"},
+    "soft tokens, Gumbel": {"thinking_source": "soft_gumbel", "recompute": "frozen"},
+    "soft tokens, Gaussian": {"thinking_source": "soft_gaussian", "recompute": "frozen", "noise_scale": 1.0},
+    LATENTS: {"rewarded": False},
+    f"{LATENTS}, then rewards": {"rewarded": True},
 }
 WEIGHTS = {
     f"r_min {low}, r_max {high}": {"residual_r_min": low, "residual_r_max": high}
@@ -66,9 +78,9 @@ def warm_start_of(seed: int) -> str:
     )
 
 
-def settings(changes: dict[str, Any], seed: int, steps: int) -> trl.GRPOConfig:
+def settings(changes: dict[str, Any], seed: int, steps: int, thinking: type = HRPOConfig) -> Any:
     """The trainer's configuration of a run: TRL's without thinking, ours with it."""
-    kind = HRPOConfig if changes.get("thinking", True) else trl.GRPOConfig
+    kind = thinking if changes.get("thinking", True) else trl.GRPOConfig
     found = yaml.safe_load((ROOT / "recipes/configs/hrpo_reachability.yaml").read_text()) | changes
     found |= {"output_dir": tempfile.mkdtemp(), "max_steps": steps, "seed": seed, "save_strategy": "no"}
     found |= {"disable_tqdm": True, "logging_steps": 5}
@@ -85,6 +97,8 @@ def run(name: str, seed: int, steps: int) -> dict:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if changes is None:
         return measured(model, tokenizer, held_out, ("on",))
+    if "rewarded" in changes:
+        return latent_run(base, seed, steps if changes["rewarded"] else 0)
     config = settings(changes, seed, steps)
     thinks = isinstance(config, HRPOConfig)
     trainer = (HRPOTrainer if thinks else trl.GRPOTrainer)(
@@ -93,9 +107,10 @@ def run(name: str, seed: int, steps: int) -> dict:
     start = time.time()
     trainer.train()
     seconds = round(time.time() - start, 1)
-    found = measured(trainer.model, tokenizer, held_out, tuple(STATES) if thinks else ("on",))
+    states = ((*STATES, *HARD) if config.soft_tokens else tuple(STATES)) if thinks else ("on",)
+    found = measured(trainer.model, tokenizer, held_out, states)
     history = trainer.state.log_history
-    if thinks:
+    if thinks and not config.soft_tokens:
         found["weight"] = [entry["thinking/hidden_ratio"] for entry in history if "thinking/hidden_ratio" in entry][-1]
     if thinks and config.thinking_source == "soft_embedding":
         found["frontier"] = {
@@ -104,6 +119,56 @@ def run(name: str, seed: int, steps: int) -> dict:
         }
     rewards = [entry["reward"] for entry in history if "reward" in entry]
     return {**found, "reward_last": statistics.mean(rewards[-3:]), "seconds": seconds}
+
+
+def latent_run(base: str, seed: int, steps: int) -> dict:
+    """CODI with a latent token, which the LM head reads, for each node of the demonstrations, and then GRPO."""
+    problems, held_out = reachability.split_problems(HELD_OUT, seed)
+    shown = reachability.demonstrations(problems, seed + 1, "#")
+    rows = [(prompt, text.split()) for prompt, text in zip(shown["prompt"], shown["completion"], strict=True)]
+    taught = Dataset.from_list(
+        [
+            {"question": prompt, "steps": [f" {node}" for node in walk[:-2]], "answer": f" {walk[-1]}"}
+            for prompt, walk in rows
+        ]
+    )
+    common = {"use_cpu": not setups.CUDA, "bf16": False, "report_to": "none", "save_strategy": "no", "seed": seed}
+    common |= {"disable_tqdm": True, "logging_steps": 5, "adam_beta2": 0.99}
+    supervised = CODIConfig(
+        **common,
+        output_dir=tempfile.mkdtemp(),
+        max_steps=TAUGHT,
+        per_device_train_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        num_latents=reachability.DEPTH,
+        projection_dim=64,
+        w_latent_ce=1.0,
+        latent_ce_tokens="first",
+        drop_last_step=False,
+        answer_prompt=" #",
+        step_separator="",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer: Any = CODITrainer(base, supervised, train_dataset=taught, processing_class=tokenizer)
+    start = time.time()
+    trainer.train()
+    if steps:
+        rewarded = settings({"max_completion_length": 4}, seed, steps, LatentGRPOConfig)
+        train = reachability.as_dataset(problems)
+        trainer = LatentGRPOTrainer(
+            trainer.model, make_reward("#"), rewarded, train_dataset=train, processing_class=tokenizer
+        )
+        trainer.train()
+    seconds = round(time.time() - start, 1)
+    asked = [{"question": made.prompt, "answer": made.answer} for made in held_out]
+    how = {"answer_prompt": "#", "max_new_tokens": 4, "batch_size": HELD_OUT}
+    found = {
+        f"greedy{ending}": evaluate_answers(trainer.model, tokenizer, asked, latents=state, **how).accuracy
+        for state, ending in STATES.items()
+    }
+    return found | {"seconds": seconds}
 
 
 def measured(model: Any, tokenizer: Any, held_out: Any, states: tuple[str, ...]) -> dict:
@@ -116,7 +181,8 @@ def measured(model: Any, tokenizer: Any, held_out: Any, states: tuple[str, ...])
             evaluate(model, tokenizer, held_out, thinking=state, do_sample=sample, **decoding).accuracy
             for sample in (False, *[True] * SAMPLES)
         ]
-        found |= {f"greedy{STATES[state]}": each[0], f"sampled{STATES[state]}": statistics.mean(each[1:])}
+        ending = (STATES | HARD)[state]
+        found |= {f"greedy{ending}": each[0], f"sampled{ending}": statistics.mean(each[1:])}
     return found
 
 
@@ -129,10 +195,11 @@ COLUMNS = (
     ("sampled_shuffle", "sampled", ".1%"),
     ("greedy_noise", "noise, greedy", ".1%"),
     ("sampled_noise", "sampled", ".1%"),
+    ("greedy_hard", "greedy, tokens only", ".1%"),
     ("weight", "weight", ".2f"),
     ("seconds", "s per run", ".0f"),
 )
-TRAINED = tuple(column for column in COLUMNS if column[0] in ("greedy", "sampled", "seconds"))
+TRAINED = tuple(column for column in COLUMNS if column[0] in ("greedy", "sampled", "greedy_hard", "seconds"))
 REPLACED = tuple(column for column in COLUMNS if column[0].endswith(("zero", "shuffle", "noise")))
 WEIGHED = tuple(column for column in COLUMNS if column[0] in ("greedy", "sampled", "greedy_zero", "weight"))
 
@@ -141,7 +208,7 @@ def page(found: dict) -> str:
     """The table of benchmarks/results/states_<device>.md."""
     results, made_with = found["results"], found["made_with"]
     compared = in_order(results, COMPARED)
-    thinking = {name: runs for name, runs in compared.items() if name.startswith("HRPO")}
+    thinking = {name: runs for name, runs in compared.items() if "greedy_zero" in next(iter(runs.values()))}
     weights = {name: {"0": runs["0"]} for name, runs in in_order(results, (SOFT, *WEIGHTS)).items() if "0" in runs}
     frontier = results.get(SOFT, {}).get("0", {}).get("frontier", {})
     lines = [

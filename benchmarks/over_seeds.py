@@ -37,7 +37,7 @@ def compare(
     Args:
         about: the script's docstring.
         name: name of the result files.
-        runs: the settings of each run by name. Results with other settings are not mixed with these.
+        runs: the settings of each run by name. Results with other settings are not mixed with these; new runs are added.
         run: returns the results of (name, seed, steps); a function of a module, so that processes can import it.
         steps: default number of steps.
         columns: columns of the table.
@@ -47,8 +47,14 @@ def compare(
     """
     names = list(runs)
     options = arguments(about, names, steps, [0, 1, 2]).parse_args()
-    made_with = {"steps": options.steps, "held_out": held_out, "runs": digest(runs)}
+    made_with = {"steps": options.steps, "held_out": held_out}
     path, results = setups.so_far(name, options.fresh, made_with)
+    settings = {n: digest(runs[n]) for n in names}
+    changed = [n for n in names if any(found["made_with"] != settings[n] for found in results.get(n, {}).values())]
+    if changed:
+        raise ValueError(
+            f"{path}: the settings of {', '.join(changed)} are other ones now: --fresh deletes all results"
+        )
     workers = 1 if setups.CUDA else 2  # small models gain more from a second process than from a second thread
     jobs = [(n, s) for s in options.seeds for n in options.only if str(s) not in results.get(n, {})]
     for seed in sorted({s for _, s in jobs}) if prepare else ():
@@ -57,7 +63,7 @@ def compare(
         running = {pool.submit(run, n, s, options.steps): (n, s) for n, s in jobs}
         for done in as_completed(running):
             n, seed = running[done]
-            results.setdefault(n, {})[str(seed)] = done.result()
+            results.setdefault(n, {})[str(seed)] = done.result() | {"made_with": settings[n]}
             print(f"seed {seed}  {table({n: {seed: done.result()}}, columns).splitlines()[-1]}", flush=True)
             setups.write(name, {"command": f"make bench-{name}", "made_with": made_with, "results": results})
     PlainConsole().print(table(in_order(results, names), columns))
