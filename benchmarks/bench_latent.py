@@ -3,11 +3,12 @@
 It compares plain SFT with and without steps, pause tokens, CODI, PCCoT and KaVa without and with the LM head reading
 their latent tokens, KaVa with each choice of keys, LOTUS, SIM-CoT and Coconut.
 
-    python -m benchmarks.bench_latent [--seeds 0 1 2] [--steps N] [--size small|large]
+    python -m benchmarks.bench_latent [--seeds 0 1 2] [--steps N] [--size small|chains|large]
 
 Settings are those of recipes/configs/*_tiny.yaml with the changes of `VARIANTS`; with a GPU the task and the model are
-larger (`LARGE`). Writes benchmarks/results/latent_<device>.json (large: latent_large_<device>.json) after every run, and at
-the end the table beside it. Finished runs with the same settings are not repeated without `--fresh`.
+larger (`LARGE`); `chains` has five operations. Writes benchmarks/results/latent_<device>.json (latent_chains_<device>.json,
+latent_large_<device>.json) after every run, and at the end the table beside it. Finished runs with the same settings are
+not repeated without `--fresh`.
 """
 
 import dataclasses
@@ -89,7 +90,21 @@ LARGE = {
     "coconut": {"num_latents": 10, "stage_epochs": 3.84},
     "all": {"per_device_train_batch_size": 256, "max_steps": 5000, "learning_rate": 1e-3, "warmup_steps": 200},
 }
-SIZES = {"small": equations.SMALL, "large": equations.LARGE}
+# Changes for five operations, of which the teacher writes four: as many latent tokens for each as with three
+CHAINS = {
+    "codi": {"num_latents": 12},
+    "pccot": {"num_latents": 24},
+    "kava": {"num_latents": 24},
+    "lotus": {"num_latents": 30, "iterations": 5},
+    "coconut": {"num_latents": 10},
+    "all": {"max_steps": 1500},
+}
+CHANGES: dict[str, dict[str, dict]] = {"small": {}, "chains": CHAINS, "large": LARGE}
+SIZES = {
+    "small": equations.SMALL,
+    "chains": dataclasses.replace(equations.SMALL, operations=5, warm_start_steps=2000),
+    "large": equations.LARGE,
+}
 
 
 def settings(method: str, size: str, changes: dict, seed: int, steps: int | None) -> tuple[ScriptArguments, dict]:
@@ -98,9 +113,9 @@ def settings(method: str, size: str, changes: dict, seed: int, steps: int | None
     names = {f.name for f in dataclasses.fields(ScriptArguments)}
     script = ScriptArguments(**{k: v for k, v in found.items() if k in names})
     args = {k: v for k, v in found.items() if k not in names}
-    large = size == "large"
-    script.max_new_tokens *= 2 if large else 1
-    args |= (LARGE[method] if large else {}) | changes | (LARGE["all"] if large else {})
+    other = CHANGES[size]
+    script.max_new_tokens *= 2 if other else 1
+    args |= other.get(method, {}) | changes | other.get("all", {})
     args |= {"use_cpu": not setups.CUDA, "seed": seed, "save_strategy": "no", "disable_tqdm": True}
     return script, args | ({"max_steps": steps} if steps else {})
 
@@ -216,7 +231,7 @@ def main() -> None:
     options = parser.parse_args()
     patches.apply("fused_lm_head")
     disable_progress_bars()
-    name = "latent" if options.size == "small" else "latent_large"
+    name = "latent" if options.size == "small" else f"latent_{options.size}"
     path, _ = setups.so_far(name, options.fresh, {})
     size = SIZES[options.size]
     note = f"{options.held_out} held-out questions of {size.operations} operations"
@@ -263,7 +278,7 @@ def page(found: dict) -> str:
 {table(results)}"""
 
 
-TABLES = {"latent": page, "latent_large": page}
+TABLES = {"latent": page, "latent_chains": page, "latent_large": page}
 
 
 if __name__ == "__main__":
