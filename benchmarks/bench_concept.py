@@ -137,14 +137,15 @@ def run(name: str, seed: int, steps: int) -> dict:
     return {**found.numbers(), "ms_per_step": 1000 * seconds / steps, "curve": curve}
 
 
-def prune(model: torch.nn.Module, layers: int) -> None:
-    """Keep fewer layers, evenly spaced and with the first and the last, in place."""
+def prune(model: torch.nn.Module, layers: int) -> list[int]:
+    """Keep fewer layers, evenly spaced and with the first and the last, in place. Returns which."""
     places = torch.linspace(0, model.config.num_hidden_layers - 1, layers).round().long().tolist()
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in places)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
     model.config.num_hidden_layers = layers
     model.config.layer_types = ["full_attention"] * layers
+    return places
 
 
 COLUMNS = (

@@ -23,6 +23,8 @@ from ..tasks.reward import make_reward
 class ConceptEvaluation:
     """Results over n texts. NLLs are nats per token. A model without concepts has only the first six figures.
 
+    With `completions_only`, the NLLs and `token_accuracy` are those of the completions' tokens.
+
     Attributes:
         n: number of texts.
         accuracy, low, high: share of right greedy answers, with its 95% Wilson interval.
@@ -75,6 +77,7 @@ def evaluate_concepts(
     delimiter: str | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 64,
+    completions_only: bool = False,
     progress: bool = False,
 ) -> ConceptEvaluation:
     """Evaluate a model, with or without concepts, on held-out rows. Ours.
@@ -86,6 +89,8 @@ def evaluate_concepts(
         delimiter: the text before the answer in a completion; None: the completion is the answer.
         max_new_tokens: maximum number of generated tokens.
         batch_size: rows per batch.
+        completions_only: leave out the tokens of the prompts, as training on completions does. Concepts are still those
+            of whole texts.
         progress: show a progress bar.
 
     Returns:
@@ -109,6 +114,9 @@ def evaluate_concepts(
             ids, real = batch["input_ids"], batch["attention_mask"].bool()
             out = backbone(ids, attention_mask=batch["attention_mask"], use_cache=False)
             scored = real[:, 1:]
+            if completions_only:
+                starts = torch.tensor([len(prompt) for prompt in tokenizer(part["prompt"])["input_ids"]])
+                scored = scored & (torch.arange(1, ids.shape[1]) >= starts[:, None]).to(ids.device)
             logits = head(out.last_hidden_state)
             nll = _nll(logits, ids) * scored
             sums["hits"] += ((logits[:, :-1].argmax(-1) == ids[:, 1:]) & scored).sum().item()

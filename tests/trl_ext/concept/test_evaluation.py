@@ -87,6 +87,27 @@ def test_what_random_concepts_cost_is_told_by_who_reads_them():
     assert found.nll_tail_random != pytest.approx(found.nll_tail, rel=1e-3)
 
 
+def test_completions_alone_can_count():
+    """1e-5: of the tokens behind each prompt, with concepts made of the whole text."""
+    net, tokenizer = made(False), tiny.tokenizer(())
+    rows = setups.Dataset.from_list([{**row, "answer": row["completion"]} for row in setups.ROWS[:8]])
+    found = evaluate_concepts(net, tokenizer, rows, batch_size=3, max_new_tokens=1, completions_only=True)
+    whole = evaluate_concepts(net, tokenizer, rows, batch_size=3, max_new_tokens=1)
+    every, others = [], []
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+        out = backbone_of(net)(ids, use_cache=False)
+        each = F.cross_entropy(net.lm_head(out.last_hidden_state)[0, :-1], ids[0, 1:], reduction="none")
+        first = len(row["prompt"]) - 1  # a token is a character
+        every += each[first:].tolist()
+        others += each[first:][~out.choice.concept[0, first:-1]].tolist()
+    assert len({len(row["prompt"]) for row in rows}) > 1
+    assert found.nll == pytest.approx(sum(every) / len(every), rel=1e-5)
+    assert found.nll_tail == pytest.approx(sum(others) / len(others), rel=1e-5)
+    assert found.nll != pytest.approx(whole.nll, rel=1e-3)
+    assert (found.ratio, found.tail, found.macs) == (whole.ratio, whole.tail, whole.macs)
+
+
 def test_a_model_without_concepts_has_the_first_figures_only():
     net, tokenizer = setups.base().eval(), tiny.tokenizer(())
     rows = setups.Dataset.from_list([{"prompt": "1+1=", "completion": "2 ##2", "answer": "2"}] * 2)
