@@ -11,6 +11,10 @@ runs/minimind, which are made there if there are none.
 
 After every trial it writes benchmarks/results/sweep_<device>.json, the table beside it, and the picture of the method in
 docs/sweeps/. Finished trials with the same settings are not repeated without `--fresh`; failed ones are.
+
+About 200 trials take 14 hours of one core, those of the learning rates 5. Minutes for a trial on a core of its own: codi
+2.5 and hrpo 2 to 3, as measured; pccot and kava 8, lotus 4.5, hrpo-reachability 2.5 and MiniMind's stages 1 to 2.5, from
+other benchmarks on one or two threads; coconut 10, concept 5, planner 3, kv-distill and latent-grpo 2, which is estimated.
 """
 
 import json
@@ -340,7 +344,8 @@ def page(found: dict) -> str:
 
 One setting at a time is changed in the embedded default of a method. Accuracy is that of its recipe on held-out rows after
 training (seeds: {", ".join(map(str, seeds))}). "Works" is the range around the shipped value, without a gap, whose values
-are at most {WORKS * 100:g} points below the best of their row. With one seed, differences of a few points can be chance.
+are at most {WORKS * 100:g} points below the best of their row; one that ends where the row does may go on. With one seed,
+differences of a few points can be chance.
 
 {table(results)}
 
