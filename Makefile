@@ -36,7 +36,7 @@ BROKEN := $(if $(wildcard $(READY)),$(shell PYTHONPATH= $(PY) $(CHECK) checkout 
 .PHONY: broken
 broken:
 	@echo "$(VENV) has no Python that runs the packages of this folder: setting it up anew"
-	@rm -f $(READY) $(VENV)/.smollm2 $(VENV)/.sweep $(VENV)/.docs
+	@rm -f $(READY) $(VENV)/.smollm2 $(VENV)/.docs
 
 $(READY): $(BROKEN) $(addprefix requirements/,core.txt dev.txt unsloth.txt unsloth-cpu.txt) pyproject.toml setup.py
 	@$(PY) $(CHECK) 2>/dev/null || $(PYTHON) $(CHECK) 2>/dev/null || \
@@ -172,11 +172,7 @@ bench-%: $(READY)
 
 bench-concept-pretrained bench-real: $(VENV)/.smollm2
 
-$(VENV)/.sweep: $(READY) requirements/sweep.txt
-	@$(PIP) -r requirements/sweep.txt
-	@touch $@
-
-sweep: $(VENV)/.sweep  ## settings one at a time, each method's recipe: ARGS="--only codi hrpo --axes learning_rate"
+sweep: $(READY)  ## settings one at a time, each method's recipe: ARGS="--only codi hrpo --axes learning_rate"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 $(PY) -m benchmarks.sweep $(ARGS)
 
 # Where there is a GPU, HRPO rolls out in vLLM; without it, in transformers. The target says which and why

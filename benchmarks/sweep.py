@@ -214,7 +214,7 @@ def search(jobs: list[tuple[str, str, float, int]], workers: int, keep: Callable
         keep: called with the method and the record of every trial that has ended. A failed one has the last line of its
             `error`.
     """
-    import optuna  # of requirements/sweep.txt, which only a sweep needs
+    import optuna  # of requirements/dev.txt
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # `keep` tells of every trial
     one_at_a_time = threading.Lock()

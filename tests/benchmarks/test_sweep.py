@@ -21,7 +21,6 @@ def trial(after, seed=0, **changed):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """`fake(words)` runs the command line without recipes; the trials that were run are in `fake.ran`."""
-    pytest.importorskip("optuna")
     ran = []
 
     def run(name, changed, seed):
