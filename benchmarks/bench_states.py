@@ -37,7 +37,7 @@ STEPS, HELD_OUT, SAMPLES = 200, 500, 4
 STATES = {"on": "", "zero": "_zero", "shuffle": "_shuffle", "noise": "_noise"}  # with the endings of their results
 HARD = {"off": "_hard"}  # soft tokens train, tokens answer
 SOFT = "HRPO soft_embedding, rollout"
-LATENTS, TAUGHT = "latent tokens", 1000  # steps on demonstrations, as the warm start's
+LATENTS = "latent tokens"
 PROJECTION = {"thinking_source": "projection", "lr_thinking_projection": 1e-3, "thinking_norm": "embedding_rms"}
 PROJECTION |= {"residual_r_min": 0.3, "residual_r_max": 0.7}
 COMPARED: dict[str, dict[str, Any] | None] = {
@@ -55,8 +55,8 @@ COMPARED: dict[str, dict[str, Any] | None] = {
     "HRPO projection, frozen": PROJECTION | {"recompute": "frozen"},
     "soft tokens, Gumbel": {"thinking_source": "soft_gumbel", "recompute": "frozen"},
     "soft tokens, Gaussian": {"thinking_source": "soft_gaussian", "recompute": "frozen", "noise_scale": 1.0},
-    LATENTS: {"rewarded": False},
-    f"{LATENTS}, then rewards": {"rewarded": True},
+    LATENTS: {"taught": 1000, "rewarded": False},  # steps on demonstrations
+    f"{LATENTS}, then rewards": {"taught": 1000, "rewarded": True},
 }
 WEIGHTS = {
     f"r_min {low}, r_max {high}": {"residual_r_min": low, "residual_r_max": high}
@@ -98,7 +98,7 @@ def run(name: str, seed: int, steps: int) -> dict:
     if changes is None:
         return measured(model, tokenizer, held_out, ("on",))
     if "rewarded" in changes:
-        return latent_run(base, seed, steps if changes["rewarded"] else 0)
+        return latent_run(base, seed, changes["taught"], steps if changes["rewarded"] else 0)
     config = settings(changes, seed, steps)
     thinks = isinstance(config, HRPOConfig)
     trainer = (HRPOTrainer if thinks else trl.GRPOTrainer)(
@@ -121,7 +121,7 @@ def run(name: str, seed: int, steps: int) -> dict:
     return {**found, "reward_last": statistics.mean(rewards[-3:]), "seconds": seconds}
 
 
-def latent_run(base: str, seed: int, steps: int) -> dict:
+def latent_run(base: str, seed: int, taught_steps: int, steps: int) -> dict:
     """CODI with a latent token, which the LM head reads, for each node of the demonstrations, and then GRPO."""
     problems, held_out = reachability.split_problems(HELD_OUT, seed)
     shown = reachability.demonstrations(problems, seed + 1, "#")
@@ -137,7 +137,7 @@ def latent_run(base: str, seed: int, steps: int) -> dict:
     supervised = CODIConfig(
         **common,
         output_dir=tempfile.mkdtemp(),
-        max_steps=TAUGHT,
+        max_steps=taught_steps,
         per_device_train_batch_size=64,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",

@@ -20,7 +20,8 @@ def test_a_run_measures_what_its_table_shows(tmp_path, monkeypatch, name):
     problems = reachability.split_problems(8, 0, 300)
     monkeypatch.setattr(bench_states, "warm_start_of", lambda seed: str(tmp_path))
     monkeypatch.setattr(reachability, "split_problems", lambda held_out, seed: problems)
-    monkeypatch.setattr(bench_states, "TAUGHT", 1)
+    if name == REWARDED:
+        monkeypatch.setitem(bench_states.RUNS, name, {"taught": 1, "rewarded": True})
     found = bench_states.run(name, 0, 1)
     kinds = {"greedy", "greedy_zero", "greedy_shuffle", "greedy_noise"}
     if name != REWARDED:
