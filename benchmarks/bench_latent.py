@@ -95,8 +95,8 @@ CHAINS = {
     "codi": {"num_latents": 12},
     "pccot": {"num_latents": 24},
     "kava": {"num_latents": 24},
-    "lotus": {"num_latents": 30, "iterations": 5},
-    "coconut": {"num_latents": 10},
+    "lotus": {"num_latents": 30, "iterations": 5, "stage_epochs": 0.32},  # 200 steps
+    "coconut": {"num_latents": 10, "stage_epochs": 0.32},
     "all": {"max_steps": 1500},
 }
 CHANGES: dict[str, dict[str, dict]] = {"small": {}, "chains": CHAINS, "large": LARGE}

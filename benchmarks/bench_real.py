@@ -12,6 +12,7 @@ it. Finished runs are not repeated.
 
 import argparse
 import dataclasses
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -99,6 +100,15 @@ def rows_of(options: argparse.Namespace, budget: Budget, seed: int) -> tuple[lis
     return without(load_rows(options.dataset).usable, held_out), held_out, 6
 
 
+def belongs_to(run: Path, settings: str) -> None:
+    """Delete the checkpoints of a run that was begun with other settings."""
+    mark = run / "settings"
+    if not mark.exists() or mark.read_text() != settings:
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    mark.write_text(settings)
+
+
 def page(found: dict) -> str:
     """The table of benchmarks/results/real_<device>.md."""
     results, made_with = in_order(found["results"], RUNS), found["made_with"]
@@ -141,22 +151,31 @@ def main() -> None:
     disable_progress_bars()
     patches.apply("fused_lm_head")
     budget = BUDGETS[options.budget]
-    data = Path(options.dataset).name if options.dataset else "legs"
+    rows = {seed: rows_of(options, budget, seed) for seed in options.seeds}
+    data = "legs"
+    if options.dataset:
+        files = [Path(file) for file in (options.dataset, options.eval_dataset)]
+        contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        data = f"{files[0].name}, held out {files[1].name} ({digest(contents)})"
     made_with = {"budget": options.budget, "dataset": data, "common": digest([dataclasses.asdict(budget), RATES])}
     path, results = setups.so_far("real", options.fresh, made_with)
     for seed in options.seeds:
         folder = ROOT / f"runs/real/{digest([made_with, seed, setups.device_name()])[:12]}"
-        task = Task(budget, *rows_of(options, budget, seed), folder, seed, until)
+        if options.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        task = Task(budget, *rows[seed], folder, seed, until)
         for name in options.only:
             settings = digest([settings_of(name), made_with])
             if results.get(name, {}).get(str(seed), {}).get("made_with") == settings:
                 continue
+            belongs_to(folder / name, settings)
             try:
                 found = work_of(name)(task, name)
             except PausedError:
                 print(f"seed {seed}  {name}: paused; the same command goes on")
                 return
             shutil.rmtree(folder / name, ignore_errors=True)
+            results = setups.so_far("real", False, made_with)[1]  # another process may have finished runs
             results.setdefault(name, {})[str(seed)] = found | {"made_with": settings}
             print(f"seed {seed}  {table({name: {seed: found}}, COLUMNS).splitlines()[-1]}", flush=True)
             setups.write("real", {"command": "make bench-real", "made_with": made_with, "results": results})

@@ -112,7 +112,7 @@ def arguments(about: str, names: list[str], steps: int | None, seeds: list[int])
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--only", "--arms", nargs="*", default=names, choices=names)
-    parser.add_argument("--fresh", action="store_true", help="ignore earlier results")
+    parser.add_argument("--fresh", action="store_true", help="delete all earlier results")
     return parser
 
 

@@ -200,8 +200,9 @@ def write(name: str, results: dict) -> Path:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
     }
     path = RESULTS / f"{name}_{device_name()}.json"
-    path.write_text(json.dumps({**header, **results}, indent=2) + "\n")
-    return path
+    part = path.with_suffix(".part")  # a file that is cut off would lose all results
+    part.write_text(json.dumps({**header, **results}, indent=2) + "\n")
+    return part.replace(path)
 
 
 def write_table(path: Path, table: Callable[[dict], str]) -> None:

@@ -22,8 +22,8 @@ from unsloth_ext.common.ablations import ABLATIONS
 
 
 EXPLICIT = {"SFT with steps": True, "SFT without steps": False}
-# What the shipped configurations of latent tokens have, at this model's width. Each step that the teacher keeps has three
-# latent tokens, which stand for its result; where they are not read, it has one
+# Latent tokens that the LM head reads, as in the shipped configurations. Each step that the teacher keeps has three, which
+# stand for its result; where they are not read, it has one
 READ = {"latents_per_step": 3, "latent_ce_tokens": "results", "w_latent_ce": 1.0}
 LOOPED = {"iterations": 3}
 LATENT_RUNS: dict[str, tuple[type, type, dict[str, Any]]] = {

@@ -24,11 +24,9 @@ from benchmarks.over_seeds import ROOT
 from trl_ext.cli.report import compact_progress
 from trl_ext.latent.evaluation import evaluate_answers
 from trl_ext.tasks import warm_start
-from unsloth_ext.common.ablations import ABLATIONS
 
 
 PROMPT, SEPARATOR = "#", ";"  # before the answer, after each step
-LATENT = {"off": "steps", "on": "latents"} | {name: name for name in ABLATIONS}
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,26 @@ CURVE = (
 
 
 class Pause(TrainerCallback):
-    """Save a checkpoint and stop at a time, so that the next call goes on from there."""
+    """Save a checkpoint and stop at a time, so that the next call goes on from there.
 
-    def __init__(self, at: float):
-        self.at = at
+    Beside the checkpoints it keeps the seconds that they took.
+    """
+
+    def __init__(self, at: float, clock: Path):
+        self.at, self.clock = at, clock
+        self.start = time.time() - (float(clock.read_text()) if clock.exists() else 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if time.monotonic() > self.at:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.clock.write_text(str(self.seconds))
+
+    @property
+    def seconds(self) -> float:
+        """The time so far, that before an interruption included."""
+        return time.time() - self.start
 
 
 class PausedError(Exception):
@@ -126,15 +136,12 @@ class Task:
         """
         output = Path(trainer.args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        clock = output / "seconds"
-        spent = float(clock.read_text()) if clock.exists() else 0.0
-        trainer.add_callback(Pause(self.until))
+        pause = Pause(self.until, output / "seconds")
+        trainer.add_callback(pause)
         compact_progress(trainer)
-        start = time.time()
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
-        seconds = spent + time.time() - start
+        seconds = pause.seconds
         if trainer.state.global_step < trainer.args.max_steps:
-            clock.write_text(str(seconds))
             raise PausedError
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "reward" in entry]
         return {"seconds": round(seconds, 1), "curve": [{k: e[k] for k in CURVE if k in e} for e in history]}
@@ -193,8 +200,9 @@ def answered(
             batch_size=100,
             latents=kind,
         )
-        found[LATENT[kind]] = measured.accuracy
-        if kind == kinds[0]:
+        if kind != kinds[0]:
+            found["steps" if kind == "off" else kind] = measured.accuracy
+        else:
             found |= {key: getattr(measured, key) for key in ("low", "high", "forward_passes")}
             found |= {"accuracy": measured.accuracy, "texts": measured.completions[:3]}
     return found

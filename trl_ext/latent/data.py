@@ -95,12 +95,13 @@ class LatentTokenizer:
         if self.step_ends:
             out[STEP_ENDS] = self._tokens_before(texts, ends)
         if self.results:
-            for step in steps:
-                if "=" not in step:
-                    reason = "a step has no '=' before a result; choose other latent_ce_tokens"
+            behind = [step.rpartition("=")[2].lstrip() if "=" in step else "" for step in steps]
+            for step, result in zip(steps, behind, strict=True):
+                if not result:
+                    reason = "a step has no result after '='; choose other latent_ce_tokens"
                     raise LatentDataError(where, reason, step)
-            results = [len(step) - step.rindex("=") - 1 + len(self.step_separator) for step in steps]
-            out[RESULTS] = self._tokens_before(texts, ends - np.array(results, dtype=int))
+            lengths = [len(result) + len(self.step_separator) for result in behind]
+            out[RESULTS] = self._tokens_before(texts, ends - np.array(lengths, dtype=int))
         return out
 
     def _tokens_before(self, texts: list[str], places: np.ndarray) -> list[int]:

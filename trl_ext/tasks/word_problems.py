@@ -63,6 +63,8 @@ def steps_of(animals: dict[str, int]) -> list[str]:
 
 
 def split(train: int, held_out: int, seed: int, **options: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """About `train` rows to train on, and `held_out` other ones. The arguments are those of `problems`."""
-    unseen = problems(held_out, seed + HELD_OUT_SEED, **options)
-    return without(problems(train, seed, **options), unseen), unseen
+    """About `train` rows to train on, and `held_out` other ones; other seeds have other rows. The arguments are those of
+    `problems`."""
+    first = seed * 10 * HELD_OUT_SEED
+    unseen = problems(held_out, first + HELD_OUT_SEED, **options)
+    return without(problems(train, first, **options), unseen), unseen

@@ -55,8 +55,11 @@ def test_sequences_and_where_the_first_answer_token_is_predicted():
 def test_a_step_without_a_result_is_named():
     row = {"question": "1+1=", "steps": ["1+1=2", "so 2"], "answer": "2"}
     assert tokens(results=True, drop_last_step=True)(row, 0, "train")["result_starts"] == [4]
-    with pytest.raises(LatentDataError, match=r"train dataset, row 7: a step has no '=' before a result.*'so 2'"):
+    with pytest.raises(LatentDataError, match=r"train dataset, row 7: a step has no result after '='.*'so 2'"):
         tokens(results=True, drop_last_step=False)(row, 7, "train")
+    with pytest.raises(LatentDataError, match=r"row 7: a step has no result after '='.*'1\+1= '"):
+        tokens(results=True, drop_last_step=False)({**row, "steps": ["1+1= "]}, 7, "train")
+    assert tokens(results=True, drop_last_step=False)({**row, "steps": ["1+1=  2"]}, 0, "t")["result_starts"] == [6]
 
 
 def test_without_trace_and_prompt_the_question_predicts_the_answer():

@@ -238,7 +238,7 @@ def test_latent_tokens_of_results_stand_for_what_follows_the_last_equals_sign(tm
     rows = [
         {"question": "1+1=", "steps": ["1+1=2", "1=1+9=10", "3=3"], "answer": "3"},
         {"question": "12+3=", "steps": ["12+3=150"], "answer": "5"},
-        {"question": "1-5=", "steps": ["=7", "1+1=", "4=4", "5=5"], "answer": "4"},
+        {"question": "1-5=", "steps": ["=7", "1+1= 2", "4=4", "5=5"], "answer": "4"},
     ]
     settings = {"stage_epochs": 0.0, "num_latents": 4, "latents_per_step": 2, "latent_ce_tokens": "results"}
     trainer = trainer_of(tmp_path, "LOTUS", rows=rows, drop_last_step=False, **settings)
@@ -247,7 +247,7 @@ def test_latent_tokens_of_results_stand_for_what_follows_the_last_equals_sign(tm
     read = [
         [tiny.tokenizer(()).decode([i for i in block if i >= 0]) for block in row.view(2, 2).tolist()] for row in asked
     ]
-    assert read == [["2;", "10"], ["15", ""], ["7;", ";"]]
+    assert read == [["2;", "10"], ["15", ""], ["7;", "2;"]]
     trainer.train()
     assert any("loss/latent_ce" in entry for entry in trainer.state.log_history)
 

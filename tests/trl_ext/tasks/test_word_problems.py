@@ -28,3 +28,5 @@ def test_options_and_that_no_question_is_on_both_sides():
     assert 60 < len(train) + len(held_out) < 111  # of 37 animals, up to three of each
     assert not {row["question"] for row in train} & {row["question"] for row in held_out}
     assert all(len(row["steps"]) == 1 for row in train + held_out)
+    seeds = [{row["question"] for rows in split(300, 100, seed) for row in rows} for seed in (0, 1)]
+    assert not seeds[0] & seeds[1]
