@@ -92,13 +92,13 @@ def run(name: str, seed: int, steps: int) -> dict:
     torch.set_num_threads(1)
     patches.apply("fused_lm_head")
     base, changes = warm_start_of(seed), RUNS[name]
+    if changes is not None and "rewarded" in changes:
+        return latent_run(base, seed, changes["taught"], steps if changes["rewarded"] else 0)
     train, held_out = map(reachability.as_dataset, reachability.split_problems(HELD_OUT, seed))
     set_seed(seed)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if changes is None:
         return measured(model, tokenizer, held_out, ("on",))
-    if "rewarded" in changes:
-        return latent_run(base, seed, changes["taught"], steps if changes["rewarded"] else 0)
     config = settings(changes, seed, steps)
     thinks = isinstance(config, HRPOConfig)
     trainer = (HRPOTrainer if thinks else trl.GRPOTrainer)(
@@ -150,6 +150,7 @@ def latent_run(base: str, seed: int, taught_steps: int, steps: int) -> dict:
         answer_prompt=" #",
         step_separator="",
     )
+    set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer: Any = CODITrainer(base, supervised, train_dataset=taught, processing_class=tokenizer)
     start = time.time()

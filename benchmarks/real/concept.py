@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from benchmarks.bench_concept import prune
-from benchmarks.real.task import PROMPT, Task, completed
+from benchmarks.real.task import Task, completed
 from trl_ext import ConceptConfig, ConceptTrainer, evaluate_concepts
 from trl_ext.concept.config import PRESETS
 from unsloth_ext.concept.accounting import cost, equal_depth
@@ -50,9 +50,7 @@ def conceptual(task: Task, name: str) -> dict[str, Any]:
         trainer.model,
         tokenizer,
         completed(task.held_out),
-        delimiter=PROMPT,
-        max_new_tokens=task.budget.most,
-        batch_size=100,
+        **task.decoding,
         completions_only=True,
     ).numbers()
     if not args.use_concepts:

@@ -5,19 +5,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
+from benchmarks.bench_latent import TRAINERS
 from benchmarks.real.task import PROMPT, SEPARATOR, Task, answered
-from trl_ext import (
-    CoconutConfig,
-    CoconutTrainer,
-    CODIConfig,
-    CODITrainer,
-    KAVAConfig,
-    KAVATrainer,
-    LOTUSConfig,
-    LOTUSTrainer,
-    PCCoTConfig,
-    PCCoTTrainer,
-)
 from unsloth_ext.common.ablations import ABLATIONS
 
 
@@ -26,23 +15,15 @@ EXPLICIT = {"SFT with steps": True, "SFT without steps": False}
 # stand for its result; where they are not read, it has one
 READ = {"latents_per_step": 3, "latent_ce_tokens": "results", "w_latent_ce": 1.0}
 LOOPED = {"iterations": 3}
-LATENT_RUNS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "CODI": (CODITrainer, CODIConfig, {**READ, "projection_dim": 576}),
-    "PCCoT": (PCCoTTrainer, PCCoTConfig, {**READ, **LOOPED}),
-    "KaVa": (KAVATrainer, KAVAConfig, {**READ, **LOOPED, "projection_dim": 576, "w_codi": 1.0, "w_kv": 1.0}),
-    "LOTUS": (
-        LOTUSTrainer,
-        LOTUSConfig,
-        {**READ, **LOOPED, "latent_ce_passes": "all", "stage_epochs": 0.1},
-    ),
-    "CODI, SIM-CoT": (CODITrainer, CODIConfig, {"projection_dim": 576, "w_step_decoder": 1.0}),
-    "PCCoT, not read": (PCCoTTrainer, PCCoTConfig, {**LOOPED, "latents_per_step": 3}),
-    "CODI, not read": (CODITrainer, CODIConfig, {"projection_dim": 576}),
-    "Coconut": (
-        CoconutTrainer,
-        CoconutConfig,
-        {"latents_per_step": 1, "stage_epochs": 0.15, "reset_optimizer": False},
-    ),
+LATENT_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CODI": ("codi", {**READ, "projection_dim": 576}),
+    "PCCoT": ("pccot", {**READ, **LOOPED}),
+    "KaVa": ("kava", {**READ, **LOOPED, "projection_dim": 576, "w_codi": 1.0, "w_kv": 1.0}),
+    "LOTUS": ("lotus", {**READ, **LOOPED, "latent_ce_passes": "all", "stage_epochs": 0.1}),
+    "CODI, SIM-CoT": ("codi", {"projection_dim": 576, "w_step_decoder": 1.0}),
+    "PCCoT, not read": ("pccot", {**LOOPED, "latents_per_step": 3}),
+    "CODI, not read": ("codi", {"projection_dim": 576}),
+    "Coconut": ("coconut", {"latents_per_step": 1, "stage_epochs": 0.15, "reset_optimizer": False}),
 }
 
 
@@ -56,7 +37,8 @@ def explicit(task: Task, name: str) -> dict[str, Any]:
 
 def latent(task: Task, name: str) -> dict[str, Any]:
     """A method with latent tokens, with what it reads replaced, and with steps written."""
-    trainer_class, config_class, changes = LATENT_RUNS[name]
+    method, changes = LATENT_RUNS[name]
+    trainer_class, config_class = TRAINERS[method]
     base = task.start()
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = config_class(
@@ -64,9 +46,8 @@ def latent(task: Task, name: str) -> dict[str, Any]:
         **{"answer_prompt": PROMPT, "step_separator": SEPARATOR, "drop_last_step": True, **changes},
         num_latents=task.kept * changes.get("latents_per_step", 1),
     )
-    config.stage_epochs *= (
-        task.budget.steps * task.budget.rows / len(task.train)
-    )  # in `LATENT_RUNS`: a share of the run
+    epochs = task.budget.steps * task.budget.rows / len(task.train)
+    config.stage_epochs *= epochs  # in `LATENT_RUNS` it is a share of the run
     set_seed(task.seed)
     trainer = trainer_class(base, config, train_dataset=Dataset.from_list(task.train), processing_class=tokenizer)
     cost = task.trained(trainer)

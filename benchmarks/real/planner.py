@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.real.task import PROMPT, Task, completed
+from benchmarks.real.task import Task, completed
 from trl_ext import PlannerExecutorConfig, PlannerExecutorTrainer
 from trl_ext.planner.evaluation import evaluate_plans
 
@@ -43,9 +43,7 @@ def planned(task: Task, name: str) -> dict[str, Any]:
         trainer.model,
         tokenizer,
         completed(task.held_out),
-        delimiter=PROMPT,
-        max_new_tokens=task.budget.most,
-        batch_size=100,
+        **task.decoding,
         show=3,
     )
     return cost | found.numbers() | {"texts": [written for _, _, written, _ in found.samples]}

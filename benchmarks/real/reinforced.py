@@ -25,7 +25,6 @@ def reinforced(task: Task, name: str) -> dict[str, Any]:
     changes = REINFORCED[name]
     base = task.start()
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-    rows = [{"prompt": row["question"], "answer": row["answer"]} for row in task.train]
     kind, trainer_class = (
         (HRPOConfig, HRPOTrainer) if changes.get("thinking", True) else (trl.GRPOConfig, trl.GRPOTrainer)
     )
@@ -46,15 +45,14 @@ def reinforced(task: Task, name: str) -> dict[str, Any]:
         AutoModelForCausalLM.from_pretrained(base),
         make_reward(PROMPT),
         kind(**settings),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=asked(task.train),
         processing_class=tokenizer,
     )
-    held_out = Dataset.from_list([{"prompt": row["question"], "answer": row["answer"]} for row in task.held_out])
-    how = {"delimiter": PROMPT, "max_new_tokens": task.budget.most, "batch_size": 100}
-    before = evaluate(trainer.model, tokenizer, held_out, **how, thinking="off")
+    held_out = asked(task.held_out)
+    before = evaluate(trainer.model, tokenizer, held_out, **task.decoding, thinking="off")
     cost = task.trained(trainer)
     after = {
-        state: evaluate(trainer.model, tokenizer, held_out, **how, thinking=state)
+        state: evaluate(trainer.model, tokenizer, held_out, **task.decoding, thinking=state)
         for state in (("on", "zero", "shuffle", "noise") if kind is HRPOConfig else ("on",))
     }
     main = after["on"]
@@ -66,3 +64,8 @@ def reinforced(task: Task, name: str) -> dict[str, Any]:
         "texts": main.completions[:3],
         **{state: found.accuracy for state, found in after.items() if state != "on"},
     }
+
+
+def asked(rows: list[dict[str, Any]]) -> Dataset:
+    """Columns `prompt` and `answer`."""
+    return Dataset.from_list([{"prompt": row["question"], "answer": row["answer"]} for row in rows])

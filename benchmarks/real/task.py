@@ -27,6 +27,7 @@ from trl_ext.tasks import warm_start
 
 
 PROMPT, SEPARATOR = "#", ";"  # before the answer, after each step
+BATCH = 100  # problems in a batch of evaluation
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ class Task:
             "save_total_limit": 1,
         }
 
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Arguments of evaluations that write steps and answer."""
+        return {"delimiter": PROMPT, "max_new_tokens": self.budget.most, "batch_size": BATCH}
+
     def trained(self, trainer: Trainer) -> dict[str, Any]:
         """Train to the end, and return what a run costs.
 
@@ -197,7 +203,7 @@ def answered(
             task.held_out,
             answer_prompt=PROMPT,
             max_new_tokens=task.budget.most,
-            batch_size=100,
+            batch_size=BATCH,
             latents=kind,
         )
         if kind != kinds[0]:

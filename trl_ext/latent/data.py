@@ -92,8 +92,9 @@ class LatentTokenizer:
         if self.step_ends or self.results:
             texts = [step + self.step_separator for step in steps]
             ends = np.cumsum([len(text) for text in texts])
+            lasts = self._last_characters("".join(texts))
         if self.step_ends:
-            out[STEP_ENDS] = self._tokens_before(texts, ends)
+            out[STEP_ENDS] = np.searchsorted(lasts, ends).tolist()
         if self.results:
             behind = [step.rpartition("=")[2].lstrip() if "=" in step else "" for step in steps]
             for step, result in zip(steps, behind, strict=True):
@@ -101,17 +102,14 @@ class LatentTokenizer:
                     reason = "a step has no result after '='; choose other latent_ce_tokens"
                     raise LatentDataError(where, reason, step)
             lengths = [len(result) + len(self.step_separator) for result in behind]
-            out[RESULTS] = self._tokens_before(texts, ends - np.array(lengths, dtype=int))
+            out[RESULTS] = np.searchsorted(lasts, ends - np.array(lengths, dtype=int)).tolist()
         return out
 
-    def _tokens_before(self, texts: list[str], places: np.ndarray) -> list[int]:
-        """How many tokens there are before each of these characters of the trace. What counts is a token's last character:
-        its first one may be the separator of the step before."""
-        offsets = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        lasts = [max(end - 1, start) for start, end in offsets]
-        return np.searchsorted(lasts, places).tolist()
+    def _last_characters(self, text: str) -> list[int]:
+        """Where each token's last character stands, which says what the token belongs to: its first one may be the
+        separator of the step before."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [max(end - 1, start) for start, end in offsets]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

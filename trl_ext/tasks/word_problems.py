@@ -52,13 +52,13 @@ def steps_of(animals: dict[str, int]) -> list[str]:
     from reasoning_gym.arithmetic.leg_counting import ANIMALS as LEGS
 
     steps: list[str] = []
-    total = None
+    total = 0
     for animal, count in animals.items():
         product = count * LEGS[animal]
         steps.append(f"{count}*{LEGS[animal]}={product}")
-        if total is not None:
+        if len(steps) > 1:
             steps.append(f"{total}+{product}={total + product}")
-        total = (total or 0) + product
+        total += product
     return steps
 
 
